@@ -1,0 +1,40 @@
+"""Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
+
+from sftstream.config import DataConfig, SourceConfig, TokenizerConfig
+from sftstream.encoder import ChatEncoder
+from sftstream.loader import PackLoader, Shard
+from sftstream.records import (
+    IGNORE_INDEX,
+    Conversation,
+    Example,
+    Message,
+    Pack,
+    Refusal,
+    Refused,
+    Segment,
+    ToolCall,
+)
+from sftstream.state import DataState, StreamState, describe, diff, merge
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ChatEncoder",
+    "Conversation",
+    "DataConfig",
+    "DataState",
+    "Example",
+    "Message",
+    "Pack",
+    "PackLoader",
+    "Refusal",
+    "Refused",
+    "Segment",
+    "Shard",
+    "SourceConfig",
+    "StreamState",
+    "TokenizerConfig",
+    "ToolCall",
+    "describe",
+    "diff",
+    "merge",
+]

@@ -1,0 +1,215 @@
+"""A row of any known dataset layout -> Conversation. The layout is recognised row by row, since mixtures differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sftstream.records import Conversation, Message, Refused, ToolCall
+
+Row = Mapping[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+"""Every name of a role that datasets use -> the one that chat templates know."""
+
+
+def conversation(row: Any) -> Conversation:
+    """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
+    if not isinstance(row, Mapping):
+        raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
+    layout = next((layout for keys, layout in LAYOUTS if all(_present(row, key) for key in keys)), None)
+    if layout is None:
+        known = " | ".join("+".join(keys) for keys, _ in LAYOUTS)
+        raise Refused("unknown layout", f"columns {sorted(map(str, row))} match none of {known}")
+    messages = tuple(layout(row))
+    if not messages:
+        raise Refused("empty conversation", "it has no messages")
+    if not any(message.role == "assistant" for message in messages):
+        raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
+    return Conversation(messages, _tools(row.get("tools")))
+
+
+def _present(row: Row, key: str) -> bool:
+    return row.get(key) is not None
+
+
+def _openai(row: Row) -> Iterable[Message]:
+    """`messages`: role/content, as the OpenAI API has them. Some sets keep from/value under this name."""
+    return _turns(row, "messages")
+
+
+def _sharegpt(row: Row) -> Iterable[Message]:
+    """`conversations`: from/value, the system prompt sometimes in a column of its own. Some keep role/content under this name."""
+    return _turns(row, "conversations")
+
+
+def _alpaca(row: Row) -> Iterable[Message]:
+    """instruction, optional input, output or response, optional system and history of [question, answer] pairs."""
+    yield from _system(row)
+    for pair in row.get("history") or ():
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise Refused("bad history", f"{_excerpt(pair)} is not a pair of question and answer")
+        yield Message("user", _text(pair[0], "history"))
+        yield Message("assistant", _text(pair[1], "history"))
+    question = _text(row["instruction"], "instruction")
+    if row.get("input"):
+        question += "\n\n" + _text(row["input"], "input")
+    yield Message("user", question)
+    answer = "output" if _present(row, "output") else "response"
+    yield Message("assistant", _text(row[answer], answer))
+
+
+def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
+    """Two columns of text, or of messages."""
+
+    def layout(row: Row) -> Iterable[Message]:
+        yield from _system(row)
+        for column, role in ((question, "user"), (answer, "assistant")):
+            if isinstance(row[column], str):
+                yield Message(role, row[column])
+            else:
+                yield from _turns({column: row[column]}, column)
+
+    return layout
+
+
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] = (
+    (("messages",), _openai),
+    (("conversations",), _sharegpt),
+    (("instruction", "output"), _alpaca),
+    (("instruction", "response"), _alpaca),
+    (("prompt", "completion"), _pair("prompt", "completion")),
+    (("prompt", "response"), _pair("prompt", "response")),
+    (("question", "answer"), _pair("question", "answer")),
+)
+"""Columns that must be there -> how to read the row; the first that matches."""
+
+
+def _turns(row: Row, column: str) -> Iterable[Message]:
+    turns = _decoded(row[column])
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise Refused("bad messages", f"{column} is a {type(turns).__name__}, not a list of messages")
+    yield from _system(row)
+    for index, turn in enumerate(turns):
+        place = f"{column}[{index}]"
+        if not isinstance(turn, Mapping):
+            raise Refused("bad messages", f"{place} is a {type(turn).__name__}, not an object")
+        yield _message(turn, place)
+
+
+def _message(turn: Mapping[str, Any], place: str) -> Message:
+    named = turn.get("role", turn.get("from"))
+    role = ROLES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise Refused("unknown role", f"{place} has role {named!r}; known are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    if named == "function_call":
+        return Message(role, tool_calls=_calls(content, place))
+    text, reasoning, calls = _parts(content, place)
+    calls += _calls(turn.get("tool_calls"), f"{place}.tool_calls")
+    calls += _calls(turn.get("function_call"), f"{place}.function_call")
+    if text is None and not calls:
+        raise Refused("message without content", f"{place} ({role}) has neither content nor tool calls")
+    return Message(
+        role=role,
+        content=text,
+        reasoning=reasoning or turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking"),
+        tool_calls=calls,
+        name=turn.get("name"),
+        tool_call_id=turn.get("tool_call_id"),
+    )
+
+
+def _parts(content: Any, place: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+    """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
+    if content is None or isinstance(content, str):
+        return content, None, ()
+    if not isinstance(content, Sequence):
+        # Tool results are stored as objects here and there; a template prints text.
+        return msgspec.json.encode(content).decode(), None, ()
+    texts, reasonings = [], []
+    calls: tuple[ToolCall, ...] = ()
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "tool_call":
+            calls += _calls(part.get("value"), place)
+        elif kind in ("text", "output_text", "input_text"):
+            texts.append(_text(part.get("text", part.get("value")), place))
+        elif kind in ("reasoning", "thinking"):
+            reasonings.append(_text(part.get(kind, part.get("text", part.get("value"))), place))
+        else:
+            raise Refused(
+                "unknown content part", f"{place} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
+            )
+    return "".join(texts) if texts else None, "".join(reasonings) or None, calls
+
+
+def _calls(value: Any, place: str) -> tuple[ToolCall, ...]:
+    """Tool calls in any spelling: one or a list, encoded as JSON or not, wrapped in `function` or not."""
+    value = _decoded(value)
+    if not value:
+        return ()
+    calls = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return tuple(_call(_decoded(call), place) for call in calls)
+
+
+def _call(call: Any, place: str) -> ToolCall:
+    if isinstance(call, Mapping):
+        function = call.get("function") or call
+        arguments = _decoded(function.get("arguments") or {}) if isinstance(function, Mapping) else None
+        if isinstance(arguments, Mapping) and isinstance(function.get("name"), str):
+            return ToolCall(function["name"], dict(arguments), call.get("id"))
+    raise Refused("bad tool call", f"{place}: {_excerpt(call)} has no name and arguments")
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    value = _decoded(value) or ()
+    tools = [_decoded(tool) for tool in ([value] if isinstance(value, Mapping | str) else value)]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise Refused("bad tools", f"{_excerpt(value)} is not a list of tool definitions")
+    return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
+
+
+def _system(row: Row) -> Iterable[Message]:
+    """A system prompt in a column of its own."""
+    prompt = row.get("system") or row.get("system_prompt")
+    if prompt:
+        yield Message("system", _text(prompt, "system"))
+
+
+def _decoded(value: Any) -> Any:
+    """Lists and objects that a dataset keeps as JSON text, decoded; any other text as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            return value
+    return value
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise Refused("not text", f"{place} is a {type(value).__name__}: {_excerpt(value)}")
+    return value
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,99 @@
+"""What a stream was made from. A state resumes on exactly this or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from sftstream.config import DataConfig
+from sftstream.encoder import ChatEncoder
+from sftstream.sources import Corpus, FileIdentity
+
+FORMAT = 1
+"""Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""
+
+
+class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """A source's files, in order, and its share."""
+
+    files: tuple[FileIdentity, ...]
+    rows: int
+    weight: float | None
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that decides which packs a stream gives. Where the files lie and who reads them is no part of it."""
+
+    format: int
+    sources: tuple[SourceIdentity, ...]
+    tokenizer_sha256: str
+    template_sha256: str
+    date: str | None
+    """The day that the template prints, None where it prints none."""
+    train_on: tuple[str, ...]
+    streams: int
+    capacity: int
+    global_batch: int
+    window: int
+    shuffle: bool
+    seed: int
+    epochs: int | None
+
+
+def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
+    """Reads every file once (huge ones in samples)."""
+    date = encoder.template.date
+    sources = zip(corpus.identities(), corpus.sizes, config.sources, strict=True)
+    return Identity(
+        format=FORMAT,
+        sources=tuple(SourceIdentity(files=files, rows=rows, weight=c.weight) for files, rows, c in sources),
+        tokenizer_sha256=_sha256(encoder.tokenizer.json()),
+        template_sha256=_sha256(encoder.template.text),
+        date=date.isoformat() if date else None,
+        train_on=config.train_on,
+        streams=config.streams,
+        capacity=config.capacity,
+        global_batch=config.global_batch,
+        window=config.window,
+        shuffle=config.shuffle,
+        seed=config.seed,
+        epochs=config.epochs,
+    )
+
+
+def differences(before: Any, after: Any, path: str = "data") -> list[str]:
+    """Each field that differs, as `path: before -> after`. Takes builtins, as `msgspec.to_builtins` gives them."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        return _flat(differences(before.get(key), after.get(key), f"{path}.{key}") for key in keys)
+    both_lists = isinstance(before, list | tuple) and isinstance(after, list | tuple)
+    if both_lists and len(before) == len(after):
+        return _flat(differences(b, a, f"{path}[{i}]") for i, (b, a) in enumerate(zip(before, after, strict=True)))
+    return [] if before == after else [f"{path}: {_short(before)} -> {_short(after)}"]
+
+
+def require_equal(saved: Identity, now: Identity) -> None:
+    """Raises ValueError naming each difference."""
+    changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
+    if changed:
+        raise ValueError(
+            "the state was taken from other data or settings, and resuming on these would not be exact: "
+            + "; ".join(changed)
+            + ". Restore them, or start a new run"
+        )
+
+
+def _flat(lists: Iterable[list[str]]) -> list[str]:
+    return [item for part in lists for item in part]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 72 else f"{text[:69]}..."
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""Which row comes when. Pure functions of counters: there is no generator state to lose, and any place can be jumped to."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+ROUNDS = 8
+_MASK = (1 << 64) - 1
+
+
+@lru_cache(maxsize=1024)
+def round_keys(*words: int | str) -> tuple[int, ...]:
+    """64-bit keys for `permute`, drawn from `words` (a seed, what is permuted, an epoch, ...)."""
+    digest = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * ROUNDS)
+    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
+
+
+def permute(index: int, size: int, keys: tuple[int, ...]) -> int:
+    """The place of `index` in a keyed permutation of `range(size)`: O(1) memory, O(1) time.
+
+    A Feistel network over Z_a x Z_b with a*b just above `size` (generalized as in Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002); the few values in a*b that exceed `size` are walked along their cycle.
+    """
+    a = math.isqrt(size - 1) + 1 if size > 1 else 1
+    b = -(-size // a)
+    while True:
+        left, right = index % a, index // a
+        for i in range(0, ROUNDS, 2):
+            left = (left + _mix(right, keys[i])) % a
+            right = (right + _mix(left, keys[i + 1])) % b
+        index = right * a + left
+        if index < size:
+            return index
+
+
+def _mix(value: int, key: int) -> int:
+    # The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit.
+    value = (value * 0x9E3779B97F4A7C15 + key) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def next_source(drawn: Sequence[int], weights: Sequence[float], limits: Sequence[int] | None) -> int | None:
+    """The source to draw from next, given how often each was `drawn`; None when all have reached their limits.
+
+    Sainte-Lague's method: the largest weight / (2 * drawn + 1) is next. With the sources' sizes as weights they all end
+    an epoch together, and after any number of draws each is within one conversation of its share.
+    """
+    open_sources = [i for i in range(len(drawn)) if limits is None or drawn[i] < limits[i]]
+    return max(open_sources, key=lambda i: (weights[i] / (2 * drawn[i] + 1), -i), default=None)
+
+
+def draws_of_stream(rows: int, epochs: int, stream: int, streams: int) -> int:
+    """How many of a source's `rows * epochs` draws fall to one logical stream."""
+    return len(range(stream, rows * epochs, streams))
+
+
+def row_of_draw(draw: int, rows: int, keys: Sequence[int | str], shuffle: bool) -> tuple[int, int]:
+    """`(row, epoch)` of a source's `draw`-th conversation, counted over all streams and epochs.
+
+    Stream `s` of `S` takes the draws `s, s + S, s + 2S, ...`: it passes from one epoch to the next without waiting for
+    others, and sources smaller than `S` still reach every stream.
+    """
+    epoch, place = divmod(draw, rows)
+    return (permute(place, rows, round_keys(*keys, epoch)) if shuffle else place), epoch

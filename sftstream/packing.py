@@ -1,0 +1,248 @@
+"""Examples -> packs: planned on lengths alone, a window at a time, then built."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchdata.nodes import BaseNode
+
+from sftstream.order import permute, round_keys
+from sftstream.records import IGNORE_INDEX, Example, Pack, Ref, Refusal, Refused, Segment
+from sftstream.state import Leftover, StreamState
+
+MAX_WAIT = 2
+"""Windows that a leftover waits at most. 2 fills as well as no bound (99.72, 99.87, 99.95 % of 2048, 4096, 8192)."""
+
+
+def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
+    """Best-fit decreasing: the indices of each pack, where no length exceeds `capacity`. O(n log n).
+
+    The longest goes first, into the fullest pack that still has room; `urgent` ones go before all others.
+    """
+    packs: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, pack), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (not urgent[i], -lengths[i], i)):
+        length = lengths[index]
+        at = bisect_left(free, (length, -1))
+        if at < len(free):
+            room, pack = free.pop(at)
+            packs[pack].append(index)
+        else:
+            room, pack = capacity, len(packs)
+            packs.append([index])
+        insort(free, (room - length, pack))
+    return packs
+
+
+def build_pack(
+    examples: Sequence[Example],
+    segments: Sequence[Segment],
+    capacity: int,
+    pad_id: int,
+    refused: Sequence[Refusal] = (),
+    last: bool = False,
+) -> Pack:
+    """The examples side by side; what is free becomes a padding segment. The only place where labels are shifted."""
+    lengths = [len(example.tokens) for example in examples]
+    padding = capacity - sum(lengths)
+    if padding:
+        lengths = [*lengths, padding]
+    pad = np.full(padding, pad_id, np.int32)
+    ignored = np.full(padding, IGNORE_INDEX, np.int64)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    return Pack(
+        input_ids=torch.from_numpy(np.concatenate([*(e.tokens for e in examples), pad]).astype(np.int64)),
+        labels=torch.from_numpy(np.concatenate([*map(_labels, examples), ignored])),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=max(lengths),
+        segments=tuple(segments),
+        refused=tuple(refused),
+        last=last,
+    )
+
+
+def _labels(example: Example) -> NDArray[np.int64]:
+    """The next token where that one is trained; the last token of a segment has none."""
+    labels = np.full(len(example.tokens), IGNORE_INDEX, np.int64)
+    labels[:-1] = np.where(example.loss_mask[1:], example.tokens[1:], IGNORE_INDEX)
+    return labels
+
+
+def window_size(window: int, windows: int, stream: int, streams: int) -> int:
+    """Conversations that a stream reads at once, having planned `windows`.
+
+    The first window is an eighth, so that the first packs come soon; the second differs from stream to stream, so that
+    they do not all fill their windows during the same step.
+    """
+    if windows == 0:
+        return max(1, window // 8)
+    if windows == 1:
+        return max(1, window // 8 + (window - window // 8) * (stream + 1) // streams)
+    return window
+
+
+class PackerConfig(NamedTuple):
+    """What a packer needs to know of the run."""
+
+    capacity: int
+    window: int
+    streams: int
+    seed: int
+    shuffle: bool
+    pad_id: int
+    rows: int
+
+
+class Packer(BaseNode[Pack]):
+    """Reads a window of examples, plans it into packs, gives them one by one; the emptiest pack is dissolved and its
+    conversations are planned again with the next window, twice at most.
+
+    Its state holds references. After a reset nothing is tokenized: `reread` gives a planned conversation's tokens when its
+    pack is given. A stream that has run dry gives empty packs for ever.
+    """
+
+    def __init__(
+        self, source: BaseNode[Any], reread: Callable[[Ref], Example], stream: int, config: PackerConfig
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self._reread = reread
+        self._stream = stream
+        self._config = config
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Start at a state that `get_state` gave."""
+        super().reset(initial_state)
+        self.source.reset(initial_state and {"drawn": initial_state["drawn"]})
+        source = self.source.state_dict()
+        fresh = StreamState(drawn=tuple(source["drawn"]), dry=source["exhausted"])
+        self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
+        self._examples: dict[Segment, Example] = {}
+
+    def get_state(self) -> dict[str, Any]:
+        # Builtins made anew from a frozen Struct: a live object would compare equal to itself in StatefulDataLoader's
+        # deltas, and the change would be lost.
+        result: dict[str, Any] = msgspec.to_builtins(self.state)
+        return result
+
+    def next(self) -> Pack:
+        """The next pack, empty where nothing is left."""
+        refused: list[Refusal] = []
+        while not self.state.planned and not self.state.dry:
+            refused += self._plan_window()
+        segments, *planned = self.state.planned or ((),)
+        examples = [self._take(segment) for segment in segments]
+        self._advance(segments, tuple(planned))
+        config = self._config
+        return build_pack(examples, segments, config.capacity, config.pad_id, refused, self.state.dry)
+
+    def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
+        state = self.state
+        self.state = msgspec.structs.replace(
+            state,
+            planned=planned,
+            dry=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
+            packs=state.packs + bool(segments),
+            conversations=state.conversations + len(segments),
+            tokens=state.tokens + sum(segment.length for segment in segments),
+        )
+
+    def _take(self, segment: Segment) -> Example:
+        example = self._examples.pop(segment, None)
+        if example is None:
+            try:
+                example = self._reread(segment.ref)
+            except Refused as refused:
+                raise ValueError(
+                    f"row {segment.row} of source {segment.source} was planned before and is refused now ({refused}): the source "
+                    "changed; restore it"
+                ) from None
+        if len(example.tokens) != segment.length:
+            raise ValueError(
+                f"row {segment.row} of source {segment.source} has {len(example.tokens)} tokens, had {segment.length} when it "
+                "was planned: the source changed; restore it"
+            )
+        return example
+
+    def _plan_window(self) -> list[Refusal]:
+        """Read the next window and plan it together with the leftovers."""
+        state = self.state
+        fresh, refused = self._read(window_size(self._config.window, state.windows, self._stream, self._config.streams))
+        source = self.source.state_dict()
+        waiting = [*state.leftovers, *(Leftover(segment, 0) for segment in fresh)]
+        planned, left = self._plan(waiting, keep_all=source["exhausted"])
+        self.state = msgspec.structs.replace(
+            state,
+            drawn=tuple(source["drawn"]),
+            windows=state.windows + 1,
+            planned=planned,
+            leftovers=left,
+            dry=not planned and not left and source["exhausted"],
+            refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in refused)),
+        )
+        return refused
+
+    def _read(self, size: int) -> tuple[list[Segment], list[Refusal]]:
+        fresh: list[Segment] = []
+        refused: list[Refusal] = []
+        while len(fresh) < size:
+            try:
+                item = next(self.source)
+            except StopIteration:
+                break
+            if isinstance(item, Refusal):
+                refused.append(item)
+                self._check_hope(fresh, refused)
+            elif len(item.value.tokens) > self._config.capacity:
+                refused.append(_too_long(item.ref, len(item.value.tokens), self._config.capacity))
+            else:
+                segment = Segment(item.ref.source, item.ref.row, len(item.value.tokens), item.ref.epoch)
+                self._examples[segment] = item.value
+                fresh.append(segment)
+        return fresh, refused
+
+    def _check_hope(self, fresh: list[Segment], refused: list[Refusal]) -> None:
+        """An endless stream that refuses every row would read for ever."""
+        if not fresh and len(refused) > 2 * self._config.rows:
+            reasons = ", ".join(
+                f"{reason}: {count}" for reason, count in Counter(r.reason for r in refused).most_common()
+            )
+            raise ValueError(
+                f"stream {self._stream} refused {len(refused)} rows in a row and found none to train ({reasons}); the last: "
+                f"row {refused[-1].row} of source {refused[-1].source}, {refused[-1].detail}"
+            )
+
+    def _plan(
+        self, waiting: list[Leftover], *, keep_all: bool
+    ) -> tuple[tuple[tuple[Segment, ...], ...], tuple[Leftover, ...]]:
+        lengths = [item.segment.length for item in waiting]
+        urgent = [item.waited >= MAX_WAIT for item in waiting]
+        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
+        left: list[int] = []
+        patient = [pack for pack in packs if not any(urgent[i] for i in pack)]
+        if patient and not keep_all:
+            left = min(patient, key=lambda pack: sum(lengths[i] for i in pack))
+            packs.remove(left)
+        planned = tuple(tuple(waiting[i].segment for i in pack) for pack in self._ordered(packs))
+        return planned, tuple(Leftover(waiting[i].segment, waiting[i].waited + 1) for i in left)
+
+    def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
+        """Packs leave in the order of their first conversation; shuffled, lest long conversations always come first."""
+        packs = sorted(packs)
+        if not self._config.shuffle:
+            return packs
+        keys = round_keys("window", self._config.seed, self._stream, self.state.windows)
+        return [packs[permute(i, len(packs), keys)] for i in range(len(packs))]
+
+
+def _too_long(ref: Ref, length: int, capacity: int) -> Refusal:
+    detail = f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity"
+    return Refusal.at(ref, "longer than capacity", detail)

@@ -1,0 +1,134 @@
+"""Where a stream stands, as frozen values: positions and references, never tokens. A few kilobytes a logical stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sftstream.identity import Identity, differences
+from sftstream.records import Segment
+
+
+class Leftover(msgspec.Struct, frozen=True, array_like=True):
+    """A conversation that was read and fitted no full pack yet, and how many windows it has waited."""
+
+    segment: Segment
+    waited: int
+
+
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """One logical stream after a pack."""
+
+    drawn: tuple[int, ...]
+    """Rows drawn from each source by this stream, over all epochs."""
+    windows: int = 0
+    """Windows planned."""
+    planned: tuple[tuple[Segment, ...], ...] = ()
+    """The packs that come next, already planned."""
+    leftovers: tuple[Leftover, ...] = ()
+    dry: bool = False
+    """Nothing comes any more."""
+    packs: int = 0
+    """Packs given, empty ones not counted."""
+    conversations: int = 0
+    """Conversations given."""
+    tokens: int = 0
+    """Their tokens."""
+    refused: dict[str, int] = {}
+    """Rows refused, by reason."""
+
+
+class DataState(msgspec.Struct, frozen=True, kw_only=True):
+    """A loader after some packs: what it was made from, how far the run is, and its streams by number."""
+
+    identity: Identity
+    packs: int
+    """Packs of all shards that were consumed: the number of the next one."""
+    streams: dict[int, StreamState]
+
+    @classmethod
+    def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
+        """A state dict, typed; raises ValueError naming the place that is not as it should be."""
+        if isinstance(state, DataState):
+            return state
+        try:
+            return msgspec.convert(state, cls, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"this is no data state of this version: {error}") from None
+
+    def builtins(self) -> dict[str, Any]:
+        """A fresh state dict of JSON-able values."""
+        result: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        return result
+
+
+StateDict = Mapping[str, Any]
+
+
+def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
+    """One state dict of the state dicts of all shards, taken after the same step.
+
+    A shard whose streams have all run dry may stand at an earlier pack. Raises ValueError where the shards do not fit.
+    """
+    parsed = [DataState.parse(state) for state in states]
+    if not parsed:
+        raise ValueError("merge needs at least one state")
+    packs = max(state.packs for state in parsed)
+    streams: dict[int, StreamState] = {}
+    for index, state in enumerate(parsed):
+        changed = differences(msgspec.to_builtins(parsed[0].identity), msgspec.to_builtins(state.identity))
+        if changed:
+            raise ValueError(f"state {index} is of other data than state 0: {'; '.join(changed)}")
+        if state.packs != packs and not all(stream.dry for stream in state.streams.values()):
+            raise ValueError(
+                f"state {index} stands at pack {state.packs}, another at {packs}; take them after the same step"
+            )
+        if twice := streams.keys() & state.streams.keys():
+            raise ValueError(
+                f"streams {sorted(twice)[:5]} are in state {index} and in an earlier one; give each shard's state once"
+            )
+        streams |= state.streams
+    return DataState(identity=parsed[0].identity, packs=packs, streams=dict(sorted(streams.items()))).builtins()
+
+
+def describe(state: StateDict | DataState) -> str:
+    """A few lines for people: how far the run is, what it is made of, what was refused."""
+    data = DataState.parse(state)
+    streams = data.streams.values()
+    identity = data.identity
+    refused: Counter[str] = sum((Counter(stream.refused) for stream in streams), Counter())
+    waiting = sum(len(stream.leftovers) + sum(map(len, stream.planned)) for stream in streams)
+    given = sum(stream.packs for stream in streams)
+    tokens = sum(stream.tokens for stream in streams)
+    fill = f", {tokens / (given * identity.capacity):.2%} full" if given else ""
+    conversations = sum(stream.conversations for stream in streams)
+    lines = [
+        f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
+        f"given: {given:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
+        f"read and waiting: {waiting:,} conversations",
+    ]
+    for index, source in enumerate(identity.sources):
+        drawn = sum(stream.drawn[index] for stream in streams)
+        names = ", ".join(file.name for file in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
+        lines.append(f"source {index} ({names}): {drawn:,} rows drawn, {drawn / source.rows:.3f} epochs")
+    lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
+    if dry := sum(stream.dry for stream in streams):
+        lines.append(f"{dry} streams have run dry")
+    return "\n".join(lines)
+
+
+def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
+    """Each field that differs between two states, as `path: in a -> in b`."""
+    first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
+    return differences(first, second, "state")
+
+
+def progress(streams: Iterable[StreamState], sizes: Sequence[int], epochs: int | None) -> float | None:
+    """Share of the run's conversations that were drawn, in [0, 1]; None for an endless stream."""
+    if epochs is None:
+        return None
+    drawn = sum(sum(stream.drawn) for stream in streams)
+    return drawn / (sum(sizes) * epochs)
