@@ -13,8 +13,10 @@ from sftstream.records import (
     Refused,
     Segment,
     ToolCall,
+    batch_digest,
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
+from sftstream.stream import read_conversations
 
 __all__ = [
     "IGNORE_INDEX",
@@ -34,7 +36,9 @@ __all__ = [
     "StreamState",
     "TokenizerConfig",
     "ToolCall",
+    "batch_digest",
     "describe",
     "diff",
     "merge",
+    "read_conversations",
 ]

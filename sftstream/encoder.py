@@ -31,6 +31,11 @@ class ChatEncoder:
             text, self.tokenizer.special_tokens, self.tokenizer.control_tokens, _parse_date(date) if date else None
         )
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens with which the assistant ends a turn."""
+        return sorted(self.tokenizer.hf.convert_tokens_to_ids(sorted(self.template.stop_tokens)))
+
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Example]:

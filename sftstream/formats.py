@@ -29,11 +29,15 @@ ROLES = {
 }
 """Every name of a role that datasets use -> the one that chat templates know."""
 
+NESTING = 64
+"""Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
+
 
 def conversation(row: Any) -> Conversation:
     """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
     if not isinstance(row, Mapping):
         raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
+    _refuse_deep(row)
     layout = next((layout for keys, layout in LAYOUTS if all(_present(row, key) for key in keys)), None)
     if layout is None:
         known = " | ".join("+".join(keys) for keys, _ in LAYOUTS)
@@ -63,8 +67,9 @@ def _sharegpt(row: Row) -> Iterable[Message]:
 def _alpaca(row: Row) -> Iterable[Message]:
     """instruction, optional input, output or response, optional system and history of [question, answer] pairs."""
     yield from _system(row)
-    for pair in row.get("history") or ():
-        if not isinstance(pair, Sequence) or len(pair) != 2:
+    history = row.get("history") or []
+    for pair in history if _is_list(history) else [history]:
+        if not _is_list(pair) or len(pair) != 2:
             raise Refused("bad history", f"{_excerpt(pair)} is not a pair of question and answer")
         yield Message("user", _text(pair[0], "history"))
         yield Message("assistant", _text(pair[1], "history"))
@@ -104,7 +109,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] 
 
 def _turns(row: Row, column: str) -> Iterable[Message]:
     turns = _decoded(row[column])
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not _is_list(turns):
         raise Refused("bad messages", f"{column} is a {type(turns).__name__}, not a list of messages")
     yield from _system(row)
     for index, turn in enumerate(turns):
@@ -115,14 +120,15 @@ def _turns(row: Row, column: str) -> Iterable[Message]:
 
 
 def _message(turn: Mapping[str, Any], place: str) -> Message:
-    named = turn.get("role", turn.get("from"))
+    named = _first(turn, "role", "from")
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise Refused("unknown role", f"{place} has role {named!r}; known are {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
+    content = _first(turn, "content", "value")
     if named == "function_call":
-        return Message(role, tool_calls=_calls(content, place))
-    text, reasoning, calls = _parts(content, place)
+        text, reasoning, calls = None, None, _calls(content, place)
+    else:
+        text, reasoning, calls = _parts(content, role, place)
     calls += _calls(turn.get("tool_calls"), f"{place}.tool_calls")
     calls += _calls(turn.get("function_call"), f"{place}.function_call")
     if text is None and not calls:
@@ -130,20 +136,22 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
     return Message(
         role=role,
         content=text,
-        reasoning=reasoning or turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking"),
+        reasoning=reasoning or _optional_text(turn, place, "reasoning_content", "reasoning", "thinking"),
         tool_calls=calls,
-        name=turn.get("name"),
-        tool_call_id=turn.get("tool_call_id"),
+        name=_optional_text(turn, place, "name"),
+        tool_call_id=_optional_text(turn, place, "tool_call_id"),
     )
 
 
-def _parts(content: Any, place: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
     """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
     if content is None or isinstance(content, str):
         return content, None, ()
-    if not isinstance(content, Sequence):
+    if role == "tool" and isinstance(content, Mapping):
         # Tool results are stored as objects here and there; a template prints text.
         return msgspec.json.encode(content).decode(), None, ()
+    if not _is_list(content):
+        raise Refused("not text", f"{place} has content {_excerpt(content)}, neither text nor a list of parts")
     texts, reasonings = [], []
     calls: tuple[ToolCall, ...] = ()
     for part in content:
@@ -151,9 +159,9 @@ def _parts(content: Any, place: str) -> tuple[str | None, str | None, tuple[Tool
         if kind == "tool_call":
             calls += _calls(part.get("value"), place)
         elif kind in ("text", "output_text", "input_text"):
-            texts.append(_text(part.get("text", part.get("value")), place))
+            texts.append(_text(_first(part, "text", "value"), place))
         elif kind in ("reasoning", "thinking"):
-            reasonings.append(_text(part.get(kind, part.get("text", part.get("value"))), place))
+            reasonings.append(_text(_first(part, kind, "text", "value"), place))
         else:
             raise Refused(
                 "unknown content part", f"{place} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
@@ -166,22 +174,24 @@ def _calls(value: Any, place: str) -> tuple[ToolCall, ...]:
     value = _decoded(value)
     if not value:
         return ()
-    calls = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    calls = value if _is_list(value) else [value]
     return tuple(_call(_decoded(call), place) for call in calls)
 
 
 def _call(call: Any, place: str) -> ToolCall:
     if isinstance(call, Mapping):
         function = call.get("function") or call
-        arguments = _decoded(function.get("arguments") or {}) if isinstance(function, Mapping) else None
-        if isinstance(arguments, Mapping) and isinstance(function.get("name"), str):
-            return ToolCall(function["name"], dict(arguments), call.get("id"))
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if named and ("arguments" in function or "parameters" in function):
+            arguments = _decoded(_first(function, "arguments", "parameters") or {})
+            if isinstance(arguments, Mapping):
+                return ToolCall(function["name"], dict(arguments), _optional_text(call, place, "id"))
     raise Refused("bad tool call", f"{place}: {_excerpt(call)} has no name and arguments")
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     value = _decoded(value) or ()
-    tools = [_decoded(tool) for tool in ([value] if isinstance(value, Mapping | str) else value)]
+    tools = [_decoded(tool) for tool in (value if _is_list(value) else [value])]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise Refused("bad tools", f"{_excerpt(value)} is not a list of tool definitions")
     return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
@@ -198,10 +208,39 @@ def _decoded(value: Any) -> Any:
     """Lists and objects that a dataset keeps as JSON text, decoded; any other text as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return msgspec.json.decode(value)
-        except msgspec.DecodeError:
+            decoded = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError):
             return value
+        _refuse_deep(decoded)
+        return decoded
     return value
+
+
+def _refuse_deep(value: Any) -> None:
+    if not _nested_within(NESTING, value):
+        raise Refused("nested too deep", f"it has lists and objects in more than {NESTING} levels")
+
+
+def _nested_within(levels: int, value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not _is_list(value):
+        return True
+    return levels > 0 and all(_nested_within(levels - 1, item) for item in value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _first(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of the fields that holds something: tables store a field that a row lacks as None."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _optional_text(fields: Mapping[str, Any], place: str, *names: str) -> str | None:
+    value = _first(fields, *names)
+    return None if value is None else _text(value, f"{place}.{names[0]}")
 
 
 def _text(value: Any, place: str) -> str:

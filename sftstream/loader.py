@@ -17,10 +17,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from sftstream.config import DataConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.identity import identify, require_equal
-from sftstream.packing import Packer
+from sftstream.packing import Packer, build_pack
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
-from sftstream.state import DataState, StreamState, progress
+from sftstream.state import DataState, StreamState
 from sftstream.stream import Stages, build_stream
 
 
@@ -136,6 +136,13 @@ class PackLoader:
         self._given += 1
         return pack
 
+    def next_step(self) -> list[Pack]:
+        """This shard's packs of the run's next step, `global_batch / shards` of them.
+
+        Once its own streams have run dry they are empty, so that it can take part in the steps of shards that end later.
+        """
+        return [next(self, None) or self._empty() for _ in range(self.config.global_batch // self.shard.count)]
+
     @property
     def packs(self) -> int:
         """Packs of the whole run consumed so far, if all shards have taken as many as this one."""
@@ -145,11 +152,6 @@ class PackLoader:
     def exhausted(self) -> bool:
         """All streams of this shard have run dry."""
         return len(self._dry) == len(self._start.streams)
-
-    @property
-    def progress(self) -> float | None:
-        """Share of this shard's conversations that were drawn, in [0, 1]; None for an endless stream."""
-        return progress(self.state.streams.values(), self.corpus.sizes, self.config.epochs)
 
     @property
     def state(self) -> DataState:
@@ -178,6 +180,10 @@ class PackLoader:
         if self._packs is not None:
             self._start, self._given = self.state, 0
             self._packs = self._loader = None
+
+    def _empty(self) -> Pack:
+        self._given += 1
+        return build_pack((), (), self.config.capacity, self.encoder.tokenizer.pad_id, last=True)
 
     def _open(self) -> Iterator[Pack | Failed]:
         dataset = PackStreams(self.config, self._stages, self.shard, self._start)

@@ -48,7 +48,8 @@ def next_source(drawn: Sequence[int], weights: Sequence[float], limits: Sequence
     """The source to draw from next, given how often each was `drawn`; None when all have reached their limits.
 
     Sainte-Lague's method: the largest weight / (2 * drawn + 1) is next. With the sources' sizes as weights they all end
-    an epoch together, and after any number of draws each is within one conversation of its share.
+    an epoch together. After any number of draws a source of share p among k is within (1 + k * p) / 2 conversations of
+    its share, with up to three sources within one.
     """
     open_sources = [i for i in range(len(drawn)) if limits is None or drawn[i] < limits[i]]
     return max(open_sources, key=lambda i: (weights[i] / (2 * drawn[i] + 1), -i), default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -124,11 +124,3 @@ def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
     """Each field that differs between two states, as `path: in a -> in b`."""
     first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
     return differences(first, second, "state")
-
-
-def progress(streams: Iterable[StreamState], sizes: Sequence[int], epochs: int | None) -> float | None:
-    """Share of the run's conversations that were drawn, in [0, 1]; None for an endless stream."""
-    if epochs is None:
-        return None
-    drawn = sum(sum(stream.drawn) for stream in streams)
-    return drawn / (sum(sizes) * epochs)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torchdata.nodes import BaseNode
 
-from sftstream.config import DataConfig
+from sftstream.config import DataConfig, SourceConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.formats import conversation
 from sftstream.order import draws_of_stream, next_source, row_of_draw
@@ -102,6 +102,16 @@ class Stages(NamedTuple):
     def example(self, ref: Ref) -> Example:
         """All stages at once; raises `Refused`."""
         return self.encoder.tokenize(self.encoder.render(self.load(ref)))
+
+
+def read_conversations(path: str) -> Iterator[Conversation]:
+    """All conversations of a file or glob, in order; raises ValueError naming the row that is none."""
+    corpus = Corpus((SourceConfig(path=path),))
+    for row in range(corpus.sizes[0]):
+        try:
+            yield conversation(corpus.read(0, row))
+        except (BrokenRow, Refused) as error:
+            raise ValueError(f"{corpus.place(0, row)}: {error}") from None
 
 
 def build_stream(config: DataConfig, stages: Stages, stream: int) -> Packer:

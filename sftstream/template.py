@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, NamedTuple
 
@@ -23,11 +23,11 @@ from sftstream.records import Conversation, Message, Refused, Rendered, Span
 
 TemplateMessage = dict[str, Any]
 
-MARK = re.compile(r"ZqM(\d+)x(\d+)([be])Zq")
+MARK = re.compile(r"ZqM(\d{1,9})x(\d{1,9})([be])Zq")
 """A marker: message, payload within the message, begin or end. Letters and digits pass through JSON and `trim` unchanged."""
 
-_ERRORS = (jinja2.TemplateError, TypeError)
-# TypeError: a template that adds None to a string, or iterates over what is not there.
+_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+# A template is a program: it adds None to a string, splits by nothing, divides by a count, calls itself.
 
 
 class Payload(NamedTuple):
@@ -75,7 +75,7 @@ class ChatTemplate:
     def rendered(self, conversation: Conversation) -> Rendered:
         """Text and verified spans; raises `Refused`."""
         messages = [_template_message(message) for message in conversation.messages]
-        self._refuse_control_tokens(messages)
+        self._refuse_control_tokens(messages, conversation.tools)
         marked, payloads = _mark(messages)
         try:
             text = self.render(messages, conversation.tools)
@@ -176,17 +176,29 @@ class ChatTemplate:
         except _ERRORS:  # a shape that this template does not know
             return None
 
-    def _refuse_control_tokens(self, messages: list[TemplateMessage]) -> None:
-        for index, message in enumerate(messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
+    def _refuse_control_tokens(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
+        places = [*((f"message {index}", message) for index, message in enumerate(messages)), ("the tools", tools)]
+        for place, value in places:
+            for text in _strings(value):
                 if found := self._control.search(text):
-                    raise Refused("control token in text", f"message {index} contains {found[0]!r} as text")
+                    raise Refused("control token in text", f"{place} contains {found[0]!r} as text")
 
     def _date_variables(self) -> dict[str, Any]:
         if self.date is None:
             return {}
         day = self.date
         return {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in lists and objects, keys among them: a template prints any of it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
 
 
 def _template_message(message: Message) -> TemplateMessage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ class Tokenizer:
 
     def __init__(self, path: str) -> None:
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(path)
+            self.hf: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         if not self.hf.is_fast:
@@ -30,6 +31,9 @@ class Tokenizer:
                 f"tokenizer {path!r} has no tokenizer.json, so its tokens cannot be placed in the text; convert it to a fast one"
             )
         self._backend = self.hf.backend_tokenizer
+        # A tokenizer.json can carry these from other uses; both would change the text without a word.
+        self._backend.no_truncation()
+        self._backend.no_padding()
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -47,9 +51,8 @@ class Tokenizer:
         return next(i for i in (self.hf.pad_token_id, self.hf.eos_token_id, 0) if i is not None)
 
     def json(self) -> str:
-        """All that decides the ids."""
-        text: str = self._backend.to_str()
-        return text
+        """All that decides the ids: how text is divided, what the template's variables say, what fills a pack."""
+        return json.dumps([self._backend.to_str(), self.special_tokens, self.pad_id], sort_keys=True)
 
     def encode(self, rendered: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""

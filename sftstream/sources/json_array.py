@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from sftstream.sources.rows import BOM
+from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow
 
 
 class JsonArray:
@@ -17,14 +17,17 @@ class JsonArray:
         self.path = path
         try:
             self._rows = msgspec.json.decode(path.read_bytes().removeprefix(BOM), type=list[msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise ValueError(f"{path} is not a JSON array of conversations: {error}") from None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, row: int) -> Any:
-        return msgspec.json.decode(self._rows[row])
+        try:
+            return msgspec.json.decode(self._rows[row])
+        except UNDECODABLE as error:  # the array was divided without looking into its strings
+            raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
 
     def place(self, row: int) -> str:
         return f"{self.path}[{row}]"

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.rows import BOM, BrokenRow
+from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow
 
 _CHUNK = 64 << 20
 
@@ -34,7 +34,7 @@ class JsonLines:
             raise RuntimeError(f"{self.place(row)} is no longer there: the file shrank while it was read; restore it")
         try:
             return msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
 
     def place(self, row: int) -> str:

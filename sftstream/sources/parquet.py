@@ -7,6 +7,8 @@ from typing import Any
 
 from pyarrow import ArrowInvalid
 
+from sftstream.sources.rows import identify
+
 
 class Parquet:
     """Row groups are decoded once, into the cache; ranks and workers of a machine share its pages."""
@@ -18,7 +20,9 @@ class Parquet:
         shown = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
-            self._rows = datasets.Dataset.from_parquet(str(path))
+            # The cache knows a file by path and modification time, which a copy or an archive can keep while the content changes.
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / identify(path).sha256
+            self._rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))
         except (datasets.exceptions.DatasetGenerationError, ArrowInvalid) as error:
             raise ValueError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from None
         finally:

@@ -18,6 +18,10 @@ class BrokenRow(ValueError):
     """This row cannot be read; the rows around it can."""
 
 
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What `msgspec.json.decode` raises on bytes that are no JSON, or JSON nested deeper than Python follows."""
+
+
 class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What a file holds, wherever it lies and whenever it was written."""
 

@@ -1,0 +1,133 @@
+"""The file layer: new files forced to the disk and hashed on the way, directories made visible in one step.
+
+The protocol is that of databases: write under new names only, force the data, force the names, switch by one rename,
+force that. A failed fsync is final, because the kernel may have dropped the data it complains about: the whole attempt
+is given up and nothing is tried twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from checkpoints.errors import CorruptCheckpoint
+from checkpoints.manifest import File
+
+logger = logging.getLogger(__name__)
+
+_LAG = 1 << 28
+"""Bytes that hashing may be behind writing. It is the slower of the two, 1.5 GB/s, and so goes on during the fsync."""
+
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+"""Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its missing parents, and forces each new name to the disk."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir()
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Forces the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> File:
+    """Writes a new file part by part and forces it to the disk, with SHA-256 in a thread beside both.
+
+    Parts that a generator copies from a device are held until hashed, `_LAG` bytes and one part at most.
+    """
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with ThreadPoolExecutor(1) as hasher:
+            behind: deque[tuple[Future[None], int]] = deque()
+            for part in parts:
+                size += len(part)
+                behind.append((hasher.submit(digest.update, part), size))
+                _write_all(descriptor, part)
+                while behind and size - behind[0][1] > _LAG:
+                    behind.popleft()[0].result()
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return File(size, digest.hexdigest())
+
+
+def publish(attempt: Path, final: Path) -> None:
+    """Commits a finished attempt under its final name in the same directory: from here on it survives anything."""
+    sync_directory(attempt)
+    os.rename(attempt, final)
+    try:
+        sync_directory(final.parent)
+    except OSError:
+        os.rename(final, attempt)  # A step that may not be on the disk must not look committed.
+        raise
+
+
+def discard(paths: Iterable[Path]) -> None:
+    """Deletes directories. Leftovers do no harm, so a failure is reported and the next save tries again."""
+    for path in paths:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("%s could not be removed (%s); the next save tries again", path, error)
+
+
+@contextmanager
+def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
+    """Opens a committed file of `size` bytes, never a link, pipe or device.
+
+    Raises:
+        CorruptCheckpoint: The file is missing, of another kind or size, or the disk cannot read it.
+    """
+    try:
+        with FileIO(path, opener=_open_unfollowed) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptCheckpoint(f"{path} is not a regular file")
+            if size is not None and status.st_size != size:
+                raise CorruptCheckpoint(f"{path} has {status.st_size} bytes, {size} were committed")
+            yield file
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_into(file: FileIO, begin: int, target: memoryview) -> None:
+    """Fills `target` with the bytes of `file` from `begin` on."""
+    file.seek(begin)
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise CorruptCheckpoint(f"{file.name!s} became shorter while it was read")
+        target = target[count:]
+
+
+def _open_unfollowed(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a pipe that was planted in place of a file would wait for a writer for ever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _write_all(descriptor: int, part: bytes | memoryview) -> None:
+    rest = memoryview(part)
+    while rest:  # One call takes 2 GiB at most.
+        rest = rest[os.write(descriptor, rest) :]

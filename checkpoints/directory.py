@@ -1,0 +1,120 @@
+"""The names under a root and what may happen to them, by one process: rank 0 alone calls what changes anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from checkpoints.commit import discard, make_directory, open_file, publish, sync_directory, write_file
+from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.manifest import MANIFEST, Manifest, Part, decode, encode, merge
+
+logger = logging.getLogger(__name__)
+
+# No leading zeros beyond eight digits: a step has one name only.
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
+_LEFTOVER = re.compile(r"\.step-[0-9]{8,19}\.(tmp|gone)-[0-9a-f]{16}")
+
+_MANIFEST_LIMIT = 1 << 28
+"""Bytes of a manifest, about two million chunks. More is refused unread."""
+
+
+class Directory:
+    """The steps under `root`: `step-00000120` is committed; names with a dot in front are on their way in or out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step-{step:08d}"
+
+    def attempt(self, step: int, token: str) -> Path:
+        """Where a step is written before it is committed."""
+        return self.root / f".{self.path(step).name}.tmp-{token}"
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first. Links do not count."""
+        try:
+            names = [entry.name for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a committed step, checked; raises `CorruptCheckpoint` if it is not this step's."""
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointError(f"{self.root} holds no step {step}; it holds {steps or 'no steps'}")
+        path = self.path(step) / MANIFEST
+        data = _read_manifest(path)
+        try:
+            manifest = decode(data)
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{path}: {error}") from error
+        if manifest.step != step:
+            raise CorruptCheckpoint(f"{path}: it is the manifest of step {manifest.step}")
+        return manifest
+
+    def open(self, step: int, rejected: Collection[int]) -> str:
+        """Makes the directory of an attempt and returns its token. Moves steps aside that were found damaged."""
+        make_directory(self.root)
+        newest = max((other for other in self.steps() if other not in rejected), default=-1)
+        if step <= newest:
+            raise CheckpointError(
+                f"{self.root} already holds step {newest}, so step {step} cannot be saved; to go on from an earlier "
+                "step, move the later ones away or save to another directory"
+            )
+        self._sweep()
+        token = secrets.token_hex(8)
+        for other in set(rejected).intersection(self.steps()):
+            aside = self.root / f"{self.path(other).name}.rejected-{token}"
+            os.rename(self.path(other), aside)
+            logger.warning("step %d was damaged and is now %s", other, aside)
+        self.attempt(step, token).mkdir()
+        return token
+
+    def commit(self, step: int, token: str, parts: list[Part]) -> None:
+        """Makes what the ranks wrote a step: the manifest last, then one rename."""
+        attempt = self.attempt(step, token)
+        manifest = merge(parts, step=step, token=token)
+        manifest.check()
+        unseen = [name for name in manifest.files if not (attempt / name).exists()]
+        if unseen:
+            raise CheckpointError(
+                f"rank 0 does not see {attempt / unseen[0]}; the root must be one that all ranks share"
+            )
+        write_file(attempt / MANIFEST, [encode(manifest)])
+        publish(attempt, self.path(step))
+
+    def abandon(self, step: int, token: str) -> None:
+        """Gives back the room of a failed attempt; what cannot be deleted now is swept by the next save."""
+        shutil.rmtree(self.attempt(step, token), ignore_errors=True)
+
+    def retain(self, keep: int) -> None:
+        """Deletes all but the newest steps, renamed first: one deleted by half never looks like a step."""
+        token = secrets.token_hex(8)
+        gone = []
+        for step in self.steps()[:-keep]:
+            gone.append(self.root / f".{self.path(step).name}.gone-{token}")
+            os.rename(self.path(step), gone[-1])
+        if gone:
+            sync_directory(self.root)
+            discard(gone)
+
+    def _sweep(self) -> None:
+        """Deletes what killed saves and killed deletions left behind."""
+        names = [entry.name for entry in os.scandir(self.root)]
+        discard(self.root / name for name in names if _LEFTOVER.fullmatch(name))
+
+
+def _read_manifest(path: Path) -> bytes:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MANIFEST_LIMIT:
+            raise CorruptCheckpoint(f"{path} has {size} bytes; {_MANIFEST_LIMIT} are the most that is read")
+        return file.read()

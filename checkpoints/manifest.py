@@ -1,0 +1,196 @@
+"""What a step's directory holds, byte by byte. A manifest is believed only whole: sealed, canonical and consistent."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from msgspec import Meta, Struct
+
+from checkpoints.errors import CorruptCheckpoint
+
+MANIFEST = "manifest.json"
+TENSORS = ".safetensors"
+VALUES = ".values"
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The names that the safetensors format gives to element types."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Token = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+# Names are the only part of a manifest that reaches the file system.
+FileName = Annotated[str, Meta(pattern=r"\Arank[0-9]{5}\.(safetensors|values)\Z")]
+
+
+class File(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file's size in bytes and the SHA-256 (hex) of all of them."""
+
+    size: Count
+    sha256: Digest
+
+
+class Span(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes `[begin, end)` of a file."""
+
+    file: FileName
+    begin: Count
+    end: Count
+
+
+class Chunk(Struct, frozen=True, forbid_unknown_fields=True):
+    """A box of a tensor, `sizes` elements from `offsets` on, stored in row-major order."""
+
+    offsets: tuple[Count, ...]
+    sizes: tuple[Count, ...]
+    span: Span
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.sizes)
+
+
+class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole tensor: its element type, its global shape, and the chunks that tile it."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    chunks: list[Chunk]
+
+
+class Part(Struct, frozen=True):
+    """What one rank wrote of a step."""
+
+    files: dict[FileName, File] = {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Span] = {}
+    values: dict[str, Span] = {}
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole of a step. `plain` are the values in the state that are no tensors, `values` those saved beside it.
+
+    `token` names the attempt that wrote the step, `world_size` the number of its ranks.
+    """
+
+    version: Literal[1]
+    step: Count
+    token: Token
+    world_size: Count
+    torch: str
+    files: dict[FileName, File]
+    tensors: dict[str, Tensor]
+    plain: dict[str, Span]
+    values: dict[str, Span]
+
+    def check(self) -> None:
+        """Raises `CorruptCheckpoint` unless each tensor is tiled exactly and no two spans share a byte."""
+        for key, tensor in self.tensors.items():
+            _check_tensor(key, tensor)
+        spans = [chunk.span for tensor in self.tensors.values() for chunk in tensor.chunks]
+        self._check_spans(spans, TENSORS)
+        self._check_spans([*self.plain.values(), *self.values.values()], VALUES)
+
+    def _check_spans(self, spans: list[Span], suffix: str) -> None:
+        file, end = "", 0
+        for span in sorted(spans, key=lambda span: (span.file, span.begin, span.end)):
+            if span.file != file:
+                file, end = span.file, 0
+            if not (file.endswith(suffix) and file in self.files and end <= span.begin <= span.end):
+                raise CorruptCheckpoint(f"a span overlaps another or lies in no file of its kind: {span}")
+            end = span.end
+            if end > self.files[file].size:
+                raise CorruptCheckpoint(f"a span ends behind its file: {span}")
+
+
+class _Sealed(Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: Digest
+    manifest: Manifest
+
+
+def merge(parts: Sequence[Part], *, step: int, token: str) -> Manifest:
+    """The manifest of a step from what each rank wrote, in the ranks' order."""
+    manifest = Manifest(1, step, token, len(parts), str(torch.__version__), {}, {}, {}, {})
+    for part in parts:
+        manifest.files.update(part.files)
+        manifest.plain.update(part.plain)
+        manifest.values.update(part.values)
+        for key, tensor in part.tensors.items():
+            manifest.tensors.setdefault(key, Tensor(tensor.dtype, tensor.shape, [])).chunks.extend(tensor.chunks)
+    return manifest
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as JSON that carries the digest of itself."""
+    digest = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+    return msgspec.json.encode(_Sealed(digest, manifest))
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest that `encode` made into `data`; raises `CorruptCheckpoint` for anything else."""
+    try:
+        sealed = msgspec.json.decode(data, type=_Sealed)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"not a manifest: {error}") from error
+    # Only what the encoder prints is taken: duplicate keys, which decoders resolve silently, cannot pass.
+    if encode(sealed.manifest) != data:
+        raise CorruptCheckpoint("it does not match its own SHA-256")
+    sealed.manifest.check()
+    return sealed.manifest
+
+
+def _check_tensor(key: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise CorruptCheckpoint(f"{key!r} has the unknown type {tensor.dtype!r}")
+    for chunk in tensor.chunks:
+        if not len(chunk.offsets) == len(chunk.sizes) == len(tensor.shape):
+            raise CorruptCheckpoint(f"a chunk of {key!r} has other dimensions than the tensor")
+        if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
+            raise CorruptCheckpoint(f"a chunk of {key!r} lies outside the tensor")
+        if chunk.span.end - chunk.span.begin != chunk.volume * DTYPES[tensor.dtype].itemsize:
+            raise CorruptCheckpoint(f"a chunk of {key!r} has other bytes than elements")
+    stored, total = sum(chunk.volume for chunk in tensor.chunks), math.prod(tensor.shape)
+    if stored != total:
+        raise CorruptCheckpoint(f"the chunks of {key!r} hold {stored} elements, the tensor {total}")
+    if any(_overlaps(tensor.chunks)):
+        raise CorruptCheckpoint(f"two chunks of {key!r} overlap")
+
+
+def _overlaps(chunks: list[Chunk]) -> Iterator[bool]:
+    """Sweeps along the dimension with the most cuts: linear for one-dimensional shards, n^1.5 for a square grid."""
+    boxes = [chunk for chunk in chunks if chunk.volume]
+    if len(boxes) < 2:
+        return
+    axis = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
+    active: list[Chunk] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[axis]):
+        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > box.offsets[axis]]
+        yield any(_intersect(box, other) for other in active)
+        active.append(box)
+
+
+def _intersect(a: Chunk, b: Chunk) -> bool:
+    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in sides)

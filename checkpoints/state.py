@@ -1,0 +1,121 @@
+"""A nested state as flat tensors and plain values, and plain values as bytes. Nothing here touches a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from checkpoints.errors import CorruptCheckpoint
+from checkpoints.manifest import DTYPE_NAMES
+
+_SCALARS = (type(None), bool, float, str, bytes)
+
+
+class Leaf(NamedTuple):
+    """A plain value and the place it stands at, `container[key]`."""
+
+    container: Any
+    key: Any
+    value: Any
+
+
+class FlatState(NamedTuple):
+    """The leaves of a nested state under dotted keys, such as `optimizer.param_groups.0.lr`."""
+
+    tensors: dict[str, torch.Tensor]
+    plain: dict[str, Leaf]
+
+
+def flatten(state: dict[str, Any]) -> FlatState:
+    """Splits nested dicts, and lists that hold dicts or tensors, into leaves. Any other list or tuple is one leaf.
+
+    Raises:
+        ValueError: Two leaves get the same key, or a tensor cannot be stored.
+    """
+    flat = FlatState({}, {})
+    for key, leaf in _walk(state, ""):
+        if key in flat.tensors or key in flat.plain:
+            raise ValueError(f"two entries of the state are both called {key!r}; rename one of them")
+        if isinstance(leaf.value, torch.Tensor):
+            _require_storable(key, leaf.value)
+            flat.tensors[key] = leaf.value
+        else:
+            flat.plain[key] = leaf
+    return flat
+
+
+def encode_value(key: str, value: Any) -> bytes:
+    """A plain value as MessagePack, which keeps NaN, infinities and bytes where JSON does not.
+
+    Raises:
+        TypeError: A part of the value is no None, bool, int, float, str, bytes, list, tuple or dict.
+        ValueError: An int does not fit 64 bits.
+    """
+    _require_plain(key, value)
+    return msgspec.msgpack.encode(value)
+
+
+def decode_value(key: str, data: bytes) -> Any:
+    """What `encode_value` encoded; tuples are lists now."""
+    try:
+        return msgspec.msgpack.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {error}") from error
+
+
+def restore_tuples(value: Any, like: Any) -> Any:
+    """`value` with tuples for lists wherever `like` has a tuple."""
+    match value, like:
+        case list(), list() | tuple():
+            likes = [*like, *[None] * (len(value) - len(like))]
+            items = [restore_tuples(item, other) for item, other in zip(value, likes, strict=False)]
+            return tuple(items) if isinstance(like, tuple) else items
+        case dict(), dict():
+            return {key: restore_tuples(item, like.get(key)) for key, item in value.items()}
+    return value
+
+
+def _walk(container: Any, prefix: str) -> Iterator[tuple[str, Leaf]]:
+    entries = container.items() if isinstance(container, dict) else enumerate(container)
+    for key, value in entries:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) or (isinstance(value, list) and _is_branch(value)):
+            yield from _walk(value, f"{name}.")
+        else:
+            yield name, Leaf(container, key, value)
+
+
+def _is_branch(value: Any) -> bool:
+    """Whether a list's item must be reached by a key of its own. A tuple is not: it could not be filled in place."""
+    return isinstance(value, dict | torch.Tensor) or (isinstance(value, list) and any(map(_is_branch, value)))
+
+
+def _require_storable(key: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided or tensor.is_meta:
+        raise ValueError(
+            f"{key!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; a checkpoint takes strided "
+            f"tensors with memory, of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}"
+        )
+
+
+def _require_plain(key: str, value: Any) -> None:
+    kind = type(value)  # Exact: a subclass would come back as its base.
+    if kind is int:
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"{key!r} holds {value}, which does not fit 64 bits; save it as a str or bytes")
+    elif kind is list or kind is tuple:
+        for item in value:
+            _require_plain(key, item)
+    elif kind is dict:
+        for name, item in value.items():
+            if type(name) not in (str, int):
+                raise TypeError(f"{key!r} holds a dict with the key {name!r}; keys are str or int")
+            _require_plain(key, item)
+    elif kind not in _SCALARS:
+        raise TypeError(
+            f"{key!r} holds a {kind.__module__}.{kind.__qualname__}; a checkpoint takes tensors, None, bool, int, "
+            "float, str, bytes, and lists, tuples and dicts of these"
+        )

@@ -1,0 +1,218 @@
+"""A directory of steps: save one, find the newest that is whole, load it into any other sharding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints.directory import Directory
+from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.manifest import DTYPES, Manifest, Span
+from checkpoints.ranks import Ranks
+from checkpoints.state import FlatState, decode_value, encode_value, flatten, restore_tuples
+from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
+
+logger = logging.getLogger(__name__)
+
+
+class Misfit(NamedTuple):
+    """How a step and a rank's state differ. `changed` are whole phrases, one a key."""
+
+    token: str
+    missing: set[str]
+    surplus: set[str]
+    changed: set[str]
+
+
+class CheckpointStore:
+    """Checkpoints under one root that all ranks see, one directory `step-00000120` a step.
+
+    A step is complete and verified or it does not count. It is written aside, forced to the disk and renamed; a
+    committed step is never written to again, and steps only grow. One run at a time owns a root.
+
+    `save`, `load` and `latest` are collective: all ranks of the default process group call them, and an error on any
+    rank is raised on all. Without `torch.distributed` they work in one process. `steps` and `values` are local.
+
+    Args:
+        root: Created at the first save. Whatever in it has another name than ours is left alone.
+        keep: Committed steps that stay; older ones are deleted after a save.
+    """
+
+    def __init__(self, root: Path | str, *, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least 1 step must stay")
+        self.root = Path(root).absolute()
+        self.keep = keep
+        self.rejected: dict[int, str] = {}
+        """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
+        self._directory = Directory(self.root)
+        self._verified: dict[int, str] = {}
+
+    def steps(self) -> list[int]:
+        """The committed steps by their directories' names, oldest first. Their content is not looked at."""
+        return self._directory.steps()
+
+    def latest(self) -> int | None:
+        """The newest step whose every byte is as it was committed, or None where no step was ever committed.
+
+        Costs one reading of that step's files, shared out among the ranks. A damaged step is reported by a warning and
+        in `rejected`, and the one before it is tried.
+
+        Raises:
+            CorruptCheckpoint: There are steps, and all are damaged. Starting afresh is for people to decide.
+        """
+        ranks = Ranks.current()
+        steps = ranks.lead("listing the steps", None, lambda _: self.steps())
+        self.rejected = {}
+        for step in reversed(steps):
+            reason = self._judge(ranks, step)
+            if reason is None:
+                return step
+            self.rejected[step] = reason
+            if ranks.rank == 0:
+                logger.warning("step %d in %s is damaged and not used: %s", step, self.root, reason)
+        if steps:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in self.rejected.items())
+            raise CorruptCheckpoint(
+                f"no step in {self.root} is whole ({reasons}); repair one, or start afresh in another directory"
+            )
+        return None
+
+    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path:
+        """Commits a step and then deletes what `keep` no longer covers. When it returns, the step survives a power cut.
+
+        Args:
+            step: Must be above every committed step.
+            state: Nested dicts and lists of tensors, DTensors and plain values (None, bool, int of 64 bits, float, str,
+                bytes, and lists, tuples and dicts of them). A tensor that is no DTensor, and a plain value, is the same
+                on every rank.
+            values: Plain values of this rank by key, such as `rng/rank00001`. The step holds those of all ranks.
+
+        Raises:
+            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again.
+        """
+        task = f"saving step {step}"
+        ranks = Ranks.current()
+        writer = ranks.agree(task, lambda: _writer(step, state, values))
+        token = ranks.lead(task, step, self._open)
+        self.rejected = {}
+        attempt = self._directory.attempt(step, token)
+        try:
+            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
+            part = ranks.agree(task, lambda: writer.write(attempt, share))
+            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
+        except CheckpointError:
+            if ranks.rank == 0:
+                self._directory.abandon(step, token)
+            raise
+        ranks.lead(f"deleting steps after step {step}", None, lambda _: self._directory.retain(self.keep))
+        return self._directory.path(step)
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Fills the tensors of `state` in place, whatever their sharding, and replaces its plain values.
+
+        The step's files are verified first, unless `latest` of this store just did. Tuples come back as tuples where
+        `state` has one.
+
+        Raises:
+            CorruptCheckpoint: A file is not what was committed. `state` is as it was.
+            CheckpointError: Keys, shapes or types of `state` are not those of the step. `state` is as it was.
+        """
+        task = f"loading step {step}"
+        ranks = Ranks.current()
+        manifest = ranks.agree(task, lambda: self._verify(step, ranks))
+        flat = ranks.agree(task, lambda: flatten(state))
+        ranks.lead(task, _misfit(flat, manifest), lambda misfits: _require_fit(step, misfits))
+        plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
+        ranks.agree(task, lambda: read_tensors(self._directory.path(step), manifest, flat.tensors))
+        for key, leaf in flat.plain.items():
+            leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
+
+    def values(self, step: int, prefix: str = "") -> dict[str, Any]:
+        """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
+
+        Verifies the files it reads, and no others.
+        """
+        manifest = self._directory.manifest(step)
+        spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
+        return self._read(step, manifest, spans)
+
+    def _judge(self, ranks: Ranks, step: int) -> str | None:
+        """Why a step is not whole, as the lowest rank that sees damage puts it; None if it is."""
+        task = f"verifying step {step}"
+        self._verified.pop(step, None)
+        mine = ranks.agree(task, lambda: self._damage(step, ranks))
+        reason = ranks.lead(task, mine, lambda reasons: next((r for r in reasons if r is not None), None))
+        if reason is not None:
+            self._verified.pop(step, None)
+        return reason
+
+    def _damage(self, step: int, ranks: Ranks) -> str | None:
+        try:
+            self._verified[step] = self._verify(step, ranks).token
+        except CorruptCheckpoint as error:
+            return str(error)
+        return None
+
+    def _verify(self, step: int, ranks: Ranks) -> Manifest:
+        """The manifest of a step, once this rank's share of the files it names is found to be as committed."""
+        manifest = self._directory.manifest(step)
+        if self._verified.get(step) != manifest.token:
+            largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+            verify(self._directory.path(step), manifest, largest_first[ranks.rank :: ranks.size])
+        return manifest
+
+    def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
+        blobs = read_values(self._directory.path(step), manifest, spans)
+        return {key: decode_value(key, blob) for key, blob in blobs.items()}
+
+    def _open(self, steps: list[int]) -> str:
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"the ranks save different steps, {steps}")
+        return self._directory.open(steps[0], self.rejected)
+
+
+def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> StepWriter:
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"the step is {step!r}; it must be an int from 0 to 2**63 - 1")
+    flat = flatten(state)
+    blobs: dict[BlobKey, bytes] = {("plain", key): encode_value(key, leaf.value) for key, leaf in flat.plain.items()}
+    for key, value in values.items():
+        if type(key) is not str:
+            raise TypeError(f"a key of the values is {key!r}; keys are str")
+        blobs["values", key] = encode_value(key, value)
+    return StepWriter(flat.tensors, blobs)
+
+
+def _misfit(flat: FlatState, manifest: Manifest) -> Misfit:
+    wanted = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in flat.tensors.items()}
+    wanted |= dict.fromkeys(flat.plain, "a plain value")
+    saved = {key: f"{DTYPES[tensor.dtype]} {list(tensor.shape)}" for key, tensor in manifest.tensors.items()}
+    saved |= dict.fromkeys(manifest.plain, "a plain value")
+    changed = {
+        f"{key} is {saved[key]} and {wanted[key]} in the state"
+        for key in saved.keys() & wanted.keys()
+        if saved[key] != wanted[key]
+    }
+    return Misfit(manifest.token, wanted.keys() - saved.keys(), saved.keys() - wanted.keys(), changed)
+
+
+def _require_fit(step: int, misfits: list[Misfit]) -> None:
+    """A key is surplus if no rank's state has it: ranks may hold different parts of a model."""
+    if len({misfit.token for misfit in misfits}) > 1:
+        raise CheckpointError(f"the ranks see different directories as step {step}")
+    complaints = {
+        "not in the step": set[str]().union(*(misfit.missing for misfit in misfits)),
+        "only in the step": set.intersection(*(misfit.surplus for misfit in misfits)),
+        "changed": set[str]().union(*(misfit.changed for misfit in misfits)),
+    }
+    found = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in complaints.items() if keys]
+    if found:
+        raise CheckpointError(f"step {step} does not fit this state: {'; '.join(found)}")
+
+
+def _some(keys: set[str]) -> str:
+    shown = sorted(keys)[:5]
+    return ", ".join([*shown, "..."] if len(keys) > len(shown) else shown)

@@ -1,0 +1,69 @@
+"""Fixtures that all tests share. Nothing here reaches a network or a cache outside the test run's own directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before the libraries are imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="sftstream-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tiny
+import torch
+
+from sftstream import ChatEncoder, DataConfig
+from sftstream.sources import Corpus
+from sftstream.stream import Stages
+
+REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a byte-level tokenizer with a chat template."""
+    return tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: str) -> ChatEncoder:
+    return ChatEncoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """48 conversations as JSON lines."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("corpus") / "dialogues.jsonl", tiny.rows(48))
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer: str, corpus_path: str) -> DataConfig:
+    """Two epochs of 48 conversations in four streams."""
+    return tiny.data_config(tokenizer, corpus_path)
+
+
+@pytest.fixture(scope="session")
+def stages(config: DataConfig, encoder: ChatEncoder) -> Stages:
+    return Stages(Corpus(config.sources), encoder)
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """Real conversations, tokenizers and templates, which are no part of the project."""
+    if not REALDATA.is_dir():
+        pytest.skip(f"no real data at {REALDATA}; SFTSTREAM_REALDATA names its directory")
+    return REALDATA

@@ -1,0 +1,168 @@
+"""Training runs as processes of their own: started in milliseconds, killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+# Imports are done once, in a server that forks a fresh process for every rank.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["trainer.main"])
+
+TIMES = ("tokens_per_second", "data_wait", "seconds")
+"""What two equal runs may differ in."""
+
+
+def run_config(tokenizer: str, *sources: str, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A Llama of some 50,000 parameters, ten steps of four packs, a checkpoint at every other; `changes` by table."""
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "steps": 10, "device": "cpu"},
+        "data": {
+            "sources": [{"path": path} for path in sources],
+            "tokenizer": {"path": tokenizer},
+            "streams": 8,
+            "capacity": 128,
+            "global_batch": 4,
+            "window": 8,
+            "workers": 0,
+        },
+        "model": {
+            "vocab_size": 512,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        "optimizer": {"learning_rate": 1e-2},
+        "checkpoint": {"every": 2},
+    }
+    return {name: tables.get(name, {}) | changes.get(name, {}) for name in tables | changes}
+
+
+def sources(directory: Path, count: int = 60) -> str:
+    """Conversations of which one is too long for a pack and one has an unknown role."""
+    bad = [tiny.chat("a question", " ".join(tiny.WORDS * 8)), {"messages": [{"role": "oracle", "content": "?"}]}]
+    return tiny.write_jsonl(directory / "dialogues.jsonl", [*tiny.rows(count), *bad])
+
+
+class Job:
+    """The processes of one start of a run, in `directory`."""
+
+    def __init__(self, directory: Path, config: dict[str, Any], processes: int = 1) -> None:
+        self.directory = directory
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        self._ranks: list[BaseProcess] = [
+            CONTEXT.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            for r in range(processes)
+        ]
+        for rank in self._ranks:
+            rank.start()
+
+    @property
+    def alive(self) -> bool:
+        return all(rank.is_alive() for rank in self._ranks)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank; their loader workers end with them."""
+        for rank in self._ranks:
+            rank.kill()
+        self._join()
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        pid = self._ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def finish(self, timeout: float = 240) -> int:
+        """Wait for the end; the worst exit code. A rank that failed takes the others with it, as under torchrun."""
+        deadline = time.monotonic() + timeout
+        while any(rank.exitcode is None for rank in self._ranks) and time.monotonic() < deadline:
+            if any(rank.exitcode for rank in self._ranks):
+                self.kill()
+            time.sleep(0.02)
+        self.kill()
+        return max((abs(rank.exitcode or 0) for rank in self._ranks), default=0)
+
+    def output(self, rank: int = 0) -> str:
+        return (self.directory / f"rank{rank}.log").read_text()
+
+    def _join(self) -> None:
+        for rank in self._ranks:
+            rank.join(30)
+
+
+def run(directory: Path, config: dict[str, Any], processes: int = 1) -> Job:
+    """A run to its end."""
+    job = Job(directory, config, processes)
+    assert job.finish() == 0, "\n".join(job.output(rank) for rank in range(processes))
+    return job
+
+
+def wait_for(condition: Callable[[], bool], job: Job, timeout: float = 120) -> None:
+    """Until the condition holds or the job has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition() and job.alive and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def metrics(directory: Path, name: str = "run") -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    lines = (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def digests(directory: Path, name: str = "run") -> list[str]:
+    return [line["batch_digest"] for line in metrics(directory, name)]
+
+
+def outcome(directory: Path, name: str = "run") -> dict[str, Any]:
+    """All that two runs must have in common to the last bit."""
+    root = directory / "runs" / name
+    return {
+        "metrics": metrics(directory, name),
+        "refused": (root / "refused.jsonl").read_text(),
+        "weights": (root / "export" / "model.safetensors").read_bytes(),
+    }
+
+
+def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    os.chdir(directory)
+    log = os.open(f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+
+    from trainer.main import main
+
+    torch.set_num_threads(1)
+    path = directory / f"config{environment['RANK']}.toml"
+    path.write_text("".join(f"{name} = {toml(table)}\n" for name, table in config.items()))
+    main([str(path)])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def toml(value: Any) -> str:
+    """A value as TOML, tables inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)

@@ -1,0 +1,105 @@
+"""Promise 1: a run that is killed at any moment and started again is, to the last bit, the run that was never killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
+DRAWS = int(os.environ.get("SFTSTREAM_KILLS") or 12)
+TOPOLOGIES = {"one process": (1, 1), "tp 2": (2, 2), "dp 2": (2, 1), "tp 2 x dp 2": (4, 2)}
+
+
+def test_three_kills_in_a_row_leave_no_trace(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), data={"workers": 1})
+    _compare(tmp_path, config, processes=1, draw=random.Random(SEED), kills=3)
+
+
+def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), checkpoint={"every": 100})
+    whole = _whole(tmp_path / "whole", config)
+    broken = _directory(tmp_path / "broken")
+    job = runs.Job(broken, config)
+    runs.wait_for(lambda: _lines(broken) >= 3, job)
+    job.kill()
+    runs.run(broken, config)
+    assert runs.outcome(broken) == whole
+
+
+def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), schedule={"kind": "cosine", "over": "data", "warmup": 2})
+    del config["run"]["steps"]
+    config["run"]["epochs"] = 2
+    _compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(DRAWS))
+def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str) -> None:
+    draw = random.Random(f"{SEED}/{number}")
+    name = list(TOPOLOGIES)[number % len(TOPOLOGIES)] if DRAWS >= len(TOPOLOGIES) else draw.choice(list(TOPOLOGIES))
+    processes, tp = TOPOLOGIES[name]
+    workers, kills = draw.choice([0, 1, 2]), draw.randint(3, 5)
+    print(f"seed {SEED}, draw {number}: {name}, {workers} workers, {kills} kills")
+    config = runs.run_config(
+        tokenizer,
+        runs.sources(tmp_path),
+        data={"workers": workers, "prefetch": draw.choice([1, 4])},
+        parallel={"tp": tp},
+        checkpoint={"every": draw.choice([1, 2, 3])},
+    )
+    _compare(tmp_path, config, processes, draw, kills)
+
+
+def _compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random.Random, kills: int) -> None:
+    began = time.monotonic()
+    whole = _whole(tmp_path / "whole", config, processes)
+    duration = time.monotonic() - began
+    broken = _directory(tmp_path / "broken")
+    for _ in range(kills):
+        _killed(broken, config, processes, draw, duration)
+    runs.run(broken, config, processes)
+    assert runs.outcome(broken) == whole, f"seed {SEED}"
+
+
+def _killed(directory: Path, config: dict[str, Any], processes: int, draw: random.Random, duration: float) -> None:
+    """A start that is killed while a checkpoint is written, or after a line of metrics, or just some time."""
+    job = runs.Job(directory, config, processes)
+    match draw.choice(["saving", "step", "time"]):
+        case "saving":
+            committed = set(_attempts(directory))
+            runs.wait_for(lambda: bool(set(_attempts(directory)) - committed), job)
+            time.sleep(draw.random() * 0.01)
+        case "step":
+            lines, more = _lines(directory), draw.randint(1, 3)
+            runs.wait_for(lambda: _lines(directory) >= lines + more, job)
+        case "time":
+            time.sleep(draw.random() * duration)
+    job.kill()
+
+
+def _whole(directory: Path, config: dict[str, Any], processes: int = 1) -> dict[str, Any]:
+    runs.run(_directory(directory), config, processes)
+    return runs.outcome(directory)
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _lines(directory: Path) -> int:
+    path = directory / "runs" / "run" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _attempts(directory: Path) -> list[str]:
+    """Checkpoints that are being written: their names differ from a committed step's."""
+    root = directory / "runs" / "run" / "checkpoints"
+    return [path.name for path in root.iterdir() if not path.name.removeprefix("step-").isdigit()] if root.exists() else []

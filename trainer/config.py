@@ -1,0 +1,170 @@
+"""A run in one TOML file: typed, checked once, with `section.key=value` overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from sftstream import DataConfig
+from trainer.model import LlamaConfig
+from trainer.optimizer import OptimizerConfig, ScheduleConfig
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the run is called and when it ends."""
+
+    name: str = "run"
+    """Output goes to `runs/<name>`; the same name goes on where it was."""
+    seed: int = 0
+    """Keys the weights of a new model and the order of the data."""
+    steps: int | None = None
+    """Optimizer steps after which the run ends; may be raised later."""
+    epochs: int | None = None
+    """Or passes over all conversations."""
+    deterministic: bool = True
+    """Only kernels that give the same bits each time; what has none is an error."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What layers compute in; weights and optimizer stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs: one of them ends the run")
+        for field in ("steps", "epochs"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this run goes."""
+        return Path("runs") / self.name
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Hugging Face directory to start from, or the shape of a new Llama."""
+
+    init_from: str | None = None
+    shape: LlamaConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.init_from is None) == (self.shape is None):
+            raise ValueError("give either init_from (a Hugging Face directory) or the shape of a new model")
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How ranks share the work; data parallelism is what tensor parallelism leaves."""
+
+    tp: int = 1
+    """Ranks that share each layer."""
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise ValueError(f"tp = {self.tp} must be at least 1")
+
+
+class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When to save, and how much to keep."""
+
+    every: int = 100
+    """Steps between checkpoints; the end of a run is saved as well."""
+    keep: int = 3
+    """Newest checkpoints that stay."""
+
+    def __post_init__(self) -> None:
+        for field in ("every", "keep"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+
+
+class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Questions that the finished model answers; the last message of each conversation is the answer expected."""
+
+    path: str
+    """A file of conversations in any known layout."""
+    show: int = 5
+    """Answers to print."""
+    max_new_tokens: int = 64
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule.over == "data" and self.run.epochs is None:
+            raise ValueError(
+                'schedule.over = "data" needs run.epochs: an endless stream makes no progress; use "steps"'
+            )
+        fades = self.schedule.kind != "constant" and self.schedule.over == "steps"
+        if fades and self.schedule.steps is None and self.run.steps is None:
+            raise ValueError(
+                f"a {self.schedule.kind} schedule needs its length: the number of steps of {self.run.epochs} epochs is not known "
+                'before they end; set schedule.over = "data" or schedule.steps'
+            )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config in `path` with `section.key=value` overrides; raises ValueError naming the key that is wrong."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {str(path)!r} is not TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return parse_config(table)
+
+
+def parse_config(table: dict[str, Any]) -> TrainConfig:
+    """A config from its TOML tables."""
+    run, data = table.get("run", {}), table.get("data", {})
+    for key in ("seed", "epochs"):
+        if key in data:
+            raise ValueError(f"data.{key} is set by run.{key} in a training run; move it there")
+        if key in run:
+            data = {**data, key: run[key]}
+    # In the file the shape stands beside init_from.
+    model = dict(table.get("model", {}))
+    own = {key: model.pop(key) for key in ("init_from",) if key in model}
+    if model:
+        own["shape"] = model
+    try:
+        return msgspec.convert({**table, "data": data, "model": own}, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"{override!r} is no override; write section.key=value")
+    *path, last = key.split(".")
+    place: Any = table
+    for name in path:
+        place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        if not isinstance(place, dict | list):
+            raise ValueError(f"override {key!r}: {name!r} is a value, not a table")
+    place[int(last) if isinstance(place, list) else last] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string

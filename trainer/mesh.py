@@ -1,0 +1,94 @@
+"""Processes, devices and who is who among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sftstream import Shard
+from trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place: data-parallel coordinate `dp`, and `tp` within the ranks that share its layers."""
+
+    mesh: DeviceMesh
+    device: torch.device
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel coordinates."""
+        return self.mesh["dp"].size()
+
+    @property
+    def tp(self) -> int:
+        """Ranks of one data-parallel coordinate."""
+        return self.mesh["tp"].size()
+
+    @property
+    def shard(self) -> Shard:
+        """What this rank's data-parallel coordinate reads."""
+        return Shard(self.mesh.get_local_rank("dp"), self.dp)
+
+    @property
+    def leads(self) -> bool:
+        """This rank reads for the others of its coordinate."""
+        return self.mesh.get_local_rank("tp") == 0
+
+    @property
+    def first(self) -> bool:
+        """This rank writes the run's files and talks to people."""
+        return dist.get_rank() == 0
+
+    def describe(self) -> str:
+        """The topology in words."""
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{dist.get_world_size()} x {kind} (dp {self.dp} x tp {self.tp})"
+
+
+@contextmanager
+def distributed(config: TrainConfig) -> Iterator[Topology]:
+    """Join the process group that torchrun announced, or be a group of one; leave it at the end."""
+    device = _device(config)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    alone = "MASTER_PORT" not in os.environ
+    # gloo beside NCCL: counts and packs of a step are agreed on between CPUs, without waiting for the device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
+        backend
+    )
+    try:
+        yield Topology(_mesh(device, config.parallel.tp), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(config: TrainConfig) -> torch.device:
+    kind = config.run.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError('run.device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _mesh(device: torch.device, tp: int) -> DeviceMesh:
+    world = dist.get_world_size()
+    if world % tp:
+        raise ValueError(
+            f"parallel.tp = {tp} does not divide the {world} processes of this run; start a multiple of {tp}"
+        )
+    return init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))

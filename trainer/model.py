@@ -1,0 +1,283 @@
+"""Llama, as Hugging Face's `LlamaForCausalLM` computes it, on one pack: no batch dimension, no cache, no mask."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from trainer.attention import Segments, attend
+
+
+class Llama3Scaling(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="llama3"
+):
+    """Llama 3.1's stretching of the context: long wavelengths by `factor`, short ones not, those between smoothly."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope_scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, not {self}")
+
+
+class LinearScaling(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="linear"
+):
+    """All wavelengths stretched by `factor`."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling needs factor >= 1, not {self.factor}")
+
+
+class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of a Llama, in Hugging Face's words; defaults are Llama 3's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
+    rope_theta: float = 500000.0
+    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 8192
+    """The longest conversation in tokens that the positions are meant for."""
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for multiple, divisor in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, multiple) % getattr(self, divisor):
+                raise ValueError(
+                    f"{multiple} {getattr(self, multiple)} must be a multiple of {divisor} {getattr(self, divisor)}"
+                )
+        if self.head_size < 2 or self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
+        if self.rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range < 0:
+            raise ValueError("rope_theta and rms_norm_eps must be above 0 and initializer_range not below")
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that read one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def gate_block(self) -> int:
+        """Channels of one block of the fused gate and up projection.
+
+        There are as many blocks as every tensor-parallel size that divides both the intermediate size and the key-value
+        heads allows, so that any such size gets whole blocks and the stored layout knows no topology.
+        """
+        return self.intermediate_size // math.gcd(self.intermediate_size, self.num_key_value_heads)
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the positions' angles, each `(T, 1, 1, D / 2)`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. The rows of `qkv` go by key-value head, `[its queries..., key, value]`.
+
+    So a contiguous share of the rows is a set of whole groups, which is what a tensor-parallel rank needs.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.queries = config.heads_per_group
+        self.head_size = config.head_size
+        width = config.num_attention_heads * config.head_size
+        rows = config.num_key_value_heads * (self.queries + 2) * config.head_size
+        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
+        self.output = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+        # (T, groups of this rank, queries + 2, D): the groups are counted from the rows there are.
+        qkv = self.qkv(x).unflatten(1, (-1, self.queries + 2, self.head_size))
+        q, k, v = qkv.split((self.queries, 1, 1), dim=2)
+        q, k, v = (t.flatten(1, 2) for t in (rotate(q, rotation), rotate(k, rotation), v))
+        return self.output(attend(q, k, v, segments).flatten(1))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward. The rows of `gate_up` go by block, `[gate, up]`, for the same reason as those of `qkv`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.block = config.gate_block
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).unflatten(1, (-1, 2, self.block)).unbind(2)
+        return self.down((F.silu(gate) * up).flatten(1))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, segments)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class Select(nn.Module):
+    """The rows that go on to the vocabulary; a module so that a sharded sequence can be gathered before it."""
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return hidden[positions]
+
+
+class Llama(nn.Module):
+    """The model. Its weights are arbitrary until `init_weights` or `load_weights` has set them."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.select = Select()
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        # Not a buffer: a cast of the model to bf16 would ruin it, and a model made on "meta" would lose it.
+        self.frequencies = inverse_frequencies(config)
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's where the config says so; again after a parameter was replaced."""
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None
+    ) -> Tensor:
+        """Logits `(T, vocabulary)` of a pack, or `(n, vocabulary)` of those of its `positions`.
+
+        `input_ids` and `position_ids` are int64 `(T,)`, `positions` int64 `(n,)` indices into the pack, each at most
+        once. Under tensor parallelism every rank of the group passes the same, and the logits are a DTensor sharded
+        over the vocabulary.
+        """
+        hidden = self.hidden(input_ids, position_ids, segments)
+        return self.head(hidden if positions is None else self.select(hidden, positions))  # type: ignore[no-any-return]
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
+        """The normed hidden states `(T, hidden_size)`; under tensor parallelism a DTensor sharded over `T`."""
+        x = self.embedding(input_ids)
+        rotation = self.rotation(position_ids, x.dtype)
+        for block in self.blocks:
+            x = block(x, rotation, segments)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
+        """Angles in fp32, cosines and sines in `dtype`, as Hugging Face has them."""
+        if self.frequencies.device != position_ids.device:
+            self.frequencies = self.frequencies.to(position_ids.device)
+        angles = (position_ids[:, None].float() * self.frequencies)[:, None, None]
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on `(T, ..., D)`, pairing channel i with i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def inverse_frequencies(config: LlamaConfig) -> Tensor:
+    """Radians a position for each pair of channels, fp32 `(D / 2,)` on the CPU, so that every device has these bits."""
+    channels = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rope_theta ** (channels / config.head_size)
+    match config.rope_scaling:
+        case Llama3Scaling() as scaling:
+            return _llama3_frequencies(frequencies, scaling)
+        case LinearScaling(factor=factor):
+            return frequencies / factor
+        case None:
+            return frequencies
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    # The share of the unscaled frequency goes from 0 to 1 between the two wavelengths that the factors name.
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
+    share = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """Set every weight from `(seed, its name)` alone: norms to 1, the others normal(0, initializer_range).
+
+    The full tensor is drawn on the CPU and each rank keeps its share, so the bits are the same on any topology and any
+    device. Costs one full tensor of host memory at a time.
+    """
+    for name, parameter in model.named_parameters():
+        full = torch.ones(parameter.shape)
+        if parameter.ndim > 1:
+            full.normal_(0.0, model.config.initializer_range, generator=_generator(seed, name))
+        local(parameter).copy_(full[window(parameter)])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def window(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the full tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    # What distributed checkpoints ask a sharded tensor; it knows the strided shards of two mesh dimensions as well.
+    (part,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))

@@ -1,0 +1,99 @@
+"""A finished Llama spread over a mesh: tensor parallelism inside its layers, sharded data parallelism around them."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from trainer.model import Llama, LlamaConfig
+
+
+def parallelize(model: Llama, mesh: DeviceMesh, *, capacity: int, compute_dtype: torch.dtype | None = None) -> Llama:
+    """Shard `model` in place over `mesh`, whose dimensions are named "dp" and "tp", and return it.
+
+    `capacity` is the tokens of a pack. `compute_dtype` is what layers compute in where that isn't the parameters' dtype;
+    gradients are then reduced in fp32. A model on "meta" is sharded without memory: `to_empty` and `tie` it afterwards
+    and set its weights. Where nothing is to be split or cast, nothing is wrapped.
+
+    Gradients come out summed over "dp", not averaged; those of the norms are partial sums over "tp" until
+    `clip_by_global_norm` or the optimizer completes them, once a step instead of once a pack.
+
+    Raises ValueError where the model or the capacity can't be divided by the size of "tp".
+    """
+    dp, tp = mesh["dp"], mesh["tp"]
+    if tp.size() > 1:
+        check_divisible(model.config, capacity, tp.size())
+        _shard_tensors(model, tp)
+    if dp.size() > 1 or compute_dtype not in (None, model.norm.weight.dtype):
+        _shard_data(model, dp, compute_dtype)
+    return model
+
+
+def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
+    """Raise ValueError, naming the sizes that would do, where `tp` does not divide what it splits."""
+    split = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "capacity": capacity,
+    }
+    uneven = [f"{name} {size}" for name, size in split.items() if size % tp]
+    if uneven:
+        possible = [n for n in range(1, config.num_key_value_heads + 1) if not any(size % n for size in split.values())]
+        raise ValueError(f"tp {tp} does not divide {', '.join(uneven)}: choose a tp of {possible}")
+
+
+def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
+    # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
+    parallelize_module(model, tp, _tensor_parallel_plan(), src_data_rank=None)
+    model.tie()
+
+
+def _tensor_parallel_plan() -> dict[str, ParallelStyle]:
+    """Megatron-LM's split with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
+
+    Between the layers each rank has `T / tp` tokens, inside attention and feed-forward all tokens and its share of the
+    heads and channels. The logits stay split over the vocabulary.
+    """
+    rows, all_rows = Shard(0), Replicate()
+    return {
+        "embedding": RowwiseParallel(input_layouts=all_rows, output_layouts=rows),
+        "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
+        "blocks.*.attention.qkv": ColwiseParallel(input_layouts=rows),
+        "blocks.*.attention.output": RowwiseParallel(output_layouts=rows),
+        "blocks.*.mlp_norm": SequenceParallel(sequence_dim=0),
+        "blocks.*.mlp.gate_up": ColwiseParallel(input_layouts=rows),
+        "blocks.*.mlp.down": RowwiseParallel(output_layouts=rows),
+        "norm": SequenceParallel(sequence_dim=0),
+        "select": PrepareModuleInputOutput(
+            input_layouts=(rows, None),
+            desired_input_layouts=(all_rows, None),
+            use_local_input=True,
+            output_layouts=all_rows,
+            desired_output_layouts=all_rows,
+            use_local_output=False,
+        ),
+        "head": ColwiseParallel(input_layouts=rows, output_layouts=Shard(1), use_local_output=False),
+    }
+
+
+def _shard_data(model: Llama, dp: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # The root keeps embedding, norm and head together: tied, the two ends are one parameter.
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=dp, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else a factor asks for an operation that gloo lacks

@@ -1,0 +1,164 @@
+"""What a checkpoint of a run holds, and how a run goes on from it: exactly, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from checkpoints import CheckpointStore
+from sftstream import DataState, StreamState
+from trainer.config import TrainConfig
+from trainer.mesh import Topology
+from trainer.model import Llama, LlamaConfig
+from trainer.optimizer import OptimizerConfig, ScheduleConfig
+
+STREAM, RNG = "data/stream/", "rng/"
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a run is."""
+
+    step: int = 0
+    """Steps finished."""
+    rows: int = 0
+    """Conversations given or refused."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    finished: bool = False
+    """The data has ended."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the numbers of a run depend on besides its data and its hardware."""
+
+    seed: int
+    model: LlamaConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    compute_dtype: str
+    steps: int | None
+    """The run's length where the schedule depends on it."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: LlamaConfig, compute_dtype: torch.dtype) -> Settings:
+        schedule = config.schedule
+        fades = schedule.kind != "constant" and schedule.over == "steps" and schedule.steps is None
+        return cls(
+            seed=config.run.seed,
+            model=model,
+            optimizer=config.optimizer,
+            schedule=schedule,
+            compute_dtype=str(compute_dtype).removeprefix("torch."),
+            steps=config.run.steps if fades else None,
+        )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run as its newest checkpoint has it; a new run where there is none."""
+
+    progress: Progress
+    data: DataState | None
+
+
+def capture(
+    store: CheckpointStore,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    data: DataState | None,
+    settings: Settings,
+    topology: Topology,
+) -> None:
+    """Commit the run after its `progress.step`-th step. `data` is None on ranks that do not read."""
+    values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
+    if data is not None:
+        # One value a logical stream: any other topology finds its own among them.
+        values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
+    if topology.first:
+        assert data is not None
+        values["data/run"] = {"identity": msgspec.to_builtins(data.identity), "packs": data.packs}
+        values["progress"] = msgspec.to_builtins(progress)
+        values["settings"] = msgspec.to_builtins(settings)
+        values["topology"] = [topology.dp, topology.tp]
+    store.save(progress.step, _tensors(model, optimizer), values)
+
+
+def restore(
+    store: CheckpointStore,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    topology: Topology,
+    step: int,
+) -> Restored:
+    """Set model, optimizer and random generators as they were after `step`; raises ValueError where that is not this run."""
+    values = store.values(step)
+    _require_same(msgspec.convert(values["settings"], Settings), settings, step)
+    state = _tensors(model, optimizer)
+    store.load(step, state)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    _restore_rng(values, settings.seed, step, topology)
+    streams = {
+        int(key.removeprefix(STREAM)): msgspec.msgpack.decode(blob, type=StreamState)
+        for key, blob in values.items()
+        if key.startswith(STREAM)
+    }
+    data = DataState.parse({**values["data/run"], "streams": msgspec.to_builtins(streams, str_keys=True)})
+    return Restored(msgspec.convert(values["progress"], Progress), data)
+
+
+def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    # These also make the state of an optimizer that has not stepped yet, without which nothing of it would be loaded.
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _require_same(saved: Settings, now: Settings, step: int) -> None:
+    before, after = _leaves(msgspec.to_builtins(saved)), _leaves(msgspec.to_builtins(now))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if not changed:
+        return
+    fields = "; ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed)
+    also = ", or keep the schedule of a longer run by schedule.steps" if "steps" in changed else ""
+    raise ValueError(
+        f"the checkpoint of step {step} was made with other settings, and going on with these would not be the same run: "
+        f"{fields}. Restore them, or give the run another name{also}"
+    )
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        key: leaf for name, item in value.items() for key, leaf in _leaves(item, f"{path}.{name}".lstrip(".")).items()
+    }
+
+
+def _rng_state(topology: Topology) -> dict[str, bytes]:
+    state = {"cpu": torch.get_rng_state()}
+    if topology.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(topology.device)
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+def _restore_rng(values: dict[str, Any], seed: int, step: int, topology: Topology) -> None:
+    """Each rank's generators on the same topology; on another, where there is no such rank, new ones from (seed, step, rank)."""
+    rank = dist.get_rank()
+    saved = values.get(f"{RNG}{rank:05d}", {})
+    if values["topology"] != [topology.dp, topology.tp] or (topology.device.type == "cuda") != ("cuda" in saved):
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+        return
+    torch.set_rng_state(torch.frombuffer(bytearray(saved["cpu"]), dtype=torch.uint8))
+    if "cuda" in saved:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(saved["cuda"]), dtype=torch.uint8), topology.device)

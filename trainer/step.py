@@ -1,0 +1,69 @@
+"""One optimizer step: the packs of a global batch, forward and backward, clipped, applied."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from sftstream import IGNORE_INDEX, Pack
+from trainer.attention import Segments
+from trainer.loss import summed_cross_entropy
+from trainer.mesh import Topology
+from trainer.model import Llama
+from trainer.optimizer import clip_by_global_norm
+
+
+class StepResult(NamedTuple):
+    """`loss` is the mean cross-entropy, in nats, over the trained tokens of the global batch."""
+
+    loss: float
+    grad_norm: float
+
+
+def train_step(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    packs: list[Pack],
+    topology: Topology,
+    *,
+    trained_tokens: int,
+    learning_rate: float,
+    clip: float | None,
+) -> StepResult:
+    """Take one step on this rank's `packs`, one after the other.
+
+    `trained_tokens` is the count of the whole global batch, by which every token's loss is divided: not a mean of means.
+    A batch without a trained token leaves the model alone.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    scale = 1 / max(trained_tokens, 1)
+    total = torch.zeros((), device=topology.device)
+    for number, pack in enumerate(packs, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(packs))
+        loss = _pack_loss(model, pack, topology.device)
+        (loss * scale).backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=topology.mesh["dp"].get_group())
+    grad_norm = clip_by_global_norm(model.parameters(), clip)
+    if trained_tokens:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return StepResult(total.item() * scale, float(grad_norm))
+
+
+def _pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
+    # Found on the CPU, where the labels come from: asking a GPU how many there are would wait for it.
+    trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
+    labels = pack.labels[trained]
+    input_ids, position_ids, cu_seqlens, trained, labels = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, labels)
+    )
+    logits = model(input_ids, position_ids, Segments(cu_seqlens, pack.max_seqlen), trained)
+    return summed_cross_entropy(logits, labels)
