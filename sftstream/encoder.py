@@ -55,7 +55,7 @@ def _template_text(template: str) -> str:
     if "{%" in template or "{{" in template:
         return template
     try:
-        return Path(template).expanduser().read_text()
+        return Path(template).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"chat template {template!r} cannot be read: {error.strerror}; give a file or the Jinja text"

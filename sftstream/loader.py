@@ -66,7 +66,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
             node = nodes[stream] = nodes.get(stream) or self._open(stream)
             try:
                 pack = next(node)
-            except ValueError as error:
+            except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
             # Bytes of a frozen record: cheap to send, and only the stream that moved differs from what was sent before.
@@ -123,14 +123,10 @@ class PackLoader:
         return self
 
     def __next__(self) -> Pack:
-        if self.exhausted and self.packs % self.config.global_batch == 0:
+        if self._finished:
             self.close()
             raise StopIteration
-        if self._packs is None:
-            self._packs = self._open()
-        pack = next(self._packs)
-        if isinstance(pack, Failed):
-            raise ValueError(pack.message)
+        pack = self._load()
         if pack.last:
             self._dry.add((self.packs + self.shard.index) % self.config.streams)
         self._given += 1
@@ -141,7 +137,11 @@ class PackLoader:
 
         Once its own streams have run dry they are empty, so that it can take part in the steps of shards that end later.
         """
-        return [next(self, None) or self._empty() for _ in range(self.config.global_batch // self.shard.count)]
+        count = self.config.global_batch // self.shard.count
+        if self._finished:
+            self.close()
+            return [self._empty() for _ in range(count)]
+        return [next(self) for _ in range(count)]
 
     @property
     def packs(self) -> int:
@@ -180,6 +180,23 @@ class PackLoader:
         if self._packs is not None:
             self._start, self._given = self.state, 0
             self._packs = self._loader = None
+
+    @property
+    def _finished(self) -> bool:
+        return self.exhausted and self.packs % self.config.global_batch == 0
+
+    def _load(self) -> Pack:
+        if self._packs is None:
+            self._packs = self._open()
+        try:
+            pack = next(self._packs)
+            if isinstance(pack, Failed):
+                raise ValueError(pack.message)
+        except BaseException:
+            # StatefulDataLoader would go on without the worker that failed: in another order, or to a false end.
+            self.close()
+            raise
+        return pack
 
     def _empty(self) -> Pack:
         self._given += 1

@@ -198,11 +198,11 @@ class Packer(BaseNode[Pack]):
                 item = next(self.source)
             except StopIteration:
                 break
+            if not isinstance(item, Refusal) and len(item.value.tokens) > self._config.capacity:
+                item = _too_long(item.ref, len(item.value.tokens), self._config.capacity)
             if isinstance(item, Refusal):
                 refused.append(item)
                 self._check_hope(fresh, refused)
-            elif len(item.value.tokens) > self._config.capacity:
-                refused.append(_too_long(item.ref, len(item.value.tokens), self._config.capacity))
             else:
                 segment = Segment(item.ref.source, item.ref.row, len(item.value.tokens), item.ref.epoch)
                 self._examples[segment] = item.value

@@ -268,7 +268,7 @@ def _locate(with_marks: str, text: str, payloads: Mapping[tuple[int, int], str])
     pieces.append(with_marks[at:])
     if "".join(pieces) != text:
         raise Refused("template rewrites text", "the render changes by more than markers when its payloads are marked")
-    for message, part in payloads.keys() - {(p.message, p.part) for p in found}:
+    for message, part in sorted(payloads.keys() - {(p.message, p.part) for p in found}):
         raise Refused("template drops text", f"message {message}: {_excerpt(payloads[message, part])} is not printed")
     for payload in found:
         _check_verbatim(text[payload.start : payload.end], payloads[payload.message, payload.part], payload.message)

@@ -31,7 +31,7 @@ def run_config(tokenizer: str, *sources: str, **changes: dict[str, Any]) -> dict
             "sources": [{"path": path} for path in sources],
             "tokenizer": {"path": tokenizer},
             "streams": 8,
-            "capacity": 128,
+            "capacity": 256,
             "global_batch": 4,
             "window": 8,
             "workers": 0,
@@ -85,14 +85,16 @@ class Job:
         os.kill(pid, number)
 
     def finish(self, timeout: float = 240) -> int:
-        """Wait for the end; the worst exit code. A rank that failed takes the others with it, as under torchrun."""
+        """Wait for the end; the first exit code that is not 0. Its rank takes the others with it, as under torchrun."""
         deadline = time.monotonic() + timeout
-        while any(rank.exitcode is None for rank in self._ranks) and time.monotonic() < deadline:
-            if any(rank.exitcode for rank in self._ranks):
+        while time.monotonic() < deadline:
+            codes = [rank.exitcode for rank in self._ranks]
+            if any(codes) or None not in codes:
                 self.kill()
+                return next((code for code in codes if code), 0)
             time.sleep(0.02)
         self.kill()
-        return max((abs(rank.exitcode or 0) for rank in self._ranks), default=0)
+        raise TimeoutError(f"the run did not end within {timeout} s")
 
     def output(self, rank: int = 0) -> str:
         return (self.directory / f"rank{rank}.log").read_text()
@@ -139,7 +141,7 @@ def outcome(directory: Path, name: str = "run") -> dict[str, Any]:
 def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     os.chdir(directory)
-    log = os.open(f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     import torch

@@ -65,11 +65,9 @@ def _byte_level() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges: dict[tuple[str, str], None] = {}
     for word in WORDS:
-        for text in (word, f"Ġ{word}"):  # Ġ is how the byte-level alphabet writes a space
-            left = text[0]
-            for right in text[1:]:
-                merges[left, right] = None
-                left += right
+        for end in range(1, len(word)):
+            merges[word[:end], word[end]] = None
+        merges["Ġ", word] = None  # how the byte-level alphabet writes a space
     vocabulary = {token: i for i, token in enumerate([*alphabet, *dict.fromkeys("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -150,8 +150,8 @@ class Run:
         step = self.progress.step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise ValueError(
-                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; lower optimizer.learning_rate, "
-                f"and look at the step's conversations: the run can be repeated from the checkpoint before it"
+                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; lower "
+                "optimizer.learning_rate, or look at the step's conversations: the same command repeats it"
             )
         self.progress = Progress(
             step=step,
@@ -240,7 +240,8 @@ class Run:
     def _say_where(self) -> None:
         run, parameters = self.config.run, sum(p.numel() for p in self.model.parameters())
         self.display.say(
-            f"{run.directory}: a Llama of {parameters:,} parameters on {self.total_rows:,} conversations; {self.topology.describe()}"
+            f"{run.directory}: a Llama of {parameters:,} parameters on {self.total_rows:,} conversations; "
+            f"{self.topology.describe()}"
         )
         for step, reason in self.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")

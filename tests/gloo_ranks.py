@@ -1,0 +1,71 @@
+"""Runs a function on several ranks, each a process of its own, joined by gloo through a file: no port is needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The server imports torch once; a rank then starts in some 50 ms, with no thread of this process copied into it.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch._dynamo", "checkpoints"]
+)
+
+
+def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`work(rank, *args)` on `size` ranks; their results in order. Fails if a rank raises or outlasts `timeout` s."""
+    with tempfile.TemporaryDirectory() as meeting:
+        started = [_start(rank, size, meeting, work, args) for rank in range(size)]
+        try:
+            results = [_receive(pipe, rank, timeout) for rank, (_, pipe) in enumerate(started)]
+        finally:
+            for process, _ in started:
+                process.kill()
+                process.join()
+    errors = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]
+
+
+def join(rank: int, size: int, meeting: str) -> None:
+    """Makes this process a rank."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    store = f"file://{Path(meeting) / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+
+
+def _start(
+    rank: int, size: int, meeting: str, work: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Any, Connection]:
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_run, args=(rank, size, meeting, theirs, work, args), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _run(rank: int, size: int, meeting: str, pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        join(rank, size, meeting)
+        pipe.send((None, work(rank, *args)))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+        raise
+    signal.pause()  # Stays until all have answered: a rank that leaves first breaks the others' last collective.
+
+
+def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[str | None, Any]:
+    if not pipe.poll(timeout):
+        return f"no answer from rank {rank} within {timeout} s", None
+    return pipe.recv()

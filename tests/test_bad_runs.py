@@ -1,0 +1,115 @@
+"""What a user can get wrong in a run: one line that names the place, the value and the remedy, and exit code 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+
+
+def _fails(directory: Path, config: dict[str, Any], processes: int = 1) -> str:
+    """The run's error line."""
+    job = runs.Job(directory, config, processes)
+    assert job.finish() == 1, job.output()
+    lines = [line for line in job.output().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, job.output()
+    assert "Traceback" not in job.output()
+    return lines[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer: str) -> dict[str, Any]:
+    return runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 2})
+
+
+def test_a_missing_source(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["sources"] = [{"path": "nowhere/*.jsonl"}]
+    assert "source 'nowhere/*.jsonl' matches no file" in _fails(tmp_path, config)
+
+
+def test_a_missing_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["tokenizer"] = {"path": "nowhere"}
+    assert "tokenizer 'nowhere' cannot be loaded" in _fails(tmp_path, config)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["model"]["vocab_size"] = 256
+    assert "the tokenizer has 510 tokens, model.vocab_size is 256; raise it to 510 or more" in _fails(tmp_path, config)
+
+
+def test_a_model_directory_that_is_none(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["model"] = {"init_from": "nowhere"}
+    assert "nowhere" in _fails(tmp_path, config)
+
+
+def test_a_global_batch_that_the_ranks_cannot_share(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["global_batch"] = 3
+    assert "global_batch = 3 packs cannot be shared by 2 shards; 1 or 3 can share them" in _fails(tmp_path, config, 2)
+
+
+def test_a_tensor_parallel_size_that_does_not_divide(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["parallel"] = {"tp": 2}
+    assert "parallel.tp = 2 does not divide the 1 processes" in _fails(tmp_path, config)
+    config["model"]["num_key_value_heads"] = 1
+    assert "num_key_value_heads" in _fails(tmp_path, config, 2)
+
+
+def test_rows_of_which_none_can_be_trained(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
+    line = _fails(tmp_path, config)
+    assert "found none to train (unknown layout: 5)" in line
+    assert "columns ['text'] match none of" in line
+
+
+def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:
+    runs.run(tmp_path, config)
+    config["run"]["steps"] = 4
+    path = Path(config["data"]["sources"][0]["path"])
+    path.write_text(path.read_text().replace("river", "stone", 1))
+    line = _fails(tmp_path, config)
+    assert "data.sources[0].files[0].sha256" in line
+    assert "Restore them, or start a new run" in line
+
+
+def test_a_resume_with_other_settings(tmp_path: Path, config: dict[str, Any]) -> None:
+    runs.run(tmp_path, config)
+    config["run"]["steps"] = 4
+    for table, key, value, message in (
+        ("data", "capacity", 512, "data.capacity: 256 -> 512"),
+        ("run", "seed", 1, "seed: 0 -> 1"),
+        ("optimizer", "learning_rate", 1e-3, "optimizer.learning_rate: 0.01 -> 0.001"),
+        ("model", "num_hidden_layers", 3, "model.num_hidden_layers: 2 -> 3"),
+    ):
+        changed = config | {table: config[table] | {key: value}}
+        assert message in _fails(tmp_path, changed)
+
+
+def test_a_longer_run_under_a_schedule_that_depends_on_its_length(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["schedule"] = {"kind": "linear"}
+    runs.run(tmp_path, config)
+    config["run"]["steps"] = 4
+    assert "steps: 2 -> 4. Restore them, or give the run another name, or keep the schedule" in _fails(tmp_path, config)
+
+
+def test_checkpoints_that_are_all_damaged(tmp_path: Path, config: dict[str, Any]) -> None:
+    runs.run(tmp_path, config)
+    (weights,) = (tmp_path / "runs/run/checkpoints").glob("*/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config["run"]["steps"] = 4
+    assert "no step in" in _fails(tmp_path, config)
+
+
+def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["run"] = {"epochs": 1, "device": "cpu", "name": "run"}
+    runs.run(tmp_path, config)
+    refused = [json.loads(line) for line in (tmp_path / "runs/run/refused.jsonl").read_text().splitlines()]
+    path = config["data"]["sources"][0]["path"]
+    assert {(line["place"], line["reason"]) for line in refused} == {
+        (f"{path}:61", "longer than capacity"),
+        (f"{path}:62", "unknown role"),
+    }
+    assert sum(line["refused"] for line in runs.metrics(tmp_path)) == 2

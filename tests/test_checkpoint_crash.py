@@ -1,0 +1,343 @@
+"""A save that is cut short anywhere, by a kill, a power cut or a failing disk, leaves the step before it or itself.
+
+A kill leaves what the kernel has taken, so it cannot show a missing fsync. Power cuts are therefore computed: one run's
+file operations are logged, and every state is built that a strict file system may be found in after any of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import itertools
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo_ranks import join, processes
+
+from checkpoints import CheckpointError, CheckpointStore
+
+See = Callable[[str, str, Any], None]
+Tree = dict[str, bytes | None]
+"""Paths with their content; None for a directory."""
+
+
+def state(step: int, size: int = 8) -> dict[str, Any]:
+    return {"w": torch.full((size, size), float(step)), "step": step}
+
+
+def blob(step: int) -> dict[str, bytes]:
+    return {"data/stream/0003": str(step).encode() * 8}
+
+
+def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
+    """The step is whole: its tensors, its plain values and its streams' values."""
+    target = state(-1, size)
+    store.load(step, target)
+    assert target["step"] == step
+    assert torch.equal(target["w"], state(step, size)["w"])
+    assert store.values(step) == blob(step)
+
+
+# The file operations of this process
+
+
+def watch(patch: pytest.MonkeyPatch, see: See) -> None:
+    """Calls `see(operation, path, detail)` before every operation of this process that changes a file system."""
+
+    def of(descriptor: int) -> str:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+
+    def where(path: Any, dir_fd: int | None) -> str:
+        return os.fspath(path) if dir_fd is None else f"{of(dir_fd)}/{path}"
+
+    def announce(name: str, describe: Callable[..., tuple[str, str, Any] | None]) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            operation = describe(*arguments, **options)
+            if operation:
+                see(*operation)
+            return real(*arguments, **options)
+
+        patch.setattr(os, name, call)
+
+    announce(
+        "open", lambda p, flags, mode=0, dir_fd=None: ("create", where(p, dir_fd), 0) if flags & os.O_CREAT else None
+    )
+    announce("write", lambda descriptor, data: ("write", of(descriptor), bytes(data)))
+    announce("fsync", lambda descriptor: ("fsync", of(descriptor), None))
+    announce("mkdir", lambda path, mode=0: ("mkdir", os.fspath(path), None))
+    announce("rename", lambda source, target: ("rename", os.fspath(source), os.fspath(target)))
+    announce("unlink", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
+    announce("rmdir", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
+
+
+def record(top: Path, steps: int, keep: int) -> list[tuple[str, str, Any]]:
+    """The operations of `steps` first saves, with a mark ("saved", step, None) where each returned."""
+    log: list[tuple[str, str, Any]] = []
+    top.mkdir(parents=True)
+    store = CheckpointStore(top / "runs" / "checkpoints", keep=keep)
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, lambda operation, path, detail: log.append((operation, path, detail)))
+        for step in range(1, steps + 1):
+            store.save(step, state(step), blob(step))
+            log.append(("saved", str(step), None))
+    return log
+
+
+# Power cuts
+
+
+class Disk:
+    """A strict POSIX file system. Until forced, any part of the changed names and data may be lost, in any order."""
+
+    def __init__(self, top: str) -> None:
+        self.inodes = itertools.count()
+        self.at = {top: "top"}
+        self.names: dict[str, dict[str, str]] = {"top": {}}  # of directories, as forced
+        self.loose: list[tuple[str, str | None, str | None, str]] = []  # directory, name gone, name come, inode
+        self.data: dict[str, bytes] = {}
+        self.forced: dict[str, bytes] = {}
+
+    def apply(self, operation: str, path: str, detail: Any) -> None:
+        parent, name = os.path.split(path)
+        if operation in ("mkdir", "create"):
+            inode = self.at[path] = str(next(self.inodes))
+            if operation == "mkdir":
+                self.names[inode] = {}
+            else:
+                self.data[inode] = self.forced[inode] = b""
+            self.loose.append((self.at[parent], None, name, inode))
+        elif operation == "write":
+            self.data[self.at[path]] += detail
+        elif operation == "remove":
+            self.loose.append((self.at[parent], name, None, self.at.pop(path)))
+        elif operation == "rename":
+            self.loose.append((self.at[parent], name, os.path.basename(detail), self.at[path]))
+            moved = [old for old in self.at if old == path or old.startswith(path + "/")]
+            self.at |= {detail + old.removeprefix(path): self.at.pop(old) for old in moved}
+        elif operation == "fsync" and path in self.at:
+            inode = self.at[path]
+            if inode in self.data:
+                self.forced[inode] = self.data[inode]
+            else:
+                self.settle([change for change in self.loose if change[0] == inode])
+                self.loose = [change for change in self.loose if change[0] != inode]
+
+    def settle(self, changes: list[tuple[str, str | None, str | None, str]]) -> None:
+        for directory, gone, come, inode in changes:
+            if gone is not None and self.names[directory].get(gone) == inode:
+                del self.names[directory][gone]
+            if come is not None:
+                self.names[directory][come] = inode
+
+    def crashes(self, choice: random.Random, limit: int = 60) -> Iterator[Tree]:
+        """What may be found after a power cut now: all combinations if `limit` covers them, else so many at random."""
+        dirty = [inode for inode, data in self.data.items() if data != self.forced[inode]]
+        options = [(False, True)] * len(self.loose) + [("old", "half", "zeros", "new")] * len(dirty)
+        combinations = itertools.product(*options)
+        if len(self.loose) + 2 * len(dirty) > 6:
+            extremes = [[option[0] for option in options], [option[-1] for option in options]]
+            combinations = itertools.chain(extremes, ([choice.choice(o) for o in options] for _ in range(limit)))
+        for picked in combinations:
+            found = copy.deepcopy(self)
+            found.settle([change for change, kept in zip(self.loose, picked, strict=False) if kept])
+            for inode, kept in zip(dirty, picked[len(self.loose) :], strict=True):
+                data = self.data[inode]
+                versions = {"half": data[: len(data) // 2], "zeros": bytes(len(data)), "new": data}
+                found.forced[inode] = versions.get(kept, self.forced[inode])
+            yield found.tree("top", "")
+
+    def tree(self, directory: str, prefix: str) -> Tree:
+        tree: Tree = {}
+        for name, inode in self.names[directory].items():
+            path = prefix + name
+            tree[path] = self.forced.get(inode)
+            if inode in self.names:
+                tree |= self.tree(inode, path + "/")
+        return tree
+
+
+def violations(top: Path, log: list[tuple[str, str, Any]], replay: Path) -> Iterator[str]:
+    """Every state after a power cut from which the newest acknowledged step, or the one begun after it, is not loaded."""
+    disk, acknowledged = Disk(str(top)), 0
+    choice, seen = random.Random(0), set()
+    for number, (operation, path, detail) in enumerate(log):
+        if operation == "saved":
+            acknowledged = int(path)
+        else:
+            disk.apply(operation, path, detail)
+        for tree in disk.crashes(choice):
+            key = (acknowledged, tuple(sorted(tree.items())))
+            if key in seen:
+                continue
+            seen.add(key)
+            complaint = recover(tree, replay / str(len(seen)), acknowledged)
+            if complaint:
+                yield f"after operation {number}, {operation} {path}: {complaint}"
+    assert len(seen) > 60
+
+
+def recover(tree: Tree, top: Path, acknowledged: int) -> str | None:
+    """What is wrong with a restart from `tree`, if anything."""
+    top.mkdir(parents=True)
+    for path, content in tree.items():
+        if content is None:
+            (top / path).mkdir()
+        else:
+            (top / path).write_bytes(content)
+    store = CheckpointStore(top / "runs" / "checkpoints")
+    try:
+        step = store.latest()
+        if step is not None:
+            assert_holds(store, step)
+    except (CheckpointError, AssertionError) as error:
+        return repr(error)
+    if store.rejected:
+        return f"a torn step looks committed: {store.rejected}"
+    if (step or 0) not in (acknowledged, acknowledged + 1):
+        return f"step {acknowledged} was acknowledged, {step} was found"
+    return None
+
+
+def test_a_power_cut_at_any_moment_leaves_the_acknowledged_step_or_the_next_one(tmp_path):
+    log = record(tmp_path / "disk", steps=3, keep=1)
+    assert sum(operation == "remove" for operation, _, _ in log) == 8  # Two old steps of three files.
+    assert list(violations(tmp_path / "disk", log, tmp_path / "replay")) == []
+
+
+def test_every_fsync_of_a_save_is_needed(tmp_path):
+    log = record(tmp_path / "disk", steps=2, keep=2)
+    forced = [number for number, (operation, _, _) in enumerate(log) if operation == "fsync"]
+    assert len(forced) == 2 + 2 * (3 + 2)  # Two new directories; in a step three files, itself and its parent.
+    for number in forced:
+        without = log[:number] + log[number + 1 :]
+        found = violations(tmp_path / "disk", without, tmp_path / "replay" / str(number))
+        assert next(found, None), f"nothing is lost without operation {number}, fsync {log[number][1]}"
+
+
+# Failing disks
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "broken"])
+def test_a_disk_that_fails_at_any_operation_costs_that_save_and_nothing_else(tmp_path, code):
+    log = record(tmp_path / "disk", steps=2, keep=1)
+    operations = len(log) - 2 - log.index(("saved", "1", None))
+    for number in range(operations + 1):
+        store = CheckpointStore(tmp_path / str(number), keep=1)
+        store.save(1, state(1), blob(1))
+        left = iter(range(number, -1, -1))
+
+        def fail(operation: str, path: str, detail: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) == 0:
+                raise OSError(code, os.strerror(code), path)
+
+        message = ""
+        with pytest.MonkeyPatch.context() as patch:
+            watch(patch, fail)
+            try:
+                store.save(2, state(2), blob(2))
+            except CheckpointError as error:
+                message = str(error)
+        assert not message or os.strerror(code) in message
+        saved = not message or message.startswith("deleting steps after step 2 failed")
+        assert store.latest() == (2 if saved else 1)
+        assert_holds(store, 2 if saved else 1)
+        store.save(2 + saved, state(2 + saved), blob(2 + saved))
+        assert store.latest() == 2 + saved
+        assert os.listdir(store.root) == [f"step-{2 + saved:08d}"]
+
+
+# Kills
+
+SIZE = 512
+"""1 MiB of tensor, so that a save takes some ten milliseconds and most kills hit one."""
+
+
+def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection) -> None:
+    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins."""
+    if size > 1:
+        join(rank, size, meeting)
+    store = CheckpointStore(root, keep=2)
+    first = (store.latest() or 0) + 1
+    pipe.send(0)
+    for step in itertools.count(first):
+        store.save(step, state(step, SIZE), blob(step))
+        pipe.send(step)
+
+
+def last(pipe: Connection) -> int:
+    """The last number that a killed process sent."""
+    number = 0
+    try:
+        while pipe.poll():
+            number = pipe.recv()
+    except (EOFError, OSError):
+        pass
+    return number
+
+
+def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int = 1, only: int | None = None) -> None:
+    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks."""
+    torn = 0
+    for _ in range(kills):
+        pipes, running, meeting = [], [], tempfile.mkdtemp(dir=root.parent)
+        for rank in range(ranks):
+            ours, theirs = processes.Pipe(duplex=False)
+            arguments = (rank, ranks, meeting, root, theirs)
+            running.append(processes.Process(target=save_for_ever, args=arguments, daemon=True))
+            running[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        for pipe in pipes:
+            assert pipe.poll(60), "a rank did not start"
+        time.sleep(choice.uniform(0, 0.2))
+        if only is not None:
+            running[only].kill()
+            time.sleep(0.05)
+        for process in running:
+            process.kill()
+        for process in running:
+            process.join()
+        acknowledged = max(map(last, pipes))
+        torn += any(name.startswith(".") for name in os.listdir(root)) if root.exists() else 0
+        store = CheckpointStore(root)
+        step = store.latest() or 0
+        assert store.rejected == {}
+        assert step >= acknowledged
+        if step:
+            assert_holds(store, step, SIZE)
+    print(f"{torn} of {kills} kills cut a save or a deletion short")
+
+
+@pytest.fixture
+def choice() -> random.Random:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_newest_step(tmp_path, choice):
+    kill_while_saving(tmp_path / "store", 10, choice)
+
+
+def test_a_kill_of_two_ranks_or_of_one_leaves_a_whole_newest_step(tmp_path, choice):
+    kill_while_saving(tmp_path / "store", 4, choice, ranks=2)
+    kill_while_saving(tmp_path / "first", 2, choice, ranks=2, only=0)
+    kill_while_saving(tmp_path / "second", 2, choice, ranks=2, only=1)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_leave_a_whole_newest_step(tmp_path, choice):
+    kill_while_saving(tmp_path / "one", 120, choice)
+    kill_while_saving(tmp_path / "two", 40, choice, ranks=2)
+    kill_while_saving(tmp_path / "first", 20, choice, ranks=2, only=0)
+    kill_while_saving(tmp_path / "second", 20, choice, ranks=2, only=1)

@@ -1,0 +1,310 @@
+"""A row of any known layout becomes one dialogue, or is refused with the field that is not as it should be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sftstream import Conversation, Message, Refused, ToolCall
+from sftstream.formats import LAYOUTS, ROLES, conversation
+
+USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
+HI = {"role": "user", "content": "hi"}
+CALL = ToolCall("add", {"a": 1, "b": [2]})
+FUNCTION = {"name": "add", "arguments": {"a": 1, "b": [2]}}
+
+
+def messages(row: Any) -> tuple[Message, ...]:
+    return conversation(row).messages
+
+
+def said(**turn: Any) -> Message:
+    """The assistant's message after "hi"."""
+    return messages({"messages": [HI, {"role": "assistant", **turn}]})[1]
+
+
+def refusal(row: Any) -> str:
+    with pytest.raises(Refused) as error:
+        conversation(row)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [HI, {"role": "assistant", "content": "hello"}]},
+        {"messages": json.dumps([HI, {"role": "assistant", "content": "hello"}])},
+        {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"conversations": [HI, {"role": "assistant", "content": "hello"}]},
+        {"instruction": "hi", "input": "", "output": "hello"},
+        {"instruction": "hi", "output": "hello", "system": "", "history": []},
+        {"instruction": "hi", "response": "hello"},
+        {"prompt": "hi", "completion": "hello"},
+        {"prompt": "hi", "response": "hello"},
+        {"prompt": [HI], "completion": [{"role": "assistant", "content": "hello"}]},
+        {"question": "hi", "answer": "hello", "id": 7},
+        {"messages": None, "prompt": "hi", "completion": "hello"},
+        {
+            "messages": [
+                {"role": "user", "from": None, "content": "hi", "value": None},
+                {"role": None, "from": "gpt", "content": None, "value": "hello"},
+            ]
+        },
+    ],
+)
+def test_every_layout_gives_the_same_dialogue(row: dict[str, Any]) -> None:
+    assert conversation(row) == Conversation((USER, ANSWER))
+
+
+def test_the_layouts_are_those_the_error_lists() -> None:
+    assert refusal({"text": "hi", "b": 1}) == (
+        "unknown layout: columns ['b', 'text'] match none of messages | conversations | instruction+output | "
+        "instruction+response | prompt+completion | prompt+response | question+answer"
+    )
+    assert len(LAYOUTS) == 7
+
+
+def test_alpaca_joins_the_input_to_the_instruction_by_an_empty_line() -> None:
+    assert messages({"instruction": "add", "input": "1 2", "output": "3"})[0] == Message("user", "add\n\n1 2")
+
+
+def test_alpaca_history_comes_before_the_question() -> None:
+    row = {"instruction": "hi", "output": "hello", "history": [["a", "b"], ("c", "d")], "system": "s"}
+    texts = [(message.role, message.content) for message in messages(row)]
+    assert texts == [
+        ("system", "s"),
+        *(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+        *(("user", "hi"), ("assistant", "hello")),
+    ]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_in_a_column_of_its_own_comes_first(column: str) -> None:
+    for row in ({"conversations": [HI, {"from": "gpt", "value": "hello"}]}, {"prompt": "hi", "completion": "hello"}):
+        assert messages({**row, column: "be kind"}) == (Message("system", "be kind"), USER, ANSWER)
+
+
+@pytest.mark.parametrize(("name", "role"), ROLES.items())
+def test_every_name_of_a_role_is_known(name: str, role: str) -> None:
+    content = FUNCTION if name == "function_call" else "x"
+    turns = [HI, {"role": name, "content": content}, {"role": "assistant", "content": "hello"}]
+    assert messages({"messages": turns})[1].role == role
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": [{"type": "function", "function": FUNCTION}]},
+        {"tool_calls": [{"function": {"name": "add", "arguments": json.dumps(FUNCTION["arguments"])}}]},
+        {"tool_calls": [FUNCTION]},
+        {"tool_calls": FUNCTION},
+        {"tool_calls": json.dumps([FUNCTION])},
+        {"tool_calls": [json.dumps(FUNCTION)]},
+        {"tool_calls": [{"name": "add", "parameters": FUNCTION["arguments"]}]},
+        {"tool_calls": [{"name": "add", "arguments": None, "parameters": FUNCTION["arguments"]}]},
+        {"function_call": FUNCTION},
+        {"function_call": {"name": "add", "arguments": json.dumps(FUNCTION["arguments"])}},
+        {"content": [{"type": "tool_call", "value": FUNCTION}]},
+        {"content": [{"type": "tool_call", "value": json.dumps(FUNCTION)}]},
+        {"role": "function_call", "content": json.dumps(FUNCTION)},
+        {"role": "function_call", "content": FUNCTION},
+    ],
+)
+def test_a_tool_call_is_the_same_in_every_spelling(turn: dict[str, Any]) -> None:
+    assert said(**{"content": None, **turn}) == Message("assistant", None, tool_calls=(CALL,))
+
+
+def test_a_tool_call_keeps_its_id_and_text_beside_it() -> None:
+    message = said(content="let me see", tool_calls=[{"id": "c1", "function": FUNCTION}, FUNCTION])
+    assert message == Message("assistant", "let me see", tool_calls=(ToolCall("add", CALL.arguments, "c1"), CALL))
+
+
+@pytest.mark.parametrize("arguments", [{}, None, "", "{}", " {} "])
+def test_a_call_without_arguments_has_none(arguments: Any) -> None:
+    assert said(tool_calls=[{"name": "now", "arguments": arguments}]).tool_calls == (ToolCall("now", {}),)
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "function": {"name": "add"}}],
+        [{"name": "add"}],
+        {"name": "add"},
+        json.dumps([{"name": "add"}]),
+        [json.dumps({"name": "add"})],
+        json.dumps({"name": "add"}),
+    ],
+)
+def test_tools_are_the_same_in_every_spelling(tools: Any) -> None:
+    row = {"prompt": "hi", "completion": "hello", "tools": tools}
+    assert conversation(row).tools == ({"type": "function", "function": {"name": "add"}},)
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "{}"])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert conversation({"prompt": "hi", "completion": "hello", "tools": tools}).tools == ()
+
+
+def test_typed_parts_are_text_reasoning_and_calls() -> None:
+    parts = [
+        {"type": "reasoning", "reasoning": "hm"},
+        {"type": "thinking", "thinking": ", well"},
+        {"type": "text", "text": "a", "value": None},
+        {"type": "output_text", "value": "b"},
+        {"type": "input_text", "text": None, "value": "c"},
+        {"type": "tool_call", "value": FUNCTION},
+    ]
+    assert said(content=parts) == Message("assistant", "abc", "hm, well", (CALL,))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_field_of_its_own_is_kept(field: str) -> None:
+    assert said(content="hello", **{field: "hm"}) == Message("assistant", "hello", "hm")
+
+
+def test_a_tools_result_may_be_an_object_and_keeps_its_name_and_id() -> None:
+    result = {"role": "tool", "content": {"sum": 3}, "name": "add", "tool_call_id": "c1"}
+    message = messages({"messages": [HI, result, {"role": "assistant", "content": "3"}]})[1]
+    assert message == Message("tool", '{"sum":3}', name="add", tool_call_id="c1")
+
+
+def test_text_is_taken_as_it_is() -> None:
+    text = " \x00\u2028 é {not json \ud83d\ude00 ".encode("utf-16", "surrogatepass").decode("utf-16")
+    assert said(content=text).content == text
+    assert said(content="").content == ""
+
+
+ANSWERED = {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["hi"], "unknown layout: the row is a list, not an object with columns"),
+        (5, "unknown layout: the row is a int, not an object with columns"),
+        (None, "unknown layout: the row is a NoneType, not an object with columns"),
+        ({"messages": []}, "empty conversation: it has no messages"),
+        ({"messages": [HI]}, "no assistant message: its roles are ['user']"),
+        ({"messages": "hi"}, "bad messages: messages is a str, not a list of messages"),
+        ({"messages": {"a": 1}}, "bad messages: messages is a dict, not a list of messages"),
+        ({"messages": 7}, "bad messages: messages is a int, not a list of messages"),
+        ({"conversations": [HI, "hello"]}, "bad messages: conversations[1] is a str, not an object"),
+        ({"messages": [{"content": "hi"}]}, "unknown role: messages[0] has role None; known are system, "),
+        (
+            {"messages": [HI, {"role": "narrator", "content": "x"}]},
+            "unknown role: messages[1] has role 'narrator'; known",
+        ),
+        ({"messages": [HI, {"role": ["user"], "content": "x"}]}, "unknown role: messages[1] has role ['user']; known"),
+        (
+            {"messages": [HI, {"role": "assistant", "content": None}]},
+            "message without content: messages[1] (assistant) has neither content nor tool calls",
+        ),
+        ({"messages": [HI, {"role": "assistant", "content": []}]}, "message without content: messages[1]"),
+        ({"messages": [{"role": "user"}, ANSWERED]}, "message without content: messages[0] (user)"),
+        ({"messages": [HI, {"from": "function_call"}]}, "message without content: messages[1] (assistant)"),
+        (
+            {"messages": [HI, {"role": "assistant", "content": 5}]},
+            "not text: messages[1] has content 5, neither text nor a list of parts",
+        ),
+        ({"messages": [HI, {"role": "assistant", "content": False}]}, "not text: messages[1] has content False"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}, ANSWERED]}, "not text: messages[0] has content {'a': 1}"),
+        ({"messages": [{"role": "user", "content": b"hi"}, ANSWERED]}, "not text: messages[0] has content b'hi'"),
+        (
+            {"messages": [HI, {"role": "assistant", "content": ["hello"]}]},
+            "unknown content part: messages[1] has a part 'hello'; text, reasoning, tool_call are known",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWERED]},
+            "unknown content part: messages[0] has a part {'type': 'image_url', 'image_url': 'x'}; text, ",
+        ),
+        (
+            {"messages": [HI, {"role": "assistant", "content": [{"type": "text", "text": 5}]}]},
+            "not text: messages[1] is a int: 5",
+        ),
+        (
+            {"messages": [HI, {**ANSWERED, "reasoning_content": ["hm"]}]},
+            "not text: messages[1].reasoning_content is a list: ['hm']",
+        ),
+        ({"messages": [{**HI, "name": 5}, ANSWERED]}, "not text: messages[0].name is a int: 5"),
+        ({"messages": [{**HI, "tool_call_id": {}}, ANSWERED]}, "not text: messages[0].tool_call_id is a dict: {}"),
+        ({"messages": [HI, {**ANSWERED, "tool_calls": 5}]}, "bad tool call: messages[1].tool_calls: 5 has no name"),
+        (
+            {"messages": [HI, {**ANSWERED, "tool_calls": "add(1)"}]},
+            "bad tool call: messages[1].tool_calls: 'add(1)' has no",
+        ),
+        (
+            {"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "add"}]}]},
+            "bad tool call: messages[1].tool_calls: {'name'",
+        ),
+        ({"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "args": {"a": 1}}]}]}, "bad tool call: "),
+        ({"messages": [HI, {**ANSWERED, "tool_calls": [{"function": "add"}]}]}, "bad tool call: "),
+        ({"messages": [HI, {**ANSWERED, "tool_calls": [{"name": 5, "arguments": {}}]}]}, "bad tool call: "),
+        ({"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": "a=1"}]}]}, "bad tool call: "),
+        (
+            {"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}]},
+            "bad tool call: ",
+        ),
+        (
+            {"messages": [HI, {**ANSWERED, "tool_calls": [{**FUNCTION, "id": 5}]}]},
+            "not text: messages[1].tool_calls.id is",
+        ),
+        (
+            {"messages": [HI, {**ANSWERED, "function_call": {"name": "f"}}]},
+            "bad tool call: messages[1].function_call: ",
+        ),
+        ({"prompt": "hi", "completion": "x", "tools": 5}, "bad tools: 5 is not a list of tool definitions"),
+        ({"prompt": "hi", "completion": "x", "tools": True}, "bad tools: True is not a list of tool definitions"),
+        ({"prompt": "hi", "completion": "x", "tools": "add"}, "bad tools: 'add' is not a list of tool definitions"),
+        ({"prompt": "hi", "completion": "x", "tools": ["add"]}, "bad tools: ['add'] is not a list of tool definitions"),
+        ({"instruction": 5, "output": "x"}, "not text: instruction is a int: 5"),
+        ({"instruction": "hi", "input": [1], "output": "x"}, "not text: input is a list: [1]"),
+        ({"instruction": "hi", "output": ["x"]}, "not text: output is a list: ['x']"),
+        ({"instruction": "hi", "output": "x", "system": 5}, "not text: system is a int: 5"),
+        ({"instruction": "hi", "output": "x", "history": 5}, "bad history: 5 is not a pair of question and answer"),
+        (
+            {"instruction": "hi", "output": "x", "history": ["ab"]},
+            "bad history: 'ab' is not a pair of question and answer",
+        ),
+        ({"instruction": "hi", "output": "x", "history": [["a"]]}, "bad history: ['a'] is not a pair of question and"),
+        ({"instruction": "hi", "output": "x", "history": [["a", 5]]}, "not text: history is a int: 5"),
+        ({"prompt": 5, "completion": "x"}, "bad messages: prompt is a int, not a list of messages"),
+        (
+            {"messages": [HI, {**ANSWERED, "content": [{"type": "x" * 200}]}]},
+            "unknown content part: messages[1] has a part",
+        ),
+    ],
+)
+def test_a_row_that_is_no_dialogue_is_refused_with_its_place(row: Any, message: str) -> None:
+    text = refusal(row)
+    assert text.startswith(message)
+    assert len(text) < 300
+
+
+def nested(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [64, 900])
+def test_a_row_nested_too_deep_is_refused_wherever_the_depth_is(levels: int) -> None:
+    deep = "nested too deep: it has lists and objects in more than 64 levels"
+    call = {"name": "f", "arguments": json.dumps({"a": nested(levels)})}
+    assert refusal({"messages": [HI, ANSWERED], "note": nested(levels)}) == deep
+    assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}) == deep
+    assert refusal({"messages": [HI, ANSWERED], "tools": json.dumps([nested(levels)])}) == deep
+
+
+def test_nesting_within_the_limit_is_kept() -> None:
+    row = {"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": json.dumps({"a": nested(63)})}]}]}
+    assert conversation({**row, "note": nested(63)}).messages[1].tool_calls[0].arguments == {"a": nested(63)}
+
+
+def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
+    call = {"name": "f", "arguments": "[" * 100_000}
+    assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}).startswith("bad tool call: messages[1]")

@@ -1,0 +1,121 @@
+"""What a GPU decides: isolation, determinism and exact resume with its kernels. Skipped where there is none."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from torch import Tensor
+
+from trainer.attention import Segments, attend
+from trainer.model import Llama, LlamaConfig, init_weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+]
+
+BORDERS = [0, 5, 133, 140, 512]
+SHAPE = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+@pytest.fixture
+def segments() -> Segments:
+    return Segments(torch.tensor(BORDERS, dtype=torch.int32, device="cuda"), 372)
+
+
+@pytest.fixture
+def model() -> Llama:
+    model = Llama(SHAPE)
+    init_weights(model, seed=0)
+    return model.to("cuda", torch.bfloat16)
+
+
+def _qkv(seed: int) -> tuple[Tensor, ...]:
+    draw = torch.Generator("cuda").manual_seed(seed)
+    sizes = (4, 2, 2)
+    return tuple(
+        torch.randn(512, heads, 32, device="cuda", generator=draw).bfloat16().requires_grad_() for heads in sizes
+    )
+
+
+def test_another_conversation_changes_no_bit_of_a_segment(segments: Segments) -> None:
+    q, k, v = _qkv(0)
+    before = attend(q, k, v, segments)
+    with torch.no_grad():
+        for tensor in (q, k, v):
+            tensor[133:140].normal_()
+    after = attend(q, k, v, segments)
+    assert torch.equal(before[:133], after[:133])
+    assert torch.equal(before[140:], after[140:])
+    assert not torch.equal(before[133:140], after[133:140])
+
+
+def test_attention_equals_that_of_each_segment_alone_in_double_precision(segments: Segments) -> None:
+    q, k, v = _qkv(1)
+    grouped = attend(q, k, v, segments).double().cpu()
+    exact = [t.detach().cpu().double() for t in (q, k, v)]
+    alone = attend(*exact, Segments(torch.tensor(BORDERS, dtype=torch.int32), 372))
+    assert (grouped - alone).abs().max() < 0.02  # bf16 holds 8 bits
+
+
+def test_two_backward_passes_give_the_same_bits(segments: Segments) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = []
+        for _ in range(2):
+            q, k, v = _qkv(2)
+            attend(q, k, v, segments).square().sum().backward()
+            gradients.append([t.grad for t in (q, k, v)])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_packed_row_equals_its_conversations_one_by_one(model: Llama, segments: Segments) -> None:
+    ids = torch.randint(512, (512,), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    lengths = segments.cu_seqlens.diff().tolist()
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
+    packed = model(ids, positions, segments).float()
+    alone = [
+        model(part, torch.arange(len(part), device="cuda"), _whole(len(part))).float() for part in ids.split(lengths)
+    ]
+    assert (packed - torch.cat(alone)).abs().max() < 0.02
+
+
+def test_float32_attention_is_an_error_and_no_fallback(segments: Segments) -> None:
+    with pytest.raises(ValueError, match=r"attention on a GPU computes in bfloat16, float16, not in torch.float32"):
+        attend(*(t.float() for t in _qkv(4)), segments)
+
+
+def test_kills_leave_no_trace_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(
+        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    runs.run(whole, config)
+    draw = random.Random(0)
+    for _ in range(3):
+        job = runs.Job(broken, config)
+        path = broken / "runs" / "run" / "metrics.jsonl"
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        runs.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") > lines + draw.randint(1, 3), job)  # noqa: B023
+        job.kill()
+    runs.run(broken, config)
+    assert runs.outcome(broken) == runs.outcome(whole)
+
+
+def _whole(length: int) -> Segments:
+    return Segments(torch.tensor([0, length], dtype=torch.int32, device="cuda"), length)

@@ -1,0 +1,79 @@
+"""The files of a run have each step once, whenever the run was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sftstream import Refusal
+from trainer.feed import PlacedRefusal
+from trainer.metrics import RunLog, StepMetrics
+
+STEP = StepMetrics(
+    step=1,
+    loss=2.5,
+    grad_norm=1.0,
+    learning_rate=1e-3,
+    tokens=100,
+    trained_tokens=40,
+    rows=7,
+    refused=1,
+    fill=0.9,
+    tokens_per_second=1000.0,
+    data_wait=0.01,
+    seconds=0.1,
+    batch_digest="ab",
+)
+
+
+def _write(directory: Path, after: int, steps: list[int]) -> None:
+    with RunLog(directory, after) as log:
+        for step in steps:
+            log.step(msgspec.structs.replace(STEP, step=step, loss=step + after / 100))
+            log.refused(step, [PlacedRefusal(Refusal(0, step, 0, "reason", "detail"), f"rows.jsonl:{step}")])
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_goes_back_to_its_checkpoint_writes_no_step_twice(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2, 3, 4, 5])
+    _write(tmp_path, 3, [4, 5, 6])
+    assert [(line["step"], line["loss"]) for line in _lines(tmp_path / "metrics.jsonl")] == [
+        *((step, float(step)) for step in (1, 2, 3)),
+        *((step, step + 0.03) for step in (4, 5, 6)),
+    ]
+    assert [line["step"] for line in _lines(tmp_path / "refused.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step":3,"lo')
+    _write(tmp_path, 2, [3])
+    assert [line["step"] for line in _lines(path)] == [1, 2, 3]
+
+
+def test_a_new_run_in_an_old_directory_starts_from_nothing(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2])
+    _write(tmp_path, 0, [1])
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_line_names_where_a_refused_row_stands(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1])
+    assert _lines(tmp_path / "refused.jsonl") == [
+        {"step": 1, "place": "rows.jsonl:1", "source": 0, "row": 1, "epoch": 0, "reason": "reason", "detail": "detail"}
+    ]
+
+
+def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2, 3])
+    _write(tmp_path, 2, [3, 4])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]

@@ -1,0 +1,122 @@
+"""Which row comes when: permutations, draws of streams, the schedule that mixes sources."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftstream.order import draws_of_stream, next_source, permute, round_keys, row_of_draw
+
+
+def permutation(size: int, *words: int | str) -> list[int]:
+    keys = round_keys(*words)
+    return [permute(i, size, keys) for i in range(size)]
+
+
+def schedule(weights: list[float], draws: int, limits: list[int] | None = None) -> list[int | None]:
+    drawn = [0] * len(weights)
+    result = []
+    for _ in range(draws):
+        source = next_source(drawn, weights, limits)
+        result.append(source)
+        if source is not None:
+            drawn[source] += 1
+    return result
+
+
+def test_every_index_has_one_place_in_every_size() -> None:
+    for size in range(1, 301):
+        assert sorted(permutation(size, "row", 0, 0, 0)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 10**9 + 7, 10**12])
+def test_places_in_huge_sizes_are_distinct_and_inside(size: int) -> None:
+    keys = round_keys("row", 3, 0, 0)
+    indices = [*range(1000), *range(size - 1000, size), *range(0, size, size // 1000)]
+    places = {permute(i, size, keys) for i in set(indices)}
+    assert len(places) == len(set(indices))
+    assert all(0 <= place < size for place in places)
+
+
+def test_the_order_never_changes_by_accident() -> None:
+    assert round_keys("row", 0, 0, 0)[:2] == (9733763120062159810, 4207131364801289264)
+    assert permutation(10, "row", 0, 0, 0) == [4, 6, 7, 8, 2, 5, 9, 1, 0, 3]
+    assert permutation(10, "row", 0, 0, 1) == [9, 5, 0, 3, 6, 8, 1, 2, 4, 7]
+    assert permutation(10, "row", 1, 0, 0) == [3, 0, 9, 8, 4, 6, 1, 2, 5, 7]
+    keys = round_keys("row", 0, 0, 0)
+    assert [permute(i, 10**9, keys) for i in range(4)] == [968090560, 836325623, 717508662, 740545038]
+
+
+def test_each_epoch_seed_and_source_has_an_order_of_its_own() -> None:
+    orders = {
+        tuple(permutation(50, "row", seed, source, epoch)) for seed in (0, 1) for source in (0, 1) for epoch in (0, 1)
+    }
+    assert len(orders) == 8
+
+
+def test_words_are_kept_apart_in_the_keys() -> None:
+    assert (
+        len({round_keys("row", 1, 23), round_keys("row", 12, 3), round_keys("row", 123), round_keys("row1", 23)}) == 4
+    )
+
+
+def test_every_permutation_of_four_is_drawn_about_as_often() -> None:
+    counts = Counter(tuple(permutation(4, seed)) for seed in range(4800))
+    assert len(counts) == 24
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 50  # chi-squared, 23 degrees: p = 0.001
+
+
+def test_draws_of_all_streams_make_whole_epochs() -> None:
+    streams, rows, epochs = 7, 10, 3
+    drawn = []
+    for stream in range(streams):
+        count = draws_of_stream(rows, epochs, stream, streams)
+        drawn += [row_of_draw(stream + i * streams, rows, ("row", 5, 0), True) for i in range(count)]
+    assert sorted(drawn) == [(row, epoch) for row in range(rows) for epoch in range(epochs)]
+
+
+def test_a_stream_that_gets_no_draw_has_none() -> None:
+    assert [draws_of_stream(3, 1, stream, 5) for stream in range(5)] == [1, 1, 1, 0, 0]
+
+
+def test_draws_in_order_are_rows_in_order() -> None:
+    assert [row_of_draw(draw, 3, ("row", 0, 0), False) for draw in range(5)] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+
+
+def test_the_draws_never_change_by_accident() -> None:
+    drawn = [row_of_draw(draw, 5, ("row", 7, 0), True) for draw in range(12)]
+    assert drawn[:5] == [(2, 0), (3, 0), (0, 0), (1, 0), (4, 0)]
+    assert drawn[5:] == [(0, 1), (3, 1), (2, 1), (4, 1), (1, 1), (4, 2), (1, 2)]
+
+
+def test_sources_are_mixed_by_a_literal_schedule() -> None:
+    assert schedule([3, 1], 8) == [0, 0, 1, 0, 0, 0, 1, 0]
+    assert schedule([0.7, 0.2, 0.1], 10) == [0, 0, 1, 0, 2, 0, 0, 1, 0, 0]
+
+
+def test_sources_of_any_size_end_their_epoch_together() -> None:
+    sizes = [300, 70, 30, 7, 1]
+    for epoch in range(1, 4):
+        counts = Counter(schedule([float(size) for size in sizes], epoch * sum(sizes)))
+        assert [counts[i] for i in range(5)] == [epoch * size for size in sizes]
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=8), st.integers(1, 400))
+def test_every_source_keeps_its_share_after_any_number_of_draws(weights: list[int], draws: int) -> None:
+    counts = Counter(schedule([float(weight) for weight in weights], draws))
+    for source, weight in enumerate(weights):
+        share = weight / sum(weights)
+        assert abs(counts[source] - draws * share) <= (1 + len(weights) * share) / 2 + 1e-9
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=3), st.integers(1, 400))
+def test_up_to_three_sources_stay_within_one_draw_of_their_shares(weights: list[int], draws: int) -> None:
+    counts = Counter(schedule([float(weight) for weight in weights], draws))
+    assert all(abs(counts[i] - draws * weight / sum(weights)) < 1 for i, weight in enumerate(weights))
+
+
+def test_a_source_at_its_limit_is_passed_over_until_all_are() -> None:
+    assert schedule([5, 3, 2], 5, [1, 2, 1]) == [0, 1, 2, 1, None]

@@ -1,0 +1,227 @@
+"""A model spread over ranks is the model on one: the same first bits, and the same numbers to the rounding of sums."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_ranks import run_ranks
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from tiny_llama import CONFIG, TIED, Row, row
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from sftstream import IGNORE_INDEX
+from trainer.loss import summed_cross_entropy
+from trainer.model import Llama, LlamaConfig, init_weights
+from trainer.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
+from trainer.parallel import check_divisible, parallelize
+from trainer.weights import export, load_weights
+
+CAPACITY = 24
+# Sums in another order. Measured: up to 1.3e-6 of a parameter's largest gradient.
+TOLERANCE = 1e-5
+
+
+class Case(NamedTuple):
+    dp: int
+    tp: int
+    config: LlamaConfig
+
+    def __str__(self) -> str:
+        return f"dp {self.dp}, tp {self.tp}, {'tied' if self.config.tie_word_embeddings else 'untied'}"
+
+
+CASES = [Case(dp, tp, config) for dp, tp in ((1, 2), (2, 1), (2, 2), (1, 4)) for config in (CONFIG, TIED)]
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Outcome(NamedTuple):
+    """What a topology computed, whole tensors, by parameter."""
+
+    initial: Arrays
+    loss: float
+    gradients: Arrays
+    norm: float
+    clipped: Arrays
+    trained_only: Arrays
+    stepped: Arrays
+
+
+def packs(count: int) -> list[Row]:
+    """A global batch; its last pack has no trained token, as those of a stream that has run dry."""
+    made = [row(9, 4, 11, seed=n) for n in range(count)]
+    made[-1] = made[-1]._replace(labels=torch.full((CAPACITY,), IGNORE_INDEX))
+    return made
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> Arrays:
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: t.detach().numpy().copy() for name, t in full.items()}
+
+
+def backward(model: Llama, mine: list[Row], *, trained_only: bool = False) -> float:
+    """The gradients of the global batch on this rank, and its own part of the loss."""
+    model.zero_grad()
+    total = 0.0
+    for one in mine:
+        positions = torch.nonzero(one.labels != IGNORE_INDEX).flatten() if trained_only else None
+        labels = one.labels[positions] if trained_only else one.labels
+        loss = summed_cross_entropy(model(one.input_ids, one.position_ids, one.segments, positions), labels)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def compute(model: Llama, mine: list[Row]) -> Outcome:
+    initial = whole(dict(model.named_parameters()))
+    backward(model, mine, trained_only=True)
+    clip_by_global_norm(model.parameters(), None)
+    trained_only = whole({name: p.grad for name, p in model.named_parameters()})
+    loss = backward(model, mine)
+    norm = clip_by_global_norm(model.parameters(), None)
+    gradients = whole({name: p.grad for name, p in model.named_parameters()})
+    assert clip_by_global_norm(model.parameters(), norm / 3) == norm
+    clipped = whole({name: p.grad for name, p in model.named_parameters()})
+    build_optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.1)).step()
+    return Outcome(initial, loss, gradients, norm, clipped, trained_only, whole(dict(model.named_parameters())))
+
+
+def on_a_rank(rank: int, cases: list[Case]) -> list[Outcome]:
+    return [spread(*case) for case in cases]  # one group for all its topologies: starting ranks is what takes time
+
+
+def spread(dp: int, tp: int, config: LlamaConfig) -> Outcome:
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    with torch.device("meta"):
+        model = Llama(config)
+    parallelize(model, mesh, capacity=CAPACITY)
+    model.to_empty(device="cpu")
+    model.tie()
+    init_weights(model, 0)
+    outcome = compute(model, packs(2 * dp)[mesh.get_local_rank("dp") :: dp])
+    loss = torch.tensor(outcome.loss)
+    dist.all_reduce(loss, group=mesh.get_group("dp"))
+    assert (model.head.weight is model.embedding.weight) == config.tie_word_embeddings
+    return outcome._replace(loss=loss.item())
+
+
+def alone(dp: int, config: LlamaConfig) -> Outcome:
+    model = Llama(config)
+    init_weights(model, 0)
+    return compute(model, packs(2 * dp))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, list[Outcome]]:
+    """Of each case, what every rank computed."""
+    by_case: dict[Case, list[Outcome]] = {}
+    for size in (2, 4):
+        cases = [case for case in CASES if case.dp * case.tp == size]
+        by_case |= zip(cases, zip(*run_ranks(size, on_a_rank, cases, timeout=180), strict=True), strict=True)
+    return by_case
+
+
+@pytest.fixture(params=CASES, ids=Case.__str__)
+def both(request: pytest.FixtureRequest, outcomes: dict[Case, list[Outcome]]) -> tuple[list[Outcome], Outcome]:
+    return outcomes[request.param], alone(request.param.dp, request.param.config)
+
+
+def assert_near(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max(), err_msg=name)
+
+
+def test_every_topology_starts_from_the_same_bits(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert all(np.array_equal(rank.initial[name], array) for name, array in expected.initial.items())
+
+
+def test_every_topology_has_the_loss_and_gradients_of_one_process(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert rank.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert_near(rank.gradients, expected.gradients)
+
+
+def test_every_topology_gets_them_from_trained_positions_alone(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert_near(rank.trained_only, expected.gradients)
+
+
+def test_every_rank_knows_the_norm_of_the_whole_gradient_and_cuts_to_it(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    assert len({rank.norm for rank in ranks}) == 1
+    for rank in ranks:
+        assert rank.norm == pytest.approx(expected.norm, rel=1e-6)
+        assert_near(rank.clipped, expected.clipped)
+
+
+def test_an_optimizer_step_moves_every_topology_alike(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        # Adam divides by the gradient's size, so that a small one's rounding shows.
+        for name, array in expected.stepped.items():
+            np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+def unwrapped(rank: int) -> tuple[bool, bool]:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    plain = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.float32)
+    mixed = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.bfloat16)
+    init_weights(mixed, 0)
+    backward(mixed, packs(2))
+    assert all(p.grad.dtype == torch.float32 for p in mixed.parameters())
+    is_plain = not isinstance(plain, FSDPModule) and not any(isinstance(p, DTensor) for p in plain.parameters())
+    return is_plain, isinstance(mixed, FSDPModule)
+
+
+def test_one_process_is_wrapped_only_to_compute_in_another_dtype() -> None:
+    assert run_ranks(1, unwrapped) == [(True, True)]
+
+
+def through_files(rank: int, directory: str, out: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match="tp 2 does not divide capacity 23"):
+        parallelize(Llama(CONFIG), mesh, capacity=23)
+    model = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY)
+    load_weights(model, directory)
+    export(model, CONFIG, out)
+
+
+def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        model = Llama(CONFIG)
+        init_weights(model, 0)
+        export(model, CONFIG, Path(root) / "in")
+        run_ranks(4, through_files, f"{root}/in", f"{root}/out")
+        before, after = (load_file(f"{root}/{name}/model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("tp", "capacity", "message"),
+    [
+        (
+            3,
+            24,
+            r"tp 3 does not divide num_attention_heads 8, num_key_value_heads 4, vocab_size 64: choose a tp of \[1",
+        ),
+        (4, 22, r"tp 4 does not divide capacity 22: choose a tp of \[1, 2\]"),
+        (8, 24, r"tp 8 does not divide num_key_value_heads 4: choose a tp of \[1, 2, 4\]"),
+    ],
+)
+def test_a_size_that_cannot_be_split_is_refused(tp: int, capacity: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_divisible(CONFIG, capacity, tp)
+

@@ -1,0 +1,232 @@
+"""Rows of files of every kind: what a row is, where it stands, which files are refused, what a file's identity is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+
+from sftstream import SourceConfig
+from sftstream.sources import BrokenRow, Corpus
+from sftstream.sources import rows as rows_module
+from sftstream.sources.corpus import FileSet
+from sftstream.sources.rows import identify
+
+A, B = {"messages": [{"role": "user", "content": "ä\u2028b"}]}, {"n": 1}
+
+
+def written(path: Path, content: bytes) -> FileSet:
+    path.write_bytes(content)
+    return FileSet(str(path))
+
+
+def read_all(source: FileSet) -> list[Any]:
+    return [source.read(row) for row in range(len(source))]
+
+
+def lines(*values: Any, end: str = "\n") -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + end for value in values).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lines(A, B),
+        lines(A, B).rstrip(b"\n"),
+        lines(A, B, end="\r\n"),
+        b"\n \n" + lines(A) + b"\r\n\t\n\n" + lines(B) + b"\n\n",
+        b"\xef\xbb\xbf" + lines(A, B),
+        b"\xef\xbb\xbf\n" + lines(A, B),
+    ],
+    ids=["plain", "no last line break", "CRLF", "blank lines", "BOM", "BOM and blank line"],
+)
+def test_json_lines_in_every_spelling_give_the_same_rows(tmp_path: Path, content: bytes) -> None:
+    assert read_all(written(tmp_path / "a.jsonl", content)) == [A, B]
+
+
+def test_a_file_of_one_row_without_a_line_break_is_read(tmp_path: Path) -> None:
+    assert read_all(written(tmp_path / "a.ndjson", b'{"a": 1}')) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \n\n", b"\xef\xbb\xbf"])
+def test_a_file_without_a_row_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"source '.*a.jsonl' holds no row; remove it or name a file"):
+        written(tmp_path / "a.jsonl", content)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_behind_chunk_borders_are_found(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftstream.sources.jsonl._CHUNK", 7)
+    assert read_all(written(tmp_path / name, lines(*range(1000, 1050)))) == list(range(1000, 1050))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"a": ',
+        b'{"a": "\\ud800"}',
+        b'{"a": "\xff"}',
+        b'{"a": NaN}',
+        b'{"a": "\x00"}',
+        b"[" * 100_000,
+        b"x",
+        b"{'a': 1}",
+    ],
+    ids=["cut off", "lone surrogate", "no UTF-8", "NaN", "NUL", "deep", "no JSON", "Python"],
+)
+def test_a_broken_line_is_refused_by_its_place_and_its_neighbours_are_read(tmp_path: Path, broken: bytes) -> None:
+    source = written(tmp_path / "a.jsonl", lines(A) + b"\n" + broken + b"\n" + lines(B))
+    assert (source.read(0), source.read(2)) == (A, B)
+    with pytest.raises(BrokenRow, match=r"a.jsonl:3 is not JSON: .") as error:
+        source.read(1)
+    assert "\n" not in str(error.value)
+    assert [source.place(row).rpartition(":")[2] for row in range(3)] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}], ids=["one line", "pretty"])
+def test_a_json_array_is_read_by_element(tmp_path: Path, layout: dict[str, Any]) -> None:
+    source = written(tmp_path / "a.json", b"\xef\xbb\xbf \n" + json.dumps([A, B], **layout).encode())
+    assert read_all(source) == [A, B]
+    assert source.place(1) == f"{tmp_path}/a.json[1]"
+
+
+def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
+    assert read_all(written(tmp_path / "a.json", lines(A, B))) == [A, B]
+
+
+def test_a_broken_element_of_an_array_is_refused_by_its_place(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.json", b'[{"a": 1}, {"a": "\xff"}, 2]')
+    assert (source.read(0), source.read(2)) == ({"a": 1}, 2)
+    with pytest.raises(BrokenRow, match=r"a.json\[1\] is not JSON: .*utf-8"):
+        source.read(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1, 2", b"[1 2]", b"[[" + b"[" * 100_000 + b"]" * 100_000 + b"]]"],
+    ids=["cut off", "no comma", "deep"],
+)
+def test_an_array_that_cannot_be_divided_is_refused_as_a_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"a.json is not a JSON array of conversations: ."):
+        written(tmp_path / "a.json", content)
+
+
+def test_parquet_gives_rows_whoever_wrote_it(tmp_path: Path) -> None:
+    rows = tiny.rows(5)
+    tiny.write_parquet(tmp_path / "a.parquet", rows)
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "b.parquet"))
+    for name in ("a.parquet", "b.parquet"):
+        source = FileSet(str(tmp_path / name))
+        assert read_all(source) == rows
+        assert source.place(3) == f"{tmp_path}/{name}[3]"
+
+
+def test_a_parquet_file_rewritten_within_the_same_instant_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for content in ("old", "new"):
+        tiny.write_parquet(path, [{"a": content}])
+        os.utime(path, (1, 1))
+        assert read_all(FileSet(str(path))) == [{"a": content}]
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.parquet is not a readable Parquet file: .") as error:
+        written(tmp_path / "a.parquet", b"PAR1 but not really PAR1")
+    assert "\n" not in str(error.value)
+
+
+def test_a_glob_reads_its_files_in_sorted_order_as_one_source(tmp_path: Path) -> None:
+    for name, content in (("b.jsonl", lines(2, 3)), ("a.json", b"[0, 1]"), ("c.jsonl", b""), ("d.jsonl", lines(4))):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "e.jsonl").mkdir()
+    source = FileSet(f"{tmp_path}/*.json*")
+    assert read_all(source) == [0, 1, 2, 3, 4]
+    assert [source.place(row) for row in (1, 2, 4)] == [
+        f"{tmp_path}/a.json[1]",
+        f"{tmp_path}/b.jsonl:1",
+        f"{tmp_path}/d.jsonl:1",
+    ]
+
+
+def test_a_path_with_glob_characters_that_exists_is_that_file(tmp_path: Path) -> None:
+    assert read_all(written(tmp_path / "a[1].jsonl", lines(1))) == [1]
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(lines(1))
+    assert read_all(FileSet("~/a.jsonl")) == [1]
+
+
+def test_a_path_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"source '.*/none.jsonl' matches no file \(looked from /.*\); correct the path"
+    ):
+        FileSet(str(tmp_path / "none.jsonl"))
+
+
+def test_a_directory_is_refused_with_the_glob_to_write(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"is a directory; name its files by a glob, like {tmp_path}/\*.jsonl"):
+        FileSet(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a"])
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"is of no known kind '.*'; known are .jsonl, .ndjson, .json, .parquet"):
+        written(tmp_path / name, lines(1))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_refusal(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", lines(A, B))
+    os.truncate(tmp_path / "a.jsonl", 10)
+    for row in range(2):
+        with pytest.raises(RuntimeError, match=rf"a.jsonl:{row + 1} is no longer there: the file shrank .* restore it"):
+            source.read(row)
+
+
+def test_a_corpus_counts_reads_and_places_by_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(0, 1))
+    (tmp_path / "b.json").write_bytes(b"[2]")
+    corpus = Corpus((SourceConfig(path=str(tmp_path / "a.jsonl")), SourceConfig(path=str(tmp_path / "b.json"))))
+    assert corpus.sizes == (2, 1)
+    assert [corpus.read(0, 0), corpus.read(0, 1), corpus.read(1, 0)] == [0, 1, 2]
+    assert corpus.place(1, 0) == f"{tmp_path}/b.json[0]"
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert [copy.read(0, 0), copy.read(0, 1), copy.read(1, 0)] == [0, 1, 2]
+
+
+def test_a_files_identity_is_its_name_size_and_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"abc")
+    before = identify(path)
+    assert (before.name, before.size) == ("a.jsonl", 3)
+    assert before.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    os.utime(path, (1, 1))
+    assert identify(path) == before
+    path.write_bytes(b"abd")
+    assert identify(path) != before
+
+
+def test_a_huge_files_identity_is_taken_from_its_ends_and_even_places_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "SAMPLED_ABOVE", 1000)
+    monkeypatch.setattr(rows_module, "_BLOCK", 8)
+    path = tmp_path / "a.jsonl"
+    content = bytearray(b"a" * 10_000)
+
+    def digest() -> str:
+        path.write_bytes(content)
+        return identify(path).sha256
+
+    seen = {digest()}
+    for place in (0, 7, 9_992 * 64 // 127, 9_999):
+        content[place] = ord("b")
+        seen.add(digest())
+    assert len(seen) == 5

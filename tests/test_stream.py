@@ -1,0 +1,256 @@
+"""One logical stream: every conversation once an epoch, and from any state exactly the packs that were still to come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny
+
+from sftstream import ChatEncoder, DataConfig, Pack, StreamState, read_conversations
+from sftstream.packing import Packer
+from sftstream.sources import Corpus
+from sftstream.stream import Rows, Stages, build_stream
+
+
+def opened(config: DataConfig, encoder: ChatEncoder, stream: int, state: Any = None) -> Packer:
+    node = build_stream(config, Stages(Corpus(config.sources), encoder), stream)
+    node.reset(state)
+    return node
+
+
+def tail(node: Packer) -> list[tuple[Any, ...]]:
+    """All that can be seen of the packs to come, and the states after them, one empty pack included."""
+    result = []
+    dry = False
+    while not dry:
+        dry = node.state.dry
+        pack = next(node)
+        result.append((pack.digest(), pack.segments, pack.refused, pack.last, node.state))
+    return result
+
+
+def stored(state: StreamState) -> dict[str, Any]:
+    """The state as it comes back from a checkpoint."""
+    return msgspec.to_builtins(msgspec.json.decode(msgspec.json.encode(state), type=StreamState))
+
+
+def every_stream(config: DataConfig, encoder: ChatEncoder) -> list[Pack]:
+    packs = []
+    for stream in range(config.streams):
+        node = opened(config, encoder, stream)
+        while not node.state.dry:
+            packs.append(next(node))
+    return packs
+
+
+def spoiled_rows() -> list[Any]:
+    """40 conversations, among them some of each that no pack can take."""
+    rows: list[Any] = tiny.rows(40, seed=3)
+    for place in (0, 7, 8, 9, 31):
+        rows[place] = {"text": "of no known layout"}
+    rows[12] = tiny.chat("hi", "so <|eot_id|> it is")
+    rows[20] = tiny.chat("hi", "never again " * 200)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("spoiled") / "rows.jsonl"
+    tiny.write_jsonl(path, spoiled_rows())
+    with path.open("ab") as file:
+        file.write(b'{"messages": [\n')
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def shapes(
+    tokenizer: str, corpus_path: str, spoiled: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, DataConfig]:
+    """Configs of two epochs that end in every way a stream can end."""
+    directory = tmp_path_factory.mktemp("shapes")
+    few = tiny.write_jsonl(directory / "few.jsonl", tiny.rows(3))
+    hopeless = tiny.write_jsonl(directory / "hopeless.jsonl", [{}] * 5)
+    return {
+        "plain": tiny.data_config(tokenizer, corpus_path),
+        "unshuffled": tiny.data_config(tokenizer, corpus_path, shuffle=False),
+        "window of one": tiny.data_config(tokenizer, corpus_path, window=1),
+        "one window": tiny.data_config(tokenizer, corpus_path, window=1000),
+        "refused rows": tiny.data_config(tokenizer, spoiled),
+        "several sources": tiny.data_config(tokenizer, corpus_path, few, spoiled),
+        "fewer rows than streams": tiny.data_config(tokenizer, few, streams=8),
+        "refused rows alone": tiny.data_config(tokenizer, hopeless),
+    }
+
+
+SHAPES = (
+    "plain",
+    "unshuffled",
+    "window of one",
+    "one window",
+    "refused rows",
+    "several sources",
+    "fewer rows than streams",
+    "refused rows alone",
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_state_after_any_pack_restores_the_exact_tail(
+    shapes: dict[str, DataConfig], encoder: ChatEncoder, shape: str
+) -> None:
+    config = shapes[shape]
+    for stream in range(config.streams):
+        node = opened(config, encoder, stream)
+        states = [node.state]
+        whole = tail(node)
+        states += [state for *_, state in whole]
+        for position, state in enumerate(states):
+            resumed = opened(config, encoder, stream, stored(state))
+            assert resumed.state == state
+            assert tail(resumed) == whole[position:] or position == len(whole)
+
+
+def test_a_stream_resumed_after_every_single_pack_goes_on_as_if_it_never_stopped(
+    shapes: dict[str, DataConfig], encoder: ChatEncoder
+) -> None:
+    config = shapes["several sources"]
+    node = opened(config, encoder, 1)
+    state, packs = node.state, []
+    while not state.dry:
+        resumed = opened(config, encoder, 1, stored(state))
+        packs.append(next(resumed).digest())
+        state = resumed.state
+    assert packs == [digest for digest, *_ in tail(node)][: len(packs)]
+    assert len(packs) > 5
+
+
+def test_the_same_node_can_be_reset_again_and_again(config: DataConfig, encoder: ChatEncoder) -> None:
+    node = opened(config, encoder, 0)
+    first = [next(node).digest() for _ in range(3)]
+    state = node.get_state()
+    rest = tail(node)
+    node.reset(state)
+    assert tail(node) == rest
+    node.reset()
+    assert [next(node).digest() for _ in range(3)] == first
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_streams_together_give_each_good_row_once_per_epoch(
+    shapes: dict[str, DataConfig], encoder: ChatEncoder, shape: str
+) -> None:
+    config = shapes[shape]
+    corpus = Corpus(config.sources)
+    packs = every_stream(config, encoder)
+    given = Counter(segment.ref for pack in packs for segment in pack.segments)
+    refused = Counter((refusal.source, refusal.row, refusal.epoch) for pack in packs for refusal in pack.refused)
+    everything = {(s, row, epoch) for s, size in enumerate(corpus.sizes) for row in range(size) for epoch in range(2)}
+    assert set(given) | set(refused) == everything
+    assert set(given.values()) | set(refused.values()) == {1}
+    assert not set(given) & set(refused)
+
+
+def test_refusals_are_listed_with_their_places_and_counted(
+    shapes: dict[str, DataConfig], encoder: ChatEncoder, spoiled: str
+) -> None:
+    config = shapes["refused rows"]
+    packs = every_stream(config, encoder)
+    reasons = {refusal.row: refusal.reason for pack in packs for refusal in pack.refused}
+    assert reasons == {
+        **dict.fromkeys((0, 7, 8, 9, 31), "unknown layout"),
+        12: "control token in text",
+        20: "longer than capacity",
+        40: "broken row",
+    }
+    (broken,) = {refusal.detail for pack in packs for refusal in pack.refused if refusal.row == 40}
+    assert broken == f"{spoiled}:41 is not JSON: Input data was truncated"
+
+
+def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
+    node = opened(shapes["refused rows"], encoder, 0)
+    packs = []
+    while not node.state.dry:
+        packs.append(next(node))
+        state = node.state
+        assert state.packs == len(packs)
+        assert state.conversations == sum(len(pack.segments) for pack in packs)
+        assert state.tokens == sum(pack.tokens for pack in packs)
+        refused = Counter(refusal.reason for pack in packs for refusal in pack.refused)
+        assert Counter(state.refused) == refused
+        waiting = sum(map(len, state.planned)) + len(state.leftovers)
+        assert sum(state.drawn) == state.conversations + waiting + refused.total()
+
+
+def test_a_segments_tokens_are_those_of_its_row(config: DataConfig, encoder: ChatEncoder) -> None:
+    stages = Stages(Corpus(config.sources), encoder)
+    for pack in every_stream(config, encoder):
+        borders = pack.cu_seqlens.tolist()
+        for segment, start in zip(pack.segments, borders, strict=False):
+            example = stages.example(segment.ref)
+            assert pack.input_ids[start : start + segment.length].tolist() == example.tokens.tolist()
+            trained = (pack.labels[start : start + segment.length] >= 0).tolist()
+            assert trained == [*example.loss_mask[1:].tolist(), False]
+
+
+def test_epochs_have_orders_of_their_own_and_an_unshuffled_one_is_that_of_the_file(
+    tokenizer: str, corpus_path: str
+) -> None:
+    def order(**changes: Any) -> list[int]:
+        config = tiny.data_config(tokenizer, corpus_path, streams=1, **changes)
+        rows = Rows(config, Corpus(config.sources).sizes, 0)
+        return [item.ref.row for item in rows]
+
+    shuffled = order()
+    assert sorted(shuffled[:48]) == sorted(shuffled[48:]) == list(range(48))
+    assert shuffled[:48] != shuffled[48:]
+    assert shuffled != order(seed=1)
+    assert order(shuffle=False) == [*range(48), *range(48)]
+
+
+def test_weighted_sources_are_drawn_at_their_shares_without_end(tokenizer: str, corpus_path: str, spoiled: str) -> None:
+    sources = [{"path": corpus_path, "weight": 3}, {"path": spoiled, "weight": 1}]
+    config = tiny.data_config(tokenizer, sources=sources, epochs=None)
+    rows = Rows(config, Corpus(config.sources).sizes, 2)
+    rows.reset()
+    drawn = [next(rows).ref for _ in range(400)]
+    assert [ref.source for ref in drawn[:8]] == [0, 0, 1, 0, 0, 0, 1, 0]
+    assert Counter(ref.source for ref in drawn) == {0: 300, 1: 100}
+    assert len(set(drawn)) == 400
+
+
+def test_the_state_of_the_rows_is_not_changed_by_reading_on(config: DataConfig) -> None:
+    rows = Rows(config, (48,), 0)
+    rows.reset()
+    before = rows.state_dict()
+    next(rows)
+    assert before == {"drawn": [0], "exhausted": False}
+    assert rows.state_dict() == {"drawn": [1], "exhausted": False}
+
+
+def test_a_row_that_changed_since_it_was_planned_is_an_error(
+    tokenizer: str, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    config = tiny.data_config(tokenizer, tiny.write_jsonl(tmp_path / "a.jsonl", tiny.rows(20)), streams=1, window=20)
+    node = opened(config, encoder, 0)
+    next(node)
+    next(node)
+    state = node.get_state()
+    assert state["planned"]
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 20)
+    with pytest.raises(
+        ValueError, match=r"row \d+ of source 0 was planned before and is refused now \(unknown layout: .* rest"
+    ):
+        next(opened(config, encoder, 0, state))
+
+
+def test_all_conversations_of_a_file_can_be_read_in_order(tmp_path: Path, spoiled: str) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.rows(5))
+    assert [dialogue.messages[0].content for dialogue in read_conversations(path)] == [
+        row["messages"][0]["content"] for row in tiny.rows(5)
+    ]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: unknown layout: columns \['text'\] match none of"):
+        list(read_conversations(spoiled))

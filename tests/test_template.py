@@ -1,0 +1,434 @@
+"""The text is the template's own, and exactly what the assistant said is trained; else the conversation is refused."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import date as Date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from sftstream import ChatEncoder, Conversation, Message, Refused, ToolCall
+from sftstream.encoder import ChatEncoder as Encoder
+from sftstream.formats import conversation
+from sftstream.sources.corpus import FileSet
+from sftstream.template import ChatTemplate
+
+HEADER, STOP = "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+HI = Message("user", "hi")
+
+
+def template(text: str = tiny.TEMPLATE, date: Date | None = None, extra: tuple[str, ...] = ()) -> ChatTemplate:
+    return ChatTemplate(text, {"bos_token": "<|begin_of_text|>"}, (*tiny.SPECIAL, *extra), date)
+
+
+def trained(chat_template: ChatTemplate, *messages: Message, tools: Any = ()) -> list[str]:
+    rendered = chat_template.rendered(Conversation(messages, tools))
+    return [rendered.text[span.start : span.end] for span in rendered.spans]
+
+
+def refusal(chat_template: ChatTemplate, *messages: Message, tools: Any = ()) -> str:
+    with pytest.raises(Refused) as error:
+        chat_template.rendered(Conversation(messages, tools))
+    return str(error.value)
+
+
+def test_the_text_is_the_templates_own_and_the_answers_are_its_spans() -> None:
+    messages = (
+        Message("system", "be brief"),
+        HI,
+        Message("assistant", " a\n"),
+        Message("user", "b"),
+        Message("assistant", "c"),
+    )
+    rendered = template().rendered(Conversation(messages))
+    assert rendered.text == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nb<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nc<|eot_id|>"
+    )
+    assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["a<|eot_id|>", "c<|eot_id|>"]
+
+
+def test_header_and_stop_tokens_are_the_templates() -> None:
+    assert template().header == HEADER
+    assert template().stop_tokens == {STOP}
+
+
+def test_tool_calls_are_trained_and_tools_and_results_are_not() -> None:
+    tools = ({"type": "function", "function": {"name": "add", "description": "adds"}},)
+    call = ToolCall("add", {"a": 'two \u00fc "quoted" \\ \n', "b": [1, None, True, {"c": "x"}]})
+    messages = (
+        Message("system", "s"),
+        HI,
+        Message("assistant", tool_calls=(call,)),
+        Message("tool", "3"),
+        Message("assistant", "3"),
+    )
+    assert trained(template(), *messages, tools=tools) == [
+        '{"name": "add", "parameters": {"a": "two \u00fc \\"quoted\\" \\\\ \\n", "b": [1, null, true, {"c": "x"}]}}<|eot_id|>',
+        "3<|eot_id|>",
+    ]
+
+
+def test_an_assistant_may_speak_first_and_twice_in_a_row() -> None:
+    assert trained(template(), Message("assistant", "a"), Message("assistant", "b"), HI) == ["a" + STOP, "b" + STOP]
+
+
+def test_what_another_says_in_the_words_of_the_assistant_is_not_trained() -> None:
+    messages = (
+        Message("user", "yes"),
+        Message("assistant", "yes"),
+        Message("user", "assistant\n\nyes"),
+        Message("assistant", "yes"),
+    )
+    rendered = template().rendered(Conversation(messages))
+    assert [span.end for span in rendered.spans] == [rendered.text.index("yes" + STOP, 80) + 13, len(rendered.text)]
+    assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["yes" + STOP] * 2
+
+
+@pytest.mark.parametrize("text", ["", "  \n", None])
+def test_an_assistant_who_says_nothing_is_refused(text: str | None) -> None:
+    assert refusal(template(), HI, Message("assistant", text)) == (
+        "empty assistant message: message 1 says nothing, so its place cannot be verified"
+    )
+
+
+def test_an_empty_user_or_system_message_is_no_reason_to_refuse() -> None:
+    assert trained(template(), Message("system", ""), Message("user", " "), Message("assistant", "a")) == ["a" + STOP]
+
+
+CALL = ToolCall("f", {"a": "x"})
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        (Message("user", "a<|eot_id|>b"), "message 0"),
+        (Message("assistant", "a", reasoning="<|eot_id|>"), "message 0"),
+        (Message("user", "a", name="<|eot_id|>"), "message 0"),
+        (Message("tool", "a", tool_call_id="x<|eot_id|>"), "message 0"),
+        (Message("assistant", tool_calls=(ToolCall("<|eot_id|>", {}),)), "message 0"),
+        (Message("assistant", tool_calls=(ToolCall("f", {}, id="<|eot_id|>"),)), "message 0"),
+        (Message("assistant", tool_calls=(ToolCall("f", {"a": ["<|eot_id|>"]}),)), "message 0"),
+        (Message("assistant", tool_calls=(ToolCall("f", {"a": {"<|eot_id|>": 1}}),)), "message 0"),
+    ],
+)
+def test_text_that_would_become_a_control_token_is_refused_wherever_it_stands(message: Message, place: str) -> None:
+    expected = f"control token in text: {place} contains '<|eot_id|>' as text"
+    assert refusal(template(), message, Message("assistant", "b")) == expected
+
+
+@pytest.mark.parametrize("tool", [{"description": "<|eot_id|>"}, {"<|eot_id|>": 1}, {"enum": [["a", "<|eot_id|>"]]}])
+def test_a_tool_whose_text_would_become_a_control_token_is_refused(tool: dict[str, Any]) -> None:
+    tools = ({"type": "function", "function": {"name": "f", **tool}},)
+    expected = "control token in text: the tools contains '<|eot_id|>' as text"
+    assert refusal(template(), HI, Message("assistant", "b"), tools=tools) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ZqM0x0bZq",
+        "ZqM0x0eZq",
+        "ZqM1x0bZqa",
+        "aZqM1x0e",
+        "Zq",
+        "ZqM0x0bZqaZqM0x0eZq",
+        "ZqM7x7bZqaZqM7x7eZq",
+        f"ZqM{'9' * 5000}x0bZq",
+        "ZqM0x" + "9" * 5000,
+    ],
+    ids=[
+        "begin",
+        "end",
+        "own begin",
+        "half an end",
+        "part",
+        "pair",
+        "foreign pair",
+        "5000 digits",
+        "5000 digits, half",
+    ],
+)
+def test_text_that_looks_like_a_marker_is_trained_whole_or_refused(text: str) -> None:
+    for messages in ((Message("user", text), Message("assistant", "a")), (HI, Message("assistant", text))):
+        try:
+            outcome = trained(template(), *messages)[0]
+        except Refused as refused:
+            outcome = refused.reason
+        assert outcome in (f"{messages[1].content}{STOP}", "template rewrites text")
+
+
+def test_a_message_of_a_megabyte_is_trained_whole() -> None:
+    text = "seven rivers <| \u00e9\U0001f600\n" * 50_000 + "."
+    assert trained(template(), HI, Message("assistant", text)) == [text + STOP]
+
+
+def test_nul_and_other_control_characters_are_text() -> None:
+    assert trained(template(), HI, Message("assistant", "a\x00\x1b\u2028b")) == ["a\x00\x1b\u2028b" + STOP]
+
+
+TURN = "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + %s + '<|eot_id|>' }}"
+PROMPT = "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+
+
+def loop(text: str, condition: str = "true") -> str:
+    return f"{{%- for message in messages %}}{{%- if {condition} %}}{TURN % text}{{%- endif %}}{{%- endfor %}}{PROMPT}"
+
+
+ANSWER = Message("assistant", "Yes, so")
+
+
+def later(text: str) -> str:
+    """A template that prints `text` in dialogues of four messages, and whose flaw short probes do not show."""
+    return loop(f"({text} if messages | length == 4 else message.content)")
+
+
+@pytest.mark.parametrize(
+    ("text", "messages", "reason"),
+    [
+        (loop("message.content", "message.role != 'system'"), (Message("system", "be"), HI, ANSWER), "template drops text"),
+        (loop("message.content"), (HI, Message("assistant", tool_calls=(CALL,))), "template drops text: message 1: "),
+        (loop("message.content"), (HI, Message("assistant", "x", reasoning="hm")), "template drops text: message 1: 'hm'"),
+        (later("message.content | upper"), (HI, ANSWER) * 2, "template rewrites text"),
+        (loop("message.content | replace('Yes', 'No')"), (HI, ANSWER), "template alters text: message 1: 'Yes, so' is"),
+        (loop("message.content | replace('<', '&lt;')"), (HI, Message("assistant", "a<b")), "template alters text: message 1: "),
+        (later("message.content | length | string"), (HI, ANSWER) * 2, "template rewrites text"),
+        (later("message.content[:3]"), (HI, ANSWER) * 2, "template rewrites text"),
+        (later("message.content[::-1]"), (HI, ANSWER) * 2, "template rewrites text"),
+        (later("(message.content if loop.last else '-')"), (HI, ANSWER) * 2, "template drops text: message 0"),
+        (later("message.content + message.nothing.at_all"), (HI, ANSWER) * 2, "template raises: "),
+        (later("message.content.split('')[0]"), (HI, ANSWER) * 2, "template raises: empty separator"),
+        (later("(1 // 0) | string"), (HI, ANSWER) * 2, "template raises: integer division or modulo by zero"),
+        (later("message.content.index('?') | string"), (HI, ANSWER) * 2, "template raises: substring not found"),
+        (later("raise_exception('no two')"), (HI, ANSWER) * 2, "template raises: no two"),
+        (later("'' | attr('x') + 1"), (HI, ANSWER) * 2, "template raises: "),
+        (later("''.__class__.__mro__ | string"), (HI, ANSWER) * 2, "template raises: access to attribute '__class__'"),
+        ("{%- macro f(x) %}{{ f(x) }}{% endmacro %}" + later("f('x')"), (HI, ANSWER) * 2, "template raises: maximum"),
+        (later("(messages[2].content if loop.index0 == 1 else '') + message.content"), (HI, ANSWER) * 2, "foreign text in"),
+        (later("message.content + (messages[0].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "messages out of"),
+        (later("message.content + (messages[2].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "no stop token: "),
+    ],
+)  # fmt: skip
+def test_a_conversation_that_the_template_does_not_print_as_said_is_refused(
+    text: str, messages: tuple[Message, ...], reason: str
+) -> None:
+    refused = refusal(template(text), *messages)
+    assert refused.startswith(reason)
+    assert len(refused) < 300
+
+
+def test_turns_that_are_printed_in_another_order_are_refused() -> None:
+    backwards = (
+        "{%- for message in (messages | reverse if messages | length > 3 else messages) %}"
+        + TURN % "message.content"
+        + "{%- endfor %}"
+        + PROMPT
+    )
+    answers = (HI, Message("assistant", "a"), Message("user", "u"), Message("assistant", "b"))
+    assert refusal(template(backwards), *answers).startswith(("messages out of order", "no header", "no stop token"))
+
+
+def test_a_turn_without_its_stop_token_is_refused() -> None:
+    text = loop("message.content").replace("+ '<|eot_id|>'", "+ ('<|eot_id|>' if messages | length != 4 else '')")
+    assert refusal(template(text), HI, ANSWER, HI, ANSWER) == ("no stop token: none of ['<|eot_id|>'] ends message 1")
+
+
+def test_an_answer_without_the_header_is_refused() -> None:
+    text = loop("message.content").replace("message.role", "('model' if loop.index0 == 3 else message.role)")
+    assert refusal(template(text), HI, ANSWER, HI, ANSWER).startswith("no header: ")
+
+
+BRACKETS = (
+    "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'user' %}{{ '[INST] ' + message.content + '[/INST]' }}"
+    "{%- else %}{{ ' ' + message.content + '<|eot_id|>' }}{%- endif %}{%- endfor %}"
+)
+
+
+def test_without_a_generation_prompt_the_answer_begins_where_the_question_ends() -> None:
+    brackets = template(BRACKETS)
+    assert brackets.header == ""
+    assert trained(brackets, HI, Message("assistant", "a"), HI, Message("assistant", "b")) == [" a" + STOP, " b" + STOP]
+
+
+def test_a_history_that_changes_when_an_answer_follows_is_refused() -> None:
+    last_user = "(message.content + '!' if loop.last else message.content)"
+    text = BRACKETS.replace("message.content + '[/INST]'", f"{last_user} + '[/INST]'")
+    assert refusal(template(text), HI, ANSWER).startswith("history rewritten: what is printed before message 1")
+
+
+def test_a_template_that_forgets_earlier_reasoning_refuses_it_there_and_trains_it_at_the_end() -> None:
+    thought = "('<think>' + message.reasoning_content + '</think>')"
+    thinking = template(loop(f"({thought} if message.reasoning_content and loop.last else '') + message.content"))
+    answer = Message("assistant", "a", reasoning="hm")
+    assert trained(thinking, HI, answer) == ["<think>hm</think>a" + STOP]
+    assert refusal(thinking, HI, answer, HI, ANSWER).startswith("template drops text: message 1: 'hm'")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for message in messages %}", "the chat template is not valid Jinja: "),
+        ("{{ messages | nothing }}", "the chat template is not valid Jinja: "),
+        (
+            "{%- for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}",
+            "no special token ends an assistant's turn in this chat template, so the model could not learn to stop",
+        ),
+        ("{{ raise_exception('never') }}", "the chat template's generation prompt is not added at the end"),
+        (
+            "{%- if add_generation_prompt %}A{% endif %}" + loop("message.content"),
+            "the chat template's generation prompt is not added at the end",
+        ),
+        ("{% include 'other' %}", "the chat template's generation prompt is not added at the end"),
+    ],
+)
+def test_a_template_that_cannot_train_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        template(text)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_the_date_is_what_the_template_is_told_and_else_the_day_of_construction() -> None:
+    messages = Conversation((HI, ANSWER))
+    assert (
+        template(tiny.DATED_TEMPLATE, Date(2024, 2, 29))
+        .rendered(messages)
+        .text.startswith("<|begin_of_text|>29 Feb 2024<")
+    )
+    today = template(tiny.DATED_TEMPLATE)
+    assert today.date is not None
+    assert today.rendered(messages).text.startswith(f"<|begin_of_text|>{today.date:%d %b %Y}<")
+    assert template().date is None
+
+
+def test_a_template_that_asks_for_date_string_is_told_the_configs_date() -> None:
+    text = "{{- date_string | default('26 Jul 2024') }}" + tiny.TEMPLATE
+    messages = Conversation((HI, ANSWER))
+    assert template(text, Date(2025, 1, 2)).rendered(messages).text.startswith("02 Jan 2025<")
+    assert template(text).rendered(messages).text.startswith("26 Jul 2024<")
+
+
+def test_an_encoder_takes_its_template_from_the_tokenizer_a_file_or_the_text(tokenizer: str, tmp_path: Path) -> None:
+    text = tiny.TEMPLATE.replace("{{- bos_token }}", "\u00e9")
+    (tmp_path / "chat.jinja").write_text(text, encoding="utf-8")
+    assert ChatEncoder(tokenizer).template.text == tiny.TEMPLATE
+    assert ChatEncoder(tokenizer, template=str(tmp_path / "chat.jinja")).template.text == text
+    assert ChatEncoder(tokenizer, template=text).template.text == text
+
+
+def test_an_encoder_without_a_template_or_with_a_wrong_date_is_an_error(tokenizer: str, tmp_path: Path) -> None:
+    bare = tiny.save_tokenizer(tmp_path / "bare", template=None)
+    with pytest.raises(ValueError, match=r"tokenizer '.*/bare' has no chat template; name one: template = "):
+        ChatEncoder(bare)
+    with pytest.raises(ValueError, match=r"chat template '.*none.jinja' cannot be read: No such file.*; give a file"):
+        ChatEncoder(tokenizer, template=str(tmp_path / "none.jinja"))
+    with pytest.raises(ValueError, match=r"date = 'today' is no day; write it as YYYY-MM-DD"):
+        ChatEncoder(tokenizer, date="today")
+
+
+def test_encode_takes_messages_in_any_spelling_and_raises_refusals(encoder: ChatEncoder) -> None:
+    (example,) = encoder.encode([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "seven"}])
+    assert encoder.tokenizer.hf.decode(example.tokens[example.loss_mask]) == "seven" + STOP
+    with pytest.raises(Refused, match="no assistant message"):
+        encoder.encode([{"role": "user", "content": "hi"}])
+
+
+REAL_FILES = (
+    "alpaca/gsm8k_train.jsonl",
+    "alpaca/alpaca_zh_demo.json",
+    "alpaca/oasst_sft_zh.json",
+    "sharegpt/sharegpt_zh_1K.jsonl",
+    "sharegpt/glaive_toolcall_en_demo.json",
+    "messages/sgd_tools.jsonl",
+)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "stop", "trims"), [("llama3", "<|eot_id|>", True), ("qwen", "<|im_end|>", False)])
+def test_real_tokens_that_are_trained_are_what_the_assistant_said(
+    realdata: Path, name: str, stop: str, trims: bool
+) -> None:
+    encoder = ChatEncoder(str(realdata / "tokenizers" / name))
+    assert encoder.template.stop_tokens >= {stop}
+    for file in REAL_FILES:
+        source = FileSet(str(realdata / "conversations" / file))
+        accepted = 0
+        for row in range(0, len(source), max(1, len(source) // 40)):
+            dialogue = conversation(source.read(row))
+            try:
+                example = encoder.tokenize(encoder.render(dialogue))
+            except Refused:
+                continue
+            accepted += 1
+            answers = [message for message in dialogue.messages if message.role == "assistant"]
+            turns = _turns_of(encoder, example.tokens, example.loss_mask)
+            assert len(turns) == len(answers), source.place(row)
+            for turn, answer in zip(turns, answers, strict=True):
+                _check_turn(turn, answer, stop, trims)
+        assert accepted >= 5, file
+
+
+def _turns_of(encoder: Encoder, tokens: Any, mask: Any) -> list[str]:
+    """Each unbroken stretch of trained tokens, decoded."""
+    borders = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
+    ends = [i + 1 for i in range(len(mask)) if mask[i] and (i + 1 == len(mask) or not mask[i + 1])]
+    return [encoder.tokenizer.hf.decode(tokens[a:b]) for a, b in zip(borders, ends, strict=True)]
+
+
+def _check_turn(turn: str, answer: Message, stop: str, trims: bool) -> None:
+    said = unicodedata.normalize("NFC", answer.content or "")
+    said = said.strip() if trims else said
+    if answer.tool_calls:
+        assert turn.endswith(stop)
+        assert turn.startswith(said)
+        assert all(f'"{call.name}"' in turn for call in answer.tool_calls)
+    else:
+        assert turn == said + stop
+
+
+@pytest.mark.realdata
+def test_real_templates_train_what_was_said_or_refuse(realdata: Path) -> None:
+    """Every template with the special tokens that its own text names, on one dialogue; most of them train it."""
+    trainable = []
+    for file in sorted((realdata / "templates").glob("*.jinja")):
+        text = file.read_text(encoding="utf-8")
+        names = (
+            "<|im_end|>",
+            "<|im_start|>",
+            "</s>",
+            "<end_of_turn>",
+            "<|end|>",
+            "<|return|>",
+            "<|call|>",
+            "<|eot_id|>",
+        )
+        more = (
+            "<|user|>",
+            "<|observation|>",
+            "<\uff5cend\u2581of\u2581sentence\uff5c>",
+            "<|endoftext|>",
+            "<|END_OF_TURN_TOKEN|>",
+        )
+        dialogue = Conversation(
+            (HI, Message("assistant", "Aye, so"), Message("user", "why"), Message("assistant", "Because"))
+        )
+        variables, control = {"bos_token": "<s>", "eos_token": "</s>"}, [*names, *more, "<|end_of_text|>"]
+        try:
+            chat_template = ChatTemplate(text, variables, control, Date(2025, 1, 2))
+            rendered = chat_template.rendered(dialogue)
+        except ValueError:
+            continue
+        trainable.append(file.name)
+        first, second = (rendered.text[span.start : span.end] for span in rendered.spans)
+        assert "Aye, so" in first, file.name
+        assert "why" not in first, file.name
+        assert "Because" in second, file.name
+        assert first.endswith(tuple(chat_template.stop_tokens)), file.name
+        assert second.endswith(tuple(chat_template.stop_tokens)), file.name
+    assert len(trainable) >= 25
