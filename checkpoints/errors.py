@@ -1,4 +1,4 @@
-"""What goes wrong with a checkpoint. Every message names the step, the place and the reason."""
+"""What goes wrong with a checkpoint. Messages name the place, the reason and what to do where that is not plain."""
 
 
 class CheckpointError(RuntimeError):

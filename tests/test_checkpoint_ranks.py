@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,13 +290,20 @@ def save_two(rank: int, root: Path) -> None:
         CheckpointStore(root).save(step, big_state(rank), {f"v{rank}": step})
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("two ranks")
+    run_ranks(2, save_two, root)
+    return root
+
+
 @pytest.mark.parametrize(
     "name",
     ["manifest.json", "rank00000.safetensors", "rank00000.values", "rank00001.safetensors", "rank00001.values"],
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_damage_in_any_ranks_file_is_seen_by_all_ranks(tmp_path, name, ranks):
-    run_ranks(2, save_two, tmp_path)
+def test_damage_in_any_ranks_file_is_seen_by_all_ranks(tmp_path, two_steps, name, ranks):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "step-00000002" / name
     path.write_bytes(path.read_bytes()[:-1] + b"\xaa")
     if ranks == 1:

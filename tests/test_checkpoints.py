@@ -25,6 +25,8 @@ from torch import nn
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 def state(seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
