@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -151,7 +152,7 @@ def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) 
     torch.set_num_threads(1)
     path = directory / f"config{environment['RANK']}.toml"
     path.write_text("".join(f"{name} = {toml(table)}\n" for name, table in config.items()))
-    main([str(path)])
+    sys.exit(main([str(path)]))
 
 
 def _free_port() -> int:

@@ -123,6 +123,16 @@ def test_a_later_token_changes_no_bit_of_an_earlier_logit() -> None:
     assert not torch.equal(before[11:], after[11:])
 
 
+def test_positions_are_those_given_and_only_their_distances_count() -> None:
+    model, packed = built(CONFIG), row(9, 14)
+    logits, moved, stretched = (
+        model(packed.input_ids, positions, packed.segments)
+        for positions in (packed.position_ids, packed.position_ids + 3, packed.position_ids * 3)
+    )
+    torch.testing.assert_close(moved, logits, rtol=0, atol=1e-4)
+    assert (stretched - logits).abs().amax(1)[[2, 8, 12, 22]].gt(1e-2).all()
+
+
 def test_logits_of_some_positions_give_the_loss_and_gradients_of_all() -> None:
     packed = row(9, 14, 9)
     everywhere, trained_only = built(TIED), built(TIED)

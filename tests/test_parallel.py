@@ -70,7 +70,9 @@ def backward(model: Llama, mine: list[Row], *, trained_only: bool = False) -> fl
     """The gradients of the global batch on this rank, and its own part of the loss."""
     model.zero_grad()
     total = 0.0
-    for one in mine:
+    for number, one in enumerate(mine, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(mine))
         positions = torch.nonzero(one.labels != IGNORE_INDEX).flatten() if trained_only else None
         labels = one.labels[positions] if trained_only else one.labels
         loss = summed_cross_entropy(model(one.input_ids, one.position_ids, one.segments, positions), labels)
@@ -189,20 +191,40 @@ def test_one_process_is_wrapped_only_to_compute_in_another_dtype() -> None:
     assert run_ranks(1, unwrapped) == [(True, True)]
 
 
+def mixed(rank: int) -> tuple[float, Arrays]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize(Llama(TIED), mesh, capacity=CAPACITY, compute_dtype=torch.bfloat16)
+    init_weights(model, 0)
+    loss = torch.tensor(backward(model, packs(4)[mesh.get_local_rank("dp") :: 2]))
+    dist.all_reduce(loss, group=mesh.get_group("dp"))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    return loss.item(), whole(gradients)
+
+
+def test_computing_in_bfloat16_on_four_ranks_stays_near_fp32_on_one() -> None:
+    expected = alone(2, TIED)
+    for loss, gradients in run_ranks(4, mixed):
+        assert loss == pytest.approx(expected.loss, rel=0.01)
+        for name, array in expected.gradients.items():
+            assert np.linalg.norm(gradients[name] - array) < 0.05 * np.linalg.norm(array), name
+
+
 def through_files(rank: int, directory: str, out: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ValueError, match="tp 2 does not divide capacity 23"):
         parallelize(Llama(CONFIG), mesh, capacity=23)
-    model = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY)
+    model = parallelize(Llama(TIED), mesh, capacity=CAPACITY)
+    assert model.head.weight is model.embedding.weight
     load_weights(model, directory)
-    export(model, CONFIG, out)
+    export(model, TIED, out)
 
 
 def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
     with tempfile.TemporaryDirectory() as root:
-        model = Llama(CONFIG)
+        model = Llama(TIED)
         init_weights(model, 0)
-        export(model, CONFIG, Path(root) / "in")
+        export(model, TIED, Path(root) / "in")
         run_ranks(4, through_files, f"{root}/in", f"{root}/out")
         before, after = (load_file(f"{root}/{name}/model.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
@@ -224,4 +246,3 @@ def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
 def test_a_size_that_cannot_be_split_is_refused(tp: int, capacity: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_divisible(CONFIG, capacity, tp)
-

@@ -100,6 +100,27 @@ def test_a_size_that_is_missing_is_named(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+def test_a_directory_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face model: it has no config.json"):
+        read_config(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: Expected `object`, got `array`"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: Input data was truncated"):
+        read_config(tmp_path)
+
+
+def test_weights_that_are_missing_or_cut_short_are_refused(tmp_path: Path) -> None:
+    file = exported(tmp_path / "out") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or not a safetensors file"):
+        load_weights(Llama(CONFIG), tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing: weights are read from safetensors files only"):
+        load_weights(Llama(CONFIG), tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_public_model_comes_back_bit_for_bit_through_ours(family: str, tmp_path: Path) -> None:
     theirs = public_llama(**FAMILIES[family])

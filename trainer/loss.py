@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from sftstream.records import IGNORE_INDEX
+from sftstream import IGNORE_INDEX
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

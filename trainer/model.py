@@ -76,7 +76,7 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range < 0:
-            raise ValueError("rope_theta and rms_norm_eps must be above 0 and initializer_range not below")
+            raise ValueError("rope_theta and rms_norm_eps must be above 0 and initializer_range must not be negative")
 
     @property
     def head_size(self) -> int:
@@ -279,5 +279,5 @@ def window(tensor: Tensor) -> tuple[slice, ...]:
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     # What distributed checkpoints ask a sharded tensor; it knows the strided shards of two mesh dimensions as well.
-    (part,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    (part,) = tensor.__create_chunk_list__()
     return tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))

@@ -109,7 +109,7 @@ def clip_by_global_norm(parameters: Iterable[Tensor], limit: float | None) -> fl
     """Scale all gradients so that their common norm is at most `limit`; returns the norm before, on every rank.
 
     The norm is that of the full gradient, in fp32, over the shards of all ranks, a replicated one counted once.
-    Gradients that are still partial sums over ranks are reduced first, and stay so. Waits for the device once. A norm
+    Gradients that are still partial sums over ranks are reduced first, for good. Waits for the device once. A norm
     that isn't finite is returned and scales nothing: the caller decides.
     """
     gradients = [_completed_gradient(p) for p in parameters if p.grad is not None]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from trainer.model import Llama, LlamaConfig, local, window
 
@@ -64,9 +64,17 @@ class Piece(NamedTuple):
 
 
 def read_config(directory: StrPath) -> LlamaConfig:
-    """The shape that `config.json` describes. ValueError names the key that we do not support."""
+    """The shape that `config.json` describes. ValueError names the file, and the key in it that we do not support."""
     path = Path(directory) / "config.json"
-    keys = json.loads(path.read_bytes())
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a Hugging Face model: it has no config.json")
+    try:
+        return _config(path, msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _config(path: Path, keys: dict[str, Any]) -> LlamaConfig:
     for key, supported in _ONLY_SUPPORTED.items():
         found = keys.get(key, supported)
         if found is not None and found != supported:
@@ -79,10 +87,7 @@ def read_config(directory: StrPath) -> LlamaConfig:
     fields["num_key_value_heads"] = keys.get("num_key_value_heads") or keys["num_attention_heads"]
     fields["rope_theta"] = rope.pop("rope_theta", keys.get("rope_theta", _DEFAULT_ROPE_THETA))
     fields["rope_scaling"] = _rope_scaling(rope, fields["max_position_embeddings"])
-    try:
-        return msgspec.convert(fields, LlamaConfig)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return msgspec.convert(fields, LlamaConfig)
 
 
 def _rope_scaling(rope: dict[str, Any], context: int) -> dict[str, Any] | None:
@@ -94,7 +99,7 @@ def _rope_scaling(rope: dict[str, Any], context: int) -> dict[str, Any] | None:
 
 
 def write_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of a model, as every version of transformers reads it."""
+    """`config.json` of a model, in the spelling that older versions of transformers read as well."""
     keys: dict[str, Any] = msgspec.to_builtins(config)
     return {
         **keys,
@@ -161,12 +166,12 @@ def _shapes(model: Llama) -> dict[str, list[int]]:
 def load_weights(model: Llama, directory: StrPath) -> None:
     """Fill the model from the safetensors of a Hugging Face directory, one file or many.
 
-    Each rank reads only what it holds. Values are converted to the parameters' dtype. ValueError names a tensor that
-    is missing, unexpected or of another shape; nothing is loaded then.
+    Each rank reads only what it holds. Values are converted to the parameters' dtype. ValueError names a file that is
+    missing or damaged, or a tensor that is missing, unexpected or of another shape; nothing is loaded then.
     """
     directory = Path(directory)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(directory)]
+        files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
         tensors = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
         _check_tensors(model, tensors, directory)
         parameters = dict(model.named_parameters())
@@ -179,6 +184,15 @@ def _weight_files(directory: Path) -> list[Path]:
     if not index.exists():
         return [directory / "model.safetensors"]
     return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: weights are read from safetensors files only")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) -> None:
@@ -226,8 +240,9 @@ def export(
     """Write a directory that `transformers` loads; every rank calls, rank 0 writes.
 
     `stop_token_ids` end a generation besides the tokenizer's own end. `dtype` is what the weights are stored in, the
-    parameters' own by default. Tensors are gathered and written one at a time. The directory is made aside and renamed,
-    so `out_dir` is a complete export or what it was before. ValueError where it is there and holds no model.
+    parameters' own by default. Tensors are gathered and written one at a time. The directory is made aside and replaces
+    `out_dir` whole: a kill leaves the old export, the new one or none, never a part of one. ValueError where `out_dir`
+    is there and holds no model.
     """
     out_dir = Path(out_dir)
     writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -281,13 +296,23 @@ def _unfused(model: Llama, dtype: torch.dtype) -> Iterator[Tensor]:
     """The Hugging Face tensors in the order of `_shapes`, in full on each rank, one parameter of ours at a time."""
     parameters = dict(model.named_parameters())
     for name, pieces in layout(model.config).items():
-        parameter = parameters[name]
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        full = _gathered(parameters[name])
         by_tensor: dict[str, list[Tensor]] = {}
         for piece, rows in zip(pieces, full.split_with_sizes([piece.rows for piece in pieces]), strict=True):
             by_tensor.setdefault(piece.tensor, []).append(rows)
         for parts in by_tensor.values():
             yield torch.cat(parts).to(dtype)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    placements = list(parameter.placements)
+    for dim in range(len(placements)):
+        # Data parallelism, the first dimension, cut what tensor parallelism had cut before, and so is undone first.
+        placements[dim] = Replicate()
+        parameter = parameter.redistribute(placements=placements)
+    return parameter.to_local()
 
 
 def _write_tensors(path: Path, shapes: Mapping[str, list[int]], tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
