@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,20 +70,20 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
         return _flat(differences(before.get(key), after.get(key), f"{path}.{key}") for key in keys)
-    both_lists = isinstance(before, list | tuple) and isinstance(after, list | tuple)
-    if both_lists and len(before) == len(after):
-        return _flat(differences(b, a, f"{path}[{i}]") for i, (b, a) in enumerate(zip(before, after, strict=True)))
+    if isinstance(before, list | tuple) and isinstance(after, list | tuple):
+        pairs = itertools.zip_longest(before, after)
+        return _flat(differences(b, a, f"{path}[{i}]") for i, (b, a) in enumerate(pairs))
     return [] if before == after else [f"{path}: {_short(before)} -> {_short(after)}"]
 
 
 def require_equal(saved: Identity, now: Identity) -> None:
-    """Raises ValueError naming each difference."""
+    """Raises ValueError naming each difference, the first ten of many."""
     changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
     if changed:
+        more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and resuming on these would not be exact: "
-            + "; ".join(changed)
-            + ". Restore them, or start a new run"
+            f"{'; '.join(changed[:10])}{more}. Restore them, or start a new run"
         )
 
 

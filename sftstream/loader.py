@@ -269,6 +269,8 @@ def _check_topology(config: DataConfig, shard: Shard, workers: int) -> None:
             f"global_batch = {config.global_batch} packs cannot be shared by {shard.count} shards; "
             f"{_choices(config.global_batch)} can share them"
         )
+    if workers < 0:
+        raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")
     readers = shard.count * max(workers, 1)
     if config.streams % readers:
         raise ValueError(

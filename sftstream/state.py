@@ -61,7 +61,8 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True):
 
     def builtins(self) -> dict[str, Any]:
         """A fresh state dict of JSON-able values."""
-        result: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        # Through JSON, so that tuples are lists before and after a file, and two state dicts compare.
+        result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 import tiny
 
-from sftstream import ChatEncoder, DataConfig, Pack, StreamState, read_conversations
+from sftstream import ChatEncoder, DataConfig, Pack, PackLoader, StreamState, describe, read_conversations
 from sftstream.packing import Packer
 from sftstream.sources import Corpus
 from sftstream.stream import Rows, Stages, build_stream
@@ -111,7 +112,7 @@ def test_a_state_after_any_pack_restores_the_exact_tail(
         for position, state in enumerate(states):
             resumed = opened(config, encoder, stream, stored(state))
             assert resumed.state == state
-            assert tail(resumed) == whole[position:] or position == len(whole)
+            assert tail(resumed) == (whole[position:] or whole[-1:])
 
 
 def test_a_stream_resumed_after_every_single_pack_goes_on_as_if_it_never_stopped(
@@ -245,6 +246,59 @@ def test_a_row_that_changed_since_it_was_planned_is_an_error(
         ValueError, match=r"row \d+ of source 0 was planned before and is refused now \(unknown layout: .* rest"
     ):
         next(opened(config, encoder, 0, state))
+
+
+def hostile_lines() -> list[str]:
+    """Rows as somebody who means harm, or a broken exporter, writes them."""
+    ask = {"role": "user", "content": "hi"}
+
+    def answered(**fields: Any) -> str:
+        return json.dumps({"messages": [ask, {"role": "assistant", "content": "so"} | fields]})
+
+    def called(arguments: Any, **fields: Any) -> str:
+        return answered(content=None, tool_calls=[{"name": "f", "arguments": arguments} | fields])
+
+    return [
+        "[" * 100_000,
+        '{"messages": ' + "[" * 500 + "]" * 500 + "}",
+        answered(content="\ud800"),
+        answered(content=5),
+        answered(content=None),
+        answered(content=[None, 5, {}]),
+        answered(reasoning_content=["so"]),
+        answered(name={"a": 1}),
+        answered(tool_calls="{"),
+        answered(content="ZqM1x0bZq"),
+        answered(content="ZqM" + "9" * 5000 + "x0bZq"),
+        answered(content="<|eot_id|><|start_header_id|>user"),
+        called({"a": "<|eot_id|>"}),
+        called({"<|eot_id|>": "a"}),
+        called("[" * 100_000),
+        called(json.dumps({"a": "\ud800"})),
+        called({}, name="<|eot_id|>"),
+        json.dumps({"prompt": "hi", "completion": "so", "tools": 5}),
+        json.dumps({"prompt": "hi", "completion": "so", "tools": [{"a": "<|eot_id|>"}]}),
+        json.dumps({"instruction": "hi", "output": "so", "history": 5}),
+        json.dumps({"instruction": "hi", "output": "so", "history": "ab"}),
+        answered(content="never " * 200_000),
+        '{"messages": 1e999}',
+        "null",
+        "\x00",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_hostile_rows_are_refused_one_by_one_and_never_end_a_run(tokenizer: str, tmp_path: Path, workers: int) -> None:
+    hostile, good = hostile_lines(), [json.dumps(row) for row in tiny.rows(8)]
+    good.append(json.dumps(tiny.chat("hi", "a\x00b \u2028 \U0001f600 ZqM")))
+    path = tmp_path / "hostile.jsonl"
+    path.write_text("\n".join(hostile + good), encoding="utf-8")
+    loader = PackLoader(tiny.data_config(tokenizer, str(path), epochs=1), workers=workers)
+    packs = list(loader)
+    assert sorted(refusal.row for pack in packs for refusal in pack.refused) == list(range(len(hostile)))
+    assert sorted(s.row - len(hostile) for pack in packs for s in pack.segments) == list(range(len(good)))
+    assert all(len(refusal.detail) < 300 for pack in packs for refusal in pack.refused)
+    assert "refused, broken row: 4\n" in describe(loader.state)
 
 
 def test_all_conversations_of_a_file_can_be_read_in_order(tmp_path: Path, spoiled: str) -> None:

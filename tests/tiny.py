@@ -107,15 +107,15 @@ def write_parquet(path: Path, content: Sequence[Row]) -> str:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(content)), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(content)), path, compression="none")
     return str(path)
 
 
-def data_config(tokenizer: str, *paths: str, **changes: Any) -> DataConfig:
+def data_config(tokenizer: str | dict[str, str], *paths: str, **changes: Any) -> DataConfig:
     """Four streams of packs of 256 tokens, in windows of 8 conversations; `changes` replace keys of the `[data]` table."""
     table = {
         "sources": [{"path": path} for path in paths],
-        "tokenizer": {"path": tokenizer},
+        "tokenizer": {"path": tokenizer} if isinstance(tokenizer, str) else tokenizer,
         "streams": 4,
         "capacity": 256,
         "global_batch": 4,

@@ -1,0 +1,128 @@
+"""The `[data]` table is checked at the door: names, types with their paths, and every limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from sftstream import DataConfig, SourceConfig, TokenizerConfig
+
+TABLE: dict[str, Any] = {"sources": [{"path": "a.jsonl"}], "tokenizer": {"path": "tokenizer"}}
+
+
+def config(**changes: Any) -> DataConfig:
+    return msgspec.convert(TABLE | changes, DataConfig)
+
+
+def error(**changes: Any) -> str:
+    with pytest.raises(msgspec.ValidationError) as raised:
+        config(**changes)
+    return str(raised.value)
+
+
+def test_a_table_is_typed_and_has_its_defaults() -> None:
+    expected = DataConfig(
+        sources=(SourceConfig(path="a.jsonl", weight=None),),
+        tokenizer=TokenizerConfig(path="tokenizer", template=None, date=None),
+        streams=64,
+        capacity=8192,
+        global_batch=64,
+        shuffle=True,
+        train_on=("assistant",),
+        window=256,
+        workers=1,
+        prefetch=4,
+        seed=0,
+        epochs=None,
+    )
+    assert config() == expected
+    assert (
+        msgspec.toml.decode('sources = [{path = "a.jsonl"}]\ntokenizer = {path = "tokenizer"}', type=DataConfig)
+        == expected
+    )
+
+
+def test_a_config_survives_being_written_down() -> None:
+    given = config(streams=16, epochs=2, sources=[{"path": "b"}, {"path": "c"}])
+    assert msgspec.json.decode(msgspec.json.encode(given), type=DataConfig) == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stream": 4}, "Object contains unknown field `stream`"),
+        ({"sources": [{"path": "a", "wieght": 1}]}, "Object contains unknown field `wieght` - at `$.sources[0]`"),
+        ({"tokenizer": {"path": "a", "dates": ""}}, "Object contains unknown field `dates` - at `$.tokenizer`"),
+        ({"tokenizer": {}}, "Object missing required field `path` - at `$.tokenizer`"),
+        ({"sources": [{}]}, "Object missing required field `path` - at `$.sources[0]`"),
+        ({"sources": {"path": "a"}}, "Expected `array`, got `object` - at `$.sources`"),
+        ({"streams": "64"}, "Expected `int`, got `str` - at `$.streams`"),
+        ({"streams": 1.5}, "Expected `int`, got `float` - at `$.streams`"),
+        ({"streams": True}, "Expected `int`, got `bool` - at `$.streams`"),
+        ({"capacity": None}, "Expected `int`, got `null` - at `$.capacity`"),
+        ({"shuffle": 1}, "Expected `bool`, got `int` - at `$.shuffle`"),
+        ({"epochs": "2"}, "Expected `int | null`, got `str` - at `$.epochs`"),
+        ({"sources": [{"path": 5}]}, "Expected `str`, got `int` - at `$.sources[0].path`"),
+        ({"train_on": ["user"]}, "Invalid enum value 'user' - at `$.train_on[0]`"),
+        ({"train_on": "assistant"}, "Expected `array`, got `str` - at `$.train_on`"),
+    ],
+)
+def test_a_wrong_name_or_type_is_an_error_with_its_path(changes: dict[str, Any], message: str) -> None:
+    assert error(**changes) == message
+
+
+def test_a_table_without_what_it_needs_is_an_error() -> None:
+    with pytest.raises(msgspec.ValidationError, match="Object missing required field `sources`"):
+        msgspec.convert({}, DataConfig)
+
+
+@pytest.mark.parametrize("field", ["streams", "capacity", "global_batch", "window", "prefetch"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_must_be_at_least_one(field: str, value: int) -> None:
+    assert error(**{field: value}) == f"{field} = {value} must be at least 1"
+    assert getattr(config(**{field: 1}), field) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": -1}, "workers = -1 must be 0 (load in the training process) or more"),
+        ({"epochs": 0}, "epochs = 0 must be at least 1; leave it out for an endless stream"),
+        ({"train_on": []}, 'train_on is empty, so nothing would be trained; name a role: ["assistant"]'),
+        ({"sources": []}, "sources is empty; name at least one [[data.sources]] with a path"),
+        ({"sources": [{"path": "a", "weight": 0}]}, "weight = 0.0 must be a positive number - at `$.sources[0]`"),
+        ({"sources": [{"path": "a", "weight": -2}]}, "weight = -2.0 must be a positive number - at `$.sources[0]`"),
+        (
+            {"sources": [{"path": "a", "weight": float("nan")}]},
+            "weight = nan must be a positive number - at `$.sources[0]`",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": float("inf")}]},
+            "weight = inf must be a positive number - at `$.sources[0]`",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            "source 'b' has no weight but another has; give weights to all sources or to none",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": 1}], "epochs": 2},
+            "epochs = 2 has no meaning for weighted sources, which are drawn at fixed shares without an end; "
+            "leave out the weights, or end the run by steps",
+        ),
+    ],
+)
+def test_a_value_beyond_its_limit_is_an_error_with_the_remedy(changes: dict[str, Any], message: str) -> None:
+    assert error(**changes) == message
+
+
+def test_limits_hold_for_a_config_made_in_python_too() -> None:
+    with pytest.raises(ValueError, match="streams = 0 must be at least 1"):
+        DataConfig(sources=(SourceConfig(path="a"),), tokenizer=TokenizerConfig(path="t"), streams=0)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    given = config()
+    with pytest.raises(AttributeError, match="immutable type"):
+        given.streams = 5  # type: ignore[misc]

@@ -1,0 +1,234 @@
+"""A state resumes on exactly what it was taken from; any other byte or setting is an error that names it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny
+
+from sftstream import DataConfig, PackLoader
+from sftstream import identity as identity_module
+from sftstream.identity import differences
+
+TODAY = "2026-08-21"
+
+
+class Place:
+    """A directory with everything that a stream is made of."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.settings: dict[str, Any] = {}
+        self.tokenizer = tiny.save_tokenizer(directory / "tokenizer", tiny.DATED_TEMPLATE)
+        tiny.write_jsonl(directory / "a.jsonl", tiny.rows(20))
+        tiny.write_json(directory / "b.json", tiny.rows(10, seed=1))
+        tiny.write_parquet(directory / "c.parquet", tiny.rows(10, seed=2))
+
+    def config(self) -> DataConfig:
+        names = ("a.jsonl", "b.json", "c.parquet")
+        table = {
+            "sources": [{"path": str(self.directory / name)} for name in names],
+            "tokenizer": {"path": str(self.directory / "tokenizer"), "date": TODAY},
+        }
+        return tiny.data_config(**table | self.settings)
+
+    def load(self, state: Any = None) -> PackLoader:
+        return PackLoader(self.config(), state=state)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "here")
+
+
+def refusal(place: Place, state: Any) -> str:
+    with pytest.raises(
+        ValueError, match=r"^the state was taken from other data or settings, and resuming .*; or start|."
+    ) as error:
+        place.load(state)
+    message = str(error.value)
+    assert message.startswith(
+        "the state was taken from other data or settings, and resuming on these would not be exact: "
+    )
+    assert message.endswith(". Restore them, or start a new run")
+    return message.removesuffix(". Restore them, or start a new run").split("exact: ")[1]
+
+
+def state_of(place: Place) -> dict[str, Any]:
+    loader = place.load()
+    tiny.take(loader, 4)
+    return loader.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"streams": 8}, "data.streams: 4 -> 8"),
+        ({"capacity": 255}, "data.capacity: 256 -> 255"),
+        ({"global_batch": 8}, "data.global_batch: 4 -> 8"),
+        ({"window": 9}, "data.window: 8 -> 9"),
+        ({"shuffle": False}, "data.shuffle: True -> False"),
+        ({"seed": 1}, "data.seed: 0 -> 1"),
+        ({"epochs": 3}, "data.epochs: 2 -> 3"),
+        ({"epochs": None}, "data.epochs: 2 -> None"),
+    ],
+)
+def test_another_setting_is_refused_by_name(place: Place, settings: dict[str, Any], named: str) -> None:
+    state = state_of(place)
+    place.settings = settings
+    assert refusal(place, state) == named
+
+
+def test_another_date_is_refused_by_name(place: Place) -> None:
+    state = state_of(place)
+    place.settings = {"tokenizer": {"path": place.tokenizer, "date": "2026-08-22"}}
+    assert refusal(place, state) == "data.date: '2026-08-21' -> '2026-08-22'"
+
+
+def test_a_date_that_the_config_does_not_name_is_kept_from_the_start(place: Place) -> None:
+    state = state_of(place)
+    place.settings = {"tokenizer": {"path": place.tokenizer}}
+    resumed = place.load(state)
+    assert resumed.state.identity.date == TODAY
+    expected = place.load()
+    assert expected.state.identity.date != TODAY
+    assert "21 Aug 2026" in resumed.encoder.tokenizer.hf.decode(next(resumed).input_ids)
+
+
+def test_a_template_without_a_date_keeps_none(tokenizer: str, corpus_path: str) -> None:
+    assert PackLoader(tiny.data_config(tokenizer, corpus_path)).state.identity.date is None
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("place_in_file", [0.1, 0.5, 0.9])
+def test_one_other_byte_in_a_source_file_is_refused_by_name(place: Place, index: int, place_in_file: float) -> None:
+    state = state_of(place)
+    name = ("a.jsonl", "b.json", "c.parquet")[index]
+    file = place.directory / name
+    content = bytearray(file.read_bytes())
+    words = [match.start() for match in re.finditer(b"stone", content)]
+    content[words[int(len(words) * place_in_file)]] = ord("z")
+    file.write_bytes(content)
+    assert re.fullmatch(
+        rf"data.sources\[{index}\].files\[0\].sha256: '[0-9a-f]{{64}}' -> '[0-9a-f]{{64}}'", refusal(place, state)
+    )
+
+
+def test_a_file_that_grew_was_renamed_or_came_on_top_is_refused(place: Place) -> None:
+    place.settings = {"sources": [{"path": f"{place.directory}/a*.jsonl"}]}
+    state = state_of(place)
+    extra = place.directory / "a2.jsonl"
+    tiny.write_jsonl(extra, tiny.rows(1, seed=9))
+    assert "data.sources[0].files[1]: None -> {'name': 'a2.jsonl', 'size': " in refusal(place, state)
+    assert "data.sources[0].rows: 20 -> 21" in refusal(place, state)
+    extra.unlink()
+    (place.directory / "a.jsonl").rename(extra)
+    assert refusal(place, state) == "data.sources[0].files[0].name: 'a.jsonl' -> 'a2.jsonl'"
+    with extra.open("a") as file:
+        file.write("\n")
+    assert "data.sources[0].files[0].size: " in refusal(place, state)
+
+
+def test_other_sources_orders_and_weights_are_refused(place: Place) -> None:
+    sources = [{"path": str(place.directory / name), "weight": 1.0} for name in ("a.jsonl", "b.json")]
+    place.settings = {"sources": sources, "epochs": None}
+    state = state_of(place)
+    place.settings = {"sources": sources[::-1], "epochs": None}
+    assert "data.sources[0].files[0].name: 'a.jsonl' -> 'b.json'" in refusal(place, state)
+    place.settings = {"sources": [sources[0], sources[1] | {"weight": 1.5}], "epochs": None}
+    assert refusal(place, state) == "data.sources[1].weight: 1.0 -> 1.5"
+    place.settings = {"sources": sources[:1], "epochs": None}
+    assert refusal(place, state).startswith("data.sources[1]: {'files': ({'name': 'b.json', 'size': ")
+
+
+def test_another_template_is_refused_by_name(place: Place) -> None:
+    state = state_of(place)
+    tokenizer = {"path": place.tokenizer, "date": TODAY, "template": tiny.DATED_TEMPLATE + "{#- -#}"}
+    place.settings = {"tokenizer": tokenizer}
+    assert re.fullmatch("data.template_sha256: '.*' -> '.*'", refusal(place, state))
+    place.settings = {"tokenizer": tokenizer | {"template": tiny.DATED_TEMPLATE}}
+    place.load(state)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bos_token": "<|end_of_text|>"}, {"pad_token": "<|eom_id|>"}, {"eos_token": "<|eom_id|>"}]
+)
+def test_another_special_token_is_refused_by_name(place: Place, changes: dict[str, str]) -> None:
+    state = state_of(place)
+    tiny.save_tokenizer(Path(place.tokenizer), tiny.DATED_TEMPLATE, **changes)
+    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(place, state))
+
+
+def test_another_vocabulary_is_refused_by_name(place: Place) -> None:
+    state = state_of(place)
+    file = Path(place.tokenizer) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["river"], vocabulary["stone"] = vocabulary["stone"], vocabulary["river"]
+    file.write_text(json.dumps(content))
+    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(place, state))
+
+
+def test_a_state_of_another_version_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(place)
+    monkeypatch.setattr(identity_module, "FORMAT", identity_module.FORMAT + 1)
+    assert refusal(place, state) == f"data.format: {identity_module.FORMAT - 1} -> {identity_module.FORMAT}"
+
+
+def test_several_changes_are_all_named(place: Place) -> None:
+    state = state_of(place)
+    place.settings = {"seed": 1, "window": 4, "capacity": 128}
+    assert refusal(place, state) == "data.capacity: 256 -> 128; data.window: 8 -> 4; data.seed: 0 -> 1"
+
+
+def test_files_may_move_and_be_touched(place: Place, tmp_path: Path) -> None:
+    loader = place.load()
+    tiny.take(loader, 4)
+    state = loader.state_dict()
+    moved = tmp_path / "there" / "deeper"
+    shutil.copytree(place.directory, moved, copy_function=shutil.copyfile)
+    shutil.rmtree(place.directory)
+    place.directory = moved
+    resumed = place.load(state)
+    assert tiny.digests(resumed) == tiny.digests(loader)
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"prefetch": 1}])
+def test_who_reads_is_no_part_of_the_identity(place: Place, settings: dict[str, Any]) -> None:
+    state = state_of(place)
+    expected = place.load(state)
+    place.settings = settings
+    assert tiny.digests(place.load(state)) == tiny.digests(expected)
+
+
+def test_every_setting_of_the_config_is_either_in_the_identity_or_about_who_reads() -> None:
+    settings = {field.name for field in msgspec.structs.fields(DataConfig)}
+    decisive = {field.name for field in msgspec.structs.fields(identity_module.Identity)}
+    assert settings - decisive == {"tokenizer", "workers", "prefetch"}
+
+
+def test_differences_are_named_by_their_paths() -> None:
+    before = {"a": 1, "b": [1, {"c": 2}], "d": (1, 2), "e": None, "same": [1]}
+    after = {"a": 2, "b": [1, {"c": 3}], "d": [1, 2], "f": "x" * 100, "same": (1,)}
+    assert differences(before, after, "p") == [
+        "p.a: 1 -> 2",
+        "p.b[1].c: 2 -> 3",
+        f"p.f: None -> '{'x' * 68}...",
+    ]
+    assert differences({"a": [1, 2]}, {"a": [1]}) == ["data.a[1]: 2 -> None"]
+
+
+def test_many_differences_are_cut_short(place: Place) -> None:
+    for i in range(9):
+        tiny.write_jsonl(place.directory / f"x{i}.jsonl", [{"a": 1}])
+    place.settings = {"sources": [{"path": f"{place.directory}/x*.jsonl"}]}
+    state = state_of(place)
+    for i in range(9):
+        tiny.write_jsonl(place.directory / f"x{i}.jsonl", [{"a": 10}])
+    assert refusal(place, state).endswith("; and 8 more")

@@ -1,0 +1,131 @@
+"""Imports go one way: between the packages, and inside each of them in the order that data goes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ORDER = {
+    "sftstream": [
+        "records",
+        "config",
+        "order",
+        "sources.rows",
+        "sources.jsonl",
+        "sources.json_array",
+        "sources.parquet",
+        "sources.corpus",
+        "sources",
+        "formats",
+        "template",
+        "tokenizer",
+        "encoder",
+        "identity",
+        "state",
+        "packing",
+        "stream",
+        "loader",
+        "",
+    ],
+    "checkpoints": [
+        "errors",
+        "manifest",
+        "commit",
+        "ranks",
+        "state",
+        "directory",
+        "storage",
+        "store",
+        "",
+    ],
+    "trainer": [
+        "attention",
+        "loss",
+        "model",
+        "parallel",
+        "optimizer",
+        "weights",
+        "config",
+        "mesh",
+        "step",
+        "feed",
+        "metrics",
+        "display",
+        "evaluate",
+        "resume",
+        "main",
+        "",
+    ],
+}
+"""The files of each package, each importing only from those above it; "" is the package's own `__init__`."""
+
+FORBIDDEN = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def files(package: str) -> dict[str, Path]:
+    """Module name within the package -> its file."""
+    names = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        names[".".join(part for part in parts if part != "__init__")] = path
+    return names
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Each imported (module, name) of a file, those inside functions too; the name is "" for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; name the package"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_file_has_its_place_in_the_order(package: str) -> None:
+    assert sorted(files(package)) == sorted(ORDER[package])
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_a_file_imports_only_from_files_above_it(package: str) -> None:
+    order = ORDER[package]
+    for name, path in files(package).items():
+        above = {f"{package}.{other}".rstrip(".") for other in order[: order.index(name)]}
+        for module, imported in imports(path):
+            if module.split(".")[0] == package:
+                assert module in above or f"{module}.{imported}" in above, f"{path} imports {module}.{imported}"
+
+
+@pytest.mark.parametrize("package", ["sftstream", "checkpoints"])
+def test_the_two_libraries_know_neither_each_other_nor_the_trainer(package: str) -> None:
+    for path in files(package).values():
+        for module, _ in imports(path):
+            assert module.split(".")[0] not in ORDER.keys() - {package}, f"{path} imports {module}"
+
+
+def test_the_trainer_imports_public_names_only() -> None:
+    for path in files("trainer").values():
+        for module, name in imports(path):
+            package = module.split(".")[0]
+            if package in ("sftstream", "checkpoints"):
+                assert module == package, f"{path} imports {module}, which is inside {package}"
+                assert name in importlib.import_module(package).__all__, f"{path} imports {package}.{name}"
+
+
+@pytest.mark.parametrize("package", ["sftstream", "checkpoints"])
+def test_public_names_are_sorted_and_all_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_no_file_is_named_for_what_is_left_over() -> None:
+    for package in (*ORDER, "tests", "benchmarks", "examples"):
+        for path in (ROOT / package).rglob("*"):
+            assert path.stem not in FORBIDDEN, path

@@ -1,0 +1,170 @@
+"""State is a small frozen value: it survives JSON, shards' states merge into one, and people can read it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import msgspec
+import pytest
+import tiny
+from test_packing import packer
+
+from sftstream import DataConfig, DataState, PackLoader, Shard, describe, diff, merge
+
+
+@pytest.fixture(scope="module")
+def states(config: DataConfig) -> list[dict[str, Any]]:
+    """Of two shards after two steps."""
+    result = []
+    for index in range(2):
+        loader = PackLoader(config, shard=Shard(index, 2))
+        tiny.take(loader, 4)
+        result.append(loader.state_dict())
+    return result
+
+
+def test_a_state_survives_json_and_msgpack(config: DataConfig) -> None:
+    loader = PackLoader(config)
+    tiny.take(loader, 8)
+    state, plain = loader.state, loader.state_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert DataState.parse(json.loads(json.dumps(plain))) == state
+    assert DataState.parse(msgspec.msgpack.decode(msgspec.msgpack.encode(plain))) == state
+    assert DataState.parse(msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=DataState)) == state
+    assert state.builtins() == plain
+    assert DataState.parse(state) is state
+
+
+def test_a_state_dict_holds_plain_values_only(states: list[dict[str, Any]]) -> None:
+    def check(value: Any) -> None:
+        assert type(value) in (dict, list, str, int, float, bool, type(None)), value
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(item)
+        if isinstance(value, dict):
+            assert all(type(key) is str for key in value)
+
+    check(states[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packs": "8"}, "Expected `int`, got `str` - at `$.packs`"),
+        ({"packs": None}, "Expected `int`, got `null` - at `$.packs`"),
+        ({"streams": {"zero": {}}}, "Expected `int`, got `str` - at `key` in `$.streams`"),
+        ({"streams": {"0": {}}}, "Object missing required field `drawn` - at `$.streams[...]`"),
+        ({"streams": {"0": {"drawn": [0.5]}}}, "Expected `int`, got `float` - at `$.streams[...].drawn[0]`"),
+        ({"identity": {}}, "Object missing required field `format` - at `$.identity`"),
+    ],
+)
+def test_a_damaged_state_is_refused_with_its_place(
+    states: list[dict[str, Any]], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"this is no data state of this version: .") as error:
+        DataState.parse(states[0] | change)
+    assert str(error.value).endswith(message)
+
+
+def test_an_empty_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="this is no data state of this version: Object missing required field"):
+        DataState.parse({})
+
+
+def test_states_of_all_shards_merge_in_any_order(states: list[dict[str, Any]], config: DataConfig) -> None:
+    whole = PackLoader(config)
+    tiny.take(whole, 8)
+    assert merge(states) == merge(states[::-1]) == whole.state_dict()
+    assert list(merge(states)["streams"]) == ["0", "1", "2", "3"]
+    assert merge([DataState.parse(state) for state in states]) == merge(states)
+    assert merge([whole.state_dict()]) == whole.state_dict()
+
+
+def test_merging_leaves_the_states_as_they_were(states: list[dict[str, Any]]) -> None:
+    before = copy.deepcopy(states)
+    merge(states)["streams"]["0"]["refused"]["x"] = 1
+    assert states == before
+
+
+def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="merge needs at least one state"):
+        merge([])
+    with pytest.raises(
+        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier one; give each shard's state once"
+    ):
+        merge([states[0], states[0]])
+    with pytest.raises(ValueError, match=r"state 1 stands at pack 6, another at 8; take them after the same step"):
+        merge([states[0], states[1] | {"packs": 6}])
+    with pytest.raises(ValueError, match=r"state 0 stands at pack 6, another at 8; take them after the same step"):
+        merge([states[0] | {"packs": 6}, states[1]])
+
+
+def test_merge_refuses_states_of_other_data_and_names_the_difference(states: list[dict[str, Any]]) -> None:
+    other = copy.deepcopy(states[1])
+    other["identity"]["seed"] = 5
+    with pytest.raises(ValueError, match=r"^state 1 is of other data than state 0: data.seed: 0 -> 5$"):
+        merge([states[0], other])
+
+
+def test_a_shard_that_ran_dry_earlier_merges_with_one_that_goes_on(config: DataConfig) -> None:
+    loaders = [PackLoader(config, shard=Shard(index, 4)) for index in range(4)]
+    for loader in loaders:
+        list(loader)
+    packs = [loader.packs for loader in loaders]
+    assert len(set(packs)) > 1
+    merged = merge([loader.state_dict() for loader in loaders])
+    assert merged["packs"] == max(packs)
+    assert list(PackLoader(config, state=merged)) == []
+
+
+def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny.write_jsonl(tmp_path_factory.mktemp("described") / "d.jsonl", [*tiny.rows(20), {"a": 1}, {"b": 2}])
+    loader = PackLoader(tiny.data_config(tokenizer, path, streams=2, global_batch=2, epochs=1))
+    assert describe(loader.state) == (
+        "pack 0 is next; streams here: 2 of 2\n"
+        "given: 0 packs, 0 conversations, 0 tokens\n"
+        "read and waiting: 0 conversations\n"
+        "source 0 (d.jsonl): 0 rows drawn, 0.000 epochs"
+    )
+    packs = list(loader)
+    given = sum(bool(pack.segments) for pack in packs)
+    tokens = sum(pack.tokens for pack in packs)
+    assert describe(loader.state_dict()) == (
+        f"pack {len(packs)} is next; streams here: 2 of 2\n"
+        f"given: {given} packs, 20 conversations, {tokens:,} tokens, {tokens / (256 * given):.2%} full\n"
+        "read and waiting: 0 conversations\n"
+        "source 0 (d.jsonl): 22 rows drawn, 1.000 epochs\n"
+        "refused, unknown layout: 2\n"
+        "2 streams have run dry"
+    )
+
+
+def test_a_difference_names_each_field(states: list[dict[str, Any]]) -> None:
+    other = copy.deepcopy(states[0])
+    other["packs"] = 12
+    other["streams"]["2"]["drawn"] = [99]
+    drawn = states[0]["streams"]["2"]["drawn"][0]
+    assert diff(states[0], states[0]) == []
+    assert diff(states[0], other) == ["state.packs: 8 -> 12", f"state.streams.2.drawn[0]: {drawn} -> 99"]
+    assert "state.streams.1: None -> {" in "\n".join(diff(states[0], states[1]))
+
+
+def test_a_state_does_not_grow_with_what_was_consumed(tokenizer: str, corpus_path: str) -> None:
+    endless = tiny.data_config(tokenizer, corpus_path, epochs=None, window=16)
+    loader = PackLoader(endless)
+    sizes = []
+    for _ in range(40):
+        tiny.take(loader, 8)
+        sizes.append(max(len(json.dumps(stream)) for stream in loader.state_dict()["streams"].values()))
+    assert max(sizes[20:]) <= max(sizes[5:20]) + 40  # some counters get another digit
+    assert max(sizes) < 16 * 3 * 24 + 400
+
+
+def test_a_stream_of_full_windows_keeps_a_few_kilobytes() -> None:
+    node = packer([100 + i % 300 for i in range(3000)], 8192, 256, endless=True)
+    largest = 0
+    for _ in range(100):
+        next(node)
+        largest = max(largest, len(msgspec.json.encode(node.state)))
+    assert 3_000 < largest < 8_000
