@@ -1,6 +1,6 @@
 """Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
 
-from sftstream.config import DataConfig, SourceConfig, TokenizerConfig
+from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.loader import PackLoader, Shard
 from sftstream.records import (
@@ -28,6 +28,7 @@ __all__ = [
     "Message",
     "Pack",
     "PackLoader",
+    "Policy",
     "Refusal",
     "Refused",
     "Segment",

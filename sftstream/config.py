@@ -33,7 +33,32 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     keeps it."""
 
 
-class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a conversation is trained, and what becomes of one that does not fit."""
+
+    train_on: tuple[Literal["assistant", "user", "system", "tool", "all"], ...] = ("assistant",)
+    """Whose words are trained. A message with `train: false` or `weight: 0` never is."""
+    train_turns: Literal["all", "last"] = "all"
+    """last: only the last message of those."""
+    train_reasoning: bool = True
+    train_tool_calls: bool = True
+    history: Literal["as_rendered", "per_turn", "error"] = "as_rendered"
+    """Where a template prints earlier turns otherwise than when they were said (thoughts are forgotten): train what is
+    printed, or make one example a turn as inference sees it, or refuse the conversation."""
+    overflow: Literal["drop", "truncate", "split"] = "drop"
+    """A conversation longer than `capacity`: refuse it, cut it after the last answer that fits, or make several of it, cut
+    before a user's message and each with the system prompt again."""
+    capacity: int = 8192
+    """Tokens of a pack."""
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"capacity = {self.capacity} must be at least 1")
+        if not self.train_on:
+            raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
+
+
+class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deterministic sequence of packs, whatever hardware reads it."""
 
     sources: tuple[SourceConfig, ...]
@@ -41,14 +66,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     streams: int = 64
     """Logical streams. Fixed for a run; shards x workers must divide it. Few for little data: a stream should hold several
     windows of conversations."""
-    capacity: int = 8192
-    """Tokens of a pack; a longer conversation is refused and counted."""
     global_batch: int = 64
     """Packs of an optimizer step over all shards."""
     shuffle: bool = True
     """A new order of rows each epoch, drawn from `seed`."""
-    train_on: tuple[Literal["assistant"], ...] = ("assistant",)
-    """Whose tokens are trained."""
     window: int = 256
     """Conversations that a stream plans into packs at a time. More fills better and reorders more."""
     workers: int = 1
@@ -59,17 +80,20 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Keys the order of rows."""
     epochs: int | None = None
     """Passes over all conversations; None goes on for ever."""
+    max_refused: float = 1.0
+    """Share of rows that may be refused, from 0 to 1; a run that refuses more stops."""
 
     def __post_init__(self) -> None:
-        for field in ("streams", "capacity", "global_batch", "window", "prefetch"):
+        super().__post_init__()
+        if not 0 <= self.max_refused <= 1:
+            raise ValueError(f"max_refused = {self.max_refused} is a share, from 0 to 1")
+        for field in ("streams", "global_batch", "window", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers} must be 0 (load in the training process) or more")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs = {self.epochs} must be at least 1; leave it out for an endless stream")
-        if not self.train_on:
-            raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
         self._check_sources()
 
     def _check_sources(self) -> None:

@@ -1,54 +1,178 @@
-"""One conversation through template and tokenizer: the door that the stream and its users share."""
+"""Conversations -> Examples: template, payloads, turns, mask and tokenizer put together. The stream and its users share it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as Date
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
+from transformers import PreTrainedTokenizerBase
+
+from sftstream.certify import Certificate, certify
+from sftstream.config import Policy
 from sftstream.formats import conversation
-from sftstream.records import Conversation, Example, Rendered
-from sftstream.template import ChatTemplate
+from sftstream.mask import rendered, require_whole
+from sftstream.payloads import locate, names, strings
+from sftstream.records import Conversation, Example, Message, Refused, Rendered
+from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Tokenizer
+from sftstream.turns import find_turns
+
+
+class Draft(NamedTuple):
+    """A dialogue and the texts that are to become its examples."""
+
+    dialogue: Conversation
+    texts: tuple[Rendered, ...]
 
 
 class ChatEncoder:
     """Conversations -> tokens and loss masks, each verified or refused.
 
-    `tokenizer` is a Hugging Face directory or hub name; `template` a Jinja file's path or text, by default the
-    tokenizer's own; `date` (YYYY-MM-DD) is what the template prints as today.
+    `tokenizer` is a transformers tokenizer, its directory or a hub name; `template` a Jinja file's path or text, by
+    default the tokenizer's own; `date` (YYYY-MM-DD) is what the template prints as today, by default today. The other
+    arguments are those of the `[data]` table, or together a `policy`. Raises ValueError where the template cannot be
+    trained on.
     """
 
-    def __init__(self, tokenizer: str, template: str | None = None, date: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase,
+        template: str | None = None,
+        train_on: Sequence[str] = ("assistant",),
+        date: str | None = None,
+        *,
+        policy: Policy | None = None,
+        **policy_fields: Any,
+    ) -> None:
+        self.policy = policy or msgspec.convert({"train_on": list(train_on), **policy_fields}, Policy)
         self.tokenizer = Tokenizer(tokenizer)
         text = _template_text(template) if template is not None else self.tokenizer.hf.chat_template
         if not isinstance(text, str):
             raise ValueError(
-                f'tokenizer {tokenizer!r} has no chat template; name one: template = "chat_template.jinja"'
+                f'tokenizer {self.tokenizer.hf.name_or_path!r} has no chat template; name one: template = "chat.jinja"'
             )
-        self.template = ChatTemplate(
-            text, self.tokenizer.special_tokens, self.tokenizer.control_tokens, _parse_date(date) if date else None
-        )
+        self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
+        self.certificate: Certificate = certify(self.template, self.tokenizer.control)
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens with which the assistant ends a turn."""
-        return sorted(self.tokenizer.hf.convert_tokens_to_ids(sorted(self.template.stop_tokens)))
+        form = self.certificate.form
+        return sorted(
+            {self.tokenizer.hf.encode(stop, add_special_tokens=False)[-1] for stop in form.stops + form.call_stops}
+        )
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Example]:
-        """Examples of one dialogue in any known spelling of messages; raises `Refused`."""
-        return [self.tokenize(self.render(conversation({"messages": list(messages), "tools": tools})))]
+        """Examples of one dialogue in any known spelling of messages; raises `Refused`.
 
-    def render(self, dialogue: Conversation) -> Rendered:
-        """Text and trained spans; raises `Refused`."""
-        return self.template.rendered(dialogue)
+        One, unless `history` or `overflow` makes more of it.
+        """
+        return self.tokenize(self.draft(conversation({"messages": list(messages), "tools": tools})))
 
-    def tokenize(self, rendered: Rendered) -> Example:
-        """Tokens and loss mask; raises `Refused`."""
-        return self.tokenizer.encode(rendered)
+    def draft(self, dialogue: Conversation) -> Draft:
+        """The texts of one dialogue, by the policy for rewritten history; raises `Refused`."""
+        whole = self.render(dialogue)
+        if self.policy.history == "as_rendered" or not self.certificate.rewrites_history:
+            return Draft(dialogue, (whole,))
+        turns = [self.render(part) for part in self._turn_by_turn(dialogue)]
+        if all(whole.text.startswith(turn.text[: turn.spans[-1].end]) for turn in turns):
+            return Draft(dialogue, (whole,))
+        if self.policy.history == "error":
+            raise Refused("history rewritten", "an earlier turn is printed otherwise than when it was said")
+        return Draft(dialogue, tuple(turns))
+
+    def tokenize(self, draft: Draft) -> list[Example]:
+        """Examples of its texts, by the policy for those that are too long; raises `Refused`."""
+        examples = [self.tokenizer.encode(text) for text in draft.texts]
+        if len(examples) > 1:
+            return [_noted(example, "examples of single turns") for example in examples]
+        if len(examples[0].tokens) <= self.policy.capacity or self.policy.overflow == "drop":
+            return examples
+        if self.policy.overflow == "truncate":
+            return [self._truncated(draft.dialogue)]
+        return list(self._split(draft.dialogue))
+
+    def render(self, dialogue: Conversation, *, only: int | None = None) -> Rendered:
+        """Text and trained spans, of message `only` where it is given; raises `Refused`."""
+        messages = [template_message(message) for message in dialogue.messages]
+        control, form = self.tokenizer.control, self.certificate.form
+        self._refuse_typed_names(messages, dialogue.tools)
+        located = locate(self.template, messages, dialogue.tools)
+        prints_reasoning, prints_thoughts = self.certificate.prints_reasoning, self.certificate.prints_thoughts
+        require_whole(
+            dialogue.messages, located, self.policy, prints_reasoning=prints_reasoning, prints_thoughts=prints_thoughts
+        )
+        turns = find_turns(self.template, form, control, messages, dialogue.tools, located)
+        return rendered(dialogue.messages, located, turns, form, self.policy, control, only=only)
+
+    def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
+        """Special tokens' text where it cannot be followed: in names, ids, keys and the definitions of tools."""
+        places = [
+            *((f"message {index}", names(message)) for index, message in enumerate(messages)),
+            ("the tools", strings(tools)),
+        ]
+        for place, texts in places:
+            for text in texts:
+                if found := self.tokenizer.control.search(text):
+                    raise Refused("control token in text", f"{place} contains {found[0]!r} in a name or key")
+
+    def _turn_by_turn(self, dialogue: Conversation) -> Iterator[Conversation]:
+        """The dialogue up to each of the assistant's messages, of which the last alone is trained."""
+        for index, message in enumerate(dialogue.messages):
+            if message.role == "assistant" and message.train is not False:
+                earlier = tuple(msgspec.structs.replace(m, train=False) for m in dialogue.messages[:index])
+                yield Conversation((*earlier, message), dialogue.tools)
+
+    def _truncated(self, dialogue: Conversation) -> Example:
+        _, example = self._longest_beginning(dialogue, "conversations truncated")
+        if example is None:
+            raise Refused("nothing to train", "what fits into a pack holds no trained token")
+        return example
+
+    def _split(self, dialogue: Conversation) -> Iterator[Example]:
+        """Examples that fit, each from a user's message on, with the system prompt in front."""
+        system = tuple(message for message in dialogue.messages if message.role == "system")
+        rest = tuple(message for message in dialogue.messages if message.role != "system")
+        while any(message.role == "assistant" for message in rest):
+            part = Conversation((*system, *rest), dialogue.tools)
+            used, example = self._longest_beginning(part, "parts of split conversations", before_user=True)
+            rest = rest[used - len(system) :]
+            if example is not None:
+                yield example
+
+    def _longest_beginning(
+        self, dialogue: Conversation, note: str, *, before_user: bool = False
+    ) -> tuple[int, Example | None]:
+        """The most messages, up to one of the assistant's, that fit into a pack; their example if anything is trained."""
+        for count in reversed(list(_ends(dialogue.messages, before_user))):
+            try:
+                part = Conversation(dialogue.messages[:count], dialogue.tools)
+                example = _noted(self.tokenizer.encode(self.render(part)), note)
+            except Refused as refused:
+                if refused.reason != "nothing to train":
+                    raise
+                return count, None
+            if len(example.tokens) <= self.policy.capacity:
+                return count, example
+        raise Refused("longer than capacity", f"not even its first answer fits into a pack of {self.policy.capacity}")
+
+
+def _ends(messages: Sequence[Message], before_user: bool) -> Iterator[int]:
+    """Numbers of messages after which a conversation may be cut: behind an answer, and there before a user if so asked."""
+    for count, message in enumerate(messages, 1):
+        following = messages[count] if count < len(messages) else None
+        if message.role == "assistant" and (not before_user or following is None or following.role == "user"):
+            yield count
+
+
+def _noted(example: Example, note: str) -> Example:
+    return example._replace(notes={**example.notes, note: 1})
 
 
 def _template_text(template: str) -> str:

@@ -140,7 +140,18 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
         tool_calls=calls,
         name=_optional_text(turn, place, "name"),
         tool_call_id=_optional_text(turn, place, "tool_call_id"),
+        train=_train(turn, place),
     )
+
+
+def _train(turn: Mapping[str, Any], place: str) -> bool | None:
+    """What the data says of training a message: `train` as a boolean, or `weight` as 0 or 1."""
+    flag = _first(turn, "train", "weight")
+    if flag is not None and flag not in (0, 1):
+        raise Refused(
+            "bad weight", f"{place} is to be trained {_excerpt(flag)} times; train and weight say no or yes, 0 or 1"
+        )
+    return None if flag is None else bool(flag)
 
 
 def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:

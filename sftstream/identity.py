@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from sftstream.config import DataConfig
+from sftstream.config import DataConfig, Policy
 from sftstream.encoder import ChatEncoder
 from sftstream.sources import Corpus, FileIdentity
+from sftstream.turns import Form
 
 FORMAT = 1
 """Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""
@@ -25,7 +26,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     weight: float | None
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
+class Identity(Policy, frozen=True, kw_only=True):
     """Everything that decides which packs a stream gives. Where the files lie and who reads them is no part of it."""
 
     format: int
@@ -34,9 +35,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     template_sha256: str
     date: str | None
     """The day that the template prints, None where it prints none."""
-    train_on: tuple[str, ...]
+    form: Form
+    """How the assistant's turns were found to look in the template."""
     streams: int
-    capacity: int
     global_batch: int
     window: int
     shuffle: bool
@@ -54,9 +55,9 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         tokenizer_sha256=_sha256(encoder.tokenizer.json()),
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,
-        train_on=config.train_on,
+        form=encoder.certificate.form,
+        **{field: getattr(config, field) for field in Policy.__struct_fields__},
         streams=config.streams,
-        capacity=config.capacity,
         global_batch=config.global_batch,
         window=config.window,
         shuffle=config.shuffle,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,10 @@ class Shard:
 
 
 WHOLE = Shard(0, 1)
+
+
+MIN_ROWS_TO_JUDGE = 100
+"""Rows read before their refused share is held against `max_refused`."""
 
 
 class Failed(NamedTuple):
@@ -115,6 +120,9 @@ class PackLoader:
         self._stages = Stages(self.corpus, self.encoder)
         self._start = self._start_from(saved)
         self._dry = {number for number, stream in self._start.streams.items() if stream.dry}
+        streams = self._start.streams.values()
+        self._rows = sum(stream.conversations for stream in streams)
+        self._refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
         self._given = 0
         self._loader: StatefulDataLoader[Pack | Failed] | None = None
         self._packs: Iterator[Pack | Failed] | None = None
@@ -130,6 +138,7 @@ class PackLoader:
         if pack.last:
             self._dry.add((self.packs + self.shard.index) % self.config.streams)
         self._given += 1
+        self._count(pack)
         return pack
 
     def next_step(self) -> list[Pack]:
@@ -198,6 +207,19 @@ class PackLoader:
             raise
         return pack
 
+    def _count(self, pack: Pack) -> None:
+        """Stops a run that would train on the wrong thing: too many of its rows are not what it was made for."""
+        self._rows += pack.conversations
+        self._refused.update(refusal.reason for refusal in pack.refused)
+        refused = self._refused.total()
+        rows = self._rows + refused
+        if rows >= MIN_ROWS_TO_JUDGE and refused > self.config.max_refused * rows:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self._refused.most_common())
+            raise ValueError(
+                f"{refused:,} of {rows:,} rows were refused, more than data.max_refused = {self.config.max_refused} "
+                f"({reasons}); mend the data, or raise it"
+            )
+
     def _empty(self) -> Pack:
         self._given += 1
         return build_pack((), (), self.config.capacity, self.encoder.tokenizer.pad_id, last=True)
@@ -258,7 +280,8 @@ class PackLoader:
 def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
     """A day that the config does not name is the one on which the stream first started."""
     tokenizer = config.tokenizer
-    return ChatEncoder(tokenizer.path, tokenizer.template, tokenizer.date or (saved.identity.date if saved else None))
+    date = tokenizer.date or (saved.identity.date if saved else None)
+    return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config)
 
 
 def _check_topology(config: DataConfig, shard: Shard, workers: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -110,7 +110,7 @@ class Packer(BaseNode[Pack]):
     """
 
     def __init__(
-        self, source: BaseNode[Any], reread: Callable[[Ref], Example], stream: int, config: PackerConfig
+        self, source: BaseNode[Any], reread: Callable[[Ref], list[Example]], stream: int, config: PackerConfig
     ) -> None:
         super().__init__()
         self.source = source
@@ -151,7 +151,7 @@ class Packer(BaseNode[Pack]):
             planned=planned,
             dry=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
             packs=state.packs + bool(segments),
-            conversations=state.conversations + len(segments),
+            conversations=state.conversations + sum(segment.part == 0 for segment in segments),
             tokens=state.tokens + sum(segment.length for segment in segments),
         )
 
@@ -159,11 +159,11 @@ class Packer(BaseNode[Pack]):
         example = self._examples.pop(segment, None)
         if example is None:
             try:
-                example = self._reread(segment.ref)
-            except Refused as refused:
+                example = self._reread(segment.ref)[segment.part]
+            except (Refused, IndexError) as error:
                 raise ValueError(
-                    f"row {segment.row} of source {segment.source} was planned before and is refused now ({refused}): the source "
-                    "changed; restore it"
+                    f"row {segment.row} of source {segment.source} was planned before and is refused now ({error}): the "
+                    "source changed; restore it"
                 ) from None
         if len(example.tokens) != segment.length:
             raise ValueError(
@@ -187,6 +187,7 @@ class Packer(BaseNode[Pack]):
             leftovers=left,
             dry=not planned and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in refused)),
+            notes=dict(sum((Counter(self._examples[segment].notes) for segment in fresh), Counter(state.notes))),
         )
         return refused
 
@@ -198,16 +199,20 @@ class Packer(BaseNode[Pack]):
                 item = next(self.source)
             except StopIteration:
                 break
-            if not isinstance(item, Refusal) and len(item.value.tokens) > self._config.capacity:
-                item = _too_long(item.ref, len(item.value.tokens), self._config.capacity)
+            if not isinstance(item, Refusal):
+                item = _too_long(item.ref, item.value, self._config.capacity) or item
             if isinstance(item, Refusal):
                 refused.append(item)
                 self._check_hope(fresh, refused)
             else:
-                segment = Segment(item.ref.source, item.ref.row, len(item.value.tokens), item.ref.epoch)
-                self._examples[segment] = item.value
-                fresh.append(segment)
+                fresh += self._keep(item.ref, item.value)
         return fresh, refused
+
+    def _keep(self, ref: Ref, examples: list[Example]) -> Iterator[Segment]:
+        for part, example in enumerate(examples):
+            segment = Segment(ref.source, ref.row, len(example.tokens), ref.epoch, part)
+            self._examples[segment] = example
+            yield segment
 
     def _check_hope(self, fresh: list[Segment], refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""
@@ -243,6 +248,9 @@ class Packer(BaseNode[Pack]):
         return [packs[permute(i, len(packs), keys)] for i in range(len(packs))]
 
 
-def _too_long(ref: Ref, length: int, capacity: int) -> Refusal:
-    detail = f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity"
+def _too_long(ref: Ref, examples: list[Example], capacity: int) -> Refusal | None:
+    longest = max(len(example.tokens) for example in examples)
+    if longest <= capacity:
+        return None
+    detail = f"{longest} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow"
     return Refusal.at(ref, "longer than capacity", detail)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -50,6 +51,8 @@ class Message(msgspec.Struct, frozen=True):
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    train: bool | None = None
+    """What the data says of training this message; None leaves it to its role."""
 
 
 class Conversation(msgspec.Struct, frozen=True):
@@ -67,17 +70,25 @@ class Span(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation as the chat template prints it, and the spans of it that are trained."""
+    """A conversation as the chat template prints it, and the spans of it that are trained.
+
+    `typed` are special tokens' text that somebody typed: words, not tokens.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    typed: tuple[Span, ...] = ()
 
 
 class Example(NamedTuple):
-    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is a target."""
+    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is a target.
+
+    `notes` counts what was done to get there, by what it was.
+    """
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
+    notes: Mapping[str, int] = MappingProxyType({})
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +102,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     row: int
     length: int
     epoch: int
+    part: int = 0
+    """Which of the conversation's examples, where a policy makes several of one."""
 
     @property
     def ref(self) -> Ref:
@@ -149,6 +162,11 @@ class Pack:
     def tokens(self) -> int:
         """Tokens of conversations, padding excluded."""
         return sum(segment.length for segment in self.segments)
+
+    @property
+    def conversations(self) -> int:
+        """Conversations that begin here: of one that was split, the first part counts."""
+        return sum(segment.part == 0 for segment in self.segments)
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the trainer computes with: ids, labels, positions and borders."""

@@ -39,6 +39,8 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """Their tokens."""
     refused: dict[str, int] = {}
     """Rows refused, by reason."""
+    notes: dict[str, int] = {}
+    """What was done to conversations to train them: cut, split, tokens that were not trained for lying across a border."""
 
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +117,8 @@ def describe(state: StateDict | DataState) -> str:
         drawn = sum(stream.drawn[index] for stream in streams)
         names = ", ".join(file.name for file in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
         lines.append(f"source {index} ({names}): {drawn:,} rows drawn, {drawn / source.rows:.3f} epochs")
+    notes: Counter[str] = sum((Counter(stream.notes) for stream in streams), Counter())
+    lines += [f"{note}: {count:,}" for note, count in notes.most_common()]
     lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
     if dry := sum(stream.dry for stream in streams):
         lines.append(f"{dry} streams have run dry")

@@ -99,9 +99,9 @@ class Stages(NamedTuple):
         except BrokenRow as error:
             raise Refused("broken row", str(error)) from None
 
-    def example(self, ref: Ref) -> Example:
+    def examples(self, ref: Ref) -> list[Example]:
         """All stages at once; raises `Refused`."""
-        return self.encoder.tokenize(self.encoder.render(self.load(ref)))
+        return self.encoder.tokenize(self.encoder.draft(self.load(ref)))
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -118,7 +118,7 @@ def build_stream(config: DataConfig, stages: Stages, stream: int) -> Packer:
     """The graph of logical stream number `stream`, to be reset before it is read."""
     rows = Rows(config, stages.corpus.sizes, stream)
     loaded = Map(rows, stages.load)
-    rendered = Map(loaded, stages.encoder.render)
+    rendered = Map(loaded, stages.encoder.draft)
     tokenized = Map(rendered, stages.encoder.tokenize)
     packer = PackerConfig(
         capacity=config.capacity,
@@ -129,4 +129,4 @@ def build_stream(config: DataConfig, stages: Stages, stream: int) -> Packer:
         pad_id=stages.encoder.tokenizer.pad_id,
         rows=sum(stages.corpus.sizes),
     )
-    return Packer(tokenized, stages.example, stream, packer)
+    return Packer(tokenized, stages.examples, stream, packer)

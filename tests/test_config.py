@@ -65,7 +65,7 @@ def test_a_config_survives_being_written_down() -> None:
         ({"shuffle": 1}, "Expected `bool`, got `int` - at `$.shuffle`"),
         ({"epochs": "2"}, "Expected `int | null`, got `str` - at `$.epochs`"),
         ({"sources": [{"path": 5}]}, "Expected `str`, got `int` - at `$.sources[0].path`"),
-        ({"train_on": ["user"]}, "Invalid enum value 'user' - at `$.train_on[0]`"),
+        ({"train_on": ["oracle"]}, "Invalid enum value 'oracle' - at `$.train_on[0]`"),
         ({"train_on": "assistant"}, "Expected `array`, got `str` - at `$.train_on`"),
     ],
 )

@@ -210,7 +210,7 @@ def test_who_reads_is_no_part_of_the_identity(place: Place, settings: dict[str, 
 def test_every_setting_of_the_config_is_either_in_the_identity_or_about_who_reads() -> None:
     settings = {field.name for field in msgspec.structs.fields(DataConfig)}
     decisive = {field.name for field in msgspec.structs.fields(identity_module.Identity)}
-    assert settings - decisive == {"tokenizer", "workers", "prefetch"}
+    assert settings - decisive == {"tokenizer", "workers", "prefetch", "max_refused"}
 
 
 def test_differences_are_named_by_their_paths() -> None:

@@ -183,7 +183,7 @@ class Lengths(BaseNode[Any]):
             raise StopIteration
         row = self.at % len(self.lengths)
         self.at += 1
-        return Drawn(Ref(0, row, (self.at - 1) // len(self.lengths)), tokens_of(self.lengths[row]))
+        return Drawn(Ref(0, row, (self.at - 1) // len(self.lengths)), [tokens_of(self.lengths[row])])
 
     def get_state(self) -> dict[str, Any]:
         return {"drawn": [self.at], "exhausted": not self.endless and self.at >= len(self.lengths)}
@@ -197,7 +197,7 @@ def packer(
     lengths: Sequence[int], capacity: int, window: int = 16, *, endless: bool = False, shuffle: bool = True
 ) -> Packer:
     config = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
-    node = Packer(Lengths(lengths, endless), lambda ref: tokens_of(lengths[ref.row]), 0, config)
+    node = Packer(Lengths(lengths, endless), lambda ref: [tokens_of(lengths[ref.row])], 0, config)
     node.reset()
     return node
 
@@ -275,14 +275,22 @@ def test_an_endless_stream_of_too_long_conversations_is_an_error(lengths: list[i
         ValueError, match=r"stream 0 refused \d+ rows in a row and found none to train \(longer than cap"
     ) as error:
         next(packer(lengths, 40, endless=True))
-    assert "do not fit into a pack of 40; raise data.capacity" in str(error.value)
+    assert "do not fit into a pack of 40; raise data.capacity, or set data.overflow" in str(error.value)
 
 
 def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
     node = packer([10, 41, 40], 40)
     packs = until_dry(node)
     assert [pack.tokens for pack in packs] in ([10, 40], [40, 10])
-    refused = (Refusal(0, 1, 0, "longer than capacity", "41 tokens do not fit into a pack of 40; raise data.capacity"),)
+    refused = (
+        Refusal(
+            0,
+            1,
+            0,
+            "longer than capacity",
+            "41 tokens do not fit into a pack of 40; raise data.capacity, or set data.overflow",
+        ),
+    )
     assert packs[0].refused == refused
     assert node.state.refused == {"longer than capacity": 1}
 

@@ -58,7 +58,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("run.epochs=1", "give either steps or epochs"),
         ("run.name=../x", "name = '../x' must be a plain directory name under runs/"),
         ("run.device=tpu", "Invalid enum value 'tpu' - at `$.run.device`"),
-        ('data.train_on=["user"]', "Invalid enum value 'user' - at `$.data.train_on[0]`"),
+        ('data.train_on=["oracle"]', "Invalid enum value 'oracle' - at `$.data.train_on[0]`"),
         ("data.seed=1", "data.seed is set by run.seed"),
         ("data.sources=[]", "sources is empty"),
         ("model.hidden_siz=8", "Object contains unknown field `hidden_siz` - at `$.model`"),

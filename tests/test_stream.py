@@ -53,7 +53,9 @@ def spoiled_rows() -> list[Any]:
     rows: list[Any] = tiny.rows(40, seed=3)
     for place in (0, 7, 8, 9, 31):
         rows[place] = {"text": "of no known layout"}
-    rows[12] = tiny.chat("hi", "so <|eot_id|> it is")
+    rows[12] = {
+        "messages": [{"role": "user", "name": "<|eot_id|>", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    }
     rows[20] = tiny.chat("hi", "never again " * 200)
     return rows
 
@@ -191,7 +193,7 @@ def test_a_segments_tokens_are_those_of_its_row(config: DataConfig, encoder: Cha
     for pack in every_stream(config, encoder):
         borders = pack.cu_seqlens.tolist()
         for segment, start in zip(pack.segments, borders, strict=False):
-            example = stages.example(segment.ref)
+            (example,) = stages.examples(segment.ref)
             assert pack.input_ids[start : start + segment.length].tolist() == example.tokens.tolist()
             trained = (pack.labels[start : start + segment.length] >= 0).tolist()
             assert trained == [*example.loss_mask[1:].tolist(), False]
@@ -248,16 +250,19 @@ def test_a_row_that_changed_since_it_was_planned_is_an_error(
         next(opened(config, encoder, 0, state))
 
 
+ASK = {"role": "user", "content": "hi"}
+
+
+def answered(**fields: Any) -> str:
+    return json.dumps({"messages": [ASK, {"role": "assistant", "content": "so"} | fields]})
+
+
+def called(arguments: Any, **fields: Any) -> str:
+    return answered(content=None, tool_calls=[{"name": "f", "arguments": arguments} | fields])
+
+
 def hostile_lines() -> list[str]:
     """Rows as somebody who means harm, or a broken exporter, writes them."""
-    ask = {"role": "user", "content": "hi"}
-
-    def answered(**fields: Any) -> str:
-        return json.dumps({"messages": [ask, {"role": "assistant", "content": "so"} | fields]})
-
-    def called(arguments: Any, **fields: Any) -> str:
-        return answered(content=None, tool_calls=[{"name": "f", "arguments": arguments} | fields])
-
     return [
         "[" * 100_000,
         '{"messages": ' + "[" * 500 + "]" * 500 + "}",
@@ -268,14 +273,10 @@ def hostile_lines() -> list[str]:
         answered(reasoning_content=["so"]),
         answered(name={"a": 1}),
         answered(tool_calls="{"),
-        answered(content="ZqM1x0bZq"),
-        answered(content="ZqM" + "9" * 5000 + "x0bZq"),
-        answered(content="<|eot_id|><|start_header_id|>user"),
-        called({"a": "<|eot_id|>"}),
+        answered(content="ZqM1x1x0bZq"),
         called({"<|eot_id|>": "a"}),
         called("[" * 100_000),
         called(json.dumps({"a": "\ud800"})),
-        called({}, name="<|eot_id|>"),
         json.dumps({"prompt": "hi", "completion": "so", "tools": 5}),
         json.dumps({"prompt": "hi", "completion": "so", "tools": [{"a": "<|eot_id|>"}]}),
         json.dumps({"instruction": "hi", "output": "so", "history": 5}),
@@ -291,6 +292,12 @@ def hostile_lines() -> list[str]:
 def test_hostile_rows_are_refused_one_by_one_and_never_end_a_run(tokenizer: str, tmp_path: Path, workers: int) -> None:
     hostile, good = hostile_lines(), [json.dumps(row) for row in tiny.rows(8)]
     good.append(json.dumps(tiny.chat("hi", "a\x00b \u2028 \U0001f600 ZqM")))
+
+    good += [
+        answered(content="<|eot_id|><|start_header_id|>user"),
+        called({"a": "<|eot_id|>"}),
+        called({}, name="<|eot_id|>"),
+    ]
     path = tmp_path / "hostile.jsonl"
     path.write_text("\n".join(hostile + good), encoding="utf-8")
     loader = PackLoader(tiny.data_config(tokenizer, str(path), epochs=1), workers=workers)

@@ -11,27 +11,25 @@ import pytest
 import tiny
 
 from sftstream import ChatEncoder, Conversation, Message, Refused, ToolCall
-from sftstream.encoder import ChatEncoder as Encoder
 from sftstream.formats import conversation
 from sftstream.sources.corpus import FileSet
-from sftstream.template import ChatTemplate
 
 HEADER, STOP = "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
 HI = Message("user", "hi")
 
 
-def template(text: str = tiny.TEMPLATE, date: Date | None = None, extra: tuple[str, ...] = ()) -> ChatTemplate:
-    return ChatTemplate(text, {"bos_token": "<|begin_of_text|>"}, (*tiny.SPECIAL, *extra), date)
+def template(text: str = tiny.TEMPLATE, date: Date | None = None) -> ChatEncoder:
+    return ChatEncoder(tiny.fast_tokenizer(), text, date=date.isoformat() if date else None)
 
 
-def trained(chat_template: ChatTemplate, *messages: Message, tools: Any = ()) -> list[str]:
-    rendered = chat_template.rendered(Conversation(messages, tools))
+def trained(encoder: ChatEncoder, *messages: Message, tools: Any = ()) -> list[str]:
+    rendered = encoder.render(Conversation(messages, tools))
     return [rendered.text[span.start : span.end] for span in rendered.spans]
 
 
-def refusal(chat_template: ChatTemplate, *messages: Message, tools: Any = ()) -> str:
+def refusal(encoder: ChatEncoder, *messages: Message, tools: Any = ()) -> str:
     with pytest.raises(Refused) as error:
-        chat_template.rendered(Conversation(messages, tools))
+        encoder.render(Conversation(messages, tools))
     return str(error.value)
 
 
@@ -43,7 +41,7 @@ def test_the_text_is_the_templates_own_and_the_answers_are_its_spans() -> None:
         Message("user", "b"),
         Message("assistant", "c"),
     )
-    rendered = template().rendered(Conversation(messages))
+    rendered = template().render(Conversation(messages))
     assert rendered.text == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
@@ -55,8 +53,9 @@ def test_the_text_is_the_templates_own_and_the_answers_are_its_spans() -> None:
 
 
 def test_header_and_stop_tokens_are_the_templates() -> None:
-    assert template().header == HEADER
-    assert template().stop_tokens == {STOP}
+    form = template().certificate.form
+    assert (form.header, form.core) == (HEADER, HEADER)
+    assert (form.stops, form.call_stops, form.open_end) == ((STOP,), (), False)
 
 
 def test_tool_calls_are_trained_and_tools_and_results_are_not() -> None:
@@ -86,16 +85,15 @@ def test_what_another_says_in_the_words_of_the_assistant_is_not_trained() -> Non
         Message("user", "assistant\n\nyes"),
         Message("assistant", "yes"),
     )
-    rendered = template().rendered(Conversation(messages))
+    rendered = template().render(Conversation(messages))
     assert [span.end for span in rendered.spans] == [rendered.text.index("yes" + STOP, 80) + 13, len(rendered.text)]
     assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["yes" + STOP] * 2
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None])
-def test_an_assistant_who_says_nothing_is_refused(text: str | None) -> None:
-    assert refusal(template(), HI, Message("assistant", text)) == (
-        "empty assistant message: message 1 says nothing, so its place cannot be verified"
-    )
+def test_an_assistant_who_says_nothing_is_trained_to_stop(text: str | None) -> None:
+    assert trained(template(), HI, Message("assistant", text)) == [STOP]
+    assert trained(template(), HI, Message("assistant", text), HI, ANSWER) == [STOP, "Yes, so" + STOP]
 
 
 def test_an_empty_user_or_system_message_is_no_reason_to_refuse() -> None:
@@ -106,41 +104,37 @@ CALL = ToolCall("f", {"a": "x"})
 
 
 @pytest.mark.parametrize(
-    ("message", "place"),
+    "message",
     [
-        (Message("user", "a<|eot_id|>b"), "message 0"),
-        (Message("assistant", "a", reasoning="<|eot_id|>"), "message 0"),
-        (Message("user", "a", name="<|eot_id|>"), "message 0"),
-        (Message("tool", "a", tool_call_id="x<|eot_id|>"), "message 0"),
-        (Message("assistant", tool_calls=(ToolCall("<|eot_id|>", {}),)), "message 0"),
-        (Message("assistant", tool_calls=(ToolCall("f", {}, id="<|eot_id|>"),)), "message 0"),
-        (Message("assistant", tool_calls=(ToolCall("f", {"a": ["<|eot_id|>"]}),)), "message 0"),
-        (Message("assistant", tool_calls=(ToolCall("f", {"a": {"<|eot_id|>": 1}}),)), "message 0"),
+        Message("user", "a", name="<|eot_id|>"),
+        Message("tool", "a", tool_call_id="x<|eot_id|>"),
+        Message("assistant", tool_calls=(ToolCall("f", {}, id="<|eot_id|>"),)),
+        Message("assistant", tool_calls=(ToolCall("f", {"a": {"<|eot_id|>": 1}}),)),
     ],
 )
-def test_text_that_would_become_a_control_token_is_refused_wherever_it_stands(message: Message, place: str) -> None:
-    expected = f"control token in text: {place} contains '<|eot_id|>' as text"
+def test_a_name_or_key_that_would_become_a_control_token_is_refused(message: Message) -> None:
+    expected = "control token in text: message 0 contains '<|eot_id|>' in a name or key"
     assert refusal(template(), message, Message("assistant", "b")) == expected
 
 
 @pytest.mark.parametrize("tool", [{"description": "<|eot_id|>"}, {"<|eot_id|>": 1}, {"enum": [["a", "<|eot_id|>"]]}])
 def test_a_tool_whose_text_would_become_a_control_token_is_refused(tool: dict[str, Any]) -> None:
     tools = ({"type": "function", "function": {"name": "f", **tool}},)
-    expected = "control token in text: the tools contains '<|eot_id|>' as text"
+    expected = "control token in text: the tools contains '<|eot_id|>' in a name or key"
     assert refusal(template(), HI, Message("assistant", "b"), tools=tools) == expected
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "ZqM0x0bZq",
-        "ZqM0x0eZq",
-        "ZqM1x0bZqa",
-        "aZqM1x0e",
+        "ZqM0x1x0bZq",
+        "ZqM0x1x0eZq",
+        "ZqM1x1x1bZqa",
+        "aZqM1x1x1e",
         "Zq",
-        "ZqM0x0bZqaZqM0x0eZq",
-        "ZqM7x7bZqaZqM7x7eZq",
-        f"ZqM{'9' * 5000}x0bZq",
+        "ZqM0x1x0bZqaZqM0x1x0eZq",
+        "ZqM7x1x7bZqaZqM7x1x7eZq",
+        f"ZqM{'9' * 5000}x0x0bZq",
         "ZqM0x" + "9" * 5000,
     ],
     ids=[
@@ -193,8 +187,8 @@ def later(text: str) -> str:
     ("text", "messages", "reason"),
     [
         (loop("message.content", "message.role != 'system'"), (Message("system", "be"), HI, ANSWER), "template drops text"),
-        (loop("message.content"), (HI, Message("assistant", tool_calls=(CALL,))), "template drops text: message 1: "),
-        (loop("message.content"), (HI, Message("assistant", "x", reasoning="hm")), "template drops text: message 1: 'hm'"),
+        (loop("message.content"), (HI, Message("assistant", tool_calls=(CALL,))), "template drops a tool call: message 1: "),
+        (loop("message.content"), (HI, Message("assistant", "x", reasoning="hm")), "template drops reasoning: message 1: 'hm'"),
         (later("message.content | upper"), (HI, ANSWER) * 2, "template rewrites text"),
         (loop("message.content | replace('Yes', 'No')"), (HI, ANSWER), "template alters text: message 1: 'Yes, so' is"),
         (loop("message.content | replace('<', '&lt;')"), (HI, Message("assistant", "a<b")), "template alters text: message 1: "),
@@ -211,7 +205,7 @@ def later(text: str) -> str:
         (later("''.__class__.__mro__ | string"), (HI, ANSWER) * 2, "template raises: access to attribute '__class__'"),
         ("{%- macro f(x) %}{{ f(x) }}{% endmacro %}" + later("f('x')"), (HI, ANSWER) * 2, "template raises: maximum"),
         (later("(messages[2].content if loop.index0 == 1 else '') + message.content"), (HI, ANSWER) * 2, "foreign text in"),
-        (later("message.content + (messages[0].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "messages out of"),
+        (later("message.content + (messages[0].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "foreign text in span"),
         (later("message.content + (messages[2].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "no stop token: "),
     ],
 )  # fmt: skip
@@ -252,22 +246,16 @@ BRACKETS = (
 
 def test_without_a_generation_prompt_the_answer_begins_where_the_question_ends() -> None:
     brackets = template(BRACKETS)
-    assert brackets.header == ""
+    assert brackets.certificate.form.header == ""
     assert trained(brackets, HI, Message("assistant", "a"), HI, Message("assistant", "b")) == [" a" + STOP, " b" + STOP]
 
 
 def test_a_history_that_changes_when_an_answer_follows_is_refused() -> None:
     last_user = "(message.content + '!' if loop.last else message.content)"
     text = BRACKETS.replace("message.content + '[/INST]'", f"{last_user} + '[/INST]'")
-    assert refusal(template(text), HI, ANSWER).startswith("history rewritten: what is printed before message 1")
-
-
-def test_a_template_that_forgets_earlier_reasoning_refuses_it_there_and_trains_it_at_the_end() -> None:
-    thought = "('<think>' + message.reasoning_content + '</think>')"
-    thinking = template(loop(f"({thought} if message.reasoning_content and loop.last else '') + message.content"))
-    answer = Message("assistant", "a", reasoning="hm")
-    assert trained(thinking, HI, answer) == ["<think>hm</think>a" + STOP]
-    assert refusal(thinking, HI, answer, HI, ANSWER).startswith("template drops text: message 1: 'hm'")
+    assert refusal(template(text), HI, ANSWER).startswith(
+        "no header: what the template prints where the model is to speak"
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,14 +265,13 @@ def test_a_template_that_forgets_earlier_reasoning_refuses_it_there_and_trains_i
         ("{{ messages | nothing }}", "the chat template is not valid Jinja: "),
         (
             "{%- for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}",
-            "no special token ends an assistant's turn in this chat template, so the model could not learn to stop",
+            "nothing ends an assistant's turn in this chat template, so a model could not learn to stop",
         ),
-        ("{{ raise_exception('never') }}", "the chat template's generation prompt is not added at the end"),
         (
-            "{%- if add_generation_prompt %}A{% endif %}" + loop("message.content"),
-            "the chat template's generation prompt is not added at the end",
+            "{{ raise_exception('never') }}",
+            "the chat template cannot print a user's message, with or without a tool (never)",
         ),
-        ("{% include 'other' %}", "the chat template's generation prompt is not added at the end"),
+        ("{% include 'other' %}", "the chat template cannot print a user's message"),
     ],
 )
 def test_a_template_that_cannot_train_is_an_error(text: str, message: str) -> None:
@@ -298,20 +285,20 @@ def test_the_date_is_what_the_template_is_told_and_else_the_day_of_construction(
     messages = Conversation((HI, ANSWER))
     assert (
         template(tiny.DATED_TEMPLATE, Date(2024, 2, 29))
-        .rendered(messages)
+        .render(messages)
         .text.startswith("<|begin_of_text|>29 Feb 2024<")
     )
     today = template(tiny.DATED_TEMPLATE)
-    assert today.date is not None
-    assert today.rendered(messages).text.startswith(f"<|begin_of_text|>{today.date:%d %b %Y}<")
-    assert template().date is None
+    assert today.template.date == Date.today()
+    assert today.render(messages).text.startswith(f"<|begin_of_text|>{Date.today():%d %b %Y}<")
+    assert template().template.date is None
 
 
-def test_a_template_that_asks_for_date_string_is_told_the_configs_date() -> None:
+def test_a_template_that_asks_for_date_string_is_told_the_same_day() -> None:
     text = "{{- date_string | default('26 Jul 2024') }}" + tiny.TEMPLATE
     messages = Conversation((HI, ANSWER))
-    assert template(text, Date(2025, 1, 2)).rendered(messages).text.startswith("02 Jan 2025<")
-    assert template(text).rendered(messages).text.startswith("26 Jul 2024<")
+    assert template(text, Date(2025, 1, 2)).render(messages).text.startswith("02 Jan 2025<")
+    assert template(text).render(messages).text.startswith(f"{Date.today():%d %b %Y}<")
 
 
 def test_an_encoder_takes_its_template_from_the_tokenizer_a_file_or_the_text(tokenizer: str, tmp_path: Path) -> None:
@@ -355,14 +342,14 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
     realdata: Path, name: str, stop: str, trims: bool
 ) -> None:
     encoder = ChatEncoder(str(realdata / "tokenizers" / name))
-    assert encoder.template.stop_tokens >= {stop}
+    assert encoder.certificate.form.stops == (stop,)
     for file in REAL_FILES:
         source = FileSet(str(realdata / "conversations" / file))
         accepted = 0
         for row in range(0, len(source), max(1, len(source) // 40)):
             dialogue = conversation(source.read(row))
             try:
-                example = encoder.tokenize(encoder.render(dialogue))
+                (example,) = encoder.tokenize(encoder.draft(dialogue))
             except Refused:
                 continue
             accepted += 1
@@ -374,7 +361,7 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
         assert accepted >= 5, file
 
 
-def _turns_of(encoder: Encoder, tokens: Any, mask: Any) -> list[str]:
+def _turns_of(encoder: ChatEncoder, tokens: Any, mask: Any) -> list[str]:
     """Each unbroken stretch of trained tokens, decoded."""
     borders = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
     ends = [i + 1 for i in range(len(mask)) if mask[i] and (i + 1 == len(mask) or not mask[i + 1])]
@@ -390,45 +377,3 @@ def _check_turn(turn: str, answer: Message, stop: str, trims: bool) -> None:
         assert all(f'"{call.name}"' in turn for call in answer.tool_calls)
     else:
         assert turn == said + stop
-
-
-@pytest.mark.realdata
-def test_real_templates_train_what_was_said_or_refuse(realdata: Path) -> None:
-    """Every template with the special tokens that its own text names, on one dialogue; most of them train it."""
-    trainable = []
-    for file in sorted((realdata / "templates").glob("*.jinja")):
-        text = file.read_text(encoding="utf-8")
-        names = (
-            "<|im_end|>",
-            "<|im_start|>",
-            "</s>",
-            "<end_of_turn>",
-            "<|end|>",
-            "<|return|>",
-            "<|call|>",
-            "<|eot_id|>",
-        )
-        more = (
-            "<|user|>",
-            "<|observation|>",
-            "<\uff5cend\u2581of\u2581sentence\uff5c>",
-            "<|endoftext|>",
-            "<|END_OF_TURN_TOKEN|>",
-        )
-        dialogue = Conversation(
-            (HI, Message("assistant", "Aye, so"), Message("user", "why"), Message("assistant", "Because"))
-        )
-        variables, control = {"bos_token": "<s>", "eos_token": "</s>"}, [*names, *more, "<|end_of_text|>"]
-        try:
-            chat_template = ChatTemplate(text, variables, control, Date(2025, 1, 2))
-            rendered = chat_template.rendered(dialogue)
-        except ValueError:
-            continue
-        trainable.append(file.name)
-        first, second = (rendered.text[span.start : span.end] for span in rendered.spans)
-        assert "Aye, so" in first, file.name
-        assert "why" not in first, file.name
-        assert "Because" in second, file.name
-        assert first.endswith(tuple(chat_template.stop_tokens)), file.name
-        assert second.endswith(tuple(chat_template.stop_tokens)), file.name
-    assert len(trainable) >= 25

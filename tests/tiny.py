@@ -52,10 +52,15 @@ WORDS = (
 )
 
 
-def save_tokenizer(directory: Path, template: str | None = TEMPLATE, **changes: Any) -> str:
-    """A Hugging Face tokenizer of some 400 tokens, the same on every machine; `changes` go to its constructor."""
+def fast_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of some 400 tokens, the same on every machine; `changes` go to its constructor."""
     arguments = {"bos_token": SPECIAL[0], "eos_token": "<|eot_id|>", "pad_token": "<|pad|>", **changes}
-    fast = PreTrainedTokenizerFast(tokenizer_object=_byte_level(), **arguments)
+    return PreTrainedTokenizerFast(tokenizer_object=_byte_level(), **arguments)
+
+
+def save_tokenizer(directory: Path, template: str | None = TEMPLATE, **changes: Any) -> str:
+    """The same as a Hugging Face directory with a chat template."""
+    fast = fast_tokenizer(**changes)
     fast.chat_template = template
     fast.save_pretrained(str(directory))
     return str(directory)

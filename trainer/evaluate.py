@@ -43,8 +43,8 @@ class Evaluation(NamedTuple):
 def evaluate(export: Path, encoder: ChatEncoder, config: EvaluationConfig, device: torch.device) -> Evaluation:
     """Greedy answers of the model in `export` to the conversations in `config.path`; written beside it as `answers.jsonl`."""
     rendered = [encoder.render(dialogue) for dialogue in read_conversations(config.path)]
-    prompts = [text[: spans[-1].start] for text, spans in rendered]
-    expected = [text[spans[-1].start : spans[-1].end] for text, spans in rendered]
+    prompts = [text[: spans[-1].start] for text, spans, _ in rendered]
+    expected = [text[spans[-1].start : spans[-1].end] for text, spans, _ in rendered]
     given = generate(export, prompts, config.max_new_tokens, encoder.stop_ids, device)
     evaluation = Evaluation([Answer(*row) for row in zip(prompts, expected, given, strict=True)])
     lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]

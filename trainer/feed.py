@@ -98,7 +98,7 @@ def _count(packs: list[Pack], loader: PackLoader | None, stop: bool) -> Count:
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
-        sum(len(pack.segments) for pack in packs) + refused,
+        sum(pack.conversations for pack in packs) + refused,
         refused,
         int(not loader.exhausted),
         int(stop),

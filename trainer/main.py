@@ -35,6 +35,8 @@ from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.step import StepResult, train_step
 from trainer.weights import export, load_weights, read_config
 
+logger = logging.getLogger(__name__)
+
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 
 
@@ -298,11 +300,13 @@ def _tell(error: Exception) -> int:
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
     return 1
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    level = os.environ.get("LOGLEVEL", "WARNING")  # torchrun's own variable
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""`sftstream ...`: looking at what a stream does, without training."""

@@ -1,0 +1,119 @@
+"""Every real chat template on every shape of conversation: right or refused with a reason, never wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import shapes
+from transformers import AutoTokenizer
+
+from sftstream import ChatEncoder, Refused
+from sftstream.formats import conversation
+
+pytestmark = pytest.mark.realdata
+
+
+class Case(NamedTuple):
+    template: str
+    shape: str
+    verdict: str
+    """"right", "loss" (the template does not print it all), "raises", "refused: why" or "WRONG: why"."""
+
+
+@pytest.fixture(scope="module")
+def all_special(realdata: Path) -> Any:
+    """Llama's tokenizer with the special tokens of all families."""
+    tokenizer = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "llama3")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(shapes.SPECIAL)})
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def cases(realdata: Path, all_special: Any) -> list[Case]:
+    return [case for path in sorted((realdata / "templates").glob("*.jinja")) for case in _judge(path, all_special)]
+
+
+def _judge(path: Path, tokenizer: Any) -> list[Case]:
+    encoder = ChatEncoder(tokenizer, path.read_text(), date="2025-01-31")
+    return [Case(path.stem, name, _verdict(encoder, path.stem, *shape)) for name, shape in shapes.SHAPES.items()]
+
+
+def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, tools: Any) -> str:
+    dialogue = conversation({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
+    try:
+        draft = encoder.draft(dialogue)
+        (example,) = encoder.tokenize(draft)
+    except Refused as refused:
+        if refused.reason == "template raises":
+            return "raises"
+        return "loss" if refused.reason.startswith("template drops") else f"refused: {refused}"
+    text, spans, _ = draft.texts[0]
+    if tuple(text[span.start : span.end] for span in spans) != tuple(_as_prompted(text, spans, template)):
+        return f"WRONG: {[text[span.start : span.end] for span in spans]} of {text!r}"
+    return _payloads_verdict(messages, encoder.tokenizer.hf.decode(example.tokens[example.loss_mask]))
+
+
+def _as_prompted(text: str, spans: Any, template: str) -> list[str]:
+    """The oracle's turns, less what the generation prompt opens where our span leaves that out."""
+    expected = shapes.turns(text, template)
+    if len(expected) != len(spans):
+        return expected
+    ours = [text[span.start : span.end] for span in spans]
+    return [
+        mine if any(opened + mine == right for opened in shapes.OPENED) else right
+        for mine, right in zip(ours, expected, strict=True)
+    ]
+
+
+def _payloads_verdict(messages: shapes.Messages, trained: str) -> str:
+    own = [word for message in messages if message["role"] == "assistant" for word in shapes.words(message)]
+    foreign = {word for m in messages if m["role"] != "assistant" for word in shapes.words(m)} - set(own)
+    if wrong := [word for word in foreign if len(word) > 2 and shapes.count(trained, word)]:
+        return f"WRONG: {wrong} is trained"
+    return "right"
+
+
+def test_no_template_is_ever_wrong(cases: list[Case]) -> None:
+    wrong = [case for case in cases if case.verdict.startswith("WRONG")]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_nearly_all_that_is_printed_whole_is_accepted(cases: list[Case]) -> None:
+    counts = Counter(case.verdict.split(":")[0] for case in cases)
+    for case in cases:
+        if case.verdict.startswith("refused"):
+            print(case.template, "|", case.shape, "|", case.verdict)
+    print(dict(counts))
+    assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.99
+
+
+def test_what_is_said_to_be_lost_is_lost(cases: list[Case], realdata: Path, all_special: Any) -> None:
+    for case in cases:
+        if case.verdict == "loss":
+            messages, tools = shapes.SHAPES[case.shape]
+            template = (realdata / "templates" / f"{case.template}.jinja").read_text()
+            told = all_special.apply_chat_template(
+                [shapes.user("?")], tools=tools, chat_template=template, tokenize=False
+            )
+            text = all_special.apply_chat_template(
+                copy.deepcopy(messages), tools=copy.deepcopy(tools), chat_template=template, tokenize=False
+            )
+            wanted = Counter(word for message in messages for word in shapes.words(message, thoughts=True))
+            lost = [
+                word for word, count in wanted.items() if shapes.count(text, word) - shapes.count(told, word) < count
+            ]
+            assert lost, case
+
+
+def test_special_tokens_that_the_tokenizer_does_not_know_are_found_by_what_they_do(
+    cases: list[Case], realdata: Path
+) -> None:
+    plain = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "llama3")
+    judged = [case for path in sorted((realdata / "templates").glob("*.jinja")) for case in _judge(path, plain)]
+    assert [case for case in judged if case.verdict.startswith("WRONG")] == []
+    counts = Counter(case.verdict.split(":")[0] for case in judged)
+    assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.95
