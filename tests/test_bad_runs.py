@@ -108,7 +108,8 @@ def test_checkpoints_that_are_all_damaged(tmp_path: Path, config: dict[str, Any]
 
 def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"] = {"epochs": 1, "device": "cpu", "name": "run"}
-    runs.run(tmp_path, config)
+    job = runs.run(tmp_path, config)
+    assert "refused 2 of 62 rows so far (longer than capacity: 1, unknown role: 1); see refused.jsonl" in job.output()
     refused = [json.loads(line) for line in (tmp_path / "runs/run/refused.jsonl").read_text().splitlines()]
     path = config["data"]["sources"][0]["path"]
     assert {(line["place"], line["reason"]) for line in refused} == {

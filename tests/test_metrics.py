@@ -21,6 +21,7 @@ STEP = StepMetrics(
     trained_tokens=40,
     rows=7,
     refused=1,
+    refused_by_reason={"reason": 1},
     fill=0.9,
     tokens_per_second=1000.0,
     data_wait=0.01,

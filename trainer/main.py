@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -109,6 +110,11 @@ class Run:
             with self.stop, self._open_log() as log, self.display:
                 while not self.finished and not self._step(log):
                     pass
+                if log and (refused := log.refused_by_reason()):
+                    listed = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
+                    self.display.say(
+                        f"refused {refused.total():,} of {self.progress.rows:,} rows so far ({listed}); see refused.jsonl"
+                    )
         if self.loader:
             self.loader.close()
         if not self.finished:
@@ -141,7 +147,8 @@ class Run:
         self._advance(count, result)
         refusals = gather_refusals(packs, self.feed, self.topology) if count.refused else []
         if log:
-            metrics = self._metrics(count, result, rate, waited, time.perf_counter() - began)
+            reasons = Counter(refusal.reason for refusal, _ in refusals)
+            metrics = self._metrics(count, reasons, result, rate, waited, time.perf_counter() - began)
             log.step(metrics)
             log.refused(self.progress.step, refusals)
             self.display.step(metrics, self.share, last=self.finished)
@@ -172,7 +179,9 @@ class Run:
         assert self.config.run.steps is not None
         return min(1.0, self.progress.step / self.config.run.steps)
 
-    def _metrics(self, count: Tally, result: StepResult, rate: float, waited: float, seconds: float) -> StepMetrics:
+    def _metrics(
+        self, count: Tally, reasons: Counter[str], result: StepResult, rate: float, waited: float, seconds: float
+    ) -> StepMetrics:
         data = self.config.data
         return StepMetrics(
             step=self.progress.step,
@@ -183,6 +192,7 @@ class Run:
             trained_tokens=count.trained_tokens,
             rows=self.progress.rows,
             refused=count.refused,
+            refused_by_reason=dict(reasons),
             fill=count.tokens / (data.capacity * data.global_batch),
             tokens_per_second=count.tokens / seconds,
             data_wait=waited,

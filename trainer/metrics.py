@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -28,6 +29,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Conversations given or refused so far."""
     refused: int
     """Rows refused in this step."""
+    refused_by_reason: dict[str, int]
     fill: float
     """Share of the packs' slots that conversations take."""
     tokens_per_second: float
@@ -70,6 +72,11 @@ class RunLog:
             self._write(
                 self._refused, {"step": step, "place": place} | {name: getattr(refusal, name) for name in names}
             )
+
+    def refused_by_reason(self) -> Counter[str]:
+        """Rows refused since the run's beginning."""
+        self._refused.seek(0)
+        return Counter(msgspec.json.decode(line)["reason"] for line in self._refused)
 
     def sync(self) -> None:
         """Force all lines to the disk; before a checkpoint, so that none of its steps can be missing."""
