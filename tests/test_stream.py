@@ -86,6 +86,8 @@ def shapes(
         "several sources": tiny.data_config(tokenizer, corpus_path, few, spoiled),
         "fewer rows than streams": tiny.data_config(tokenizer, few, streams=8),
         "refused rows alone": tiny.data_config(tokenizer, hopeless),
+        "split rows": tiny.data_config(tokenizer, spoiled, capacity=80, overflow="split"),
+        "cut rows": tiny.data_config(tokenizer, spoiled, capacity=80, overflow="truncate"),
     }
 
 
@@ -98,14 +100,15 @@ SHAPES = (
     "several sources",
     "fewer rows than streams",
     "refused rows alone",
+    "split rows",
+    "cut rows",
 )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_state_after_any_pack_restores_the_exact_tail(
-    shapes: dict[str, DataConfig], encoder: ChatEncoder, shape: str
-) -> None:
+def test_a_state_after_any_pack_restores_the_exact_tail(shapes: dict[str, DataConfig], shape: str) -> None:
     config = shapes[shape]
+    encoder = ChatEncoder(config.tokenizer.path, policy=config)
     for stream in range(config.streams):
         node = opened(config, encoder, stream)
         states = [node.state]
@@ -143,13 +146,13 @@ def test_the_same_node_can_be_reset_again_and_again(config: DataConfig, encoder:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_all_streams_together_give_each_good_row_once_per_epoch(
-    shapes: dict[str, DataConfig], encoder: ChatEncoder, shape: str
-) -> None:
+def test_all_streams_together_give_each_good_row_once_per_epoch(shapes: dict[str, DataConfig], shape: str) -> None:
     config = shapes[shape]
+    encoder = ChatEncoder(config.tokenizer.path, policy=config)
     corpus = Corpus(config.sources)
     packs = every_stream(config, encoder)
-    given = Counter(segment.ref for pack in packs for segment in pack.segments)
+    given = Counter(segment.ref for pack in packs for segment in pack.segments if segment.part == 0)
+    assert len({segment for pack in packs for segment in pack.segments}) == sum(len(pack.segments) for pack in packs)
     refused = Counter((refusal.source, refusal.row, refusal.epoch) for pack in packs for refusal in pack.refused)
     everything = {(s, row, epoch) for s, size in enumerate(corpus.sizes) for row in range(size) for epoch in range(2)}
     assert set(given) | set(refused) == everything
