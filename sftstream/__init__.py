@@ -2,7 +2,7 @@
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.encoder import ChatEncoder
-from sftstream.loader import PackLoader, Shard
+from sftstream.loader import PackLoader
 from sftstream.records import (
     IGNORE_INDEX,
     Conversation,
@@ -17,6 +17,7 @@ from sftstream.records import (
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.stream import read_conversations
+from sftstream.topology import Deal, Shard
 
 __all__ = [
     "IGNORE_INDEX",
@@ -24,6 +25,7 @@ __all__ = [
     "Conversation",
     "DataConfig",
     "DataState",
+    "Deal",
     "Example",
     "Message",
     "Pack",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import msgspec
@@ -13,12 +14,33 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: str
     """A JSON, JSONL or Parquet file, or a glob of them (files are read in sorted order)."""
     weight: float | None = None
-    """Share of the conversations drawn from here, relative to the other weights. Without weights every conversation of
-    every source comes once per epoch. Weights are given for all sources or for none."""
+    """Share that is drawn from here, relative to the other weights. Without weights sources are drawn in proportion to
+    their size, so that they end an epoch together. Weights are given for all sources or for none."""
+    repeat: float = 1.0
+    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch."""
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight = {self.weight} must be a positive number")
+        for field in ("weight", "repeat"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{field} = {value} must be a positive number")
+
+
+class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Other weights from a point of the run on."""
+
+    after: int
+    """Rows of the whole run that are drawn before."""
+    weights: tuple[float, ...]
+    """One for each source, in their order; 0 rests a source."""
+
+    def __post_init__(self) -> None:
+        if self.after < 1:
+            raise ValueError(
+                f"after = {self.after} must be at least 1; the sources' own weights hold from the beginning"
+            )
+        if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
+            raise ValueError(f"weights = {list(self.weights)} must not be negative, and not all be 0")
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +102,12 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Keys the order of rows."""
     epochs: int | None = None
     """Passes over all conversations; None goes on for ever."""
+    mix_by: Literal["conversations", "tokens", "trained_tokens"] = "conversations"
+    """What weights are shares of."""
+    stages: tuple[StageConfig, ...] = ()
+    """Weights that hold later in the run, by rising `after`."""
+    ends_with: Literal["all", "first"] = "all"
+    """With weights and epochs: the stream ends when every source has ended, or the first."""
     max_refused: float = 1.0
     """Share of rows that may be refused, from 0 to 1; a run that refuses more stops."""
 
@@ -105,8 +133,14 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"source {missing!r} has no weight but another has; give weights to all sources or to none"
             )
-        if all(weighted) and self.epochs is not None:
-            raise ValueError(
-                f"epochs = {self.epochs} has no meaning for weighted sources, which are drawn at fixed shares without an end; "
-                "leave out the weights, or end the run by steps"
-            )
+        if self.epochs is None and any(source.repeat != 1 for source in self.sources):
+            raise ValueError("repeat counts passes in an epoch and needs epochs; an endless stream is mixed by weights")
+        if self.stages and not all(weighted):
+            raise ValueError("stages change weights, so the sources need weights for the beginning")
+        for before, stage in itertools.pairwise((None, *self.stages)):
+            if stage is not None and len(stage.weights) != len(self.sources):
+                raise ValueError(
+                    f"a stage has {len(stage.weights)} weights for {len(self.sources)} sources; give one for each"
+                )
+            if before is not None and stage is not None and stage.after <= before.after:
+                raise ValueError(f"stages come by rising after, but {stage.after} follows {before.after}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sftstream.config import DataConfig, Policy
+from sftstream.config import DataConfig, Policy, StageConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.sources import Corpus, FileIdentity
 from sftstream.turns import Form
@@ -24,6 +24,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[FileIdentity, ...]
     rows: int
     weight: float | None
+    repeat: float
 
 
 class Identity(Policy, frozen=True, kw_only=True):
@@ -43,6 +44,9 @@ class Identity(Policy, frozen=True, kw_only=True):
     shuffle: bool
     seed: int
     epochs: int | None
+    mix_by: str
+    stages: tuple[StageConfig, ...]
+    ends_with: str
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
@@ -51,7 +55,9 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
     sources = zip(corpus.identities(), corpus.sizes, config.sources, strict=True)
     return Identity(
         format=FORMAT,
-        sources=tuple(SourceIdentity(files=files, rows=rows, weight=c.weight) for files, rows, c in sources),
+        sources=tuple(
+            SourceIdentity(files=files, rows=rows, weight=c.weight, repeat=c.repeat) for files, rows, c in sources
+        ),
         tokenizer_sha256=_sha256(encoder.tokenizer.json()),
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,
@@ -63,6 +69,9 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         shuffle=config.shuffle,
         seed=config.seed,
         epochs=config.epochs,
+        mix_by=config.mix_by,
+        stages=config.stages,
+        ends_with=config.ends_with,
     )
 
 

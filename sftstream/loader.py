@@ -6,13 +6,12 @@ import itertools
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftstream.config import DataConfig
@@ -23,18 +22,7 @@ from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
 from sftstream.stream import Stages, build_stream
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One data-parallel coordinate: number `index` of `count`."""
-
-    index: int
-    count: int
-
-
-WHOLE = Shard(0, 1)
-
+from sftstream.topology import WHOLE, Deal, Shard
 
 MIN_ROWS_TO_JUDGE = 100
 """Rows read before their refused share is held against `max_refused`."""
@@ -47,27 +35,22 @@ class Failed(NamedTuple):
 
 
 class PackStreams(IterableDataset[Pack | Failed]):
-    """The streams of one shard; in a worker, its share of them.
+    """Some of a shard's streams, as one process reads them: their packs in the order of the run."""
 
-    Pack `g` of the run comes from stream `g % streams`. Shard `r` of `R` takes `g = r (mod R)`, its worker `w` of `W` every
-    `W`-th of those. As `R * W` divides the streams, each stream is read in one place, and neither number enters the order.
-    """
-
-    def __init__(self, config: DataConfig, stages: Stages, shard: Shard, start: DataState) -> None:
+    def __init__(self, config: DataConfig, stages: Stages, start: DataState, streams: Collection[int]) -> None:
         super().__init__()
         self._config = config
         self._stages = stages
-        self._shard = shard
         self._start = start
+        self._streams = streams
         self._states: dict[str, bytes] = {}
 
     def __iter__(self) -> Iterator[Pack | Failed]:
-        worker = get_worker_info()  # here and not in __init__, which runs in the main process
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        streams, count = self._config.streams, self._shard.count
         nodes: dict[int, Packer] = {}
-        for ordinal in itertools.count(self._start.packs + self._shard.index + number * count, count * workers):
-            stream = ordinal % streams
+        for number in itertools.count(self._start.packs):
+            stream = number % self._config.streams
+            if stream not in self._streams:
+                continue
             node = nodes[stream] = nodes.get(stream) or self._open(stream)
             try:
                 pack = next(node)
@@ -92,12 +75,60 @@ class PackStreams(IterableDataset[Pack | Failed]):
         return node
 
 
+class Reader:
+    """One process that reads some streams ahead, or this process where there are no workers."""
+
+    def __init__(self, dataset: PackStreams, prefetch: int | None) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+            self._loader: StatefulDataLoader[Pack | Failed] = StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                # One worker each: a loader of several would insist on taking turns, whoever's stream is next.
+                num_workers=0 if prefetch is None else 1,
+                collate_fn=_as_is,
+                prefetch_factor=prefetch,
+                worker_init_fn=_leave_signals_to_the_trainer,
+                # fork: workers inherit the row index, the tokenizer and the compiled template.
+                multiprocessing_context=None if prefetch is None else "fork",
+                generator=torch.Generator(),  # else it draws a seed from the global generator
+                snapshot_every_n_steps=1,
+            )
+        self._in_process = prefetch is None
+        self._packs = iter(self._loader)
+        self._has_given = False
+
+    def __next__(self) -> Pack:
+        pack: Pack | Failed = next(self._packs)
+        if isinstance(pack, Failed):
+            raise ValueError(pack.message)
+        self._has_given = True
+        return pack
+
+    def close(self) -> None:
+        """End the worker. Not left to the collector: an exception on its way up would keep it."""
+        del self._packs, self._loader
+
+    def states(self) -> dict[str, bytes]:
+        """The streams' states as of the last pack given, from StatefulDataLoader's private layout (torchdata 0.11)."""
+        if not self._has_given:
+            return {}
+        snapshot = self._loader.state_dict()
+        if not self._in_process:
+            (snapshot,) = snapshot["_snapshot"]["_worker_snapshots"].values()
+        states: dict[str, bytes] = snapshot["dataset_state"]
+        return states
+
+
 class PackLoader:
     """The packs of one shard, in order, from the beginning or from a state. It is its own iterator.
 
     `workers` processes load ahead (`config.workers` by default; 0 loads in this process). `state` is a state dict of this
     class, of another topology too; the shards' state dicts are put together by `merge`. A finite stream ends at a step's
     border; its dry streams give empty packs until then. Several shards can end at different steps.
+
+    Any number of shards and workers gives the same packs. Where they do not divide streams and steps evenly, shards have
+    different numbers of packs in a step, and a state can be taken at a step's border only.
 
     Raises ValueError where the config cannot be read by this topology, or where the state is of other data.
     """
@@ -114,6 +145,7 @@ class PackLoader:
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(config, self.shard, self.workers)
+        self._deal = Deal(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved)
@@ -123,39 +155,53 @@ class PackLoader:
         streams = self._start.streams.values()
         self._rows = sum(stream.conversations for stream in streams)
         self._refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
-        self._given = 0
-        self._loader: StatefulDataLoader[Pack | Failed] | None = None
-        self._packs: Iterator[Pack | Failed] | None = None
+        self._at = self._start.packs
+        self._readers: dict[int, Reader] = {}
 
     def __iter__(self) -> PackLoader:
         return self
 
     def __next__(self) -> Pack:
-        if self._finished:
+        if self.exhausted and self._at_border:
             self.close()
             raise StopIteration
-        pack = self._load()
+        number = self._next
+        pack = self._read(number % self.config.streams)
         if pack.last:
-            self._dry.add((self.packs + self.shard.index) % self.config.streams)
-        self._given += 1
+            self._dry.add(number % self.config.streams)
+        self._at = number + 1
         self._count(pack)
         return pack
 
     def next_step(self) -> list[Pack]:
-        """This shard's packs of the run's next step, `global_batch / shards` of them.
+        """This shard's packs of the run's next step, filled up with empty ones to the number that every shard runs.
 
-        Once its own streams have run dry they are empty, so that it can take part in the steps of shards that end later.
+        Once its own streams have run dry all are empty, so that it can take part in the steps of shards that end later.
         """
-        count = self.config.global_batch // self.shard.count
-        if self._finished:
+        step, unfinished = divmod(self.packs, self.config.global_batch)
+        assert not unfinished, "a step is begun by next_step or by next, not by both"
+        wanted = self._deal.micro_batches(step)
+        own = 0 if self.exhausted else self._deal.step(step).count(self.shard.index)
+        packs = [next(self) for _ in range(own)]
+        self._at = (step + 1) * self.config.global_batch
+        if self.exhausted:
             self.close()
-            return [self._empty() for _ in range(count)]
-        return [next(self) for _ in range(count)]
+        return packs + [self._empty() for _ in range(wanted - own)]
 
     @property
     def packs(self) -> int:
-        """Packs of the whole run consumed so far, if all shards have taken as many as this one."""
-        return self._start.packs + self._given * self.shard.count
+        """Packs of the whole run consumed so far, if the other shards stand where this one does.
+
+        Raises ValueError inside a step that the shards do not share evenly.
+        """
+        if self._at_border:
+            return -(-self._at // self.config.global_batch) * self.config.global_batch
+        if self._deal.even:
+            return self._next - self.shard.index
+        raise ValueError(
+            f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs evenly; "
+            "take the state at its border"
+        )
 
     @property
     def exhausted(self) -> bool:
@@ -165,10 +211,9 @@ class PackLoader:
     @property
     def state(self) -> DataState:
         """Where this shard stands after the last pack that was taken, whatever was loaded ahead."""
-        streams = self._start.streams | {
-            int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in self._snapshot().items()
-        }
-        return msgspec.structs.replace(self._start, packs=self.packs, streams=streams)
+        read = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
+        streams = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in read.items()}
+        return msgspec.structs.replace(self._start, packs=self.packs, streams=self._start.streams | streams)
 
     def state_dict(self) -> dict[str, Any]:
         """`state` as plain JSON-able values."""
@@ -186,26 +231,41 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The state stays; the next pack starts them again."""
-        if self._packs is not None:
-            self._start, self._given = self.state, 0
-            self._packs = self._loader = None
+        if self._readers:
+            # Not `state`: a loader may be closed inside a step, where shards have no common position.
+            read = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
+            streams = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in read.items()}
+            self._start = msgspec.structs.replace(self._start, packs=self._at, streams=self._start.streams | streams)
+            for reader in self._readers.values():
+                reader.close()
+            self._readers = {}
 
     @property
-    def _finished(self) -> bool:
-        return self.exhausted and self.packs % self.config.global_batch == 0
+    def _next(self) -> int:
+        """The number of this shard's next pack."""
+        return self._deal.next_pack(self.shard.index, self._at)
 
-    def _load(self) -> Pack:
-        if self._packs is None:
-            self._packs = self._open()
+    @property
+    def _at_border(self) -> bool:
+        """This shard has no pack left in the step that it is in."""
+        batch = self.config.global_batch
+        return self._at % batch == 0 or self._next // batch > self._at // batch
+
+    def _read(self, stream: int) -> Pack:
+        worker = self._deal.worker(stream)
         try:
-            pack = next(self._packs)
-            if isinstance(pack, Failed):
-                raise ValueError(pack.message)
+            if worker not in self._readers:
+                self._readers[worker] = self._open(worker)
+            return next(self._readers[worker])
         except BaseException:
             # StatefulDataLoader would go on without the worker that failed: in another order, or to a false end.
             self.close()
             raise
-        return pack
+
+    def _open(self, worker: int) -> Reader:
+        streams = frozenset(s for s in self._deal.streams_of(self.shard.index) if self._deal.worker(s) == worker)
+        dataset = PackStreams(self.config, self._stages, self._start, streams)
+        return Reader(dataset, self.config.prefetch if self.workers else None)
 
     def _count(self, pack: Pack) -> None:
         """Stops a run that would train on the wrong thing: too many of its rows are not what it was made for."""
@@ -221,41 +281,11 @@ class PackLoader:
             )
 
     def _empty(self) -> Pack:
-        self._given += 1
         return build_pack((), (), self.config.capacity, self.encoder.tokenizer.pad_id, last=True)
-
-    def _open(self) -> Iterator[Pack | Failed]:
-        dataset = PackStreams(self.config, self._stages, self.shard, self._start)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
-            self._loader = self._run(dataset)
-        return iter(self._loader)
-
-    def _run(self, dataset: PackStreams) -> StatefulDataLoader[Pack | Failed]:
-        return StatefulDataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_as_is,
-            prefetch_factor=self.config.prefetch if self.workers else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            # fork: workers inherit the row index, the tokenizer and the compiled template instead of making them again.
-            multiprocessing_context="fork" if self.workers else None,
-            generator=torch.Generator(),  # else it draws a seed from the global generator
-            snapshot_every_n_steps=1,
-        )
-
-    def _snapshot(self) -> dict[str, bytes]:
-        """The dataset's states as of the last pack taken, from StatefulDataLoader's private layout (torchdata 0.11)."""
-        if self._loader is None or self._given == 0:
-            return {}
-        snapshot = self._loader.state_dict()
-        workers = snapshot["_snapshot"]["_worker_snapshots"].values() if self.workers else [snapshot]
-        return {stream: state for worker in workers for stream, state in (worker["dataset_state"] or {}).items()}
 
     def _start_from(self, saved: DataState | None) -> DataState:
         identity = identify(self.config, self.corpus, self.encoder)
-        owned = range(self.shard.index, self.config.streams, self.shard.count)
+        owned = self._deal.streams_of(self.shard.index)
         if saved is None:
             return DataState(identity=identity, packs=0, streams={stream: self._fresh(stream) for stream in owned})
         require_equal(saved.identity, identity)
@@ -264,9 +294,10 @@ class PackLoader:
                 f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the first; "
                 "merge the states of all shards"
             )
-        if saved.packs % self.shard.count:
+        shared = self._deal.even and saved.packs % self.shard.count == 0
+        if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
             raise ValueError(
-                f"the state stands at pack {saved.packs}, which {self.shard.count} shards cannot share evenly; "
+                f"the state stands at pack {saved.packs}, inside a step that {self.shard.count} shards cannot share evenly; "
                 "take it at a step's border"
             )
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
@@ -287,24 +318,12 @@ def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
 def _check_topology(config: DataConfig, shard: Shard, workers: int) -> None:
     if not 0 <= shard.index < shard.count:
         raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
-    if config.global_batch % shard.count:
+    if shard.count > config.streams:
         raise ValueError(
-            f"global_batch = {config.global_batch} packs cannot be shared by {shard.count} shards; "
-            f"{_choices(config.global_batch)} can share them"
+            f"streams = {config.streams} cannot be shared by {shard.count} shards, of which each needs one; raise data.streams"
         )
     if workers < 0:
         raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")
-    readers = shard.count * max(workers, 1)
-    if config.streams % readers:
-        raise ValueError(
-            f"streams = {config.streams} cannot be shared by {shard.count} shards x {max(workers, 1)} workers; "
-            f"shards x workers can be {_choices(config.streams)}"
-        )
-
-
-def _choices(number: int) -> str:
-    divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
 
 
 def _as_is(pack: Pack | Failed) -> Pack | Failed:

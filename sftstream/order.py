@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 ROUNDS = 8
@@ -44,20 +44,19 @@ def _mix(value: int, key: int) -> int:
     return value ^ (value >> 31)
 
 
-def next_source(drawn: Sequence[int], weights: Sequence[float], limits: Sequence[int] | None) -> int | None:
-    """The source to draw from next, given how often each was `drawn`; None when all have reached their limits.
+def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: Iterable[int]) -> int | None:
+    """The source to draw from next, given how much was drawn of each; None where none is open.
 
-    Sainte-Lague's method: the largest weight / (2 * drawn + 1) is next. With the sources' sizes as weights they all end
-    an epoch together. After any number of draws a source of share p among k is within (1 + k * p) / 2 conversations of
-    its share, with up to three sources within one.
+    Sainte-Lague's method: the largest weight / (2 * amount + 1) is next. With conversations as amounts and sizes as
+    weights all sources end an epoch together, and after any number of draws each is within one conversation of its share.
+    Sources of weight 0 come when all others have ended.
     """
-    open_sources = [i for i in range(len(drawn)) if limits is None or drawn[i] < limits[i]]
-    return max(open_sources, key=lambda i: (weights[i] / (2 * drawn[i] + 1), -i), default=None)
+    return max(open_sources, key=lambda i: (weights[i] / (2 * amounts[i] + 1), -i), default=None)
 
 
-def draws_of_stream(rows: int, epochs: int, stream: int, streams: int) -> int:
-    """How many of a source's `rows * epochs` draws fall to one logical stream."""
-    return len(range(stream, rows * epochs, streams))
+def draws_of_stream(draws: int, stream: int, streams: int) -> int:
+    """How many of a source's `draws` fall to one logical stream."""
+    return len(range(stream, draws, streams))
 
 
 def row_of_draw(draw: int, rows: int, keys: Sequence[int | str], shuffle: bool) -> tuple[int, int]:

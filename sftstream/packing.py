@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
 from sftstream.order import permute, round_keys
-from sftstream.records import IGNORE_INDEX, Example, Pack, Ref, Refusal, Refused, Segment
+from sftstream.records import IGNORE_INDEX, Amount, Example, Pack, Ref, Refusal, Refused, Segment
 from sftstream.state import Leftover, StreamState
 
 MAX_WAIT = 2
@@ -110,20 +110,26 @@ class Packer(BaseNode[Pack]):
     """
 
     def __init__(
-        self, source: BaseNode[Any], reread: Callable[[Ref], list[Example]], stream: int, config: PackerConfig
+        self,
+        source: BaseNode[Any],
+        reread: Callable[[Ref], list[Example]],
+        account: Callable[[int, Amount], None],
+        stream: int,
+        config: PackerConfig,
     ) -> None:
         super().__init__()
         self.source = source
         self._reread = reread
+        self._account = account
         self._stream = stream
         self._config = config
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at a state that `get_state` gave."""
         super().reset(initial_state)
-        self.source.reset(initial_state and {"drawn": initial_state["drawn"]})
+        self.source.reset(initial_state and {key: initial_state[key] for key in ("drawn", "mixed", "stage")})
         source = self.source.state_dict()
-        fresh = StreamState(drawn=tuple(source["drawn"]), dry=source["exhausted"])
+        fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._examples: dict[Segment, Example] = {}
 
@@ -181,19 +187,27 @@ class Packer(BaseNode[Pack]):
         planned, left = self._plan(waiting, keep_all=source["exhausted"])
         self.state = msgspec.structs.replace(
             state,
-            drawn=tuple(source["drawn"]),
+            **_position(source),
             windows=state.windows + 1,
             planned=planned,
             leftovers=left,
             dry=not planned and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in refused)),
             notes=dict(sum((Counter(self._examples[segment].notes) for segment in fresh), Counter(state.notes))),
+            accepted=self._accepted(fresh),
         )
         return refused
+
+    def _accepted(self, fresh: list[Segment]) -> tuple[Amount, ...]:
+        accepted = list(self.state.accepted)
+        for segment in fresh:
+            accepted[segment.source] += _amount(self._examples[segment], conversations=segment.part == 0)
+        return tuple(accepted)
 
     def _read(self, size: int) -> tuple[list[Segment], list[Refusal]]:
         fresh: list[Segment] = []
         refused: list[Refusal] = []
+        in_a_row = 0
         while len(fresh) < size:
             try:
                 item = next(self.source)
@@ -203,25 +217,28 @@ class Packer(BaseNode[Pack]):
                 item = _too_long(item.ref, item.value, self._config.capacity) or item
             if isinstance(item, Refusal):
                 refused.append(item)
-                self._check_hope(fresh, refused)
+                in_a_row += 1
+                self._check_hope(in_a_row, refused)
             else:
                 fresh += self._keep(item.ref, item.value)
+                in_a_row = 0
         return fresh, refused
 
     def _keep(self, ref: Ref, examples: list[Example]) -> Iterator[Segment]:
         for part, example in enumerate(examples):
             segment = Segment(ref.source, ref.row, len(example.tokens), ref.epoch, part)
             self._examples[segment] = example
+            self._account(ref.source, _amount(example, conversations=part == 0))
             yield segment
 
-    def _check_hope(self, fresh: list[Segment], refused: list[Refusal]) -> None:
+    def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""
-        if not fresh and len(refused) > 2 * self._config.rows:
+        if in_a_row > 2 * self._config.rows:
             reasons = ", ".join(
                 f"{reason}: {count}" for reason, count in Counter(r.reason for r in refused).most_common()
             )
             raise ValueError(
-                f"stream {self._stream} refused {len(refused)} rows in a row and found none to train ({reasons}); the last: "
+                f"stream {self._stream} refused {in_a_row} rows in a row and found none to train ({reasons}); the last: "
                 f"row {refused[-1].row} of source {refused[-1].source}, {refused[-1].detail}"
             )
 
@@ -246,6 +263,15 @@ class Packer(BaseNode[Pack]):
             return packs
         keys = round_keys("window", self._config.seed, self._stream, self.state.windows)
         return [packs[permute(i, len(packs), keys)] for i in range(len(packs))]
+
+
+def _position(rows: dict[str, Any]) -> dict[str, Any]:
+    return {"drawn": tuple(rows["drawn"]), "mixed": tuple(rows["mixed"]), "stage": rows["stage"]}
+
+
+def _amount(example: Example, *, conversations: bool) -> Amount:
+    # The first token of an example is never a target.
+    return Amount(int(conversations), len(example.tokens), int(example.loss_mask[1:].sum()))
 
 
 def _too_long(ref: Ref, examples: list[Example], capacity: int) -> Refusal | None:

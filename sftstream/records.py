@@ -91,6 +91,21 @@ class Example(NamedTuple):
     notes: Mapping[str, int] = MappingProxyType({})
 
 
+class Amount(msgspec.Struct, frozen=True, array_like=True):
+    """How much of something there is."""
+
+    conversations: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.conversations + other.conversations,
+            self.tokens + other.tokens,
+            self.trained_tokens + other.trained_tokens,
+        )
+
+
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """One conversation's stretch inside a pack, named by where it came from.
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sftstream.identity import Identity, differences
-from sftstream.records import Segment
+from sftstream.records import Amount, Segment
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True):
@@ -24,6 +24,11 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
 
     drawn: tuple[int, ...]
     """Rows drawn from each source by this stream, over all epochs."""
+    mixed: tuple[int, ...] = ()
+    """What the mixture counts of each source, since its stage began."""
+    stage: int = 0
+    accepted: tuple[Amount, ...] = ()
+    """What was read from each source and not refused."""
     windows: int = 0
     """Windows planned."""
     planned: tuple[tuple[Segment, ...], ...] = ()
@@ -113,16 +118,27 @@ def describe(state: StateDict | DataState) -> str:
         f"given: {given:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
         f"read and waiting: {waiting:,} conversations",
     ]
+    accepted = [sum((s.accepted[i] for s in streams if s.accepted), Amount()) for i in range(len(identity.sources))]
+    whole = sum(accepted, Amount())
     for index, source in enumerate(identity.sources):
         drawn = sum(stream.drawn[index] for stream in streams)
         names = ", ".join(file.name for file in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
         lines.append(f"source {index} ({names}): {drawn:,} rows drawn, {drawn / source.rows:.3f} epochs")
+        lines[-1] += _shares(accepted[index], whole) if len(accepted) > 1 and whole.conversations else ""
     notes: Counter[str] = sum((Counter(stream.notes) for stream in streams), Counter())
     lines += [f"{note}: {count:,}" for note, count in notes.most_common()]
     lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
     if dry := sum(stream.dry for stream in streams):
         lines.append(f"{dry} streams have run dry")
     return "\n".join(lines)
+
+
+def _shares(part: Amount, whole: Amount) -> str:
+    trained = part.trained_tokens / max(whole.trained_tokens, 1)
+    return (
+        f"; {part.conversations / whole.conversations:.1%} of conversations, {part.tokens / whole.tokens:.1%} of tokens, "
+        f"{trained:.1%} of trained tokens"
+    )
 
 
 def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import msgspec
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig, SourceConfig
@@ -12,7 +13,7 @@ from sftstream.encoder import ChatEncoder
 from sftstream.formats import conversation
 from sftstream.order import draws_of_stream, next_source, row_of_draw
 from sftstream.packing import Packer, PackerConfig
-from sftstream.records import Conversation, Example, Ref, Refusal, Refused
+from sftstream.records import Amount, Conversation, Example, Ref, Refusal, Refused
 from sftstream.sources import BrokenRow, Corpus
 
 X = TypeVar("X")
@@ -26,38 +27,85 @@ class Drawn(NamedTuple, Generic[X]):
     value: X
 
 
+class RowsState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the rows of one logical stream stand."""
+
+    drawn: tuple[int, ...]
+    """Rows drawn from each source."""
+    mixed: tuple[int, ...]
+    """What the mixture counts of each source since the stage began."""
+    stage: int = 0
+    exhausted: bool = False
+
+
 class Rows(BaseNode[Drawn[Ref]]):
-    """The rows of one logical stream in their order. Its state: how many were drawn from each source."""
+    """The rows of one logical stream in their order, mixed by counters."""
 
     def __init__(self, config: DataConfig, sizes: Sequence[int], stream: int) -> None:
         super().__init__()
         self._config = config
         self._sizes = sizes
         self._stream = stream
-        weights = [source.weight for source in config.sources]
-        self._weights = [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
-        self._limits: list[int] | None = None
-        if config.epochs is not None:
-            self._limits = [draws_of_stream(size, config.epochs, stream, config.streams) for size in sizes]
+        self._weights = [_weights(config, sizes), *(stage.weights for stage in config.stages)]
+        self._limits = _limits(config, sizes, stream)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
-        self._drawn = list(initial_state["drawn"]) if initial_state else [0] * len(self._sizes)
+        zeros = (0,) * len(self._sizes)
+        state = msgspec.convert(initial_state, RowsState) if initial_state else RowsState(drawn=zeros, mixed=zeros)
+        self._drawn, self._mixed, self._stage = list(state.drawn), list(state.mixed), state.stage
 
     def next(self) -> Drawn[Ref]:
-        source = next_source(self._drawn, self._weights, self._limits)
+        self._enter_stage()
+        source = self._next_source()
         if source is None:
             raise StopIteration
         draw = self._stream + self._drawn[source] * self._config.streams
         keys = ("row", self._config.seed, source)
         row, epoch = row_of_draw(draw, self._sizes[source], keys, self._config.shuffle)
         self._drawn[source] += 1
+        if self._config.mix_by == "conversations":
+            self._mixed[source] += 1
         ref = Ref(source, row, epoch)
         return Drawn(ref, ref)
 
+    def account(self, source: int, amount: Amount) -> None:
+        """What the row just drawn turned out to hold: a mixture by tokens counts these."""
+        if self._config.mix_by != "conversations":
+            self._mixed[source] += amount.tokens if self._config.mix_by == "tokens" else amount.trained_tokens
+
     def get_state(self) -> dict[str, Any]:
-        exhausted = next_source(self._drawn, self._weights, self._limits) is None
-        return {"drawn": list(self._drawn), "exhausted": exhausted}
+        exhausted = self._next_source() is None
+        state = RowsState(drawn=tuple(self._drawn), mixed=tuple(self._mixed), stage=self._stage, exhausted=exhausted)
+        result: dict[str, Any] = msgspec.to_builtins(state)
+        return result
+
+    def _enter_stage(self) -> None:
+        drawn = sum(self._drawn) * self._config.streams
+        stage = sum(stage.after <= drawn for stage in self._config.stages)
+        if stage != self._stage:
+            self._stage, self._mixed = stage, [0] * len(self._sizes)
+
+    def _next_source(self) -> int | None:
+        ended = [limit is not None and drawn >= limit for drawn, limit in zip(self._drawn, self._limits, strict=True)]
+        if self._config.ends_with == "first" and any(ended):
+            return None
+        return next_source(self._mixed, self._weights[self._stage], (i for i, end in enumerate(ended) if not end))
+
+
+def _weights(config: DataConfig, sizes: Sequence[int]) -> list[float]:
+    """The sources' own, or their sizes: then all end an epoch together."""
+    pairs = zip(config.sources, sizes, strict=True)
+    return [size * source.repeat if source.weight is None else source.weight for source, size in pairs]
+
+
+def _limits(config: DataConfig, sizes: Sequence[int], stream: int) -> list[int | None]:
+    """Rows that a finite stream draws from each source."""
+    epochs = config.epochs
+    if epochs is None:
+        return [None] * len(sizes)
+    pairs = zip(config.sources, sizes, strict=True)
+    return [draws_of_stream(int(size * source.repeat * epochs), stream, config.streams) for source, size in pairs]
 
 
 class Map(BaseNode[Drawn[Y] | Refusal], Generic[X, Y]):
@@ -129,4 +177,4 @@ def build_stream(config: DataConfig, stages: Stages, stream: int) -> Packer:
         pad_id=stages.encoder.tokenizer.pad_id,
         rows=sum(stages.corpus.sizes),
     )
-    return Packer(tokenized, stages.examples, stream, packer)
+    return Packer(tokenized, stages.examples, rows.account, stream, packer)

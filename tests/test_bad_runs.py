@@ -49,9 +49,9 @@ def test_a_model_directory_that_is_none(tmp_path: Path, config: dict[str, Any]) 
     assert "nowhere" in _fails(tmp_path, config)
 
 
-def test_a_global_batch_that_the_ranks_cannot_share(tmp_path: Path, config: dict[str, Any]) -> None:
-    config["data"]["global_batch"] = 3
-    assert "global_batch = 3 packs cannot be shared by 2 shards; 1 or 3 can share them" in _fails(tmp_path, config, 2)
+def test_fewer_streams_than_ranks(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["streams"] = 1
+    assert "streams = 1 cannot be shared by 2 shards, of which each needs one" in _fails(tmp_path, config, 2)
 
 
 def test_a_tensor_parallel_size_that_does_not_divide(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -66,6 +66,12 @@ def test_rows_of_which_none_can_be_trained(tmp_path: Path, config: dict[str, Any
     line = _fails(tmp_path, config)
     assert "found none to train (unknown layout: 5)" in line
     assert "columns ['text'] match none of" in line
+
+
+def test_a_finite_run_that_refuses_every_row(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
+    config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
+    assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in _fails(tmp_path, config)
 
 
 def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:

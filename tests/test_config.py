@@ -106,10 +106,33 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
             {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
             "source 'b' has no weight but another has; give weights to all sources or to none",
         ),
+        ({"sources": [{"path": "a", "repeat": 0}]}, "repeat = 0.0 must be a positive number - at `$.sources[0]`"),
         (
-            {"sources": [{"path": "a", "weight": 1}], "epochs": 2},
-            "epochs = 2 has no meaning for weighted sources, which are drawn at fixed shares without an end; "
-            "leave out the weights, or end the run by steps",
+            {"sources": [{"path": "a", "repeat": 2}], "epochs": None},
+            "repeat counts passes in an epoch and needs epochs; an endless stream is mixed by weights",
+        ),
+        (
+            {"stages": [{"after": 5, "weights": [1]}]},
+            "stages change weights, so the sources need weights for the beginning",
+        ),
+        (
+            {"stages": [{"after": 0, "weights": [1]}]},
+            "after = 0 must be at least 1; the sources' own weights hold from the beginning - at `$.stages[0]`",
+        ),
+        (
+            {"stages": [{"after": 5, "weights": [0]}]},
+            "weights = [0.0] must not be negative, and not all be 0 - at `$.stages[0]`",
+        ),
+        (
+            {"sources": [{"path": "a", "weight": 1}], "stages": [{"after": 5, "weights": [1, 2]}]},
+            "a stage has 2 weights for 1 sources; give one for each",
+        ),
+        (
+            {
+                "sources": [{"path": "a", "weight": 1}],
+                "stages": [{"after": 5, "weights": [1]}, {"after": 5, "weights": [2]}],
+            },
+            "stages come by rising after, but 5 follows 5",
         ),
     ],
 )

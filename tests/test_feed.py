@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from sftstream import DataConfig, PackLoader, batch_digest
+from sftstream import DataConfig, Deal, PackLoader, batch_digest
 from trainer.feed import Feed, Tally, gather_refusals, tally
 from trainer.mesh import Topology
 
@@ -18,11 +18,11 @@ def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[s
     """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
-    feed = Feed(loader, topology, config.global_batch // dp, config.capacity)
+    feed = Feed(loader, topology, Deal(config.streams, config.global_batch, dp), config.capacity)
     result = []
-    for _ in range(STEPS):
-        packs = feed.next_step()
-        count = tally(packs, feed, topology, stop=rank == 1)
+    for step in range(STEPS):
+        packs = feed.packs(step)
+        count = tally(step, packs, feed, topology, stop=rank == 1)
         result.append((tiny.digests(packs), count, len(gather_refusals(packs, feed, topology))))
     return result
 

@@ -34,6 +34,7 @@ ORDER = {
         "state",
         "packing",
         "stream",
+        "topology",
         "loader",
         "",
         "cli",

@@ -20,7 +20,8 @@ def schedule(weights: list[float], draws: int, limits: list[int] | None = None) 
     drawn = [0] * len(weights)
     result = []
     for _ in range(draws):
-        source = next_source(drawn, weights, limits)
+        open_sources = [i for i in range(len(weights)) if limits is None or drawn[i] < limits[i]]
+        source = next_source(drawn, weights, open_sources)
         result.append(source)
         if source is not None:
             drawn[source] += 1
@@ -73,13 +74,13 @@ def test_draws_of_all_streams_make_whole_epochs() -> None:
     streams, rows, epochs = 7, 10, 3
     drawn = []
     for stream in range(streams):
-        count = draws_of_stream(rows, epochs, stream, streams)
+        count = draws_of_stream(rows * epochs, stream, streams)
         drawn += [row_of_draw(stream + i * streams, rows, ("row", 5, 0), True) for i in range(count)]
     assert sorted(drawn) == [(row, epoch) for row in range(rows) for epoch in range(epochs)]
 
 
 def test_a_stream_that_gets_no_draw_has_none() -> None:
-    assert [draws_of_stream(3, 1, stream, 5) for stream in range(5)] == [1, 1, 1, 0, 0]
+    assert [draws_of_stream(3, stream, 5) for stream in range(5)] == [1, 1, 1, 0, 0]
 
 
 def test_draws_in_order_are_rows_in_order() -> None:

@@ -186,7 +186,8 @@ class Lengths(BaseNode[Any]):
         return Drawn(Ref(0, row, (self.at - 1) // len(self.lengths)), [tokens_of(self.lengths[row])])
 
     def get_state(self) -> dict[str, Any]:
-        return {"drawn": [self.at], "exhausted": not self.endless and self.at >= len(self.lengths)}
+        exhausted = not self.endless and self.at >= len(self.lengths)
+        return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": exhausted}
 
 
 def tokens_of(length: int) -> Example:
@@ -197,7 +198,9 @@ def packer(
     lengths: Sequence[int], capacity: int, window: int = 16, *, endless: bool = False, shuffle: bool = True
 ) -> Packer:
     config = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
-    node = Packer(Lengths(lengths, endless), lambda ref: [tokens_of(lengths[ref.row])], 0, config)
+    node = Packer(
+        Lengths(lengths, endless), lambda ref: [tokens_of(lengths[ref.row])], lambda source, amount: None, 0, config
+    )
     node.reset()
     return node
 

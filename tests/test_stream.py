@@ -233,8 +233,8 @@ def test_the_state_of_the_rows_is_not_changed_by_reading_on(config: DataConfig) 
     rows.reset()
     before = rows.state_dict()
     next(rows)
-    assert before == {"drawn": [0], "exhausted": False}
-    assert rows.state_dict() == {"drawn": [1], "exhausted": False}
+    assert before == {"drawn": (0,), "mixed": (0,), "stage": 0, "exhausted": False}
+    assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "stage": 0, "exhausted": False}
 
 
 def test_a_row_that_changed_since_it_was_planned_is_an_error(

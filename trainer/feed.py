@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,25 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import Pack, PackLoader, Refusal, batch_digest
+from sftstream import Deal, Pack, PackLoader, Refusal, batch_digest
 from trainer.mesh import Topology
 
 
 class Feed:
     """Steps of packs from `loader`, which is None on ranks that do not read."""
 
-    def __init__(self, loader: PackLoader | None, topology: Topology, packs: int, capacity: int) -> None:
+    def __init__(self, loader: PackLoader | None, topology: Topology, deal: Deal, capacity: int) -> None:
         self.loader = loader
+        self.deal = deal
         self._group = topology.mesh["tp"].get_group() if topology.tp > 1 else None
-        self._packs = packs
         self._capacity = capacity
 
-    def next_step(self) -> list[Pack]:
-        """This data-parallel coordinate's packs of the next step."""
+    def packs(self, step: int) -> list[Pack]:
+        """This data-parallel coordinate's packs of a step, counted from 0; the loader must stand there."""
         if self._group is None:
             assert self.loader is not None
             return self.loader.next_step()
-        packs = self.loader.next_step() if self.loader else [None] * self._packs
+        packs = self.loader.next_step() if self.loader else [None] * self.deal.micro_batches(step)
         return [self._share(pack) for pack in packs]
 
     def _share(self, pack: Pack | None) -> Pack:
@@ -76,7 +77,7 @@ class Count:
     digests: list[int]
 
 
-def tally(packs: list[Pack], feed: Feed, topology: Topology, *, stop: bool) -> Tally:
+def tally(step: int, packs: list[Pack], feed: Feed, topology: Topology, *, stop: bool) -> Tally:
     """One small collective between CPUs, so that every decision about a step is the same on every rank."""
     mine = _count(packs, feed.loader, stop)
     row = torch.tensor(mine.numbers + mine.digests)
@@ -85,7 +86,11 @@ def tally(packs: list[Pack], feed: Feed, topology: Topology, *, stop: bool) -> T
     table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
     numbers = table[..., : len(mine.numbers)].sum((0, 1)).tolist()
     digests = table[:, 0, len(mine.numbers) :].reshape(topology.dp, len(packs), 4)
-    in_order = digests.transpose(0, 1).reshape(-1, 4)  # pack g of the run is shard g % dp's
+    taken = Counter[int]()
+    in_order = []
+    for shard in feed.deal.step(step):
+        in_order.append(digests[shard, taken[shard]])
+        taken[shard] += 1
     trained_tokens, tokens, conversations, refused, live, stopping = numbers
     digest = batch_digest(_hex(words) for words in in_order)
     return Tally(trained_tokens, tokens, conversations, refused, live, stopping, digest)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import CheckpointError, CheckpointStore
-from sftstream import PackLoader
+from sftstream import Deal, PackLoader
 from trainer.config import TrainConfig, load_config
 from trainer.display import Display
 from trainer.evaluate import evaluate
@@ -100,8 +100,8 @@ class Run:
         self.progress = restored.progress
         self.loader = self._open_loader(restored)
         self.total_rows = self._total_rows()
-        packs = config.data.global_batch // topology.dp
-        self.feed = Feed(self.loader, topology, packs, config.data.capacity)
+        deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
+        self.feed = Feed(self.loader, topology, deal, config.data.capacity)
 
     def train(self) -> None:
         """Step until the run ends or is asked to stop, then export and evaluate what came out."""
@@ -110,17 +110,21 @@ class Run:
             with self.stop, self._open_log() as log, self.display:
                 while not self.finished and not self._step(log):
                     pass
-                if log and (refused := log.refused_by_reason()):
-                    listed = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
-                    self.display.say(
-                        f"refused {refused.total():,} of {self.progress.rows:,} rows so far ({listed}); see refused.jsonl"
-                    )
+                if log:
+                    self._tell_refused(log.refused_by_reason())
         if self.loader:
             self.loader.close()
         if not self.finished:
             self.display.say(f"stopped after step {self.progress.step}; the same command goes on from there")
             return
         self._export()
+
+    def _tell_refused(self, refused: Counter[str]) -> None:
+        listed = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
+        if refused:
+            self.display.say(
+                f"refused {refused.total():,} of {self.progress.rows:,} rows so far ({listed}); see refused.jsonl"
+            )
 
     @property
     def finished(self) -> bool:
@@ -131,9 +135,9 @@ class Run:
     def _step(self, log: RunLog | None) -> bool:
         """Take one step; true where the run was asked to stop."""
         config, began = self.config, time.perf_counter()
-        packs = self.feed.next_step()
+        packs = self.feed.packs(self.progress.step)
         waited = time.perf_counter() - began
-        count = tally(packs, self.feed, self.topology, stop=self.stop.asked)
+        count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked)
         rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share, config.run.steps)
         result = train_step(
             self.model,
@@ -264,6 +268,8 @@ class Run:
             self.display.say(f"resuming after step {self.progress.step}, {self.progress.rows:,} conversations in")
 
     def _export(self) -> None:
+        if not self.progress.trained_tokens:
+            raise ValueError(f"nothing was trained: all {self.progress.rows:,} rows were refused; see refused.jsonl")
         directory = self.config.run.directory / "export"
         encoder = self.loader.encoder if self.loader else None
         export(

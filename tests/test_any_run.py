@@ -1,0 +1,157 @@
+"""Any sources, any mixture, any policy, any chain of topologies: the packs are those of one process that never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny
+
+from sftstream import DataConfig, Deal, Pack, PackLoader, Shard, merge
+
+SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
+DRAWS = 12
+MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 300)
+
+
+class Given(NamedTuple):
+    """A pack and its number in the run."""
+
+    number: int
+    digest: str
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files of several kinds and sizes, one with rows that are refused, one with a single row."""
+    directory = tmp_path_factory.mktemp("corpora")
+    spoiled: list[Any] = tiny.rows(25, seed=3)
+    spoiled[4] = spoiled[17] = {"text": "?"}
+    return [
+        tiny.write_jsonl(directory / "many.jsonl", tiny.rows(60, seed=1)),
+        tiny.write_json(directory / "some.json", tiny.rows(23, seed=2)),
+        tiny.write_jsonl(directory / "spoiled.jsonl", spoiled),
+        tiny.write_jsonl(directory / "one.jsonl", tiny.rows(1, seed=4)),
+        tiny.write_parquet(
+            directory / "flat.parquet", [{"prompt": f"{i} ?", "completion": "north " * (i % 9 + 1)} for i in range(31)]
+        ),
+    ]
+
+
+def _draw_config(draw: random.Random, tokenizer: str, corpora: list[str]) -> DataConfig:
+    paths = draw.sample(corpora, draw.randint(1, 4))
+    weighted = draw.random() < 0.4
+    finite = draw.random() < 0.7
+    sources: list[dict[str, Any]] = [{"path": path} for path in paths]
+    for source in sources:
+        if weighted:
+            source["weight"] = draw.choice([1, 2, 0.3])
+        if finite and draw.random() < 0.3:
+            source["repeat"] = draw.choice([0.5, 2, 1.7])
+    stages = (
+        [{"after": draw.randint(5, 60), "weights": [draw.choice([1, 2]) for _ in paths]}]
+        if weighted and draw.random() < 0.4
+        else []
+    )
+    return tiny.data_config(
+        tokenizer,
+        sources=sources,
+        streams=draw.choice([1, 3, 4, 8, 12]),
+        global_batch=draw.choice([1, 4, 6, 8]),
+        capacity=draw.choice([128, 256]),
+        window=draw.choice([1, 5, 16, 64]),
+        shuffle=draw.random() < 0.7,
+        seed=draw.randint(0, 99),
+        epochs=draw.randint(1, 3) if finite else None,
+        overflow=draw.choice(["drop", "truncate", "split"]),
+        mix_by=draw.choice(["conversations", "tokens", "trained_tokens"]),
+        stages=stages,
+        ends_with=draw.choice(["all", "first"]),
+        prefetch=draw.choice([1, 2, 5]),
+    )
+
+
+def _reference(config: DataConfig, steps: int) -> list[list[Pack]]:
+    """Steps of the run in one process."""
+    loader = PackLoader(config)
+    result = []
+    while len(result) < steps and not (loader.exhausted and loader.packs % config.global_batch == 0):
+        result.append(loader.next_step())
+    return result
+
+
+def _steps(
+    config: DataConfig, state: Any, shards: int, workers: int, first: int, count: int
+) -> tuple[list[list[str]], Any]:
+    """The digests of `count` steps on a topology, in the order of the run, and the state after them."""
+    loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
+    deal = Deal(config.streams, config.global_batch, shards)
+    result = []
+    for step in range(first, first + count):
+        packs = [loader.next_step() for loader in loaders]
+        assert {len(own) for own in packs} == {deal.micro_batches(step)}
+        taken: Counter[int] = Counter()
+        digests = []
+        for shard in deal.step(step):
+            digests.append(packs[shard][taken[shard]].digest())
+            taken[shard] += 1
+        result.append(digests)
+    state = merge([loader.state_dict() for loader in loaders])
+    for loader in loaders:
+        loader.close()
+    return result, state
+
+
+def _check(number: int, tokenizer: str, corpora: list[str]) -> None:
+    draw = random.Random(f"{SEED}/{number}")
+    config = _draw_config(draw, tokenizer, corpora)
+    whole = _reference(config, steps=draw.randint(3, 14))
+    expected = [tiny.digests(step) for step in whole]
+    done, state, hops = 0, None, []
+    while done < len(expected):
+        shards, workers = draw.randint(1, min(config.streams, 5)), draw.choice([0, 0, 0, 1, 2, 3])
+        count = draw.randint(1, len(expected) - done)
+        hops.append((shards, workers, count))
+        digests, state = _steps(config, state, shards, workers, done, count)
+        assert digests == expected[done : done + count], f"seed {SEED}, draw {number}: {config}, hops {hops}"
+        done += count
+
+
+@pytest.mark.parametrize("number", range(DRAWS))
+def test_a_random_run_gives_the_same_packs_on_any_chain_of_topologies(
+    number: int, tokenizer: str, corpora: list[str]
+) -> None:
+    _check(number, tokenizer, corpora)
+
+
+@pytest.mark.slow
+def test_hundreds_of_random_runs_give_the_same_packs(tokenizer: str, corpora: list[str]) -> None:
+    print(f"seed {SEED}")
+    for number in range(1000, 1000 + MORE_DRAWS):
+        _check(number, tokenizer, corpora)
+
+
+def test_uneven_shards_lose_and_repeat_nothing(tokenizer: str, tmp_path: Path) -> None:
+    """8 -> 7 -> 5 -> 8 shards."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(90))
+    config = tiny.data_config(tokenizer, path, streams=8, global_batch=8, epochs=2)
+    whole = [tiny.digests(step) for step in _reference(config, 1000)]
+    digests: list[list[str]] = []
+    state = None
+    for shards, workers, count in ((8, 0, 2), (7, 1, 2), (5, 2, 2), (8, 0, len(whole) - 6)):
+        more, state = _steps(config, state, shards, workers, len(digests), count)
+        digests += more
+    assert digests == whole
+
+
+def test_inside_a_step_that_is_shared_unevenly_there_is_no_state(tokenizer: str, corpus_path: str) -> None:
+    loader = PackLoader(tiny.data_config(tokenizer, corpus_path, streams=8, global_batch=8), shard=Shard(0, 3))
+    next(loader)
+    with pytest.raises(
+        ValueError, match="3 shards do not share a step of 8 packs evenly; take the state at its border"
+    ):
+        loader.state_dict()
