@@ -108,6 +108,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights that hold later in the run, by rising `after`."""
     ends_with: Literal["all", "first"] = "all"
     """With weights and epochs: the stream ends when every source has ended, or the first."""
+    accept_changed: tuple[str, ...] = ()
+    """Differences from the state's data and settings that a resume takes as they are, by name: "data.sources[2]",
+    "data.capacity". Each is put on record in the state."""
     max_refused: float = 1.0
     """Share of rows that may be refused, from 0 to 1; a run that refuses more stops."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -86,15 +86,23 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     return [] if before == after else [f"{path}: {_short(before)} -> {_short(after)}"]
 
 
-def require_equal(saved: Identity, now: Identity) -> None:
-    """Raises ValueError naming each difference, the first ten of many."""
+def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
+    """The differences, each of which `accepted` names by its path; raises ValueError naming the first ten that it does not."""
     changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
-    if changed:
-        more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
+    others = [difference for difference in changed if not any(_is_named(difference, name) for name in accepted)]
+    if others:
+        more = f"; and {len(others) - 10} more" if len(others) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and resuming on these would not be exact: "
-            f"{'; '.join(changed[:10])}{more}. Restore them, or start a new run"
+            f"{'; '.join(others[:10])}{more}. Restore them, or start a new run; data.accept_changed = "
+            f"[{others[0].split(':')[0]!r}] would go on from here all the same, and is put on record"
         )
+    return changed
+
+
+def _is_named(difference: str, name: str) -> bool:
+    path = difference.split(":")[0]
+    return path == name or path.startswith((f"{name}.", f"{name}["))
 
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:

@@ -16,8 +16,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftstream.config import DataConfig
 from sftstream.encoder import ChatEncoder
-from sftstream.identity import identify, require_equal
+from sftstream.identity import accepted_changes, identify
 from sftstream.packing import Packer, build_pack
+from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
@@ -288,7 +289,8 @@ class PackLoader:
         owned = self._deal.streams_of(self.shard.index)
         if saved is None:
             return DataState(identity=identity, packs=0, streams={stream: self._fresh(stream) for stream in owned})
-        require_equal(saved.identity, identity)
+        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
+            saved = rebase(saved, identity, self.config, self._stages, changed)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
                 f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the first; "

@@ -48,6 +48,14 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """What was done to conversations to train them: cut, split, tokens that were not trained for lying across a border."""
 
 
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody accepted to be different from some pack on."""
+
+    packs: int
+    """Number of the next pack at that time."""
+    differences: tuple[str, ...]
+
+
 class DataState(msgspec.Struct, frozen=True, kw_only=True):
     """A loader after some packs: what it was made from, how far the run is, and its streams by number."""
 
@@ -55,6 +63,8 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True):
     packs: int
     """Packs of all shards that were consumed: the number of the next one."""
     streams: dict[int, StreamState]
+    history: tuple[Change, ...] = ()
+    """Changes of data or settings that were accepted in the course of the run."""
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
@@ -99,7 +109,7 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
                 f"streams {sorted(twice)[:5]} are in state {index} and in an earlier one; give each shard's state once"
             )
         streams |= state.streams
-    return DataState(identity=parsed[0].identity, packs=packs, streams=dict(sorted(streams.items()))).builtins()
+    return msgspec.structs.replace(parsed[0], packs=packs, streams=dict(sorted(streams.items()))).builtins()
 
 
 def describe(state: StateDict | DataState) -> str:
@@ -128,6 +138,7 @@ def describe(state: StateDict | DataState) -> str:
     notes: Counter[str] = sum((Counter(stream.notes) for stream in streams), Counter())
     lines += [f"{note}: {count:,}" for note, count in notes.most_common()]
     lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
+    lines += [f"accepted at pack {change.packs}: {'; '.join(change.differences)}" for change in data.history]
     if dry := sum(stream.dry for stream in streams):
         lines.append(f"{dry} streams have run dry")
     return "\n".join(lines)

@@ -56,8 +56,11 @@ def refusal(place: Place, state: Any) -> str:
     assert message.startswith(
         "the state was taken from other data or settings, and resuming on these would not be exact: "
     )
-    assert message.endswith(". Restore them, or start a new run")
-    return message.removesuffix(". Restore them, or start a new run").split("exact: ")[1]
+    changes, remedy = message.split("exact: ")[1].split(". Restore them, or start a new run; ")
+    assert remedy == (
+        f"data.accept_changed = [{changes.split(':')[0]!r}] would go on from here all the same, and is put on record"
+    )
+    return changes
 
 
 def state_of(place: Place) -> dict[str, Any]:
@@ -210,7 +213,7 @@ def test_who_reads_is_no_part_of_the_identity(place: Place, settings: dict[str, 
 def test_every_setting_of_the_config_is_either_in_the_identity_or_about_who_reads() -> None:
     settings = {field.name for field in msgspec.structs.fields(DataConfig)}
     decisive = {field.name for field in msgspec.structs.fields(identity_module.Identity)}
-    assert settings - decisive == {"tokenizer", "workers", "prefetch", "max_refused"}
+    assert settings - decisive == {"tokenizer", "workers", "prefetch", "max_refused", "accept_changed"}
 
 
 def test_differences_are_named_by_their_paths() -> None:

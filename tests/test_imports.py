@@ -34,11 +34,13 @@ ORDER = {
         "state",
         "packing",
         "stream",
+        "rebase",
         "topology",
         "loader",
         "",
         "cli",
         "cli.template",
+        "cli.state",
         "cli.main",
     ],
     "checkpoints": [

@@ -1,0 +1,173 @@
+"""Changes in mid-run are refused, or accepted by name: then nothing is lost or repeated, and the state keeps the record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from sftstream import DataConfig, PackLoader, describe
+from sftstream.cli.main import app
+
+ROWS = 70
+
+
+@pytest.fixture
+def config(tokenizer: str, tmp_path: Path) -> DataConfig:
+    """Two epochs of 70 conversations, four steps of which are taken before anything changes."""
+    rows = tiny.rows(ROWS)
+    rows[7] = {"text": "?"}
+    return tiny.data_config(tokenizer, tiny.write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def _taken(config: DataConfig, packs: int, state: Any = None) -> tuple[Counter[Any], dict[str, Any]]:
+    """What some packs hold or refuse, by row and epoch, and the state after them."""
+    loader = PackLoader(config, state=state)
+    counts: Counter[Any] = Counter()
+    for pack in (next(loader) for _ in range(packs)):
+        counts.update(_rows(pack))
+    return counts, loader.state_dict()
+
+
+def _rows(pack: Any) -> list[Any]:
+    return [s.ref for s in pack.segments if s.part == 0] + [(r.source, r.row, r.epoch) for r in pack.refused]
+
+
+def _changed(config: DataConfig, accept: list[str], **changes: Any) -> DataConfig:
+    return msgspec.structs.replace(config, accept_changed=tuple(accept), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity": 300},
+        {"capacity": 1000, "overflow": "truncate"},
+        {"global_batch": 12},
+        {"window": 3},
+        {"streams": 1},
+        {"streams": 3},
+        {"streams": 7},
+        {"streams": 16, "global_batch": 6, "capacity": 512, "window": 20},
+        {"train_turns": "last"},
+        {"epochs": 3},
+    ],
+)
+def test_after_an_accepted_change_every_conversation_still_comes_once_an_epoch(
+    config: DataConfig, changes: dict[str, Any]
+) -> None:
+    before, state = _taken(config, 16)
+    after = _changed(config, [f"data.{name}" for name in changes], **changes)
+    loader = PackLoader(after, state=state)
+    counts = before + Counter(row for pack in loader for row in _rows(pack))
+    missing = {(0, row, epoch) for row in range(ROWS) for epoch in range(after.epochs or 0)} - set(counts)
+    assert not missing
+    assert set(counts.values()) == {1}
+
+
+def test_a_change_is_on_record_and_the_packs_go_on_from_it_exactly(config: DataConfig) -> None:
+    _, state = _taken(config, 16)
+    after = _changed(config, ["data.capacity", "data.streams"], capacity=512, streams=2)
+    first = PackLoader(after, state=state)
+    record = first.state_dict()["history"]
+    assert record == [{"packs": 16, "differences": ["data.capacity: 256 -> 512", "data.streams: 4 -> 2"]}]
+    assert "accepted at pack 16: data.capacity: 256 -> 512; data.streams: 4 -> 2" in describe(first.state_dict())
+    packs = tiny.digests(first)
+    second = PackLoader(after, state=state)
+    assert tiny.digests(tiny.take(second, 4)) == packs[:4]
+    plain = msgspec.structs.replace(after, accept_changed=())  # the state is of the new settings now
+    assert tiny.digests(PackLoader(plain, state=second.state_dict())) == packs[4:]
+
+
+def test_a_step_stays_a_step_under_another_global_batch(config: DataConfig) -> None:
+    _, state = _taken(config, 16)
+    loader = PackLoader(_changed(config, ["data.global_batch"], global_batch=12), state=state)
+    assert loader.packs == 4 * 12
+    assert len(loader.next_step()) == 12
+
+
+def test_only_what_is_named_is_accepted(config: DataConfig) -> None:
+    _, state = _taken(config, 16)
+    with pytest.raises(
+        ValueError, match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.streams'\] would"
+    ):
+        PackLoader(_changed(config, ["data.capacity"], capacity=512, streams=2), state=state)
+    with pytest.raises(ValueError, match=r"data.window: 8 -> 9"):
+        PackLoader(_changed(config, ["data.win", "window"], window=9), state=state)
+
+
+def test_a_changed_source_can_be_accepted_by_its_number(config: DataConfig) -> None:
+    _, state = _taken(config, 16)
+    path = Path(config.sources[0].path)
+    path.write_text(path.read_text() + json.dumps(tiny.rows(1)[0]) + "\n")
+    with pytest.raises(ValueError, match=r"data.sources\[0\].files\[0\].sha256"):
+        PackLoader(_changed(config, ["data.sources[1]"]), state=state)
+    loader = PackLoader(_changed(config, ["data.sources[0]"]), state=state)
+    assert [change["differences"][0].split(":")[0] for change in loader.state_dict()["history"]] == [
+        "data.sources[0].files[0].size"
+    ]
+    assert len(list(loader)) > 0
+
+
+def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path: Path) -> None:
+    _, state = _taken(config, 16)
+    more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.rows(10, seed=5))
+    sources = (*config.sources, msgspec.structs.replace(config.sources[0], path=more))
+    loader = PackLoader(_changed(config, ["data.sources[1]"], sources=sources), state=state)
+    seen = Counter(s.row for pack in loader for s in pack.segments if s.source == 1)
+    assert seen == dict.fromkeys(range(10), 2)
+    with pytest.raises(ValueError, match="a source that was read from cannot be taken away"):
+        PackLoader(
+            _changed(config, ["data.sources"]), state=PackLoader(msgspec.structs.replace(config, sources=sources)).state
+        )
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 5), ("shuffle", False)])
+def test_what_the_order_hangs_on_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
+    _, state = _taken(config, 16)
+    with pytest.raises(
+        ValueError, match=f"a change of data.{field} cannot be accepted, since the order of rows hangs on it"
+    ):
+        PackLoader(_changed(config, [f"data.{field}"], **{field: value}), state=state)
+
+
+def test_a_change_needs_a_steps_border_and_all_streams(config: DataConfig) -> None:
+    _, inside = _taken(config, 6)
+    after = _changed(config, ["data.capacity"], capacity=512)
+    with pytest.raises(ValueError, match=r"the state stands at pack 6, inside a step of 4; take it at a step's border"):
+        PackLoader(after, state=inside)
+    _, state = _taken(config, 16)
+    del state["streams"]["2"]
+    with pytest.raises(
+        ValueError, match="the state lacks 1 of 4 streams, and a change needs all; merge the shards' states"
+    ):
+        PackLoader(after, state=state)
+
+
+def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(config: DataConfig, tmp_path: Path) -> None:
+    before, state = _taken(config, 16)
+    old, new, toml = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "run.toml"
+    old.write_text(json.dumps(state))
+    toml.write_text(
+        f"[run]\nepochs = 2\n[data]\nstreams = 2\ncapacity = 256\nglobal_batch = 4\nwindow = 8\n[data.tokenizer]\n"
+        f'path = "{config.tokenizer.path}"\n[[data.sources]]\npath = "{config.sources[0].path}"\n'
+    )
+    run = CliRunner().invoke
+    refused = run(app, ["rebase", str(old), str(toml), str(new)])
+    assert refused.exit_code == 1
+    assert "data.streams: 4 -> 2" in refused.output
+    assert run(app, ["rebase", str(old), str(toml), str(new), "--accept", "data.streams"]).exit_code == 0
+    assert "accepted at pack 16: data.streams: 4 -> 2" in run(app, ["inspect", str(new)]).output
+    compared = run(app, ["diff", str(old), str(new)])
+    assert compared.exit_code == 1
+    assert "state.identity.streams: 4 -> 2" in compared.output.splitlines()
+    assert run(app, ["diff", str(old), str(old)]).exit_code == 0
+    loader = PackLoader(msgspec.structs.replace(config, streams=2), state=json.loads(new.read_text()))
+    counts = before + Counter(row for pack in loader for row in _rows(pack))
+    assert set(counts.values()) == {1}
+    assert len(counts) == 2 * ROWS
