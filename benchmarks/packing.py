@@ -1,0 +1,128 @@
+"""How full packs are: ours against next-fit and first-fit into 8 open packs, on the same lengths in the same run.
+
+    python benchmarks/packing.py            # lengths of real conversations where SFTSTREAM_REALDATA has them, else log-normal
+
+Prints one table: the share of slots that conversations take, in percent, and microseconds a conversation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from sftstream import ChatEncoder, Example, Refused
+from sftstream.formats import conversation
+from sftstream.packing import Packer, PackerConfig
+from sftstream.records import Ref
+from sftstream.sources.corpus import FileSet
+from sftstream.stream import Drawn
+
+CAPACITIES = (2048, 4096, 8192)
+ROWS = 20_000
+
+
+class Lengths:
+    """Examples of given lengths, once, as a source that the packer reads."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def reset(self, _state: object = None) -> None:
+        self.at = 0
+
+    def __next__(self) -> Drawn[list[Example]]:
+        if self.at == len(self.lengths):
+            raise StopIteration
+        self.at += 1
+        return Drawn(Ref(0, self.at - 1, 0), [_example(self.lengths[self.at - 1])])
+
+    def state_dict(self) -> dict[str, object]:
+        return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": self.at == len(self.lengths)}
+
+
+def _example(length: int) -> Example:
+    return Example(np.broadcast_to(np.int32(1), length), np.broadcast_to(np.True_, length), MappingProxyType({}))
+
+
+def ours(lengths: list[int], capacity: int) -> int:
+    """Packs that one stream plans in windows of 256."""
+    config = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
+    packer = Packer(
+        Lengths(lengths), lambda ref: [_example(lengths[ref.row])], lambda _source, _amount: None, 0, config
+    )
+    packer.reset()
+    packs = 0
+    while not packer.state.dry:
+        packer._plan_window()
+        packs += len(packer.state.planned)
+    return packs
+
+
+def next_fit(lengths: list[int], capacity: int) -> int:
+    """What does not fit begins a new pack."""
+    packs, room = 1, capacity
+    for length in lengths:
+        if length > room:
+            packs, room = packs + 1, capacity
+        room -= length
+    return packs
+
+
+def first_fit_of_eight(lengths: list[int], capacity: int) -> int:
+    """The first of eight open packs that has room; where none has, the fullest is closed."""
+    packs, rooms = 0, [capacity] * 8
+    for length in lengths:
+        at = next((i for i, room in enumerate(rooms) if room >= length), None)
+        if at is None:
+            at = min(range(8), key=rooms.__getitem__)
+            packs, rooms[at] = packs + 1, capacity
+        rooms[at] -= length
+    return packs + sum(room < capacity for room in rooms)
+
+
+def real_lengths(root: Path) -> list[int]:
+    """Tokens of real conversations under the Llama 3 tokenizer."""
+    encoder = ChatEncoder(str(root / "tokenizers" / "llama3"))
+    lengths = []
+    for path in sorted((root / "conversations").glob("*/*.json*")):
+        rows = FileSet(str(path))
+        for row in range(min(len(rows), ROWS // 8)):
+            try:
+                lengths.append(len(encoder.tokenize(encoder.draft(conversation(rows.read(row))))[0].tokens))
+            except Refused:
+                continue
+    return lengths
+
+
+def main() -> None:
+    """Print the table."""
+    root = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).parents[2] / "shared" / "data")
+    draw = random.Random(0)
+    lengths = real_lengths(root) if root.is_dir() else [int(draw.lognormvariate(5.7, 0.9)) + 8 for _ in range(ROWS)]
+    draw.shuffle(lengths)
+    kind = "real" if root.is_dir() else "log-normal"
+    print(f"{len(lengths):,} conversations ({kind}), mean {sum(lengths) / len(lengths):.0f} tokens\n")
+    print(
+        "| capacity | " + " | ".join(name.__name__ for name in METHODS) + " |\n|---" * 1 + "|---" * len(METHODS) + "|"
+    )
+    for capacity in CAPACITIES:
+        fitting = [length for length in lengths if length <= capacity]
+        cells = []
+        for method in METHODS:
+            began = time.perf_counter()
+            packs = method(fitting, capacity)
+            cost = (time.perf_counter() - began) / len(fitting) * 1e6
+            cells.append(f"{sum(fitting) / (packs * capacity):.2%}, {cost:.1f} us")
+        print(f"| {capacity} | {' | '.join(cells)} |")
+
+
+METHODS: tuple[Callable[[list[int], int], int], ...] = (ours, first_fit_of_eight, next_fit)
+
+if __name__ == "__main__":
+    main()
