@@ -89,29 +89,27 @@ def draw(rng: Random, family: str, *, held_out: bool) -> Conversation:
 
 
 def arithmetic(rng: Random) -> Dialogue:
-    """Two-digit sums and differences, worked out digit by digit; some dialogues go on from the result."""
-    first = _calculation(rng, rng.randint(10, 99))
+    """Sums and differences of two-digit numbers, worked out digit by digit; some dialogues go on from the result."""
+    first = _calculation(rng, rng.randint(10, 99), *CALCULATIONS)
     if rng.random() < 0.5:
         return _answered([first])
     result = int(first.value)
-    follows = 10 <= result <= 99 and rng.random() < 0.5
-    return _answered([first, _follow_up(rng, result) if follows else _calculation(rng, rng.randint(10, 99))])
+    if result >= 10 and rng.random() < 0.5:
+        return _answered([first, _calculation(rng, result, *FOLLOW_UPS)])
+    return _answered([first, _calculation(rng, rng.randint(10, 99), *CALCULATIONS)])
 
 
-def _calculation(rng: Random, a: int) -> Question:
-    b = rng.randint(10, 99)
-    if rng.random() < 0.5:
-        return _sum(a, b, rng.choice((f"What is {a} + {b}?", f"Add {a} and {b}.")))
-    a, b = max(a, b), min(a, b)
-    return _difference(a, b, rng.choice((f"What is {a} - {b}?", f"From {a} take {b}.")))
+CALCULATIONS = (("What is {a} + {b}?", "Add {a} and {b}."), ("What is {a} - {b}?", "From {a} take {b}."))
+FOLLOW_UPS = (("Now add {b}.",), ("Now take {b} away.",))
 
 
-def _follow_up(rng: Random, result: int) -> Question:
-    if rng.random() < 0.5:
-        b = rng.randint(10, 99)
-        return _sum(result, b, f"Now add {b}.")
-    b = rng.randint(10, result)
-    return _difference(result, b, f"Now take {b} away.")
+def _calculation(rng: Random, a: int, sums: Sequence[str], differences: Sequence[str]) -> Question:
+    """Two-digit numbers in, one from 0 to 99 out."""
+    if a < 90 and rng.random() < 0.5:
+        b = rng.randint(10, 99 - a)
+        return _sum(a, b, rng.choice(sums).format(a=a, b=b))
+    b = rng.randint(10, a)
+    return _difference(a, b, rng.choice(differences).format(a=a, b=b))
 
 
 def _sum(a: int, b: int, ask: str) -> Question:
