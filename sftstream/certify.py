@@ -10,7 +10,7 @@ import msgspec
 
 from sftstream.payloads import locate
 from sftstream.records import Refused
-from sftstream.template import REASONING_KEYS, ChatTemplate, TemplateMessage
+from sftstream.template import REASONING_KEYS, ChatTemplate, TemplateMessage, bounded_memory
 from sftstream.turns import ANSWER, CALLED, RESULT, TOOL, USER, Form, learn_form
 
 SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
@@ -58,12 +58,14 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
 
 def certify(template: ChatTemplate, control: re.Pattern[str]) -> Certificate:
     """Raises ValueError where no conversation could be trained on."""
-    form = learn_form(template, control)
-    shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
+    with bounded_memory():
+        form = learn_form(template, control)
+        shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
+        rewrites_history = any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE))
     return Certificate(
         form=form,
         shapes=shapes,
-        rewrites_history=any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE)),
+        rewrites_history=rewrites_history,
         prints_reasoning=shapes["reasoning"] == "whole",
         prints_thoughts=shapes["thoughts in the text"] == "whole",
         date=template.date.isoformat() if template.date else None,

@@ -64,6 +64,29 @@ def _sharegpt(row: Row) -> Iterable[Message]:
     return _turns(row, "conversations")
 
 
+def _rounds(row: Row) -> Iterable[Message]:
+    """`conversation`: a list of input and output, the first with a system prompt if any; some keep messages under this name."""
+    rounds = _decoded(row["conversation"])
+    if not _is_list(rounds) or not all(isinstance(one, Mapping) and "input" in one for one in rounds):
+        yield from _turns(row, "conversation")
+        return
+    yield from _system(row)
+    for index, one in enumerate(rounds):
+        yield from _system(one)
+        yield Message("user", _text(one["input"], f"conversation[{index}].input"))
+        yield Message("assistant", _text(one.get("output"), f"conversation[{index}].output"))
+
+
+def _by_turns(row: Row) -> Iterable[Message]:
+    """`data`: texts, the user's and the assistant's by turns (UltraChat as it was first published)."""
+    texts = _decoded(row["data"])
+    if not _is_list(texts):
+        raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
+    yield from _system(row)
+    for index, text in enumerate(texts):
+        yield Message(("user", "assistant")[index % 2], _text(text, f"data[{index}]"))
+
+
 def _alpaca(row: Row) -> Iterable[Message]:
     """instruction, optional input, output or response, optional system and history of [question, answer] pairs."""
     yield from _system(row)
@@ -98,11 +121,13 @@ def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
 LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] = (
     (("messages",), _openai),
     (("conversations",), _sharegpt),
+    (("conversation",), _rounds),
     (("instruction", "output"), _alpaca),
     (("instruction", "response"), _alpaca),
     (("prompt", "completion"), _pair("prompt", "completion")),
     (("prompt", "response"), _pair("prompt", "response")),
     (("question", "answer"), _pair("question", "answer")),
+    (("data",), _by_turns),
 )
 """Columns that must be there -> how to read the row; the first that matches."""
 

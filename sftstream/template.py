@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date as Date
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +22,9 @@ TemplateMessage = dict[str, Any]
 
 SECONDS = 10.0
 """Longest time that one conversation may take to render; a long one takes a few milliseconds."""
+
+MEMORY = 256 << 20
+"""Bytes that a template may take while it is probed."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """What templates call it; each knows one of them."""
@@ -91,6 +96,19 @@ def _bounded() -> Iterator[None]:
         raise
     except _ERRORS as error:
         raise Refused("template raises", " ".join(str(error).split()) or type(error).__name__) from None
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """While a template is met for the first time: one that allocates without end meets MemoryError, not the machine's end."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    bound = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (bound if before[1] < 0 else min(bound, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

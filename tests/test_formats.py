@@ -308,3 +308,41 @@ def test_nesting_within_the_limit_is_kept() -> None:
 def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
     call = {"name": "f", "arguments": "[" * 100_000}
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}).startswith("bad tool call: messages[1]")
+
+
+def test_rounds_of_input_and_output_are_a_dialogue() -> None:
+    row = {"conversation": [{"system": "be brief", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
+    assert conversation(row).messages == (
+        Message("system", "be brief"),
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+        Message("assistant", "d"),
+    )
+    named = {"conversation": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}
+    assert conversation(named).messages == (Message("user", "a"), Message("assistant", "b"))
+    with pytest.raises(Refused, match=r"not text: conversation\[0\].output is a NoneType"):
+        conversation({"conversation": [{"input": "a"}]})
+
+
+def test_texts_by_turns_are_a_dialogue() -> None:
+    assert conversation({"id": "7", "data": ["a", "b", "c"]}).messages == (
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+    )
+    with pytest.raises(Refused, match=r"bad messages: data is a int, not a list of texts"):
+        conversation({"data": 5})
+
+
+@pytest.mark.parametrize(
+    ("flag", "train"), [({"train": False}, False), ({"weight": 0}, False), ({"weight": 1.0}, True), ({}, None)]
+)
+def test_a_message_says_whether_it_is_trained(flag: dict[str, Any], train: bool | None) -> None:
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"} | flag]}
+    assert conversation(row).messages[1].train is train
+
+
+def test_a_message_cannot_be_trained_half() -> None:
+    with pytest.raises(Refused, match="bad weight"):
+        conversation({"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]})

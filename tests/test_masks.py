@@ -313,6 +313,10 @@ def test_generation_tags_and_our_evidence_agree(realdata: Any, name: str) -> Non
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot print a user's message"),
         ("{{ 'x' * 10 ** 13 }}", "cannot print a user's message"),
         ("{% for a in range(10 ** 9) %}{% endfor %}", "cannot print a user's message"),
+        (
+            "{% set n = namespace(s='x' * 1000) %}{% for i in range(90) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            r"cannot print a user's message, with or without a tool \(MemoryError\)",
+        ),
         ("{{ messages[0].content }}", "nothing ends an assistant's turn"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,12 @@ from transformers import AutoTokenizer
 
 from sftstream import ChatEncoder, Refused
 from sftstream.formats import conversation
+from sftstream.sources.corpus import FileSet
 
 pytestmark = pytest.mark.realdata
+
+
+REAL_TEMPLATES = ("llama3_1", "qwen2_5", "qwen3", "gptoss", "GLM-4.6", "gemma3", "phi3")
 
 
 class Case(NamedTuple):
@@ -117,3 +122,35 @@ def test_special_tokens_that_the_tokenizer_does_not_know_are_found_by_what_they_
     assert [case for case in judged if case.verdict.startswith("WRONG")] == []
     counts = Counter(case.verdict.split(":")[0] for case in judged)
     assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", REAL_TEMPLATES)
+def test_every_real_conversation_is_trained_on_what_the_assistant_said(
+    template: str, realdata: Path, all_special: Any
+) -> None:
+    """Spans against the role markers, and the trained tokens against the spans, byte for byte after the normalizer."""
+    rows_of_a_file = int(os.environ.get("SFTSTREAM_ROWS") or 10**9)
+    tokenizer = all_special
+    if template == "qwen2_5":
+        tokenizer = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "qwen")
+    encoder = ChatEncoder(tokenizer, (realdata / "templates" / f"{template}.jinja").read_text(), capacity=10**9)
+    accepted = 0
+    for path in sorted((realdata / "conversations").glob("*/*.json*")):
+        rows = FileSet(str(path))
+        for row in range(0, len(rows), max(1, len(rows) // rows_of_a_file)):
+            try:
+                draft = encoder.draft(conversation(rows.read(row)))
+            except Refused:
+                continue
+            text, spans, _ = draft.texts[0]
+            said = [text[span.start : span.end] for span in spans]
+            assert said == _as_prompted(text, spans, template), rows.place(row)
+            (example,) = encoder.tokenize(draft)
+            trained = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
+            normalizer = encoder.tokenizer.hf.backend_tokenizer.normalizer
+            whole = "".join(normalizer.normalize_str(part) if normalizer else part for part in said)
+            assert trained == whole, rows.place(row)
+            accepted += 1
+    print(f"{template}: {accepted:,} conversations")
+    assert accepted
