@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from sftstream import ChatEncoder, Example, Refused
+from sftstream import ChatEncoder, Example, Refused, SourceConfig
 from sftstream.formats import conversation
 from sftstream.packing import Packer, PackerConfig
 from sftstream.records import Ref
@@ -91,7 +91,7 @@ def real_lengths(root: Path) -> list[int]:
     encoder = ChatEncoder(str(root / "tokenizers" / "llama3"))
     lengths = []
     for path in sorted((root / "conversations").glob("*/*.json*")):
-        rows = FileSet(str(path))
+        rows = FileSet(SourceConfig(path=str(path)))
         for row in range(min(len(rows), ROWS // 8)):
             try:
                 lengths.append(len(encoder.tokenize(encoder.draft(conversation(rows.read(row))))[0].tokens))

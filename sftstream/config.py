@@ -12,7 +12,20 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Conversations from one place."""
 
     path: str
-    """A JSON, JSONL or Parquet file, or a glob of them (files are read in sorted order)."""
+    """What is there on this machine comes first: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; compressed as .gz or
+    .zst too), a glob of files or a directory (read in sorted order), a dataset that `save_to_disk` wrote, a directory laid
+    out like a dataset of the Hugging Face hub. Else a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
+    is fetched once; else a hub name, `organisation/name`."""
+    split: str | None = None
+    """Of a dataset of the hub or one laid out like it, as `datasets` writes it ("train", "train[:10%]"), or of a saved
+    dataset. May be left out where there is only one."""
+    subset: str | None = None
+    """Of a dataset of the hub or one laid out like it, where it has several."""
+    revision: str | None = None
+    """Of a dataset of the hub: a branch, tag or commit."""
+    columns: dict[str, str] | None = None
+    """For layouts that are not known: the name that is -> the name of the column here. The row then has these columns and no
+    others."""
     weight: float | None = None
     """Share that is drawn from here, relative to the other weights. Without weights sources are drawn in proportion to
     their size, so that they end an epoch together. Weights are given for all sources or for none."""
@@ -20,6 +33,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch."""
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty; name a file, a glob, a directory or a dataset")
+        if self.columns is not None and not self.columns:
+            raise ValueError("columns is empty, so that no column would be read; name some, or leave it out")
         for field in ("weight", "repeat"):
             value = getattr(self, field)
             if value is not None and not 0 < value < float("inf"):

@@ -25,6 +25,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     weight: float | None
     repeat: float
+    columns: dict[str, str] | None = None
 
 
 class Identity(Policy, frozen=True, kw_only=True):
@@ -56,7 +57,8 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
     return Identity(
         format=FORMAT,
         sources=tuple(
-            SourceIdentity(files=files, rows=rows, weight=c.weight, repeat=c.repeat) for files, rows, c in sources
+            SourceIdentity(files=files, rows=rows, weight=c.weight, repeat=c.repeat, columns=c.columns)
+            for files, rows, c in sources
         ),
         tokenizer_sha256=_sha256(encoder.tokenizer.json()),
         template_sha256=_sha256(encoder.template.text),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 # Before the libraries are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="sftstream-tests-")
+os.environ["SFTSTREAM_CACHE"] = tempfile.mkdtemp(prefix="sftstream-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["SFTSTREAM_CACHE"], "datasets")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
@@ -30,7 +31,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+    shutil.rmtree(os.environ["SFTSTREAM_CACHE"])
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,14 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ({"epochs": 0}, "epochs = 0 must be at least 1; leave it out for an endless stream"),
         ({"train_on": []}, 'train_on is empty, so nothing would be trained; name a role: ["assistant"]'),
         ({"sources": []}, "sources is empty; name at least one [[data.sources]] with a path"),
+        (
+            {"sources": [{"path": ""}]},
+            "path is empty; name a file, a glob, a directory or a dataset - at `$.sources[0]`",
+        ),
+        (
+            {"sources": [{"path": "a", "columns": {}}]},
+            "columns is empty, so that no column would be read; name some, or leave it out - at `$.sources[0]`",
+        ),
         ({"sources": [{"path": "a", "weight": 0}]}, "weight = 0.0 must be a positive number - at `$.sources[0]`"),
         ({"sources": [{"path": "a", "weight": -2}]}, "weight = -2.0 must be a positive number - at `$.sources[0]`"),
         (

@@ -23,7 +23,17 @@ A, B = {"messages": [{"role": "user", "content": "ä\u2028b"}]}, {"n": 1}
 
 def written(path: Path, content: bytes) -> FileSet:
     path.write_bytes(content)
-    return FileSet(str(path))
+    return opened(path)
+
+
+def opened(path: Path | str, **fields: Any) -> FileSet:
+    return FileSet(SourceConfig(path=str(path), **fields))
+
+
+def refusal(path: Path | str, **fields: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        opened(path, **fields)
+    return str(error.value)
 
 
 def read_all(source: FileSet) -> list[Any]:
@@ -122,7 +132,7 @@ def test_parquet_gives_rows_whoever_wrote_it(tmp_path: Path) -> None:
     tiny.write_parquet(tmp_path / "a.parquet", rows)
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "b.parquet"))
     for name in ("a.parquet", "b.parquet"):
-        source = FileSet(str(tmp_path / name))
+        source = opened(tmp_path / name)
         assert read_all(source) == rows
         assert source.place(3) == f"{tmp_path}/{name}[3]"
 
@@ -132,7 +142,7 @@ def test_a_parquet_file_rewritten_within_the_same_instant_is_read_anew(tmp_path:
     for content in ("old", "new"):
         tiny.write_parquet(path, [{"a": content}])
         os.utime(path, (1, 1))
-        assert read_all(FileSet(str(path))) == [{"a": content}]
+        assert read_all(opened(path)) == [{"a": content}]
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
@@ -145,7 +155,7 @@ def test_a_glob_reads_its_files_in_sorted_order_as_one_source(tmp_path: Path) ->
     for name, content in (("b.jsonl", lines(2, 3)), ("a.json", b"[0, 1]"), ("c.jsonl", b""), ("d.jsonl", lines(4))):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "e.jsonl").mkdir()
-    source = FileSet(f"{tmp_path}/*.json*")
+    source = opened(f"{tmp_path}/*.json*")
     assert read_all(source) == [0, 1, 2, 3, 4]
     assert [source.place(row) for row in (1, 2, 4)] == [
         f"{tmp_path}/a.json[1]",
@@ -161,25 +171,76 @@ def test_a_path_with_glob_characters_that_exists_is_that_file(tmp_path: Path) ->
 def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_bytes(lines(1))
-    assert read_all(FileSet("~/a.jsonl")) == [1]
+    assert read_all(opened("~/a.jsonl")) == [1]
 
 
 def test_a_path_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"source '.*/none.jsonl' matches no file \(looked from /.*\); correct the path"
     ):
-        FileSet(str(tmp_path / "none.jsonl"))
+        opened(tmp_path / "none.jsonl")
 
 
-def test_a_directory_is_refused_with_the_glob_to_write(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"is a directory; name its files by a glob, like {tmp_path}/\*.jsonl"):
-        FileSet(f"{tmp_path}/")
+def test_a_directory_is_its_own_files_of_known_kinds_in_sorted_order(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(b"[2, 3]")
+    tiny.write_parquet(tmp_path / "b.parquet", [{"n": 1}])
+    (tmp_path / "a.jsonl").write_bytes(lines(0))
+    (tmp_path / "d.csv").write_bytes(b"n\n4\n")
+    for ignored in ("README.md", ".hidden.jsonl", "e.txt"):
+        (tmp_path / ignored).write_bytes(lines("ignored"))
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "a.jsonl").write_bytes(lines("ignored"))
+    assert read_all(opened(f"{tmp_path}/")) == [0, {"n": 1}, 2, 3, {"n": "4"}]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a"])
-def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"is of no known kind '.*'; known are .jsonl, .ndjson, .json, .parquet"):
-        written(tmp_path / name, lines(1))
+def test_a_directory_without_files_of_known_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(lines(1))
+    assert refusal(tmp_path) == (
+        f"source '{tmp_path}' is a directory without a file of a known kind "
+        "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz or .zst); "
+        "name files deeper in it by a glob, or a split if it is laid out like a dataset of the hub"
+    )
+
+
+def test_a_missing_shard_of_a_directory_is_refused_by_name(tmp_path: Path) -> None:
+    for number in (0, 2, 3):
+        (tmp_path / f"train-{number:05}-of-00005.jsonl").write_bytes(lines(number))
+    (tmp_path / "test-00000-of-00001.jsonl").write_bytes(lines(9))
+    assert refusal(tmp_path) == (
+        f"{tmp_path} lacks 2 of 5 shards, train-00001-of-00005.jsonl the first; "
+        "restore them, or name the files that are there by a glob"
+    )
+    assert read_all(opened(f"{tmp_path}/train-*")) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("field", ["split", "subset", "revision"])
+def test_a_split_subset_or_revision_of_a_file_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(1))
+    assert refusal(path, **{field: "x"}) == (
+        f"source '{path}' is a file or a glob, for which {field} = 'x' has no meaning; leave it out"
+    )
+
+
+def test_columns_are_renamed_and_the_others_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"q": "a", "r": "b", "messages": 5}, {"r": None}, {"s": 1, "messages": 2}, [1]))
+    source = opened(path, columns={"instruction": "q", "output": "r"})
+    assert source.read(0) == {"instruction": "a", "output": "b"}
+    assert source.read(1) == {"output": None}
+    with pytest.raises(BrokenRow) as error:
+        source.read(2)
+    assert str(error.value) == f"{path}:3 has none of the columns ['q', 'r']; it has ['messages', 's']"
+    assert source.read(3) == [1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")])
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(lines(1))
+    assert refusal(tmp_path / name) == (
+        f"{tmp_path / name} is of no known kind '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
+        "and these with .gz or .zst"
+    )
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_refusal(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from sftstream import ChatEncoder, Conversation, Message, Refused, ToolCall
+from sftstream import ChatEncoder, Conversation, Message, Refused, SourceConfig, ToolCall
 from sftstream.formats import conversation
 from sftstream.sources.corpus import FileSet
 
@@ -344,7 +344,7 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
     encoder = ChatEncoder(str(realdata / "tokenizers" / name))
     assert encoder.certificate.form.stops == (stop,)
     for file in REAL_FILES:
-        source = FileSet(str(realdata / "conversations" / file))
+        source = FileSet(SourceConfig(path=str(realdata / "conversations" / file)))
         accepted = 0
         for row in range(0, len(source), max(1, len(source) // 40)):
             dialogue = conversation(source.read(row))

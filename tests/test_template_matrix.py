@@ -12,7 +12,7 @@ import pytest
 import shapes
 from transformers import AutoTokenizer
 
-from sftstream import ChatEncoder, Refused
+from sftstream import ChatEncoder, Refused, SourceConfig
 from sftstream.formats import conversation
 from sftstream.sources.corpus import FileSet
 
@@ -137,7 +137,7 @@ def test_every_real_conversation_is_trained_on_what_the_assistant_said(
     encoder = ChatEncoder(tokenizer, (realdata / "templates" / f"{template}.jinja").read_text(), capacity=10**9)
     accepted = 0
     for path in sorted((realdata / "conversations").glob("*/*.json*")):
-        rows = FileSet(str(path))
+        rows = FileSet(SourceConfig(path=str(path)))
         for row in range(0, len(rows), max(1, len(rows) // rows_of_a_file)):
             try:
                 draft = encoder.draft(conversation(rows.read(row)))

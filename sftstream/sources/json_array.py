@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from io import FileIO
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow
+from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, FileIdentity, Stored
+from sftstream.sources.spans import Integers, Spans
+
+_BETWEEN = re.compile(rb"[ \t\r\n,]*")
 
 
 class JsonArray:
-    """The file's bytes stay in memory and each row is decoded when it is read."""
+    """Dividing the array takes the file's size in memory, once; then its elements are read like lines."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._rows = msgspec.json.decode(path.read_bytes().removeprefix(BOM), type=list[msgspec.Raw])
-        except UNDECODABLE as error:
-            raise ValueError(f"{path} is not a JSON array of conversations: {error}") from None
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self._spans = Spans(stored, "array", self._divide)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return self._stored.identity
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._spans)
 
     def read(self, row: int) -> Any:
+        element = self._spans.read(row).rstrip(b" \t\r\n,")
         try:
-            return msgspec.json.decode(self._rows[row])
+            return msgspec.json.decode(element)
         except UNDECODABLE as error:  # the array was divided without looking into its strings
             raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
 
     def place(self, row: int) -> str:
-        return f"{self.path}[{row}]"
+        return f"{self._stored.shown}[{row}]"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return JsonArray, (self.path,)
+    def _divide(self, file: FileIO, _size: int) -> Iterator[tuple[Integers, Integers]]:
+        content = file.read()
+        lead = len(BOM) if content.startswith(BOM) else 0
+        try:
+            elements = msgspec.json.decode(memoryview(content)[lead:], type=list[msgspec.Raw])
+        except UNDECODABLE as error:
+            raise ValueError(f"{self._stored.shown} is not a JSON array of conversations: {error}") from None
+        borders = np.fromiter(_borders(content, lead, elements), np.int64)
+        yield borders, np.arange(len(borders))
+
+
+def _borders(content: bytes, lead: int, elements: list[msgspec.Raw]) -> Iterator[int]:
+    position = content.index(b"[", lead) + 1
+    for element in elements:
+        start = _skip(content, position)
+        yield start
+        position = start + len(memoryview(element))
+    yield position
+
+
+def _skip(content: bytes, position: int) -> int:
+    between = _BETWEEN.match(content, position)
+    assert between is not None
+    return between.end()

@@ -3,72 +3,70 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from io import FileIO
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow
+from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, FileIdentity, Stored
+from sftstream.sources.spans import Integers, Spans
 
-_CHUNK = 64 << 20
+_CHUNK = 1 << 20
+"""Bytes searched at a time: what fits a core's cache is searched at memory speed."""
 
 
 class JsonLines:
     """Rows are the lines that hold anything; blank ones are none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._starts, self._ends, self._lines = _index(path)
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self._spans = Spans(stored, "lines", divide)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return self._stored.identity
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def read(self, row: int) -> Any:
-        start, end = int(self._starts[row]), int(self._ends[row])
-        # pread and not a memory map: a file truncated under the run is then an error here, not a bus error.
-        line = os.pread(self._file.fileno(), end - start, start)
-        if len(line) < end - start:
-            raise RuntimeError(f"{self.place(row)} is no longer there: the file shrank while it was read; restore it")
+        line = self._spans.read(row)
         try:
             return msgspec.json.decode(line)
         except UNDECODABLE as error:
+            self._spans.require_lines(row)
             raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
 
     def place(self, row: int) -> str:
-        return f"{self.path}:{int(self._lines[row]) + 1}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return JsonLines, (self.path,)
+        return self._spans.place(row)
 
 
-def _index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Start, end (without the line break) and line number of each row."""
-    newlines = [np.empty(0, np.int64)]
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
-            size += len(chunk)
-    ends = np.concatenate([*newlines, [size]]).astype(np.int64)
-    starts = np.concatenate([[_bom_length(path)], ends[:-1] + 1]).astype(np.int64)
-    rows = np.flatnonzero(ends - starts > 0)
-    rows = rows[~_blank(path, starts[rows], ends[rows])]
-    return starts[rows], ends[rows], rows
+def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:
+    """Where lines that hold anything begin, and their numbers. Memory is that of a chunk, whatever the file's size."""
+    buffer = bytearray(_CHUNK)
+    chunk = np.frombuffer(buffer, np.uint8)
+    start = len(BOM) if file.read(len(BOM)) == BOM else 0
+    line, position = 0, file.seek(0)
+    while position < size and (read := file.readinto(buffer)):
+        breaks = np.flatnonzero(chunk[:read] == ord("\n")) + position
+        starts = np.concatenate([[start], breaks + 1])
+        rows = np.flatnonzero(~_blank(file, starts[:-1], breaks, chunk, position))
+        yield starts[rows], rows + line
+        start, line, position = int(starts[-1]), line + len(breaks), position + read
+    tail = [start] if os.pread(file.fileno(), size - start, start).strip() else []
+    yield np.array([*tail, size]), np.arange(line, line + len(tail) + 1)
 
 
-def _bom_length(path: Path) -> int:
-    with path.open("rb") as file:
-        return len(BOM) if file.read(len(BOM)) == BOM else 0
-
-
-def _blank(path: Path, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Lines of white space alone. Only short ones are looked at: nothing else is shorter than `{}`."""
-    blank = np.zeros(len(starts), bool)
-    with path.open("rb") as file:
-        for i in np.flatnonzero(ends - starts < len("{}")):
-            file.seek(int(starts[i]))
-            blank[i] = not file.read(int(ends[i] - starts[i])).strip()
+def _blank(
+    file: FileIO, starts: Integers, ends: Integers, chunk: NDArray[np.uint8], position: int
+) -> NDArray[np.bool_]:
+    """Lines of white space alone. Those that begin with any are looked at one by one; few do."""
+    blank: NDArray[np.bool_] = starts == ends
+    suspect = chunk[np.maximum(starts - position, 0)] <= ord(" ")
+    suspect[:1] |= starts[:1] < position  # it began in an earlier chunk
+    for i in np.flatnonzero(suspect & ~blank):
+        blank[i] = not os.pread(file.fileno(), int(ends[i] - starts[i]), int(starts[i])).strip()
     return blank

@@ -1,39 +1,33 @@
-"""Parquet by way of `datasets`, which keeps a memory-mapped Arrow copy in its cache: any row, no table in memory."""
+"""Parquet encodes rows in groups, so they are decoded once into an Arrow file in the cache, which has any of them at hand."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from pyarrow import ArrowInvalid
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
 
-from sftstream.sources.rows import identify
+from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns
+from sftstream.sources.rows import Stored
+
+_BATCH = 1000
+"""Rows decoded and copied at a time: memory is a row group's compressed pages and these."""
 
 
-class Parquet:
-    """Row groups are decoded once, into the cache; ranks and workers of a machine share its pages."""
+def parquet(stored: Stored) -> Arrow:
+    """Its rows; raises ValueError where the file is no Parquet, or is damaged anywhere."""
+    try:
+        return in_columns(stored, lambda: _source(stored))
+    except UNREADABLE as error:
+        raise ValueError(f"{stored.shown} is not a readable Parquet file: {error}") from None
 
-    def __init__(self, path: Path) -> None:
-        import datasets  # takes a second to import, and most runs read JSON
 
-        self.path = path
-        shown = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-        try:
-            # The cache knows a file by path and modification time, which a copy or an archive can keep while the content changes.
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / identify(path).sha256
-            self._rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))
-        except (datasets.exceptions.DatasetGenerationError, ArrowInvalid) as error:
-            raise ValueError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from None
-        finally:
-            if shown:
-                datasets.enable_progress_bars()
+def _source(stored: Stored) -> Source:
+    file = ParquetFile(stored.path, page_checksum_verification=True)
+    return file.schema_arrow, _batches(stored, file)
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def read(self, row: int) -> Any:
-        return self._rows[row]
-
-    def place(self, row: int) -> str:
-        return f"{self.path}[{row}]"
+def _batches(stored: Stored, file: ParquetFile) -> Iterator[pa.RecordBatch]:
+    yield from file.iter_batches(_BATCH)
+    with stored.open():  # else what was decoded has another digest
+        pass

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +14,9 @@ import msgspec
 
 SAMPLED_ABOVE = 256 << 20
 """Bytes above which a file's digest samples it: SHA-256 of 256 MB takes 0.2 s, of 1 TB a quarter of an hour."""
+_DESCRIPTORS, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+OPEN_FILES = 1 << 16 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, _DESCRIPTORS // 8)
+"""Files of a kind that a process keeps open: a source may have more shards than a process may have descriptors."""
 BOM = b"\xef\xbb\xbf"
 _BLOCK, _BLOCKS = 1 << 20, 128
 
@@ -33,15 +40,64 @@ class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
 class RowFile(Protocol):
     """One file of rows."""
 
-    path: Path
+    @property
+    def identity(self) -> FileIdentity: ...
 
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Any:
-        """The decoded row; raises `BrokenRow`."""
+        """The decoded row; raises `BrokenRow`, or RuntimeError where the file is no longer what it was."""
 
     def place(self, row: int) -> str:
         """Where an editor finds the row, for messages."""
+
+
+Seal = tuple[int, int, int]
+"""Size, time of modification in nanoseconds, inode."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A file on a local disk whose content is known."""
+
+    path: Path
+    """Where its bytes lie: the user's own file, or a copy in the cache."""
+    shown: str
+    """What the user calls it."""
+    identity: FileIdentity
+    """Of the user's file, whatever is read in its place."""
+    key: str
+    """Names in the cache what is derived from the file."""
+    seal: Seal
+
+    def open(self) -> FileIO:
+        """The file, if it is still the one whose content is known; else RuntimeError."""
+        file = FileIO(self.path)
+        self.require_unchanged(file)
+        return file
+
+    def require_unchanged(self, file: FileIO) -> None:
+        if _seal(os.fstat(file.fileno())) != self.seal:
+            raise RuntimeError(f"{self.shown} changed while it was read; restore it, or start again")
+
+
+def stored(path: Path, shown: str | None = None) -> Stored:
+    """A file of the user's, read once for its digest."""
+    seal = _seal(path.stat())
+    identity = identify(path)
+    # What a sample does not see, a new time of modification or inode tells of.
+    key = derived(identity.sha256, identity.size, *(seal if identity.size > SAMPLED_ABOVE else ()))
+    return Stored(path, shown or str(path), identity, key, seal)
+
+
+def copy_of(original: Stored, path: Path, key: str) -> Stored:
+    """What is read in the place of `original`."""
+    return Stored(path, original.shown, original.identity, key, _seal(path.stat()))
+
+
+def derived(*words: object) -> str:
+    """A name in the cache for what is made from `words`."""
+    return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
 
 
 def identify(path: Path) -> FileIdentity:
@@ -57,3 +113,7 @@ def identify(path: Path) -> FileIdentity:
                 file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return FileIdentity(name=path.name, size=size, sha256=digest.hexdigest())
+
+
+def _seal(stat: os.stat_result) -> Seal:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -1,0 +1,30 @@
+"""Compressed files, which cannot be read by row: unpacked once into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from sftstream.sources.cache import cached
+from sftstream.sources.rows import Stored, copy_of, derived
+
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffix -> Arrow's name of the codec."""
+_BLOCK = 4 << 20
+
+
+def unpacked(packed: Stored, suffix: str) -> Stored:
+    """What a file of this suffix holds; raises ValueError where it is damaged or cut."""
+    key = derived("unpacked", packed.key)
+    return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, CODECS[suffix])), key)
+
+
+def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:
+    try:
+        with packed.open() as file, pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+            while block := stream.read(_BLOCK):
+                yield block
+            packed.require_unchanged(file)
+    except OSError as error:
+        raise ValueError(f"{packed.shown} cannot be unpacked: {error}") from None

@@ -1,0 +1,90 @@
+"""Files of other machines, by any scheme that fsspec knows: fetched once into the cache, and read there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import msgspec
+from fsspec.implementations.local import LocalFileSystem
+
+from sftstream.sources.cache import cached
+from sftstream.sources.place import Local, Place
+from sftstream.sources.rows import Stored, derived, stored
+
+_VERSIONS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "md5", "sha256", "blob_id", "xet_hash", "generation"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
+)
+"""What filesystems call that which changes with a file's content."""
+_BLOCK = 8 << 20
+
+
+def remote(url: str) -> Place:
+    """Raises ValueError where the scheme is unknown, or its package is not installed."""
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"source {url!r} cannot be opened: {error}") from None
+    return Local(Path(path)) if isinstance(filesystem, LocalFileSystem) else Remote(filesystem, path)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A path of a filesystem."""
+
+    filesystem: Any
+    path: str
+
+    @property
+    def shown(self) -> str:
+        return str(self.filesystem.unstrip_protocol(self.path))
+
+    @property
+    def name(self) -> str:
+        return self.path.partition("?")[0].rpartition("/")[2]
+
+    def is_file(self) -> bool:
+        return bool(self.filesystem.isfile(self.path))
+
+    def is_directory(self) -> bool:
+        return bool(self.filesystem.isdir(self.path))
+
+    def child(self, name: str) -> Remote:
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}")
+
+    def files(self) -> list[Place]:
+        return self._files(self.filesystem.ls(self.path, detail=True))
+
+    def matches(self) -> list[Place]:
+        return self._files(self.filesystem.glob(self.path, detail=True).values())
+
+    def stored(self) -> Stored:
+        try:
+            info = self.filesystem.info(self.path)
+        except OSError as error:
+            raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
+        # Of a server that tells neither version nor size, the first answer is kept.
+        key = derived("fetched", self.shown, info.get("size"), *(info.get(name) for name in _VERSIONS))
+        fetched = stored(cached(key, ".fetched", lambda: self._blocks(info.get("size"))), self.shown)
+        return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
+
+    def _files(self, found: Any) -> list[Place]:
+        paths = sorted(info["name"] for info in found if info["type"] == "file")
+        places = [replace(self, path=path) for path in paths]
+        return [place for place in places if place.name[:1] != "."]
+
+    def _blocks(self, size: int | None) -> Iterator[bytes]:
+        arrived = 0
+        try:
+            with self.filesystem.open(self.path, "rb") as file:
+                while block := file.read(_BLOCK):
+                    arrived += len(block)
+                    yield block
+        except OSError as error:
+            raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
+        if size is not None and arrived != size:
+            raise ValueError(f"{self.shown} arrived with {arrived:,} of {size:,} bytes; start again")

@@ -1,0 +1,68 @@
+"""What the path of a source names: something on this machine first, then a remote path, then a dataset of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from sftstream.config import SourceConfig
+from sftstream.sources.hub import Loaded, is_hub_name, is_repository
+from sftstream.sources.kinds import KNOWN, is_known, open_file
+from sftstream.sources.place import Local, Place, require_whole
+from sftstream.sources.remote import remote
+from sftstream.sources.rows import RowFile
+from sftstream.sources.saved import is_saved, saved_files
+
+
+def open_source(source: SourceConfig) -> list[RowFile]:
+    """The files of a source, in order; raises ValueError saying what was tried."""
+    place: Place = Local(Path(source.path).expanduser())
+    if not place.is_file() and not place.is_directory() and "://" in source.path:
+        place = remote(source.path)
+    try:
+        return _open(source, place)
+    except OSError as error:
+        raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
+
+
+def _open(source: SourceConfig, place: Place) -> list[RowFile]:
+    if place.is_file():  # asked first: of a file on a web server, whether it is a directory is found by reading it
+        files = [place]
+    elif place.is_directory():
+        return _directory(source, place)
+    else:
+        files = place.matches()
+    if not files and is_hub_name(source.path) and not is_known(place.name):
+        return [Loaded(source)]
+    if not files:
+        looked = f"looked from {Path.cwd()}" if isinstance(place, Local) else f"looked for {place.shown}"
+        raise ValueError(f"source {source.path!r} matches no file ({looked}); correct the path")
+    _refuse(source, "is a file or a glob", "split", "subset", "revision")
+    return [open_file(file) for file in files]
+
+
+def _directory(source: SourceConfig, place: Place) -> list[RowFile]:
+    if is_saved(place):
+        _refuse(source, "was written by save_to_disk", "subset", "revision")
+        return [open_file(file) for file in saved_files(place, source.split)]
+    _refuse(source, "is a directory", "revision")
+    if isinstance(place, Local) and (source.split or source.subset or is_repository(place.path)):
+        return [Loaded(msgspec.structs.replace(source, path=str(place.path)))]
+    _refuse(source, "is a remote directory", "split", "subset")
+    files = [file for file in place.files() if is_known(file.name)]
+    if not files:
+        raise ValueError(
+            f"source {source.path!r} is a directory without a file of a known kind ({KNOWN}); name files deeper in it by a glob, "
+            "or a split if it is laid out like a dataset of the hub"
+        )
+    require_whole(source.path, [file.name for file in files])
+    return [open_file(file) for file in files]
+
+
+def _refuse(source: SourceConfig, what: str, *fields: str) -> None:
+    for field in fields:
+        if (value := getattr(source, field)) is not None:
+            raise ValueError(
+                f"source {source.path!r} {what}, for which {field} = {value!r} has no meaning; leave it out"
+            )

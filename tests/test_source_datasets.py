@@ -1,0 +1,297 @@
+"""Hugging Face datasets: what `save_to_disk` wrote, and what `load_dataset` reads from the hub or a directory like it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+
+from sftstream import SourceConfig
+from sftstream.sources import hub
+from sftstream.sources.corpus import FileSet
+
+TRAIN, TEST = tiny.rows(10), tiny.rows(4, seed=1)
+CARD = """---
+license: mit
+configs:
+- config_name: whole
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+- config_name: small
+  data_files:
+  - split: train
+    path: data/test-*
+---
+Dialogues of a few words.
+"""
+
+
+def opened(path: Path | str, **fields: Any) -> FileSet:
+    return FileSet(SourceConfig(path=str(path), **fields))
+
+
+def read_all(source: FileSet) -> list[Any]:
+    return [source.read(row) for row in range(len(source))]
+
+
+def refusal(path: Path | str, **fields: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        opened(path, **fields)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """One dataset in three files."""
+    datasets.Dataset.from_list(TRAIN).save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """Two datasets as one dictionary."""
+    both = {"train": datasets.Dataset.from_list(TRAIN), "test": datasets.Dataset.from_list(TEST)}
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "splits"))
+    return tmp_path / "splits"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A directory as the hub has it: a card, and Parquet shards in `data/`."""
+    directory = tmp_path / "repository"
+    (directory / "data").mkdir(parents=True)
+    (directory / "README.md").write_text(CARD)
+    for name, rows in (("train", TRAIN), ("test", TEST)):
+        half = len(rows) // 2
+        for number, part in enumerate((rows[:half], rows[half:])):
+            tiny.write_parquet(directory / "data" / f"{name}-{number:05}-of-00002.parquet", part)
+    return directory
+
+
+def test_a_saved_dataset_is_its_files_in_their_order(saved: Path) -> None:
+    source = opened(saved)
+    assert read_all(source) == TRAIN
+    assert source.place(9) == f"{saved}/data-00002-of-00003.arrow[2]"
+    assert [file.identity.name for file in source.files] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
+
+
+def test_a_saved_selection_is_the_rows_that_were_selected(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(TRAIN).select([7, 2, 2]).save_to_disk(str(tmp_path / "saved"))
+    assert read_all(opened(tmp_path / "saved")) == [TRAIN[7], TRAIN[2], TRAIN[2]]
+
+
+def test_mixed_tool_calls_of_a_saved_dataset_read_as_they_were(tmp_path: Path) -> None:
+    calls = [{"name": "add", "arguments": {"a": 1}}], [{"name": "find", "arguments": {"text": "b"}}], None
+    rows = [{"messages": [{"role": "assistant", "content": "c", "tool_calls": call}]} for call in calls]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert read_all(opened(tmp_path / "saved")) == [
+        *rows[:2],
+        {"messages": [{"role": "assistant", "content": "c"}]},
+    ]
+
+
+def test_a_split_of_a_saved_dictionary_is_named(splits: Path) -> None:
+    assert read_all(opened(splits, split="train")) == TRAIN
+    assert read_all(opened(splits, split="test")) == TEST
+    assert refusal(splits) == (
+        f"source '{splits}' has several splits, and none is named; split = one of 'train', 'test'"
+    )
+    assert refusal(splits, split="dev") == f"source '{splits}' has no split 'dev'; split = one of 'train', 'test'"
+
+
+def test_the_only_split_of_a_saved_dictionary_need_not_be_named(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=datasets.Dataset.from_list(TRAIN)).save_to_disk(str(tmp_path / "one"))
+    assert read_all(opened(tmp_path / "one")) == TRAIN
+
+
+def test_a_split_of_one_saved_dataset_is_refused(saved: Path) -> None:
+    assert refusal(saved, split="train") == (
+        f"source '{saved}' is one saved dataset, without splits; leave out split = 'train'"
+    )
+
+
+@pytest.mark.parametrize("field", ["subset", "revision"])
+def test_a_subset_or_revision_of_a_saved_dataset_is_refused(saved: Path, field: str) -> None:
+    assert refusal(saved, **{field: "x"}) == (
+        f"source '{saved}' was written by save_to_disk, for which {field} = 'x' has no meaning; leave it out"
+    )
+
+
+def test_a_missing_file_of_a_saved_dataset_is_refused_by_name(saved: Path) -> None:
+    (saved / "data-00001-of-00003.arrow").unlink()
+    assert refusal(saved) == (
+        f"source '{saved}' lacks data-00001-of-00003.arrow, one of the 3 files that its state.json lists; restore it"
+    )
+
+
+def test_an_empty_file_of_a_saved_dataset_is_refused_by_name(saved: Path) -> None:
+    os.truncate(saved / "data-00001-of-00003.arrow", 0)
+    assert refusal(saved) == f"{saved}/data-00001-of-00003.arrow is empty; remove it or write it again"
+
+
+@pytest.mark.parametrize("name", ["../data-00000-of-00003.arrow", "/etc/passwd", "..", ""])
+def test_a_saved_dataset_names_no_file_outside_of_it(saved: Path, name: str) -> None:
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    assert refusal(saved) == f"source '{saved}' lists {name!r}, which is no name of a file in it"
+
+
+def test_a_saved_dataset_whose_order_lies_elsewhere_is_refused(saved: Path) -> None:
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    assert refusal(saved) == f"source '{saved}' keeps the order of its rows in a file of its own; save it again"
+
+
+def test_a_list_of_files_that_is_none_is_refused(saved: Path) -> None:
+    (saved / "state.json").write_text("{}")
+    assert refusal(saved) == (
+        f"{saved}/state.json is not what save_to_disk writes: Object missing required field `_data_files`"
+    )
+
+
+def test_a_directory_with_a_state_of_something_else_is_its_files(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", TEST)
+    (tmp_path / "state.json").write_text('{"step": 1}')
+    assert read_all(opened(tmp_path)) == [*TEST, {"step": 1}]
+
+
+def test_a_saved_dataset_may_move(saved: Path, tmp_path: Path) -> None:
+    before = [file.identity for file in opened(saved).files]
+    moved = shutil.copytree(saved, tmp_path / "moved")
+    assert [file.identity for file in opened(moved).files] == before
+
+
+def test_a_directory_like_one_of_the_hub_is_read_by_split_and_subset(repository: Path) -> None:
+    source = opened(repository, subset="whole", split="train")
+    assert read_all(source) == TRAIN
+    assert source.place(7) == f"{repository}:train[7]"
+    assert read_all(pickle.loads(pickle.dumps(source))) == TRAIN
+    assert read_all(opened(repository, subset="small")) == TEST
+    assert read_all(opened(repository, subset="whole", split="train[2:4]+test")) == [*TRAIN[2:4], *TEST]
+
+
+def test_a_directory_whose_card_has_splits_is_not_read_as_loose_files(repository: Path) -> None:
+    tiny.write_jsonl(repository / "extra.jsonl", TEST)
+    assert refusal(repository).startswith(
+        f"source '{repository}' cannot be read as a dataset (subset = None, split = None, revision = None): "
+        "Config name is missing. Please pick one among the available configs: ['whole', 'small']"
+    )
+    assert refusal(repository, subset="whole") == (
+        f"source '{repository}' has several splits, and none is named; split = one of 'train', 'test'"
+    )
+    (repository / "README.md").write_text("Dialogues.\n")
+    assert read_all(opened(repository)) == TEST
+
+
+def test_an_unknown_split_or_subset_is_refused_in_the_words_of_datasets(repository: Path) -> None:
+    assert refusal(repository, subset="whole", split="dev") == (
+        f"source '{repository}' cannot be read as a dataset (subset = 'whole', split = 'dev', revision = None): "
+        "Unknown split \"dev\". Should be one of ['train', 'test']."
+    )
+    assert refusal(repository, subset="large", split="dev") == (
+        f"source '{repository}' cannot be read as a dataset (subset = 'large', split = 'dev', revision = None): "
+        "BuilderConfig 'large' not found. Available: ['whole', 'small']"
+    )
+
+
+def test_splits_are_found_by_the_names_of_files_too(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "train.jsonl", TRAIN)
+    tiny.write_jsonl(tmp_path / "test.jsonl", TEST)
+    assert read_all(opened(tmp_path, split="test")) == TEST
+
+
+def test_what_a_directory_holds_now_is_read_whatever_is_in_the_cache(repository: Path) -> None:
+    shard = repository / "data" / "test-00001-of-00002.parquet"
+    before = shard.stat()
+    assert read_all(opened(repository, subset="small")) == TEST
+    tiny.write_parquet(shard, TRAIN[:2])
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_all(opened(repository, subset="small")) == [*TEST[:2], *TRAIN[:2]]
+
+
+def test_a_missing_shard_of_a_directory_like_one_of_the_hub_is_refused_by_name(repository: Path) -> None:
+    (repository / "data" / "train-00000-of-00002.parquet").unlink()
+    assert refusal(repository, subset="whole", split="train") == (
+        f"{repository} lacks 1 of 2 shards, data/train-00000-of-00002.parquet the first; "
+        "restore them, or name the files that are there by a glob"
+    )
+
+
+def test_a_broken_shard_is_refused(repository: Path) -> None:
+    (repository / "data" / "train-00000-of-00002.parquet").write_bytes(b"PAR1 and nothing else")
+    assert refusal(repository, subset="whole", split="train").startswith(
+        f"source '{repository}' cannot be read as a dataset (subset = 'whole', split = 'train', revision = None): "
+    )
+
+
+def test_a_revision_of_a_local_directory_is_refused(repository: Path) -> None:
+    assert refusal(repository, subset="whole", split="train", revision="main") == (
+        f"source '{repository}' is a directory, for which revision = 'main' has no meaning; leave it out"
+    )
+
+
+def test_a_hub_name_that_is_nothing_here_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal("nobody/nothing", split="train", revision="v1", subset="x")
+    assert said.startswith(
+        f"source 'nobody/nothing' is no file or directory here (looked from {tmp_path}), and as one of the hub "
+        "cannot be read as a dataset (subset = 'x', split = 'train', revision = 'v1'): "
+        "Couldn't reach 'nobody/nothing' on the Hub"
+    )
+    (tmp_path / "nobody").mkdir()
+    tiny.write_jsonl(tmp_path / "nobody" / "nothing", [])
+    assert refusal("nobody/nothing").startswith("nobody/nothing is of no known kind ''")
+
+
+def test_a_missing_file_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal("data/chats.jsonl") == (
+        f"source 'data/chats.jsonl' matches no file (looked from {tmp_path}); correct the path"
+    )
+
+
+def identity(path: Path, **fields: Any) -> Any:
+    (file,) = opened(path, **fields).files
+    return file.identity
+
+
+def test_the_identity_of_a_loaded_dataset_is_that_of_its_rows(repository: Path, tmp_path: Path) -> None:
+    before = identity(repository, subset="whole", split="train")
+    assert before.name == "repository:train"
+    assert (
+        identity(shutil.copytree(repository, tmp_path / "there" / "repository"), subset="whole", split="train")
+        == before
+    )
+    again = tmp_path / "again" / "repository"
+    again.mkdir(parents=True)
+    tiny.write_parquet(again / "train.parquet", TRAIN)
+    assert identity(again, split="train") == before
+    assert identity(repository, subset="whole", split="train[:5]") != before
+    first, second = (identity(repository, subset="whole", split=split) for split in ("train[:2]", "train[2:4]"))
+    assert first.sha256 != second.sha256
+    tiny.write_parquet(again / "train.parquet", [*TRAIN[:3], tiny.chat("other", "words"), *TRAIN[4:]])
+    assert identity(again, split="train").sha256 != before.sha256
+
+
+def test_the_identity_of_a_huge_loaded_dataset_is_taken_from_its_ends_and_even_places_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SAMPLED_ABOVE", 100)
+    monkeypatch.setattr(hub, "_SLICE", 1)
+    rows = [{"n": number} for number in range(1000)]
+    seen = set()
+    for changed in (None, 0, 1, 999 * 64 // 127, 999):
+        content = [{"n": -1} if number == changed else row for number, row in enumerate(rows)]
+        tiny.write_jsonl(tmp_path / "train.jsonl", content)
+        seen.add(identity(tmp_path, split="train").sha256)
+    assert len(seen) == 4
