@@ -40,6 +40,8 @@ def refusal(row: Any) -> str:
         {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"conversations": [HI, {"role": "assistant", "content": "hello"}]},
+        {"conversation": [{"input": "hi", "output": "hello"}]},
+        {"data": ["hi", "hello"]},
         {"instruction": "hi", "input": "", "output": "hello"},
         {"instruction": "hi", "output": "hello", "system": "", "history": []},
         {"instruction": "hi", "response": "hello"},
@@ -62,10 +64,10 @@ def test_every_layout_gives_the_same_dialogue(row: dict[str, Any]) -> None:
 
 def test_the_layouts_are_those_the_error_lists() -> None:
     assert refusal({"text": "hi", "b": 1}) == (
-        "unknown layout: columns ['b', 'text'] match none of messages | conversations | instruction+output | "
-        "instruction+response | prompt+completion | prompt+response | question+answer"
+        "unknown layout: columns ['b', 'text'] match none of messages | conversations | conversation | "
+        "instruction+output | instruction+response | prompt+completion | prompt+response | question+answer | data"
     )
-    assert len(LAYOUTS) == 7
+    assert len(LAYOUTS) == 9
 
 
 def test_alpaca_joins_the_input_to_the_instruction_by_an_empty_line() -> None:
