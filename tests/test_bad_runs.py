@@ -11,6 +11,8 @@ import pytest
 import runs
 import tiny
 
+from checkpoints import CheckpointStore
+
 
 def _fails(directory: Path, config: dict[str, Any], processes: int = 1) -> str:
     """The run's error line."""
@@ -123,3 +125,17 @@ def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, co
         (f"{path}:62", "unknown role"),
     }
     assert sum(line["refused"] for line in runs.metrics(tmp_path)) == 2
+
+
+def test_a_change_that_was_accepted_stays_on_record_in_later_checkpoints(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert runs.Job(tmp_path, config).finish() == 0
+    config["data"] |= {"capacity": config["data"]["capacity"] * 2, "accept_changed": ["data.capacity"]}
+    for steps in (4, 6):  # the second of these resumes a checkpoint that was made after the change
+        config["run"]["steps"] = steps
+        job = runs.Job(tmp_path, config)
+        assert job.finish() == 0, job.output()
+    store = CheckpointStore(next(tmp_path.rglob("checkpoints")))
+    (change,) = store.values(6)["data/run"]["history"]
+    capacity = config["data"]["capacity"]
+    assert list(change["differences"]) == [f"data.capacity: {capacity // 2} -> {capacity}"]
+    assert change["packs"] == 2 * config["data"]["global_batch"]

@@ -87,7 +87,7 @@ def capture(
         values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
     if topology.first:
         assert data is not None
-        values["data/run"] = {"identity": msgspec.to_builtins(data.identity), "packs": data.packs}
+        values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(settings)
         values["topology"] = [topology.dp, topology.tp]
