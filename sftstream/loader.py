@@ -212,9 +212,7 @@ class PackLoader:
     @property
     def state(self) -> DataState:
         """Where this shard stands after the last pack that was taken, whatever was loaded ahead."""
-        read = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
-        streams = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in read.items()}
-        return msgspec.structs.replace(self._start, packs=self.packs, streams=self._start.streams | streams)
+        return self._state_at(self.packs)
 
     def state_dict(self) -> dict[str, Any]:
         """`state` as plain JSON-able values."""
@@ -234,9 +232,7 @@ class PackLoader:
         """Stop the workers. The state stays; the next pack starts them again."""
         if self._readers:
             # Not `state`: a loader may be closed inside a step, where shards have no common position.
-            read = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
-            streams = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in read.items()}
-            self._start = msgspec.structs.replace(self._start, packs=self._at, streams=self._start.streams | streams)
+            self._start = self._state_at(self._at)
             for reader in self._readers.values():
                 reader.close()
             self._readers = {}
@@ -251,6 +247,11 @@ class PackLoader:
         """This shard has no pack left in the step that it is in."""
         batch = self.config.global_batch
         return self._at % batch == 0 or self._next // batch > self._at // batch
+
+    def _state_at(self, packs: int) -> DataState:
+        read = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
+        streams = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in read.items()}
+        return msgspec.structs.replace(self._start, packs=packs, streams=self._start.streams | streams)
 
     def _read(self, stream: int) -> Pack:
         worker = self._deal.worker(stream)
