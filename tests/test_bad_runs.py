@@ -127,7 +127,9 @@ def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, co
     assert sum(line["refused"] for line in runs.metrics(tmp_path)) == 2
 
 
-def test_a_change_that_was_accepted_stays_on_record_in_later_checkpoints(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_change_that_was_accepted_stays_on_record_in_later_checkpoints(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     assert runs.Job(tmp_path, config).finish() == 0
     config["data"] |= {"capacity": config["data"]["capacity"] * 2, "accept_changed": ["data.capacity"]}
     for steps in (4, 6):  # the second of these resumes a checkpoint that was made after the change
