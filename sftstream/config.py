@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+Shuffle = bool | Literal["shards"]
+
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Conversations from one place."""
@@ -31,6 +33,13 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     their size, so that they end an epoch together. Weights are given for all sources or for none."""
     repeat: float = 1.0
     """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch."""
+    shuffle: Shuffle | None = None
+    """For this source other than `data.shuffle`."""
+    streaming: bool = False
+    """Read shard by shard as `datasets` streams them, for what is too large to be fetched or indexed. Rows come in the order of
+    their shard; a resume reads the open shards again up to its place. Mixed with others it needs a weight."""
+    digest: Literal["sampled", "full"] = "sampled"
+    """What a resume knows of files above 256 MB: 128 evenly spread megabytes, or every byte, at 0.8 s a GB."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -107,8 +116,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     windows of conversations."""
     global_batch: int = 64
     """Packs of an optimizer step over all shards."""
-    shuffle: bool = True
-    """A new order of rows each epoch, drawn from `seed`."""
+    shuffle: Shuffle = True
+    """A new order of rows each epoch, drawn from `seed`. "shards" orders a source's files or shards and leaves the rows of each
+    as they lie, as a source that is streamed needs it; false takes everything as it lies."""
     window: int = 256
     """Conversations that a stream plans into packs at a time. More fills better and reorders more."""
     workers: int = 1
@@ -153,6 +163,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"source {missing!r} has no weight but another has; give weights to all sources or to none"
             )
+        for source in self.sources:
+            if source.streaming:
+                self._check_streaming(source)
         if self.epochs is None and any(source.repeat != 1 for source in self.sources):
             raise ValueError("repeat counts passes in an epoch and needs epochs; an endless stream is mixed by weights")
         if self.stages and not all(weighted):
@@ -164,3 +177,18 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 )
             if before is not None and stage is not None and stage.after <= before.after:
                 raise ValueError(f"stages come by rising after, but {stage.after} follows {before.after}")
+
+    def _check_streaming(self, source: SourceConfig) -> None:
+        if self.shuffle_of(source) is True:
+            raise ValueError(
+                f"source {source.path!r} is streamed, and its rows cannot be reached in any order; "
+                'shuffle = "shards" shuffles its shards, false nothing'
+            )
+        if len(self.sources) > 1 and source.weight is None:
+            raise ValueError(
+                f"source {source.path!r} is streamed, so that its size is not known; give weights to all sources"
+            )
+
+    def shuffle_of(self, source: SourceConfig) -> Shuffle:
+        """What holds for this source."""
+        return self.shuffle if source.shuffle is None else source.shuffle

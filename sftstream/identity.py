@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from sftstream.config import DataConfig, Policy, StageConfig
+from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
 from sftstream.encoder import ChatEncoder
-from sftstream.sources import Corpus, FileIdentity
+from sftstream.sources import Corpus, FileIdentity, FileSet, Streamed
 from sftstream.turns import Form
 
-FORMAT = 1
+FORMAT = 2
 """Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""
 
 
@@ -22,10 +22,14 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A source's files, in order, and its share."""
 
     files: tuple[FileIdentity, ...]
-    rows: int
+    rows: int | None
+    """None where it is streamed."""
     weight: float | None
     repeat: float
     columns: dict[str, str] | None = None
+    shuffle: Shuffle | None = None
+    shards: int | None = None
+    """What streams take turns in, where it is streamed."""
 
 
 class Identity(Policy, frozen=True, kw_only=True):
@@ -42,7 +46,7 @@ class Identity(Policy, frozen=True, kw_only=True):
     streams: int
     global_batch: int
     window: int
-    shuffle: bool
+    shuffle: Shuffle
     seed: int
     epochs: int | None
     mix_by: str
@@ -51,15 +55,11 @@ class Identity(Policy, frozen=True, kw_only=True):
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """Reads every file once (huge ones in samples)."""
+    """What a config comes to."""
     date = encoder.template.date
-    sources = zip(corpus.identities(), corpus.sizes, config.sources, strict=True)
     return Identity(
         format=FORMAT,
-        sources=tuple(
-            SourceIdentity(files=files, rows=rows, weight=c.weight, repeat=c.repeat, columns=c.columns)
-            for files, rows, c in sources
-        ),
+        sources=tuple(map(_source, config.sources, corpus.sources)),
         tokenizer_sha256=_sha256(encoder.tokenizer.json()),
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,
@@ -74,6 +74,18 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         mix_by=config.mix_by,
         stages=config.stages,
         ends_with=config.ends_with,
+    )
+
+
+def _source(source: SourceConfig, opened: FileSet | Streamed) -> SourceIdentity:
+    return SourceIdentity(
+        files=opened.identities,
+        rows=None if isinstance(opened, Streamed) else len(opened),
+        weight=source.weight,
+        repeat=source.repeat,
+        columns=source.columns,
+        shuffle=source.shuffle,
+        shards=opened.shards if isinstance(opened, Streamed) else None,
     )
 
 

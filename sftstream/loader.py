@@ -22,7 +22,7 @@ from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
-from sftstream.stream import Stages, build_stream
+from sftstream.stream import build_stream
 from sftstream.topology import WHOLE, Deal, Shard
 
 MIN_ROWS_TO_JUDGE = 100
@@ -38,10 +38,13 @@ class Failed(NamedTuple):
 class PackStreams(IterableDataset[Pack | Failed]):
     """Some of a shard's streams, as one process reads them: their packs in the order of the run."""
 
-    def __init__(self, config: DataConfig, stages: Stages, start: DataState, streams: Collection[int]) -> None:
+    def __init__(
+        self, config: DataConfig, corpus: Corpus, encoder: ChatEncoder, start: DataState, streams: Collection[int]
+    ) -> None:
         super().__init__()
         self._config = config
-        self._stages = stages
+        self._corpus = corpus
+        self._encoder = encoder
         self._start = start
         self._streams = streams
         self._states: dict[str, bytes] = {}
@@ -71,7 +74,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
         raise RuntimeError("resume by constructing PackLoader(config, state=...)")
 
     def _open(self, stream: int) -> Packer:
-        node = build_stream(self._config, self._stages, stream)
+        node = build_stream(self._config, self._corpus, self._encoder, stream)
         node.reset(msgspec.to_builtins(self._start.streams[stream]))
         return node
 
@@ -150,7 +153,6 @@ class PackLoader:
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved)
-        self._stages = Stages(self.corpus, self.encoder)
         self._start = self._start_from(saved)
         self._dry = {number for number, stream in self._start.streams.items() if stream.dry}
         streams = self._start.streams.values()
@@ -203,6 +205,14 @@ class PackLoader:
             f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs evenly; "
             "take the state at its border"
         )
+
+    @property
+    def total_rows(self) -> int | None:
+        """Rows that all epochs draw; None where there is no end, or a source is streamed and cannot say."""
+        epochs, sizes = self.config.epochs, [size for size in self.corpus.sizes if size is not None]
+        if epochs is None or len(sizes) < len(self.config.sources):
+            return None
+        return sum(int(size * c.repeat * epochs) for size, c in zip(sizes, self.config.sources, strict=True))
 
     @property
     def exhausted(self) -> bool:
@@ -266,7 +276,7 @@ class PackLoader:
 
     def _open(self, worker: int) -> Reader:
         streams = frozenset(s for s in self._deal.streams_of(self.shard.index) if self._deal.worker(s) == worker)
-        dataset = PackStreams(self.config, self._stages, self._start, streams)
+        dataset = PackStreams(self.config, self.corpus, self.encoder, self._start, streams)
         return Reader(dataset, self.config.prefetch if self.workers else None)
 
     def _count(self, pack: Pack) -> None:
@@ -291,7 +301,7 @@ class PackLoader:
         if saved is None:
             return DataState(identity=identity, packs=0, streams={stream: self._fresh(stream) for stream in owned})
         if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
-            saved = rebase(saved, identity, self.config, self._stages, changed)
+            saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
                 f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the first; "
@@ -306,7 +316,7 @@ class PackLoader:
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
 
     def _fresh(self, stream: int) -> StreamState:
-        node = build_stream(self.config, self._stages, stream)
+        node = build_stream(self.config, self.corpus, self.encoder, stream)
         node.reset()
         return node.state
 

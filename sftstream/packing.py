@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from torchdata.nodes import BaseNode
 
 from sftstream.order import permute, round_keys
 from sftstream.records import IGNORE_INDEX, Amount, Example, Pack, Ref, Refusal, Refused, Segment
-from sftstream.state import Leftover, StreamState
+from sftstream.state import Leftover, Position, StreamState
 
 MAX_WAIT = 2
 """Windows that a leftover waits at most. 2 fills as well as no bound, under which some waited for 41."""
@@ -89,6 +89,16 @@ def window_size(window: int, windows: int, stream: int, streams: int) -> int:
     return window
 
 
+class Reread(Protocol):
+    """Gives again what was read before a state was taken."""
+
+    def expect(self, ref: Ref) -> None:
+        """This conversation will be asked for."""
+
+    def examples(self, ref: Ref) -> list[Example]:
+        """Raises `Refused` where the source changed."""
+
+
 class PackerConfig(NamedTuple):
     """What a packer needs to know of the run."""
 
@@ -105,21 +115,21 @@ class Packer(BaseNode[Pack]):
     """Reads a window of examples, plans it into packs, gives them one by one; the emptiest pack is dissolved and its
     conversations are planned again with the next window, twice at most.
 
-    Its state holds references. After a reset nothing is tokenized: `reread` gives a planned conversation's tokens when its
+    Its state holds references. After a reset nothing is tokenized: `stages` gives a planned conversation's tokens when its
     pack is given. A stream that has run dry gives empty packs for ever.
     """
 
     def __init__(
         self,
         source: BaseNode[Any],
-        reread: Callable[[Ref], list[Example]],
+        stages: Reread,
         account: Callable[[int, Amount], None],
         stream: int,
         config: PackerConfig,
     ) -> None:
         super().__init__()
         self.source = source
-        self._reread = reread
+        self._stages = stages
         self._account = account
         self._stream = stream
         self._config = config
@@ -127,11 +137,13 @@ class Packer(BaseNode[Pack]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at a state that `get_state` gave."""
         super().reset(initial_state)
-        self.source.reset(initial_state and {key: initial_state[key] for key in ("drawn", "mixed", "stage")})
+        self.source.reset(initial_state)
         source = self.source.state_dict()
         fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._examples: dict[Segment, Example] = {}
+        for segment in self.state.waiting:
+            self._stages.expect(segment.ref)
 
     def get_state(self) -> dict[str, Any]:
         # Builtins made anew from a frozen Struct: a live object would compare equal to itself in StatefulDataLoader's
@@ -141,7 +153,7 @@ class Packer(BaseNode[Pack]):
 
     def next(self) -> Pack:
         """The next pack, empty where nothing is left."""
-        refused: list[Refusal] = []
+        refused = list(self.state.unlisted)
         while not self.state.planned and not self.state.dry:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
@@ -154,6 +166,7 @@ class Packer(BaseNode[Pack]):
         state = self.state
         self.state = msgspec.structs.replace(
             state,
+            unlisted=(),
             planned=planned,
             dry=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
             packs=state.packs + bool(segments),
@@ -165,7 +178,7 @@ class Packer(BaseNode[Pack]):
         example = self._examples.pop(segment, None)
         if example is None:
             try:
-                example = self._reread(segment.ref)[segment.part]
+                example = self._stages.examples(segment.ref)[segment.part]
             except (Refused, IndexError) as error:
                 raise ValueError(
                     f"row {segment.row} of source {segment.source} was planned before and is refused now ({error}): the "
@@ -266,7 +279,7 @@ class Packer(BaseNode[Pack]):
 
 
 def _position(rows: dict[str, Any]) -> dict[str, Any]:
-    return {"drawn": tuple(rows["drawn"]), "mixed": tuple(rows["mixed"]), "stage": rows["stage"]}
+    return msgspec.structs.asdict(msgspec.convert(rows, Position))
 
 
 def _amount(example: Example, *, conversations: bool) -> Amount:

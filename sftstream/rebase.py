@@ -6,19 +6,24 @@ what other numbers of streams would leave between them is read now and waits as 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from sftstream.config import DataConfig
+from sftstream.draw import Rows, open_cursors
+from sftstream.encoder import ChatEncoder
 from sftstream.identity import Identity
-from sftstream.order import draws_of_stream, row_of_draw
-from sftstream.records import Amount, Ref, Refused, Segment
+from sftstream.order import RowOrder, draws_of_stream
+from sftstream.records import Amount, Ref, Refusal, Refused, Segment
+from sftstream.sources import Corpus, FileSet, Reading
 from sftstream.state import Change, DataState, Leftover, StreamState
-from sftstream.stream import Rows, Stages
+from sftstream.stream import Stages
 
-FIXED = ("format", "seed", "shuffle")
+FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
 """What the order of rows hangs on: nobody could say which rows are still to come."""
 
 
@@ -31,7 +36,12 @@ class Waiting(NamedTuple):
 
 
 def rebase(
-    saved: DataState, identity: Identity, config: DataConfig, stages: Stages, changed: Sequence[str]
+    saved: DataState,
+    identity: Identity,
+    config: DataConfig,
+    corpus: Corpus,
+    encoder: ChatEncoder,
+    changed: Sequence[str],
 ) -> DataState:
     """The state of all streams under `identity`; `changed` are the differences that were accepted.
 
@@ -39,12 +49,13 @@ def rebase(
     """
     _require_possible(saved, identity, changed)
     streams = (
-        _other_streams(saved, identity)
+        _other_streams(saved, identity, config, corpus)
         if identity.streams != saved.identity.streams
         else _same_streams(saved, identity)
     )
     rebased = {
-        number: _reread(stream, waiting, config, stages, number) for number, (stream, waiting) in streams.items()
+        number: _reread(stream, waiting, config, Stages(Reading(corpus), encoder), number)
+        for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch
     change = Change(packs=saved.packs, differences=tuple(changed))
@@ -59,10 +70,12 @@ def rebase(
 def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
     before = saved.identity
     for difference in changed:
-        if (field := difference.split(":")[0].removeprefix("data.")) in FIXED:
+        if FIXED.fullmatch(name := difference.split(":")[0]):
             raise ValueError(
-                f"a change of data.{field} cannot be accepted, since the order of rows hangs on it; start a new run"
+                f"a change of {name} cannot be accepted, since the order of rows hangs on it; start a new run"
             )
+    if identity.streams != before.streams and any(source.shards for source in before.sources):
+        raise ValueError("a change of data.streams cannot be accepted where a source is streamed; start a new run")
     if missing := before.streams - len(saved.streams):
         raise ValueError(
             f"the state lacks {missing} of {before.streams} streams, and a change needs all; merge the shards' states"
@@ -87,17 +100,19 @@ def _same_streams(saved: DataState, identity: Identity) -> dict[int, tuple[Strea
     return {number: (_widened(stream, identity), list(_waiting(stream))) for number, stream in saved.streams.items()}
 
 
-def _other_streams(saved: DataState, identity: Identity) -> dict[int, tuple[StreamState, list[Waiting]]]:
+def _other_streams(
+    saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus
+) -> dict[int, tuple[StreamState, list[Waiting]]]:
     """Another number of streams: what was drawn is cut off evenly, and what lies below the cut is dealt out to wait."""
     olds = [_widened(saved.streams[number], identity) for number in sorted(saved.streams)]
     ends = [_end(olds, source) for source in range(len(identity.sources))]
-    waiting = sorted([*_holes(olds, ends, identity), *(item for stream in olds for item in _waiting(stream))])
+    waiting = sorted([*_holes(olds, ends, config, corpus), *(item for stream in olds for item in _waiting(stream))])
     count = identity.streams
     return {number: (_dealt(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
 
 
 def _waiting(stream: StreamState) -> Iterator[Waiting]:
-    segments = [*(leftover.segment for leftover in stream.leftovers), *(s for pack in stream.planned for s in pack)]
+    segments = stream.waiting
     for ref in dict.fromkeys(segment.ref for segment in segments):
         yield Waiting(ref, tuple(sorted(segment.part for segment in segments if segment.ref == ref)))
 
@@ -110,13 +125,15 @@ def _end(olds: Sequence[StreamState], source: int) -> int:
     )
 
 
-def _holes(olds: Sequence[StreamState], ends: Sequence[int], identity: Identity) -> Iterator[Waiting]:
+def _holes(olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus) -> Iterator[Waiting]:
     """Draws below the end that their stream has not come to."""
     for source, end in enumerate(ends):
-        keys = ("row", identity.seed, source)
+        files = corpus.sources[source]
+        assert isinstance(files, FileSet)
+        order = RowOrder(files.shards, config.seed, source, config.shuffle_of(config.sources[source]))
         for number, stream in enumerate(olds):
             for draw in range(number + stream.drawn[source] * len(olds), end, len(olds)):
-                row, epoch = row_of_draw(draw, identity.sources[source].rows, keys, identity.shuffle)
+                row, epoch = order.at(draw)
                 yield Waiting(Ref(source, row, epoch), None)
 
 
@@ -168,16 +185,25 @@ def _reread(
 ) -> StreamState:
     """What waits, as it is under the new settings: planned anew with the next window."""
     leftovers: list[Leftover] = []
-    refused = dict(stream.refused)
+    refused: list[Refusal] = []
+    for item in waiting:
+        stages.expect(item.ref)
     for item in waiting:
         try:
             leftovers += [Leftover(segment, 0) for segment in _segments(item, config, stages)]
         except Refused as reason:
-            refused[reason.reason] = refused.get(reason.reason, 0) + 1
-    rows = Rows(config, stages.corpus.sizes, number)
-    rows.reset({"drawn": stream.drawn, "mixed": stream.mixed, "stage": stream.stage})
+            refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
+    rows = Rows(config, open_cursors(config, stages.reading, number))
+    rows.reset(msgspec.to_builtins(stream))
     dry = not leftovers and rows.state_dict()["exhausted"]
-    return msgspec.structs.replace(stream, planned=(), leftovers=tuple(leftovers), refused=refused, dry=dry)
+    return msgspec.structs.replace(
+        stream,
+        planned=(),
+        leftovers=tuple(leftovers),
+        refused=_summed([stream.refused, Counter(refusal.reason for refusal in refused)]),
+        unlisted=tuple(refused),
+        dry=dry,
+    )
 
 
 def _segments(item: Waiting, config: DataConfig, stages: Stages) -> Iterator[Segment]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sftstream.identity import Identity, differences
-from sftstream.records import Amount, Segment
+from sftstream.records import Amount, Refusal, Segment
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True):
@@ -19,14 +19,30 @@ class Leftover(msgspec.Struct, frozen=True, array_like=True):
     waited: int
 
 
-class StreamState(msgspec.Struct, frozen=True, kw_only=True):
-    """One logical stream after a pack."""
+class ShardPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a stream stands in a source that is streamed."""
+
+    shards: int = 0
+    """Parts of shards that it has left behind, over all epochs."""
+    rows: int = 0
+    """Rows that it has drawn from the present one."""
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the rows of one logical stream stand."""
 
     drawn: tuple[int, ...]
     """Rows drawn from each source by this stream, over all epochs."""
     mixed: tuple[int, ...] = ()
     """What the mixture counts of each source, since its stage began."""
+    places: dict[int, ShardPlace] = {}
+    """In each source that is streamed."""
     stage: int = 0
+
+
+class StreamState(Position, frozen=True, kw_only=True):
+    """One logical stream after a pack."""
+
     accepted: tuple[Amount, ...] = ()
     """What was read from each source and not refused."""
     windows: int = 0
@@ -44,8 +60,15 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """Their tokens."""
     refused: dict[str, int] = {}
     """Rows refused, by reason."""
+    unlisted: tuple[Refusal, ...] = ()
+    """Rows that were refused while a change was made: the next pack lists them."""
     notes: dict[str, int] = {}
     """What was done to conversations to train them: cut, split, tokens that were not trained for lying across a border."""
+
+    @property
+    def waiting(self) -> list[Segment]:
+        """What was read and not given yet."""
+        return [*(leftover.segment for leftover in self.leftovers), *(s for pack in self.planned for s in pack)]
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +141,7 @@ def describe(state: StateDict | DataState) -> str:
     streams = data.streams.values()
     identity = data.identity
     refused: Counter[str] = sum((Counter(stream.refused) for stream in streams), Counter())
-    waiting = sum(len(stream.leftovers) + sum(map(len, stream.planned)) for stream in streams)
+    waiting = sum(len(stream.waiting) for stream in streams)
     given = sum(stream.packs for stream in streams)
     tokens = sum(stream.tokens for stream in streams)
     fill = f", {tokens / (given * identity.capacity):.2%} full" if given else ""
@@ -133,7 +156,8 @@ def describe(state: StateDict | DataState) -> str:
     for index, source in enumerate(identity.sources):
         drawn = sum(stream.drawn[index] for stream in streams)
         names = ", ".join(file.name for file in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
-        lines.append(f"source {index} ({names}): {drawn:,} rows drawn, {drawn / source.rows:.3f} epochs")
+        lines.append(f"source {index} ({names}): {drawn:,} rows drawn")
+        lines[-1] += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
         lines[-1] += _shares(accepted[index], whole) if len(accepted) > 1 and whole.conversations else ""
     notes: Counter[str] = sum((Counter(stream.notes) for stream in streams), Counter())
     lines += [f"{note}: {count:,}" for note, count in notes.most_common()]

@@ -2,110 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import msgspec
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig, SourceConfig
+from sftstream.draw import Drawn, Rows, open_cursors
 from sftstream.encoder import ChatEncoder
 from sftstream.formats import conversation
-from sftstream.order import draws_of_stream, next_source, row_of_draw
 from sftstream.packing import Packer, PackerConfig
-from sftstream.records import Amount, Conversation, Example, Ref, Refusal, Refused
-from sftstream.sources import BrokenRow, Corpus
+from sftstream.records import Conversation, Example, Ref, Refusal, Refused
+from sftstream.sources import BrokenRow, Corpus, FileSet, Reading
 
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-
-class Drawn(NamedTuple, Generic[X]):
-    """What a stage made of the row at `ref`."""
-
-    ref: Ref
-    value: X
-
-
-class RowsState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the rows of one logical stream stand."""
-
-    drawn: tuple[int, ...]
-    """Rows drawn from each source."""
-    mixed: tuple[int, ...]
-    """What the mixture counts of each source since the stage began."""
-    stage: int = 0
-    exhausted: bool = False
-
-
-class Rows(BaseNode[Drawn[Ref]]):
-    """The rows of one logical stream in their order, mixed by counters."""
-
-    def __init__(self, config: DataConfig, sizes: Sequence[int], stream: int) -> None:
-        super().__init__()
-        self._config = config
-        self._sizes = sizes
-        self._stream = stream
-        self._weights = [_weights(config, sizes), *(stage.weights for stage in config.stages)]
-        self._limits = _limits(config, sizes, stream)
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        zeros = (0,) * len(self._sizes)
-        state = msgspec.convert(initial_state, RowsState) if initial_state else RowsState(drawn=zeros, mixed=zeros)
-        self._drawn, self._mixed, self._stage = list(state.drawn), list(state.mixed), state.stage
-
-    def next(self) -> Drawn[Ref]:
-        self._enter_stage()
-        source = self._next_source()
-        if source is None:
-            raise StopIteration
-        draw = self._stream + self._drawn[source] * self._config.streams
-        keys = ("row", self._config.seed, source)
-        row, epoch = row_of_draw(draw, self._sizes[source], keys, self._config.shuffle)
-        self._drawn[source] += 1
-        if self._config.mix_by == "conversations":
-            self._mixed[source] += 1
-        ref = Ref(source, row, epoch)
-        return Drawn(ref, ref)
-
-    def account(self, source: int, amount: Amount) -> None:
-        """What the row just drawn turned out to hold: a mixture by tokens counts these."""
-        if self._config.mix_by != "conversations":
-            self._mixed[source] += amount.tokens if self._config.mix_by == "tokens" else amount.trained_tokens
-
-    def get_state(self) -> dict[str, Any]:
-        exhausted = self._next_source() is None
-        state = RowsState(drawn=tuple(self._drawn), mixed=tuple(self._mixed), stage=self._stage, exhausted=exhausted)
-        result: dict[str, Any] = msgspec.to_builtins(state)
-        return result
-
-    def _enter_stage(self) -> None:
-        drawn = sum(self._drawn) * self._config.streams
-        stage = sum(stage.after <= drawn for stage in self._config.stages)
-        if stage != self._stage:
-            self._stage, self._mixed = stage, [0] * len(self._sizes)
-
-    def _next_source(self) -> int | None:
-        ended = [limit is not None and drawn >= limit for drawn, limit in zip(self._drawn, self._limits, strict=True)]
-        if self._config.ends_with == "first" and any(ended):
-            return None
-        return next_source(self._mixed, self._weights[self._stage], (i for i, end in enumerate(ended) if not end))
-
-
-def _weights(config: DataConfig, sizes: Sequence[int]) -> list[float]:
-    """The sources' own, or their sizes: then all end an epoch together."""
-    pairs = zip(config.sources, sizes, strict=True)
-    return [size * source.repeat if source.weight is None else source.weight for source, size in pairs]
-
-
-def _limits(config: DataConfig, sizes: Sequence[int], stream: int) -> list[int | None]:
-    """Rows that a finite stream draws from each source."""
-    epochs = config.epochs
-    if epochs is None:
-        return [None] * len(sizes)
-    pairs = zip(config.sources, sizes, strict=True)
-    return [draws_of_stream(int(size * source.repeat * epochs), stream, config.streams) for source, size in pairs]
+ROWS_OF_A_STREAMED_SOURCE = 1_000_000
+"""Taken for those of a source that cannot say: a stream that refuses twice as many in a row is hopeless."""
 
 
 class Map(BaseNode[Drawn[Y] | Refusal], Generic[X, Y]):
@@ -134,16 +49,21 @@ class Map(BaseNode[Drawn[Y] | Refusal], Generic[X, Y]):
         return state
 
 
-class Stages(NamedTuple):
-    """The pure stages that all streams of a process share."""
+@dataclass(frozen=True)
+class Stages:
+    """The pure stages of one stream."""
 
-    corpus: Corpus
+    reading: Reading
     encoder: ChatEncoder
+
+    def expect(self, ref: Ref) -> None:
+        """This conversation was read before the state was taken, and will be asked for."""
+        self.reading.expect(ref)
 
     def load(self, ref: Ref) -> Conversation:
         """The conversation at `ref`; raises `Refused`."""
         try:
-            return conversation(self.corpus.read(ref.source, ref.row))
+            return conversation(self.reading.read(ref))
         except BrokenRow as error:
             raise Refused("broken row", str(error)) from None
 
@@ -154,27 +74,28 @@ class Stages(NamedTuple):
 
 def read_conversations(path: str) -> Iterator[Conversation]:
     """All conversations of a file or glob, in order; raises ValueError naming the row that is none."""
-    corpus = Corpus((SourceConfig(path=path),))
-    for row in range(corpus.sizes[0]):
+    rows = FileSet(SourceConfig(path=path))
+    for row in range(len(rows)):
         try:
-            yield conversation(corpus.read(0, row))
+            yield conversation(rows.read(row))
         except (BrokenRow, Refused) as error:
-            raise ValueError(f"{corpus.place(0, row)}: {error}") from None
+            raise ValueError(f"{rows.place(row)}: {error}") from None
 
 
-def build_stream(config: DataConfig, stages: Stages, stream: int) -> Packer:
+def build_stream(config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int) -> Packer:
     """The graph of logical stream number `stream`, to be reset before it is read."""
-    rows = Rows(config, stages.corpus.sizes, stream)
+    stages = Stages(Reading(corpus), encoder)
+    rows = Rows(config, open_cursors(config, stages.reading, stream))
     loaded = Map(rows, stages.load)
-    rendered = Map(loaded, stages.encoder.draft)
-    tokenized = Map(rendered, stages.encoder.tokenize)
+    rendered = Map(loaded, encoder.draft)
+    tokenized = Map(rendered, encoder.tokenize)
     packer = PackerConfig(
         capacity=config.capacity,
         window=config.window,
         streams=config.streams,
         seed=config.seed,
-        shuffle=config.shuffle,
-        pad_id=stages.encoder.tokenizer.pad_id,
-        rows=sum(stages.corpus.sizes),
+        shuffle=bool(config.shuffle),
+        pad_id=encoder.tokenizer.pad_id,
+        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    return Packer(tokenized, stages.examples, rows.account, stream, packer)
+    return Packer(tokenized, stages, rows.account, stream, packer)

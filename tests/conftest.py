@@ -19,7 +19,7 @@ import tiny
 import torch
 
 from sftstream import ChatEncoder, DataConfig
-from sftstream.sources import Corpus
+from sftstream.sources import Corpus, Reading
 from sftstream.stream import Stages
 
 REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -59,7 +59,7 @@ def config(tokenizer: str, corpus_path: str) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def stages(config: DataConfig, encoder: ChatEncoder) -> Stages:
-    return Stages(Corpus(config.sources), encoder)
+    return Stages(Reading(Corpus(config.sources)), encoder)
 
 
 @pytest.fixture(scope="session")

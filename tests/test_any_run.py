@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 import tiny
 
@@ -26,34 +28,57 @@ class Given(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files of several kinds and sizes, one with rows that are refused, one with a single row."""
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Sources of every kind and of several sizes, one with rows that are refused, one with a single row."""
     directory = tmp_path_factory.mktemp("corpora")
     spoiled: list[Any] = tiny.rows(25, seed=3)
     spoiled[4] = spoiled[17] = {"text": "?"}
+    flat = [{"prompt": f"{i} ?", "completion": "north " * (i % 9 + 1)} for i in range(31)]
+    shards = directory / "shards"
+    shards.mkdir()
+    for number, size in enumerate((9, 0, 4, 17)):
+        (shards / f"{number}.jsonl.gz").write_bytes(gzip.compress(tiny.json_lines(tiny.rows(size, seed=number))))
+    repository = directory / "repository"
+    repository.mkdir()
+    for number in range(3):
+        tiny.write_parquet(repository / f"train-{number}.parquet", tiny.rows(7 + number, seed=number))
+    datasets.Dataset.from_list(tiny.rows(20, seed=5)).save_to_disk(str(directory / "saved"), num_shards=2)
+    (directory / "flat.csv").write_text("q,a\n" + "".join(f"{i} ?,{'south ' * (i % 7 + 1)}\n" for i in range(19)))
     return [
-        tiny.write_jsonl(directory / "many.jsonl", tiny.rows(60, seed=1)),
-        tiny.write_json(directory / "some.json", tiny.rows(23, seed=2)),
-        tiny.write_jsonl(directory / "spoiled.jsonl", spoiled),
-        tiny.write_jsonl(directory / "one.jsonl", tiny.rows(1, seed=4)),
-        tiny.write_parquet(
-            directory / "flat.parquet", [{"prompt": f"{i} ?", "completion": "north " * (i % 9 + 1)} for i in range(31)]
-        ),
+        {"path": tiny.write_jsonl(directory / "many.jsonl", tiny.rows(60, seed=1))},
+        {"path": tiny.write_json(directory / "some.json", tiny.rows(23, seed=2))},
+        {"path": tiny.write_jsonl(directory / "spoiled.jsonl", spoiled)},
+        {"path": tiny.write_jsonl(directory / "one.jsonl", tiny.rows(1, seed=4))},
+        {"path": tiny.write_parquet(directory / "flat.parquet", flat)},
+        {"path": str(directory / "flat.csv"), "columns": {"prompt": "q", "completion": "a"}},
+        {"path": str(shards)},
+        {"path": str(repository), "split": "train"},
+        {"path": str(directory / "saved")},
     ]
 
 
-def _draw_config(draw: random.Random, tokenizer: str, corpora: list[str]) -> DataConfig:
-    paths = draw.sample(corpora, draw.randint(1, 4))
-    weighted = draw.random() < 0.4
-    finite = draw.random() < 0.7
-    sources: list[dict[str, Any]] = [{"path": path} for path in paths]
+def _draw_sources(draw: random.Random, corpora: list[dict[str, Any]], finite: bool) -> list[dict[str, Any]]:
+    sources = [dict(source) for source in draw.sample(corpora, draw.randint(1, 4))]
     for source in sources:
-        if weighted:
-            source["weight"] = draw.choice([1, 2, 0.3])
+        if draw.random() < 0.3:
+            # In an unshuffled source of few shards an endless stream may find no row, and says so.
+            source |= {"streaming": True, "shuffle": draw.choice(["shards", False]) if finite else "shards"}
+        elif draw.random() < 0.2:
+            source["shuffle"] = draw.choice([True, False, "shards"])
         if finite and draw.random() < 0.3:
             source["repeat"] = draw.choice([0.5, 2, 1.7])
+    if draw.random() < 0.4 or any(source.get("streaming") for source in sources):
+        for source in sources:
+            source["weight"] = draw.choice([1, 2, 0.3])
+    return sources
+
+
+def _draw_config(draw: random.Random, tokenizer: str, corpora: list[dict[str, Any]]) -> DataConfig:
+    finite = draw.random() < 0.7
+    sources = _draw_sources(draw, corpora, finite)
+    weighted = "weight" in sources[0]
     stages = (
-        [{"after": draw.randint(5, 60), "weights": [draw.choice([1, 2]) for _ in paths]}]
+        [{"after": draw.randint(5, 60), "weights": [draw.choice([1, 2]) for _ in sources]}]
         if weighted and draw.random() < 0.4
         else []
     )
@@ -64,7 +89,7 @@ def _draw_config(draw: random.Random, tokenizer: str, corpora: list[str]) -> Dat
         global_batch=draw.choice([1, 4, 6, 8]),
         capacity=draw.choice([128, 256]),
         window=draw.choice([1, 5, 16, 64]),
-        shuffle=draw.random() < 0.7,
+        shuffle=draw.choice([True, True, False, "shards"]),
         seed=draw.randint(0, 99),
         epochs=draw.randint(1, 3) if finite else None,
         overflow=draw.choice(["drop", "truncate", "split"]),
@@ -106,7 +131,7 @@ def _steps(
     return result, state
 
 
-def _check(number: int, tokenizer: str, corpora: list[str]) -> None:
+def _check(number: int, tokenizer: str, corpora: list[dict[str, Any]]) -> None:
     draw = random.Random(f"{SEED}/{number}")
     config = _draw_config(draw, tokenizer, corpora)
     whole = _reference(config, steps=draw.randint(3, 14))
@@ -123,13 +148,13 @@ def _check(number: int, tokenizer: str, corpora: list[str]) -> None:
 
 @pytest.mark.parametrize("number", range(DRAWS))
 def test_a_random_run_gives_the_same_packs_on_any_chain_of_topologies(
-    number: int, tokenizer: str, corpora: list[str]
+    number: int, tokenizer: str, corpora: list[dict[str, Any]]
 ) -> None:
     _check(number, tokenizer, corpora)
 
 
 @pytest.mark.slow
-def test_hundreds_of_random_runs_give_the_same_packs(tokenizer: str, corpora: list[str]) -> None:
+def test_hundreds_of_random_runs_give_the_same_packs(tokenizer: str, corpora: list[dict[str, Any]]) -> None:
     print(f"seed {SEED}")
     for number in range(1000, 1000 + MORE_DRAWS):
         _check(number, tokenizer, corpora)

@@ -62,7 +62,7 @@ def test_a_config_survives_being_written_down() -> None:
         ({"streams": 1.5}, "Expected `int`, got `float` - at `$.streams`"),
         ({"streams": True}, "Expected `int`, got `bool` - at `$.streams`"),
         ({"capacity": None}, "Expected `int`, got `null` - at `$.capacity`"),
-        ({"shuffle": 1}, "Expected `bool`, got `int` - at `$.shuffle`"),
+        ({"shuffle": 1}, "Expected `bool | str`, got `int` - at `$.shuffle`"),
         ({"epochs": "2"}, "Expected `int | null`, got `str` - at `$.epochs`"),
         ({"sources": [{"path": 5}]}, "Expected `str`, got `int` - at `$.sources[0].path`"),
         ({"train_on": ["oracle"]}, "Invalid enum value 'oracle' - at `$.train_on[0]`"),

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sftstream import ChatEncoder, Conversation, Message, SourceConfig, ToolCall, read_conversations
-from sftstream.sources import Corpus
+from sftstream.sources import FileSet
 from trainer.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,9 +61,9 @@ def test_the_data_stays_small() -> None:
 
 def test_every_layout_has_a_good_part_of_the_conversations() -> None:
     for name, columns in COLUMNS.items():
-        corpus = Corpus((SourceConfig(path=str(DEMO / "data" / name)),))
-        assert corpus.sizes[0] > 1000
-        assert all(columns <= set(corpus.read(0, row)) for row in range(corpus.sizes[0]))
+        rows = FileSet(SourceConfig(path=str(DEMO / "data" / name)))
+        assert len(rows) > 1000
+        assert all(columns <= set(rows.read(row)) for row in range(len(rows)))
 
 
 def test_the_layouts_together_are_nine_thousand_conversations_of_all_kinds(trained: list[Conversation]) -> None:

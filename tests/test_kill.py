@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import runs
+import tiny
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 DRAWS = int(os.environ.get("SFTSTREAM_KILLS") or 12)
@@ -39,6 +40,16 @@ def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str
     del config["run"]["steps"]
     config["run"]["epochs"] = 2
     _compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
+
+
+def test_kills_leave_no_trace_where_the_source_is_streamed(tmp_path: Path, tokenizer: str) -> None:
+    for number in range(3):
+        tiny.write_jsonl(tmp_path / f"{number}.jsonl", tiny.rows(20, seed=number))
+    source = {"path": f"{tmp_path}/*.jsonl", "streaming": True, "shuffle": "shards"}
+    config = runs.run_config(tokenizer, data={"sources": [source], "workers": 1}) | {"schedule": {"warmup": 2}}
+    del config["run"]["steps"]
+    config["run"]["epochs"] = 2
+    _compare(tmp_path, config, processes=1, draw=random.Random(SEED + 2), kills=2)
 
 
 @pytest.mark.slow

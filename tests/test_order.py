@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftstream.order import draws_of_stream, next_source, permute, round_keys, row_of_draw
+from sftstream.order import RowOrder, draws_of_stream, next_source, permute, round_keys
 
 
 def permutation(size: int, *words: int | str) -> list[int]:
@@ -44,9 +46,9 @@ def test_places_in_huge_sizes_are_distinct_and_inside(size: int) -> None:
 
 def test_the_order_never_changes_by_accident() -> None:
     assert round_keys("row", 0, 0, 0)[:2] == (9733763120062159810, 4207131364801289264)
-    assert permutation(10, "row", 0, 0, 0) == [4, 6, 7, 8, 2, 5, 9, 1, 0, 3]
-    assert permutation(10, "row", 0, 0, 1) == [9, 5, 0, 3, 6, 8, 1, 2, 4, 7]
-    assert permutation(10, "row", 1, 0, 0) == [3, 0, 9, 8, 4, 6, 1, 2, 5, 7]
+    assert permutation(10, "row", 0, 0, 0) == [3, 7, 1, 0, 4, 2, 6, 9, 8, 5]
+    assert permutation(10, "row", 0, 0, 1) == [5, 0, 8, 1, 7, 3, 6, 9, 4, 2]
+    assert permutation(10, "row", 1, 0, 0) == [3, 6, 2, 9, 8, 7, 0, 5, 4, 1]
     keys = round_keys("row", 0, 0, 0)
     assert [permute(i, 10**9, keys) for i in range(4)] == [968090560, 836325623, 717508662, 740545038]
 
@@ -70,12 +72,27 @@ def test_every_permutation_of_four_is_drawn_about_as_often() -> None:
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 50  # chi-squared, 23 degrees: p = 0.001
 
 
+@pytest.mark.parametrize("size", [5, 6, 12, 30, 64, 100])
+def test_every_place_is_as_likely_for_every_row_and_neighbours_are_not_kept_together(size: int) -> None:
+    """Chi-squared over 2,000 keys: within five standard deviations of its mean."""
+    draws = [permutation(size, "row", seed, 0, 0) for seed in range(2000)]
+    places = np.zeros((size, size))
+    steps = np.zeros(size)
+    for order in draws:
+        places[np.arange(size), order] += 1
+        steps += np.bincount(np.diff(order) % size, minlength=size)
+    for counts, free in ((places, (size - 1) ** 2), (steps[1:], size - 2)):
+        expected = counts.sum() / counts.size
+        assert abs(((counts - expected) ** 2 / expected).sum() - free) < 5 * math.sqrt(2 * free)
+
+
 def test_draws_of_all_streams_make_whole_epochs() -> None:
     streams, rows, epochs = 7, 10, 3
     drawn = []
+    order = RowOrder((rows,), 5, 0, True)
     for stream in range(streams):
         count = draws_of_stream(rows * epochs, stream, streams)
-        drawn += [row_of_draw(stream + i * streams, rows, ("row", 5, 0), True) for i in range(count)]
+        drawn += [order.at(stream + i * streams) for i in range(count)]
     assert sorted(drawn) == [(row, epoch) for row in range(rows) for epoch in range(epochs)]
 
 
@@ -84,13 +101,29 @@ def test_a_stream_that_gets_no_draw_has_none() -> None:
 
 
 def test_draws_in_order_are_rows_in_order() -> None:
-    assert [row_of_draw(draw, 3, ("row", 0, 0), False) for draw in range(5)] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert list(map(RowOrder((3,), 0, 0, False).at, range(5))) == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+
+
+def test_shards_come_in_an_order_of_their_own_and_their_rows_as_they_lie() -> None:
+    sizes = (3, 0, 2, 4, 1)
+    starts = {0: 0, 2: 3, 3: 5, 4: 9}
+    order = RowOrder(sizes, 11, 0, "shards")
+    epochs = [[order.at(draw) for draw in range(epoch * 10, epoch * 10 + 10)] for epoch in range(200)]
+    seen: Counter[tuple[int, ...]] = Counter()
+    for number, epoch in enumerate(epochs):
+        assert {at for _, at in epoch} == {number}
+        first = [shard for row, _ in epoch for shard, start in starts.items() if row == start]
+        assert [row for row, _ in epoch] == [row for s in first for row in range(starts[s], starts[s] + sizes[s])]
+        seen[tuple(first)] += 1
+    assert len(seen) == 24
+    assert order.at(1234) == RowOrder(sizes, 11, 0, "shards").at(1234)
 
 
 def test_the_draws_never_change_by_accident() -> None:
-    drawn = [row_of_draw(draw, 5, ("row", 7, 0), True) for draw in range(12)]
-    assert drawn[:5] == [(2, 0), (3, 0), (0, 0), (1, 0), (4, 0)]
-    assert drawn[5:] == [(0, 1), (3, 1), (2, 1), (4, 1), (1, 1), (4, 2), (1, 2)]
+    drawn = list(map(RowOrder((5,), 7, 0, True).at, range(12)))
+    assert drawn[:5] == [(0, 0), (1, 0), (4, 0), (3, 0), (2, 0)]
+    assert drawn[5:] == [(4, 1), (0, 1), (1, 1), (3, 1), (2, 1), (0, 2), (4, 2)]
+    assert [row for row, _ in map(RowOrder((2, 1, 2), 7, 0, "shards").at, range(10))] == [2, 0, 1, 3, 4, 3, 4, 2, 0, 1]
 
 
 def test_sources_are_mixed_by_a_literal_schedule() -> None:

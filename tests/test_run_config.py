@@ -84,6 +84,15 @@ def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
         parse_config(tables)
 
 
+def test_a_decay_over_the_data_needs_to_know_how_much_there_is() -> None:
+    source = {"path": "rows.jsonl", "streaming": True, "shuffle": "shards"}
+    tables = _tables(schedule={"over": "data"}, data={"sources": [source]})
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 1
+    with pytest.raises(ValueError, match="needs the number of conversations, which a streamed source does not tell"):
+        parse_config(tables)
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config '.*none.toml' cannot be read: No such file"):
         load_config(tmp_path / "none.toml")

@@ -253,10 +253,10 @@ def test_a_source_of_more_files_than_descriptors_is_read(tmp_path: Path) -> None
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
 from sftstream import SourceConfig
-from sftstream.sources import Corpus
-corpus = Corpus((SourceConfig(path={str(tmp_path)!r}),))
-assert [corpus.read(0, 2 * i) for i in range(150)] == list(range(150))
-assert [corpus.read(0, 2 * i + 1) for i in range(149, -1, -1)] == list(range(1149, 999, -1))
+from sftstream.sources import FileSet
+rows = FileSet(SourceConfig(path={str(tmp_path)!r}))
+assert [rows.read(2 * i) for i in range(150)] == list(range(150))
+assert [rows.read(2 * i + 1) for i in range(149, -1, -1)] == list(range(1149, 999, -1))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -314,13 +314,13 @@ def test_ten_million_tiny_rows_are_indexed_in_seconds_and_little_memory(tmp_path
     program = f"""
 import json, resource, time
 from sftstream import SourceConfig
-from sftstream.sources import Corpus
+from sftstream.sources import FileSet
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-corpus = Corpus((SourceConfig(path={str(path)!r}),))
+rows = FileSet(SourceConfig(path={str(path)!r}))
 seconds = time.perf_counter() - start
-assert corpus.sizes == (10_000_000,)
-assert [corpus.read(0, row) for row in (0, 4_999_999, 9_999_999)] == [0, 4_999_999, 9_999_999]
-assert corpus.place(0, 9_999_999).endswith(":10000000")
+assert len(rows) == 10_000_000
+assert [rows.read(row) for row in (0, 4_999_999, 9_999_999)] == [0, 4_999_999, 9_999_999]
+assert rows.place(9_999_999).endswith(":10000000")
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

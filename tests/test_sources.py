@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,9 +14,10 @@ import pytest
 import tiny
 
 from sftstream import SourceConfig
-from sftstream.sources import BrokenRow, Corpus
+from sftstream.records import Ref
+from sftstream.sources import BrokenRow, Corpus, FileIdentity
 from sftstream.sources import rows as rows_module
-from sftstream.sources.corpus import FileSet
+from sftstream.sources.corpus import FileSet, Reading
 from sftstream.sources.rows import identify
 
 A, B = {"messages": [{"role": "user", "content": "ä\u2028b"}]}, {"n": 1}
@@ -256,10 +258,10 @@ def test_a_corpus_counts_reads_and_places_by_source(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"[2]")
     corpus = Corpus((SourceConfig(path=str(tmp_path / "a.jsonl")), SourceConfig(path=str(tmp_path / "b.json"))))
     assert corpus.sizes == (2, 1)
-    assert [corpus.read(0, 0), corpus.read(0, 1), corpus.read(1, 0)] == [0, 1, 2]
     assert corpus.place(1, 0) == f"{tmp_path}/b.json[0]"
-    copy = pickle.loads(pickle.dumps(corpus))
-    assert [copy.read(0, 0), copy.read(0, 1), copy.read(1, 0)] == [0, 1, 2]
+    for one in (corpus, pickle.loads(pickle.dumps(corpus))):
+        reading = Reading(one)
+        assert [reading.read(Ref(*at, 0)) for at in ((0, 0), (0, 1), (1, 0))] == [0, 1, 2]
 
 
 def test_a_files_identity_is_its_name_size_and_content(tmp_path: Path) -> None:
@@ -291,3 +293,24 @@ def test_a_huge_files_identity_is_taken_from_its_ends_and_even_places_between(
         content[place] = ord("b")
         seen.add(digest())
     assert len(seen) == 5
+    content[20] = ord("b")  # where no sample is taken
+    assert digest() in seen
+    assert identify(path).sampled
+
+
+def test_a_huge_files_identity_is_every_byte_of_it_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "SAMPLED_ABOVE", 1000)
+    monkeypatch.setattr(rows_module, "_BLOCK", 8)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"1\n" * 5000)
+    sampled, full = (opened(path, digest=digest).files[0].identity for digest in ("sampled", "full"))
+    assert full == FileIdentity(name="a.jsonl", size=10_000, sha256=hashlib.sha256(b"1\n" * 5000).hexdigest())
+    path.write_bytes(b"1\n" * 10 + b"2\n" + b"1\n" * 4989)
+    assert opened(path, digest="sampled").files[0].identity == sampled
+    assert opened(path, digest="full").files[0].identity != full
+    (tmp_path / "d").mkdir()
+    path.rename(tmp_path / "d" / "a.jsonl")
+    for of_many in (tmp_path / "d", tmp_path / "d" / "*.jsonl"):
+        assert not opened(of_many, digest="full").files[0].identity.sampled

@@ -12,15 +12,20 @@ import pytest
 import tiny
 
 from sftstream import ChatEncoder, DataConfig, Pack, PackLoader, StreamState, describe, read_conversations
+from sftstream.draw import Rows, open_cursors
 from sftstream.packing import Packer
-from sftstream.sources import Corpus
-from sftstream.stream import Rows, Stages, build_stream
+from sftstream.sources import Corpus, Reading
+from sftstream.stream import Stages, build_stream
 
 
 def opened(config: DataConfig, encoder: ChatEncoder, stream: int, state: Any = None) -> Packer:
-    node = build_stream(config, Stages(Corpus(config.sources), encoder), stream)
+    node = build_stream(config, Corpus(config.sources), encoder, stream)
     node.reset(state)
     return node
+
+
+def opened_rows(config: DataConfig, stream: int = 0) -> Rows:
+    return Rows(config, open_cursors(config, Reading(Corpus(config.sources)), stream))
 
 
 def tail(node: Packer) -> list[tuple[Any, ...]]:
@@ -192,7 +197,7 @@ def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], en
 
 
 def test_a_segments_tokens_are_those_of_its_row(config: DataConfig, encoder: ChatEncoder) -> None:
-    stages = Stages(Corpus(config.sources), encoder)
+    stages = Stages(Reading(Corpus(config.sources)), encoder)
     for pack in every_stream(config, encoder):
         borders = pack.cu_seqlens.tolist()
         for segment, start in zip(pack.segments, borders, strict=False):
@@ -207,7 +212,7 @@ def test_epochs_have_orders_of_their_own_and_an_unshuffled_one_is_that_of_the_fi
 ) -> None:
     def order(**changes: Any) -> list[int]:
         config = tiny.data_config(tokenizer, corpus_path, streams=1, **changes)
-        rows = Rows(config, Corpus(config.sources).sizes, 0)
+        rows = opened_rows(config)
         return [item.ref.row for item in rows]
 
     shuffled = order()
@@ -220,7 +225,7 @@ def test_epochs_have_orders_of_their_own_and_an_unshuffled_one_is_that_of_the_fi
 def test_weighted_sources_are_drawn_at_their_shares_without_end(tokenizer: str, corpus_path: str, spoiled: str) -> None:
     sources = [{"path": corpus_path, "weight": 3}, {"path": spoiled, "weight": 1}]
     config = tiny.data_config(tokenizer, sources=sources, epochs=None)
-    rows = Rows(config, Corpus(config.sources).sizes, 2)
+    rows = opened_rows(config, 2)
     rows.reset()
     drawn = [next(rows).ref for _ in range(400)]
     assert [ref.source for ref in drawn[:8]] == [0, 0, 1, 0, 0, 0, 1, 0]
@@ -229,12 +234,12 @@ def test_weighted_sources_are_drawn_at_their_shares_without_end(tokenizer: str, 
 
 
 def test_the_state_of_the_rows_is_not_changed_by_reading_on(config: DataConfig) -> None:
-    rows = Rows(config, (48,), 0)
+    rows = opened_rows(config)
     rows.reset()
     before = rows.state_dict()
     next(rows)
-    assert before == {"drawn": (0,), "mixed": (0,), "stage": 0, "exhausted": False}
-    assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "stage": 0, "exhausted": False}
+    assert before == {"drawn": (0,), "mixed": (0,), "places": {}, "stage": 0, "exhausted": False}
+    assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "places": {}, "stage": 0, "exhausted": False}
 
 
 def test_a_row_that_changed_since_it_was_planned_is_an_error(

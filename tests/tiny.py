@@ -98,8 +98,12 @@ def rows(count: int, seed: int = 0) -> list[Row]:
     return result
 
 
+def json_lines(content: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode()
+
+
 def write_jsonl(path: Path, content: Iterable[Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+    path.write_bytes(json_lines(content))
     return str(path)
 
 

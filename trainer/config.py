@@ -110,6 +110,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 'schedule.over = "data" needs run.epochs: an endless stream makes no progress; use "steps"'
             )
+        if self.schedule.over == "data" and any(source.streaming for source in self.data.sources):
+            raise ValueError(
+                'schedule.over = "data" needs the number of conversations, which a streamed source does not tell; use "steps"'
+            )
         fades = self.schedule.kind != "constant" and self.schedule.over == "steps"
         if fades and self.schedule.steps is None and self.run.steps is None:
             raise ValueError(

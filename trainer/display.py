@@ -43,13 +43,13 @@ class Display:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, metrics: StepMetrics, share: float, *, last: bool) -> None:
-        """`share` is how much of the run is done, in [0, 1]."""
+    def step(self, metrics: StepMetrics, share: float | None, *, last: bool) -> None:
+        """`share` is how much of the run is done, in [0, 1], where that is known."""
         line = summary(metrics)
-        self._bar.update(self._task, description=line, completed=share)
+        self._bar.update(self._task, description=line, completed=share or 0.0)
         if not self.console.is_terminal and (last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
-            self.say(f"{line} | {share:.0%} done")
+            self.say(line if share is None else f"{line} | {share:.0%} done")
 
 
 def summary(metrics: StepMetrics) -> str:

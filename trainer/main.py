@@ -138,7 +138,7 @@ class Run:
         packs = self.feed.packs(self.progress.step)
         waited = time.perf_counter() - began
         count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked)
-        rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share, config.run.steps)
+        rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share or 0.0, config.run.steps)
         result = train_step(
             self.model,
             self.optimizer,
@@ -176,12 +176,11 @@ class Run:
         )
 
     @property
-    def share(self) -> float:
-        """How much of the run is done, in [0, 1]: of its conversations, or of its steps."""
-        if self.config.run.epochs is not None:
-            return self.progress.rows / (self.total_rows * self.config.run.epochs)
-        assert self.config.run.steps is not None
-        return min(1.0, self.progress.step / self.config.run.steps)
+    def share(self) -> float | None:
+        """How much of the run is done, in [0, 1]: of its conversations where their number is known, or of its steps."""
+        if self.total_rows:
+            return self.progress.rows / self.total_rows
+        return min(1.0, self.progress.step / self.config.run.steps) if self.config.run.steps else None
 
     def _metrics(
         self, count: Tally, reasons: Counter[str], result: StepResult, rate: float, waited: float, seconds: float
@@ -246,8 +245,8 @@ class Run:
             )
         return loader
 
-    def _total_rows(self) -> int:
-        box = [sum(self.loader.corpus.sizes) if self.loader else 0]
+    def _total_rows(self) -> int | None:
+        box = [self.loader.total_rows if self.loader else None]
         dist.broadcast_object_list(box)
         return box[0]
 
@@ -256,10 +255,8 @@ class Run:
 
     def _say_where(self) -> None:
         run, parameters = self.config.run, sum(p.numel() for p in self.model.parameters())
-        self.display.say(
-            f"{run.directory}: a Llama of {parameters:,} parameters on {self.total_rows:,} conversations; "
-            f"{self.topology.describe()}"
-        )
+        rows = f" on {self.total_rows:,} conversations" if self.total_rows else ""
+        self.display.say(f"{run.directory}: a Llama of {parameters:,} parameters{rows}; {self.topology.describe()}")
         for step, reason in self.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")
         if self.finished:

@@ -1,6 +1,8 @@
 """Where conversations come from: any row of any file, by number."""
 
-from sftstream.sources.corpus import Corpus
+from sftstream.sources.corpus import Corpus, FileSet, Reading
 from sftstream.sources.rows import BrokenRow, FileIdentity, RowFile
+from sftstream.sources.streamed import Streamed
+from sftstream.sources.tape import Tape
 
-__all__ = ["BrokenRow", "Corpus", "FileIdentity", "RowFile"]
+__all__ = ["BrokenRow", "Corpus", "FileIdentity", "FileSet", "Reading", "RowFile", "Streamed", "Tape"]

@@ -30,10 +30,12 @@ class Batches:
     """The rows of record batches, as Python values.
 
     Columns hold null for what a row lacks, in structs at any depth; here a row lacks it again. `Json` text is decoded.
+    `first` is the number of the first row, for messages.
     """
 
-    def __init__(self, shown: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    def __init__(self, shown: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], first: int = 0) -> None:
         self._shown = shown
+        self._first = first
         self._batches = [batch for batch in batches if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._plain = _struct(schema)
@@ -56,7 +58,7 @@ class Batches:
             raise BrokenRow(f"{self.place(row)} cannot be decoded: {error}") from None
 
     def place(self, row: int) -> str:
-        return f"{self._shown}[{row}]"
+        return f"{self._shown}[{self._first + row}]"
 
 
 class Arrow:
@@ -121,15 +123,21 @@ def _mapped(stored: Stored) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _source(stored: Stored, mapped: mmap.mmap) -> Source:
-    file = pa.BufferReader(pa.py_buffer(mapped))
-    if mapped[: len(_FILE)] == _FILE:
+def source_of(shown: str, file: pa.NativeFile) -> Source:
+    """The batches of an open file of either format; raises ValueError where it was cut."""
+    if file.read_at(len(_FILE), 0) == _FILE:
         reader = pa.ipc.open_file(file)
         return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+    # A stream that is cut between two batches reads like a shorter one.
+    if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
+        raise ValueError(f"{shown} lacks the mark at its end: the file was cut, or is still being written")
+    file.seek(0)
     reader = pa.ipc.open_stream(file)
-    if mapped[-len(_END) :] != _END:  # a stream that is cut between two batches reads like a shorter one
-        raise ValueError(f"{stored.shown} lacks the mark at its end: the file was cut, or is still being written")
     return reader.schema, reader
+
+
+def _source(stored: Stored, mapped: mmap.mmap) -> Source:
+    return source_of(stored.shown, pa.BufferReader(pa.py_buffer(mapped)))
 
 
 def _checked(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BufferedReader
 
 import pyarrow as pa
 
@@ -18,6 +19,11 @@ def unpacked(packed: Stored, suffix: str) -> Stored:
     """What a file of this suffix holds; raises ValueError where it is damaged or cut."""
     key = derived("unpacked", packed.key)
     return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, CODECS[suffix])), key)
+
+
+def unpacking(file: BufferedReader, suffix: str) -> BufferedReader:
+    """What an open file of this suffix holds, unpacked as it is read."""
+    return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), CODECS[suffix]))
 
 
 def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 from sftstream.config import SourceConfig
+from sftstream.records import Ref
 from sftstream.sources.resolve import open_source
-from sftstream.sources.rows import BrokenRow, FileIdentity, RowFile
+from sftstream.sources.rows import FileIdentity, RowFile, renamed
+from sftstream.sources.streamed import Streamed
+from sftstream.sources.tape import Tape
 
 
 class FileSet:
-    """The files of one source, one after the other."""
+    """The files of one source, one after the other: any row at any time."""
 
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
+        self.shards = tuple(len(file) for file in self.files)
         self._columns = source.columns
-        self._ends = list(accumulate(len(file) for file in self.files))
+        self._ends = list(accumulate(self.shards))
         if not len(self):
             raise ValueError(f"source {source.path!r} holds no row; remove it or name a file with conversations")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """What the files held when they were opened."""
+        return tuple(file.identity for file in self.files)
+
     def read(self, row: int) -> Any:
         file, local = self._locate(row)
-        content = file.read(local)
-        if self._columns is None or not isinstance(content, Mapping):
-            return content
-        renamed = {name: content[column] for name, column in self._columns.items() if column in content}
-        if not renamed:
-            wanted, found = sorted(self._columns.values()), sorted(map(str, content))
-            raise BrokenRow(f"{file.place(local)} has none of the columns {wanted}; it has {found}")
-        return renamed
+        return renamed(file.read(local), self._columns, file, local)
 
     def place(self, row: int) -> str:
         file, local = self._locate(row)
@@ -46,20 +47,36 @@ class FileSet:
 
 
 class Corpus:
-    """`read(source, row)` for every row of every source."""
+    """Every source of a config, opened once for all streams of a process."""
 
     def __init__(self, sources: tuple[SourceConfig, ...]) -> None:
-        self.sources = [FileSet(source) for source in sources]
-        self.sizes = tuple(len(source) for source in self.sources)
+        self.sources = [Streamed(source) if source.streaming else FileSet(source) for source in sources]
 
-    def read(self, source: int, row: int) -> Any:
-        """The decoded row; raises `BrokenRow`."""
-        return self.sources[source].read(row)
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """Rows of each source, None of one that is streamed."""
+        return tuple(len(source) if isinstance(source, FileSet) else None for source in self.sources)
 
     def place(self, source: int, row: int) -> str:
         """Where an editor finds the row."""
         return self.sources[source].place(row)
 
-    def identities(self) -> tuple[tuple[FileIdentity, ...], ...]:
-        """Per source, what its files held when they were opened."""
-        return tuple(tuple(file.identity for file in source.files) for source in self.sources)
+
+class Reading:
+    """A corpus as one stream reads it: where sources are streamed, with a place in each."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.sources: list[FileSet | Tape] = [
+            Tape(source) if isinstance(source, Streamed) else source for source in corpus.sources
+        ]
+
+    def expect(self, ref: Ref) -> None:
+        """This row was read before the state was taken, and will be read again."""
+        source = self.sources[ref.source]
+        if isinstance(source, Tape):
+            source.expect(ref)
+
+    def read(self, ref: Ref) -> Any:
+        """The decoded row, of a streamed source once; raises `BrokenRow`."""
+        source = self.sources[ref.source]
+        return source.read(ref) if isinstance(source, Tape) else source.read(ref.row)

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from sftstream.sources.rows import BOM, BrokenRow, FileIdentity, Stored
+from sftstream.sources.rows import BOM, BrokenRow, FileIdentity, Placed, Stored
 from sftstream.sources.spans import Integers, Spans
 
 _CELL = 64 << 20
 """Characters of a cell. Python's own limit of 131,072 is less than a long conversation has."""
 _PART = 1 << 16
+csv.field_size_limit(_CELL)
 
 
 class Delimited:
     """Cells are text. Of an empty one a file cannot say whether it means nothing or a text of nothing; the row lacks it."""
 
     def __init__(self, stored: Stored, delimiter: str) -> None:
-        csv.field_size_limit(_CELL)
         self._stored = stored
         self._delimiter = delimiter
         self._spans = Spans(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
@@ -44,8 +44,7 @@ class Delimited:
             raise BrokenRow(f"{self.place(row)} is not CSV: {error}") from None
         if len(cells) != len(self._columns):
             self._spans.require_lines(row)
-            raise BrokenRow(f"{self.place(row)} has {len(cells)} cells, and the header names {len(self._columns)}")
-        return {column: cell for column, cell in zip(self._columns, cells, strict=True) if cell}
+        return record(self._columns, cells, self, row)
 
     def place(self, row: int) -> str:
         return self._spans.place(row)
@@ -58,14 +57,26 @@ class Delimited:
             columns = self._cells(self._spans.head().removeprefix(BOM))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{self._stored.shown} has no readable header: {error}") from None
-        if "" in columns or len(set(columns)) < len(columns):
-            raise ValueError(f"{self._stored.shown} has a header {columns}, in which a name is missing or comes twice")
-        return columns
+        return header(self._stored.shown, columns)
 
     def _cells(self, record: bytes) -> list[str]:
         """The cells of one record, with blank lines around it."""
         text = record.decode().strip("\r\n")
         return next(csv.reader([text], delimiter=self._delimiter, strict=True), [])
+
+
+def header(shown: str, columns: list[str]) -> list[str]:
+    """The names of the columns; raises ValueError where they are none."""
+    if "" in columns or len(set(columns)) < len(columns):
+        raise ValueError(f"{shown} has a header {columns}, in which a name is missing or comes twice")
+    return columns
+
+
+def record(columns: list[str], cells: list[str], file: Placed, row: int) -> dict[str, str]:
+    """Raises `BrokenRow` where there are more cells than columns, or fewer."""
+    if len(cells) != len(columns):
+        raise BrokenRow(f"{file.place(row)} has {len(cells)} cells, and the header names {len(columns)}")
+    return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
 
 
 def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:

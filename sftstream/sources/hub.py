@@ -35,7 +35,7 @@ class Loaded:
         table = _load(source, split)
         label = f"{source.path}:{split}"
         self._batches = Batches(label, table.schema, table.to_batches())
-        self.identity = _identify(label.rpartition("/")[2], table)
+        self.identity = _identify(label.rpartition("/")[2], table, full=source.digest == "full")
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -58,6 +58,16 @@ def is_repository(directory: Path) -> bool:
     """Whether the directory's card says what its splits are."""
     card = directory / "README.md"
     return card.is_file() and _DECLARED.match(card.read_text(encoding="utf-8", errors="replace")) is not None
+
+
+def data_files(source: SourceConfig) -> list[str]:
+    """Paths or URLs of a split's files, in order, as `datasets` finds them; raises ValueError naming the splits there are."""
+    import datasets
+
+    with _asking(source):
+        builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    return files[choose(source.path, source.split, list(files))]
 
 
 def _only_split(source: SourceConfig) -> str:
@@ -109,10 +119,11 @@ def _asking(source: SourceConfig) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _identify(name: str, table: pa.Table) -> FileIdentity:
+def _identify(name: str, table: pa.Table, *, full: bool) -> FileIdentity:
     """Slices of a fixed number of rows, so that the borders of batches and files do not matter."""
     starts: Sequence[int] = range(0, table.num_rows, _SLICE)
-    if table.nbytes > SAMPLED_ABOVE and len(starts) > _SLICES:
+    sampled = table.nbytes > SAMPLED_ABOVE and len(starts) > _SLICES and not full
+    if sampled:
         starts = [i * (table.num_rows - _SLICE) // (_SLICES - 1) for i in range(_SLICES)]
     digest = hashlib.sha256(table.schema.remove_metadata().serialize())
     size = 0
@@ -121,4 +132,4 @@ def _identify(name: str, table: pa.Table) -> FileIdentity:
             content = batch.serialize()
             digest.update(content)
             size += len(content)
-    return FileIdentity(name=name, size=size, sha256=digest.hexdigest())
+    return FileIdentity(name=name, size=size, sha256=digest.hexdigest(), sampled=sampled)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, FileIdentity, Stored
+from sftstream.sources.rows import BOM, UNDECODABLE, FileIdentity, Stored, decoded_json
 from sftstream.sources.spans import Integers, Spans
 
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
@@ -31,11 +31,8 @@ class JsonArray:
         return len(self._spans)
 
     def read(self, row: int) -> Any:
-        element = self._spans.read(row).rstrip(b" \t\r\n,")
-        try:
-            return msgspec.json.decode(element)
-        except UNDECODABLE as error:  # the array was divided without looking into its strings
-            raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
+        # It can be broken: the array was divided without looking into its strings.
+        return decoded_json(self._spans.read(row).rstrip(b" \t\r\n,"), self, row)
 
     def place(self, row: int) -> str:
         return f"{self._stored.shown}[{row}]"

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from io import FileIO
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, FileIdentity, Stored
+from sftstream.sources.rows import BOM, BrokenRow, FileIdentity, Stored, decoded_json
 from sftstream.sources.spans import Integers, Spans
 
 _CHUNK = 1 << 20
@@ -33,12 +32,11 @@ class JsonLines:
         return len(self._spans)
 
     def read(self, row: int) -> Any:
-        line = self._spans.read(row)
         try:
-            return msgspec.json.decode(line)
-        except UNDECODABLE as error:
+            return decoded_json(self._spans.read(row), self, row)
+        except BrokenRow:
             self._spans.require_lines(row)
-            raise BrokenRow(f"{self.place(row)} is not JSON: {error}") from None
+            raise
 
     def place(self, row: int) -> str:
         return self._spans.place(row)

@@ -35,19 +35,19 @@ KNOWN = f"{', '.join(KINDS)}, and these with {' or '.join(CODECS)}"
 
 
 def is_known(name: str) -> bool:
-    return _suffixes(name)[0] in KINDS
+    return suffixes(name)[0] in KINDS
 
 
 def open_file(place: Place) -> RowFile:
     """Raises ValueError where the file is of no known kind, or not what its name says."""
-    kind, packed = _suffixes(place.name)
+    kind, packed = suffixes(place.name)
     if kind not in KINDS:
         raise ValueError(f"{place.shown} is of no known kind {kind + packed!r}; known are {KNOWN}")
     stored = place.stored()
     return KINDS[kind](unpacked(stored, packed) if packed else stored)
 
 
-def _suffixes(name: str) -> tuple[str, str]:
+def suffixes(name: str) -> tuple[str, str]:
     """The kind's suffix, and the compression's or none."""
     path = PurePath(name)
     packed = path.suffix if path.suffix in CODECS else ""

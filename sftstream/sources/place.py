@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
-from sftstream.sources.rows import Stored, stored
+from sftstream.sources.rows import FileIdentity, Seal, Stored, sealed, stored
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)?")
 
@@ -38,12 +39,23 @@ class Place(Protocol):
     def stored(self) -> Stored:
         """The file on a local disk; raises ValueError where it cannot be read."""
 
+    def open(self) -> BufferedReader:
+        """The file as it lies there; raises OSError."""
+
+    def mark(self) -> object:
+        """What is another when the file has changed, and is had without reading it; raises OSError."""
+
+    def identity(self) -> FileIdentity:
+        """What tells the file's content from another, had without fetching it; raises ValueError where nothing does."""
+
 
 @dataclass(frozen=True)
 class Local:
     """A path of this machine."""
 
     path: Path
+    full: bool = False
+    """Huge files are known by every byte."""
 
     @property
     def shown(self) -> str:
@@ -60,20 +72,30 @@ class Local:
         return self.path.is_dir()
 
     def child(self, name: str) -> Local:
-        return Local(self.path / name)
+        return replace(self, path=self.path / name)
 
     def files(self) -> list[Place]:
-        return [Local(path) for path in sorted(self.path.iterdir()) if path.is_file() and path.name[0] != "."]
+        paths = sorted(path for path in self.path.iterdir() if path.is_file() and path.name[0] != ".")
+        return [replace(self, path=path) for path in paths]
 
     def matches(self) -> list[Place]:
         paths = sorted(map(Path, glob.glob(str(self.path), recursive=True)))
-        return [Local(path) for path in paths if path.is_file()]
+        return [replace(self, path=path) for path in paths if path.is_file()]
 
     def stored(self) -> Stored:
         try:
-            return stored(self.path)
+            return stored(self.path, full=self.full)
         except OSError as error:
             raise ValueError(f"{self.shown} cannot be read: {error.strerror or error}") from None
+
+    def open(self) -> BufferedReader:
+        return self.path.open("rb")
+
+    def mark(self) -> Seal:
+        return sealed(self.path.stat())
+
+    def identity(self) -> FileIdentity:
+        return self.stored().identity
 
 
 def require_whole(directory: str, names: list[str]) -> None:

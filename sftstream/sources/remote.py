@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.sources.cache import cached
 from sftstream.sources.place import Local, Place
-from sftstream.sources.rows import Stored, derived, stored
+from sftstream.sources.rows import FileIdentity, Stored, derived, stored
 
 _VERSIONS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "md5", "sha256", "blob_id", "xet_hash", "generation"),
@@ -23,13 +24,13 @@ _VERSIONS = (
 _BLOCK = 8 << 20
 
 
-def remote(url: str) -> Place:
+def remote(url: str, *, full: bool = False) -> Place:
     """Raises ValueError where the scheme is unknown, or its package is not installed."""
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"source {url!r} cannot be opened: {error}") from None
-    return Local(Path(path)) if isinstance(filesystem, LocalFileSystem) else Remote(filesystem, path)
+    return Local(Path(path), full) if isinstance(filesystem, LocalFileSystem) else Remote(filesystem, path, full)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Remote:
 
     filesystem: Any
     path: str
+    full: bool = False
+    """Huge files are known by every byte."""
 
     @property
     def shown(self) -> str:
@@ -63,14 +66,33 @@ class Remote:
         return self._files(self.filesystem.glob(self.path, detail=True).values())
 
     def stored(self) -> Stored:
+        size, version = self._told()
+        # Of a server that tells neither version nor size, the first answer is kept.
+        key = derived("fetched", self.shown, size, *version)
+        fetched = stored(cached(key, ".fetched", lambda: self._blocks(size)), self.shown, full=self.full)
+        return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
+
+    def open(self) -> BufferedReader:
+        return BufferedReader(self.filesystem.open(self.path, "rb"))
+
+    def mark(self) -> tuple[int | None, list[Any]]:
+        """Size, and what changes with the content."""
+        info = self.filesystem.info(self.path)
+        return info.get("size"), [info.get(name) for name in _VERSIONS]
+
+    def identity(self) -> FileIdentity:
+        size, version = self._told()
+        if size is None or not any(version):
+            raise ValueError(
+                f"nothing tells {self.shown} from another version of it, so that a resume could not be exact; leave out streaming"
+            )
+        return FileIdentity(name=self.name, size=size, sha256=derived(*version))
+
+    def _told(self) -> tuple[int | None, list[Any]]:
         try:
-            info = self.filesystem.info(self.path)
+            return self.mark()
         except OSError as error:
             raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
-        # Of a server that tells neither version nor size, the first answer is kept.
-        key = derived("fetched", self.shown, info.get("size"), *(info.get(name) for name in _VERSIONS))
-        fetched = stored(cached(key, ".fetched", lambda: self._blocks(info.get("size"))), self.shown)
-        return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
 
     def _files(self, found: Any) -> list[Place]:
         paths = sorted(info["name"] for info in found if info["type"] == "file")

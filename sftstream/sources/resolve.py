@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,40 +18,61 @@ from sftstream.sources.rows import RowFile
 from sftstream.sources.saved import is_saved, saved_files
 
 
+class Dataset(NamedTuple):
+    """What `datasets` reads."""
+
+    source: SourceConfig
+
+
+Named = list[Place] | Dataset
+
+
+def resolve(source: SourceConfig) -> Named:
+    """The files that a source's path names, in order, or a dataset; raises ValueError saying what was tried."""
+    full = source.digest == "full"
+    place: Place = Local(Path(source.path).expanduser(), full)
+    with _reading(source):
+        if not place.is_file() and not place.is_directory() and "://" in source.path:
+            place = remote(source.path, full=full)
+        if place.is_file():  # asked first: of a file on a web server, whether it is a directory is found by reading it
+            return _files(source, place, [place])
+        if place.is_directory():
+            return _directory(source, place)
+        return _files(source, place, place.matches())
+
+
 def open_source(source: SourceConfig) -> list[RowFile]:
-    """The files of a source, in order; raises ValueError saying what was tried."""
-    place: Place = Local(Path(source.path).expanduser())
-    if not place.is_file() and not place.is_directory() and "://" in source.path:
-        place = remote(source.path)
+    """The files of a source, in order; raises ValueError naming what cannot be read by row."""
+    named = resolve(source)
+    with _reading(source):
+        return [Loaded(named.source)] if isinstance(named, Dataset) else [open_file(file) for file in named]
+
+
+@contextmanager
+def _reading(source: SourceConfig) -> Iterator[None]:
     try:
-        return _open(source, place)
+        yield
     except OSError as error:
         raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
 
 
-def _open(source: SourceConfig, place: Place) -> list[RowFile]:
-    if place.is_file():  # asked first: of a file on a web server, whether it is a directory is found by reading it
-        files = [place]
-    elif place.is_directory():
-        return _directory(source, place)
-    else:
-        files = place.matches()
+def _files(source: SourceConfig, place: Place, files: list[Place]) -> Named:
     if not files and is_hub_name(source.path) and not is_known(place.name):
-        return [Loaded(source)]
+        return Dataset(source)
     if not files:
         looked = f"looked from {Path.cwd()}" if isinstance(place, Local) else f"looked for {place.shown}"
         raise ValueError(f"source {source.path!r} matches no file ({looked}); correct the path")
     _refuse(source, "is a file or a glob", "split", "subset", "revision")
-    return [open_file(file) for file in files]
+    return files
 
 
-def _directory(source: SourceConfig, place: Place) -> list[RowFile]:
+def _directory(source: SourceConfig, place: Place) -> Named:
     if is_saved(place):
         _refuse(source, "was written by save_to_disk", "subset", "revision")
-        return [open_file(file) for file in saved_files(place, source.split)]
+        return saved_files(place, source.split)
     _refuse(source, "is a directory", "revision")
     if isinstance(place, Local) and (source.split or source.subset or is_repository(place.path)):
-        return [Loaded(msgspec.structs.replace(source, path=str(place.path)))]
+        return Dataset(msgspec.structs.replace(source, path=str(place.path)))
     _refuse(source, "is a remote directory", "split", "subset")
     files = [file for file in place.files() if is_known(file.name)]
     if not files:
@@ -57,7 +81,7 @@ def _directory(source: SourceConfig, place: Place) -> list[RowFile]:
             "or a split if it is laid out like a dataset of the hub"
         )
     require_whole(source.path, [file.name for file in files])
-    return [open_file(file) for file in files]
+    return files
 
 
 def _refuse(source: SourceConfig, what: str, *fields: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -35,9 +36,18 @@ class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     size: int
     sha256: str
+    sampled: bool = False
+    """The digest is of a part of the content."""
 
 
-class RowFile(Protocol):
+class Placed(Protocol):
+    """Rows that have places."""
+
+    def place(self, row: int) -> str:
+        """Where an editor finds the row, for messages."""
+
+
+class RowFile(Placed, Protocol):
     """One file of rows."""
 
     @property
@@ -48,8 +58,24 @@ class RowFile(Protocol):
     def read(self, row: int) -> Any:
         """The decoded row; raises `BrokenRow`, or RuntimeError where the file is no longer what it was."""
 
-    def place(self, row: int) -> str:
-        """Where an editor finds the row, for messages."""
+
+def decoded_json(text: bytes | msgspec.Raw, file: Placed, row: int) -> Any:
+    """Raises `BrokenRow`."""
+    try:
+        return msgspec.json.decode(text)
+    except UNDECODABLE as error:
+        raise BrokenRow(f"{file.place(row)} is not JSON: {error}") from None
+
+
+def renamed(content: Any, columns: Mapping[str, str] | None, file: Placed, row: int) -> Any:
+    """A row with the columns that a source's `columns` names; raises `BrokenRow` where it has none of them."""
+    if columns is None or not isinstance(content, Mapping):
+        return content
+    result = {name: content[column] for name, column in columns.items() if column in content}
+    if not result:
+        wanted, found = sorted(columns.values()), sorted(map(str, content))
+        raise BrokenRow(f"{file.place(row)} has none of the columns {wanted}; it has {found}")
+    return result
 
 
 Seal = tuple[int, int, int]
@@ -77,22 +103,22 @@ class Stored:
         return file
 
     def require_unchanged(self, file: FileIO) -> None:
-        if _seal(os.fstat(file.fileno())) != self.seal:
+        if sealed(os.fstat(file.fileno())) != self.seal:
             raise RuntimeError(f"{self.shown} changed while it was read; restore it, or start again")
 
 
-def stored(path: Path, shown: str | None = None) -> Stored:
+def stored(path: Path, shown: str | None = None, *, full: bool = False) -> Stored:
     """A file of the user's, read once for its digest."""
-    seal = _seal(path.stat())
-    identity = identify(path)
+    seal = sealed(path.stat())
+    identity = identify(path, full=full)
     # What a sample does not see, a new time of modification or inode tells of.
-    key = derived(identity.sha256, identity.size, *(seal if identity.size > SAMPLED_ABOVE else ()))
+    key = derived(identity.sha256, identity.size, *(seal if identity.sampled else ()))
     return Stored(path, shown or str(path), identity, key, seal)
 
 
 def copy_of(original: Stored, path: Path, key: str) -> Stored:
     """What is read in the place of `original`."""
-    return Stored(path, original.shown, original.identity, key, _seal(path.stat()))
+    return Stored(path, original.shown, original.identity, key, sealed(path.stat()))
 
 
 def derived(*words: object) -> str:
@@ -100,20 +126,22 @@ def derived(*words: object) -> str:
     return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
 
 
-def identify(path: Path) -> FileIdentity:
-    """Digest of the content: all of it, or 128 evenly spread megabytes of a huge file."""
+def identify(path: Path, *, full: bool = False) -> FileIdentity:
+    """Digest of the content: all of it, or 128 evenly spread megabytes of a huge file unless it is to be `full`."""
     size = path.stat().st_size
+    sampled = size > SAMPLED_ABOVE and not full
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= SAMPLED_ABOVE:
+        if not sampled:
             while block := file.read(_BLOCK):
                 digest.update(block)
         else:
             for i in range(_BLOCKS):
                 file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
-    return FileIdentity(name=path.name, size=size, sha256=digest.hexdigest())
+    return FileIdentity(name=path.name, size=size, sha256=digest.hexdigest(), sampled=sampled)
 
 
-def _seal(stat: os.stat_result) -> Seal:
+def sealed(stat: os.stat_result) -> Seal:
+    """What is another when a file has changed."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino

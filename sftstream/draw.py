@@ -1,0 +1,186 @@
+"""The rows of one logical stream in their order: each source at its place, mixed by counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import msgspec
+from torchdata.nodes import BaseNode
+
+from sftstream.config import DataConfig
+from sftstream.order import RowOrder, draws_of_stream, next_source
+from sftstream.records import Amount, Ref
+from sftstream.sources import FileSet, Reading, Tape
+from sftstream.state import Position, ShardPlace
+
+X = TypeVar("X")
+
+
+class Drawn(NamedTuple, Generic[X]):
+    """What a stage made of the row at `ref`."""
+
+    ref: Ref
+    value: X
+
+
+EPOCHS_WITHOUT_A_ROW = 20
+"""After which an endless stream stops looking for one."""
+
+
+class RowsState(Position, frozen=True, kw_only=True):
+    """What the node of the rows gives as its state."""
+
+    exhausted: bool = False
+
+
+class ByNumber:
+    """One stream's way through a source whose rows can be read in any order."""
+
+    def __init__(self, order: RowOrder, source: int, stream: int, streams: int, passes: float | None) -> None:
+        self.rows = order.rows
+        self.drawn = 0
+        self._order, self._source, self._stream, self._streams = order, source, stream, streams
+        self._limit = None if passes is None else draws_of_stream(int(order.rows * passes), stream, streams)
+
+    @property
+    def ended(self) -> bool:
+        return self._limit is not None and self.drawn >= self._limit
+
+    def look(self) -> None:
+        """There is nothing to find out."""
+
+    def draw(self) -> Ref:
+        row, epoch = self._order.at(self._stream + self.drawn * self._streams)
+        self.drawn += 1
+        return Ref(self._source, row, epoch)
+
+
+class ByShard:
+    """One stream's way through a source that can only be read forward.
+
+    What streams take turns in are its shards, or where these are fewer than streams, parts of them: a part is every `n`-th
+    row of a shard, which each of `n` streams reads whole.
+    """
+
+    rows = None
+
+    def __init__(self, tape: Tape, config: DataConfig, source: int, stream: int, passes: float | None) -> None:
+        self.drawn = 0
+        self.place = ShardPlace()
+        self._tape, self._source, self._stream, self._streams = tape, source, stream, config.streams
+        self._parts = -(-config.streams // tape.source.shards)
+        shuffle = config.shuffle_of(config.sources[source])
+        self._order = RowOrder((tape.source.shards * self._parts,), config.seed, source, bool(shuffle))
+        self._limit = None if passes is None else draws_of_stream(int(self._order.rows * passes), stream, self._streams)
+
+    @property
+    def ended(self) -> bool:
+        """As far as was looked."""
+        return self._limit is not None and self.place.shards >= self._limit
+
+    def look(self) -> None:
+        """Go on to where a row is. How many a shard has is not known before its end."""
+        empty = 0
+        while not self.ended and not self._tape.reaches(self._next()):
+            empty = 0 if self.place.rows else empty + 1
+            if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
+                raise ValueError(
+                    f"stream {self._stream} finds no row in its parts of source {self._source}, which has "
+                    f"{self._tape.source.shards} shards; shuffle the shards, or have fewer data.streams"
+                )
+            self.place = ShardPlace(self.place.shards + 1)
+
+    def draw(self) -> Ref:
+        ref = self._next()
+        self.drawn += 1
+        self.place = ShardPlace(self.place.shards, self.place.rows + 1)
+        return ref
+
+    def _next(self) -> Ref:
+        part, epoch = self._order.at(self._stream + self.place.shards * self._streams)
+        first, shard = divmod(part, self._tape.source.shards)
+        return Ref(self._source, self._tape.source.number(shard, first + self.place.rows * self._parts), epoch)
+
+
+Cursor = ByNumber | ByShard
+
+
+def open_cursors(config: DataConfig, reading: Reading, stream: int) -> list[Cursor]:
+    """A stream's place in each source, at the beginning."""
+    return [_cursor(config, reading.sources[source], source, stream) for source in range(len(config.sources))]
+
+
+def _cursor(config: DataConfig, opened: FileSet | Tape, source: int, stream: int) -> Cursor:
+    asked = config.sources[source]
+    passes = None if config.epochs is None else asked.repeat * config.epochs
+    if isinstance(opened, Tape):
+        return ByShard(opened, config, source, stream, passes)
+    order = RowOrder(opened.shards, config.seed, source, config.shuffle_of(asked))
+    return ByNumber(order, source, stream, config.streams, passes)
+
+
+class Rows(BaseNode[Drawn[Ref]]):
+    """The rows of one logical stream in their order, mixed by counters."""
+
+    def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
+        super().__init__()
+        self._config = config
+        self._cursors = cursors
+        self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        zeros = (0,) * len(self._cursors)
+        state = msgspec.convert(initial_state, RowsState) if initial_state else RowsState(drawn=zeros, mixed=zeros)
+        self._mixed, self._stage = list(state.mixed), state.stage
+        for source, cursor in enumerate(self._cursors):
+            cursor.drawn = state.drawn[source]
+            if isinstance(cursor, ByShard):
+                cursor.place = state.places.get(source, ShardPlace())
+
+    def next(self) -> Drawn[Ref]:
+        self._enter_stage()
+        for cursor in self._cursors:
+            cursor.look()
+        source = self._next_source()
+        if source is None:
+            raise StopIteration
+        ref = self._cursors[source].draw()
+        if self._config.mix_by == "conversations":
+            self._mixed[source] += 1
+        return Drawn(ref, ref)
+
+    def account(self, source: int, amount: Amount) -> None:
+        """What the row just drawn turned out to hold: a mixture by tokens counts these."""
+        if self._config.mix_by != "conversations":
+            self._mixed[source] += amount.tokens if self._config.mix_by == "tokens" else amount.trained_tokens
+
+    def get_state(self) -> dict[str, Any]:
+        state = RowsState(
+            drawn=tuple(cursor.drawn for cursor in self._cursors),
+            mixed=tuple(self._mixed),
+            places={i: cursor.place for i, cursor in enumerate(self._cursors) if isinstance(cursor, ByShard)},
+            stage=self._stage,
+            exhausted=self._next_source() is None,
+        )
+        result: dict[str, Any] = msgspec.to_builtins(state)
+        return result
+
+    def _enter_stage(self) -> None:
+        drawn = sum(cursor.drawn for cursor in self._cursors) * self._config.streams
+        stage = sum(stage.after <= drawn for stage in self._config.stages)
+        if stage != self._stage:
+            self._stage, self._mixed = stage, [0] * len(self._cursors)
+
+    def _next_source(self) -> int | None:
+        ended = [cursor.ended for cursor in self._cursors]
+        if self._config.ends_with == "first" and any(ended):
+            return None
+        return next_source(self._mixed, self._weights[self._stage], (i for i, end in enumerate(ended) if not end))
+
+
+def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
+    """The sources' own, or their sizes: then all end an epoch together. A source of unknown size is the only one."""
+    pairs = zip(config.sources, cursors, strict=True)
+    return [(cursor.rows or 1) * source.repeat if source.weight is None else source.weight for source, cursor in pairs]

@@ -1,0 +1,138 @@
+"""The rows of a file one after the other, for what is neither fetched nor indexed: each as it would be read by number."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from io import BufferedReader, BytesIO, TextIOWrapper
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import msgspec
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
+
+from sftstream.sources.arrow import UNREADABLE, Batches, source_of
+from sftstream.sources.compressed import unpacking
+from sftstream.sources.delimited import header, record
+from sftstream.sources.kinds import suffixes
+from sftstream.sources.place import Place
+from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, Placed, decoded_json
+
+Row = Callable[[], Any]
+"""Decodes a row that has come by; raises `BrokenRow`."""
+_BATCH = 1000
+"""RowsFrom of a Parquet file decoded at a time."""
+
+
+class RowsFrom(NamedTuple):
+    """RowsFrom in their order, and the number of the first."""
+
+    first: int
+    rows: Iterator[Row]
+
+
+class _Shard(NamedTuple):
+    place_: Place
+
+    def place(self, row: int) -> str:
+        return f"{self.place_.shown}[{row}]"
+
+
+def read_forward(place: Place, at: int) -> RowsFrom:
+    """The rows from `at` on, and before it as many as the kind of file asks for.
+
+    Raises ValueError, also later, where the file is not what its name says.
+    """
+    kind, packed = suffixes(place.name)
+    file = unpacking(place.open(), packed) if packed else place.open()
+    return READERS[kind](file, _Shard(place), at)
+
+
+def _json(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    array = file.peek(4096).lstrip().startswith(b"[")
+    return RowsFrom(0, _elements(file, shard) if array else _lines(file, shard))
+
+
+def _lines(file: Iterable[bytes], shard: Placed) -> Iterator[Row]:
+    for row, line in enumerate(line for line in file if line.strip()):
+        yield partial(decoded_json, line, shard, row)
+
+
+def _elements(file: BufferedReader, shard: _Shard) -> Iterator[Row]:
+    try:
+        elements = msgspec.json.decode(file.read(), type=list[msgspec.Raw])
+    except UNDECODABLE as error:
+        raise ValueError(f"it is not a JSON array of conversations: {error}") from None
+    for row, element in enumerate(elements):
+        yield partial(decoded_json, element, shard, row)
+
+
+def _delimited(file: BufferedReader, shard: _Shard, _at: int, *, delimiter: str) -> RowsFrom:
+    reader = csv.reader(TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    columns = header(shard.place_.shown, next(reader, []))
+    return RowsFrom(0, _records(reader, columns, shard))
+
+
+def _records(reader: Iterator[list[str]], columns: list[str], shard: _Shard) -> Iterator[Row]:
+    row = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield partial(_broken, f"{shard.place(row)} is not CSV: {error}")
+        else:
+            if cells is None:
+                return
+            if not cells:
+                continue
+            yield partial(record, columns, cells, shard, row)
+        row += 1
+
+
+def _broken(message: str) -> Any:
+    raise BrokenRow(message)
+
+
+def _parquet(file: BufferedReader, shard: _Shard, at: int) -> RowsFrom:
+    """Row groups that lie before `at` are not read."""
+    opened = ParquetFile(_seekable(file), page_checksum_verification=True)
+    groups = range(opened.num_row_groups)
+    ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
+    wanted = [group for group in groups if ends[group + 1] > at]
+    first = ends[wanted[0]] if wanted else ends[-1]
+    batches = opened.iter_batches(_BATCH, row_groups=wanted) if wanted else ()
+    return RowsFrom(first, _in_batches(batches, shard, first))
+
+
+def _arrow(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
+    _, batches = source_of(shard.place_.shown, pa.PythonFile(_seekable(file), "r"))
+    return RowsFrom(0, _in_batches(batches, shard, 0))
+
+
+def _in_batches(batches: Iterable[pa.RecordBatch], shard: _Shard, first: int) -> Iterator[Row]:
+    for batch in batches:
+        rows = Batches(shard.place_.shown, batch.schema, [batch], first)
+        for row in range(len(rows)):
+            yield partial(rows.read, row)
+        first += len(rows)
+
+
+def _seekable(file: BufferedReader) -> Any:
+    return file if file.seekable() else BytesIO(file.read())
+
+
+READERS: dict[str, Callable[[BufferedReader, _Shard, int], RowsFrom]] = {
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".csv": partial(_delimited, delimiter=","),
+    ".tsv": partial(_delimited, delimiter="\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+FAILURES = (*UNREADABLE, UnicodeDecodeError)
+"""What reading on raises where a file is damaged, or out of reach; and ValueError."""

@@ -1,0 +1,86 @@
+"""Sources that are neither fetched nor indexed: shards of rows, each read from its beginning on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sftstream.config import SourceConfig
+from sftstream.sources.forward import FAILURES, Row, RowsFrom, read_forward
+from sftstream.sources.hub import data_files
+from sftstream.sources.kinds import KNOWN, is_known
+from sftstream.sources.place import Local, Place, require_whole
+from sftstream.sources.remote import remote
+from sftstream.sources.resolve import Dataset, resolve
+from sftstream.sources.rows import FileIdentity, renamed
+
+
+class Streamed:
+    """The files that a path names, or a dataset of the hub: its shards.
+
+    Rows are numbered across the shards, so that a number says where to look without anybody knowing the shards' sizes: of `K`
+    shards, row `n` is the `n // K`-th of shard `n % K`.
+    """
+
+    def __init__(self, source: SourceConfig) -> None:
+        self._source = source
+        self._places = _places(source)
+        self._marks = [place.mark() for place in self._places]
+        self.identities: tuple[FileIdentity, ...] = tuple(place.identity() for place in self._places)
+
+    @property
+    def shards(self) -> int:
+        return len(self._places)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The shard that a row lies in, and its place there."""
+        index, shard = divmod(row, self.shards)
+        return shard, index
+
+    def number(self, shard: int, index: int) -> int:
+        """The number of a shard's row."""
+        return index * self.shards + shard
+
+    def place(self, row: int) -> str:
+        """Where the row stands, for messages."""
+        shard, index = self.locate(row)
+        return f"{self._places[shard].shown}[{index}]"
+
+    def open(self, shard: int, at: int) -> RowsFrom:
+        """The rows of a shard, from `at` or earlier on; raises ValueError, or RuntimeError where it is no longer what it was."""
+        place = self._places[shard]
+        try:
+            if place.mark() != self._marks[shard]:
+                raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
+            first, rows = read_forward(place, at)
+        except (*FAILURES, ValueError) as error:
+            raise ValueError(f"{place.shown} cannot be read: {error}") from None
+        return RowsFrom(first, _guarded(place, rows))
+
+    def decode(self, number: int, row: Row) -> Any:
+        """The row of this number; raises `BrokenRow`."""
+        return renamed(row(), self._source.columns, self, number)
+
+
+def _guarded(place: Place, rows: Iterator[Row]) -> Iterator[Row]:
+    try:
+        yield from rows
+    except (*FAILURES, ValueError) as error:
+        raise ValueError(f"{place.shown} cannot be read to its end: {error}") from None
+
+
+def _places(source: SourceConfig) -> list[Place]:
+    named = resolve(source)
+    if isinstance(named, Dataset):
+        places = [_place(name, full=source.digest == "full") for name in data_files(named.source)]
+        require_whole(source.path, [place.name for place in places])
+    else:
+        places = named
+    if unknown := [place.shown for place in places if not is_known(place.name)]:
+        raise ValueError(f"{unknown[0]} is of a kind that is not streamed; known are {KNOWN}")
+    return places
+
+
+def _place(name: str, *, full: bool) -> Place:
+    return remote(name, full=full) if "://" in name else Local(Path(name), full)

@@ -1,0 +1,70 @@
+"""A source that is streamed, as one logical stream reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sftstream.records import Ref
+from sftstream.sources.forward import Row
+from sftstream.sources.rows import BrokenRow
+from sftstream.sources.streamed import Streamed
+
+
+class Tape:
+    """Gives each row once. It is wound on to a row that lies ahead; a shard of which a row lies behind is begun again.
+
+    Rows that are expected are kept when the tape passes them. So after a resume every shard is read once, whatever the
+    order in which its rows are asked for.
+    """
+
+    def __init__(self, source: Streamed) -> None:
+        self.source = source
+        self._rows: Iterator[Row] = iter(())
+        self._shard = self._next = -1
+        self._kept: dict[Ref, list[Any]] = {}
+        self._expected: dict[int, list[Ref]] = {}
+
+    def expect(self, ref: Ref) -> None:
+        """This row was read before, and will be asked for again, as often as this says so."""
+        self._expected.setdefault(ref.row, []).append(ref)
+
+    def reaches(self, ref: Ref) -> bool:
+        """Whether there is such a row: its shard may have ended before."""
+        if ref not in self._kept:
+            self._wind(ref)
+        return ref in self._kept
+
+    def read(self, ref: Ref) -> Any:
+        """The decoded row; raises `BrokenRow`, or RuntimeError where the source is no longer what it was."""
+        if not self.reaches(ref):
+            raise RuntimeError(f"{self.source.place(ref.row)} is no longer there: the source changed; restore it")
+        content = self._kept[ref].pop()
+        if not self._kept[ref]:
+            del self._kept[ref]
+        if isinstance(content, BrokenRow):
+            raise content
+        return content
+
+    def _wind(self, ref: Ref) -> None:
+        shard, index = self.source.locate(ref.row)
+        wanted_here = [index, *(at for its, at in map(self.source.locate, self._expected) if its == shard)]
+        if shard != self._shard or index < self._next:
+            self._shard = shard
+            self._next, self._rows = self.source.open(shard, min(wanted_here))
+        while self._next <= max(wanted_here) and (row := next(self._rows, None)) is not None:
+            number = self.source.number(shard, self._next)
+            wanted = self._expected.pop(number, [])
+            if number == ref.row and ref not in wanted:  # those may be of another epoch
+                wanted.append(ref)
+            if wanted:
+                content = self._decoded(number, row)
+                for one in wanted:
+                    self._kept.setdefault(one, []).append(content)
+            self._next += 1
+
+    def _decoded(self, number: int, row: Row) -> Any:
+        try:
+            return self.source.decode(number, row)
+        except BrokenRow as broken:
+            return broken
