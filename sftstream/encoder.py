@@ -16,10 +16,14 @@ from sftstream.config import Policy
 from sftstream.formats import conversation
 from sftstream.mask import rendered, require_whole
 from sftstream.payloads import locate, names, strings
+from sftstream.plan import Planner
 from sftstream.records import Conversation, Example, Message, Refused, Rendered
 from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Tokenizer
-from sftstream.turns import find_turns
+from sftstream.turns import Turn, find_turns
+
+BETWEEN_CHECKS = 256
+"""Conversations rendered by plan, of which one is rendered by the template as well and compared."""
 
 
 class Draft(NamedTuple):
@@ -57,6 +61,8 @@ class ChatEncoder:
             )
         self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
         self.certificate: Certificate = certify(self.template, self.tokenizer.control)
+        self._planner = Planner(self.template, self.certificate.form, self.tokenizer.control)
+        self._planned = 0
 
     @property
     def stop_ids(self) -> list[int]:
@@ -98,8 +104,22 @@ class ChatEncoder:
             return [self._truncated(draft.dialogue)]
         return list(self._split(draft.dialogue))
 
-    def render(self, dialogue: Conversation, *, only: int | None = None) -> Rendered:
-        """Text and trained spans, of message `only` where it is given; raises `Refused`."""
+    def render(self, dialogue: Conversation) -> Rendered:
+        """Text and trained spans; raises `Refused`."""
+        planned = self._planner.render(dialogue)
+        if planned is not None:
+            self._planned += 1
+            if self._planned % BETWEEN_CHECKS:
+                return planned
+        rendered, turns = self.render_whole(dialogue)
+        if planned is None:
+            self._planner.learn(dialogue, rendered, turns)
+        elif rendered != planned:
+            raise RuntimeError(f"a plan of this chat template gave {planned} where the template gives {rendered}")
+        return rendered
+
+    def render_whole(self, dialogue: Conversation) -> tuple[Rendered, list[Turn]]:
+        """The same by running the template on this very conversation, and its turns; raises `Refused`."""
         messages = [template_message(message) for message in dialogue.messages]
         control, form = self.tokenizer.control, self.certificate.form
         self._refuse_typed_names(messages, dialogue.tools)
@@ -109,7 +129,7 @@ class ChatEncoder:
             dialogue.messages, located, self.policy, prints_reasoning=prints_reasoning, prints_thoughts=prints_thoughts
         )
         turns = find_turns(self.template, form, control, messages, dialogue.tools, located)
-        return rendered(dialogue.messages, located, turns, form, self.policy, control, only=only)
+        return rendered(dialogue.messages, located, turns, form, self.policy, control), turns
 
     def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
         """Special tokens' text where it cannot be followed: in names, ids, keys and the definitions of tools."""

@@ -19,16 +19,14 @@ def rendered(
     form: Form,
     policy: Policy,
     control: re.Pattern[str],
-    *,
-    only: int | None = None,
 ) -> Rendered:
     """The text with its trained spans; raises `Refused` where a span would hold what nobody trained said.
 
-    `only` trains one message alone. Special tokens that somebody typed are listed in `typed`: they are words.
+    Special tokens that somebody typed are listed in `typed`: they are words.
     """
     by_message = {turn.message: turn for turn in turns}
     spans: list[Span] = []
-    for index in _trained_messages(messages, policy, only):
+    for index in _trained_messages(messages, policy):
         turn = by_message.get(index)
         wanted = _of_turn(turn, policy) if turn else _of_other(index, located, form)
         _require_own(wanted, index, located.payloads)
@@ -58,10 +56,8 @@ def require_whole(
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
 
 
-def _trained_messages(messages: Sequence[Message], policy: Policy, only: int | None) -> list[int]:
+def _trained_messages(messages: Sequence[Message], policy: Policy) -> list[int]:
     trained = [index for index, message in enumerate(messages) if _is_trained(message, policy)]
-    if only is not None:
-        return [index for index in trained if index == only]
     return trained[-1:] if policy.train_turns == "last" else trained
 
 

@@ -64,17 +64,23 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
         """The text; with `prompt`, up to where the assistant begins to speak. Raises `Refused`."""
-        with _bounded():
-            text: str = self._compiled.render(**self._context(messages, tools, prompt))
+        with bounded():
+            text: str = self._compiled.render(**self.context(messages, tools, prompt))
         return text
 
     def tagged_spans(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> list[Span]:
         """Where the template's own `{% generation %}` tags are. Raises `Refused`."""
-        with _bounded():
-            _, spans = _render_with_assistant_indices(self._compiled, **self._context(messages, tools, False))
+        with bounded():
+            _, spans = _render_with_assistant_indices(self._compiled, **self.context(messages, tools, False))
         return [Span(start, end) for start, end in spans]
 
-    def _context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
+    @property
+    def environment(self) -> jinja2.Environment:
+        """Jinja's, as transformers makes it for chat templates."""
+        return self._compiled.environment
+
+    def context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
+        """What the template's names stand for."""
         return {
             "messages": list(messages),
             "tools": list(tools) or None,
@@ -85,7 +91,7 @@ class ChatTemplate:
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def bounded() -> Iterator[None]:
     """Turns whatever a template does wrong, also for ever, into a refusal."""
     try:
         with _alarm():

@@ -63,6 +63,8 @@ class Turn(NamedTuple):
     message: int
     span: Span
     payloads: tuple[Payload, ...]
+    by_prompt: bool = False
+    """Where it begins was found by printing the conversation up to there once more."""
 
 
 def learn_form(template: ChatTemplate, control: re.Pattern[str]) -> Form:
@@ -133,6 +135,7 @@ class _Finder:
 
     def turn(self, index: int, earliest: int) -> Turn:
         """The turn of assistant's message `index`, not before `earliest`."""
+        self._prompted = False
         before = max((p.end for p in self._payloads if p.message < index and self._precedes(p, index)), default=0)
         own = self._own(index, max(before, earliest))
         limit = min((p.start for p in own), default=None)
@@ -146,7 +149,7 @@ class _Finder:
         following = min(
             (p.start for p in self._payloads if p.message > index and p.start >= last), default=len(self._text)
         )
-        return Turn(index, Span(start, self._end(index, last, following)), tuple(own))
+        return Turn(index, Span(start, self._end(index, last, following)), tuple(own), self._prompted)
 
     def _precedes(self, payload: Payload, index: int) -> bool:
         """A payload that stands before the message's own; some templates print others' words again, later."""
@@ -178,6 +181,7 @@ class _Finder:
 
     def _start_by_prompt(self, index: int, gap: str) -> int | None:
         """What the template prints between the last words and where the model is to speak, found in the gap."""
+        self._prompted = True
         try:
             prompt = self._template.render(mark_all(self._messages[:index]), self._tools, prompt=True)
         except Refused:
