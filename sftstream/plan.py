@@ -182,7 +182,7 @@ def _silent(trace: Trace, count: int) -> tuple[int, ...]:
 
 
 def _trims(leaf: Leaf) -> bool:
-    return any(op in (("strip", (None,)), ("strip", ())) or op[0] == "tojson" for op in leaf.ops)
+    return any(op in (("strip", (None,)), ("strip", ())) for op in leaf.ops)
 
 
 def _has_loose_ends(values: Sequence[Any], trimmed: Sequence[bool]) -> bool:

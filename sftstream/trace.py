@@ -67,14 +67,14 @@ class Word(_Unknown):
     """A string, known to be one and no more."""
 
     def __init__(self, recorder: Recorder, leaf: Leaf, value: str) -> None:
-        self._recorder, self._leaf, self._value = recorder, leaf, value
+        self.recorder, self.leaf, self.value = recorder, leaf, value
 
     def _asked(self, method: str, *arguments: Any) -> bool:
-        return self._recorder.ask(self._leaf, self._value, method, arguments)
+        return self.recorder.ask(self.leaf, self.value, method, arguments)
 
     def _changed(self, method: str, *arguments: Any) -> Word:
-        leaf = Leaf(self._leaf.number, (*self._leaf.ops, (method, arguments)))
-        return Word(self._recorder, leaf, getattr(self._value, method)(*arguments))
+        leaf = Leaf(self.leaf.number, (*self.leaf.ops, (method, arguments)))
+        return Word(self.recorder, leaf, getattr(self.value, method)(*arguments))
 
     def __bool__(self) -> bool:
         return self._asked("__len__")
@@ -142,10 +142,10 @@ class Value(_Unknown):
     """A tool's definition or a call's arguments: an object that is printed as JSON or not at all."""
 
     def __init__(self, recorder: Recorder, leaf: Leaf, value: Any) -> None:
-        self._recorder, self.leaf, self._value = recorder, leaf, value
+        self.recorder, self.leaf, self.value = recorder, leaf, value
 
     def __bool__(self) -> bool:
-        return self._recorder.ask(self.leaf, self._value, "__len__", ())
+        return self.recorder.ask(self.leaf, self.value, "__len__", ())
 
 
 class Recorder:
@@ -201,7 +201,7 @@ def _merged(parts: Iterable[Any]) -> list[str | Leaf]:
     result: list[str | Leaf] = []
     for part in parts:
         if isinstance(part, Word):
-            result.append(part._leaf)
+            result.append(part.leaf)
         elif result and isinstance(result[-1], str):
             result[-1] += part
         else:
@@ -237,12 +237,10 @@ def _to_json(environment: Any) -> Callable[..., Any]:
     plain = environment.filters["tojson"]
 
     def to_json(value: Any, **options: Any) -> Any:
-        if isinstance(value, Value):
-            leaf = Leaf(value.leaf.number, (("tojson", tuple(options.items())),))
-            return Word(value._recorder, leaf, plain(value._value, **options))
-        if isinstance(value, Word):
-            return value._refuse()
-        return plain(value, **options)
+        if not isinstance(value, Word | Value):
+            return plain(value, **options)
+        leaf = Leaf(value.leaf.number, (*value.leaf.ops, ("tojson", tuple(options.items()))))
+        return Word(value.recorder, leaf, plain(value.value, **options))
 
     return to_json
 
