@@ -76,6 +76,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A Hugging Face tokenizer's directory or hub name."""
     template: str | None = None
     """A Jinja chat template: a file's path or the text itself. Default: the tokenizer's own."""
+    backend: Literal["auto", "huggingface", "fastokens"] = "auto"
+    """What computes the ids: Hugging Face's `tokenizers`, or fastokens once it has proved to give the same; "auto" does so where
+    it is installed. A resume wants the same again."""
     date: str | None = None
     """The day (YYYY-MM-DD) that a template prints as today. Default: the day on which the stream first starts; a resume
     keeps it."""

@@ -19,7 +19,7 @@ from sftstream.payloads import locate, names, strings
 from sftstream.plan import Planner
 from sftstream.records import Conversation, Example, Message, Refused, Rendered
 from sftstream.template import ChatTemplate, TemplateMessage, template_message
-from sftstream.tokenizer import Tokenizer
+from sftstream.tokenizer import Backend, Tokenizer
 from sftstream.turns import Turn, find_turns
 
 BETWEEN_CHECKS = 256
@@ -37,9 +37,9 @@ class ChatEncoder:
     """Conversations -> tokens and loss masks, each verified or refused.
 
     `tokenizer` is a transformers tokenizer, its directory or a hub name; `template` a Jinja file's path or text, by
-    default the tokenizer's own; `date` (YYYY-MM-DD) is what the template prints as today, by default today. The other
-    arguments are those of the `[data]` table, or together a `policy`. Raises ValueError where the template cannot be
-    trained on.
+    default the tokenizer's own; `date` (YYYY-MM-DD) is what the template prints as today, by default today; `backend` is
+    what computes the ids. The other arguments are those of the `[data]` table, or together a `policy`. Raises ValueError
+    where the template cannot be trained on.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class ChatEncoder:
         date: str | None = None,
         *,
         policy: Policy | None = None,
+        backend: Backend = "auto",
         **policy_fields: Any,
     ) -> None:
         self.policy = policy or msgspec.convert({"train_on": list(train_on), **policy_fields}, Policy)
-        self.tokenizer = Tokenizer(tokenizer)
+        self.tokenizer = Tokenizer(tokenizer, backend)
         text = _template_text(template) if template is not None else self.tokenizer.hf.chat_template
         if not isinstance(text, str):
             raise ValueError(

@@ -38,6 +38,8 @@ class Identity(Policy, frozen=True, kw_only=True):
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
+    fast_tokenizer: str | None
+    """What may have computed ids in the place of `tokenizers`."""
     template_sha256: str
     date: str | None
     """The day that the template prints, None where it prints none."""
@@ -61,6 +63,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         format=FORMAT,
         sources=tuple(map(_source, config.sources, corpus.sources)),
         tokenizer_sha256=_sha256(encoder.tokenizer.json()),
+        fast_tokenizer=encoder.tokenizer.fast,
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,
         form=encoder.certificate.form,

@@ -325,7 +325,7 @@ def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
     """A day that the config does not name is the one on which the stream first started."""
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
-    return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config)
+    return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config, backend=tokenizer.backend)
 
 
 def _check_topology(config: DataConfig, shard: Shard, workers: int) -> None:

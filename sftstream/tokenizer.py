@@ -7,25 +7,38 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
+from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sftstream import fast_tokenizer
+from sftstream.fast_tokenizer import FastTokenizer
 from sftstream.records import Example, Refused, Rendered
 
-Borders = tuple[NDArray[np.int64], NDArray[np.int64]]
+Backend = Literal["auto", "huggingface", "fastokens"]
+
+
+class Placed(NamedTuple):
+    """Tokens, where each starts and ends, and the spans in the same unit: characters, or bytes of the normalized text."""
+
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer:
     """A Hugging Face fast tokenizer: a directory, a hub name, or one that is loaded.
 
-    Raises ValueError where there is none, or where its tokens cannot be placed in the text.
+    `backend` is what computes the ids: `tokenizers`, or fastokens once it has proved to give the same ones ("auto": where it is
+    installed). Raises ValueError where there is no tokenizer, or where its tokens cannot be placed in the text.
     """
 
-    def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase) -> None:
+    def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
         self.hf: Any = source if isinstance(source, PreTrainedTokenizerBase) else _load(str(source))
         if not self.hf.is_fast:
             raise ValueError(
@@ -36,6 +49,12 @@ class Tokenizer:
         # A tokenizer.json can carry these from other uses; both would change the text without a word.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._fast = self._open_fast(backend)
+
+    @property
+    def fast(self) -> str | None:
+        """What may compute the ids in the place of `tokenizers`, and its version."""
+        return fast_tokenizer.version() if self._fast else None
 
     @property
     def variables(self) -> dict[str, str]:
@@ -60,43 +79,78 @@ class Tokenizer:
     def encode(self, rendered: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
         try:
-            rendered.text.encode()
+            tokens, starts, ends, spans = (
+                self._by_offsets(rendered) if self._byte_lengths is None else self._by_lengths(rendered)
+            )
         except UnicodeEncodeError as error:
-            raise Refused("not text", f"character {error.start} is half of a surrogate pair") from None
-        pieces = [self._encode(rendered.text[start:end], typed) for start, end, typed in _pieces(rendered)]
-        tokens = np.array([token for ids, _ in pieces for token in ids], np.int32)
-        (starts, ends), measure = self._borders(rendered.text, tokens, [offsets for _, offsets in pieces])
-        mask, straddling = np.zeros(len(tokens), bool), 0
-        for span in rendered.spans:
-            begin, stop = measure(span.start), measure(span.end)
-            inside = (starts >= begin) & (ends <= stop)
-            straddling += int(((starts < stop) & (ends > begin) & ~inside).sum())
-            mask |= inside
+            place = rendered.text.index(error.object[error.start])
+            raise Refused("not text", f"character {place} is half of a surrogate pair") from None
+        mask, straddling = _inside(starts, ends, spans)
         if not mask.any():
             raise Refused("nothing to train", "no token lies wholly inside what the policy trains")
         return Example(tokens, mask, {"tokens across a span's border": straddling} if straddling else {})
 
-    def _encode(self, text: str, typed: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets. The text of a special token that somebody typed is tokenized as words."""
+    def _by_lengths(self, rendered: Rendered) -> Placed:
+        assert self._byte_lengths is not None
+        text, spans = rendered.text, _pairs(rendered)
+        total = len(text)
+        if self._normalize is not None or not text.isascii():
+            spans, total = _measured(text, spans, self._normalize or str)
+        tokens = self._tokens(rendered)
+        lengths = self._byte_lengths[tokens]
+        ends = lengths.cumsum()
+        if len(ends) and ends[-1] != total:
+            raise Refused("tokens do not tile the text", f"they hold {ends[-1]} bytes of {total}")
+        return Placed(tokens, ends - lengths, ends, spans)
+
+    def _by_offsets(self, rendered: Rendered) -> Placed:
+        if rendered.typed:
+            raise Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
+        rendered.text.encode()  # half of a surrogate pair would not go through
+        encoding = self._encoding(rendered.text)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return Placed(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1], _pairs(rendered))
+
+    def _tokens(self, rendered: Rendered) -> NDArray[np.int32]:
+        """Ids of the text. The text of a special token that somebody typed is tokenized as words."""
+        if not rendered.typed:
+            fast = self._fast(rendered.text) if self._fast else None
+            return self._ids(rendered.text) if fast is None else fast
+        pieces = (self._ids(rendered.text[start:end], typed=typed) for start, end, typed in _pieces(rendered))
+        return np.concatenate(list(pieces))
+
+    def _ids(self, text: str, *, typed: bool = False) -> NDArray[np.int32]:
+        return np.array(self._encoding(text, typed=typed).ids, np.int32)
+
+    def _encoding(self, text: str, *, typed: bool = False) -> Any:
         self._backend.encode_special_tokens = typed
         encoding = self._backend.encode(text, add_special_tokens=False)
         self._backend.encode_special_tokens = False
-        return encoding.ids, encoding.offsets
+        return encoding
 
-    def _borders(
-        self, text: str, tokens: NDArray[np.int32], offsets: list[list[tuple[int, int]]]
-    ) -> tuple[Borders, Callable[[int], int]]:
-        """Where each token starts and ends, and how to measure a prefix of the text in the same unit."""
-        if self._byte_lengths is None:
-            return _offset_borders(offsets), int
-        normalize = self._backend.normalizer.normalize_str if self._backend.normalizer else str
-        lengths = self._byte_lengths[tokens]
-        ends = np.cumsum(lengths)
-        total = len(normalize(text).encode())
-        if len(ends) and ends[-1] != total:
-            raise Refused("tokens do not tile the text", f"they hold {ends[-1]} bytes of {total}")
-        # A prefix is normalized alone: spans begin and end at special tokens, which no character combines with.
-        return (ends - lengths, ends), lambda end: len(normalize(text[:end]).encode())
+    @cached_property
+    def _normalize(self) -> Callable[[str], str] | None:
+        normalizer: Any = self._backend.normalizer
+        if normalizer is None:
+            return None
+        if isinstance(normalizer, NFC):
+            return lambda text: text if text.isascii() else str(normalizer.normalize_str(text))
+        return lambda text: str(normalizer.normalize_str(text))
+
+    def _open_fast(self, backend: Backend) -> FastTokenizer | None:
+        found = fast_tokenizer.version()
+        if backend == "fastokens" and (found is None or self._byte_lengths is None):
+            said = "is not installed; pip install fastokens" if found is None else "is for byte-level tokenizers alone"
+            raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
+        if backend == "huggingface" or found is None or self._byte_lengths is None:
+            return None
+        special = sorted({str(token) for token in self.hf.added_tokens_decoder.values()})
+        return FastTokenizer(
+            self._backend.to_str(),
+            lambda text: self._backend.encode(text, add_special_tokens=False).ids,
+            list(fast_tokenizer.probes(special)),
+            required=backend == "fastokens",
+        )
 
     @cached_property
     def _byte_lengths(self) -> NDArray[np.int64] | None:
@@ -134,8 +188,36 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _offset_borders(pieces: list[list[tuple[int, int]]]) -> Borders:
-    if len(pieces) > 1:
-        raise Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
-    offsets = np.array(pieces[0] if pieces else [], np.int64).reshape(-1, 2)
-    return offsets[:, 0], offsets[:, 1]
+def _pairs(rendered: Rendered) -> list[tuple[int, int]]:
+    return [(span.start, span.end) for span in rendered.spans]
+
+
+def _measured(
+    text: str, spans: list[tuple[int, int]], normalize: Callable[[str], str]
+) -> tuple[list[tuple[int, int]], int]:
+    """The spans, which are in order, in bytes of the normalized text, and how many it has.
+
+    What lies between two of their ends is normalized alone: spans begin and end at special tokens, which no character
+    combines with.
+    """
+    at = total = 0
+    result = []
+    for start, end in spans:
+        begin = total + len(normalize(text[at:start]).encode())
+        total = begin + len(normalize(text[start:end]).encode())
+        result.append((begin, total))
+        at = end
+    return result, total + len(normalize(text[at:]).encode())
+
+
+def _inside(
+    starts: NDArray[np.int64], ends: NDArray[np.int64], spans: list[tuple[int, int]]
+) -> tuple[NDArray[np.bool_], int]:
+    """Which tokens lie wholly inside a span, and how many just in part. Tokens and spans are in order."""
+    mask, straddling = np.zeros(len(starts), bool), 0
+    for begin, end in spans:
+        inside = slice(int(starts.searchsorted(begin)), int(ends.searchsorted(end, side="right")))
+        touched = slice(int(ends.searchsorted(begin, side="right")), int(starts.searchsorted(end)))
+        mask[inside] = True
+        straddling += (touched.stop - touched.start) - max(0, inside.stop - inside.start)
+    return mask, straddling

@@ -269,7 +269,8 @@ def test_the_shortcut_finds_the_same_turns_as_the_whole_evidence(realdata: Any) 
                 quick = find_turns(*args, located)
             except Refused:
                 continue
-            assert find_turns(*args, located, shortcut=False) == quick, path.stem
+            slow = [turn._replace(by_prompt=False) for turn in find_turns(*args, located, shortcut=False)]
+            assert slow == [turn._replace(by_prompt=False) for turn in quick], path.stem
 
 
 @pytest.mark.realdata
