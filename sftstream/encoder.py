@@ -22,7 +22,7 @@ from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Backend, Tokenizer
 from sftstream.turns import Turn, find_turns
 
-BETWEEN_CHECKS = 256
+BETWEEN_CHECKS = 512
 """Conversations rendered by plan, of which one is rendered by the template as well and compared."""
 
 
@@ -62,7 +62,7 @@ class ChatEncoder:
             )
         self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
         self.certificate: Certificate = certify(self.template, self.tokenizer.control)
-        self._planner = Planner(self.template, self.certificate.form, self.tokenizer.control)
+        self._planner = Planner(self.template, self.certificate.form, self.tokenizer.special)
         self._planned = 0
 
     @property

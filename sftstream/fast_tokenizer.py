@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int32]
 Reference = Callable[[str], Sequence[int]]
 
-FIRST, BETWEEN = 64, 256
+FIRST, BETWEEN = 32, 512
 """Texts of a run that are compared: the first ones, and later one of so many."""
 
 

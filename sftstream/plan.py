@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-from sftstream.payloads import MARK
 from sftstream.records import Conversation, Message, Rendered, Span
 from sftstream.template import REASONING_KEYS, ChatTemplate, template_message
-from sftstream.trace import Guard, Leaf, Recorder, Trace, TracedTemplate, Value, Word
+from sftstream.trace import Guard, Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
 from sftstream.turns import Form, Turn
+
+STRIPPED: Op = ("strip", (None,))
 
 SHAPES = 4096
 """Shapes that are remembered; what comes later goes the whole way."""
@@ -33,27 +35,37 @@ class Place(NamedTuple):
     offset: int
 
 
+class Slot(NamedTuple):
+    """Where a value is printed: among which pieces, and how it gets there."""
+
+    piece: int
+    number: int
+    ops: tuple[Op, ...]
+    loose: bool
+    """White space at its ends would be printed."""
+
+
 class Plan(NamedTuple):
     """How conversations of one shape are printed, and what of them is trained."""
 
-    pieces: tuple[str | Leaf, ...]
-    guards: tuple[Guard, ...]
-    trimmed: tuple[bool, ...]
-    """Of each of a conversation's values: white space at its ends is not printed."""
+    pieces: tuple[str, ...]
+    """What the template prints, with nothing where values go."""
+    slots: tuple[Slot, ...]
     silent: tuple[int, ...]
     """Values that are not printed: ids in most templates, earlier thoughts in some."""
+    guards: tuple[Guard, ...]
     spans: tuple[tuple[Place, Place], ...]
 
 
 class Planner:
     """The plans of one template under one policy."""
 
-    def __init__(self, template: ChatTemplate, form: Form, control: re.Pattern[str]) -> None:
+    def __init__(self, template: ChatTemplate, form: Form, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
         self._to_json: Any = template.environment.filters["tojson"]
-        self._alien = re.compile(
-            "|".join([control.pattern, MARK.pattern, "</?think", *map(re.escape, _marks_of_turns(form))])
-        )
+        alien = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
+        self._alien = re.compile("|".join(map(re.escape, sorted(alien))))
+        self._beginnings = {text[:2] for text in alien}
         self._plans: dict[Shape, list[Plan]] = {}
 
     def render(self, dialogue: Conversation) -> Rendered | None:
@@ -70,9 +82,18 @@ class Planner:
         plans = self._plans.setdefault(shape, []) if len(self._plans) < SHAPES else self._plans.get(shape, [])
         if len(plans) >= PLANS or (trace := self._trace(dialogue, values, turns)) is None:
             return
-        texts = [self._print(piece, values) for piece in trace.pieces]
-        spans = tuple(_spans(rendered.spans, texts, trace.pieces))
-        plan = Plan(trace.pieces, trace.guards, _trimmed(trace.pieces, len(values)), _silent(trace, len(values)), spans)
+        pieces = tuple(piece if isinstance(piece, str) else "" for piece in trace.pieces)
+        slots = tuple(
+            Slot(at, piece.number, piece.ops, STRIPPED not in piece.ops and isinstance(values[piece.number], str))
+            for at, piece in enumerate(trace.pieces)
+            if isinstance(piece, Leaf)
+        )
+        printed = {slot.number for slot in slots}
+        plan = Plan(pieces, slots, tuple(n for n in range(len(values)) if n not in printed), trace.guards, ())
+        text = self._texts(plan, values)
+        if text is None or "".join(text) != rendered.text:
+            return
+        plan = plan._replace(spans=tuple(_places(rendered.spans, text, trace.pieces)))
         if self._assembled(plan, values) == rendered:
             plans.append(plan)
 
@@ -85,26 +106,35 @@ class Planner:
         return self._traced.trace(recorder, messages, tools)
 
     def _assembled(self, plan: Plan, values: Sequence[Any]) -> Rendered | None:
-        texts = [self._print(piece, values) for piece in plan.pieces]
-        words = [text for text, piece in zip(texts, plan.pieces, strict=True) if not isinstance(piece, str)]
-        words += [str(values[number]) for number in plan.silent]
-        if self._alien.search("\0".join(words)) or _has_loose_ends(values, plan.trimmed):
+        texts = self._texts(plan, values)
+        if texts is None:
             return None
-        starts, at = [], 0
-        for text in texts:
-            starts.append(at)
-            at += len(text)
+        starts = list(accumulate(map(len, texts), initial=0))
         spans = [Span(starts[begin.piece] + begin.offset, starts[end.piece] + end.offset) for begin, end in plan.spans]
         return Rendered("".join(texts), tuple(spans))
 
-    def _answers(self, guard: Guard, values: Sequence[Any]) -> bool:
-        return bool(getattr(self._print(guard.leaf, values), guard.method)(*guard.arguments)) is guard.answer
+    def _texts(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
+        """The pieces with the values among them; None where a value is not inert."""
+        texts, words = list(plan.pieces), []
+        for piece, number, ops, loose in plan.slots:
+            value = values[number] if not ops else self._printed(values[number], ops)
+            if loose and value and (value[0].isspace() or value[-1].isspace()):
+                return None
+            texts[piece] = value
+            words.append(value)
+        words += [str(values[number]) for number in plan.silent]
+        return texts if self._inert("\0".join(words)) else None
 
-    def _print(self, piece: str | Leaf, values: Sequence[Any]) -> Any:
-        if isinstance(piece, str):
-            return piece
-        value = values[piece.number]
-        for method, arguments in piece.ops:
+    def _inert(self, words: str) -> bool:
+        """Nothing in them could be taken for a part of the template. Almost always a look at beginnings tells."""
+        return not any(beginning in words for beginning in self._beginnings) or not self._alien.search(words)
+
+    def _answers(self, guard: Guard, values: Sequence[Any]) -> bool:
+        value = self._printed(values[guard.leaf.number], guard.leaf.ops)
+        return bool(getattr(value, guard.method)(*guard.arguments)) is guard.answer
+
+    def _printed(self, value: Any, ops: tuple[Op, ...]) -> Any:
+        for method, arguments in ops:
             value = (
                 self._to_json(value, **dict(arguments)) if method == "tojson" else getattr(value, method)(*arguments)
             )
@@ -171,29 +201,8 @@ def _unknown(
     return messages, tools
 
 
-def _trimmed(pieces: Iterable[str | Leaf], count: int) -> tuple[bool, ...]:
-    loose = {piece.number for piece in pieces if isinstance(piece, Leaf) and not _trims(piece)}
-    return tuple(number not in loose for number in range(count))
-
-
-def _silent(trace: Trace, count: int) -> tuple[int, ...]:
-    printed = {piece.number for piece in trace.pieces if isinstance(piece, Leaf)}
-    return tuple(number for number in range(count) if number not in printed)
-
-
-def _trims(leaf: Leaf) -> bool:
-    return any(op in (("strip", (None,)), ("strip", ())) for op in leaf.ops)
-
-
-def _has_loose_ends(values: Sequence[Any], trimmed: Sequence[bool]) -> bool:
-    return any(
-        isinstance(value, str) and value and not trim and (value[0].isspace() or value[-1].isspace())
-        for value, trim in zip(values, trimmed, strict=True)
-    )
-
-
-def _spans(spans: Iterable[Span], texts: Sequence[str], pieces: Sequence[str | Leaf]) -> Iterator[tuple[Place, Place]]:
-    """Spans by place; those with an end within a value are left out."""
+def _places(spans: Iterable[Span], texts: Sequence[str], pieces: Sequence[str | Leaf]) -> Iterator[tuple[Place, Place]]:
+    """Spans by place; one that ends within a value has none."""
     for span in spans:
         begin, end = _place(span.start, texts, pieces), _place(span.end, texts, pieces)
         if begin is not None and end is not None:
@@ -201,7 +210,6 @@ def _spans(spans: Iterable[Span], texts: Sequence[str], pieces: Sequence[str | L
 
 
 def _place(at: int, texts: Sequence[str], pieces: Sequence[str | Leaf]) -> Place | None:
-    """Within a string of the template where possible: the ends of a value would do as well."""
     start = 0
     for number, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
         if isinstance(piece, str) and start <= at <= start + len(text):

@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date as Date
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import jinja2
+import msgspec
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from sftstream.records import Message, Refused, Span
@@ -25,6 +26,9 @@ SECONDS = 10.0
 
 MEMORY = 256 << 20
 """Bytes that a template may take while it is probed."""
+
+REMEMBERED = 2048
+"""Values whose JSON is kept."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """What templates call it; each knows one of them."""
@@ -57,7 +61,7 @@ class ChatTemplate:
         if self.date is not None:
             self._variables |= {"strftime_now": self.date.strftime, "date_string": self.date.strftime("%d %b %Y")}
         try:
-            self._compiled = _compile_jinja_template(text)
+            self._compiled = _compiled(text)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from None
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
@@ -88,6 +92,33 @@ class ChatTemplate:
             "add_generation_prompt": prompt,
             **self._variables,
         }
+
+
+def _compiled(text: str) -> Any:
+    """As transformers compiles it, but that what was printed as JSON once is not encoded again: tools come with every render."""
+    environment = _compile_jinja_template(text).environment.overlay()
+    environment.filters = {**environment.filters, "tojson": _Remembered(environment.filters["tojson"])}
+    return environment.from_string(text)
+
+
+class _Remembered:
+    """A function of JSON-like values, and its latest results."""
+
+    def __init__(self, function: Callable[..., str]) -> None:
+        self._function = function
+        self._results: dict[bytes, str] = {}
+
+    def __call__(self, value: Any, *arguments: Any, **options: Any) -> str:
+        try:
+            key = msgspec.msgpack.encode((value, arguments, options))
+        except TypeError:
+            return self._function(value, *arguments, **options)
+        if (result := self._results.get(key)) is None:
+            result = self._function(value, *arguments, **options)
+            if len(self._results) >= REMEMBERED:
+                self._results.clear()
+            self._results[key] = result
+        return result
 
 
 @contextmanager

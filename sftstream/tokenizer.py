@@ -64,8 +64,13 @@ class Tokenizer:
     @cached_property
     def control(self) -> re.Pattern[str]:
         """Matches every text that becomes one special token."""
+        return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+
+    @cached_property
+    def special(self) -> list[str]:
+        """The texts of special tokens, longest first."""
         tokens = {str(token) for token in self.hf.added_tokens_decoder.values() if token.special}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        return sorted(tokens, key=lambda text: (-len(text), text))
 
     @property
     def pad_id(self) -> int:
@@ -144,11 +149,10 @@ class Tokenizer:
             raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
         if backend == "huggingface" or found is None or self._byte_lengths is None:
             return None
-        special = sorted({str(token) for token in self.hf.added_tokens_decoder.values()})
         return FastTokenizer(
             self._backend.to_str(),
             lambda text: self._backend.encode(text, add_special_tokens=False).ids,
-            list(fast_tokenizer.probes(special)),
+            list(fast_tokenizer.probes(self.special)),
             required=backend == "fastokens",
         )
 
@@ -215,9 +219,10 @@ def _inside(
 ) -> tuple[NDArray[np.bool_], int]:
     """Which tokens lie wholly inside a span, and how many just in part. Tokens and spans are in order."""
     mask, straddling = np.zeros(len(starts), bool), 0
-    for begin, end in spans:
-        inside = slice(int(starts.searchsorted(begin)), int(ends.searchsorted(end, side="right")))
-        touched = slice(int(ends.searchsorted(begin, side="right")), int(starts.searchsorted(end)))
-        mask[inside] = True
-        straddling += (touched.stop - touched.start) - max(0, inside.stop - inside.start)
+    begins, stops = np.array(spans, np.int64).reshape(-1, 2).T
+    inside = zip(starts.searchsorted(begins).tolist(), ends.searchsorted(stops, "right").tolist(), strict=True)
+    touched = zip(ends.searchsorted(begins, "right").tolist(), starts.searchsorted(stops).tolist(), strict=True)
+    for (first, last), (one, other) in zip(inside, touched, strict=True):
+        mask[first:last] = True
+        straddling += (other - one) - max(0, last - first)
     return mask, straddling

@@ -132,11 +132,14 @@ class _Finder:
         self._tools = tools
         self._text = located.text
         self._payloads = located.payloads
+        self._firsts = {payload.message: payload.start for payload in reversed(sorted(located.payloads))}
 
     def turn(self, index: int, earliest: int) -> Turn:
         """The turn of assistant's message `index`, not before `earliest`."""
         self._prompted = False
-        before = max((p.end for p in self._payloads if p.message < index and self._precedes(p, index)), default=0)
+        # Payloads that stand before the message's own: some templates print others' words again, later.
+        first = self._firsts.get(index, len(self._text))
+        before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
         own = self._own(index, max(before, earliest))
         limit = min((p.start for p in own), default=None)
         following = min(
@@ -150,11 +153,6 @@ class _Finder:
             (p.start for p in self._payloads if p.message > index and p.start >= last), default=len(self._text)
         )
         return Turn(index, Span(start, self._end(index, last, following)), tuple(own), self._prompted)
-
-    def _precedes(self, payload: Payload, index: int) -> bool:
-        """A payload that stands before the message's own; some templates print others' words again, later."""
-        first = min((p.start for p in self._payloads if p.message == index), default=None)
-        return first is None or payload.end <= first
 
     def _own(self, index: int, earliest: int) -> list[Payload]:
         """The message's payloads, each where it is printed first."""
