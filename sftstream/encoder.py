@@ -62,8 +62,8 @@ class ChatEncoder:
             )
         self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
         self.certificate: Certificate = certify(self.template, self.tokenizer.control)
-        self._planner = Planner(self.template, self.certificate.form, self.tokenizer.special)
-        self._planned = 0
+        self.planner = Planner(self.template, self.certificate.form, self.tokenizer.special)
+        self.planned = 0
 
     @property
     def stop_ids(self) -> list[int]:
@@ -107,14 +107,14 @@ class ChatEncoder:
 
     def render(self, dialogue: Conversation) -> Rendered:
         """Text and trained spans; raises `Refused`."""
-        planned = self._planner.render(dialogue)
+        planned = self.planner.render(dialogue)
         if planned is not None:
-            self._planned += 1
-            if self._planned % BETWEEN_CHECKS:
+            self.planned += 1
+            if self.planned % BETWEEN_CHECKS:
                 return planned
         rendered, turns = self.render_whole(dialogue)
         if planned is None:
-            self._planner.learn(dialogue, rendered, turns)
+            self.planner.learn(dialogue, rendered, turns)
         elif rendered != planned:
             raise RuntimeError(f"a plan of this chat template gave {planned} where the template gives {rendered}")
         return rendered

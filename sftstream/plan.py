@@ -66,12 +66,12 @@ class Planner:
         alien = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
         self._alien = re.compile("|".join(map(re.escape, sorted(alien))))
         self._beginnings = {text[:2] for text in alien}
-        self._plans: dict[Shape, list[Plan]] = {}
+        self.plans: dict[Shape, list[Plan]] = {}
 
     def render(self, dialogue: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""
         shape, values = _take_apart(dialogue)
-        for plan in self._plans.get(shape, ()):
+        for plan in self.plans.get(shape, ()):
             if all(self._answers(guard, values) for guard in plan.guards):
                 return self._assembled(plan, values)
         return None
@@ -79,7 +79,7 @@ class Planner:
     def learn(self, dialogue: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Keep how a conversation was rendered, where others can be rendered alike."""
         shape, values = _take_apart(dialogue)
-        plans = self._plans.setdefault(shape, []) if len(self._plans) < SHAPES else self._plans.get(shape, [])
+        plans = self.plans.setdefault(shape, []) if len(self.plans) < SHAPES else self.plans.get(shape, [])
         if len(plans) >= PLANS or (trace := self._trace(dialogue, values, turns)) is None:
             return
         pieces = tuple(piece if isinstance(piece, str) else "" for piece in trace.pieces)

@@ -22,13 +22,15 @@ from sftstream.records import Example, Refused, Rendered
 Backend = Literal["auto", "huggingface", "fastokens"]
 
 
-class Placed(NamedTuple):
-    """Tokens, where each starts and ends, and the spans in the same unit: characters, or bytes of the normalized text."""
+Pair = tuple[int, int]
+
+
+class Trained(NamedTuple):
+    """Tokens, the ranges of them that lie wholly inside a span, and how many lie there just in part."""
 
     tokens: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    spans: list[tuple[int, int]]
+    ranges: list[Pair]
+    straddling: int
 
 
 class Tokenizer:
@@ -49,12 +51,12 @@ class Tokenizer:
         # A tokenizer.json can carry these from other uses; both would change the text without a word.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._fast = self._open_fast(backend)
+        self.fast_tokenizer = self._open_fast(backend)
 
     @property
     def fast(self) -> str | None:
         """What may compute the ids in the place of `tokenizers`, and its version."""
-        return fast_tokenizer.version() if self._fast else None
+        return fast_tokenizer.version() if self.fast_tokenizer else None
 
     @property
     def variables(self) -> dict[str, str]:
@@ -83,43 +85,45 @@ class Tokenizer:
 
     def encode(self, rendered: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
+        spans = [(span.start, span.end) for span in rendered.spans]
         try:
-            tokens, starts, ends, spans = (
-                self._by_offsets(rendered) if self._byte_lengths is None else self._by_lengths(rendered)
+            tokens, ranges, straddling = (
+                self._by_offsets(rendered, spans) if self._byte_lengths is None else self._by_lengths(rendered, spans)
             )
         except UnicodeEncodeError as error:
             place = rendered.text.index(error.object[error.start])
             raise Refused("not text", f"character {place} is half of a surrogate pair") from None
-        mask, straddling = _inside(starts, ends, spans)
-        if not mask.any():
+        if not ranges:
             raise Refused("nothing to train", "no token lies wholly inside what the policy trains")
+        mask = np.zeros(len(tokens), bool)
+        for first, last in ranges:
+            mask[first:last] = True
         return Example(tokens, mask, {"tokens across a span's border": straddling} if straddling else {})
 
-    def _by_lengths(self, rendered: Rendered) -> Placed:
+    def _by_lengths(self, rendered: Rendered, spans: list[Pair]) -> Trained:
         assert self._byte_lengths is not None
-        text, spans = rendered.text, _pairs(rendered)
+        text = rendered.text
         total = len(text)
         if self._normalize is not None or not text.isascii():
             spans, total = _measured(text, spans, self._normalize or str)
         tokens = self._tokens(rendered)
-        lengths = self._byte_lengths[tokens]
-        ends = lengths.cumsum()
+        ends = self._byte_lengths[tokens].cumsum()
         if len(ends) and ends[-1] != total:
             raise Refused("tokens do not tile the text", f"they hold {ends[-1]} bytes of {total}")
-        return Placed(tokens, ends - lengths, ends, spans)
+        return Trained(tokens, *_inside_tiles(ends, spans))
 
-    def _by_offsets(self, rendered: Rendered) -> Placed:
+    def _by_offsets(self, rendered: Rendered, spans: list[Pair]) -> Trained:
         if rendered.typed:
             raise Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
         rendered.text.encode()  # half of a surrogate pair would not go through
         encoding = self._encoding(rendered.text)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return Placed(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1], _pairs(rendered))
+        return Trained(np.array(encoding.ids, np.int32), *_inside(offsets[:, 0], offsets[:, 1], spans))
 
     def _tokens(self, rendered: Rendered) -> NDArray[np.int32]:
         """Ids of the text. The text of a special token that somebody typed is tokenized as words."""
         if not rendered.typed:
-            fast = self._fast(rendered.text) if self._fast else None
+            fast = self.fast_tokenizer(rendered.text) if self.fast_tokenizer else None
             return self._ids(rendered.text) if fast is None else fast
         pieces = (self._ids(rendered.text[start:end], typed=typed) for start, end, typed in _pieces(rendered))
         return np.concatenate(list(pieces))
@@ -192,13 +196,35 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _pairs(rendered: Rendered) -> list[tuple[int, int]]:
-    return [(span.start, span.end) for span in rendered.spans]
+def _inside_tiles(ends: NDArray[np.int64], spans: list[Pair]) -> tuple[list[Pair], int]:
+    """Of tokens that lie side by side, in one search for all borders."""
+    borders = [border for span in spans for border in span]
+    at = ends.searchsorted(borders)  # the tokens that they cut, or end with
+    cut = (ends.take(at, mode="clip") != borders).tolist()
+    at = at.tolist()
+    ranges, straddling = [], 0
+    for begin in range(0, len(borders), 2):
+        end = begin + 1
+        opens_cut = cut[begin] and borders[begin] > 0
+        first, last = at[begin] + (borders[begin] > 0), at[end] + (not cut[end])
+        if first < last:
+            ranges.append((first, last))
+        straddling += opens_cut + (cut[end] and not (opens_cut and at[begin] == at[end]))
+    return ranges, straddling
 
 
-def _measured(
-    text: str, spans: list[tuple[int, int]], normalize: Callable[[str], str]
-) -> tuple[list[tuple[int, int]], int]:
+def _inside(starts: NDArray[np.int64], ends: NDArray[np.int64], spans: list[Pair]) -> tuple[list[Pair], int]:
+    """Of tokens with anything between them."""
+    ranges, straddling = [], 0
+    for begin, end in spans:
+        first, last = int(starts.searchsorted(begin)), int(ends.searchsorted(end, "right"))
+        if first < last:
+            ranges.append((first, last))
+        straddling += int(starts.searchsorted(end)) - int(ends.searchsorted(begin, "right")) - max(0, last - first)
+    return ranges, straddling
+
+
+def _measured(text: str, spans: list[Pair], normalize: Callable[[str], str]) -> tuple[list[Pair], int]:
     """The spans, which are in order, in bytes of the normalized text, and how many it has.
 
     What lies between two of their ends is normalized alone: spans begin and end at special tokens, which no character
@@ -212,17 +238,3 @@ def _measured(
         result.append((begin, total))
         at = end
     return result, total + len(normalize(text[at:]).encode())
-
-
-def _inside(
-    starts: NDArray[np.int64], ends: NDArray[np.int64], spans: list[tuple[int, int]]
-) -> tuple[NDArray[np.bool_], int]:
-    """Which tokens lie wholly inside a span, and how many just in part. Tokens and spans are in order."""
-    mask, straddling = np.zeros(len(starts), bool), 0
-    begins, stops = np.array(spans, np.int64).reshape(-1, 2).T
-    inside = zip(starts.searchsorted(begins).tolist(), ends.searchsorted(stops, "right").tolist(), strict=True)
-    touched = zip(ends.searchsorted(begins, "right").tolist(), starts.searchsorted(stops).tolist(), strict=True)
-    for (first, last), (one, other) in zip(inside, touched, strict=True):
-        mask[first:last] = True
-        straddling += (other - one) - max(0, last - first)
-    return mask, straddling
