@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoints.commit import discard, make_directory, open_file, publish, sync_directory, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.lock import Lock
 from checkpoints.manifest import MANIFEST, Manifest, Part, decode, encode, merge
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Directory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._lock = Lock(root / ".lock")
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
@@ -60,9 +62,17 @@ class Directory:
             raise CorruptCheckpoint(f"{path}: it is the manifest of step {manifest.step}")
         return manifest
 
+    def claim(self) -> None:
+        """Makes this process the only one that may change the root, until it ends or `release`."""
+        make_directory(self.root)
+        self._lock.take()
+
+    def release(self) -> None:
+        self._lock.release()
+
     def open(self, step: int, rejected: Collection[int]) -> str:
         """Makes the directory of an attempt and returns its token. Moves steps aside that were found damaged."""
-        make_directory(self.root)
+        self.claim()
         newest = max((other for other in self.steps() if other not in rejected), default=-1)
         if step <= newest:
             raise CheckpointError(
@@ -95,16 +105,21 @@ class Directory:
         """Gives back the room of a failed attempt; what cannot be deleted now is swept by the next save."""
         shutil.rmtree(self.attempt(step, token), ignore_errors=True)
 
-    def retain(self, keep: int) -> None:
-        """Deletes all but the newest steps, renamed first: one deleted by half never looks like a step."""
+    def retain(self, keep: int, keep_every: int | None) -> list[int]:
+        """Deletes all but the `keep` newest steps and the multiples of `keep_every`; returns what it deleted.
+
+        They are renamed first: one that is deleted by half never looks like a step.
+        """
         token = secrets.token_hex(8)
         gone = []
-        for step in self.steps()[:-keep]:
+        old = [step for step in self.steps()[:-keep] if keep_every is None or step % keep_every]
+        for step in old:
             gone.append(self.root / f".{self.path(step).name}.gone-{token}")
             os.rename(self.path(step), gone[-1])
         if gone:
             sync_directory(self.root)
             discard(gone)
+        return old
 
     def _sweep(self) -> None:
         """Deletes what killed saves and killed deletions left behind."""

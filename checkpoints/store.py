@@ -30,21 +30,26 @@ class CheckpointStore:
     """Checkpoints under one root that all ranks see, one directory `step-00000120` a step.
 
     A step is complete and verified or it does not count. It is written aside, forced to the disk and renamed; a
-    committed step is never written to again, and steps only grow. One run at a time owns a root.
+    committed step is never written to again, and steps only grow. One run at a time owns a root: from `claim` or the
+    first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store.
 
-    `save`, `load` and `latest` are collective: all ranks of the default process group call them, and an error on any
+    `claim`, `save`, `load` and `latest` are collective: all ranks of the default process group call them, and an error on any
     rank is raised on all. Without `torch.distributed` they work in one process. `steps` and `values` are local.
 
     Args:
         root: Created at the first save. Whatever in it has another name than ours is left alone.
         keep: Committed steps that stay; older ones are deleted after a save.
+        keep_every: Steps that are multiples of it stay as well.
     """
 
-    def __init__(self, root: Path | str, *, keep: int = 3) -> None:
+    def __init__(self, root: Path | str, *, keep: int = 3, keep_every: int | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 step must stay")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every is {keep_every}; it must be at least 1")
         self.root = Path(root).absolute()
         self.keep = keep
+        self.keep_every = keep_every
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
         self._directory = Directory(self.root)
@@ -53,6 +58,18 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """The committed steps by their directories' names, oldest first. Their content is not looked at."""
         return self._directory.steps()
+
+    def claim(self) -> None:
+        """Makes this run the only one that may save here.
+
+        Raises:
+            CheckpointError: Another run has the root, which is named, or it cannot be made or locked.
+        """
+        Ranks.current().lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
+
+    def close(self) -> None:
+        """Lets another run have the root. Any rank, alone."""
+        self._directory.release()
 
     def latest(self) -> int | None:
         """The newest step whose every byte is as it was committed, or None where no step was ever committed.
@@ -107,7 +124,7 @@ class CheckpointStore:
             if ranks.rank == 0:
                 self._directory.abandon(step, token)
             raise
-        ranks.lead(f"deleting steps after step {step}", None, lambda _: self._directory.retain(self.keep))
+        ranks.lead(f"deleting steps after step {step}", None, self._retain)
         return self._directory.path(step)
 
     def load(self, step: int, state: dict[str, Any]) -> None:
@@ -167,6 +184,9 @@ class CheckpointStore:
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
         blobs = read_values(self._directory.path(step), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
+
+    def _retain(self, _: list[None]) -> None:
+        self._directory.retain(self.keep, self.keep_every)
 
     def _open(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:

@@ -85,7 +85,7 @@ def test_the_files_of_a_step_are_where_the_documentation_says(tmp_path):
     path = CheckpointStore(tmp_path).save(120, state(1), {"a": 1})
     assert path == tmp_path / "step-00000120"
     assert sorted(os.listdir(path)) == ["manifest.json", "rank00000.safetensors", "rank00000.values"]
-    assert os.listdir(tmp_path) == ["step-00000120"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "step-00000120"]
 
 
 def test_the_tensors_of_one_process_open_as_any_safetensors_file(tmp_path):
@@ -251,7 +251,7 @@ def test_old_steps_are_deleted_and_foreign_files_left_alone(tmp_path):
     for step in (1, 2, 3, 4):
         store.save(step, state(step))
     assert store.steps() == [3, 4]
-    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "step-00000003", "step-00000004"])
+    assert sorted(os.listdir(tmp_path)) == sorted([".lock", *foreign, "step-00000003", "step-00000004"])
 
 
 def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
@@ -260,12 +260,20 @@ def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
     assert store.steps() == [1]
     store.save(2, state(2))
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "step-00000001", "step-00000002"]
 
 
-def test_keeping_no_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0"):
-        CheckpointStore(tmp_path, keep=0)
+def test_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_every=20)
+    for step in (0, 10, 20, 30, 40, 50):
+        store.save(step, state(step))
+    assert store.steps() == [0, 20, 40, 50]
+
+
+@pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}])
+def test_keeping_no_step_is_refused(tmp_path, limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} is 0"):
+        CheckpointStore(tmp_path, **limits)
 
 
 # Damage

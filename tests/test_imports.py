@@ -58,6 +58,7 @@ ORDER = {
         "errors",
         "manifest",
         "commit",
+        "lock",
         "ranks",
         "state",
         "directory",

@@ -102,8 +102,5 @@ def _lines(directory: Path) -> int:
 
 
 def _attempts(directory: Path) -> list[str]:
-    """Checkpoints that are being written: their names differ from a committed step's."""
-    root = directory / "runs" / "run" / "checkpoints"
-    return (
-        [path.name for path in root.iterdir() if not path.name.removeprefix("step-").isdigit()] if root.exists() else []
-    )
+    """Checkpoints that are being written."""
+    return [path.name for path in (directory / "runs" / "run" / "checkpoints").glob(".step-*")]

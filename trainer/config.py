@@ -76,11 +76,13 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Steps between checkpoints; the end of a run is saved as well."""
     keep: int = 3
     """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Those of steps that are multiples of it stay as well."""
 
     def __post_init__(self) -> None:
-        for field in ("every", "keep"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+        for field in ("every", "keep", "keep_every"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -89,7 +89,9 @@ class Run:
         self.display = Display(quiet=not topology.first)
         _set_determinism(config.run.deterministic)
         torch.manual_seed(config.run.seed)
-        self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        self.store = CheckpointStore(config.run.directory / "checkpoints", keep=keep, keep_every=keep_every)
+        self.store.claim()
         self.shape = _shape(config)
         self.settings = Settings.of(config, self.shape, self._compute_dtype())
         # Found before any work is done, since it is the first thing that can be wrong.
