@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from checkpoints.commit import open_file, read_into, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, File, Manifest, Part, Span, Tensor
+from checkpoints.staging import Staging
 
 BlobKey = tuple[Literal["plain", "values"], str]
 
@@ -58,10 +59,17 @@ class StepWriter:
         self._blobs = blobs
         self._planner = DefaultSavePlanner(flatten_state_dict=False)
         self._planner.set_up_planner(tensors)
+        self._plan = self._planner.create_local_plan()
+        self._staged: dict[MetadataIndex, torch.Tensor] = {}
+
+    def stage(self, staging: Staging) -> StepWriter:
+        """Copies all that this rank could write; from then on the tensors may change. Returns itself."""
+        self._staged = staging.copy({item.index: self._local(item) for item in self._plan.items})
+        return self
 
     def offer(self) -> Offer:
         digests = {key: hashlib.sha256(blob).digest() for key, blob in self._blobs.items()}
-        return Offer(self._planner.create_local_plan(), digests)
+        return Offer(self._plan, digests)
 
     def divide(self, offers: list[Offer]) -> list[Share]:
         """Gives each chunk to one of the ranks that hold it, evenly by bytes, and each value to the lowest such rank.
@@ -110,11 +118,16 @@ class StepWriter:
     def _tensor_parts(self, header: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
         yield header
         for item in items:
-            tensor = self._planner.resolve_data(item)
-            assert isinstance(tensor, torch.Tensor)
-            assert tensor.shape == _data(item).chunk.sizes, item.index
             # Free of a copy for what lies contiguous in host memory; else one tensor's copy at a time.
-            yield _bytes_of(tensor.detach().cpu().contiguous())
+            yield _bytes_of(self._local(item).cpu().contiguous())
+
+    def _local(self, item: WriteItem) -> torch.Tensor:
+        if item.index in self._staged:
+            return self._staged[item.index]
+        tensor = self._planner.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.shape == _data(item).chunk.sizes, item.index
+        return tensor.detach()
 
     def _write_blobs(self, directory: Path, name: str, keys: list[BlobKey], part: Part) -> None:
         blobs = [self._blobs[key] for key in keys]

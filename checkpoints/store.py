@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from checkpoints.directory import Directory
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPES, Manifest, Span
 from checkpoints.ranks import Ranks
+from checkpoints.staging import Staging
 from checkpoints.state import FlatState, decode_value, encode_value, flatten, restore_tuples
 from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
 
@@ -33,16 +38,25 @@ class CheckpointStore:
     committed step is never written to again, and steps only grow. One run at a time owns a root: from `claim` or the
     first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store.
 
-    `claim`, `save`, `load` and `latest` are collective: all ranks of the default process group call them, and an error on any
-    rank is raised on all. Without `torch.distributed` they work in one process. `steps` and `values` are local.
+    All ranks of the default process group call `claim`, `save`, `save_later`, `wait`, `load`, `latest` and `close`, in the
+    same order, and an error on any rank is raised on all. Without `torch.distributed` they work in one process. `steps`
+    and `values` are local.
 
     Args:
         root: Created at the first save. Whatever in it has another name than ours is left alone.
         keep: Committed steps that stay; older ones are deleted after a save.
         keep_every: Steps that are multiples of it stay as well.
+        timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
     """
 
-    def __init__(self, root: Path | str, *, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 step must stay")
         if keep_every is not None and keep_every < 1:
@@ -50,10 +64,31 @@ class CheckpointStore:
         self.root = Path(root).absolute()
         self.keep = keep
         self.keep_every = keep_every
+        self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
         self._directory = Directory(self.root)
         self._verified: dict[int, str] = {}
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as late:
+            if error is None:
+                raise
+            logger.error("%s", late)  # What ended the run is raised; this is its consequence, or bad luck on top.
+
+    @cached_property
+    def _ranks(self) -> Ranks:
+        return Ranks.join(self.timeout)
 
     def steps(self) -> list[int]:
         """The committed steps by their directories' names, oldest first. Their content is not looked at."""
@@ -65,11 +100,15 @@ class CheckpointStore:
         Raises:
             CheckpointError: Another run has the root, which is named, or it cannot be made or locked.
         """
-        Ranks.current().lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
+        self.wait()
+        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
 
     def close(self) -> None:
-        """Lets another run have the root. Any rank, alone."""
-        self._directory.release()
+        """Waits like `wait`, then lets another run have the root."""
+        try:
+            self.wait()
+        finally:
+            self._directory.release()
 
     def latest(self) -> int | None:
         """The newest step whose every byte is as it was committed, or None where no step was ever committed.
@@ -80,7 +119,8 @@ class CheckpointStore:
         Raises:
             CorruptCheckpoint: There are steps, and all are damaged. Starting afresh is for people to decide.
         """
-        ranks = Ranks.current()
+        self.wait()
+        ranks = self._ranks
         steps = ranks.lead("listing the steps", None, lambda _: self.steps())
         self.rejected = {}
         for step in reversed(steps):
@@ -108,24 +148,34 @@ class CheckpointStore:
             values: Plain values of this rank by key, such as `rng/rank00001`. The step holds those of all ranks.
 
         Raises:
-            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again.
+            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again; or
+                this step was committed and older ones could not be deleted, which the message says.
+            LostRank: Another rank ended meanwhile. The step is whole or not there.
         """
-        task = f"saving step {step}"
-        ranks = Ranks.current()
-        writer = ranks.agree(task, lambda: _writer(step, state, values))
-        token = ranks.lead(task, step, self._open)
-        self.rejected = {}
-        attempt = self._directory.attempt(step, token)
-        try:
-            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
-            part = ranks.agree(task, lambda: writer.write(attempt, share))
-            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
-        except CheckpointError:
-            if ranks.rank == 0:
-                self._directory.abandon(step, token)
-            raise
-        ranks.lead(f"deleting steps after step {step}", None, self._retain)
+        self.wait()
+        self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)))
         return self._directory.path(step)
+
+    def save_later(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> None:
+        """Copies all that `save` takes to host memory and returns; a thread then does what `save` does.
+
+        One such save is under way at a time: the next waits for it, and so do all other methods that ranks call together.
+        Each of them raises what went wrong in it; `failed` tells that there is something to raise.
+        """
+        self.wait()
+        writer = self._ranks.agree(_saving(step), lambda: _writer(step, state, values).stage(self._staging))
+        self._saving = self._thread.submit(self._commit, step, writer)
+
+    @property
+    def failed(self) -> bool:
+        """The save under way has ended in an error that is not raised yet. Ranks may come to know this at different times."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when no save is under way any more; raises what went wrong in it, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fills the tensors of `state` in place, whatever their sharding, and replaces its plain values.
@@ -137,8 +187,8 @@ class CheckpointStore:
             CorruptCheckpoint: A file is not what was committed. `state` is as it was.
             CheckpointError: Keys, shapes or types of `state` are not those of the step. `state` is as it was.
         """
-        task = f"loading step {step}"
-        ranks = Ranks.current()
+        self.wait()
+        task, ranks = f"loading step {step}", self._ranks
         manifest = ranks.agree(task, lambda: self._verify(step, ranks))
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, _misfit(flat, manifest), lambda misfits: _require_fit(step, misfits))
@@ -155,6 +205,21 @@ class CheckpointStore:
         manifest = self._directory.manifest(step)
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
         return self._read(step, manifest, spans)
+
+    def _commit(self, step: int, writer: StepWriter) -> None:
+        task, ranks = _saving(step), self._ranks
+        token = ranks.lead(task, step, self._open)
+        self.rejected = {}
+        attempt = self._directory.attempt(step, token)
+        try:
+            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
+            part = ranks.agree(task, lambda: writer.write(attempt, share))
+            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
+        except CheckpointError:
+            if ranks.rank == 0:
+                self._directory.abandon(step, token)
+            raise
+        ranks.lead(f"deleting steps after step {step}", None, self._retain)
 
     def _judge(self, ranks: Ranks, step: int) -> str | None:
         """Why a step is not whole, as the lowest rank that sees damage puts it; None if it is."""
@@ -192,6 +257,10 @@ class CheckpointStore:
         if len(set(steps)) > 1:
             raise CheckpointError(f"the ranks save different steps, {steps}")
         return self._directory.open(steps[0], self.rejected)
+
+
+def _saving(step: int) -> str:
+    return f"saving step {step}"
 
 
 def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> StepWriter:

@@ -62,6 +62,7 @@ ORDER = {
         "ranks",
         "state",
         "directory",
+        "staging",
         "storage",
         "store",
         "",
