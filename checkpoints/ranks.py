@@ -98,4 +98,6 @@ def _answered(task: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # The only type that gloo raises, for a closed connection and for a time-out.
-        raise LostRank(f"{task}: a rank has ended or does not answer, so this one gives up ({error})") from error
+        raise LostRank(
+            f"{task}: a rank has ended or does not answer, so this one gives up ({str(error).split('. ')[0]})"
+        ) from error

@@ -80,7 +80,7 @@ def watch(patch: pytest.MonkeyPatch, see: See) -> None:
     announce("rmdir", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
 
 
-def record(top: Path, steps: int, keep: int) -> list[tuple[str, str, Any]]:
+def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[str, str, Any]]:
     """The operations of `steps` first saves, with a mark ("saved", step, None) where each returned."""
     log: list[tuple[str, str, Any]] = []
     top.mkdir(parents=True)
@@ -93,7 +93,8 @@ def record(top: Path, steps: int, keep: int) -> list[tuple[str, str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, note)
         for step in range(1, steps + 1):
-            store.save(step, state(step), blob(step))
+            (store.save_later if later else store.save)(step, state(step), blob(step))
+            store.wait()
             log.append(("saved", str(step), None))
     return log
 
@@ -213,8 +214,9 @@ def recover(tree: Tree, top: Path, acknowledged: int) -> str | None:
     return None
 
 
-def test_a_power_cut_at_any_moment_leaves_the_acknowledged_step_or_the_next_one(tmp_path):
-    log = record(tmp_path / "disk", steps=3, keep=1)
+@pytest.mark.parametrize("later", [False, True], ids=["foreground", "background"])
+def test_a_power_cut_at_any_moment_leaves_the_acknowledged_step_or_the_next_one(tmp_path, later):
+    log = record(tmp_path / "disk", steps=3, keep=1, later=later)
     assert sum(operation == "remove" for operation, _, _ in log) == 8  # Two old steps of three files.
     assert list(violations(tmp_path / "disk", log, tmp_path / "replay")) == []
 
@@ -268,16 +270,21 @@ SIZE = 512
 """1 MiB of tensor, so that a save takes some ten milliseconds and most kills hit one."""
 
 
-def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection) -> None:
-    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins."""
+def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection, later: bool) -> None:
+    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins.
+
+    Every third step is loaded; `later` saves in the background, where a step is acknowledged when the next one begins.
+    """
     if size > 1:
         join(rank, size, meeting)
     store = CheckpointStore(root, keep=2)
     first = (store.latest() or 0) + 1
     pipe.send(0)
     for step in itertools.count(first):
-        store.save(step, state(step, SIZE), blob(step))
-        pipe.send(step)
+        (store.save_later if later else store.save)(step, state(step, SIZE), blob(step))
+        pipe.send(step - later)
+        if step % 3 == 0:
+            assert_holds(store, step, SIZE)
 
 
 def last(pipe: Connection) -> int:
@@ -292,13 +299,16 @@ def last(pipe: Connection) -> int:
 
 
 def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int = 1, only: int | None = None) -> None:
-    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks."""
+    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks.
+
+    Every other start saves in the background.
+    """
     torn = 0
-    for _ in range(kills):
+    for number in range(kills):
         pipes, running, meeting = [], [], tempfile.mkdtemp(dir=root.parent)
         for rank in range(ranks):
             ours, theirs = processes.Pipe(duplex=False)
-            arguments = (rank, ranks, meeting, root, theirs)
+            arguments = (rank, ranks, meeting, root, theirs, number % 2 == 1)
             running.append(processes.Process(target=save_for_ever, args=arguments, daemon=True))
             running[-1].start()
             theirs.close()

@@ -82,6 +82,7 @@ ORDER = {
         "display",
         "evaluate",
         "resume",
+        "saves",
         "main",
         "",
     ],

@@ -54,7 +54,7 @@ def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str
         runs.sources(tmp_path),
         data={"workers": workers, "prefetch": draw.choice([1, 4])},
         parallel={"tp": tp},
-        checkpoint={"every": draw.choice([1, 2, 3])},
+        checkpoint={"every": draw.choice([1, 2, 3]), "background": draw.random() < 0.7},
     )
     _compare(tmp_path, config, processes, draw, kills)
 

@@ -78,6 +78,10 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Those of steps that are multiples of it stay as well."""
+    background: bool = True
+    """Write while the next steps are taken, from a copy in host memory; the last checkpoint of a run is waited for."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """continue: say what went wrong and try again at the next checkpoint, except after the last step."""
 
     def __post_init__(self) -> None:
         for field in ("every", "keep", "keep_every"):
