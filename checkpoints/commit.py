@@ -37,12 +37,12 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir()
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Forces the names in a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Forces the bytes of a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -73,10 +73,10 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> File:
 
 def publish(attempt: Path, final: Path) -> None:
     """Commits a finished attempt under its final name in the same directory: from here on it survives anything."""
-    sync_directory(attempt)
+    sync(attempt)
     os.rename(attempt, final)
     try:
-        sync_directory(final.parent)
+        sync(final.parent)
     except OSError:
         os.rename(final, attempt)  # A step that may not be on the disk must not look committed.
         raise

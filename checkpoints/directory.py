@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from checkpoints.commit import discard, make_directory, open_file, publish, sync_directory, write_file
+from checkpoints.commit import discard, make_directory, open_file, publish, sync, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.lock import Lock
 from checkpoints.manifest import MANIFEST, Manifest, Part, decode, encode, merge
@@ -23,6 +23,12 @@ _LEFTOVER = re.compile(r"\.step-[0-9]{8,19}\.(tmp|gone)-[0-9a-f]{16}")
 
 _MANIFEST_LIMIT = 1 << 28
 """Bytes of a manifest, about two million chunks. More is refused unread."""
+
+
+def step_of(name: str) -> int | None:
+    """The step whose directory has this name; None for other names."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 class Directory:
@@ -45,7 +51,7 @@ class Directory:
             names = [entry.name for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return []
-        return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+        return sorted(step for step in map(step_of, names) if step is not None)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a committed step, checked; raises `CorruptCheckpoint` if it is not this step's."""
@@ -105,19 +111,19 @@ class Directory:
         """Gives back the room of a failed attempt; what cannot be deleted now is swept by the next save."""
         shutil.rmtree(self.attempt(step, token), ignore_errors=True)
 
-    def retain(self, keep: int, keep_every: int | None) -> list[int]:
-        """Deletes all but the `keep` newest steps and the multiples of `keep_every`; returns what it deleted.
+    def retain(self, good: int, keep: int, keep_every: int | None) -> list[int]:
+        """Deletes steps before `good`, one that is whole, but the `keep` newest of all and the multiples of `keep_every`.
 
-        They are renamed first: one that is deleted by half never looks like a step.
+        They are renamed first: one that is deleted by half never looks like a step. Returns what it deleted.
         """
         token = secrets.token_hex(8)
         gone = []
-        old = [step for step in self.steps()[:-keep] if keep_every is None or step % keep_every]
+        old = [step for step in self.steps()[:-keep] if step < good and (keep_every is None or step % keep_every)]
         for step in old:
             gone.append(self.root / f".{self.path(step).name}.gone-{token}")
             os.rename(self.path(step), gone[-1])
         if gone:
-            sync_directory(self.root)
+            sync(self.root)
             discard(gone)
         return old
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from checkpoints.directory import Directory
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.manifest import DTYPES, Manifest, Span
 from checkpoints.ranks import Ranks
 from checkpoints.staging import Staging
@@ -197,12 +198,48 @@ class CheckpointStore:
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
+    def prune(self) -> list[int]:
+        """Deletes what `keep` and `keep_every` do not cover, as a save does, and returns it.
+
+        The newest step that is whole stays in any case, and so does all that is newer: it is looked for first, as `latest`
+        does.
+        """
+        self.claim()
+        good = self.latest()
+        return [] if good is None else self._ranks.lead("pruning", None, lambda _: self._retain(good))
+
+    def verify(self, step: int) -> Manifest:
+        """Reads every byte of a step and returns its manifest. Any rank, alone.
+
+        Raises:
+            CorruptCheckpoint: A file is not what was committed.
+        """
+        manifest = self.manifest(step)
+        verify(self._directory.path(step), manifest, list(manifest.files))
+        return manifest
+
+    def manifest(self, step: int) -> Manifest:
+        """What a step says it holds, without a look at its other files. Any rank, alone."""
+        return self._directory.manifest(step)
+
+    def export(self, step: int, out: Path | str) -> None:
+        """Writes a model directory by the recipe that the run saved among the values, after verifying the step. Alone.
+
+        Raises:
+            CheckpointError: The step has no recipe, or `out` is there.
+        """
+        manifest = self.verify(step)
+        if RECIPE not in manifest.values:
+            raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
+        recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
+        export(self._directory.path(step), manifest, recipe, Path(out))
+
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
 
         Verifies the files it reads, and no others.
         """
-        manifest = self._directory.manifest(step)
+        manifest = self.manifest(step)
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
         return self._read(step, manifest, spans)
 
@@ -219,7 +256,7 @@ class CheckpointStore:
             if ranks.rank == 0:
                 self._directory.abandon(step, token)
             raise
-        ranks.lead(f"deleting steps after step {step}", None, self._retain)
+        ranks.lead(f"deleting steps after step {step}", None, lambda _: self._retain(step))
 
     def _judge(self, ranks: Ranks, step: int) -> str | None:
         """Why a step is not whole, as the lowest rank that sees damage puts it; None if it is."""
@@ -240,7 +277,7 @@ class CheckpointStore:
 
     def _verify(self, step: int, ranks: Ranks) -> Manifest:
         """The manifest of a step, once this rank's share of the files it names is found to be as committed."""
-        manifest = self._directory.manifest(step)
+        manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
             verify(self._directory.path(step), manifest, largest_first[ranks.rank :: ranks.size])
@@ -250,8 +287,8 @@ class CheckpointStore:
         blobs = read_values(self._directory.path(step), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
-    def _retain(self, _: list[None]) -> None:
-        self._directory.retain(self.keep, self.keep_every)
+    def _retain(self, good: int) -> list[int]:
+        return self._directory.retain(good, self.keep, self.keep_every)
 
     def _open(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:

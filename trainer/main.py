@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, Recipe
 from sftstream import Deal, PackLoader
 from trainer.config import TrainConfig, load_config
 from trainer.display import Display
@@ -33,6 +33,7 @@ from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import parallelize
+from trainer.recipe import recipe
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.saves import Saves
 from trainer.step import StepResult, train_step
@@ -104,6 +105,7 @@ class Run:
         self.reseeded = restored.reseeded
         self.progress = restored.progress
         self.loader = self._open_loader(restored)
+        self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
         deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
         self.feed = Feed(self.loader, topology, deal, config.data.capacity)
@@ -220,6 +222,7 @@ class Run:
             progress=self.progress,
             data=state,
             settings=self.settings,
+            recipe=self.recipe,
             topology=self.topology,
         )
         self.saves.save(run, log, last=last)
@@ -259,6 +262,11 @@ class Run:
                 f"the tokenizer has {words} tokens, model.vocab_size is {rows}; raise it to {words} or more"
             )
         return loader
+
+    def _recipe(self) -> Recipe:
+        assert self.loader is not None
+        encoder = self.loader.encoder
+        return recipe(self.shape, self.model.norm.weight.dtype, encoder.tokenizer.hf, encoder.stop_ids)
 
     def _total_rows(self) -> int:
         box = [sum(self.loader.corpus.sizes) if self.loader else 0]

@@ -16,12 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoints import CheckpointStore
+from checkpoints import RECIPE, CheckpointStore, Recipe
 from sftstream import DataState, StreamState
 from trainer.config import TrainConfig
 from trainer.mesh import Topology
 from trainer.model import Llama, LlamaConfig
 from trainer.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.recipe import MODEL
 
 STREAM, RNG = "data/stream/", "rng/"
 
@@ -86,15 +87,19 @@ def capture(
     progress: Progress,
     data: DataState | None,
     settings: Settings,
+    recipe: Recipe | None,
     topology: Topology,
 ) -> None:
-    """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read."""
+    """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read,
+    `recipe` on all but the first."""
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
     if data is not None:
         # One value a logical stream: any other topology finds its own among them.
         values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
     if topology.first:
         assert data is not None
+        assert recipe is not None
+        values[RECIPE] = recipe.builtins()
         values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(settings)
@@ -115,7 +120,7 @@ def restore(
     _require_same(msgspec.convert(values["settings"], Settings), settings, step)
     state = _tensors(model, optimizer)
     store.load(step, state)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     reseeded = not _restore_rng(values, topology)
     if reseeded:
@@ -131,7 +136,7 @@ def restore(
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     # These also make the state of an optimizer that has not stepped yet, without which nothing of it would be loaded.
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _require_same(saved: Settings, now: Settings, step: int) -> None:
