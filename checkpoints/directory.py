@@ -13,12 +13,13 @@ from pathlib import Path
 from checkpoints.commit import discard, make_directory, open_file, publish, sync, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.lock import Lock
-from checkpoints.manifest import MANIFEST, Manifest, Part, decode, encode, merge
+from checkpoints.manifest import FILE_NAME, MANIFEST, Manifest, Part, decode, encode, merge
 
 logger = logging.getLogger(__name__)
 
 # No leading zeros beyond eight digits: a step has one name only.
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
+_FILE = re.compile(FILE_NAME)
 _LEFTOVER = re.compile(r"\.step-[0-9]{8,19}\.(tmp|gone)-[0-9a-f]{16}")
 
 _MANIFEST_LIMIT = 1 << 28
@@ -66,6 +67,10 @@ class Directory:
             raise CorruptCheckpoint(f"{path}: {error}") from error
         if manifest.step != step:
             raise CorruptCheckpoint(f"{path}: it is the manifest of step {manifest.step}")
+        ours = [name for name in os.listdir(path.parent) if _FILE.fullmatch(name)]
+        if surplus := sorted(set(ours) - manifest.files.keys()):
+            # Never read, but whoever put it there may have mixed up more.
+            raise CorruptCheckpoint(f"{path.with_name(surplus[0])} is not in its manifest")
         return manifest
 
     def claim(self) -> None:

@@ -13,18 +13,19 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import join, processes
+import torch.distributed as dist
+from file_operations import failing, watch
+from gloo_ranks import join, processes, run_ranks
 
 from checkpoints import CheckpointError, CheckpointStore
 
-See = Callable[[str, str, Any], None]
 Tree = dict[str, bytes | None]
 """Paths with their content; None for a directory."""
 
@@ -46,38 +47,7 @@ def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
     assert store.values(step) == blob(step)
 
 
-# The file operations of this process
-
-
-def watch(patch: pytest.MonkeyPatch, see: See) -> None:
-    """Calls `see(operation, path, detail)` before every operation of this process that changes a file system."""
-
-    def of(descriptor: int) -> str:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-
-    def where(path: Any, dir_fd: int | None) -> str:
-        return os.fspath(path) if dir_fd is None else f"{of(dir_fd)}/{path}"
-
-    def announce(name: str, describe: Callable[..., tuple[str, str, Any] | None]) -> None:
-        real = getattr(os, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            operation = describe(*arguments, **options)
-            if operation:
-                see(*operation)
-            return real(*arguments, **options)
-
-        patch.setattr(os, name, call)
-
-    announce(
-        "open", lambda p, flags, mode=0, dir_fd=None: ("create", where(p, dir_fd), 0) if flags & os.O_CREAT else None
-    )
-    announce("write", lambda descriptor, data: ("write", of(descriptor), bytes(data)))
-    announce("fsync", lambda descriptor: ("fsync", of(descriptor), None))
-    announce("mkdir", lambda path, mode=0: ("mkdir", os.fspath(path), None))
-    announce("rename", lambda source, target: ("rename", os.fspath(source), os.fspath(target)))
-    announce("unlink", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
-    announce("rmdir", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
+# Power cuts
 
 
 def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[str, str, Any]]:
@@ -97,9 +67,6 @@ def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[
             store.wait()
             log.append(("saved", str(step), None))
     return log
-
-
-# Power cuts
 
 
 class Disk:
@@ -235,33 +202,54 @@ def test_every_fsync_of_a_save_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "broken"])
-def test_a_disk_that_fails_at_any_operation_costs_that_save_and_nothing_else(tmp_path, code):
-    log = record(tmp_path / "disk", steps=2, keep=1)
-    operations = len(log) - 2 - log.index(("saved", "1", None))
-    for number in range(operations + 1):
-        store = CheckpointStore(tmp_path / str(number), keep=1)
-        store.save(1, state(1), blob(1))
-        left = iter(range(number, -1, -1))
+@pytest.mark.parametrize("later", [False, True], ids=["foreground", "background"])
+def test_a_disk_that_fails_at_any_operation_costs_that_save_and_nothing_else(tmp_path, later, code):
+    assert save_over_failures(0, tmp_path, 0, code, later) == 20
 
-        def fail(operation: str, path: str, detail: Any, left: Iterator[int] = left) -> None:
-            if next(left, None) == 0:
-                raise OSError(code, os.strerror(code), path)
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_fails_one_rank_at_any_operation_costs_that_save_and_nothing_else(tmp_path, victim):
+    operations = {0: 22, 1: 7}[victim]
+    assert run_ranks(2, save_over_failures, tmp_path, victim, errno.ENOSPC, True) == [operations] * 2
+
+
+def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool) -> int:
+    """A second save with a failure of the n-th operation of `victim`, for every n; returns how many there are."""
+
+    def all_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {f"own{rank}": torch.full((4,), float(step))}, {f"value{rank}": step}
+
+    for number in itertools.count():
+        store = CheckpointStore(top / str(number), keep=1)
+        store.save(1, *all_of(1))
         message = ""
-        with pytest.MonkeyPatch.context() as patch:
-            watch(patch, fail)
+        with failing(number if rank == victim else None, code) as failed:
             try:
-                store.save(2, state(2), blob(2))
+                (store.save_later if later else store.save)(2, *all_of(2))
+                store.wait()
             except CheckpointError as error:
                 message = str(error)
+        if not from_rank(victim, failed()):
+            return number
         assert not message or os.strerror(code) in message
         saved = not message or message.startswith("deleting steps after step 2 failed")
-        assert store.latest() == (2 if saved else 1)
-        assert_holds(store, 2 if saved else 1)
-        store.save(2 + saved, state(2 + saved), blob(2 + saved))
+        target, _ = all_of(0)
+        assert store.latest() == 1 + saved
+        store.load(1 + saved, target)
+        assert target[f"own{rank}"].tolist() == [1.0 + saved] * 4
+        assert store.values(1 + saved)[f"value{rank}"] == 1 + saved
+        store.save(2 + saved, *all_of(2 + saved))
         assert store.latest() == 2 + saved
         assert sorted(os.listdir(store.root)) == [".lock", f"step-{2 + saved:08d}"]
-        store.close()
+    raise AssertionError
+
+
+def from_rank(rank: int, value: Any) -> Any:
+    """One rank's value, on all."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=rank)
+    return box[0]
 
 
 # Kills

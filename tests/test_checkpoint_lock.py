@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_operations import failing
 from gloo_ranks import processes, run_ranks
 
 from checkpoints import CheckpointError, CheckpointStore
@@ -96,6 +97,23 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(CheckpointError, match=r"has no locks .*mount it with them"):
         CheckpointStore(tmp_path).claim()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "broken"])
+def test_a_claim_that_fails_at_any_operation_can_be_made_again(tmp_path, code):
+    for number in range(5):  # The root's directory, its parent's names, the lock, the holder's name; then nothing.
+        root = tmp_path / f"{number}" / "checkpoints"
+        root.parent.mkdir()
+        store = CheckpointStore(root)
+        with failing(number, code) as failed:
+            if number < 4:
+                with pytest.raises(CheckpointError, match=os.strerror(code)):
+                    store.claim()
+            else:
+                store.claim()
+            assert failed() == (number < 4)
+        store.claim()
+        CheckpointStore(root).latest()
 
 
 def claim(rank: int, root: Path) -> str:

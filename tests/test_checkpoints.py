@@ -350,11 +350,17 @@ def test_a_link_to_a_directory_is_no_step(tmp_path):
     assert store.steps() == [10]
 
 
-def test_files_that_the_manifest_does_not_name_are_never_read(tmp_path):
+def test_a_file_under_one_of_our_names_that_the_manifest_does_not_list_rejects_the_step(tmp_path):
+    store = saved(tmp_path, 10, 20)
+    shutil.copy(tmp_path / "step-00000020" / "rank00000.values", tmp_path / "step-00000020" / "rank00001.values")
+    assert store.latest() == 10
+    assert "rank00001.values is not in its manifest" in store.rejected[20]
+
+
+def test_files_under_foreign_names_are_never_read(tmp_path):
     store = saved(tmp_path, 10)
-    shutil.copy(
-        tmp_path / "step-00000010" / "rank00000.safetensors", tmp_path / "step-00000010" / "rank00001.safetensors"
-    )
+    for name in (".metadata", ".nfs0001", "notes.txt", "rank00000.safetensors.bak"):
+        (tmp_path / "step-00000010" / name).write_bytes(b"\x80")
     assert store.latest() == 10
     assert frozen(loaded(store, 10)) == frozen(state(10))
 
@@ -426,7 +432,7 @@ def test_a_planted_pickle_never_runs(tmp_path):
 
     store = saved(tmp_path / "store", 10, 20)
     path = tmp_path / "store" / "step-00000020"
-    for name in (".metadata", "__0.metadata", "__0_0.distcp", "rank00001.values"):
+    for name in (".metadata", "__0.metadata", "__0_0.distcp", "rank00000.pkl"):
         (path / name).write_bytes(attack)
     store.load(20, state(0))
     for name in ("rank00000.values", "rank00000.safetensors", "manifest.json"):
