@@ -28,7 +28,7 @@ TP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 LAYOUTS = {"one": (1, 1), "tp2": (1, 2), "dp2": (2, 1)}
 """Data-parallel (FSDP2) and tensor-parallel sizes."""
 
-MORE_LAYOUTS = {"dp3": (3, 1), "dp2 tp2": (2, 2), "dp4": (4, 1)}
+MORE_LAYOUTS = {"dp3": (3, 1), "dp2 tp2": (2, 2), "dp3 tp2": (3, 2), "dp4": (4, 1)}
 """With uneven shards, empty shards, and dimensions that are sharded twice."""
 
 
