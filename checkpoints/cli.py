@@ -17,8 +17,8 @@ from checkpoints.store import CheckpointStore
 
 app = typer.Typer(add_completion=False, help="Looks at checkpoints, takes them apart and tidies them up.")
 
-Root = Annotated[Path, typer.Argument(help="A directory of steps, such as runs/my-run/checkpoints.")]
-Step = Annotated[Path, typer.Argument(help="A step's directory, such as runs/my-run/checkpoints/step-00000100.")]
+Root = Annotated[str, typer.Argument(help="A directory of steps, such as runs/my-run/checkpoints, or its URL.")]
+Step = Annotated[str, typer.Argument(help="A step's directory, such as runs/my-run/checkpoints/step-00000100.")]
 
 
 @app.command("list")
@@ -29,7 +29,7 @@ def list_(root: Root) -> None:
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="A directory of steps, or one step's.")]) -> None:
+def verify(path: Annotated[str, typer.Argument(help="A directory of steps, or one step's.")]) -> None:
     """Read every byte of one step or of all; the exit code is 1 where any is damaged."""
     with _one_line_errors():
         store, steps = _steps(path)
@@ -77,25 +77,26 @@ def export(
         typer.echo(f"exported step {number} to {out}")
 
 
-def _opened(root: Path) -> CheckpointStore:
+def _opened(root: str) -> CheckpointStore:
     return CheckpointStore(_existing(root))
 
 
-def _existing(root: Path) -> Path:
+def _existing(root: str) -> str:
     if not CheckpointStore(root).steps():
         raise CheckpointError(f"{root} holds no steps; name a directory such as runs/my-run/checkpoints")
     return root
 
 
-def _one(path: Path) -> tuple[CheckpointStore, int]:
-    step = step_of(path.name)
+def _one(path: str) -> tuple[CheckpointStore, int]:
+    root, _, name = path.rstrip("/").rpartition("/")
+    step = step_of(name)
     if step is None:
         raise CheckpointError(f"{path} is no step; name a directory such as runs/my-run/checkpoints/step-00000100")
-    return CheckpointStore(path.parent), step
+    return CheckpointStore(root or "."), step
 
 
-def _steps(path: Path) -> tuple[CheckpointStore, list[int]]:
-    if step_of(path.name) is None:
+def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
+    if step_of(path.rstrip("/").rpartition("/")[2]) is None:
         store = _opened(path)
         return store, store.steps()
     store, step = _one(path)

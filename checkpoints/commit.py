@@ -16,9 +16,10 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any, Protocol
 
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
@@ -30,6 +31,44 @@ _LAG = 1 << 28
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 """Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
+
+
+class Readable(Protocol):
+    """A file as it is read here; hashlib reads it too."""
+
+    def seek(self, offset: int, /) -> int: ...
+    def read(self, size: int = -1, /) -> bytes: ...
+    def readinto(self, buffer: Any, /) -> int: ...
+    def readable(self) -> bool: ...
+
+
+class Place(Protocol):
+    """Where the files of one step lie, or those of an attempt at one."""
+
+    def where(self, name: str) -> str:
+        """A file's place in words."""
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
+        """Makes a new file; when it returns, the bytes survive anything, though not yet as part of a step."""
+
+    def open(self, name: str, size: int) -> AbstractContextManager[Readable]:
+        """Opens a committed file; raises `CorruptCheckpoint` if it is missing, broken or of another size."""
+
+
+class Folder:
+    """A place on a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
+        return write_file(self.path / name, parts)
+
+    def open(self, name: str, size: int) -> AbstractContextManager[FileIO]:
+        return open_file(self.path / name, size)
 
 
 def make_directory(path: Path) -> None:
@@ -112,13 +151,13 @@ def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_into(file: FileIO, begin: int, target: memoryview) -> None:
+def read_into(file: Readable, begin: int, target: memoryview) -> None:
     """Fills `target` with the bytes of `file` from `begin` on."""
     file.seek(begin)
     while target:
         count = file.readinto(target)
         if not count:
-            raise CorruptCheckpoint(f"{file.name!s} became shorter while it was read")
+            raise CorruptCheckpoint(f"{getattr(file, 'name', 'a file')} became shorter while it was read")
         target = target[count:]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from checkpoints.errors import CorruptCheckpoint
-from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 
 LONG = 2000
@@ -33,7 +31,7 @@ def show_steps(store: CheckpointStore, console: Console) -> None:
         except CorruptCheckpoint as error:
             damaged.append(f"step {step} is damaged: {error}")
             continue
-        saved = datetime.fromtimestamp((_path(store, step) / MANIFEST).stat().st_mtime).isoformat(" ", "seconds")
+        saved = store.saved(step).isoformat(" ", "seconds")
         table.add_row(str(step), saved, _size(manifest), str(manifest.world_size), str(len(manifest.tensors)))
     console.print(table)
     for line in damaged:
@@ -55,10 +53,6 @@ def show_step(store: CheckpointStore, step: int, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _path(store: CheckpointStore, step: int) -> Path:
-    return store.root / f"step-{step:08d}"
 
 
 def _size(manifest: Manifest) -> str:

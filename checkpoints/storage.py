@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
 from itertools import accumulate, groupby, pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -26,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
-from checkpoints.commit import open_file, read_into, write_file
+from checkpoints.commit import Place, Readable, read_into
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, File, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
@@ -92,22 +90,22 @@ class StepWriter:
                     )
         return shares
 
-    def write(self, directory: Path, share: Share) -> Part:
+    def write(self, place: Place, share: Share) -> Part:
         """Writes this rank's share; when it returns, the bytes are on the disk but not yet part of any step."""
         part = Part()
         items = self._planner.finish_plan(share.plan).items
         if items:
-            self._write_tensors(directory, share.stem + TENSORS, items, part)
+            self._write_tensors(place, share.stem + TENSORS, items, part)
         if share.blobs:
-            self._write_blobs(directory, share.stem + VALUES, share.blobs, part)
+            self._write_blobs(place, share.stem + VALUES, share.blobs, part)
         return part
 
-    def _write_tensors(self, directory: Path, name: str, items: list[WriteItem], part: Part) -> None:
+    def _write_tensors(self, place: Place, name: str, items: list[WriteItem], part: Part) -> None:
         # Wide elements first: then every tensor starts at a multiple of its element's size.
         items = sorted(items, key=lambda item: -_data(item).properties.dtype.itemsize)
         ends = list(accumulate((_bytes_in(_data(item)) for item in items), initial=0))
         header = _header(items, ends)
-        part.files[name] = write_file(directory / name, self._tensor_parts(header, items))
+        part.files[name] = place.write(name, self._tensor_parts(header, items))
         for item, (begin, end) in zip(items, pairwise(ends), strict=True):
             data = _data(item)
             span = Span(name, len(header) + begin, len(header) + end)
@@ -129,33 +127,33 @@ class StepWriter:
         assert tensor.shape == _data(item).chunk.sizes, item.index
         return tensor.detach()
 
-    def _write_blobs(self, directory: Path, name: str, keys: list[BlobKey], part: Part) -> None:
+    def _write_blobs(self, place: Place, name: str, keys: list[BlobKey], part: Part) -> None:
         blobs = [self._blobs[key] for key in keys]
-        part.files[name] = write_file(directory / name, blobs)
+        part.files[name] = place.write(name, blobs)
         ends = accumulate(map(len, blobs))
         for (section, key), blob, end in zip(keys, blobs, ends, strict=True):
             spans = part.plain if section == "plain" else part.values
             spans[key] = Span(name, end - len(blob), end)
 
 
-def verify(directory: Path, manifest: Manifest, names: Sequence[str]) -> None:
+def verify(place: Place, manifest: Manifest, names: Sequence[str]) -> None:
     """Reads the named files whole; raises `CorruptCheckpoint` for the first that is not what was committed."""
     for name in names:
-        with open_file(directory / name, manifest.files[name].size) as file:
-            _require_digest(directory / name, manifest.files[name], hashlib.file_digest(file, "sha256").hexdigest())
+        with place.open(name, manifest.files[name].size) as file:
+            _require_digest(place.where(name), manifest.files[name], hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def read_values(directory: Path, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
+def read_values(place: Place, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
     """The bytes of values, from files that are verified on the way."""
     files: dict[str, bytes] = {}
     for name in {span.file for span in spans.values()}:
-        with open_file(directory / name, manifest.files[name].size) as file:
+        with place.open(name, manifest.files[name].size) as file:
             files[name] = file.read()
-        _require_digest(directory / name, manifest.files[name], hashlib.sha256(files[name]).hexdigest())
+        _require_digest(place.where(name), manifest.files[name], hashlib.sha256(files[name]).hexdigest())
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
-def read_tensors(directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     """Fills tensors in place, whatever their sharding, with what this rank needs of each. Files are not verified here.
 
     Each key must be in the manifest with the same shape and type.
@@ -169,12 +167,12 @@ def read_tensors(directory: Path, manifest: Manifest, tensors: dict[str, torch.T
     reads = [(chunks[item.storage_index], item) for item in planner.create_local_plan().items]
     reads.sort(key=lambda read: (read[0].span.file, read[0].span.begin))
     for name, group in groupby(reads, key=lambda read: read[0].span.file):
-        with open_file(directory / name, manifest.files[name].size) as file:
+        with place.open(name, manifest.files[name].size) as file:
             for chunk, item in group:
                 _read_box(file, chunk, item, planner.resolve_tensor(item).detach())
 
 
-def _read_box(file: FileIO, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
+def _read_box(file: Readable, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
     """Reads a box of a chunk. Whole rows are read, straight into the target where they are all of it."""
     if not target.numel():
         return
@@ -236,6 +234,6 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _require_digest(path: Path, file: File, digest: str) -> None:
+def _require_digest(where: str, file: File, digest: str) -> None:
     if digest != file.sha256:
-        raise CorruptCheckpoint(f"{path} does not match its SHA-256")
+        raise CorruptCheckpoint(f"{where} does not match its SHA-256")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from checkpoints.directory import Directory
+from checkpoints.bucket import open_root
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.manifest import DTYPES, Manifest, Span
@@ -37,14 +37,16 @@ class CheckpointStore:
 
     A step is complete and verified or it does not count. It is written aside, forced to the disk and renamed; a
     committed step is never written to again, and steps only grow. One run at a time owns a root: from `claim` or the
-    first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store.
+    first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store. Behind a
+    URL, where there are no locks, a save is refused instead once another run has saved.
 
     All ranks of the default process group call `claim`, `save`, `save_later`, `wait`, `load`, `latest` and `close`, in the
     same order, and an error on any rank is raised on all. Without `torch.distributed` they work in one process. `steps`
     and `values` are local.
 
     Args:
-        root: Created at the first save. Whatever in it has another name than ours is left alone.
+        root: A directory, or the URL of one that fsspec knows (`s3://`, `gs://`, ...). Created at the first save. Whatever
+            in it has another name than ours is left alone.
         keep: Committed steps that stay; older ones are deleted after a save.
         keep_every: Steps that are multiples of it stay as well.
         timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
@@ -62,13 +64,13 @@ class CheckpointStore:
             raise ValueError(f"keep is {keep}; at least 1 step must stay")
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every is {keep_every}; it must be at least 1")
-        self.root = Path(root).absolute()
+        self._directory = open_root(root)
+        self.root = self._directory.root
         self.keep = keep
         self.keep_every = keep_every
         self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
-        self._directory = Directory(self.root)
         self._verified: dict[int, str] = {}
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -138,7 +140,7 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path:
+    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path | str:
         """Commits a step and then deletes what `keep` no longer covers. When it returns, the step survives a power cut.
 
         Args:
@@ -194,7 +196,7 @@ class CheckpointStore:
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, _misfit(flat, manifest), lambda misfits: _require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._directory.path(step), manifest, flat.tensors))
+        ranks.agree(task, lambda: read_tensors(self._directory.place(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
@@ -215,8 +217,12 @@ class CheckpointStore:
             CorruptCheckpoint: A file is not what was committed.
         """
         manifest = self.manifest(step)
-        verify(self._directory.path(step), manifest, list(manifest.files))
+        verify(self._directory.place(step, manifest), manifest, list(manifest.files))
         return manifest
+
+    def saved(self, step: int) -> datetime:
+        """When a step was committed, in local time. Any rank, alone."""
+        return self._directory.saved(step)
 
     def manifest(self, step: int) -> Manifest:
         """What a step says it holds, without a look at its other files. Any rank, alone."""
@@ -232,7 +238,7 @@ class CheckpointStore:
         if RECIPE not in manifest.values:
             raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._directory.path(step), manifest, recipe, Path(out))
+        export(self._directory.place(step, manifest), manifest, recipe, Path(out))
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
@@ -280,11 +286,11 @@ class CheckpointStore:
         manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._directory.path(step), manifest, largest_first[ranks.rank :: ranks.size])
+            verify(self._directory.place(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
         return manifest
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._directory.path(step), manifest, spans)
+        blobs = read_values(self._directory.place(step, manifest), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
     def _retain(self, good: int) -> list[int]:

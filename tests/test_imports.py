@@ -62,6 +62,7 @@ ORDER = {
         "ranks",
         "state",
         "directory",
+        "bucket",
         "staging",
         "storage",
         "export",

@@ -29,6 +29,16 @@ def test_the_newest_and_every_nth_checkpoint_stay(tmp_path: Path, config: dict[s
     assert _store(tmp_path).steps() == [4, 8, 9, 10]
 
 
+def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    config["checkpoint"]["root"] = str(elsewhere)
+    runs.run(tmp_path, config)
+    assert CheckpointStore(elsewhere).steps() == [6, 8, 10]
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+    config["run"]["steps"] = 12
+    assert "resuming after step 10" in runs.run(tmp_path, config).output()
+
+
 def test_a_run_that_is_started_twice_is_refused_the_second_time_by_every_rank(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:

@@ -70,8 +70,10 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to save, and how much to keep."""
+    """When to save, where, and how much to keep."""
 
+    root: str | None = None
+    """A directory, or a URL such as `s3://bucket/my-run`, of this run alone; by default `runs/<name>/checkpoints`."""
     every: int = 100
     """Steps between checkpoints; the end of a run is saved as well."""
     keep: int = 3

@@ -20,7 +20,7 @@ class Saves:
     def __init__(self, config: TrainConfig, display: Display) -> None:
         self.config = config.checkpoint
         self.display = display
-        root = config.run.directory / "checkpoints"
+        root = self.config.root or config.run.directory / "checkpoints"
         self.store = CheckpointStore(root, keep=self.config.keep, keep_every=self.config.keep_every)
         self.store.claim()
 
