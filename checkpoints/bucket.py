@@ -6,7 +6,6 @@ so no two attempts ever write to one name; a step is there if and only if its ma
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import fsspec
 
 from checkpoints.commit import Readable
+from checkpoints.digest import BLOCK, digesting
 from checkpoints.directory import Directory, check_manifest, require_growth, require_short, step_of
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import MANIFEST, File, Manifest, Part, encode, merge
@@ -44,15 +44,15 @@ class Objects:
         return f"{self._prefix}/{name}"
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
-        digest, size = hashlib.sha256(), 0
-        with self._store.open(self.where(name), "wb") as file:
-            for part in parts:
-                for begin in range(0, len(part), _PIECE):
-                    piece = part[begin : begin + _PIECE]
-                    digest.update(piece)
-                    file.write(piece)
-                size += len(part)
-        return File(size, digest.hexdigest())
+        size = 0
+        with digesting() as digest:
+            with self._store.open(self.where(name), "wb") as file:
+                for part in parts:
+                    size += len(part)
+                    digest.update(part)
+                    for begin in range(0, len(part), _PIECE):
+                        file.write(part[begin : begin + _PIECE])
+            return File(size, digest.hexdigest())
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[Readable]:
@@ -63,8 +63,14 @@ class Objects:
                 raise CorruptCheckpoint(f"{where} has {found} bytes, {size} were committed")
             with self._store.open(where, "rb") as file:
                 yield file
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise CorruptCheckpoint(f"{where} cannot be read: {error}") from error
+        except (FileNotFoundError, IsADirectoryError, EOFError) as error:
+            raise CorruptCheckpoint(f"{where} cannot be read: {error!r}") from error
+
+    def digest(self, name: str, size: int) -> str:
+        with self.open(name, size) as file, digesting() as digest:
+            while block := file.read(BLOCK):
+                digest.update(block)
+            return digest.hexdigest()
 
 
 class Bucket:

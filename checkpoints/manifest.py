@@ -52,7 +52,7 @@ FileName = Annotated[str, Meta(pattern=FILE_NAME)]
 
 
 class File(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file's size in bytes and the SHA-256 (hex) of all of them."""
+    """A file's size in bytes and its digest (hex), a SHA-256 by blocks."""
 
     size: Count
     sha256: Digest

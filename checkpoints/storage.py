@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
 from checkpoints.commit import Place, Readable, read_into
+from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, File, Manifest, Part, Span, Tensor
+from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
 
 BlobKey = tuple[Literal["plain", "values"], str]
@@ -136,20 +137,23 @@ class StepWriter:
             spans[key] = Span(name, end - len(blob), end)
 
 
-def verify(place: Place, manifest: Manifest, names: Sequence[str]) -> None:
+def verify(place: Place, manifest: Manifest, names: Iterable[str]) -> None:
     """Reads the named files whole; raises `CorruptCheckpoint` for the first that is not what was committed."""
     for name in names:
-        with place.open(name, manifest.files[name].size) as file:
-            _require_digest(place.where(name), manifest.files[name], hashlib.file_digest(file, "sha256").hexdigest())
+        file = manifest.files[name]
+        if place.digest(name, file.size) != file.sha256:
+            raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
 
 
 def read_values(place: Place, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    """The bytes of values, from files that are verified on the way."""
+    """The bytes of values, from files that are verified."""
     files: dict[str, bytes] = {}
     for name in {span.file for span in spans.values()}:
-        with place.open(name, manifest.files[name].size) as file:
+        with place.open(name, manifest.files[name].size) as file, digesting() as digest:
             files[name] = file.read()
-        _require_digest(place.where(name), manifest.files[name], hashlib.sha256(files[name]).hexdigest())
+            digest.update(files[name])
+            if digest.hexdigest() != manifest.files[name].sha256:
+                raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
@@ -232,8 +236,3 @@ def _bytes_in(data: TensorWriteData) -> int:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host, not a copy of it."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _require_digest(where: str, file: File, digest: str) -> None:
-    if digest != file.sha256:
-        raise CorruptCheckpoint(f"{where} does not match its SHA-256")

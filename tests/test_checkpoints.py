@@ -12,6 +12,7 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints.digest import digesting, file_digest
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -413,6 +415,28 @@ def memory_pages() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0])
 
 
+def digest_of(blob: bytes) -> str:
+    with digesting() as digest:
+        digest.update(blob)
+        return digest.hexdigest()
+
+
+def test_a_files_digest_is_that_of_the_digests_of_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.digest.BLOCK", 10)
+    blob = bytes(range(256))
+    blocks = [hashlib.sha256(blob[i : i + 10]).digest() for i in range(0, 256, 10)]
+    for cuts in ([0, 256], [0, 3, 10, 11, 64, 255, 256], range(257)):
+        with digesting() as digest:
+            for begin, end in pairwise(cuts):
+                digest.update(blob[begin:end])
+            assert digest.hexdigest() == hashlib.sha256(b"".join(blocks)).hexdigest()
+    (tmp_path / "file").write_bytes(blob)
+    with (tmp_path / "file").open("rb") as file:
+        assert file_digest(file.fileno(), 256) == digest.hexdigest()
+        with pytest.raises(EOFError):
+            file_digest(file.fileno(), 257)
+
+
 class Payload:
     """Unpickling it writes a file."""
 
@@ -454,7 +478,7 @@ def test_a_sealed_step_with_a_hostile_value_is_refused_in_bounded_memory_and_run
     store = CheckpointStore(tmp_path / "store")
     path = store.save(10, {"a": 1}, {"b": 2})
     (path / "rank00000.values").write_bytes(blob)
-    file, span = File(len(blob), hashlib.sha256(blob).hexdigest()), Span("rank00000.values", 0, len(blob))
+    file, span = File(len(blob), digest_of(blob)), Span("rank00000.values", 0, len(blob))
     old = decode((path / "manifest.json").read_bytes())
     for plain, values in ({"a": span}, {}), ({}, {"b": span}):
         new = msgspec.structs.replace(old, files={"rank00000.values": file}, plain=plain, values=values)

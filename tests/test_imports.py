@@ -57,6 +57,7 @@ ORDER = {
     "checkpoints": [
         "errors",
         "manifest",
+        "digest",
         "commit",
         "lock",
         "ranks",
