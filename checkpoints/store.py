@@ -9,27 +9,19 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from checkpoints.bucket import open_root
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.export import RECIPE, export, parse_recipe
-from checkpoints.manifest import DTYPES, Manifest, Span
+from checkpoints.fit import misfit, require_fit
+from checkpoints.manifest import Manifest, Span
 from checkpoints.ranks import Ranks
 from checkpoints.staging import Staging
-from checkpoints.state import FlatState, decode_value, encode_value, flatten, restore_tuples
+from checkpoints.state import decode_value, encode_value, flatten, restore_tuples
 from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
 
 logger = logging.getLogger(__name__)
-
-
-class Misfit(NamedTuple):
-    """How a step and a rank's state differ. `changed` are whole phrases, one a key."""
-
-    token: str
-    missing: set[str]
-    surplus: set[str]
-    changed: set[str]
 
 
 class CheckpointStore:
@@ -194,7 +186,7 @@ class CheckpointStore:
         task, ranks = f"loading step {step}", self._ranks
         manifest = ranks.agree(task, lambda: self._verify(step, ranks))
         flat = ranks.agree(task, lambda: flatten(state))
-        ranks.lead(task, _misfit(flat, manifest), lambda misfits: _require_fit(step, misfits))
+        ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
         ranks.agree(task, lambda: read_tensors(self._directory.place(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
@@ -316,35 +308,3 @@ def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> Step
             raise TypeError(f"a key of the values is {key!r}; keys are str")
         blobs["values", key] = encode_value(key, value)
     return StepWriter(flat.tensors, blobs)
-
-
-def _misfit(flat: FlatState, manifest: Manifest) -> Misfit:
-    wanted = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in flat.tensors.items()}
-    wanted |= dict.fromkeys(flat.plain, "a plain value")
-    saved = {key: f"{DTYPES[tensor.dtype]} {list(tensor.shape)}" for key, tensor in manifest.tensors.items()}
-    saved |= dict.fromkeys(manifest.plain, "a plain value")
-    changed = {
-        f"{key} is {saved[key]} and {wanted[key]} in the state"
-        for key in saved.keys() & wanted.keys()
-        if saved[key] != wanted[key]
-    }
-    return Misfit(manifest.token, wanted.keys() - saved.keys(), saved.keys() - wanted.keys(), changed)
-
-
-def _require_fit(step: int, misfits: list[Misfit]) -> None:
-    """A key is surplus if no rank's state has it: ranks may hold different parts of a model."""
-    if len({misfit.token for misfit in misfits}) > 1:
-        raise CheckpointError(f"the ranks see different directories as step {step}")
-    complaints = {
-        "not in the step": set[str]().union(*(misfit.missing for misfit in misfits)),
-        "only in the step": set.intersection(*(misfit.surplus for misfit in misfits)),
-        "changed": set[str]().union(*(misfit.changed for misfit in misfits)),
-    }
-    found = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in complaints.items() if keys]
-    if found:
-        raise CheckpointError(f"step {step} does not fit this state: {'; '.join(found)}")
-
-
-def _some(keys: set[str]) -> str:
-    shown = sorted(keys)[:5]
-    return ", ".join([*shown, "..."] if len(keys) > len(shown) else shown)

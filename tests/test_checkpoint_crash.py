@@ -198,6 +198,16 @@ def test_every_fsync_of_a_save_is_needed(tmp_path):
         assert next(found, None), f"nothing is lost without operation {number}, fsync {log[number][1]}"
 
 
+def test_the_manifest_must_be_on_the_disk_before_the_step_gets_its_name(tmp_path):
+    log = record(tmp_path / "disk", steps=2, keep=2)
+    number = max(number for number, (operation, _, _) in enumerate(log) if operation == "rename")
+    _, attempt, final = log[number]
+    first = log.index(("create", f"{attempt}/manifest.json", 0))
+    late = [(operation, path.replace(attempt, final), detail) for operation, path, detail in log[first:number]]
+    reordered = [*log[:first], log[number], *late, *log[number + 1 :]]
+    assert next(violations(tmp_path / "disk", reordered, tmp_path / "replay"), None)
+
+
 # Failing disks
 
 

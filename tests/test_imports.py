@@ -62,6 +62,7 @@ ORDER = {
         "lock",
         "ranks",
         "state",
+        "fit",
         "directory",
         "bucket",
         "staging",
