@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from checkpoints.bucket import open_root
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.fit import misfit, require_fit
 from checkpoints.manifest import Manifest, Span
@@ -250,6 +250,8 @@ class CheckpointStore:
             share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
             part = ranks.agree(task, lambda: writer.write(attempt, share))
             ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
+        except LostRank:
+            raise  # Another rank may have seen it committed. The next run sweeps what was not.
         except CheckpointError:
             if ranks.rank == 0:
                 self._directory.abandon(step, token)
