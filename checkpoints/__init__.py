@@ -1,6 +1,7 @@
 """Crash-safe directories of tensors and plain values. Knows neither models nor data."""
 
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
+from checkpoints.export import RECIPE, Recipe, Rows
 from checkpoints.store import CheckpointStore
 
-__all__ = ["CheckpointError", "CheckpointStore", "CorruptCheckpoint"]
+__all__ = ["RECIPE", "CheckpointError", "CheckpointStore", "CorruptCheckpoint", "LostRank", "Recipe", "Rows"]

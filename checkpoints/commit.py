@@ -8,28 +8,68 @@ is given up and nothing is tried twice.
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
 import stat
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any, Protocol
 
+from checkpoints.digest import digesting, file_digest
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
 
 logger = logging.getLogger(__name__)
 
-_LAG = 1 << 28
-"""Bytes that hashing may be behind writing. It is the slower of the two, 1.5 GB/s, and so goes on during the fsync."""
-
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 """Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
+
+
+class Readable(Protocol):
+    """A file as it is read here."""
+
+    def seek(self, offset: int, /) -> int: ...
+    def read(self, size: int = -1, /) -> bytes: ...
+    def readinto(self, buffer: Any, /) -> int: ...
+
+
+class Place(Protocol):
+    """Where the files of one step lie, or those of an attempt at one."""
+
+    def where(self, name: str) -> str:
+        """A file's place in words."""
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
+        """Makes a new file; when it returns, the bytes survive anything, though not yet as part of a step."""
+
+    def open(self, name: str, size: int) -> AbstractContextManager[Readable]:
+        """Opens a committed file; raises `CorruptCheckpoint` if it is missing, broken or of another size."""
+
+    def digest(self, name: str, size: int) -> str:
+        """Of a whole file, which it opens likewise."""
+
+
+class Folder:
+    """A place on a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
+        return write_file(self.path / name, parts)
+
+    def open(self, name: str, size: int) -> AbstractContextManager[FileIO]:
+        return open_file(self.path / name, size)
+
+    def digest(self, name: str, size: int) -> str:
+        with self.open(name, size) as file:
+            return file_digest(file.fileno(), size)
 
 
 def make_directory(path: Path) -> None:
@@ -37,12 +77,12 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir()
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Forces the names in a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Forces the bytes of a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -50,33 +90,27 @@ def sync_directory(path: Path) -> None:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> File:
-    """Writes a new file part by part and forces it to the disk, with SHA-256 in a thread beside both.
-
-    Parts that a generator copies from a device are held until hashed, `_LAG` bytes and one part at most.
-    """
-    digest, size = hashlib.sha256(), 0
+    """Writes a new file part by part and forces it to the disk, while it is hashed."""
+    size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with ThreadPoolExecutor(1) as hasher:
-            behind: deque[tuple[Future[None], int]] = deque()
+        with digesting() as digest:
             for part in parts:
                 size += len(part)
-                behind.append((hasher.submit(digest.update, part), size))
+                digest.update(part)
                 _write_all(descriptor, part)
-                while behind and size - behind[0][1] > _LAG:
-                    behind.popleft()[0].result()
             os.fsync(descriptor)
+            return File(size, digest.hexdigest())
     finally:
         os.close(descriptor)
-    return File(size, digest.hexdigest())
 
 
 def publish(attempt: Path, final: Path) -> None:
     """Commits a finished attempt under its final name in the same directory: from here on it survives anything."""
-    sync_directory(attempt)
+    sync(attempt)
     os.rename(attempt, final)
     try:
-        sync_directory(final.parent)
+        sync(final.parent)
     except OSError:
         os.rename(final, attempt)  # A step that may not be on the disk must not look committed.
         raise
@@ -106,19 +140,21 @@ def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
             if size is not None and status.st_size != size:
                 raise CorruptCheckpoint(f"{path} has {status.st_size} bytes, {size} were committed")
             yield file
+    except EOFError as error:
+        raise CorruptCheckpoint(f"{path} became shorter while it was read") from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_into(file: FileIO, begin: int, target: memoryview) -> None:
-    """Fills `target` with the bytes of `file` from `begin` on."""
+def read_into(file: Readable, begin: int, target: memoryview) -> None:
+    """Fills `target` with the bytes of `file` from `begin` on; EOFError if there are too few."""
     file.seek(begin)
     while target:
         count = file.readinto(target)
         if not count:
-            raise CorruptCheckpoint(f"{file.name!s} became shorter while it was read")
+            raise EOFError
         target = target[count:]
 
 

@@ -7,3 +7,7 @@ class CheckpointError(RuntimeError):
 
 class CorruptCheckpoint(CheckpointError):
     """The files of a step are not the files that were committed."""
+
+
+class LostRank(CheckpointError):
+    """A process of the run has ended or does not answer, so that nothing can be agreed on any more."""

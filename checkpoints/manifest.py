@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -12,6 +14,9 @@ import torch
 from msgspec import Meta, Struct
 
 from checkpoints.errors import CorruptCheckpoint
+
+_CUTS = 8
+"""Dimensions that one tensor may be cut along; of others a chunk is as wide as the tensor."""
 
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"
@@ -41,12 +46,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Token = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+FILE_NAME = r"\Arank[0-9]{5}\.(safetensors|values)\Z"
 # Names are the only part of a manifest that reaches the file system.
-FileName = Annotated[str, Meta(pattern=r"\Arank[0-9]{5}\.(safetensors|values)\Z")]
+FileName = Annotated[str, Meta(pattern=FILE_NAME)]
 
 
 class File(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file's size in bytes and the SHA-256 (hex) of all of them."""
+    """A file's size in bytes and its digest (hex), a SHA-256 by blocks."""
 
     size: Count
     sha256: Digest
@@ -174,23 +180,29 @@ def _check_tensor(key: str, tensor: Tensor) -> None:
     stored, total = sum(chunk.volume for chunk in tensor.chunks), math.prod(tensor.shape)
     if stored != total:
         raise CorruptCheckpoint(f"the chunks of {key!r} hold {stored} elements, the tensor {total}")
-    if any(_overlaps(tensor.chunks)):
-        raise CorruptCheckpoint(f"two chunks of {key!r} overlap")
+    if not _tiles(tensor):
+        raise CorruptCheckpoint(f"the chunks of {key!r} overlap and leave gaps")
 
 
-def _overlaps(chunks: list[Chunk]) -> Iterator[bool]:
-    """Sweeps along the dimension with the most cuts: linear for one-dimensional shards, n^1.5 for a square grid."""
-    boxes = [chunk for chunk in chunks if chunk.volume]
-    if len(boxes) < 2:
-        return
-    axis = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
-    active: list[Chunk] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[axis]):
-        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > box.offsets[axis]]
-        yield any(_intersect(box, other) for other in active)
-        active.append(box)
+def _tiles(tensor: Tensor) -> bool:
+    """Whether each element is in exactly one chunk; in linear time, however hostile the chunks.
+
+    The number of chunks that hold an element is a function of its place. It is 1 everywhere if its mixed derivative is
+    that of the whole tensor's box, and the derivative of a sum of boxes is +1 or -1 at the corners of each.
+    """
+    boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks if chunk.volume]
+    cut = [axis for axis, size in enumerate(tensor.shape) if any(sizes[axis] != size for _, sizes in boxes)]
+    if len(cut) > _CUTS:
+        raise CorruptCheckpoint(f"a tensor is cut along {len(cut)} dimensions; {_CUTS} are the most")
+    corners = Counter[tuple[int, ...]]()
+    for offsets, sizes in boxes:
+        corners.update(_corners([(offsets[axis], offsets[axis] + sizes[axis]) for axis in cut]))
+    if math.prod(tensor.shape):
+        corners.subtract(_corners([(0, tensor.shape[axis]) for axis in cut]))
+    return not any(corners.values())
 
 
-def _intersect(a: Chunk, b: Chunk) -> bool:
-    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in sides)
+def _corners(sides: list[tuple[int, int]]) -> dict[tuple[int, ...], int]:
+    """The corners of a box and their signs, which the far end of each side turns."""
+    ends = itertools.product(*(((low, 1), (high, -1)) for low, high in sides))
+    return {tuple(place for place, _ in corner): math.prod(sign for _, sign in corner) for corner in ends}

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, groupby, pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -26,9 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
-from checkpoints.commit import open_file, read_into, write_file
+from checkpoints.commit import Place, Readable, read_into
+from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, File, Manifest, Part, Span, Tensor
+from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
+from checkpoints.staging import Staging
 
 BlobKey = tuple[Literal["plain", "values"], str]
 
@@ -58,10 +58,17 @@ class StepWriter:
         self._blobs = blobs
         self._planner = DefaultSavePlanner(flatten_state_dict=False)
         self._planner.set_up_planner(tensors)
+        self._plan = self._planner.create_local_plan()
+        self._staged: dict[MetadataIndex, torch.Tensor] = {}
+
+    def stage(self, staging: Staging) -> StepWriter:
+        """Copies all that this rank could write; from then on the tensors may change. Returns itself."""
+        self._staged = staging.copy({item.index: self._local(item) for item in self._plan.items})
+        return self
 
     def offer(self) -> Offer:
         digests = {key: hashlib.sha256(blob).digest() for key, blob in self._blobs.items()}
-        return Offer(self._planner.create_local_plan(), digests)
+        return Offer(self._plan, digests)
 
     def divide(self, offers: list[Offer]) -> list[Share]:
         """Gives each chunk to one of the ranks that hold it, evenly by bytes, and each value to the lowest such rank.
@@ -84,22 +91,22 @@ class StepWriter:
                     )
         return shares
 
-    def write(self, directory: Path, share: Share) -> Part:
+    def write(self, place: Place, share: Share) -> Part:
         """Writes this rank's share; when it returns, the bytes are on the disk but not yet part of any step."""
         part = Part()
         items = self._planner.finish_plan(share.plan).items
         if items:
-            self._write_tensors(directory, share.stem + TENSORS, items, part)
+            self._write_tensors(place, share.stem + TENSORS, items, part)
         if share.blobs:
-            self._write_blobs(directory, share.stem + VALUES, share.blobs, part)
+            self._write_blobs(place, share.stem + VALUES, share.blobs, part)
         return part
 
-    def _write_tensors(self, directory: Path, name: str, items: list[WriteItem], part: Part) -> None:
+    def _write_tensors(self, place: Place, name: str, items: list[WriteItem], part: Part) -> None:
         # Wide elements first: then every tensor starts at a multiple of its element's size.
         items = sorted(items, key=lambda item: -_data(item).properties.dtype.itemsize)
         ends = list(accumulate((_bytes_in(_data(item)) for item in items), initial=0))
         header = _header(items, ends)
-        part.files[name] = write_file(directory / name, self._tensor_parts(header, items))
+        part.files[name] = place.write(name, self._tensor_parts(header, items))
         for item, (begin, end) in zip(items, pairwise(ends), strict=True):
             data = _data(item)
             span = Span(name, len(header) + begin, len(header) + end)
@@ -110,39 +117,47 @@ class StepWriter:
     def _tensor_parts(self, header: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
         yield header
         for item in items:
-            tensor = self._planner.resolve_data(item)
-            assert isinstance(tensor, torch.Tensor)
-            assert tensor.shape == _data(item).chunk.sizes, item.index
             # Free of a copy for what lies contiguous in host memory; else one tensor's copy at a time.
-            yield _bytes_of(tensor.detach().cpu().contiguous())
+            yield _bytes_of(self._local(item).cpu().contiguous())
 
-    def _write_blobs(self, directory: Path, name: str, keys: list[BlobKey], part: Part) -> None:
+    def _local(self, item: WriteItem) -> torch.Tensor:
+        if item.index in self._staged:
+            return self._staged[item.index]
+        tensor = self._planner.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.shape == _data(item).chunk.sizes, item.index
+        return tensor.detach()
+
+    def _write_blobs(self, place: Place, name: str, keys: list[BlobKey], part: Part) -> None:
         blobs = [self._blobs[key] for key in keys]
-        part.files[name] = write_file(directory / name, blobs)
+        part.files[name] = place.write(name, blobs)
         ends = accumulate(map(len, blobs))
         for (section, key), blob, end in zip(keys, blobs, ends, strict=True):
             spans = part.plain if section == "plain" else part.values
             spans[key] = Span(name, end - len(blob), end)
 
 
-def verify(directory: Path, manifest: Manifest, names: Sequence[str]) -> None:
+def verify(place: Place, manifest: Manifest, names: Iterable[str]) -> None:
     """Reads the named files whole; raises `CorruptCheckpoint` for the first that is not what was committed."""
     for name in names:
-        with open_file(directory / name, manifest.files[name].size) as file:
-            _require_digest(directory / name, manifest.files[name], hashlib.file_digest(file, "sha256").hexdigest())
+        file = manifest.files[name]
+        if place.digest(name, file.size) != file.sha256:
+            raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
 
 
-def read_values(directory: Path, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    """The bytes of values, from files that are verified on the way."""
+def read_values(place: Place, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
+    """The bytes of values, from files that are verified."""
     files: dict[str, bytes] = {}
     for name in {span.file for span in spans.values()}:
-        with open_file(directory / name, manifest.files[name].size) as file:
+        with place.open(name, manifest.files[name].size) as file, digesting() as digest:
             files[name] = file.read()
-        _require_digest(directory / name, manifest.files[name], hashlib.sha256(files[name]).hexdigest())
+            digest.update(files[name])
+            if digest.hexdigest() != manifest.files[name].sha256:
+                raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
-def read_tensors(directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     """Fills tensors in place, whatever their sharding, with what this rank needs of each. Files are not verified here.
 
     Each key must be in the manifest with the same shape and type.
@@ -156,12 +171,12 @@ def read_tensors(directory: Path, manifest: Manifest, tensors: dict[str, torch.T
     reads = [(chunks[item.storage_index], item) for item in planner.create_local_plan().items]
     reads.sort(key=lambda read: (read[0].span.file, read[0].span.begin))
     for name, group in groupby(reads, key=lambda read: read[0].span.file):
-        with open_file(directory / name, manifest.files[name].size) as file:
+        with place.open(name, manifest.files[name].size) as file:
             for chunk, item in group:
                 _read_box(file, chunk, item, planner.resolve_tensor(item).detach())
 
 
-def _read_box(file: FileIO, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
+def _read_box(file: Readable, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
     """Reads a box of a chunk. Whole rows are read, straight into the target where they are all of it."""
     if not target.numel():
         return
@@ -221,8 +236,3 @@ def _bytes_in(data: TensorWriteData) -> int:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host, not a copy of it."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _require_digest(path: Path, file: File, digest: str) -> None:
-    if digest != file.sha256:
-        raise CorruptCheckpoint(f"{path} does not match its SHA-256")

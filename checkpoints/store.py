@@ -4,55 +4,106 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
-from checkpoints.directory import Directory
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPES, Manifest, Span
+from checkpoints.bucket import open_root
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
+from checkpoints.export import RECIPE, export, parse_recipe
+from checkpoints.fit import misfit, require_fit
+from checkpoints.manifest import Manifest, Span
 from checkpoints.ranks import Ranks
-from checkpoints.state import FlatState, decode_value, encode_value, flatten, restore_tuples
+from checkpoints.staging import Staging
+from checkpoints.state import decode_value, encode_value, flatten, restore_tuples
 from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
 
 logger = logging.getLogger(__name__)
-
-
-class Misfit(NamedTuple):
-    """How a step and a rank's state differ. `changed` are whole phrases, one a key."""
-
-    token: str
-    missing: set[str]
-    surplus: set[str]
-    changed: set[str]
 
 
 class CheckpointStore:
     """Checkpoints under one root that all ranks see, one directory `step-00000120` a step.
 
     A step is complete and verified or it does not count. It is written aside, forced to the disk and renamed; a
-    committed step is never written to again, and steps only grow. One run at a time owns a root.
+    committed step is never written to again, and steps only grow. One run at a time owns a root: from `claim` or the
+    first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store. Behind a
+    URL, where there are no locks, a save is refused instead once another run has saved.
 
-    `save`, `load` and `latest` are collective: all ranks of the default process group call them, and an error on any
-    rank is raised on all. Without `torch.distributed` they work in one process. `steps` and `values` are local.
+    All ranks of the default process group call `claim`, `save`, `save_later`, `wait`, `load`, `latest` and `close`, in the
+    same order, and an error on any rank is raised on all. Without `torch.distributed` they work in one process. `steps`
+    and `values` are local.
 
     Args:
-        root: Created at the first save. Whatever in it has another name than ours is left alone.
+        root: A directory, or the URL of one that fsspec knows (`s3://`, `gs://`, ...). Created at the first save. Whatever
+            in it has another name than ours is left alone.
         keep: Committed steps that stay; older ones are deleted after a save.
+        keep_every: Steps that are multiples of it stay as well.
+        timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
     """
 
-    def __init__(self, root: Path | str, *, keep: int = 3) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 step must stay")
-        self.root = Path(root).absolute()
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every is {keep_every}; it must be at least 1")
+        self._directory = open_root(root)
+        self.root = self._directory.root
         self.keep = keep
+        self.keep_every = keep_every
+        self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
-        self._directory = Directory(self.root)
         self._verified: dict[int, str] = {}
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as late:
+            if error is None:
+                raise
+            logger.error("%s", late)  # What ended the run is raised; this is its consequence, or bad luck on top.
+
+    @cached_property
+    def _ranks(self) -> Ranks:
+        return Ranks.join(self.timeout)
 
     def steps(self) -> list[int]:
         """The committed steps by their directories' names, oldest first. Their content is not looked at."""
         return self._directory.steps()
+
+    def claim(self) -> None:
+        """Makes this run the only one that may save here.
+
+        Raises:
+            CheckpointError: Another run has the root, which is named, or it cannot be made or locked.
+        """
+        self.wait()
+        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
+
+    def close(self) -> None:
+        """Waits like `wait`, then lets another run have the root."""
+        try:
+            self.wait()
+        finally:
+            self._directory.release()
 
     def latest(self) -> int | None:
         """The newest step whose every byte is as it was committed, or None where no step was ever committed.
@@ -63,7 +114,8 @@ class CheckpointStore:
         Raises:
             CorruptCheckpoint: There are steps, and all are damaged. Starting afresh is for people to decide.
         """
-        ranks = Ranks.current()
+        self.wait()
+        ranks = self._ranks
         steps = ranks.lead("listing the steps", None, lambda _: self.steps())
         self.rejected = {}
         for step in reversed(steps):
@@ -80,7 +132,7 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path:
+    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path | str:
         """Commits a step and then deletes what `keep` no longer covers. When it returns, the step survives a power cut.
 
         Args:
@@ -91,24 +143,34 @@ class CheckpointStore:
             values: Plain values of this rank by key, such as `rng/rank00001`. The step holds those of all ranks.
 
         Raises:
-            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again.
+            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again; or
+                this step was committed and older ones could not be deleted, which the message says.
+            LostRank: Another rank ended meanwhile. The step is whole or not there.
         """
-        task = f"saving step {step}"
-        ranks = Ranks.current()
-        writer = ranks.agree(task, lambda: _writer(step, state, values))
-        token = ranks.lead(task, step, self._open)
-        self.rejected = {}
-        attempt = self._directory.attempt(step, token)
-        try:
-            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
-            part = ranks.agree(task, lambda: writer.write(attempt, share))
-            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
-        except CheckpointError:
-            if ranks.rank == 0:
-                self._directory.abandon(step, token)
-            raise
-        ranks.lead(f"deleting steps after step {step}", None, lambda _: self._directory.retain(self.keep))
+        self.wait()
+        self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)))
         return self._directory.path(step)
+
+    def save_later(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> None:
+        """Copies all that `save` takes to host memory and returns; a thread then does what `save` does.
+
+        One such save is under way at a time: the next waits for it, and so do all other methods that ranks call together.
+        Each of them raises what went wrong in it; `failed` tells that there is something to raise.
+        """
+        self.wait()
+        writer = self._ranks.agree(_saving(step), lambda: _writer(step, state, values).stage(self._staging))
+        self._saving = self._thread.submit(self._commit, step, writer)
+
+    @property
+    def failed(self) -> bool:
+        """The save under way has ended in an error that is not raised yet. Ranks may come to know this at different times."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when no save is under way any more; raises what went wrong in it, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fills the tensors of `state` in place, whatever their sharding, and replaces its plain values.
@@ -120,24 +182,81 @@ class CheckpointStore:
             CorruptCheckpoint: A file is not what was committed. `state` is as it was.
             CheckpointError: Keys, shapes or types of `state` are not those of the step. `state` is as it was.
         """
-        task = f"loading step {step}"
-        ranks = Ranks.current()
+        self.wait()
+        task, ranks = f"loading step {step}", self._ranks
         manifest = ranks.agree(task, lambda: self._verify(step, ranks))
         flat = ranks.agree(task, lambda: flatten(state))
-        ranks.lead(task, _misfit(flat, manifest), lambda misfits: _require_fit(step, misfits))
+        ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._directory.path(step), manifest, flat.tensors))
+        ranks.agree(task, lambda: read_tensors(self._directory.place(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
+
+    def prune(self) -> list[int]:
+        """Deletes what `keep` and `keep_every` do not cover, as a save does, and returns it.
+
+        The newest step that is whole stays in any case, and so does all that is newer: it is looked for first, as `latest`
+        does.
+        """
+        self.claim()
+        good = self.latest()
+        return [] if good is None else self._ranks.lead("pruning", None, lambda _: self._retain(good))
+
+    def verify(self, step: int) -> Manifest:
+        """Reads every byte of a step and returns its manifest. Any rank, alone.
+
+        Raises:
+            CorruptCheckpoint: A file is not what was committed.
+        """
+        manifest = self.manifest(step)
+        verify(self._directory.place(step, manifest), manifest, list(manifest.files))
+        return manifest
+
+    def saved(self, step: int) -> datetime:
+        """When a step was committed, in local time. Any rank, alone."""
+        return self._directory.saved(step)
+
+    def manifest(self, step: int) -> Manifest:
+        """What a step says it holds, without a look at its other files. Any rank, alone."""
+        return self._directory.manifest(step)
+
+    def export(self, step: int, out: Path | str) -> None:
+        """Writes a model directory by the recipe that the run saved among the values, after verifying the step. Alone.
+
+        Raises:
+            CheckpointError: The step has no recipe, or `out` is there.
+        """
+        manifest = self.verify(step)
+        if RECIPE not in manifest.values:
+            raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
+        recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
+        export(self._directory.place(step, manifest), manifest, recipe, Path(out))
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
 
         Verifies the files it reads, and no others.
         """
-        manifest = self._directory.manifest(step)
+        manifest = self.manifest(step)
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
         return self._read(step, manifest, spans)
+
+    def _commit(self, step: int, writer: StepWriter) -> None:
+        task, ranks = _saving(step), self._ranks
+        token = ranks.lead(task, step, self._open)
+        self.rejected = {}
+        attempt = self._directory.attempt(step, token)
+        try:
+            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
+            part = ranks.agree(task, lambda: writer.write(attempt, share))
+            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
+        except LostRank:
+            raise  # Another rank may have seen it committed. The next run sweeps what was not.
+        except CheckpointError:
+            if ranks.rank == 0:
+                self._directory.abandon(step, token)
+            raise
+        ranks.lead(f"deleting steps after step {step}", None, lambda _: self._retain(step))
 
     def _judge(self, ranks: Ranks, step: int) -> str | None:
         """Why a step is not whole, as the lowest rank that sees damage puts it; None if it is."""
@@ -158,20 +277,27 @@ class CheckpointStore:
 
     def _verify(self, step: int, ranks: Ranks) -> Manifest:
         """The manifest of a step, once this rank's share of the files it names is found to be as committed."""
-        manifest = self._directory.manifest(step)
+        manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._directory.path(step), manifest, largest_first[ranks.rank :: ranks.size])
+            verify(self._directory.place(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
         return manifest
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._directory.path(step), manifest, spans)
+        blobs = read_values(self._directory.place(step, manifest), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
+
+    def _retain(self, good: int) -> list[int]:
+        return self._directory.retain(good, self.keep, self.keep_every)
 
     def _open(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:
             raise CheckpointError(f"the ranks save different steps, {steps}")
         return self._directory.open(steps[0], self.rejected)
+
+
+def _saving(step: int) -> str:
+    return f"saving step {step}"
 
 
 def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> StepWriter:
@@ -184,35 +310,3 @@ def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> Step
             raise TypeError(f"a key of the values is {key!r}; keys are str")
         blobs["values", key] = encode_value(key, value)
     return StepWriter(flat.tensors, blobs)
-
-
-def _misfit(flat: FlatState, manifest: Manifest) -> Misfit:
-    wanted = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in flat.tensors.items()}
-    wanted |= dict.fromkeys(flat.plain, "a plain value")
-    saved = {key: f"{DTYPES[tensor.dtype]} {list(tensor.shape)}" for key, tensor in manifest.tensors.items()}
-    saved |= dict.fromkeys(manifest.plain, "a plain value")
-    changed = {
-        f"{key} is {saved[key]} and {wanted[key]} in the state"
-        for key in saved.keys() & wanted.keys()
-        if saved[key] != wanted[key]
-    }
-    return Misfit(manifest.token, wanted.keys() - saved.keys(), saved.keys() - wanted.keys(), changed)
-
-
-def _require_fit(step: int, misfits: list[Misfit]) -> None:
-    """A key is surplus if no rank's state has it: ranks may hold different parts of a model."""
-    if len({misfit.token for misfit in misfits}) > 1:
-        raise CheckpointError(f"the ranks see different directories as step {step}")
-    complaints = {
-        "not in the step": set[str]().union(*(misfit.missing for misfit in misfits)),
-        "only in the step": set.intersection(*(misfit.surplus for misfit in misfits)),
-        "changed": set[str]().union(*(misfit.changed for misfit in misfits)),
-    }
-    found = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in complaints.items() if keys]
-    if found:
-        raise CheckpointError(f"step {step} does not fit this state: {'; '.join(found)}")
-
-
-def _some(keys: set[str]) -> str:
-    shown = sorted(keys)[:5]
-    return ", ".join([*shown, "..."] if len(keys) > len(shown) else shown)

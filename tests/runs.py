@@ -80,10 +80,13 @@ class Job:
             rank.kill()
         self._join()
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes' numbers, by rank."""
+        return [rank.pid or 0 for rank in self._ranks]
+
     def signal(self, number: signal.Signals, rank: int = 0) -> None:
-        pid = self._ranks[rank].pid
-        assert pid is not None
-        os.kill(pid, number)
+        os.kill(self.pids[rank], number)
 
     def finish(self, timeout: float = 240) -> int:
         """Wait for the end; the first exit code that is not 0. Its rank takes the others with it, as under torchrun."""

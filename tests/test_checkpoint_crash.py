@@ -13,18 +13,19 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import join, processes
+import torch.distributed as dist
+from file_operations import failing, watch
+from gloo_ranks import join, processes, run_ranks
 
 from checkpoints import CheckpointError, CheckpointStore
 
-See = Callable[[str, str, Any], None]
 Tree = dict[str, bytes | None]
 """Paths with their content; None for a directory."""
 
@@ -46,54 +47,26 @@ def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
     assert store.values(step) == blob(step)
 
 
-# The file operations of this process
+# Power cuts
 
 
-def watch(patch: pytest.MonkeyPatch, see: See) -> None:
-    """Calls `see(operation, path, detail)` before every operation of this process that changes a file system."""
-
-    def of(descriptor: int) -> str:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-
-    def where(path: Any, dir_fd: int | None) -> str:
-        return os.fspath(path) if dir_fd is None else f"{of(dir_fd)}/{path}"
-
-    def announce(name: str, describe: Callable[..., tuple[str, str, Any] | None]) -> None:
-        real = getattr(os, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            operation = describe(*arguments, **options)
-            if operation:
-                see(*operation)
-            return real(*arguments, **options)
-
-        patch.setattr(os, name, call)
-
-    announce(
-        "open", lambda p, flags, mode=0, dir_fd=None: ("create", where(p, dir_fd), 0) if flags & os.O_CREAT else None
-    )
-    announce("write", lambda descriptor, data: ("write", of(descriptor), bytes(data)))
-    announce("fsync", lambda descriptor: ("fsync", of(descriptor), None))
-    announce("mkdir", lambda path, mode=0: ("mkdir", os.fspath(path), None))
-    announce("rename", lambda source, target: ("rename", os.fspath(source), os.fspath(target)))
-    announce("unlink", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
-    announce("rmdir", lambda path, dir_fd=None: ("remove", where(path, dir_fd), None))
-
-
-def record(top: Path, steps: int, keep: int) -> list[tuple[str, str, Any]]:
+def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[str, str, Any]]:
     """The operations of `steps` first saves, with a mark ("saved", step, None) where each returned."""
     log: list[tuple[str, str, Any]] = []
     top.mkdir(parents=True)
     store = CheckpointStore(top / "runs" / "checkpoints", keep=keep)
+
+    def note(operation: str, path: str, detail: Any) -> None:
+        if not path.endswith(".lock"):  # Its content promises nothing.
+            log.append((operation, path, detail))
+
     with pytest.MonkeyPatch.context() as patch:
-        watch(patch, lambda operation, path, detail: log.append((operation, path, detail)))
+        watch(patch, note)
         for step in range(1, steps + 1):
-            store.save(step, state(step), blob(step))
+            (store.save_later if later else store.save)(step, state(step), blob(step))
+            store.wait()
             log.append(("saved", str(step), None))
     return log
-
-
-# Power cuts
 
 
 class Disk:
@@ -208,8 +181,9 @@ def recover(tree: Tree, top: Path, acknowledged: int) -> str | None:
     return None
 
 
-def test_a_power_cut_at_any_moment_leaves_the_acknowledged_step_or_the_next_one(tmp_path):
-    log = record(tmp_path / "disk", steps=3, keep=1)
+@pytest.mark.parametrize("later", [False, True], ids=["foreground", "background"])
+def test_a_power_cut_at_any_moment_leaves_the_acknowledged_step_or_the_next_one(tmp_path, later):
+    log = record(tmp_path / "disk", steps=3, keep=1, later=later)
     assert sum(operation == "remove" for operation, _, _ in log) == 8  # Two old steps of three files.
     assert list(violations(tmp_path / "disk", log, tmp_path / "replay")) == []
 
@@ -224,36 +198,68 @@ def test_every_fsync_of_a_save_is_needed(tmp_path):
         assert next(found, None), f"nothing is lost without operation {number}, fsync {log[number][1]}"
 
 
+def test_the_manifest_must_be_on_the_disk_before_the_step_gets_its_name(tmp_path):
+    log = record(tmp_path / "disk", steps=2, keep=2)
+    number = max(number for number, (operation, _, _) in enumerate(log) if operation == "rename")
+    _, attempt, final = log[number]
+    first = log.index(("create", f"{attempt}/manifest.json", 0))
+    late = [(operation, path.replace(attempt, final), detail) for operation, path, detail in log[first:number]]
+    reordered = [*log[:first], log[number], *late, *log[number + 1 :]]
+    assert next(violations(tmp_path / "disk", reordered, tmp_path / "replay"), None)
+
+
 # Failing disks
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "broken"])
-def test_a_disk_that_fails_at_any_operation_costs_that_save_and_nothing_else(tmp_path, code):
-    log = record(tmp_path / "disk", steps=2, keep=1)
-    operations = len(log) - 2 - log.index(("saved", "1", None))
-    for number in range(operations + 1):
-        store = CheckpointStore(tmp_path / str(number), keep=1)
-        store.save(1, state(1), blob(1))
-        left = iter(range(number, -1, -1))
+@pytest.mark.parametrize("later", [False, True], ids=["foreground", "background"])
+def test_a_disk_that_fails_at_any_operation_costs_that_save_and_nothing_else(tmp_path, later, code):
+    assert save_over_failures(0, tmp_path, 0, code, later) == 20
 
-        def fail(operation: str, path: str, detail: Any, left: Iterator[int] = left) -> None:
-            if next(left, None) == 0:
-                raise OSError(code, os.strerror(code), path)
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_fails_one_rank_at_any_operation_costs_that_save_and_nothing_else(tmp_path, victim):
+    operations = {0: 22, 1: 7}[victim]
+    assert run_ranks(2, save_over_failures, tmp_path, victim, errno.ENOSPC, True) == [operations] * 2
+
+
+def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool) -> int:
+    """A second save with a failure of the n-th operation of `victim`, for every n; returns how many there are."""
+
+    def all_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {f"own{rank}": torch.full((4,), float(step))}, {f"value{rank}": step}
+
+    for number in itertools.count():
+        store = CheckpointStore(top / str(number), keep=1)
+        store.save(1, *all_of(1))
         message = ""
-        with pytest.MonkeyPatch.context() as patch:
-            watch(patch, fail)
+        with failing(number if rank == victim else None, code) as failed:
             try:
-                store.save(2, state(2), blob(2))
+                (store.save_later if later else store.save)(2, *all_of(2))
+                store.wait()
             except CheckpointError as error:
                 message = str(error)
+        if not from_rank(victim, failed()):
+            return number
         assert not message or os.strerror(code) in message
         saved = not message or message.startswith("deleting steps after step 2 failed")
-        assert store.latest() == (2 if saved else 1)
-        assert_holds(store, 2 if saved else 1)
-        store.save(2 + saved, state(2 + saved), blob(2 + saved))
+        target, _ = all_of(0)
+        assert store.latest() == 1 + saved
+        store.load(1 + saved, target)
+        assert target[f"own{rank}"].tolist() == [1.0 + saved] * 4
+        assert store.values(1 + saved)[f"value{rank}"] == 1 + saved
+        store.save(2 + saved, *all_of(2 + saved))
         assert store.latest() == 2 + saved
-        assert os.listdir(store.root) == [f"step-{2 + saved:08d}"]
+        assert sorted(os.listdir(store.root)) == [".lock", f"step-{2 + saved:08d}"]
+    raise AssertionError
+
+
+def from_rank(rank: int, value: Any) -> Any:
+    """One rank's value, on all."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=rank)
+    return box[0]
 
 
 # Kills
@@ -262,16 +268,21 @@ SIZE = 512
 """1 MiB of tensor, so that a save takes some ten milliseconds and most kills hit one."""
 
 
-def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection) -> None:
-    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins."""
+def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection, later: bool) -> None:
+    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins.
+
+    Every third step is loaded; `later` saves in the background, where a step is acknowledged when the next one begins.
+    """
     if size > 1:
         join(rank, size, meeting)
     store = CheckpointStore(root, keep=2)
     first = (store.latest() or 0) + 1
     pipe.send(0)
     for step in itertools.count(first):
-        store.save(step, state(step, SIZE), blob(step))
-        pipe.send(step)
+        (store.save_later if later else store.save)(step, state(step, SIZE), blob(step))
+        pipe.send(step - later)
+        if step % 3 == 0:
+            assert_holds(store, step, SIZE)
 
 
 def last(pipe: Connection) -> int:
@@ -286,13 +297,16 @@ def last(pipe: Connection) -> int:
 
 
 def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int = 1, only: int | None = None) -> None:
-    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks."""
+    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks.
+
+    Every other start saves in the background.
+    """
     torn = 0
-    for _ in range(kills):
+    for number in range(kills):
         pipes, running, meeting = [], [], tempfile.mkdtemp(dir=root.parent)
         for rank in range(ranks):
             ours, theirs = processes.Pipe(duplex=False)
-            arguments = (rank, ranks, meeting, root, theirs)
+            arguments = (rank, ranks, meeting, root, theirs, number % 2 == 1)
             running.append(processes.Process(target=save_for_ever, args=arguments, daemon=True))
             running[-1].start()
             theirs.close()
@@ -308,7 +322,7 @@ def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int 
         for process in running:
             process.join()
         acknowledged = max(map(last, pipes))
-        torn += any(name.startswith(".") for name in os.listdir(root)) if root.exists() else 0
+        torn += any(name.startswith(".step") for name in os.listdir(root)) if root.exists() else 0
         store = CheckpointStore(root)
         step = store.latest() or 0
         assert store.rejected == {}

@@ -28,7 +28,7 @@ TP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 LAYOUTS = {"one": (1, 1), "tp2": (1, 2), "dp2": (2, 1)}
 """Data-parallel (FSDP2) and tensor-parallel sizes."""
 
-MORE_LAYOUTS = {"dp3": (3, 1), "dp2 tp2": (2, 2), "dp4": (4, 1)}
+MORE_LAYOUTS = {"dp3": (3, 1), "dp2 tp2": (2, 2), "dp3 tp2": (3, 2), "dp4": (4, 1)}
 """With uneven shards, empty shards, and dimensions that are sharded twice."""
 
 
@@ -170,7 +170,7 @@ def test_dcp_gives_all_ranks_one_ranks_value_and_we_refuse_to_save(tmp_path):
         answers = run_ranks(2, save_values, tmp_path / "ours", values, plain)
         assert answers[0] == answers[1]
         assert "ranks 0 and 1 save different values under" in answers[0]
-        assert os.listdir(tmp_path / "ours") == []
+        assert os.listdir(tmp_path / "ours") == [".lock"]
 
 
 def test_the_step_holds_the_values_of_all_ranks_and_equal_ones_once(tmp_path):
@@ -232,7 +232,7 @@ def save_without_room(rank: int, root: Path, full: int) -> tuple[str, list[str],
 def test_a_disk_that_is_full_for_one_rank_is_an_error_on_all_and_the_same_step_can_be_saved_later(tmp_path, full):
     for error, names, steps, latest in run_ranks(2, save_without_room, tmp_path, full):
         assert error.startswith(f"saving step 2 failed on rank {full}: OSError: [Errno 27]")
-        assert names == ["step-00000001"]
+        assert names == [".lock", "step-00000001"]
         assert (steps, latest) == ([1, 2], 2)
 
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints.digest import digesting, file_digest
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -85,7 +87,7 @@ def test_the_files_of_a_step_are_where_the_documentation_says(tmp_path):
     path = CheckpointStore(tmp_path).save(120, state(1), {"a": 1})
     assert path == tmp_path / "step-00000120"
     assert sorted(os.listdir(path)) == ["manifest.json", "rank00000.safetensors", "rank00000.values"]
-    assert os.listdir(tmp_path) == ["step-00000120"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "step-00000120"]
 
 
 def test_the_tensors_of_one_process_open_as_any_safetensors_file(tmp_path):
@@ -251,7 +253,7 @@ def test_old_steps_are_deleted_and_foreign_files_left_alone(tmp_path):
     for step in (1, 2, 3, 4):
         store.save(step, state(step))
     assert store.steps() == [3, 4]
-    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "step-00000003", "step-00000004"])
+    assert sorted(os.listdir(tmp_path)) == sorted([".lock", *foreign, "step-00000003", "step-00000004"])
 
 
 def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
@@ -260,12 +262,20 @@ def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
     assert store.steps() == [1]
     store.save(2, state(2))
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "step-00000001", "step-00000002"]
 
 
-def test_keeping_no_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0"):
-        CheckpointStore(tmp_path, keep=0)
+def test_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_every=20)
+    for step in (0, 10, 20, 30, 40, 50):
+        store.save(step, state(step))
+    assert store.steps() == [0, 20, 40, 50]
+
+
+@pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}])
+def test_keeping_no_step_is_refused(tmp_path, limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} is 0"):
+        CheckpointStore(tmp_path, **limits)
 
 
 # Damage
@@ -342,11 +352,17 @@ def test_a_link_to_a_directory_is_no_step(tmp_path):
     assert store.steps() == [10]
 
 
-def test_files_that_the_manifest_does_not_name_are_never_read(tmp_path):
+def test_a_file_under_one_of_our_names_that_the_manifest_does_not_list_rejects_the_step(tmp_path):
+    store = saved(tmp_path, 10, 20)
+    shutil.copy(tmp_path / "step-00000020" / "rank00000.values", tmp_path / "step-00000020" / "rank00001.values")
+    assert store.latest() == 10
+    assert "rank00001.values is not in its manifest" in store.rejected[20]
+
+
+def test_files_under_foreign_names_are_never_read(tmp_path):
     store = saved(tmp_path, 10)
-    shutil.copy(
-        tmp_path / "step-00000010" / "rank00000.safetensors", tmp_path / "step-00000010" / "rank00001.safetensors"
-    )
+    for name in (".metadata", ".nfs0001", "notes.txt", "rank00000.safetensors.bak"):
+        (tmp_path / "step-00000010" / name).write_bytes(b"\x80")
     assert store.latest() == 10
     assert frozen(loaded(store, 10)) == frozen(state(10))
 
@@ -399,6 +415,28 @@ def memory_pages() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0])
 
 
+def digest_of(blob: bytes) -> str:
+    with digesting() as digest:
+        digest.update(blob)
+        return digest.hexdigest()
+
+
+def test_a_files_digest_is_that_of_the_digests_of_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.digest.BLOCK", 10)
+    blob = bytes(range(256))
+    blocks = [hashlib.sha256(blob[i : i + 10]).digest() for i in range(0, 256, 10)]
+    for cuts in ([0, 256], [0, 3, 10, 11, 64, 255, 256], range(257)):
+        with digesting() as digest:
+            for begin, end in pairwise(cuts):
+                digest.update(blob[begin:end])
+            assert digest.hexdigest() == hashlib.sha256(b"".join(blocks)).hexdigest()
+    (tmp_path / "file").write_bytes(blob)
+    with (tmp_path / "file").open("rb") as file:
+        assert file_digest(file.fileno(), 256) == digest.hexdigest()
+        with pytest.raises(EOFError):
+            file_digest(file.fileno(), 257)
+
+
 class Payload:
     """Unpickling it writes a file."""
 
@@ -418,7 +456,7 @@ def test_a_planted_pickle_never_runs(tmp_path):
 
     store = saved(tmp_path / "store", 10, 20)
     path = tmp_path / "store" / "step-00000020"
-    for name in (".metadata", "__0.metadata", "__0_0.distcp", "rank00001.values"):
+    for name in (".metadata", "__0.metadata", "__0_0.distcp", "rank00000.pkl"):
         (path / name).write_bytes(attack)
     store.load(20, state(0))
     for name in ("rank00000.values", "rank00000.safetensors", "manifest.json"):
@@ -440,7 +478,7 @@ def test_a_sealed_step_with_a_hostile_value_is_refused_in_bounded_memory_and_run
     store = CheckpointStore(tmp_path / "store")
     path = store.save(10, {"a": 1}, {"b": 2})
     (path / "rank00000.values").write_bytes(blob)
-    file, span = File(len(blob), hashlib.sha256(blob).hexdigest()), Span("rank00000.values", 0, len(blob))
+    file, span = File(len(blob), digest_of(blob)), Span("rank00000.values", 0, len(blob))
     old = decode((path / "manifest.json").read_bytes())
     for plain, values in ({"a": span}, {}), ({}, {"b": span}):
         new = msgspec.structs.replace(old, files={"rank00000.values": file}, plain=plain, values=values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -160,6 +161,34 @@ def test_nesting_of_any_depth_is_refused_without_exhausting_the_stack():
             decode(seal(b'{"version":1,"step":' + b"[" * depth + b"]" * depth + b"}"))
         with pytest.raises(CorruptCheckpoint):
             decode(b"[" * depth)
+
+
+def comb(teeth: int) -> Tensor:
+    """Strips along one dimension over strips along the other: whichever is swept, half of them are open at once."""
+    boxes = [((0, i), (teeth, 1)) for i in range(teeth)] + [((teeth + i, 0), (1, teeth)) for i in range(teeth)]
+    spans = [Span("rank00000.safetensors", 4 * teeth * n, 4 * teeth * (n + 1)) for n in range(2 * teeth)]
+    chunks = [Chunk(offsets, sizes, span) for (offsets, sizes), span in zip(boxes, spans, strict=True)]
+    return Tensor("F32", (2 * teeth, teeth), chunks)
+
+
+def test_a_hundred_thousand_chunks_that_share_every_line_are_checked_in_linear_time():
+    """By pairs these would be billions of comparisons: hours."""
+    tensor = comb(50_000)
+    found = tiled(tensor.shape, tensor.chunks)
+    found.check()
+    chunks = found.tensors["w"].chunks
+    chunks[7] = msgspec.structs.replace(chunks[7], offsets=(0, 8))
+    with pytest.raises(CorruptCheckpoint, match="overlap and leave gaps"):
+        found.check()
+
+
+def test_a_tensor_cut_along_many_dimensions_is_refused_before_its_corners_are_counted():
+    with pytest.raises(CorruptCheckpoint, match="elements"):
+        tiled((2,) * 60, [Chunk((0,) * 60, (1,) * 60, Span("rank00000.safetensors", 0, 4))]).check()
+    corners = enumerate(itertools.product((0, 1), repeat=9))
+    chunks = [Chunk(place, (1,) * 9, Span("rank00000.safetensors", 4 * n, 4 * n + 4)) for n, place in corners]
+    with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; 8 are the most"):
+        tiled((2,) * 9, chunks).check()
 
 
 @st.composite

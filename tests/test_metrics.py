@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import msgspec
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sftstream import Refusal
@@ -78,3 +80,19 @@ def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> 
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_lines_that_a_full_disk_does_not_take_follow_whole_when_there_is_room(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, 0) as log:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            for step in range(1, 8):
+                log.step(msgspec.structs.replace(STEP, step=step))
+            assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
+            with pytest.raises(OSError, match="File too large"):
+                log.sync()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.sync()
+        assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]

@@ -65,6 +65,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("model.init_from=llama", "give either init_from (a Hugging Face directory) or the shape"),
         ("parallel.tp=0", "tp = 0 must be at least 1"),
         ("checkpoint.every=0", "every = 0 must be at least 1"),
+        ("checkpoint.keep_every=0", "keep_every = 0 must be at least 1"),
         ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
         ("steps", "'steps' is no override; write section.key=value"),
         ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),

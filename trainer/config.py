@@ -70,17 +70,25 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to save, and how much to keep."""
+    """When to save, where, and how much to keep."""
 
+    root: str | None = None
+    """A directory, or a URL such as `s3://bucket/my-run`, of this run alone; by default `runs/<name>/checkpoints`."""
     every: int = 100
     """Steps between checkpoints; the end of a run is saved as well."""
     keep: int = 3
     """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Those of steps that are multiples of it stay as well."""
+    background: bool = True
+    """Write while the next steps are taken, from a copy in host memory; the last checkpoint of a run is waited for."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """continue: say what went wrong and try again at the next checkpoint, except after the last step."""
 
     def __post_init__(self) -> None:
-        for field in ("every", "keep"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+        for field in ("every", "keep", "keep_every"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoints import CheckpointError, CheckpointStore
+from checkpoints import CheckpointError, Recipe
 from sftstream import Deal, PackLoader
 from trainer.config import TrainConfig, load_config
 from trainer.display import Display
@@ -32,7 +33,9 @@ from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import parallelize
+from trainer.recipe import recipe
 from trainer.resume import Progress, Restored, Settings, capture, restore
+from trainer.saves import Saves
 from trainer.step import StepResult, train_step
 from trainer.weights import export, load_weights, read_config
 
@@ -51,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(path, words)
         with distributed(config) as topology:
-            Run(config, topology).train()
-    except (ValueError, CheckpointError) as error:
+            run = Run(config, topology)
+            with run.saves.store:
+                run.train()
+    except (ValueError, OSError, CheckpointError) as error:
         return _tell(error)
     return 0
 
@@ -89,16 +94,18 @@ class Run:
         self.display = Display(quiet=not topology.first)
         _set_determinism(config.run.deterministic)
         torch.manual_seed(config.run.seed)
-        self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
+        self.saves = Saves(config, self.display)
         self.shape = _shape(config)
         self.settings = Settings.of(config, self.shape, self._compute_dtype())
         # Found before any work is done, since it is the first thing that can be wrong.
-        self.latest = self.store.latest()
+        self.latest = self.saves.store.latest()
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         restored = self._restore()
+        self.reseeded = restored.reseeded
         self.progress = restored.progress
         self.loader = self._open_loader(restored)
+        self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
         deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
         self.feed = Feed(self.loader, topology, deal, config.data.capacity)
@@ -137,7 +144,7 @@ class Run:
         config, began = self.config, time.perf_counter()
         packs = self.feed.packs(self.progress.step)
         waited = time.perf_counter() - began
-        count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked)
+        count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked or self.saves.failed())
         rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share or 0.0, config.run.steps)
         result = train_step(
             self.model,
@@ -156,8 +163,9 @@ class Run:
             log.step(metrics)
             log.refused(self.progress.step, refusals)
             self.display.step(metrics, self.share, last=self.finished)
-        if count.stop or self.finished or self.progress.step % config.checkpoint.every == 0:
-            self._save(log)
+        last = count.stop > 0 or self.finished
+        if last or self.progress.step % config.checkpoint.every == 0:
+            self._save(log, last=last)
         return count.stop > 0
 
     def _advance(self, count: Tally, result: StepResult) -> None:
@@ -172,6 +180,7 @@ class Run:
             rows=self.progress.rows + count.rows,
             tokens=self.progress.tokens + count.tokens,
             trained_tokens=self.progress.trained_tokens + count.trained_tokens,
+            loss=result.loss,
             finished=count.live == 0,
         )
 
@@ -203,11 +212,19 @@ class Run:
             batch_digest=count.digest,
         )
 
-    def _save(self, log: RunLog | None) -> None:
-        if log:
-            log.sync()
+    def _save(self, log: RunLog | None, *, last: bool) -> None:
         state = self.loader.state if self.loader else None
-        capture(self.store, self.model, self.optimizer, self.progress, state, self.settings, self.topology)
+        run = partial(
+            capture,
+            model=self.model,
+            optimizer=self.optimizer,
+            progress=self.progress,
+            data=state,
+            settings=self.settings,
+            recipe=self.recipe,
+            topology=self.topology,
+        )
+        self.saves.save(run, log, last=last)
 
     def _build_model(self) -> Llama:
         config, device = self.config, self.topology.device
@@ -232,7 +249,7 @@ class Run:
     def _restore(self) -> Restored:
         if self.latest is None:
             return Restored(Progress(), None)
-        return restore(self.store, self.model, self.optimizer, self.settings, self.topology, self.latest)
+        return restore(self.saves.store, self.model, self.optimizer, self.settings, self.topology, self.latest)
 
     def _open_loader(self, restored: Restored) -> PackLoader | None:
         if not self.topology.leads:
@@ -244,6 +261,11 @@ class Run:
                 f"the tokenizer has {words} tokens, model.vocab_size is {rows}; raise it to {words} or more"
             )
         return loader
+
+    def _recipe(self) -> Recipe:
+        assert self.loader is not None
+        encoder = self.loader.encoder
+        return recipe(self.shape, self.model.norm.weight.dtype, encoder.tokenizer.hf, encoder.stop_ids)
 
     def _total_rows(self) -> int | None:
         box = [self.loader.total_rows if self.loader else None]
@@ -257,12 +279,16 @@ class Run:
         run, parameters = self.config.run, sum(p.numel() for p in self.model.parameters())
         rows = f" on {self.total_rows:,} conversations" if self.total_rows else ""
         self.display.say(f"{run.directory}: a Llama of {parameters:,} parameters{rows}; {self.topology.describe()}")
-        for step, reason in self.store.rejected.items():
+        for step, reason in self.saves.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")
         if self.finished:
             self.display.say(f"finished after step {self.progress.step}; give it another run.name to train again")
         elif self.progress.step:
             self.display.say(f"resuming after step {self.progress.step}, {self.progress.rows:,} conversations in")
+        if self.reseeded:
+            self.display.say(
+                "the random generators start anew from seed, step and rank: the checkpoint is of another topology"
+            )
 
     def _export(self) -> None:
         if not self.progress.trained_tokens:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.feed import PlacedRefusal
+
+logger = logging.getLogger(__name__)
 
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,9 +52,9 @@ class RunLog:
 
     def __init__(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._metrics = _reopen(directory / "metrics.jsonl", step)
-        self._refused = _reopen(directory / "refused.jsonl", step)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._metrics = Lines(directory / "metrics.jsonl", step)
+        self._refused = Lines(directory / "refused.jsonl", step)
+        self._board: SummaryWriter | None = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> RunLog:
         return self
@@ -56,39 +62,68 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._draw(lambda board: board.close())
         self.sync()
-        self._board.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
-        self._write(self._metrics, msgspec.to_builtins(metrics))
+        self._metrics.add(msgspec.to_builtins(metrics))
         for name in ("loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait"):
-            self._board.add_scalar(name, getattr(metrics, name), metrics.step)
+            self._draw(lambda board, name=name: board.add_scalar(name, getattr(metrics, name), metrics.step))  # type: ignore[misc]
 
     def refused(self, step: int, refusals: list[PlacedRefusal]) -> None:
         """Append the rows that were refused for a step."""
         for refusal, place in refusals:
             names = ("source", "row", "epoch", "reason", "detail")
-            self._write(
-                self._refused, {"step": step, "place": place} | {name: getattr(refusal, name) for name in names}
-            )
+            self._refused.add({"step": step, "place": place} | {name: getattr(refusal, name) for name in names})
 
     def refused_by_reason(self) -> Counter[str]:
         """Rows refused since the run's beginning."""
-        self._refused.seek(0)
-        return Counter(msgspec.json.decode(line)["reason"] for line in self._refused)
+        return Counter(line["reason"] for line in self._refused.read())
 
     def sync(self) -> None:
-        """Force all lines to the disk; before a checkpoint, so that none of its steps can be missing."""
-        for file in (self._metrics, self._refused):
-            os.fsync(file.fileno())
+        """Force all lines to the disk; before a checkpoint, so that none of its steps can be missing. OSError if it fails."""
+        self._metrics.sync()
+        self._refused.sync()
 
-    def _write(self, file: IO[bytes], line: dict[str, Any]) -> None:
-        file.write(msgspec.json.encode(line) + b"\n")
-        file.flush()
+    def _draw(self, act: Callable[[SummaryWriter], None]) -> None:
+        try:
+            if self._board:
+                act(self._board)
+        except OSError as error:
+            self._board = None
+            logger.warning("the curves in tensorboard/ end here: %s", error)
 
 
-def _reopen(path: Path, step: int) -> IO[bytes]:
+class Lines:
+    """A file of JSON lines. What a full disk does not take waits in memory for the next try: no line is lost or torn."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._file = _reopen(path, step)
+        self._waiting = b""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        self._waiting += msgspec.json.encode(line) + b"\n"
+        with suppress(OSError):  # `sync` raises it, where nothing may be missing any more.
+            self._write()
+
+    def sync(self) -> None:
+        """Force all lines to the disk."""
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines that are in the file."""
+        self._file.seek(0)
+        return [msgspec.json.decode(line) for line in self._file]
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
+
+
+def _reopen(path: Path, step: int) -> BufferedRandom:
     """The file for appending, cut after the last line of `step`."""
     file = path.open("a+b")
     file.seek(0)

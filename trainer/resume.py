@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoints import CheckpointStore
+from checkpoints import RECIPE, CheckpointStore, Recipe
 from sftstream import DataState, StreamState
 from trainer.config import TrainConfig
 from trainer.mesh import Topology
 from trainer.model import Llama, LlamaConfig
 from trainer.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.recipe import MODEL
 
 STREAM, RNG = "data/stream/", "rng/"
+
+Save = Callable[[int, dict[str, Any], dict[str, Any]], Any]
+"""One of a store's ways to save: takes a step, tensors, values."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +39,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Conversations given or refused."""
     tokens: int = 0
     trained_tokens: int = 0
+    loss: float | None = None
+    """Of the last step."""
     finished: bool = False
     """The data has ended."""
 
@@ -69,29 +76,35 @@ class Restored:
 
     progress: Progress
     data: DataState | None
+    reseeded: bool = False
+    """The random generators start anew from seed, step and rank, since those saved belong to another topology."""
 
 
 def capture(
-    store: CheckpointStore,
+    save: Save,
     model: Llama,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     data: DataState | None,
     settings: Settings,
+    recipe: Recipe | None,
     topology: Topology,
 ) -> None:
-    """Commit the run after its `progress.step`-th step. `data` is None on ranks that do not read."""
+    """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read,
+    `recipe` on all but the first."""
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
     if data is not None:
         # One value a logical stream: any other topology finds its own among them.
         values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
     if topology.first:
         assert data is not None
+        assert recipe is not None
+        values[RECIPE] = recipe.builtins()
         values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(settings)
         values["topology"] = [topology.dp, topology.tp]
-    store.save(progress.step, _tensors(model, optimizer), values)
+    save(progress.step, _tensors(model, optimizer), values)
 
 
 def restore(
@@ -107,21 +120,23 @@ def restore(
     _require_same(msgspec.convert(values["settings"], Settings), settings, step)
     state = _tensors(model, optimizer)
     store.load(step, state)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    _restore_rng(values, settings.seed, step, topology)
+    reseeded = not _restore_rng(values, topology)
+    if reseeded:
+        torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + dist.get_rank()) % 2**63)
     streams = {
         int(key.removeprefix(STREAM)): msgspec.msgpack.decode(blob, type=StreamState)
         for key, blob in values.items()
         if key.startswith(STREAM)
     }
     data = DataState.parse({**values["data/run"], "streams": msgspec.to_builtins(streams, str_keys=True)})
-    return Restored(msgspec.convert(values["progress"], Progress), data)
+    return Restored(msgspec.convert(values["progress"], Progress), data, reseeded)
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     # These also make the state of an optimizer that has not stepped yet, without which nothing of it would be loaded.
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _require_same(saved: Settings, now: Settings, step: int) -> None:
@@ -152,13 +167,12 @@ def _rng_state(topology: Topology) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
 
 
-def _restore_rng(values: dict[str, Any], seed: int, step: int, topology: Topology) -> None:
-    """Each rank's generators on the same topology; on another, where there is no such rank, new ones from (seed, step, rank)."""
-    rank = dist.get_rank()
-    saved = values.get(f"{RNG}{rank:05d}", {})
+def _restore_rng(values: dict[str, Any], topology: Topology) -> bool:
+    """Set this rank's generators as they were; false on another topology, where no rank is the one that it was."""
+    saved = values.get(f"{RNG}{dist.get_rank():05d}", {})
     if values["topology"] != [topology.dp, topology.tp] or (topology.device.type == "cuda") != ("cuda" in saved):
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-        return
+        return False
     torch.set_rng_state(torch.frombuffer(bytearray(saved["cpu"]), dtype=torch.uint8))
     if "cuda" in saved:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(saved["cuda"]), dtype=torch.uint8), topology.device)
+    return True

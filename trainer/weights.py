@@ -250,7 +250,9 @@ def export(
     dtype = dtype or model.norm.weight.dtype
     if writes:
         _check_replaceable(out_dir)
-        _start(aside, config, dtype, tokenizer, stop_token_ids)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        describe(aside, config, dtype, tokenizer, stop_token_ids)
         _write_tensors(aside / "model.safetensors", _shapes(model), _unfused(model, dtype), dtype)
         _replace(out_dir, aside)
     else:
@@ -265,16 +267,15 @@ def _check_replaceable(out_dir: Path) -> None:
         raise ValueError(f"{out_dir} holds other files than a model's: export to another directory")
 
 
-def _start(
-    aside: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, stop_token_ids: Iterable[int]
+def describe(
+    directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None, stop_token_ids: Iterable[int]
 ) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Write all that a model's directory holds besides the weights."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
+        tokenizer.save_pretrained(directory)
     ids = _special_ids(tokenizer, stop_token_ids)
-    _write_json(aside / "config.json", write_config(config, dtype) | ids)
-    _write_json(aside / "generation_config.json", ids)
+    _write_json(directory / "config.json", write_config(config, dtype) | ids)
+    _write_json(directory / "generation_config.json", ids)
 
 
 def _special_ids(tokenizer: Tokenizer | None, stop_token_ids: Iterable[int]) -> dict[str, int | list[int] | None]:

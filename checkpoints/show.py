@@ -1,0 +1,101 @@
+"""Steps as tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from checkpoints.errors import CorruptCheckpoint
+from checkpoints.manifest import Manifest
+from checkpoints.store import CheckpointStore
+
+LONG = 2000
+"""Bytes from which on a value is only counted."""
+
+
+def show_steps(store: CheckpointStore, console: Console) -> None:
+    """A line a step, oldest first, by what its manifest says."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("step", "saved", "size", "ranks", "tensors"):
+        table.add_column(heading, justify="left" if heading == "saved" else "right", no_wrap=True)
+    damaged = []
+    for step in store.steps():
+        try:
+            manifest = store.manifest(step)
+        except CorruptCheckpoint as error:
+            damaged.append(f"step {step} is damaged: {error}")
+            continue
+        saved = store.saved(step).isoformat(" ", "seconds")
+        table.add_row(str(step), saved, _size(manifest), str(manifest.world_size), str(len(manifest.tensors)))
+    console.print(table)
+    for line in damaged:
+        console.print(line, soft_wrap=True)
+
+
+def show_step(store: CheckpointStore, step: int, console: Console) -> None:
+    """What a step holds: files, tensors and values."""
+    manifest = store.manifest(step)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "step": f"{step}, written by {manifest.world_size} ranks under torch {manifest.torch}",
+        "files": f"{len(manifest.files)}, {_size(manifest)}",
+        **_tensors(manifest),
+        **dict(_values(store.values(step))),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _size(manifest: Manifest) -> str:
+    return decimal(sum(file.size for file in manifest.files.values()))
+
+
+def _tensors(manifest: Manifest) -> dict[str, str]:
+    """Tensors by the first word of their keys."""
+    count, size = Counter[str](), Counter[str]()
+    for key, tensor in manifest.tensors.items():
+        name = key.split(".")[0]
+        count[name] += 1
+        size[name] += sum(chunk.span.end - chunk.span.begin for chunk in tensor.chunks)
+    return {f"tensors of {name}": f"{number}, {decimal(size[name])}" for name, number in count.items()}
+
+
+def _values(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Short values in full, the shortest first; of long ones and of bytes the size, those under one prefix together."""
+    count, size = Counter[str](), Counter[str]()
+    sizes = {key: len(msgspec.msgpack.encode(value)) for key, value in values.items()}
+    for key, encoded in sorted(sizes.items(), key=lambda item: item[1]):
+        value = values[key]
+        if isinstance(value, bytes) or encoded > LONG or _holds_bytes(value):
+            name = key[: key.rfind("/") + 1] or key
+            count[name] += 1
+            size[name] += encoded
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{path}", repr(leaf)) for path, leaf in _leaves(value))
+        else:
+            yield key, repr(value)
+    for name, number in count.items():
+        yield name, f"{number} values, {decimal(size[name])}" if name.endswith("/") else decimal(size[name])
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_bytes, value.values()))
+    return isinstance(value, bytes) or (isinstance(value, list) and any(map(_holds_bytes, value)))
+
+
+def _leaves(value: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from ((f"{key}.{path}", leaf) for path, leaf in _leaves(item))
+        else:
+            yield str(key), item

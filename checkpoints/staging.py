@@ -1,0 +1,33 @@
+"""Host memory that a state is copied into, so that it can be written while the run changes the original."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Staging:
+    """Buffers that are kept from one save to the next: getting pinned memory takes longer than the copy itself."""
+
+    def __init__(self) -> None:
+        self._buffers: Mapping[Any, torch.Tensor] = {}
+
+    def copy(self, tensors: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
+        """The tensors in host memory, pinned for those of a device. What the last call returned is overwritten."""
+        copies = {key: self._buffer(key, tensor) for key, tensor in tensors.items()}
+        for key, tensor in tensors.items():
+            copies[key].copy_(tensor, non_blocking=True)
+        for device in {tensor.device for tensor in tensors.values() if not tensor.is_cpu}:
+            torch.accelerator.current_stream(device).synchronize()
+        self._buffers = copies
+        return copies
+
+    def _buffer(self, key: Hashable, like: torch.Tensor) -> torch.Tensor:
+        kept = self._buffers.get(key)
+        if kept is not None and (kept.shape, kept.dtype) == (like.shape, like.dtype):
+            return kept
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=not like.is_cpu)

@@ -1,0 +1,218 @@
+"""`python -m checkpoints`, as a person types it, on the checkpoints of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from checkpoints import RECIPE, CheckpointStore, CorruptCheckpoint, Recipe, Rows
+from checkpoints import export as exporting
+from checkpoints.cli import app
+from checkpoints.export import parse_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
+    """The directory of a run on two tensor-parallel ranks, with its checkpoints of steps 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("run")
+    config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 6}, parallel={"tp": 2})
+    runs.run(directory, config, 2)
+    return directory / "runs" / "run"
+
+
+@pytest.fixture
+def root(run: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoints."""
+    return Path(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
+
+
+def call(*words: object) -> tuple[int, list[str]]:
+    """The exit code and the output's lines, runs of spaces made one."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
+    return result.exit_code, [" ".join(line.split()) for line in result.output.splitlines()]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_steps_are_listed_with_their_sizes(root):
+    (root / "step-00000004" / "manifest.json").write_bytes(b"")
+    code, lines = call("list", root)
+    assert code == 0
+    assert lines[0] == "step saved size ranks tensors"
+    step, _, _, size, unit, ranks, tensors = lines[1].split(" ")
+    assert (step, unit, ranks, tensors) == ("2", "kB", "2", "60")
+    assert 500 < float(size) < 1500
+    assert lines[2].startswith("6 ")
+    assert lines[3].startswith("step 4 is damaged: ")
+
+
+def test_verify_reads_every_byte_of_all_steps_or_of_one(root):
+    assert call("verify", root) == (0, [f"step {step}: whole, 4 files" for step in (2, 4, 6)])
+    damage(root / "step-00000004" / "rank00001.safetensors")
+    code, lines = call("verify", root)
+    assert (code, len(lines), lines[0], lines[2]) == (1, 3, "step 2: whole, 4 files", "step 6: whole, 4 files")
+    assert lines[1].startswith("step 4: DAMAGED: ")
+    assert "rank00001.safetensors does not match its SHA-256" in lines[1]
+    assert call("verify", root / "step-00000004")[0] == 1
+    assert call("verify", root / "step-00000006")[0] == 0
+
+
+def test_inspect_says_how_far_the_run_was_and_what_is_in_the_step(run):
+    code, lines = call("inspect", run / "checkpoints" / "step-00000006")
+    assert code == 0
+    assert lines[0] == f"step 6, written by 2 ranks under torch {torch.__version__}"
+    metrics = runs.metrics(run.parents[1])[-1]
+    for line in ("progress.step 6", f"progress.loss {metrics['loss']!r}", f"progress.rows {metrics['rows']}"):
+        assert line in lines
+    assert "topology [1, 2]" in lines
+    assert "settings.model.hidden_size 32" in lines
+    assert "data/run.packs 24" in lines
+    assert any(line.startswith("tensors of model ") for line in lines)
+    assert any(line.startswith("data/stream/ 8 values, ") for line in lines)
+    assert any(line.startswith("export ") for line in lines)
+
+
+def test_prune_keeps_the_newest_whole_step_whatever_it_is_told(root):
+    for newest in (4, 6):
+        damage(root / f"step-0000000{newest}" / "rank00000.safetensors")
+    assert call("prune", root, "--keep", 1)[1][-1] == "deleted nothing; [2, 4, 6] stay"
+
+
+def test_prune_keeps_as_many_as_it_is_told_and_every_nth(root):
+    assert call("prune", root, "--keep", 1, "--keep-every", 4)[1] == ["deleted [2]; [4, 6] stay"]
+    assert call("prune", root, "--keep", 1)[1] == ["deleted [4]; [6] stay"]
+
+
+def test_prune_does_nothing_while_a_run_has_the_directory(root):
+    with CheckpointStore(root) as store:
+        store.claim()
+        code, lines = call("prune", root, "--keep", 1)
+        assert code == 1
+        assert f"in use by process {os.getpid()} " in lines[0]
+        assert store.steps() == [2, 4, 6]
+        assert call("list", root)[0] == call("verify", root)[0] == 0
+
+
+def test_an_export_is_what_the_run_exports_at_its_end(run, tmp_path):
+    out = tmp_path / "new" / "model"
+    assert call("export", run / "checkpoints" / "step-00000006", out) == (0, [f"exported step 6 to {out}"])
+    theirs = run / "export"
+    assert sorted(os.listdir(out)) == sorted(os.listdir(theirs))
+    for path in theirs.iterdir():
+        if path.suffix == ".safetensors":
+            ours, others = load_file(out / path.name), load_file(path)
+            assert ours.keys() == others.keys()
+            assert all(torch.equal(ours[name], others[name]) for name in others)
+        else:
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    code, lines = call("export", run / "checkpoints" / "step-00000006", out)
+    assert (code, lines) == (1, [f"error: {out} is there already; export to another directory, or move it away"])
+
+
+def test_a_big_export_is_split_into_shards_with_an_index(run, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(exporting, "SHARD", 40_000)
+    call("export", run / "checkpoints" / "step-00000006", tmp_path / "out")
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 2
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(run / "export").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_damaged_step_is_not_exported(root, tmp_path):
+    damage(root / "step-00000006" / "rank00000.safetensors")
+    code, lines = call("export", root / "step-00000006", tmp_path / "out")
+    assert code == 1
+    assert "does not match its SHA-256" in lines[0]
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("list", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
+        (("inspect", "runs"), "error: runs is no step; name a directory such as runs/my-run/checkpoints/step-00000100"),
+        (("verify", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, message):
+    assert call(*words) == (1, [message])
+
+
+def test_the_command_is_there():
+    done = subprocess.run([sys.executable, "-m", "checkpoints", "--help"], capture_output=True, text=True, check=True)
+    for name in ("list", "verify", "inspect", "prune", "export"):
+        assert name in done.stdout
+
+
+# Hostile recipes: whoever can write into a checkpoint can seal one.
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a.json", "/a.json", "a/b/c.json", "a/../b.json", ".a.json", "a\n.json", "run.py", "a.bin", "a.pkl", "", "a/"],
+)
+def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name):
+    value = {"tensors": {"x": [["w", 0, 4]]}, "files": {name: b"{}"}}
+    with pytest.raises(CorruptCheckpoint, match="not a recipe"):
+        parse_recipe(value)
+    store = CheckpointStore(tmp_path / "store")
+    store.save(1, {"w": torch.ones(4, 2)}, {RECIPE: value})
+    code, lines = call("export", store.root / "step-00000001", tmp_path / "out")
+    assert (code, lines[0][:25]) == (1, "error: not a recipe of an")
+    assert os.listdir(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Rows("other", 0, 1)], "does not hold"),
+        ([Rows("w", 3, 2)], "does not hold"),
+        ([Rows("w", 2**62, 2**62)], "does not hold"),
+        ([Rows("scalar", 0, 1)], "does not hold"),
+        ([Rows("w", 0, 1), Rows("wide", 0, 1)], "do not fit together"),
+        ([], "do not fit together"),
+    ],
+)
+def test_a_recipe_of_rows_that_are_not_there_is_refused(tmp_path, rows, message):
+    state = {"w": torch.ones(4, 2), "wide": torch.ones(4, 3), "scalar": torch.ones(())}
+    store = CheckpointStore(tmp_path / "store")
+    store.save(1, state, {RECIPE: Recipe({"x": rows}, {}).builtins()})
+    with pytest.raises(CorruptCheckpoint, match=message):
+        store.export(1, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_rows_are_joined_in_the_recipes_order(tmp_path):
+    weights = torch.arange(12.0).view(6, 2)
+    recipe = Recipe({"a": [Rows("w", 4, 2), Rows("w", 0, 1)], "b": [Rows("w", 1, 3)]}, {"sub/note.txt": b"hello"})
+    store = CheckpointStore(tmp_path / "store")
+    store.save(1, {"w": weights}, {RECIPE: recipe.builtins()})
+    store.export(1, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["a"].tolist() == [[8, 9], [10, 11], [0, 1]]
+    assert found["b"].tolist() == [[2, 3], [4, 5], [6, 7]]
+    assert (tmp_path / "out" / "sub" / "note.txt").read_bytes() == b"hello"
+
+
+def test_a_step_without_a_recipe_is_not_exported(tmp_path):
+    CheckpointStore(tmp_path).save(1, {"w": torch.ones(1)})
+    assert call("export", tmp_path / "step-00000001", tmp_path / "out")[1][0].endswith(
+        "saved without a recipe for an export"
+    )

@@ -1,0 +1,134 @@
+"""What a run does with its checkpoints beyond going on from them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from checkpoints import CheckpointStore
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer: str) -> dict[str, Any]:
+    return runs.run_config(tokenizer, runs.sources(tmp_path))
+
+
+def _store(directory: Path) -> CheckpointStore:
+    return CheckpointStore(directory / "runs/run/checkpoints")
+
+
+def test_the_newest_and_every_nth_checkpoint_stay(tmp_path: Path, config: dict[str, Any]) -> None:
+    runs.run(tmp_path, config | {"checkpoint": {"every": 1, "keep": 2, "keep_every": 4}})
+    assert _store(tmp_path).steps() == [4, 8, 9, 10]
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    config["checkpoint"]["root"] = str(elsewhere)
+    runs.run(tmp_path, config)
+    assert CheckpointStore(elsewhere).steps() == [6, 8, 10]
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+    config["run"]["steps"] = 12
+    assert "resuming after step 10" in runs.run(tmp_path, config).output()
+
+
+def test_a_run_that_is_started_twice_is_refused_the_second_time_by_every_rank(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["run"]["steps"] = 10_000
+    first = runs.Job(tmp_path, config)
+    runs.wait_for(lambda: _store(tmp_path).steps() != [], first)
+    (tmp_path / "second").mkdir()
+    os.symlink(tmp_path / "runs", tmp_path / "second" / "runs")
+    second = runs.Job(tmp_path / "second", config, 2)
+    assert second.finish() == 1
+    assert f"checkpoints is in use by process {first.pids[0]} on {os.uname().nodename} (since " in second.output()
+    assert "Traceback" not in second.output() + second.output(1)
+    assert first.alive
+    first.signal(signal.SIGTERM)
+    assert first.finish() == 0
+
+
+def _limit(job: runs.Job, size: int) -> None:
+    """From here on no process of the run can write a file beyond `size` bytes, as on a full disk."""
+    for pid in job.pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_a_run_with_one_error_and_loses_nothing(
+    tmp_path: Path, config: dict[str, Any], processes: int, background: bool
+) -> None:
+    runs.run(_directory(tmp_path / "whole"), config, processes)
+    config["checkpoint"] |= {"background": background}
+    job = runs.Job(_directory(tmp_path / "broken"), config, processes)
+    runs.wait_for(lambda: _store(job.directory).steps() != [], job)
+    _limit(job, 12_000)
+    assert job.finish() == 1
+    (line,) = (line for line in job.output().splitlines() if line.startswith("error: "))
+    assert "[Errno 27] File too large" in line
+    assert "Traceback" not in "".join(map(job.output, range(processes)))
+    runs.run(job.directory, config, processes)
+    assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_a_run_goes_on_over_a_full_disk_where_it_may_and_saves_again_when_there_is_room(
+    tmp_path: Path, config: dict[str, Any], background: bool
+) -> None:
+    config["run"]["steps"] = 60
+    config["checkpoint"] |= {"every": 1, "keep": 100, "background": background, "on_save_error": "continue"}
+    runs.run(_directory(tmp_path / "whole"), config)
+    job = runs.Job(_directory(tmp_path / "broken"), config)
+    runs.wait_for(lambda: len(_store(job.directory).steps()) > 1, job)
+    _limit(job, 12_000)
+    runs.wait_for(lambda: job.output().count("going on without this checkpoint: ") > 2, job)
+    _limit(job, resource.RLIM_INFINITY)
+    assert job.finish() == 0, job.output()
+    steps = _store(job.directory).steps()
+    assert {1, 2, 60} < set(steps) < set(range(1, 61))
+    assert len(steps) <= 60 - 3
+    assert _store(job.directory).latest() == 60
+    assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
+    assert job.output().count("Traceback") == 0
+
+
+def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["run"]["steps"] = 10_000
+    config["checkpoint"] |= {"every": 10_000, "on_save_error": "continue"}
+    job = runs.Job(tmp_path, config)
+    runs.wait_for(lambda: (tmp_path / "runs/run/metrics.jsonl").exists(), job)
+    _limit(job, 12_000)
+    job.signal(signal.SIGTERM)
+    assert job.finish() == 1
+    assert job.output().splitlines()[-1].startswith("error: ")
+    assert "File too large" in job.output()
+
+
+def test_on_another_topology_the_generators_start_anew_and_the_run_says_so(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["run"] |= {"steps": 2, "seed": 5}
+    runs.run(tmp_path, config)
+    config["run"]["steps"] = 4
+    job = runs.run(tmp_path, config, 2)
+    assert "the random generators start anew from seed, step and rank" in job.output()
+    values = _store(tmp_path).values(4, "rng/")
+    for rank in range(2):
+        generator = torch.Generator().manual_seed((5 * 1_000_003 + 2) * 65_537 + rank)
+        assert values[f"rng/{rank:05d}"]["cpu"] == generator.get_state().numpy().tobytes()
+    config["run"]["steps"] = 6
+    assert "start anew" not in runs.run(tmp_path, config, 2).output()
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    return path
