@@ -11,17 +11,18 @@ import torch.distributed as dist
 from gloo_ranks import run_ranks
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from tiny_llama import CONFIG, TIED, Row, row
+from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, Row, row
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sftstream import IGNORE_INDEX
+from trainer.export import export
 from trainer.loss import summed_cross_entropy
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
 from trainer.parallel import check_divisible, parallelize
-from trainer.weights import export, load_weights
+from trainer.weights import load_weights
 
 CAPACITY = 24
 # Sums in another order. Measured: up to 1.3e-6 of a parameter's largest gradient.
@@ -34,10 +35,12 @@ class Case(NamedTuple):
     config: LlamaConfig
 
     def __str__(self) -> str:
-        return f"dp {self.dp}, tp {self.tp}, {'tied' if self.config.tie_word_embeddings else 'untied'}"
+        tied = "tied" if self.config.tie_word_embeddings else "untied"
+        return f"dp {self.dp}, tp {self.tp}, {self.config.model_type}, {tied}"
 
 
 CASES = [Case(dp, tp, config) for dp, tp in ((1, 2), (2, 1), (2, 2), (1, 4)) for config in (CONFIG, TIED)]
+CASES += [Case(2, 2, QWEN2), Case(1, 4, QWEN2), Case(2, 2, QWEN3), Case(1, 4, QWEN3)]
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -171,9 +174,9 @@ def test_every_rank_knows_the_norm_of_the_whole_gradient_and_cuts_to_it(both: tu
 def test_an_optimizer_step_moves_every_topology_alike(both: tuple[list[Outcome], Outcome]) -> None:
     ranks, expected = both
     for rank in ranks:
-        # Adam divides by the gradient's size, so that a small one's rounding shows.
+        # A step is 0.01. Adam divides by the gradient's size, so that a small one's rounding shows.
         for name, array in expected.stepped.items():
-            np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=5e-5, err_msg=name)
 
 
 def unwrapped(rank: int) -> tuple[bool, bool]:

@@ -48,14 +48,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Hugging Face directory to start from, or the shape of a new Llama."""
+    """A Hugging Face directory or hub name to start from, or the shape of a new Llama."""
 
     init_from: str | None = None
     shape: LlamaConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
-            raise ValueError("give either init_from (a Hugging Face directory) or the shape of a new model")
+            raise ValueError("give either init_from (a Hugging Face directory or hub name) or the shape of a new model")
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -26,7 +26,9 @@ from sftstream import Deal, PackLoader
 from trainer.config import TrainConfig, load_config
 from trainer.display import Display
 from trainer.evaluate import evaluate
+from trainer.export import export
 from trainer.feed import Feed, Tally, gather_refusals, tally
+from trainer.hf_config import find_model, read_config
 from trainer.mesh import Topology, distributed
 from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
@@ -34,7 +36,7 @@ from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import parallelize
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.step import StepResult, train_step
-from trainer.weights import export, load_weights, read_config
+from trainer.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,8 @@ class Run:
         _set_determinism(config.run.deterministic)
         torch.manual_seed(config.run.seed)
         self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
-        self.shape = _shape(config)
+        self.init_from = find_model(config.model.init_from) if config.model.init_from else None
+        self.shape = read_config(self.init_from) if self.init_from else _new_shape(config)
         self.settings = Settings.of(config, self.shape, self._compute_dtype())
         # Found before any work is done, since it is the first thing that can be wrong.
         self.latest = self.store.latest()
@@ -219,8 +222,8 @@ class Run:
         model.tie()
         if self.latest is not None:
             return model
-        if config.model.init_from:
-            load_weights(model, Path(config.model.init_from))
+        if self.init_from:
+            load_weights(model, self.init_from)
         else:
             init_weights(model, config.run.seed)
         return model
@@ -278,6 +281,7 @@ class Run:
             directory,
             encoder.tokenizer.hf if encoder else None,
             stop_token_ids=encoder.stop_ids if encoder else (),
+            init_from=self.init_from,
         )
         self.display.say(f"exported to {directory}")
         if self.config.evaluation and self.topology.first and self.loader:
@@ -297,9 +301,7 @@ class Run:
         self.display.say(f"\n{evaluation.accuracy:.1%} of {count} held-out questions answered exactly")
 
 
-def _shape(config: TrainConfig) -> LlamaConfig:
-    if config.model.init_from:
-        return read_config(Path(config.model.init_from))
+def _new_shape(config: TrainConfig) -> LlamaConfig:
     assert config.model.shape is not None
     return config.model.shape
 

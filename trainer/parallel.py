@@ -56,18 +56,21 @@ def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
 
 def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
     # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
-    parallelize_module(model, tp, _tensor_parallel_plan(), src_data_rank=None)
+    parallelize_module(model, tp, _tensor_parallel_plan(model.config), src_data_rank=None)
     model.tie()
 
 
-def _tensor_parallel_plan() -> dict[str, ParallelStyle]:
+def _tensor_parallel_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     """Megatron-LM's split with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
 
     Between the layers each rank has `T / tp` tokens, inside attention and feed-forward all tokens and its share of the
     heads and channels. The logits stay split over the vocabulary.
     """
     rows, all_rows = Shard(0), Replicate()
-    return {
+    # The norms of single heads: (T, groups of this rank, queries, D), one weight for all heads.
+    own_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
+    of_heads = {f"blocks.*.attention.{name}": own_heads for name in ("query_norm", "key_norm")}
+    return (of_heads if config.head_norms else {}) | {
         "embedding": RowwiseParallel(input_layouts=all_rows, output_layouts=rows),
         "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.attention.qkv": ColwiseParallel(input_layouts=rows),
