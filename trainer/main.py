@@ -29,16 +29,14 @@ from trainer.evaluate import evaluate
 from trainer.export import export
 from trainer.feed import Feed, Tally, gather_refusals, tally
 from trainer.hf_config import find_model, read_config
-from trainer.mesh import Topology, distributed
+from trainer.mesh import Topology, distributed, leave, named_dtype, tell
 from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import build_optimizer, learning_rate
-from trainer.parallel import parallelize
+from trainer.parallel import build
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.step import StepResult, train_step
 from trainer.weights import load_weights
-
-logger = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 
@@ -52,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = Path(words.pop(0)) if words and "=" not in words[0] else DEMO
     try:
         config = load_config(path, words)
-        with distributed(config) as topology:
+        with distributed(config.run.device, config.parallel.tp) as topology:
             Run(config, topology).train()
     except (ValueError, CheckpointError) as error:
-        return _tell(error)
+        return tell(error)
     return 0
 
 
@@ -94,7 +92,8 @@ class Run:
         self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
         self.init_from = find_model(config.model.init_from) if config.model.init_from else None
         self.shape = read_config(self.init_from) if self.init_from else _new_shape(config)
-        self.settings = Settings.of(config, self.shape, self._compute_dtype())
+        self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
+        self.settings = Settings.of(config, self.shape, self.compute_dtype)
         # Found before any work is done, since it is the first thing that can be wrong.
         self.latest = self.store.latest()
         self.model = self._build_model()
@@ -214,12 +213,14 @@ class Run:
         capture(self.store, self.model, self.optimizer, self.progress, state, self.settings, self.topology)
 
     def _build_model(self) -> Llama:
-        config, device = self.config, self.topology.device
-        with torch.device("meta"):
-            model = Llama(self.shape)
-        parallelize(model, self.topology.mesh, capacity=config.data.capacity, compute_dtype=self._compute_dtype())
-        model.to_empty(device=device)
-        model.tie()
+        config = self.config
+        model = build(
+            self.shape,
+            self.topology.mesh,
+            self.topology.device,
+            capacity=config.data.capacity,
+            compute_dtype=self.compute_dtype,
+        )
         if self.latest is not None:
             return model
         if self.init_from:
@@ -227,11 +228,6 @@ class Run:
         else:
             init_weights(model, config.run.seed)
         return model
-
-    def _compute_dtype(self) -> torch.dtype:
-        named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        auto = torch.bfloat16 if self.topology.device.type == "cuda" else torch.float32
-        return named.get(self.config.run.compute_dtype, auto)
 
     def _restore(self) -> Restored:
         if self.latest is None:
@@ -313,21 +309,7 @@ def _set_determinism(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _tell(error: Exception) -> int:
-    """One line, once: what all ranks run into, the first tells, and torchrun then ends the others."""
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(3)
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
-    return 1
-
-
 if __name__ == "__main__":
     level = os.environ.get("LOGLEVEL", "WARNING")  # torchrun's own variable
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts
-    # the process: about one finished run in fifteen would be reported as failed.
-    os._exit(code)
+    leave(main())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 import torch.distributed as dist
@@ -13,7 +17,8 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sftstream import Shard
-from trainer.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,31 +60,33 @@ class Topology:
 
 
 @contextmanager
-def distributed(config: TrainConfig) -> Iterator[Topology]:
-    """Join the process group that torchrun announced, or be a group of one; leave it at the end."""
-    device = _device(config)
+def distributed(device: str, tp: int) -> Iterator[Topology]:
+    """Join the process group that torchrun announced, or be a group of one; leave it at the end.
+
+    `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    """
+    place = _device(device)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     alone = "MASTER_PORT" not in os.environ
     # gloo beside NCCL: counts and packs of a step are agreed on between CPUs, without waiting for the device.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
         backend
     )
     try:
-        yield Topology(_mesh(device, config.parallel.tp), device)
+        yield Topology(_mesh(place, tp), place)
     finally:
         dist.destroy_process_group()
 
 
-def _device(config: TrainConfig) -> torch.device:
-    kind = config.run.device
+def _device(kind: str) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError('run.device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
+        raise ValueError('device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -88,7 +95,31 @@ def _device(config: TrainConfig) -> torch.device:
 def _mesh(device: torch.device, tp: int) -> DeviceMesh:
     world = dist.get_world_size()
     if world % tp:
-        raise ValueError(
-            f"parallel.tp = {tp} does not divide the {world} processes of this run; start a multiple of {tp}"
-        )
+        raise ValueError(f"tp = {tp} does not divide the {world} processes of this run; start a multiple of {tp}")
     return init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+
+
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What layers compute in; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def tell(error: Exception) -> int:
+    """One line, once: what all ranks run into, the first tells, and torchrun then ends the others. Returns the exit code."""
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(3)
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
+    return 1
+
+
+def leave(code: int) -> Never:
+    """End the process.
+
+    gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts the
+    process: about one finished run in fifteen would be reported as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -18,12 +18,29 @@ from torch.distributed.tensor.parallel import (
 from trainer.model import Llama, LlamaConfig
 
 
+def build(
+    config: LlamaConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    capacity: int,
+    compute_dtype: torch.dtype | None = None,
+) -> Llama:
+    """A Llama spread by `parallelize`, on `device`, its weights still to be set; no rank ever holds the whole of it."""
+    with torch.device("meta"):
+        model = Llama(config)
+    parallelize(model, mesh, capacity=capacity, compute_dtype=compute_dtype)
+    model.to_empty(device=device)
+    model.tie()
+    return model
+
+
 def parallelize(model: Llama, mesh: DeviceMesh, *, capacity: int, compute_dtype: torch.dtype | None = None) -> Llama:
     """Shard `model` in place over `mesh`, whose dimensions are named "dp" and "tp", and return it.
 
     `capacity` is the tokens of a pack. `compute_dtype` is what layers compute in where that isn't the parameters' dtype;
-    gradients are then reduced in fp32. A model on "meta" is sharded without memory: `to_empty` and `tie` it afterwards
-    and set its weights. Where nothing is to be split or cast, nothing is wrapped.
+    gradients are then reduced in fp32. A model on "meta" is sharded without memory. Where nothing is to be split or cast,
+    nothing is wrapped.
 
     Gradients come out summed over "dp", not averaged; those of the norms are partial sums over "tp" until
     `clip_by_global_norm` or the optimizer completes them, once a step instead of once a pack.

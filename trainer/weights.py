@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +91,19 @@ def load_weights(model: Llama, directory: StrPath) -> None:
     missing or damaged, or a tensor that is missing, unexpected or of another shape; nothing is loaded then.
     """
     directory = Path(directory)
-    with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
-        tensors = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+    with opened(directory) as tensors:
         _check_tensors(model, tensors, directory)
         parameters = dict(model.named_parameters())
         for name, pieces in layout(model.config).items():
             _fill(parameters[name], pieces, tensors)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[dict[str, Any]]:
+    """The safetensors files of a directory, open, by the name of each tensor in them."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def _weight_files(directory: Path) -> list[Path]:
