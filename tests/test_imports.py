@@ -70,6 +70,7 @@ ORDER = {
         "loss",
         "model",
         "parallel",
+        "blocks",
         "optimizer",
         "hf_config",
         "weights",

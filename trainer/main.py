@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from checkpoints import CheckpointError, CheckpointStore
 from sftstream import Deal, PackLoader
+from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
 from trainer.display import Display
 from trainer.evaluate import evaluate
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = Path(words.pop(0)) if words and "=" not in words[0] else DEMO
     try:
         config = load_config(path, words)
-        with distributed(config.run.device, config.parallel.tp) as topology:
+        with distributed(config.run.device, config.parallel) as topology:
             Run(config, topology).train()
     except (ValueError, CheckpointError) as error:
         return tell(error)
@@ -220,7 +221,10 @@ class Run:
             self.topology.device,
             capacity=config.data.capacity,
             compute_dtype=self.compute_dtype,
+            weights_dtype=named_dtype(config.run.weights_dtype, self.topology.device),
+            reshard_after_forward=config.parallel.reshard_after_forward,
         )
+        prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile)
         if self.latest is not None:
             return model
         if self.init_from:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Never
 
 import torch
@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sftstream import Shard
+from trainer.parallel import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Topology:
 
     mesh: DeviceMesh
     device: torch.device
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def dp(self) -> int:
@@ -41,7 +43,7 @@ class Topology:
     @property
     def shard(self) -> Shard:
         """What this rank's data-parallel coordinate reads."""
-        return Shard(self.mesh.get_local_rank("dp"), self.dp)
+        return Shard(self.mesh["dp"].get_local_rank(), self.dp)
 
     @property
     def leads(self) -> bool:
@@ -56,11 +58,12 @@ class Topology:
     def describe(self) -> str:
         """The topology in words."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{dist.get_world_size()} x {kind} (dp {self.dp} x tp {self.tp})"
+        replicas = f"{self.parallel.replicas} replicas, " if self.parallel.replicas > 1 else ""
+        return f"{dist.get_world_size()} x {kind} ({replicas}dp {self.dp} x tp {self.tp})"
 
 
 @contextmanager
-def distributed(device: str, tp: int) -> Iterator[Topology]:
+def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     """Join the process group that torchrun announced, or be a group of one; leave it at the end.
 
     `device` is "cpu", "cuda" or "auto": a GPU where there is one.
@@ -75,7 +78,7 @@ def distributed(device: str, tp: int) -> Iterator[Topology]:
         backend
     )
     try:
-        yield Topology(_mesh(place, tp), place)
+        yield Topology(data_and_tensor_mesh(place.type, parallel), place, parallel)
     finally:
         dist.destroy_process_group()
 
@@ -92,11 +95,21 @@ def _device(kind: str) -> torch.device:
     return device
 
 
-def _mesh(device: torch.device, tp: int) -> DeviceMesh:
-    world = dist.get_world_size()
-    if world % tp:
-        raise ValueError(f"tp = {tp} does not divide the {world} processes of this run; start a multiple of {tp}")
-    return init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
+    """All ranks as "dp" x "tp"; with replicas, "dp" is "replicate" x "shard"."""
+    world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
+    if world % (tp * replicas):
+        what = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
+        raise ValueError(
+            f"{what} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
+        )
+    if replicas == 1:
+        return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(
+        device, (replicas, world // tp // replicas, tp), mesh_dim_names=("replicate", "shard", "tp")
+    )
+    mesh["replicate", "shard"]._flatten("dp")
+    return mesh
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -27,7 +27,7 @@ from trainer.attention import Segments
 from trainer.hf_config import find_model, read_config
 from trainer.mesh import Topology, distributed, leave, named_dtype, tell
 from trainer.model import Llama
-from trainer.parallel import build
+from trainer.parallel import ParallelConfig, build
 from trainer.step import accumulate_gradients
 from trainer.weights import load_weights, opened, unfused
 
@@ -257,7 +257,7 @@ def main(
     """Compare a model as this trainer computes it with transformers; exit code 0 only where they agree."""
     disable_progress_bar()
     try:
-        with distributed(device, tp) as topology:
+        with distributed(device, ParallelConfig(tp=tp)) as topology:
             code = verdict(model, topology, named_dtype(dtype, topology.device))
     except ValueError as error:
         code = tell(error)

@@ -55,7 +55,9 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
     total = torch.zeros((), device=topology.device)
     for number, pack in enumerate(packs, 1):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(number == len(packs))
+            last = number == len(packs)
+            model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
+            model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
         loss = _pack_loss(model, pack, topology.device)
         (loss * scale).backward()
         total += loss.detach()
