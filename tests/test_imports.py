@@ -79,6 +79,7 @@ ORDER = {
         "step",
         "parity",
         "config",
+        "plan",
         "feed",
         "metrics",
         "display",

@@ -1,6 +1,7 @@
-"""Train a Llama on conversations: `torchrun -m trainer.main [run.toml] [section.key=value ...]`.
+"""Train a Llama on conversations: `torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]]`.
 
 Killed at any moment and started again with the same words, it goes on where it was. Without a config it runs the demo.
+With `--plan` it says what the run would take, on the processes there are or on so many GPUs, and ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from checkpoints import CheckpointError, CheckpointStore
 from sftstream import Deal, PackLoader
@@ -35,6 +37,7 @@ from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import build
+from trainer.plan import plan, show
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.step import StepResult, train_step
 from trainer.weights import load_weights
@@ -48,9 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)  # noqa: T201
         return 0
+    plans = [word for word in words if word.partition("=")[0] == "--plan"]
+    words = [word for word in words if word not in plans]
     path = Path(words.pop(0)) if words and "=" not in words[0] else DEMO
     try:
         config = load_config(path, words)
+        if plans:
+            _plan(config, plans[-1])
+            return 0
         with distributed(config.run.device, config.parallel) as topology:
             Run(config, topology).train()
     except (ValueError, CheckpointError) as error:
@@ -92,7 +100,7 @@ class Run:
         torch.manual_seed(config.run.seed)
         self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
         self.init_from = find_model(config.model.init_from) if config.model.init_from else None
-        self.shape = read_config(self.init_from) if self.init_from else _new_shape(config)
+        self.shape = _shape(config, self.init_from)
         self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
         self.settings = Settings.of(config, self.shape, self.compute_dtype)
         # Found before any work is done, since it is the first thing that can be wrong.
@@ -301,7 +309,18 @@ class Run:
         self.display.say(f"\n{evaluation.accuracy:.1%} of {count} held-out questions answered exactly")
 
 
-def _new_shape(config: TrainConfig) -> LlamaConfig:
+def _plan(config: TrainConfig, word: str) -> None:
+    gpus = word.partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
+    if not gpus.isdecimal() or not int(gpus):
+        raise ValueError(f"{word}: give a number of GPUs, as in --plan=32")
+    init_from = find_model(config.model.init_from) if config.model.init_from else None
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    show(plan(config, _shape(config, init_from), int(gpus)), config, console)
+
+
+def _shape(config: TrainConfig, init_from: Path | None) -> LlamaConfig:
+    if init_from is not None:
+        return read_config(init_from)
     assert config.model.shape is not None
     return config.model.shape
 
