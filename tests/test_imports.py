@@ -71,6 +71,7 @@ ORDER = {
         "model",
         "parallel",
         "blocks",
+        "determinism",
         "optimizer",
         "hf_config",
         "weights",

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,8 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
         if recompute == "full":
             _replace_forward(block, _recomputed)
     if compiled:
+        # Else the compiler picks among kernels by the clock, and another pick sums in another order.
+        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         # Under tensor parallelism this may still be on its way, as a class of tensor whose gradient compiled code loses.
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output.clone())
 

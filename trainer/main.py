@@ -27,6 +27,7 @@ from checkpoints import CheckpointError, CheckpointStore
 from sftstream import Deal, PackLoader
 from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
+from trainer.determinism import determinism
 from trainer.display import Display
 from trainer.evaluate import evaluate
 from trainer.export import export
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if plans:
             _plan(config, plans[-1])
             return 0
-        with distributed(config.run.device, config.parallel) as topology:
+        with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
             Run(config, topology).train()
     except (ValueError, CheckpointError) as error:
         return tell(error)
@@ -96,7 +97,6 @@ class Run:
         self.topology = topology
         self.stop = StopRequest()
         self.display = Display(quiet=not topology.first)
-        _set_determinism(config.run.deterministic)
         torch.manual_seed(config.run.seed)
         self.store = CheckpointStore(config.run.directory / "checkpoints", keep=config.checkpoint.keep)
         self.init_from = find_model(config.model.init_from) if config.model.init_from else None
@@ -323,13 +323,6 @@ def _shape(config: TrainConfig, init_from: Path | None) -> LlamaConfig:
         return read_config(init_from)
     assert config.model.shape is not None
     return config.model.shape
-
-
-def _set_determinism(deterministic: bool) -> None:
-    # Read by cuBLAS when it starts; without it deterministic mode refuses matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
