@@ -51,6 +51,7 @@ class Case(NamedTuple):
 CASES = [Case(dp, tp, config) for dp, tp in ((1, 2), (2, 1), (2, 2), (1, 4)) for config in (CONFIG, TIED)]
 CASES += [Case(2, 2, QWEN2), Case(1, 4, QWEN2), Case(2, 2, QWEN3), Case(1, 4, QWEN3)]
 CASES += [Case(2, 2, TIED, replicas=2), Case(4, 1, CONFIG, replicas=2), Case(4, 1, TIED, replicas=4)]
+CASES += [Case(3, 1, TIED)]  # nothing is a multiple of three
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -133,7 +134,7 @@ def alone(dp: int, config: LlamaConfig) -> Outcome:
 def outcomes() -> dict[Case, list[Outcome]]:
     """Of each case, what every rank computed."""
     by_case: dict[Case, list[Outcome]] = {}
-    for size in (2, 4):
+    for size in (2, 3, 4):
         cases = [case for case in CASES if case.dp * case.tp == size]
         by_case |= zip(cases, zip(*run_ranks(size, on_a_rank, cases, timeout=180), strict=True), strict=True)
     return by_case
@@ -238,11 +239,12 @@ class Operations(TorchDispatchMode):
 class Traffic(NamedTuple):
     gathers: int
     scatters: int
+    reduces: int
+    """Between replicas, and one of the loss."""
 
 
-def traffic(rank: int, reshard_after_forward: bool, reduce_gradients: str) -> tuple[Traffic, Arrays]:
+def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
     """The collectives of a step of three packs a rank, and its gradients."""
-    parallel = ParallelConfig(reshard_after_forward=reshard_after_forward, reduce_gradients=reduce_gradients)
     topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
     model = build(
         CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshard_after_forward
@@ -251,29 +253,34 @@ def traffic(rank: int, reshard_after_forward: bool, reduce_gradients: str) -> tu
     with Operations() as seen:
         accumulate_gradients(model, [random_pack(CONFIG.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)
     return (
-        Traffic(seen.counts["_allgather_base_"], seen.counts["_reduce_scatter_base_"]),
+        Traffic(*(seen.counts[name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_"))),
         whole({name: p.grad for name, p in model.named_parameters()}),
     )
 
 
 @pytest.mark.parametrize(
-    ("reshard_after_forward", "reduce_gradients", "expected"),
+    ("settings", "expected"),
     [
         # Weights come in three groups: two layers, and both ends together.
-        (True, "step", Traffic(3 * (3 + 2), 3)),
-        (False, "step", Traffic(3, 3)),
-        (True, "pack", Traffic(3 * (3 + 2), 3 * 3)),
-        (False, "pack", Traffic(3, 3 * 3)),
+        ({}, Traffic(3 * (3 + 2), 3, 1)),
+        ({"reshard_after_forward": False}, Traffic(3, 3, 1)),
+        ({"reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 1)),
+        ({"reshard_after_forward": False, "reduce_gradients": "pack"}, Traffic(3, 3 * 3, 1)),
+        ({"replicas": 2}, Traffic(3 * (3 + 2), 3, 3 + 1)),
+        ({"replicas": 2, "reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 3 + 1)),
     ],
+    ids=str,
 )
 def test_weights_and_gradients_travel_no_oftener_than_the_policy_says(
-    reshard_after_forward: bool, reduce_gradients: str, expected: Traffic
+    settings: dict[str, Any], expected: Traffic
 ) -> None:
-    (seen, gradients), (other, _) = run_ranks(2, traffic, reshard_after_forward, reduce_gradients)
-    assert seen == other == expected
+    parallel = ParallelConfig(**settings)
+    ranks = run_ranks(2 * parallel.replicas, traffic, parallel)
+    assert {seen for seen, _ in ranks} == {expected}
+    gradients = ranks[0][1]
     model = Llama(CONFIG)
     init_weights(model, 0)
-    for n in range(6):
+    for n in range(3 * len(ranks)):
         one = random_pack(CONFIG.vocab_size, n)
         segments = Segments(one.cu_seqlens, one.max_seqlen)
         (summed_cross_entropy(model(one.input_ids, one.position_ids, segments), one.labels) / 99).backward()

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import runs
+import torch
+from safetensors.torch import load, load_file
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,16 @@ def test_what_computes_otherwise_trains_alike_and_says_so_on_a_resume(
         assert job.finish() == 1
         for key, value in changes["run"].items():
             assert f"{key}: {value} -> {'False' if key == 'compile' else 'float32'}" in job.output()
+
+
+def test_the_finished_model_is_stored_in_the_type_asked_for(
+    plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    config, expected = plain
+    runs.run(tmp_path, changed(config, {"run": {"export_dtype": "bfloat16"}}), processes=2)
+    stored = load_file(tmp_path / "runs" / "run" / "export" / "model.safetensors")
+    for name, weight in load(expected["weights"]).items():
+        assert torch.equal(stored[name], weight.bfloat16())
 
 
 def test_a_run_in_replicas_is_resumed_without_a_trace(tmp_path: Path, tokenizer: str) -> None:

@@ -36,6 +36,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """What weights, gradients and optimizer are kept in. bfloat16 takes half the memory, and an update of less than a 256th
     of a weight is lost."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the finished model's weights are stored in."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again: none, those inside the feed-forward, all but a layer's input."""
     compile: bool = False

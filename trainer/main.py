@@ -290,6 +290,7 @@ class Run:
             encoder.tokenizer.hf if encoder else None,
             stop_token_ids=encoder.stop_ids if encoder else (),
             init_from=self.init_from,
+            dtype=named_dtype(self.config.run.export_dtype, self.topology.device),
         )
         self.display.say(f"exported to {directory}")
         if self.config.evaluation and self.topology.first and self.loader:

@@ -57,6 +57,7 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
         if isinstance(model, FSDPModule):
             last = number == len(packs)
             model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
+            model.set_requires_all_reduce(last)  # between replicas, once a step in either case
             model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
         loss = _pack_loss(model, pack, topology.device)
         (loss * scale).backward()
