@@ -87,7 +87,7 @@ def test_logits_loss_gradients_and_greedy_tokens_are_those_of_transformers(
         assert [check.limit for check in found[case]] == [1e-5, 1e-5, 1e-5, 0, 0]
     else:
         # Measured: transformers itself is off by 0.01 to 0.05 in bfloat16.
-        assert all(check.limit < 0.15 for check in found[case])
+        assert all(check.limit < 0.2 for check in found[case])
 
 
 @pytest.mark.parametrize("weight", ["blocks.1.attention.qkv.weight", "blocks.0.mlp.down.weight", "norm.weight"])
