@@ -107,7 +107,10 @@ def on_a_rank(rank: int, ranks: int, port: int, tp: int, jobs: list[tuple[str, s
 
 def families_on_a_cpu() -> None:
     spreads = [(dp, tp) for spreads in SPREADS.values() for dp, tp in spreads]
-    print("Largest errors of logits / loss / gradients; in float32 the greedy tokens are the same too.\n")
+    print(
+        "Errors of logits / loss / gradients, of the tensor that is nearest to its limit (`trainer/parity.py`); in float32 the"
+    )
+    print("greedy tokens are the same too.\n")
     print("| family | computed in | " + " | ".join(f"dp {dp} x tp {tp}" for dp, tp in spreads) + " |")
     print("|---|---|" + "---|" * len(spreads))
     with tempfile.TemporaryDirectory() as root:
@@ -266,6 +269,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPUs"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print("# How near to transformers\n")
     print(f"`python benchmarks/parity.py`, {time.strftime('%Y-%m-%d')}; {where}; {versions}.\n")
     print("## Over ranks, on a CPU\n")
     families_on_a_cpu()

@@ -224,6 +224,28 @@ def test_computing_in_bfloat16_on_four_ranks_stays_near_fp32_on_one(weights_dtyp
             assert np.linalg.norm(gradients[name] - array) < 0.05 * np.linalg.norm(array), name
 
 
+def projected(rank: int) -> None:
+    topology = Topology(data_and_tensor_mesh("cpu", ParallelConfig(tp=2)), CPU)
+    model = build(TIED, topology.mesh, CPU, capacity=CAPACITY)
+    init_weights(model, 0)
+    rows: list[tuple[int, ...]] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape)))
+    one = packs(2)[0]
+    trained = torch.nonzero(one.labels != IGNORE_INDEX).flatten()
+    assert 0 < len(trained) < CAPACITY
+    logits = model(one.input_ids, one.position_ids, one.segments, trained)
+    assert rows == [(len(trained), TIED.hidden_size)]
+    assert logits.to_local().shape == (len(trained), TIED.vocab_size // 2)
+    leaf = logits.detach().requires_grad_()
+    with Operations() as seen:
+        summed_cross_entropy(leaf, one.labels[trained]).backward()
+    assert {name: count for name, count in seen.counts.items() if "all" in name} == {"allreduce_": 2}
+
+
+def test_the_vocabulary_projection_sees_trained_positions_only_and_its_logits_are_never_gathered() -> None:
+    run_ranks(2, projected)
+
+
 class Operations(TorchDispatchMode):
     """Counts what runs, by name."""
 
