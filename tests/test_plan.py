@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.blocks import Recompute, prepare_blocks
 from trainer.config import TrainConfig, parse_config
+from trainer.main import main
 from trainer.model import LlamaConfig
 from trainer.plan import activations, plan
 
@@ -185,6 +186,12 @@ def test_the_command_prints_the_plan_and_makes_nothing(flag: str, gpus: int, wor
     assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in result.stdout
     assert "10 steps, 10,240 tokens: about" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
+def test_a_number_of_gpus_that_is_none_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 1
+    assert f"error: {flag}: give a number of GPUs, as in --plan=32" in capsys.readouterr().err
 
 
 def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:

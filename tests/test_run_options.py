@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import runs
 import torch
+import transformers
 from safetensors.torch import load, load_file
+from tiny_llama import public_llama
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,24 @@ def test_the_finished_model_is_stored_in_the_type_asked_for(
     stored = load_file(tmp_path / "runs" / "run" / "export" / "model.safetensors")
     for name, weight in load(expected["weights"]).items():
         assert torch.equal(stored[name], weight.bfloat16())
+
+
+def test_a_public_model_is_trained_over_ranks_and_comes_out_as_one(tmp_path: Path, tokenizer: str) -> None:
+    public = public_llama(model_type="qwen2", vocab_size=512)
+    public.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[7])
+    public.save_pretrained(tmp_path / "public")
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 2}, parallel={"tp": 2})
+    config["model"] = {"init_from": str(tmp_path / "public")}
+    runs.run(tmp_path, config, processes=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "run" / "export")
+    assert isinstance(model, transformers.Qwen2ForCausalLM)
+    assert model.generation_config.temperature == 0.6
+    assert 7 in model.generation_config.eos_token_id
+    before, after = public.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    answer = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    assert answer.shape[1] > 3
 
 
 def test_a_run_in_replicas_is_resumed_without_a_trace(tmp_path: Path, tokenizer: str) -> None:

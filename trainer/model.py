@@ -67,16 +67,13 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads} "
-                "where no head_dim is given"
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads} where no head_dim is given"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
+        if heads % groups:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range < 0:
