@@ -124,16 +124,17 @@ def public_answer(
     loss, logits = torch.zeros((), device=device), []
     for pack in packs:
         for ids, labels in zip(pack.input_ids.split(LENGTHS), pack.labels.split(LENGTHS), strict=True):
-            logits.append(model(input_ids=ids[None].to(device)).logits[0].float())
-            part = F.cross_entropy(logits[-1], labels.to(device), ignore_index=IGNORE_INDEX, reduction="sum") / trained
+            scores = model(input_ids=ids[None].to(device)).logits[0].float()
+            part = F.cross_entropy(scores, labels.to(device), ignore_index=IGNORE_INDEX, reduction="sum") / trained
             part.backward()
+            logits.append(scores.detach())
             loss += part.detach()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     # Nothing but the argument: published settings have penalties for repetition and the like.
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS)
     prompt = _prompt(packs)
     greedy = model.generate(prompt[None].to(device))[0, len(prompt) :].tolist()
-    return Answer(torch.cat(logits).detach().unflatten(0, (len(packs), -1)), loss, gradients, greedy)
+    return Answer(torch.cat(logits).unflatten(0, (len(packs), -1)), loss, gradients, greedy)
 
 
 def _prompt(packs: list[Pack]) -> Tensor:
