@@ -58,7 +58,7 @@ def test_fewer_streams_than_ranks(tmp_path: Path, config: dict[str, Any]) -> Non
 
 def test_a_tensor_parallel_size_that_does_not_divide(tmp_path: Path, config: dict[str, Any]) -> None:
     config["parallel"] = {"tp": 2}
-    assert "parallel.tp = 2 does not divide the 1 processes" in _fails(tmp_path, config)
+    assert "tp = 2 does not divide the 1 processes" in _fails(tmp_path, config)
     config["model"]["num_key_value_heads"] = 1
     assert "num_key_value_heads" in _fails(tmp_path, config, 2)
 

@@ -5,48 +5,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-import transformers
-from tiny_llama import CONFIG, TIED, gradients, loss_of, row, segments
+from tiny_llama import CONFIG, FAMILIES, LLAMA3, TIED, built, gradients, loss_of, public_llama, row, segments
 from torch.nn import functional as F
 
+from trainer.hf_config import read_config
 from trainer.loss import summed_cross_entropy
 from trainer.model import LinearScaling, Llama, Llama3Scaling, LlamaConfig, init_weights, inverse_frequencies
-from trainer.weights import layout, load_weights, read_config
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-FAMILIES = {
-    "grouped heads, untied": {},
-    "tied": {"tie_word_embeddings": True},
-    "one key per query": {"num_key_value_heads": 8},
-    "one key for all": {"num_key_value_heads": 1},
-    "head size given": {"head_dim": 16},
-    "llama3 scaling": {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
-    "linear scaling": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
-    "uneven feed-forward": {"intermediate_size": 50},
-}
-
-
-def public_llama(**keys: object) -> transformers.LlamaForCausalLM:
-    shape = {key: getattr(CONFIG, key) for key in CONFIG.__struct_fields__ if not key.startswith("rope")}
-    config = transformers.LlamaConfig(**(shape | keys), attn_implementation="eager")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.uniform_(0.5, 1.5)  # norms that start at 1 could be taken for each other
-    return model
-
-
-def built(config: LlamaConfig, seed: int = 0) -> Llama:
-    model = Llama(config)
-    init_weights(model, seed)
-    return model
+from trainer.weights import layout, load_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

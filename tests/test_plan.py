@@ -1,223 +1,202 @@
-"""A conversation rendered by plan is the conversation rendered by its template, or it is not rendered by plan."""
+"""A plan is what the run then holds and does, to the byte where it can be counted."""
 
-from __future__ import annotations
-
-import itertools
-from contextlib import suppress
+import math
+import os
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-import shapes
-import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import runs
+import torch
+from tiny_llama import CONFIG, TIED, built, loss_of, row
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from sftstream import ChatEncoder, Refused
-from sftstream import encoder as encoder_module
-from sftstream.config import Policy
-from sftstream.formats import conversation
-from sftstream.records import Conversation, Rendered
-from sftstream.template import ChatTemplate
-from sftstream.trace import Leaf, Recorder, TracedTemplate, Word
+from trainer.blocks import Recompute, prepare_blocks
+from trainer.config import TrainConfig, parse_config
+from trainer.main import main
+from trainer.model import LlamaConfig
+from trainer.plan import activations, plan
 
-LOOP = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
-)
-PROMPT = "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-
-
-def template(body: str) -> str:
-    return LOOP.replace("%s", body) + PROMPT
-
-
-def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
-    return ChatEncoder(tokenizer, template(body), policy=Policy(**policy))
-
-
-def whole(encoder: ChatEncoder, dialogue: Conversation) -> Rendered | str:
-    try:
-        return encoder.render_whole(dialogue)[0]
-    except Refused as refused:
-        return refused.reason
-
-
-def learnt(encoder: ChatEncoder, dialogue: Conversation) -> None:
-    with suppress(Refused):
-        encoder.planner.learn(dialogue, *encoder.render_whole(dialogue))
-
-
-def said(*texts: str) -> Conversation:
-    return conversation(tiny.chat(*texts))
-
-
-def others(value: Any, numbers: Any) -> Any:
-    """The same shape with other words."""
-    if isinstance(value, dict):
-        keep = ("role", "type", "id")
-        return {key: item if key in keep else others(item, numbers) for key, item in value.items()}
-    if isinstance(value, list):
-        return [others(item, numbers) for item in value]
-    return (
-        f"{value[: len(value) - len(value.lstrip())]}other {next(numbers)}"
-        if isinstance(value, str) and value
-        else value
-    )
-
-
-@pytest.mark.realdata
-def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> None:
-    planned = 0
-    for path in sorted((realdata / "templates").glob("*.jinja")):
-        encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text(), date="2025-01-31")
-        for messages, tools in shapes.SHAPES.values():
-            first = conversation({"messages": messages, "tools": tools})
-            second = conversation({"messages": others(messages, itertools.count()), "tools": tools})
-            learnt(encoder, first)
-            for dialogue in (first, second):
-                found = encoder.planner.render(dialogue)
-                assert found is None or found == whole(encoder, dialogue), path.stem
-                planned += found is not None
-    assert planned > 800
-
-
-@pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])
-def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) -> None:
-    encoder = ChatEncoder(tokenizer, policy=Policy(**policy))
-    for row in tiny.rows(60, seed=4):
-        dialogue = conversation(row)
-        assert encoder.render(dialogue) == whole(encoder, dialogue)
-    assert encoder.planned > 50
-
-
-BODIES = {
-    "plain": "{{ message['content'] }}",
-    "trimmed": "{{ message['content'] | trim }}",
-    "stripped": "{{ message.content.strip() }}",
-    "joined": "{{ 'a' ~ message.content ~ 'b' }}",
-    "added": "{{ 'a' + message.content + 'b' }}",
-    "joined and trimmed": "{{ (message.content ~ '  ') | trim }}",
-    "set": "{% set c = message.content %}{{ c }}",
-    "set block": "{% set c %}<{{ message.content }}>{% endset %}{{ c }}",
-    "macro": "{% macro m(x) %}({{ x }}){% endmacro %}{{ m(message.content) }}",
-    "namespace": "{% set n = namespace(c='') %}{% set n.c = message.content %}{{ n.c }}",
-    "asked by in": "{{ 'secret' if 'xy' in message.content else message.content }}",
-    "asked by equality": "{{ 'none' if message.content == 'xy' else message.content }}",
-    "asked by its beginning": "{% if message.content.startswith('xy') %}X{% endif %}{{ message.content }}",
-    "asked by its end": "{% if message.content.endswith('y') %}Y{% endif %}{{ message.content }}",
-    "asked whether it is": "{% if message.content %}{{ message.content }}{% else %}empty{% endif %}",
-    "asked when trimmed": "{% if message.content | trim == '' %}empty{% endif %}{{ message.content }}",
-    "length": "{{ message.content | length }}{{ message.content }}",
-    "long or short": "{% if message.content | length > 6 %}L{% endif %}{{ message.content }}",
-    "first letter": "{{ message.content[0] }}{{ message.content }}",
-    "upper case": "{{ message.content | upper }}{{ message.content }}",
-    "a method": "{{ message.content.title() }}{{ message.content }}",
-    "as a number": "{{ message.content | int }}{{ message.content }}",
-    "as a float": "{{ message.content | float }}{{ message.content }}",
-    "formatted": "{{ '%s' | format(message.content) }}",
-    "by percent": "{{ '%s' % message.content }}",
-    "letters": "{% for c in message.content %}{{ c }}{% endfor %}",
-    "split": "{{ message.content.split('xy')[-1] }}",
-    "split at spaces": "{{ message.content.split(' ')[0] }}{{ message.content }}",
-    "replaced": "{{ message.content.replace('xy', 'z') }}",
-    "replaced by filter": "{{ message.content | replace('xy', 'z') }}",
-    "as a key": "{{ {'xy': 1}.get(message.content, 2) }}{{ message.content }}",
-    "in a list": "{{ message.content in ['xy', 'z'] }}{{ message.content }}",
-    "in a text": "{{ message.content in 'xyz' }}{{ message.content }}",
-    "compared": "{% if message.content > 'b' %}B{% endif %}{{ message.content }}",
-    "tests of kind": "{{ message.content is string }}{{ message.content is mapping }}{{ message.content is iterable }}"
-    "{{ message.content is sequence }}{{ message.content is number }}{{ message.content is none }}{{ message.content }}",
-    "default": "{{ message.content | default('d', true) }}",
-    "as JSON": "{{ message.content | tojson }}",
-    "a message as JSON": "{{ message | tojson }}",
-    "joined by filter": "{{ [message.content, 'q'] | join('-') }}",
-    "sorted": "{{ (messages | sort(attribute='content'))[0].content }}{{ message.content }}",
-    "other message": "{{ message.content }}{% if messages[0].content == message.content %}!{% endif %}",
-    "caught": "{{ message.content | string | wordcount }}{{ message.content }}",
-    "twice": "{{ message.content }}|{{ message.content }}",
-}
-CONTENTS = (
-    "ab",
-    "xy",
-    " ab",
-    "ab ",
-    "xyz q",
-    "q xy",
-    "",
-    "  ",
-    "7",
-    "7.5",
-    "b" * 9,
-    "'\"<",
-    "é\n",
-    "<think>a</think>b",
+GIB = 2**30
+LLAMA_70B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
 )
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: str) -> None:
-    """Learnt from each of many conversations, tried on all the others."""
-    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
-    dialogues = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
-    expected = [whole(encoder, dialogue) for dialogue in dialogues]
-    for learner in dialogues:
-        learnt(encoder, learner)
-        for dialogue, right in zip(dialogues, expected, strict=True):
-            assert (encoder.planner.render(dialogue) or right) == right
+def config(**changes: dict[str, Any]) -> TrainConfig:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"steps": 1000},
+        "data": {
+            "sources": [{"path": "nowhere.jsonl"}],
+            "tokenizer": {"path": "nowhere"},
+            "streams": 64,
+            "capacity": 8192,
+            "global_batch": 64,
+        },
+        "model": msgspec.to_builtins(LLAMA_70B),
+        "parallel": {"tp": 8},
+    }
+    return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
+
+
+def test_a_70b_is_planned_without_a_gpu_a_weight_or_a_row() -> None:
+    found = plan(config(), LLAMA_70B, 32)
+    assert found.parameters == 70_553_706_496
+    assert (found.dp, found.packs_per_rank, found.tokens_per_step, found.steps) == (4, 16, 524_288, 1000)
+    # Norms, 161 times 8192, are split over dp alone.
+    held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
+    assert found.memory["weights"] == 4 * held
+    assert found.memory["optimizer"] == 8 * held
+    assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
+    # 6 a weight and token, but for the embedding, which is no product.
+    flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)
+    assert found.seconds_per_step == pytest.approx(flops / (32 * 0.45 * 989e12))
+
+
+def test_the_examples_fit_gpus_of_80_gib() -> None:
+    sizes = {
+        "one_gpu": (2048, 8192, 16, 32),
+        "eight_gpus": (4096, 14336, 32, 32),
+        "several_nodes": (8192, 28672, 80, 64),
+    }
+    for (name, (hidden, wide, layers, heads)), gpus in zip(sizes.items(), (1, 8, 32), strict=True):
+        table = tomllib.loads((Path(__file__).parents[1] / "examples" / f"{name}.toml").read_text())
+        table["run"] = {key: value for key, value in table["run"].items() if key != "epochs"} | {"steps": 1000}
+        table["schedule"]["over"] = "steps"
+        shape = msgspec.structs.replace(
+            LLAMA_70B,
+            hidden_size=hidden,
+            intermediate_size=wide,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            tie_word_embeddings=gpus == 1,
+        )
+        memory = plan(parse_config(table), shape, gpus).memory
+        assert 20 * GIB < sum(memory.values()) < 70 * GIB, name
 
 
 @pytest.mark.parametrize(
-    "body", ["plain", "trimmed", "added", "joined", "asked by in", "macro", "set block", "namespace"]
+    ("changes", "part", "factor"),
+    [
+        ({"run": {"weights_dtype": "bfloat16"}}, "weights", 1 / 2),
+        ({"run": {"weights_dtype": "bfloat16"}}, "optimizer", 1 / 2),
+        ({"run": {"compute_dtype": "float32"}}, "activations", 2),
+        ({"run": {"compute_dtype": "float32"}}, "logits", 12 / 8),
+        ({"parallel": {"tp": 8, "replicas": 2}}, "weights", 2),
+        ({"parallel": {"tp": 8, "reduce_gradients": "pack"}}, "gradients", 1 / 4),
+        ({"data": {"global_batch": 4}}, "gradients", 1 / 4),
+        ({"data": {"capacity": 4096}}, "activations", 1 / 2),
+        ({"data": {"capacity": 4096}}, "logits", 1 / 2),
+    ],
+    ids=str,
 )
-def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
-    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
-    learnt(encoder, said("one", "two"))
-    assert encoder.planner.render(said("three", "four")) == whole(encoder, said("three", "four"))
-    assert encoder.planner.render(said("three", "four")) is not None
+def test_each_setting_changes_the_part_that_it_is_about(
+    changes: dict[str, dict[str, Any]], part: str, factor: float
+) -> None:
+    before, after = plan(config(), LLAMA_70B, 32), plan(config(**changes), LLAMA_70B, 32)
+    assert after.memory[part] == pytest.approx(factor * before.memory[part])
 
 
-def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
-    encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
-    learnt(encoder, said("a", "b"))
-    assert encoder.planner.render(said("axy", "b")) is None
-    learnt(encoder, said("xy", "b"))
-    for dialogue in (said("axy", "q"), said("q", "a")):
-        found = encoder.planner.render(dialogue)
-        assert found is not None
-        assert found == whole(encoder, dialogue)
+def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
+    kept = plan(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
+    # All weights of a tensor-parallel share in bfloat16.
+    assert kept.memory["gathered weights"] == kept.memory["gradients"] // 2
+    assert kept.memory["gathered weights"] > 10 * plan(config(), LLAMA_70B, 32).memory["gathered weights"]
+    ways = [plan(config(run={"recompute": way}), LLAMA_70B, 32) for way in ("none", "selective", "full")]
+    assert [way.memory["activations"] for way in ways] == sorted((w.memory["activations"] for w in ways), reverse=True)
+    assert [way.seconds_per_step for way in ways] == sorted(way.seconds_per_step for way in ways)
+    assert ways[2].seconds_per_step / ways[0].seconds_per_step == pytest.approx(4 / 3, rel=0.02)
 
 
-pieces = st.sampled_from([*"ab \n<|>", "<|eot_id|>", "<think>", "</think>", "ZqM0x1x0bZq", "é", "\ud800"])
-words = st.lists(pieces, max_size=6).map("".join)
+def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int:
+    """Elements that a forward pass of all layers but the first keeps for the backward pass."""
+    kept = []
+    for layers in (1, shape.num_hidden_layers):
+        model = built(msgspec.structs.replace(shape, num_hidden_layers=layers))
+        prepare_blocks(model, recompute=recompute, compiled=False)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # noqa: B023 - called within this turn
+                storages[storage.data_ptr()] = storage.nbytes() // 4  # noqa: B023
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = loss_of(model, row(tokens))
+        kept.append(sum(storages.values()))
+        del loss
+    return kept[1] - kept[0]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
-def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turns: list[tuple[str, str]]) -> None:
-    encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
-    learnt(encoder, said(*(["a", "b"] * len(turns))))
-    dialogue = said(*itertools.chain(*turns))
-    found = encoder.planner.render(dialogue)
-    assert found is None or found == whole(encoder, dialogue)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", [CONFIG, msgspec.structs.replace(TIED, head_dim=16, intermediate_size=128)])
+def test_activations_are_those_that_autograd_keeps(shape: LlamaConfig, recompute: Recompute) -> None:
+    deep = msgspec.structs.replace(shape, num_hidden_layers=5)
+    expected = activations(deep, 64, 1, recompute)
+    expected -= activations(msgspec.structs.replace(shape, num_hidden_layers=1), 64, 1, recompute)
+    # Besides, on a CPU: each norm's scale and what it scaled, attention's result before it was put together, softmax's sums.
+    besides = 2 * (shape.hidden_size + 1) + shape.num_attention_heads * (shape.head_size + 1)
+    assert kept_by_layers(deep, recompute, 64) == expected + (0 if recompute == "full" else 4 * 64 * besides)
 
 
-def test_a_trace_holds_pieces_and_questions() -> None:
-    text = "{% for m in messages %}[{% if 'x' in m.content %}!{% endif %}{{ m.content | trim }}]{% endfor %}"
-    recorder = Recorder()
-    messages = [{"role": "user", "content": Word(recorder, Leaf(0), " ax ")}]
-    trace = TracedTemplate(ChatTemplate(text, {})).trace(recorder, messages, ())
-    assert trace is not None
-    assert trace.pieces == ("[!", Leaf(0, (("strip", (None,)),)), "]")
-    assert [(guard.method, guard.arguments, guard.answer) for guard in trace.guards] == [("__contains__", ("x",), True)]
+def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: str) -> None:
+    tables = runs.run_config(tokenizer, runs.sources(tmp_path, 200))
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 3
+    runs.run(tmp_path, tables)
+    steps = len(runs.metrics(tmp_path))
+    planned = parse_config(tables)
+    assert planned.model.shape is not None
+    assert plan(planned, planned.model.shape, 1).steps == pytest.approx(steps, rel=0.1)
 
 
-def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
-    encoder = ChatEncoder(tokenizer)
-    encoder.render(said("one", "two"))
-    (plans,) = encoder.planner.plans.values()
-    plans[0] = plans[0]._replace(pieces=(plans[0].pieces[0] + "!", *plans[0].pieces[1:]))
-    encoder.render(said("a", "b"))
-    encoder.render(said("a", "b"))
-    with pytest.raises(RuntimeError, match="a plan of this chat template gave"):
-        encoder.render(said("a", "b"))
+@pytest.mark.parametrize(("flag", "gpus", "world"), [("--plan=8", 8, None), ("--plan", 2, "2")])
+def test_the_command_prints_the_plan_and_makes_nothing(flag: str, gpus: int, world: str | None, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        "".join(
+            f"{name} = {runs.toml(table)}\n"
+            for name, table in runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2}).items()
+        )
+    )
+    environment = os.environ | ({"WORLD_SIZE": world, "RANK": "0"} if world else {})
+    result = subprocess.run(
+        [sys.executable, "-m", "trainer.main", "run.toml", flag],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in result.stdout
+    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "in all"):
+        assert part in result.stdout
+    assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in result.stdout
+    assert "10 steps, 10,240 tokens: about" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
+def test_a_number_of_gpus_that_is_none_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 1
+    assert f"error: {flag}: give a number of GPUs, as in --plan=32" in capsys.readouterr().err
+
+
+def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tp = 8 does not divide the 12 processes"):
+        plan(config(), LLAMA_70B, 12)
+    with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
+        plan(config(parallel={"tp": 16}), LLAMA_70B, 32)
+    assert not torch.distributed.is_initialized()

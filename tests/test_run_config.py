@@ -62,7 +62,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("data.seed=1", "data.seed is set by run.seed"),
         ("data.sources=[]", "sources is empty"),
         ("model.hidden_siz=8", "Object contains unknown field `hidden_siz` - at `$.model`"),
-        ("model.init_from=llama", "give either init_from (a Hugging Face directory) or the shape"),
+        ("model.init_from=llama", "give either init_from (a Hugging Face directory or hub name) or the shape"),
         ("parallel.tp=0", "tp = 0 must be at least 1"),
         ("checkpoint.every=0", "every = 0 must be at least 1"),
         ("checkpoint.keep_every=0", "keep_every = 0 must be at least 1"),

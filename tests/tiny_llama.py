@@ -1,15 +1,18 @@
 """A Llama small enough to check every number of, and packs for it."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
+import transformers
 from torch import Tensor
 
 from sftstream import IGNORE_INDEX
 from trainer.attention import Segments
+from trainer.export import export
 from trainer.loss import summed_cross_entropy
-from trainer.model import Llama, LlamaConfig
+from trainer.model import Llama, LlamaConfig, init_weights
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -21,6 +24,49 @@ CONFIG = LlamaConfig(
     initializer_range=0.2,
 )
 TIED = msgspec.structs.replace(CONFIG, tie_word_embeddings=True)
+QWEN2 = msgspec.structs.replace(CONFIG, model_type="qwen2")
+QWEN3 = msgspec.structs.replace(CONFIG, model_type="qwen3", head_dim=6)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES = {
+    "grouped heads, untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "one key per query": {"num_key_value_heads": 8},
+    "one key for all": {"num_key_value_heads": 1},
+    "head size given": {"head_dim": 16},
+    "llama3 scaling": {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+    "linear scaling": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
+    "uneven feed-forward": {"intermediate_size": 50},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+}
+
+
+def public_llama(**keys: object) -> transformers.PreTrainedModel:
+    """A model of transformers with the shape of `CONFIG` but for `keys`, all its weights random."""
+    shape = msgspec.to_builtins(CONFIG)
+    shape = {key: value for key, value in shape.items() if value is not None and key != "rope_theta"}
+    config = transformers.AutoConfig.for_model(**(shape | keys))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)  # norms that start at 1 and biases at 0 could be taken for each other
+    return model
+
+
+def built(config: LlamaConfig, seed: int = 0) -> Llama:
+    model = Llama(config)
+    init_weights(model, seed)
+    return model
 
 
 class Row(NamedTuple):
@@ -55,3 +101,9 @@ def loss_of(model: Llama, row: Row) -> Tensor:
 
 def gradients(model: Llama) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def exported(directory: Path) -> Path:
+    """`CONFIG` with its first weights, as a Hugging Face directory."""
+    export(built(CONFIG), CONFIG, directory)
+    return directory

@@ -46,6 +46,8 @@ class Segments:
         return lengths
 
 
+# Compiled code calls it and has no part in it: borders differ from pack to pack, all else does not.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Causal attention that no token of another segment enters.
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import msgspec
 
 from sftstream import DataConfig
+from trainer.blocks import Recompute
 from trainer.model import LlamaConfig
 from trainer.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.parallel import ParallelConfig
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +32,16 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What layers compute in; weights and optimizer stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """What layers compute in. auto: bfloat16 on a GPU, float32 on a CPU."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What weights, gradients and optimizer are kept in. bfloat16 takes half the memory, and an update of less than a 256th
+    of a weight is lost."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the finished model's weights are stored in."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again: none, those inside the feed-forward, all but a layer's input."""
+    compile: bool = False
+    """Compile the layers: minutes at the start, faster steps; rounds otherwise."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -48,25 +59,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Hugging Face directory to start from, or the shape of a new Llama."""
+    """A Hugging Face directory or hub name to start from, or the shape of a new Llama."""
 
     init_from: str | None = None
     shape: LlamaConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
-            raise ValueError("give either init_from (a Hugging Face directory) or the shape of a new model")
-
-
-class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How ranks share the work; data parallelism is what tensor parallelism leaves."""
-
-    tp: int = 1
-    """Ranks that share each layer."""
-
-    def __post_init__(self) -> None:
-        if self.tp < 1:
-            raise ValueError(f"tp = {self.tp} must be at least 1")
+            raise ValueError("give either init_from (a Hugging Face directory or hub name) or the shape of a new model")
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
-"""Train a Llama on conversations: `torchrun -m trainer.main [run.toml] [section.key=value ...]`.
+"""Train a Llama on conversations: `torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]]`.
 
 Killed at any moment and started again with the same words, it goes on where it was. Without a config it runs the demo.
+With `--plan` it says what the run would take, on the processes there are or on so many GPUs, and ends.
 """
 
 from __future__ import annotations
@@ -21,25 +22,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from checkpoints import CheckpointError, Recipe
 from sftstream import Deal, PackLoader
+from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
+from trainer.determinism import determinism
 from trainer.display import Display
 from trainer.evaluate import evaluate
+from trainer.export import export
 from trainer.feed import Feed, Tally, gather_refusals, tally
-from trainer.mesh import Topology, distributed
+from trainer.hf_config import find_model, read_config
+from trainer.mesh import Topology, distributed, leave, named_dtype, tell
 from trainer.metrics import RunLog, StepMetrics
 from trainer.model import Llama, LlamaConfig, init_weights
 from trainer.optimizer import build_optimizer, learning_rate
-from trainer.parallel import parallelize
+from trainer.parallel import build
+from trainer.plan import plan, show
 from trainer.recipe import recipe
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.saves import Saves
 from trainer.step import StepResult, train_step
-from trainer.weights import export, load_weights, read_config
-
-logger = logging.getLogger(__name__)
+from trainer.weights import load_weights
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 
@@ -50,15 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)  # noqa: T201
         return 0
+    plans = [word for word in words if word.partition("=")[0] == "--plan"]
+    words = [word for word in words if word not in plans]
     path = Path(words.pop(0)) if words and "=" not in words[0] else DEMO
     try:
         config = load_config(path, words)
-        with distributed(config) as topology:
+        if plans:
+            _plan(config, plans[-1])
+            return 0
+        with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
             run = Run(config, topology)
             with run.saves.store:
                 run.train()
     except (ValueError, OSError, CheckpointError) as error:
-        return _tell(error)
+        return tell(error)
     return 0
 
 
@@ -92,11 +102,12 @@ class Run:
         self.topology = topology
         self.stop = StopRequest()
         self.display = Display(quiet=not topology.first)
-        _set_determinism(config.run.deterministic)
         torch.manual_seed(config.run.seed)
         self.saves = Saves(config, self.display)
-        self.shape = _shape(config)
-        self.settings = Settings.of(config, self.shape, self._compute_dtype())
+        self.init_from = find_model(config.model.init_from) if config.model.init_from else None
+        self.shape = _shape(config, self.init_from)
+        self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
+        self.settings = Settings.of(config, self.shape, self.compute_dtype)
         # Found before any work is done, since it is the first thing that can be wrong.
         self.latest = self.saves.store.latest()
         self.model = self._build_model()
@@ -227,24 +238,24 @@ class Run:
         self.saves.save(run, log, last=last)
 
     def _build_model(self) -> Llama:
-        config, device = self.config, self.topology.device
-        with torch.device("meta"):
-            model = Llama(self.shape)
-        parallelize(model, self.topology.mesh, capacity=config.data.capacity, compute_dtype=self._compute_dtype())
-        model.to_empty(device=device)
-        model.tie()
+        config = self.config
+        model = build(
+            self.shape,
+            self.topology.mesh,
+            self.topology.device,
+            capacity=config.data.capacity,
+            compute_dtype=self.compute_dtype,
+            weights_dtype=named_dtype(config.run.weights_dtype, self.topology.device),
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        )
+        prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile)
         if self.latest is not None:
             return model
-        if config.model.init_from:
-            load_weights(model, Path(config.model.init_from))
+        if self.init_from:
+            load_weights(model, self.init_from)
         else:
             init_weights(model, config.run.seed)
         return model
-
-    def _compute_dtype(self) -> torch.dtype:
-        named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        auto = torch.bfloat16 if self.topology.device.type == "cuda" else torch.float32
-        return named.get(self.config.run.compute_dtype, auto)
 
     def _restore(self) -> Restored:
         if self.latest is None:
@@ -265,7 +276,7 @@ class Run:
     def _recipe(self) -> Recipe:
         assert self.loader is not None
         encoder = self.loader.encoder
-        return recipe(self.shape, self.model.norm.weight.dtype, encoder.tokenizer.hf, encoder.stop_ids)
+        return recipe(self.shape, self.model.norm.weight.dtype, encoder.tokenizer.hf, encoder.stop_ids, self.init_from)
 
     def _total_rows(self) -> int | None:
         box = [self.loader.total_rows if self.loader else None]
@@ -301,6 +312,8 @@ class Run:
             directory,
             encoder.tokenizer.hf if encoder else None,
             stop_token_ids=encoder.stop_ids if encoder else (),
+            init_from=self.init_from,
+            dtype=named_dtype(self.config.run.export_dtype, self.topology.device),
         )
         self.display.say(f"exported to {directory}")
         if self.config.evaluation and self.topology.first and self.loader:
@@ -320,35 +333,23 @@ class Run:
         self.display.say(f"\n{evaluation.accuracy:.1%} of {count} held-out questions answered exactly")
 
 
-def _shape(config: TrainConfig) -> LlamaConfig:
-    if config.model.init_from:
-        return read_config(Path(config.model.init_from))
+def _plan(config: TrainConfig, word: str) -> None:
+    gpus = word.partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
+    if not gpus.isdecimal() or not int(gpus):
+        raise ValueError(f"{word}: give a number of GPUs, as in --plan=32")
+    init_from = find_model(config.model.init_from) if config.model.init_from else None
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    show(plan(config, _shape(config, init_from), int(gpus)), config, console)
+
+
+def _shape(config: TrainConfig, init_from: Path | None) -> LlamaConfig:
+    if init_from is not None:
+        return read_config(init_from)
     assert config.model.shape is not None
     return config.model.shape
-
-
-def _set_determinism(deterministic: bool) -> None:
-    # Read by cuBLAS when it starts; without it deterministic mode refuses matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _tell(error: Exception) -> int:
-    """One line, once: what all ranks run into, the first tells, and torchrun then ends the others."""
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(3)
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
-    return 1
 
 
 if __name__ == "__main__":
     level = os.environ.get("LOGLEVEL", "WARNING")  # torchrun's own variable
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts
-    # the process: about one finished run in fifteen would be reported as failed.
-    os._exit(code)
+    leave(main())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Never
 
 import torch
 import torch.distributed as dist
@@ -13,7 +17,9 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sftstream import Shard
-from trainer.config import TrainConfig
+from trainer.parallel import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Topology:
 
     mesh: DeviceMesh
     device: torch.device
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def dp(self) -> int:
@@ -36,7 +43,7 @@ class Topology:
     @property
     def shard(self) -> Shard:
         """What this rank's data-parallel coordinate reads."""
-        return Shard(self.mesh.get_local_rank("dp"), self.dp)
+        return Shard(self.mesh["dp"].get_local_rank(), self.dp)
 
     @property
     def leads(self) -> bool:
@@ -51,44 +58,81 @@ class Topology:
     def describe(self) -> str:
         """The topology in words."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{dist.get_world_size()} x {kind} (dp {self.dp} x tp {self.tp})"
+        replicas = f"{self.parallel.replicas} replicas, " if self.parallel.replicas > 1 else ""
+        return f"{dist.get_world_size()} x {kind} ({replicas}dp {self.dp} x tp {self.tp})"
 
 
 @contextmanager
-def distributed(config: TrainConfig) -> Iterator[Topology]:
-    """Join the process group that torchrun announced, or be a group of one; leave it at the end."""
-    device = _device(config)
+def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
+    """Join the process group that torchrun announced, or be a group of one; leave it at the end.
+
+    `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    """
+    place = _device(device)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     alone = "MASTER_PORT" not in os.environ
     # gloo beside NCCL: counts and packs of a step are agreed on between CPUs, without waiting for the device.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
         backend
     )
     try:
-        yield Topology(_mesh(device, config.parallel.tp), device)
+        yield Topology(data_and_tensor_mesh(place.type, parallel), place, parallel)
     finally:
         dist.destroy_process_group()
 
 
-def _device(config: TrainConfig) -> torch.device:
-    kind = config.run.device
+def _device(kind: str) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError('run.device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
+        raise ValueError('device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
 
 
-def _mesh(device: torch.device, tp: int) -> DeviceMesh:
-    world = dist.get_world_size()
-    if world % tp:
+def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
+    """All ranks as "dp" x "tp"; with replicas, "dp" is "replicate" x "shard"."""
+    world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
+    if world % (tp * replicas):
+        what = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
         raise ValueError(
-            f"parallel.tp = {tp} does not divide the {world} processes of this run; start a multiple of {tp}"
+            f"{what} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
         )
-    return init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+    if replicas == 1:
+        return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(
+        device, (replicas, world // tp // replicas, tp), mesh_dim_names=("replicate", "shard", "tp")
+    )
+    mesh["replicate", "shard"]._flatten("dp")
+    return mesh
+
+
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What layers compute in; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def tell(error: Exception) -> int:
+    """One line, once: what all ranks run into, the first tells, and torchrun then ends the others. Returns the exit code."""
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(3)
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
+    return 1
+
+
+def leave(code: int) -> Never:
+    """End the process.
+
+    gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts the
+    process: about one finished run in fifteen would be reported as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,10 +1,10 @@
-"""Llama, as Hugging Face's `LlamaForCausalLM` computes it, on one pack: no batch dimension, no cache, no mask."""
+"""Llama and its close relatives, as Hugging Face computes them, on one pack: no batch dimension, no cache, no mask."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -51,6 +51,8 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    """qwen2 has biases on queries, keys and values, qwen3 a norm on each head's query and key; mistral is a llama by name."""
     head_dim: int | None = None
     """None: hidden_size / num_attention_heads."""
     rope_theta: float = 500000.0
@@ -65,14 +67,13 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for multiple, divisor in (
-            ("hidden_size", "num_attention_heads"),
-            ("num_attention_heads", "num_key_value_heads"),
-        ):
-            if getattr(self, multiple) % getattr(self, divisor):
-                raise ValueError(
-                    f"{multiple} {getattr(self, multiple)} must be a multiple of {divisor} {getattr(self, divisor)}"
-                )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads} where no head_dim is given"
+            )
+        if heads % groups:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range < 0:
@@ -82,6 +83,16 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def head_size(self) -> int:
         """Channels of one head."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Queries, keys and values have biases."""
+        return self.model_type == "qwen2"
+
+    @property
+    def head_norms(self) -> bool:
+        """Each head's query and key is normed before it is turned."""
+        return self.model_type == "qwen3"
 
     @property
     def heads_per_group(self) -> int:
@@ -128,15 +139,21 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         width = config.num_attention_heads * config.head_size
         rows = config.num_key_value_heads * (self.queries + 2) * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
+        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.query_norm, self.key_norm = _head_norm(config), _head_norm(config)
         self.output = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         # (T, groups of this rank, queries + 2, D): the groups are counted from the rows there are.
         qkv = self.qkv(x).unflatten(1, (-1, self.queries + 2, self.head_size))
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
-        q, k, v = (t.flatten(1, 2) for t in (rotate(q, rotation), rotate(k, rotation), v))
+        q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
+        q, k, v = (t.flatten(1, 2) for t in (q, k, v))
         return self.output(attend(q, k, v, segments).flatten(1))  # type: ignore[no-any-return]
+
+
+def _head_norm(config: LlamaConfig) -> nn.Module:
+    return nn.RMSNorm(config.head_size, eps=config.rms_norm_eps) if config.head_norms else nn.Identity()
 
 
 class SwiGLU(nn.Module):
@@ -252,13 +269,13 @@ def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """Set every weight from `(seed, its name)` alone: norms to 1, the others normal(0, initializer_range).
+    """Set every weight from `(seed, its name)` alone: norms to 1, biases to 0, matrices normal(0, initializer_range).
 
     The full tensor is drawn on the CPU and each rank keeps its share, so the bits are the same on any topology and any
     device. Costs one full tensor of host memory at a time.
     """
     for name, parameter in model.named_parameters():
-        full = torch.ones(parameter.shape)
+        full = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
         if parameter.ndim > 1:
             full.normal_(0.0, model.config.initializer_range, generator=_generator(seed, name))
         local(parameter).copy_(full[window(parameter)])

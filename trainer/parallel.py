@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import msgspec
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,25 +21,79 @@ from torch.distributed.tensor.parallel import (
 from trainer.model import Llama, LlamaConfig
 
 
-def parallelize(model: Llama, mesh: DeviceMesh, *, capacity: int, compute_dtype: torch.dtype | None = None) -> Llama:
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[parallel]` table: how ranks share the work. Data parallelism is what tensor parallelism leaves."""
+
+    tp: int = 1
+    """Ranks that share each layer."""
+    replicas: int = 1
+    """Groups of ranks that each hold a whole model between them, one or more nodes each: weights are gathered inside a
+    group, and only gradients cross the network between groups."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's gathered weights after its forward pass, and gather them again for the backward pass. False
+    keeps them gathered until the step's last backward pass: more memory, less traffic."""
+    reduce_gradients: Literal["step", "pack"] = "step"
+    """When ranks add up their gradients: once a step, for which each holds all gradients of its share of the layers, or
+    after each pack, for which it holds its shard of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "replicas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+
+
+def build(
+    config: LlamaConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    capacity: int,
+    compute_dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+) -> Llama:
+    """A Llama spread by `parallelize`, on `device`, its weights still to be set; no rank ever holds the whole of it."""
+    with torch.device("meta"):
+        model = Llama(config).to(weights_dtype)
+    parallelize(
+        model, mesh, capacity=capacity, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
+    )
+    model.to_empty(device=device)
+    model.tie()
+    return model
+
+
+def parallelize(
+    model: Llama,
+    mesh: DeviceMesh,
+    *,
+    capacity: int,
+    compute_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+) -> Llama:
     """Shard `model` in place over `mesh`, whose dimensions are named "dp" and "tp", and return it.
 
-    `capacity` is the tokens of a pack. `compute_dtype` is what layers compute in where that isn't the parameters' dtype;
-    gradients are then reduced in fp32. A model on "meta" is sharded without memory: `to_empty` and `tie` it afterwards
-    and set its weights. Where nothing is to be split or cast, nothing is wrapped.
+    "dp" may be made of "replicate" and "shard": weights are then sharded over the second only. `capacity` is the tokens of
+    a pack. `compute_dtype` is what layers compute in, whatever the parameters' dtype; gradients are added up in fp32. A
+    model on "meta" is sharded without memory. Where nothing is to be split or cast, nothing is wrapped.
 
     Gradients come out summed over "dp", not averaged; those of the norms are partial sums over "tp" until
     `clip_by_global_norm` or the optimizer completes them, once a step instead of once a pack.
 
     Raises ValueError where the model or the capacity can't be divided by the size of "tp".
     """
-    dp, tp = mesh["dp"], mesh["tp"]
+    tp = mesh["tp"]
     if tp.size() > 1:
         check_divisible(model.config, capacity, tp.size())
         _shard_tensors(model, tp)
-    if dp.size() > 1 or compute_dtype not in (None, model.norm.weight.dtype):
-        _shard_data(model, dp, compute_dtype)
+    if mesh["dp"].size() > 1 or {compute_dtype, model.norm.weight.dtype} != {torch.float32}:
+        _shard_data(model, _data_mesh(mesh), compute_dtype, reshard_after_forward)
     return model
+
+
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    return mesh["replicate", "shard"] if "replicate" in names else mesh["dp"]
 
 
 def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
@@ -56,18 +113,21 @@ def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
 
 def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
     # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
-    parallelize_module(model, tp, _tensor_parallel_plan(), src_data_rank=None)
+    parallelize_module(model, tp, _tensor_parallel_plan(model.config), src_data_rank=None)
     model.tie()
 
 
-def _tensor_parallel_plan() -> dict[str, ParallelStyle]:
+def _tensor_parallel_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     """Megatron-LM's split with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
 
     Between the layers each rank has `T / tp` tokens, inside attention and feed-forward all tokens and its share of the
     heads and channels. The logits stay split over the vocabulary.
     """
     rows, all_rows = Shard(0), Replicate()
-    return {
+    # The norms of single heads: (T, groups of this rank, queries, D), one weight for all heads.
+    own_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
+    of_heads = {f"blocks.*.attention.{name}": own_heads for name in ("query_norm", "key_norm")}
+    return (of_heads if config.head_norms else {}) | {
         "embedding": RowwiseParallel(input_layouts=all_rows, output_layouts=rows),
         "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.attention.qkv": ColwiseParallel(input_layouts=rows),
@@ -88,11 +148,13 @@ def _tensor_parallel_plan() -> dict[str, ParallelStyle]:
     }
 
 
-def _shard_data(model: Llama, dp: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    # The root keeps embedding, norm and head together: tied, the two ends are one parameter.
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=dp, mp_policy=policy)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root keeps embedding, norm and head together: tied, the two ends are one parameter. What it gathers is needed at
+    # both ends of either pass, and so stays between them.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -9,14 +9,22 @@ from pathlib import Path
 import torch
 
 from checkpoints import Recipe, Rows
+from trainer.export import Tokenizer, describe
+from trainer.hf_config import StrPath
 from trainer.model import LlamaConfig
-from trainer.weights import Tokenizer, describe, layout
+from trainer.weights import layout
 
 MODEL = "model"
 """Where the parameters are in a checkpoint's tensors."""
 
 
-def recipe(config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_token_ids: Iterable[int]) -> Recipe:
+def recipe(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer,
+    stop_token_ids: Iterable[int],
+    init_from: StrPath | None = None,
+) -> Recipe:
     """For parameters of `dtype`, under the names that the model gives them."""
     tensors: dict[str, list[Rows]] = {}
     for name, pieces in layout(config).items():
@@ -25,6 +33,6 @@ def recipe(config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_t
             tensors.setdefault(piece.tensor, []).append(Rows(f"{MODEL}.{name}", start, piece.rows))
             start += piece.rows
     with tempfile.TemporaryDirectory() as directory:
-        describe(Path(directory), config, dtype, tokenizer, stop_token_ids)
+        describe(Path(directory), config, dtype, tokenizer, stop_token_ids, init_from)
         paths = sorted(path for path in Path(directory).rglob("*") if path.is_file())
         return Recipe(tensors, {str(path.relative_to(directory)): path.read_bytes() for path in paths})

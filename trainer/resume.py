@@ -53,7 +53,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     compute_dtype: str
-    steps: int | None
+    weights_dtype: str = "float32"
+    compile: bool = False
+    steps: int | None = None
     """The run's length where the schedule depends on it."""
 
     @classmethod
@@ -66,6 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             optimizer=config.optimizer,
             schedule=schedule,
             compute_dtype=str(compute_dtype).removeprefix("torch."),
+            weights_dtype=config.run.weights_dtype,
+            compile=config.run.compile,
             steps=config.run.steps if fades else None,
         )
 

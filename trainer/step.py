@@ -40,21 +40,30 @@ def train_step(
     A batch without a trained token leaves the model alone.
     """
     optimizer.zero_grad(set_to_none=True)
-    scale = 1 / max(trained_tokens, 1)
-    total = torch.zeros((), device=topology.device)
-    for number, pack in enumerate(packs, 1):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(number == len(packs))
-        loss = _pack_loss(model, pack, topology.device)
-        (loss * scale).backward()
-        total += loss.detach()
-    dist.all_reduce(total, group=topology.mesh["dp"].get_group())
+    loss = accumulate_gradients(model, packs, topology, trained_tokens)
     grad_norm = clip_by_global_norm(model.parameters(), clip)
     if trained_tokens:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-    return StepResult(total.item() * scale, float(grad_norm))
+    return StepResult(loss.item(), float(grad_norm))
+
+
+def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int) -> Tensor:
+    """Add this rank's packs to the gradients, one after the other; returns the global batch's mean loss, on every rank."""
+    scale = 1 / max(trained_tokens, 1)
+    total = torch.zeros((), device=topology.device)
+    for number, pack in enumerate(packs, 1):
+        if isinstance(model, FSDPModule):
+            last = number == len(packs)
+            model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
+            model.set_requires_all_reduce(last)  # between replicas, once a step in either case
+            model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
+        loss = _pack_loss(model, pack, topology.device)
+        (loss * scale).backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=topology.mesh["dp"].get_group())
+    return total * scale
 
 
 def _pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:

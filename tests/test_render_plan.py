@@ -1,0 +1,223 @@
+"""A conversation rendered by plan is the conversation rendered by its template, or it is not rendered by plan."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shapes
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftstream import ChatEncoder, Refused
+from sftstream import encoder as encoder_module
+from sftstream.config import Policy
+from sftstream.formats import conversation
+from sftstream.records import Conversation, Rendered
+from sftstream.template import ChatTemplate
+from sftstream.trace import Leaf, Recorder, TracedTemplate, Word
+
+LOOP = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
+)
+PROMPT = "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+
+
+def template(body: str) -> str:
+    return LOOP.replace("%s", body) + PROMPT
+
+
+def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
+    return ChatEncoder(tokenizer, template(body), policy=Policy(**policy))
+
+
+def whole(encoder: ChatEncoder, dialogue: Conversation) -> Rendered | str:
+    try:
+        return encoder.render_whole(dialogue)[0]
+    except Refused as refused:
+        return refused.reason
+
+
+def learnt(encoder: ChatEncoder, dialogue: Conversation) -> None:
+    with suppress(Refused):
+        encoder.planner.learn(dialogue, *encoder.render_whole(dialogue))
+
+
+def said(*texts: str) -> Conversation:
+    return conversation(tiny.chat(*texts))
+
+
+def others(value: Any, numbers: Any) -> Any:
+    """The same shape with other words."""
+    if isinstance(value, dict):
+        keep = ("role", "type", "id")
+        return {key: item if key in keep else others(item, numbers) for key, item in value.items()}
+    if isinstance(value, list):
+        return [others(item, numbers) for item in value]
+    return (
+        f"{value[: len(value) - len(value.lstrip())]}other {next(numbers)}"
+        if isinstance(value, str) and value
+        else value
+    )
+
+
+@pytest.mark.realdata
+def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> None:
+    planned = 0
+    for path in sorted((realdata / "templates").glob("*.jinja")):
+        encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text(), date="2025-01-31")
+        for messages, tools in shapes.SHAPES.values():
+            first = conversation({"messages": messages, "tools": tools})
+            second = conversation({"messages": others(messages, itertools.count()), "tools": tools})
+            learnt(encoder, first)
+            for dialogue in (first, second):
+                found = encoder.planner.render(dialogue)
+                assert found is None or found == whole(encoder, dialogue), path.stem
+                planned += found is not None
+    assert planned > 800
+
+
+@pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])
+def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) -> None:
+    encoder = ChatEncoder(tokenizer, policy=Policy(**policy))
+    for row in tiny.rows(60, seed=4):
+        dialogue = conversation(row)
+        assert encoder.render(dialogue) == whole(encoder, dialogue)
+    assert encoder.planned > 50
+
+
+BODIES = {
+    "plain": "{{ message['content'] }}",
+    "trimmed": "{{ message['content'] | trim }}",
+    "stripped": "{{ message.content.strip() }}",
+    "joined": "{{ 'a' ~ message.content ~ 'b' }}",
+    "added": "{{ 'a' + message.content + 'b' }}",
+    "joined and trimmed": "{{ (message.content ~ '  ') | trim }}",
+    "set": "{% set c = message.content %}{{ c }}",
+    "set block": "{% set c %}<{{ message.content }}>{% endset %}{{ c }}",
+    "macro": "{% macro m(x) %}({{ x }}){% endmacro %}{{ m(message.content) }}",
+    "namespace": "{% set n = namespace(c='') %}{% set n.c = message.content %}{{ n.c }}",
+    "asked by in": "{{ 'secret' if 'xy' in message.content else message.content }}",
+    "asked by equality": "{{ 'none' if message.content == 'xy' else message.content }}",
+    "asked by its beginning": "{% if message.content.startswith('xy') %}X{% endif %}{{ message.content }}",
+    "asked by its end": "{% if message.content.endswith('y') %}Y{% endif %}{{ message.content }}",
+    "asked whether it is": "{% if message.content %}{{ message.content }}{% else %}empty{% endif %}",
+    "asked when trimmed": "{% if message.content | trim == '' %}empty{% endif %}{{ message.content }}",
+    "length": "{{ message.content | length }}{{ message.content }}",
+    "long or short": "{% if message.content | length > 6 %}L{% endif %}{{ message.content }}",
+    "first letter": "{{ message.content[0] }}{{ message.content }}",
+    "upper case": "{{ message.content | upper }}{{ message.content }}",
+    "a method": "{{ message.content.title() }}{{ message.content }}",
+    "as a number": "{{ message.content | int }}{{ message.content }}",
+    "as a float": "{{ message.content | float }}{{ message.content }}",
+    "formatted": "{{ '%s' | format(message.content) }}",
+    "by percent": "{{ '%s' % message.content }}",
+    "letters": "{% for c in message.content %}{{ c }}{% endfor %}",
+    "split": "{{ message.content.split('xy')[-1] }}",
+    "split at spaces": "{{ message.content.split(' ')[0] }}{{ message.content }}",
+    "replaced": "{{ message.content.replace('xy', 'z') }}",
+    "replaced by filter": "{{ message.content | replace('xy', 'z') }}",
+    "as a key": "{{ {'xy': 1}.get(message.content, 2) }}{{ message.content }}",
+    "in a list": "{{ message.content in ['xy', 'z'] }}{{ message.content }}",
+    "in a text": "{{ message.content in 'xyz' }}{{ message.content }}",
+    "compared": "{% if message.content > 'b' %}B{% endif %}{{ message.content }}",
+    "tests of kind": "{{ message.content is string }}{{ message.content is mapping }}{{ message.content is iterable }}"
+    "{{ message.content is sequence }}{{ message.content is number }}{{ message.content is none }}{{ message.content }}",
+    "default": "{{ message.content | default('d', true) }}",
+    "as JSON": "{{ message.content | tojson }}",
+    "a message as JSON": "{{ message | tojson }}",
+    "joined by filter": "{{ [message.content, 'q'] | join('-') }}",
+    "sorted": "{{ (messages | sort(attribute='content'))[0].content }}{{ message.content }}",
+    "other message": "{{ message.content }}{% if messages[0].content == message.content %}!{% endif %}",
+    "caught": "{{ message.content | string | wordcount }}{{ message.content }}",
+    "twice": "{{ message.content }}|{{ message.content }}",
+}
+CONTENTS = (
+    "ab",
+    "xy",
+    " ab",
+    "ab ",
+    "xyz q",
+    "q xy",
+    "",
+    "  ",
+    "7",
+    "7.5",
+    "b" * 9,
+    "'\"<",
+    "é\n",
+    "<think>a</think>b",
+)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: str) -> None:
+    """Learnt from each of many conversations, tried on all the others."""
+    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
+    dialogues = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
+    expected = [whole(encoder, dialogue) for dialogue in dialogues]
+    for learner in dialogues:
+        learnt(encoder, learner)
+        for dialogue, right in zip(dialogues, expected, strict=True):
+            assert (encoder.planner.render(dialogue) or right) == right
+
+
+@pytest.mark.parametrize(
+    "body", ["plain", "trimmed", "added", "joined", "asked by in", "macro", "set block", "namespace"]
+)
+def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
+    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
+    learnt(encoder, said("one", "two"))
+    assert encoder.planner.render(said("three", "four")) == whole(encoder, said("three", "four"))
+    assert encoder.planner.render(said("three", "four")) is not None
+
+
+def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
+    encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
+    learnt(encoder, said("a", "b"))
+    assert encoder.planner.render(said("axy", "b")) is None
+    learnt(encoder, said("xy", "b"))
+    for dialogue in (said("axy", "q"), said("q", "a")):
+        found = encoder.planner.render(dialogue)
+        assert found is not None
+        assert found == whole(encoder, dialogue)
+
+
+pieces = st.sampled_from([*"ab \n<|>", "<|eot_id|>", "<think>", "</think>", "ZqM0x1x0bZq", "é", "\ud800"])
+words = st.lists(pieces, max_size=6).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turns: list[tuple[str, str]]) -> None:
+    encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
+    learnt(encoder, said(*(["a", "b"] * len(turns))))
+    dialogue = said(*itertools.chain(*turns))
+    found = encoder.planner.render(dialogue)
+    assert found is None or found == whole(encoder, dialogue)
+
+
+def test_a_trace_holds_pieces_and_questions() -> None:
+    text = "{% for m in messages %}[{% if 'x' in m.content %}!{% endif %}{{ m.content | trim }}]{% endfor %}"
+    recorder = Recorder()
+    messages = [{"role": "user", "content": Word(recorder, Leaf(0), " ax ")}]
+    trace = TracedTemplate(ChatTemplate(text, {})).trace(recorder, messages, ())
+    assert trace is not None
+    assert trace.pieces == ("[!", Leaf(0, (("strip", (None,)),)), "]")
+    assert [(guard.method, guard.arguments, guard.answer) for guard in trace.guards] == [("__contains__", ("x",), True)]
+
+
+def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
+    encoder = ChatEncoder(tokenizer)
+    encoder.render(said("one", "two"))
+    (plans,) = encoder.planner.plans.values()
+    plans[0] = plans[0]._replace(pieces=(plans[0].pieces[0] + "!", *plans[0].pieces[1:]))
+    encoder.render(said("a", "b"))
+    encoder.render(said("a", "b"))
+    with pytest.raises(RuntimeError, match="a plan of this chat template gave"):
+        encoder.render(said("a", "b"))

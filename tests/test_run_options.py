@@ -1,0 +1,106 @@
+"""Every way of computing a run trains the same model: to the last bit where only memory or traffic differ, else to rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+import transformers
+from safetensors.torch import load, load_file
+from tiny_llama import public_llama
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run on two processes: its config and what came out."""
+    directory = tmp_path_factory.mktemp("plain")
+    config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 4})
+    runs.run(directory, config, processes=2)
+    return config, runs.outcome(directory)
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: config.get(name, {}) | changes.get(name, {}) for name in config | changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run": {"recompute": "selective"}},
+        {"run": {"recompute": "full"}},
+        {"parallel": {"reshard_after_forward": False}},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_traffic_changes_no_bit(
+    changes: dict[str, Any], plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    config, expected = plain
+    runs.run(tmp_path, changed(config, changes), processes=2)
+    assert runs.outcome(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"parallel": {"replicas": 2}}, 1e-5),
+        ({"parallel": {"reduce_gradients": "pack"}}, 1e-5),
+        ({"run": {"compile": True}}, 1e-5),
+        ({"run": {"compute_dtype": "bfloat16"}}, 1e-2),
+        ({"run": {"compute_dtype": "bfloat16", "weights_dtype": "bfloat16"}}, 1e-2),
+    ],
+    ids=str,
+)
+def test_what_computes_otherwise_trains_alike_and_says_so_on_a_resume(
+    changes: dict[str, Any], tolerance: float, plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    config, expected = plain
+    runs.run(tmp_path, changed(config, changes), processes=2)
+    found = runs.metrics(tmp_path)
+    assert [line["batch_digest"] for line in found] == [line["batch_digest"] for line in expected["metrics"]]
+    for line, before in zip(found, expected["metrics"], strict=True):
+        assert line["loss"] == pytest.approx(before["loss"], rel=tolerance)
+    assert runs.outcome(tmp_path)["weights"] != expected["weights"]
+    if "run" in changes:
+        job = runs.Job(tmp_path, changed(config, {"run": {"steps": 6}}), processes=2)
+        assert job.finish() == 1
+        for key, value in changes["run"].items():
+            assert f"{key}: {value} -> {'False' if key == 'compile' else 'float32'}" in job.output()
+
+
+def test_the_finished_model_is_stored_in_the_type_asked_for(
+    plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    config, expected = plain
+    runs.run(tmp_path, changed(config, {"run": {"export_dtype": "bfloat16"}}), processes=2)
+    stored = load_file(tmp_path / "runs" / "run" / "export" / "model.safetensors")
+    for name, weight in load(expected["weights"]).items():
+        assert torch.equal(stored[name], weight.bfloat16())
+
+
+def test_a_public_model_is_trained_over_ranks_and_comes_out_as_one(tmp_path: Path, tokenizer: str) -> None:
+    public = public_llama(model_type="qwen2", vocab_size=512)
+    public.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[7])
+    public.save_pretrained(tmp_path / "public")
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 2}, parallel={"tp": 2})
+    config["model"] = {"init_from": str(tmp_path / "public")}
+    runs.run(tmp_path, config, processes=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "run" / "export")
+    assert isinstance(model, transformers.Qwen2ForCausalLM)
+    assert model.generation_config.temperature == 0.6
+    assert 7 in model.generation_config.eos_token_id
+    before, after = public.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    answer = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    assert answer.shape[1] > 3
+
+
+def test_a_run_in_replicas_is_resumed_without_a_trace(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), parallel={"replicas": 2})
+    for name, starts in (("whole", [6]), ("broken", [2, 6])):
+        (tmp_path / name).mkdir()
+        for steps in starts:
+            runs.run(tmp_path / name, changed(config, {"run": {"steps": steps}}), processes=4)
+    assert runs.outcome(tmp_path / "broken") == runs.outcome(tmp_path / "whole")
