@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -310,6 +311,18 @@ def test_a_shard_that_changes_in_the_middle_of_a_run_stops_it_by_name(path: str,
     next(loader)
     (Path(path) / "4.jsonl").write_bytes(tiny.json_lines(ROWS[:6]))
     with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore it, or start again"):
+        list(loader)
+
+
+def test_a_shard_that_is_cut_at_a_rows_border_while_it_is_read_stops_the_run_by_name(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    shard = tmp_path / "0.jsonl"
+    shard.write_bytes(tiny.json_lines(tiny.rows(400)))
+    loader = PackLoader(configured(tokenizer, str(tmp_path), streams=1, epochs=1))
+    next(loader)
+    os.truncate(shard, len(tiny.json_lines(tiny.rows(400)[:200])))
+    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore it, or start again"):
         list(loader)
 
 

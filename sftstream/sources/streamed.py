@@ -49,25 +49,33 @@ class Streamed:
 
     def open(self, shard: int, at: int) -> RowsFrom:
         """The rows of a shard, from `at` or earlier on; raises ValueError, or RuntimeError where it is no longer what it was."""
+        self._require_unchanged(shard)
         place = self._places[shard]
         try:
-            if place.mark() != self._marks[shard]:
-                raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
             first, rows = read_forward(place, at)
         except (*FAILURES, ValueError) as error:
             raise ValueError(f"{place.shown} cannot be read: {error}") from None
-        return RowsFrom(first, _guarded(place, rows))
+        return RowsFrom(first, self._to_the_end(shard, rows))
 
     def decode(self, number: int, row: Row) -> Any:
         """The row of this number; raises `BrokenRow`."""
         return renamed(row(), self._source.columns, self, number)
 
+    def _to_the_end(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+        try:
+            yield from rows
+        except (*FAILURES, ValueError) as error:
+            raise ValueError(f"{self._places[shard].shown} cannot be read to its end: {error}") from None
+        self._require_unchanged(shard)  # a file that was cut at a row's border reads like a shorter one
 
-def _guarded(place: Place, rows: Iterator[Row]) -> Iterator[Row]:
-    try:
-        yield from rows
-    except (*FAILURES, ValueError) as error:
-        raise ValueError(f"{place.shown} cannot be read to its end: {error}") from None
+    def _require_unchanged(self, shard: int) -> None:
+        place = self._places[shard]
+        try:
+            mark = place.mark()
+        except OSError as error:
+            raise ValueError(f"{place.shown} cannot be read: {error}") from None
+        if mark != self._marks[shard]:
+            raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
 
 
 def _places(source: SourceConfig) -> list[Place]:
