@@ -176,6 +176,18 @@ def test_other_shards_and_workers_go_on_with_the_same_packs(path: str, tokenizer
     assert tiny.digests(PackLoader(config, state=state)) == whole[4:]
 
 
+def test_workers_read_from_a_web_server_what_this_process_reads(tmp_path: Path, tokenizer: str, web: str) -> None:
+    write_jsonl(tmp_path)
+    config = configured(tokenizer, f"{web}/[0-9].jsonl", streams=3)
+    whole = tiny.digests(PackLoader(config))
+    loader = PackLoader(config, workers=2)
+    begun = tiny.digests(tiny.take(loader, 5))
+    state = loader.state_dict()
+    loader.close()
+    assert begun + tiny.digests(PackLoader(config, state=state, workers=1)) == whole
+    assert len(drawn(config)) == 60
+
+
 class Watched(Streamed):
     """Counts what is read of each shard."""
 

@@ -18,16 +18,17 @@ from sftstream.sources.compressed import unpacking
 from sftstream.sources.delimited import header, record
 from sftstream.sources.kinds import suffixes
 from sftstream.sources.place import Place
+from sftstream.sources.remote import lost
 from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, Placed, decoded_json
 
 Row = Callable[[], Any]
 """Decodes a row that has come by; raises `BrokenRow`."""
 _BATCH = 1000
-"""RowsFrom of a Parquet file decoded at a time."""
+"""Rows of a Parquet file decoded at a time."""
 
 
 class RowsFrom(NamedTuple):
-    """RowsFrom in their order, and the number of the first."""
+    """Rows in their order, and the number of the first."""
 
     first: int
     rows: Iterator[Row]
@@ -134,5 +135,8 @@ READERS: dict[str, Callable[[BufferedReader, _Shard, int], RowsFrom]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-FAILURES = (*UNREADABLE, UnicodeDecodeError)
-"""What reading on raises where a file is damaged, or out of reach; and ValueError."""
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What reading on raises where a file is damaged, or out of reach."""
+    return *UNREADABLE, *lost(), ValueError
