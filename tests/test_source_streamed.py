@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import tiny
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
 from sftstream.draw import Rows, open_cursors
 from sftstream.records import Ref
-from sftstream.sources import Corpus, Reading, Streamed, Tape
+from sftstream.sources import BrokenRow, Corpus, FileSet, Reading, Streamed, Tape
 from sftstream.sources.forward import Row, RowsFrom
 
 ROWS = tiny.rows(30)
@@ -299,6 +300,35 @@ def test_a_bad_row_in_the_middle_is_refused_by_place(
     (refused,) = (refusal for pack in packs for refusal in pack.refused)
     assert (refused.reason, loader.place(refused)) == (reason, f"{tmp_path}/{name}[1]")
     assert [segment.row for pack in packs for segment in pack.segments] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b'q,a\n1,2\n\xff,3\n"c"x,"b\nd",e\n4,5\n'),
+        ("a.csv", b'\xef\xbb\xbf\n\r\nq,a\r\n\n"two\r\nlines",2\r\n\n3,4'),
+        ("a.csv", b'q,a\n1,2\n3,"4\n5,6\n'),
+        ("a.jsonl", b"[1]\n[2]\n"),
+        ("a.jsonl", b'\xef\xbb\xbf\r\n{"q": 1}\r\n \n{"q"\n{"q": "\xff"}\n2'),
+        ("a.json", b'\xef\xbb\xbf \n[{"q": 1},\n{"q": "\xff"}, 2]\n'),
+    ],
+)
+def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    by_number = FileSet(SourceConfig(path=str(tmp_path)))
+    tape = Tape(Streamed(SourceConfig(path=str(tmp_path), streaming=True)))
+    rows = [or_broken(partial(by_number.read, row)) for row in range(len(by_number))]
+    assert [or_broken(partial(tape.read, Ref(0, row, 0))) for row in range(len(rows))] == rows
+    assert not tape.reaches(Ref(0, len(rows), 0))
+
+
+def or_broken(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except BrokenRow:
+        return BrokenRow
 
 
 def test_rows_need_not_have_the_same_columns(tmp_path: Path, tokenizer: str) -> None:
