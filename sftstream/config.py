@@ -32,7 +32,8 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Share that is drawn from here, relative to the other weights. Without weights sources are drawn in proportion to
     their size, so that they end an epoch together. Weights are given for all sources or for none."""
     repeat: float = 1.0
-    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch."""
+    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch. Where it is
+    streamed, half of its shards."""
     shuffle: Shuffle | None = None
     """For this source other than `data.shuffle`."""
     streaming: bool = False

@@ -262,6 +262,12 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
     assert sorted(per_shard.values(), key=max) == [{1}, {1}, {2}, {2}, {2}]
 
 
+def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise it"):
+        PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
+    assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
+
+
 def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) -> None:
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(b"" if number % 2 else tiny.json_lines(ROWS[:3]))
