@@ -14,8 +14,8 @@ from sftstream.sources.streamed import Streamed
 class Tape:
     """Gives each row once. It is wound on to a row that lies ahead; a shard of which a row lies behind is begun again.
 
-    Rows that are expected are kept when the tape passes them. So after a resume every shard is read once, whatever the
-    order in which its rows are asked for.
+    Rows that are expected are kept when the tape passes them. So after a resume all that waits in a shard is found in one
+    reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
     """
 
     def __init__(self, source: Streamed) -> None:
