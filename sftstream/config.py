@@ -32,12 +32,13 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Share that is drawn from here, relative to the other weights. Without weights sources are drawn in proportion to
     their size, so that they end an epoch together. Weights are given for all sources or for none."""
     repeat: float = 1.0
-    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch."""
+    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch. Where it is
+    streamed, half of its shards."""
     shuffle: Shuffle | None = None
     """For this source other than `data.shuffle`."""
     streaming: bool = False
-    """Read shard by shard as `datasets` streams them, for what is too large to be fetched or indexed. Rows come in the order of
-    their shard; a resume reads the open shards again up to its place. Mixed with others it needs a weight."""
+    """Read forward, shard by shard, for what is too large to be fetched or indexed. Rows come in the order of their shard; a
+    resume reads the open shards again up to its place. Mixed with others it needs a weight."""
     digest: Literal["sampled", "full"] = "sampled"
     """What a resume knows of files above 256 MB: 128 evenly spread megabytes, or every byte, at 0.8 s a GB."""
 

@@ -9,9 +9,9 @@ import msgspec
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
-from sftstream.order import RowOrder, draws_of_stream, next_source
+from sftstream.order import RowOrder, draws_of_source, draws_of_stream, next_source
 from sftstream.records import Amount, Ref
-from sftstream.sources import FileSet, Reading, Tape
+from sftstream.sources import Reading, Tape
 from sftstream.state import Position, ShardPlace
 
 X = TypeVar("X")
@@ -37,11 +37,13 @@ class RowsState(Position, frozen=True, kw_only=True):
 class ByNumber:
     """One stream's way through a source whose rows can be read in any order."""
 
-    def __init__(self, order: RowOrder, source: int, stream: int, streams: int, passes: float | None) -> None:
-        self.rows = order.rows
+    def __init__(self, shards: Sequence[int], config: DataConfig, source: int, stream: int) -> None:
+        self.rows = sum(shards)
         self.drawn = 0
-        self._order, self._source, self._stream, self._streams = order, source, stream, streams
-        self._limit = None if passes is None else draws_of_stream(int(order.rows * passes), stream, streams)
+        self._source, self._stream, self._streams = source, stream, config.streams
+        self._order = RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]))
+        draws = _draws(config, source, self.rows)
+        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
 
     @property
     def ended(self) -> bool:
@@ -65,14 +67,20 @@ class ByShard:
 
     rows = None
 
-    def __init__(self, tape: Tape, config: DataConfig, source: int, stream: int, passes: float | None) -> None:
+    def __init__(self, tape: Tape, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
         self.place = ShardPlace()
         self._tape, self._source, self._stream, self._streams = tape, source, stream, config.streams
         self._parts = -(-config.streams // tape.source.shards)
         shuffle = config.shuffle_of(config.sources[source])
         self._order = RowOrder((tape.source.shards * self._parts,), config.seed, source, bool(shuffle))
-        self._limit = None if passes is None else draws_of_stream(int(self._order.rows * passes), stream, self._streams)
+        draws = _draws(config, source, self._order.rows)
+        if draws == 0:
+            raise ValueError(
+                f"repeat = {config.sources[source].repeat} of source {source} takes none of its {tape.source.shards} shards, and "
+                "where a source is streamed shards are what is counted; raise it"
+            )
+        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
 
     @property
     def ended(self) -> bool:
@@ -108,16 +116,17 @@ Cursor = ByNumber | ByShard
 
 def open_cursors(config: DataConfig, reading: Reading, stream: int) -> list[Cursor]:
     """A stream's place in each source, at the beginning."""
-    return [_cursor(config, reading.sources[source], source, stream) for source in range(len(config.sources))]
+    return [
+        ByShard(opened, config, source, stream)
+        if isinstance(opened, Tape)
+        else ByNumber(opened.shards, config, source, stream)
+        for source, opened in enumerate(reading.sources)
+    ]
 
 
-def _cursor(config: DataConfig, opened: FileSet | Tape, source: int, stream: int) -> Cursor:
-    asked = config.sources[source]
-    passes = None if config.epochs is None else asked.repeat * config.epochs
-    if isinstance(opened, Tape):
-        return ByShard(opened, config, source, stream, passes)
-    order = RowOrder(opened.shards, config.seed, source, config.shuffle_of(asked))
-    return ByNumber(order, source, stream, config.streams, passes)
+def _draws(config: DataConfig, source: int, count: int) -> int | None:
+    """What all epochs take of a source that has `count`; None where there is no end."""
+    return None if config.epochs is None else draws_of_source(count, config.sources[source].repeat, config.epochs)
 
 
 class Rows(BaseNode[Drawn[Ref]]):

@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from sftstream.config import DataConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.identity import accepted_changes, identify
+from sftstream.order import draws_of_source
 from sftstream.packing import Packer, build_pack
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
@@ -212,7 +213,7 @@ class PackLoader:
         epochs, sizes = self.config.epochs, [size for size in self.corpus.sizes if size is not None]
         if epochs is None or len(sizes) < len(self.config.sources):
             return None
-        return sum(int(size * c.repeat * epochs) for size, c in zip(sizes, self.config.sources, strict=True))
+        return sum(draws_of_source(size, c.repeat, epochs) for size, c in zip(sizes, self.config.sources, strict=True))
 
     @property
     def exhausted(self) -> bool:

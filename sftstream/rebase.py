@@ -74,7 +74,7 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
             raise ValueError(
                 f"a change of {name} cannot be accepted, since the order of rows hangs on it; start a new run"
             )
-    if identity.streams != before.streams and any(source.shards for source in before.sources):
+    if identity.streams != before.streams and any(source.shards for source in (*before.sources, *identity.sources)):
         raise ValueError("a change of data.streams cannot be accepted where a source is streamed; start a new run")
     if missing := before.streams - len(saved.streams):
         raise ValueError(
@@ -193,6 +193,8 @@ def _reread(
             leftovers += [Leftover(segment, 0) for segment in _segments(item, config, stages)]
         except Refused as reason:
             refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
+        except RuntimeError as gone:
+            raise ValueError(f"a conversation that was read and waits must stay where it was: {gone}") from None
     rows = Rows(config, open_cursors(config, stages.reading, number))
     rows.reset(msgspec.to_builtins(stream))
     dry = not leftovers and rows.state_dict()["exhausted"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 # Before the libraries are imported: they read these once.
@@ -60,6 +63,17 @@ def config(tokenizer: str, corpus_path: str) -> DataConfig:
 @pytest.fixture(scope="session")
 def stages(config: DataConfig, encoder: ChatEncoder) -> Stages:
     return Stages(Reading(Corpus(config.sources)), encoder)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server on this machine that shows `tmp_path`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(tiny.WebFiles, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,8 @@ def _draw_sources(draw: random.Random, corpora: list[dict[str, Any]], finite: bo
         elif draw.random() < 0.2:
             source["shuffle"] = draw.choice([True, False, "shards"])
         if finite and draw.random() < 0.3:
-            source["repeat"] = draw.choice([0.5, 2, 1.7])
+            # Of a streamed source a half of one shard would be none, and says so.
+            source["repeat"] = draw.choice([1.5 if source.get("streaming") else 0.5, 2, 1.7])
     if draw.random() < 0.4 or any(source.get("streaming") for source in sources):
         for source in sources:
             source["weight"] = draw.choice([1, 2, 0.3])

@@ -11,7 +11,6 @@ import tiny
 
 from sftstream import DataConfig, DataState, PackLoader, describe, merge
 from sftstream.draw import ByNumber, Rows
-from sftstream.order import RowOrder
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +31,9 @@ def _config(tokenizer: str, files: list[str], sources: list[dict[str, Any]], **c
 
 def _drawn(config: DataConfig, draws: int) -> list[Counter[int]]:
     """What all streams together draw from each source in `draws` rows: shares alone, no conversation is read."""
-    orders = [RowOrder((size,), config.seed, source, True) for source, size in enumerate((40, 30, 20))]
     result = []
     for stream in range(config.streams):
-        rows = Rows(config, [ByNumber(order, i, stream, config.streams, None) for i, order in enumerate(orders)])
+        rows = Rows(config, [ByNumber((size,), config, i, stream) for i, size in enumerate((40, 30, 20))])
         rows.reset()
         counts: Counter[int] = Counter()
         for _ in range(draws // config.streams):

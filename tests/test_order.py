@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftstream.order import RowOrder, draws_of_stream, next_source, permute, round_keys
+from sftstream.order import RowOrder, draws_of_source, draws_of_stream, next_source, permute, round_keys
 
 
 def permutation(size: int, *words: int | str) -> list[int]:
@@ -94,6 +94,13 @@ def test_draws_of_all_streams_make_whole_epochs() -> None:
         count = draws_of_stream(rows * epochs, stream, streams)
         drawn += [order.at(stream + i * streams) for i in range(count)]
     assert sorted(drawn) == [(row, epoch) for row in range(rows) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "repeat", "epochs", "draws"), [(100, 0.29, 1, 29), (100, 0.57, 100, 5700), (7, 1.5, 1, 10), (3, 0.3, 1, 0)]
+)
+def test_a_fractional_repeat_counts_as_it_is_written(rows: int, repeat: float, epochs: int, draws: int) -> None:
+    assert draws_of_source(rows, repeat, epochs) == draws
 
 
 def test_a_stream_that_gets_no_draw_has_none() -> None:

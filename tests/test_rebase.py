@@ -127,6 +127,38 @@ def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path:
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, r"row \d+ of '.*rows.jsonl' is no longer there"),
+        ({"streaming": True}, r"rows.jsonl\[\d+\] is no longer there"),
+    ],
+)
+def test_what_waits_cannot_be_taken_away(config: DataConfig, changes: dict[str, Any], said: str) -> None:
+    source = msgspec.structs.replace(config.sources[0], shuffle=False, **changes)
+    config = msgspec.structs.replace(config, sources=(source,))
+    _, state = _taken(config, 4)
+    tiny.write_jsonl(Path(source.path), tiny.rows(2))
+    with pytest.raises(ValueError, match=f"a conversation that was read and waits must stay where it was: .*{said}"):
+        PackLoader(_changed(config, ["data.sources[0]"]), state=state)
+
+
+def test_a_streamed_source_is_not_added_together_with_another_number_of_streams(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    weighted = msgspec.structs.replace(config.sources[0], weight=1)
+    config = msgspec.structs.replace(config, sources=(weighted,))
+    _, state = _taken(config, 16)
+    more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.rows(10, seed=5))
+    added = msgspec.structs.replace(weighted, path=more, streaming=True, shuffle="shards")
+    changed = _changed(config, ["data"], sources=(weighted, added), streams=8)
+    with pytest.raises(ValueError, match=r"a change of data.streams cannot be accepted where a source is streamed"):
+        PackLoader(changed, state=state)
+    loader = PackLoader(_changed(changed, ["data"], streams=4), state=state)
+    seen = Counter(segment.row for pack in loader for segment in pack.segments if segment.source == 1)
+    assert seen == dict.fromkeys(range(10), 2)
+
+
 @pytest.mark.parametrize(("field", "value"), [("seed", 5), ("shuffle", False)])
 def test_what_the_order_hangs_on_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
     _, state = _taken(config, 16)

@@ -19,7 +19,8 @@ import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sftstream import SourceConfig
-from sftstream.sources import compressed, remote
+from sftstream.records import Ref
+from sftstream.sources import Streamed, Tape, compressed, remote
 from sftstream.sources.corpus import FileSet
 
 ROWS = [{"n": number, "text": "ä" * number} for number in range(50)]
@@ -303,6 +304,22 @@ def test_a_server_that_fails_is_refused_by_its_words(bucket: Bucket, monkeypatch
     assert refusal("bucket://a.jsonl") == "bucket:///a.jsonl cannot be fetched: Access Denied"
     monkeypatch.setattr(Bucket, "isfile", refuse)
     assert refusal("bucket://a.jsonl") == "source 'bucket://a.jsonl' cannot be read: Access Denied"
+
+
+def test_a_large_file_of_a_web_server_that_gives_no_parts_is_fetched(tmp_path: Path, web: str) -> None:
+    rows = [{"n": number, "text": "x" * 1_000_000} for number in range(20)]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert read_all(opened(f"{web}/a.jsonl")) == rows
+
+
+def test_a_connection_that_breaks_is_one_line_that_names_the_file(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(PLAIN)
+    monkeypatch.setattr(tiny.WebFiles, "copyfile", lambda _, source, out: out.write(source.read(100)))
+    assert refusal(f"{web}/a.jsonl").startswith(f"{web}/a.jsonl cannot be fetched: Response payload is not completed")
+    with pytest.raises(ValueError, match=f"{web}/a.jsonl cannot be read: Response payload is not completed"):
+        Tape(Streamed(SourceConfig(path=f"{web}/a.jsonl", streaming=True))).read(Ref(0, 3, 0))
 
 
 def test_a_url_with_a_query_is_of_the_kind_that_its_path_says() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import tiny
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
 from sftstream.draw import Rows, open_cursors
 from sftstream.records import Ref
-from sftstream.sources import Corpus, Reading, Streamed, Tape
+from sftstream.sources import BrokenRow, Corpus, FileSet, Reading, Streamed, Tape
 from sftstream.sources.forward import Row, RowsFrom
 
 ROWS = tiny.rows(30)
@@ -175,6 +177,18 @@ def test_other_shards_and_workers_go_on_with_the_same_packs(path: str, tokenizer
     assert tiny.digests(PackLoader(config, state=state)) == whole[4:]
 
 
+def test_workers_read_from_a_web_server_what_this_process_reads(tmp_path: Path, tokenizer: str, web: str) -> None:
+    write_jsonl(tmp_path)
+    config = configured(tokenizer, f"{web}/[0-9].jsonl", streams=3)
+    whole = tiny.digests(PackLoader(config))
+    loader = PackLoader(config, workers=2)
+    begun = tiny.digests(tiny.take(loader, 5))
+    state = loader.state_dict()
+    loader.close()
+    assert begun + tiny.digests(PackLoader(config, state=state, workers=1)) == whole
+    assert len(drawn(config)) == 60
+
+
 class Watched(Streamed):
     """Counts what is read of each shard."""
 
@@ -248,6 +262,12 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
     assert sorted(per_shard.values(), key=max) == [{1}, {1}, {2}, {2}, {2}]
 
 
+def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise it"):
+        PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
+    assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
+
+
 def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) -> None:
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(b"" if number % 2 else tiny.json_lines(ROWS[:3]))
@@ -288,6 +308,35 @@ def test_a_bad_row_in_the_middle_is_refused_by_place(
     assert [segment.row for pack in packs for segment in pack.segments] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b'q,a\n1,2\n\xff,3\n"c"x,"b\nd",e\n4,5\n'),
+        ("a.csv", b'\xef\xbb\xbf\n\r\nq,a\r\n\n"two\r\nlines",2\r\n\n3,4'),
+        ("a.csv", b'q,a\n1,2\n3,"4\n5,6\n'),
+        ("a.jsonl", b"[1]\n[2]\n"),
+        ("a.jsonl", b'\xef\xbb\xbf\r\n{"q": 1}\r\n \n{"q"\n{"q": "\xff"}\n2'),
+        ("a.json", b'\xef\xbb\xbf \n[{"q": 1},\n{"q": "\xff"}, 2]\n'),
+    ],
+)
+def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    by_number = FileSet(SourceConfig(path=str(tmp_path)))
+    tape = Tape(Streamed(SourceConfig(path=str(tmp_path), streaming=True)))
+    rows = [or_broken(partial(by_number.read, row)) for row in range(len(by_number))]
+    assert [or_broken(partial(tape.read, Ref(0, row, 0))) for row in range(len(rows))] == rows
+    assert not tape.reaches(Ref(0, len(rows), 0))
+
+
+def or_broken(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except BrokenRow:
+        return BrokenRow
+
+
 def test_rows_need_not_have_the_same_columns(tmp_path: Path, tokenizer: str) -> None:
     """As `datasets` streams them, the first shard decides what the others may hold."""
     (tmp_path / "0.jsonl").write_bytes(tiny.json_lines([{"prompt": "a", "completion": "b"}]))
@@ -310,6 +359,18 @@ def test_a_shard_that_changes_in_the_middle_of_a_run_stops_it_by_name(path: str,
     next(loader)
     (Path(path) / "4.jsonl").write_bytes(tiny.json_lines(ROWS[:6]))
     with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore it, or start again"):
+        list(loader)
+
+
+def test_a_shard_that_is_cut_at_a_rows_border_while_it_is_read_stops_the_run_by_name(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    shard = tmp_path / "0.jsonl"
+    shard.write_bytes(tiny.json_lines(tiny.rows(400)))
+    loader = PackLoader(configured(tokenizer, str(tmp_path), streams=1, epochs=1))
+    next(loader)
+    os.truncate(shard, len(tiny.json_lines(tiny.rows(400)[:200])))
+    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore it, or start again"):
         list(loader)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def write_parquet(path: Path, content: Sequence[Row]) -> str:
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(content)), path, compression="none")
     return str(path)
+
+
+class WebFiles(SimpleHTTPRequestHandler):
+    """Files of a directory, each whole or not at all: this server cannot give a part of one."""
+
+    def log_message(self, *_: Any) -> None:
+        """Tests say nothing."""
 
 
 def data_config(tokenizer: str | dict[str, str], *paths: str, **changes: Any) -> DataConfig:

@@ -288,7 +288,7 @@ class Run:
 
     def _say_where(self) -> None:
         run, parameters = self.config.run, sum(p.numel() for p in self.model.parameters())
-        rows = f" on {self.total_rows:,} conversations" if self.total_rows else ""
+        rows = f" on {self.total_rows:,} conversations in all epochs" if self.total_rows else ""
         self.display.say(f"{run.directory}: a Llama of {parameters:,} parameters{rows}; {self.topology.describe()}")
         for step, reason in self.saves.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")

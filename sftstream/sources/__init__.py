@@ -1,4 +1,4 @@
-"""Where conversations come from: any row of any file, by number."""
+"""Where conversations come from: rows of files, any of them by number, or one after the other where a source is streamed."""
 
 from sftstream.sources.corpus import Corpus, FileSet, Reading
 from sftstream.sources.rows import BrokenRow, FileIdentity, RowFile

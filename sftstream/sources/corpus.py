@@ -20,6 +20,7 @@ class FileSet:
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
         self.shards = tuple(len(file) for file in self.files)
+        self._path = source.path
         self._columns = source.columns
         self._ends = list(accumulate(self.shards))
         if not len(self):
@@ -42,6 +43,8 @@ class FileSet:
         return file.place(local)
 
     def _locate(self, row: int) -> tuple[RowFile, int]:
+        if row >= len(self):
+            raise RuntimeError(f"row {row} of {self._path!r} is no longer there: it has {len(self)} rows; restore it")
         index = bisect_right(self._ends, row)
         return self.files[index], row - (self._ends[index - 1] if index else 0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import FileIO
 from itertools import chain
 from typing import Any
@@ -27,7 +28,7 @@ class Delimited:
         self._stored = stored
         self._delimiter = delimiter
         self._spans = Spans(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
-        self._columns = self._header()
+        self._columns = header(self._spans.head().removeprefix(BOM), delimiter, stored.shown)
 
     @property
     def identity(self) -> FileIdentity:
@@ -38,13 +39,10 @@ class Delimited:
 
     def read(self, row: int) -> dict[str, str]:
         try:
-            cells = self._cells(self._spans.read(row))
-        except (csv.Error, UnicodeDecodeError) as error:
+            return record(self._spans.read(row), self._delimiter, self._columns, self, row)
+        except BrokenRow:
             self._spans.require_lines(row)
-            raise BrokenRow(f"{self.place(row)} is not CSV: {error}") from None
-        if len(cells) != len(self._columns):
-            self._spans.require_lines(row)
-        return record(self._columns, cells, self, row)
+            raise
 
     def place(self, row: int) -> str:
         return self._spans.place(row)
@@ -52,31 +50,32 @@ class Delimited:
     def __reduce__(self) -> tuple[Any, ...]:
         return Delimited, (self._stored, self._delimiter)
 
-    def _header(self) -> list[str]:
-        try:
-            columns = self._cells(self._spans.head().removeprefix(BOM))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{self._stored.shown} has no readable header: {error}") from None
-        return header(self._stored.shown, columns)
 
-    def _cells(self, record: bytes) -> list[str]:
-        """The cells of one record, with blank lines around it."""
-        text = record.decode().strip("\r\n")
-        return next(csv.reader([text], delimiter=self._delimiter, strict=True), [])
-
-
-def header(shown: str, columns: list[str]) -> list[str]:
+def header(text: bytes, delimiter: str, shown: str) -> list[str]:
     """The names of the columns; raises ValueError where they are none."""
+    try:
+        columns = _cells(text, delimiter)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown} has no readable header: {error}") from None
     if "" in columns or len(set(columns)) < len(columns):
         raise ValueError(f"{shown} has a header {columns}, in which a name is missing or comes twice")
     return columns
 
 
-def record(columns: list[str], cells: list[str], file: Placed, row: int) -> dict[str, str]:
-    """Raises `BrokenRow` where there are more cells than columns, or fewer."""
+def record(text: bytes, delimiter: str, columns: list[str], file: Placed, row: int) -> dict[str, str]:
+    """Raises `BrokenRow`, also where there are more cells than columns, or fewer."""
+    try:
+        cells = _cells(text, delimiter)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BrokenRow(f"{file.place(row)} is not CSV: {error}") from None
     if len(cells) != len(columns):
         raise BrokenRow(f"{file.place(row)} has {len(cells)} cells, and the header names {len(columns)}")
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
+
+
+def _cells(text: bytes, delimiter: str) -> list[str]:
+    """The cells of one record, with blank lines around it."""
+    return next(csv.reader([text.decode().strip("\r\n")], delimiter=delimiter, strict=True), [])
 
 
 def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:
@@ -94,24 +93,28 @@ def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]
 
 
 def _records(file: FileIO, delimiter: str) -> Iterator[tuple[int, int]]:
-    """First byte and line of each record as Python's own reader finds them, and last the file's end."""
-    position = file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
+    """First byte and line of each record, and last the file's end."""
+    position, number = file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0), 0
+    for lines in divided(open(file.fileno(), "rb", closefd=False), delimiter):  # noqa: SIM115
+        if lines[0].strip(b"\r\n"):
+            yield position, number
+        position, number = position + sum(map(len, lines)), number + len(lines)
+    yield position, number
 
-    def lines() -> Iterator[str]:
-        nonlocal position
-        for line in open(file.fileno(), "rb", closefd=False):  # noqa: SIM115
-            position += len(line)
+
+def divided(lines: Iterable[bytes], delimiter: str) -> Iterator[list[bytes]]:
+    """The lines of each record as Python's own reader finds them; one of nothing is a blank line."""
+    taken: list[bytes] = []
+
+    def passing() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
             yield line.decode("latin-1")  # every border is one ASCII byte in UTF-8
 
-    reader = csv.reader(lines(), delimiter=delimiter)
+    reader = csv.reader(passing(), delimiter=delimiter)
     while True:
-        start, number = position, reader.line_num
-        try:
-            record = next(reader, None)
-        except csv.Error:
-            record = ["refused when it is read"]
-        if record is None:
-            yield start, number
-            return
-        if record:
-            yield start, number
+        with suppress(csv.Error):  # the record is refused when it is read
+            if next(reader, None) is None:
+                return
+        yield taken.copy()
+        taken.clear()

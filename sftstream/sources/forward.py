@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from io import BufferedReader, BytesIO, TextIOWrapper
+from io import BufferedReader, BytesIO
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,29 +14,30 @@ from pyarrow.parquet import ParquetFile
 
 from sftstream.sources.arrow import UNREADABLE, Batches, source_of
 from sftstream.sources.compressed import unpacking
-from sftstream.sources.delimited import header, record
+from sftstream.sources.delimited import divided, header, record
 from sftstream.sources.kinds import suffixes
 from sftstream.sources.place import Place
-from sftstream.sources.rows import BOM, UNDECODABLE, BrokenRow, Placed, decoded_json
+from sftstream.sources.remote import lost
+from sftstream.sources.rows import BOM, UNDECODABLE, Placed, decoded_json
 
 Row = Callable[[], Any]
 """Decodes a row that has come by; raises `BrokenRow`."""
 _BATCH = 1000
-"""RowsFrom of a Parquet file decoded at a time."""
+"""Rows of a Parquet file decoded at a time."""
 
 
 class RowsFrom(NamedTuple):
-    """RowsFrom in their order, and the number of the first."""
+    """Rows in their order, and the number of the first."""
 
     first: int
     rows: Iterator[Row]
 
 
 class _Shard(NamedTuple):
-    place_: Place
+    shown: str
 
     def place(self, row: int) -> str:
-        return f"{self.place_.shown}[{row}]"
+        return f"{self.shown}[{row}]"
 
 
 def read_forward(place: Place, at: int) -> RowsFrom:
@@ -47,14 +47,22 @@ def read_forward(place: Place, at: int) -> RowsFrom:
     """
     kind, packed = suffixes(place.name)
     file = unpacking(place.open(), packed) if packed else place.open()
-    return READERS[kind](file, _Shard(place), at)
+    return READERS[kind](file, _Shard(place.shown), at)
+
+
+def _json_lines(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
+    return RowsFrom(0, _lines(_past_bom(file), shard))
 
 
 def _json(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
+    array = _past_bom(file).peek(4096).lstrip().startswith(b"[")
+    return RowsFrom(0, _elements(file, shard) if array else _lines(file, shard))
+
+
+def _past_bom(file: BufferedReader) -> BufferedReader:
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
-    array = file.peek(4096).lstrip().startswith(b"[")
-    return RowsFrom(0, _elements(file, shard) if array else _lines(file, shard))
+    return file
 
 
 def _lines(file: Iterable[bytes], shard: Placed) -> Iterator[Row]:
@@ -72,29 +80,9 @@ def _elements(file: BufferedReader, shard: _Shard) -> Iterator[Row]:
 
 
 def _delimited(file: BufferedReader, shard: _Shard, _at: int, *, delimiter: str) -> RowsFrom:
-    reader = csv.reader(TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    columns = header(shard.place_.shown, next(reader, []))
-    return RowsFrom(0, _records(reader, columns, shard))
-
-
-def _records(reader: Iterator[list[str]], columns: list[str], shard: _Shard) -> Iterator[Row]:
-    row = 0
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield partial(_broken, f"{shard.place(row)} is not CSV: {error}")
-        else:
-            if cells is None:
-                return
-            if not cells:
-                continue
-            yield partial(record, columns, cells, shard, row)
-        row += 1
-
-
-def _broken(message: str) -> Any:
-    raise BrokenRow(message)
+    texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in divided(_past_bom(file), delimiter)))
+    columns = header(next(texts, b""), delimiter, shard.shown)
+    return RowsFrom(0, (partial(record, text, delimiter, columns, shard, row) for row, text in enumerate(texts)))
 
 
 def _parquet(file: BufferedReader, shard: _Shard, at: int) -> RowsFrom:
@@ -109,13 +97,13 @@ def _parquet(file: BufferedReader, shard: _Shard, at: int) -> RowsFrom:
 
 
 def _arrow(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
-    _, batches = source_of(shard.place_.shown, pa.PythonFile(_seekable(file), "r"))
+    _, batches = source_of(shard.shown, pa.PythonFile(_seekable(file), "r"))
     return RowsFrom(0, _in_batches(batches, shard, 0))
 
 
 def _in_batches(batches: Iterable[pa.RecordBatch], shard: _Shard, first: int) -> Iterator[Row]:
     for batch in batches:
-        rows = Batches(shard.place_.shown, batch.schema, [batch], first)
+        rows = Batches(shard.shown, batch.schema, [batch], first)
         for row in range(len(rows)):
             yield partial(rows.read, row)
         first += len(rows)
@@ -126,13 +114,16 @@ def _seekable(file: BufferedReader) -> Any:
 
 
 READERS: dict[str, Callable[[BufferedReader, _Shard, int], RowsFrom]] = {
-    ".jsonl": _json,
-    ".ndjson": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": partial(_delimited, delimiter=","),
     ".tsv": partial(_delimited, delimiter="\t"),
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-FAILURES = (*UNREADABLE, UnicodeDecodeError)
-"""What reading on raises where a file is damaged, or out of reach; and ValueError."""
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What reading on raises where a file is damaged, or out of reach."""
+    return *UNREADABLE, *lost(), ValueError

@@ -24,6 +24,13 @@ _VERSIONS = (
 _BLOCK = 8 << 20
 
 
+def lost() -> tuple[type[Exception], ...]:
+    """What is raised where a file is out of reach."""
+    import aiohttp  # takes a while to import, and is needed when something was raised
+
+    return OSError, aiohttp.ClientError
+
+
 def remote(url: str, *, full: bool = False) -> Place:
     """Raises ValueError where the scheme is unknown, or its package is not installed."""
     try:
@@ -37,10 +44,16 @@ def remote(url: str, *, full: bool = False) -> Place:
 class Remote:
     """A path of a filesystem."""
 
-    filesystem: Any
+    opened: Any
+    """The filesystem, as the process that resolved the path has it."""
     path: str
     full: bool = False
     """Huge files are known by every byte."""
+
+    @property
+    def filesystem(self) -> Any:
+        """As this process has it, once: the threads that many of them read by do not survive a fork."""
+        return type(self.opened)(*self.opened.storage_args, **self.opened.storage_options)
 
     @property
     def shown(self) -> str:
@@ -91,8 +104,13 @@ class Remote:
     def _told(self) -> tuple[int | None, list[Any]]:
         try:
             return self.mark()
-        except OSError as error:
+        except lost() as error:
             raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
+
+    @property
+    def _whole(self) -> dict[str, int]:
+        # A web server need not know how to give a part of a file.
+        return {"block_size": 0} if self.shown.startswith(("http://", "https://")) else {}
 
     def _files(self, found: Any) -> list[Place]:
         paths = sorted(info["name"] for info in found if info["type"] == "file")
@@ -102,11 +120,11 @@ class Remote:
     def _blocks(self, size: int | None) -> Iterator[bytes]:
         arrived = 0
         try:
-            with self.filesystem.open(self.path, "rb") as file:
+            with self.filesystem.open(self.path, "rb", **self._whole) as file:
                 while block := file.read(_BLOCK):
                     arrived += len(block)
                     yield block
-        except OSError as error:
+        except lost() as error:
             raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
         if size is not None and arrived != size:
             raise ValueError(f"{self.shown} arrived with {arrived:,} of {size:,} bytes; start again")

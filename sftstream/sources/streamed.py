@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sftstream.config import SourceConfig
-from sftstream.sources.forward import FAILURES, Row, RowsFrom, read_forward
+from sftstream.sources.forward import Row, RowsFrom, failures, read_forward
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known
 from sftstream.sources.place import Local, Place, require_whole
-from sftstream.sources.remote import remote
+from sftstream.sources.remote import lost, remote
 from sftstream.sources.resolve import Dataset, resolve
 from sftstream.sources.rows import FileIdentity, renamed
 
@@ -49,25 +49,33 @@ class Streamed:
 
     def open(self, shard: int, at: int) -> RowsFrom:
         """The rows of a shard, from `at` or earlier on; raises ValueError, or RuntimeError where it is no longer what it was."""
+        self._require_unchanged(shard)
         place = self._places[shard]
         try:
-            if place.mark() != self._marks[shard]:
-                raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
             first, rows = read_forward(place, at)
-        except (*FAILURES, ValueError) as error:
+        except failures() as error:
             raise ValueError(f"{place.shown} cannot be read: {error}") from None
-        return RowsFrom(first, _guarded(place, rows))
+        return RowsFrom(first, self._to_the_end(shard, rows))
 
     def decode(self, number: int, row: Row) -> Any:
         """The row of this number; raises `BrokenRow`."""
         return renamed(row(), self._source.columns, self, number)
 
+    def _to_the_end(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+        try:
+            yield from rows
+        except failures() as error:
+            raise ValueError(f"{self._places[shard].shown} cannot be read to its end: {error}") from None
+        self._require_unchanged(shard)  # a file that was cut at a row's border reads like a shorter one
 
-def _guarded(place: Place, rows: Iterator[Row]) -> Iterator[Row]:
-    try:
-        yield from rows
-    except (*FAILURES, ValueError) as error:
-        raise ValueError(f"{place.shown} cannot be read to its end: {error}") from None
+    def _require_unchanged(self, shard: int) -> None:
+        place = self._places[shard]
+        try:
+            mark = place.mark()
+        except lost() as error:
+            raise ValueError(f"{place.shown} cannot be read: {error}") from None
+        if mark != self._marks[shard]:
+            raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
 
 
 def _places(source: SourceConfig) -> list[Place]:

@@ -14,8 +14,8 @@ from sftstream.sources.streamed import Streamed
 class Tape:
     """Gives each row once. It is wound on to a row that lies ahead; a shard of which a row lies behind is begun again.
 
-    Rows that are expected are kept when the tape passes them. So after a resume every shard is read once, whatever the
-    order in which its rows are asked for.
+    Rows that are expected are kept when the tape passes them. So after a resume all that waits in a shard is found in one
+    reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
     """
 
     def __init__(self, source: Streamed) -> None:
@@ -23,11 +23,12 @@ class Tape:
         self._rows: Iterator[Row] = iter(())
         self._shard = self._next = -1
         self._kept: dict[Ref, list[Any]] = {}
-        self._expected: dict[int, list[Ref]] = {}
+        self._expected: dict[int, dict[int, list[Ref]]] = {}  # by shard, there by place
 
     def expect(self, ref: Ref) -> None:
         """This row was read before, and will be asked for again, as often as this says so."""
-        self._expected.setdefault(ref.row, []).append(ref)
+        shard, index = self.source.locate(ref.row)
+        self._expected.setdefault(shard, {}).setdefault(index, []).append(ref)
 
     def reaches(self, ref: Ref) -> bool:
         """Whether there is such a row: its shard may have ended before."""
@@ -48,17 +49,17 @@ class Tape:
 
     def _wind(self, ref: Ref) -> None:
         shard, index = self.source.locate(ref.row)
-        wanted_here = [index, *(at for its, at in map(self.source.locate, self._expected) if its == shard)]
+        expected = self._expected.get(shard, {})
+        first, last = min([index, *expected]), max([index, *expected])
         if shard != self._shard or index < self._next:
             self._shard = shard
-            self._next, self._rows = self.source.open(shard, min(wanted_here))
-        while self._next <= max(wanted_here) and (row := next(self._rows, None)) is not None:
-            number = self.source.number(shard, self._next)
-            wanted = self._expected.pop(number, [])
-            if number == ref.row and ref not in wanted:  # those may be of another epoch
+            self._next, self._rows = self.source.open(shard, first)
+        while self._next <= last and (row := next(self._rows, None)) is not None:
+            wanted = expected.pop(self._next, [])
+            if self._next == index and ref not in wanted:  # those may be of another epoch
                 wanted.append(ref)
             if wanted:
-                content = self._decoded(number, row)
+                content = self._decoded(self.source.number(shard, self._next), row)
                 for one in wanted:
                     self._kept.setdefault(one, []).append(content)
             self._next += 1
