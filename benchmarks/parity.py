@@ -221,22 +221,23 @@ def price_of_determinism(shape: LlamaConfig, topology: Topology, capacity: int) 
     )
 
 
-def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: int) -> None:
+WAYS = [{"weights_dtype": w, "recompute": r} for w in ("float32", "bfloat16") for r in ("none", "selective", "full")]
+
+
+def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: int, *planned: float) -> None:
+    """`planned`: GiB in each of `WAYS`."""
     print("| weights | recompute | planned, GiB | held at most, GiB | step, relative |")
     print("|---|---|---|---|---|")
     packs, first = random_packs(shape, capacity, 8), 0.0
-    for weights in ("float32", "bfloat16"):
-        for recompute in ("none", "selective", "full"):
-            ways = {"weights_dtype": weights, "recompute": recompute}
-            planned = _planned(shape, capacity, ways)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            trial = Trial(shape, topology, capacity, **ways)
-            seconds = statistics.median([trial.step(pack) for pack in packs][2:])
-            held = torch.cuda.max_memory_allocated() / 2**30
-            first = first or seconds
-            print(f"| {weights} | {recompute} | {planned:.2f} | {held:.2f} | {seconds / first:.2f} |")
-            del trial
+    for way, size in zip(WAYS, planned, strict=True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        trial = Trial(shape, topology, capacity, **way)
+        seconds = statistics.median([trial.step(pack) for pack in packs][2:])
+        held = torch.cuda.max_memory_allocated() / 2**30
+        first = first or seconds
+        print(f"| {way['weights_dtype']} | {way['recompute']} | {size:.2f} | {held:.2f} | {seconds / first:.2f} |")
+        del trial
 
 
 def _planned(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
@@ -245,7 +246,7 @@ def _planned(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
     return sum(plan(parse_config(tables), shape, 1).memory.values()) / 2**30
 
 
-def _alone(_: int, work: Callable[..., None], arguments: list[int]) -> None:
+def _alone(_: int, work: Callable[..., None], arguments: list[float]) -> None:
     with distributed("auto", ParallelConfig()) as topology:
         work(ONE_B, topology, *arguments)
 
@@ -280,7 +281,8 @@ def main() -> None:
         (one_b_parity,),
         (compiled_without_recompiles, CAPACITY_OF_A_GPU),
         (price_of_determinism, CAPACITY_OF_A_GPU),
-        (plans_and_what_was_held, CAPACITY_OF_A_GPU),
+        # Planned here: a plan pretends to be of a process group, and a trial is of one.
+        (plans_and_what_was_held, CAPACITY_OF_A_GPU, *(_planned(ONE_B, CAPACITY_OF_A_GPU, way) for way in WAYS)),
     ):
         print(flush=True)
         mp.spawn(_alone, (work, arguments), nprocs=1)  # by itself: what one holds or compiles is not the next one's

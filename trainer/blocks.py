@@ -38,12 +38,18 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
     if compiled:
         # Else the compiler picks among kernels by the clock, and another pick sums in another order.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
+        model.register_forward_pre_hook(_expect_any_borders)
         # Under tensor parallelism this may still be on its way, as a class of tensor whose gradient compiled code loses.
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output.clone())
 
 
 def _replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     module.forward = wrap(module.forward)
+
+
+def _expect_any_borders(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Compiled code hands the borders on to attention; torch 2.11 takes their number for a part of it otherwise."""
+    torch._dynamo.maybe_mark_dynamic(inputs[2].cu_seqlens, 0)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
