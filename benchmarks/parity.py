@@ -6,6 +6,7 @@ Families over ranks on a CPU with gloo. Then, where there is a GPU, a Llama of 1
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -214,6 +215,7 @@ def price_of_determinism(shape: LlamaConfig, topology: Topology, capacity: int) 
             medians[wanted] = statistics.median([trial.step(pack) for pack in packs][2:])
             ends.append([parameter.detach().clone().cpu() for parameter in trial.model.parameters()])
         del trial
+        gc.collect()  # modules and hooks hold one another
     equal = all(torch.equal(a, b) for a, b in zip(ends[1], ends[2], strict=True))
     print(
         f"Deterministic: {len(packs)} steps twice give {'the same' if equal else 'OTHER'} bits, at "
@@ -238,6 +240,7 @@ def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: in
         first = first or seconds
         print(f"| {way['weights_dtype']} | {way['recompute']} | {size:.2f} | {held:.2f} | {seconds / first:.2f} |")
         del trial
+        gc.collect()  # modules and hooks hold one another
 
 
 def _planned(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
