@@ -167,7 +167,7 @@ class TracedTemplate:
         self._template = template
         environment = template.environment.overlay()
         environment.concat = _joined
-        environment.filters = {**environment.filters, "trim": _trim, "string": _string, "tojson": _to_json(environment)}
+        environment.filters = {**environment.filters, "trim": _trim, "string": _shown, "tojson": _to_json(environment)}
         environment.tests = {**environment.tests, **{name: _is(name, environment) for name in ("string", "mapping")}}
         environment.tests |= {name: _is_iterable(environment.tests[name]) for name in ("iterable", "sequence")}
         code = environment.compile(template.text)
@@ -226,11 +226,7 @@ def _joined(items: Iterable[Any]) -> Any:
 
 
 def _trim(value: Any, characters: str | None = None) -> Any:
-    return value.strip(characters) if isinstance(value, Word) else _shown(value).strip(characters)
-
-
-def _string(value: Any) -> Any:
-    return _shown(value)
+    return _shown(value).strip(characters)
 
 
 def _to_json(environment: Any) -> Callable[..., Any]:
