@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -79,9 +79,13 @@ class Tokenizer:
         """What fills the untrained tail of a pack."""
         return next(i for i in (self.hf.pad_token_id, self.hf.eos_token_id, 0) if i is not None)
 
+    @cached_property
+    def _description(self) -> str:
+        return str(self._backend.to_str())
+
     def json(self) -> str:
         """All that decides the ids: how text is divided, what the template's variables say, what fills a pack."""
-        return json.dumps([self._backend.to_str(), self.variables, self.pad_id], sort_keys=True)
+        return json.dumps([self._description, self.variables, self.pad_id], sort_keys=True)
 
     def encode(self, rendered: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
@@ -153,9 +157,15 @@ class Tokenizer:
             raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
         if backend == "huggingface" or found is None or self._byte_lengths is None:
             return None
+
+        @cache
+        def reference() -> Any:
+            # Another than `_backend`, which changes its mind about special tokens from text to text while a thread compares.
+            return self._backend.from_str(self._description)
+
         return FastTokenizer(
-            self._backend.to_str(),
-            lambda text: self._backend.encode(text, add_special_tokens=False).ids,
+            self._description,
+            lambda text: reference().encode(text, add_special_tokens=False).ids,
             list(fast_tokenizer.probes(self.special)),
             required=backend == "fastokens",
         )
