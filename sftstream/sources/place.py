@@ -45,8 +45,8 @@ class Place(Protocol):
     def mark(self) -> object:
         """What is another when the file has changed, and is had without reading it; raises OSError."""
 
-    def identity(self) -> FileIdentity:
-        """What tells the file's content from another, had without fetching it; raises ValueError where nothing does."""
+    def known(self) -> tuple[object, FileIdentity]:
+        """Its `mark`, and what tells its content from another, without fetching it; raises ValueError where nothing does."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class Local:
     def mark(self) -> Seal:
         return sealed(self.path.stat())
 
-    def identity(self) -> FileIdentity:
-        return self.stored().identity
+    def known(self) -> tuple[Seal, FileIdentity]:
+        read = self.stored()
+        return read.seal, read.identity
 
 
 def require_whole(directory: str, names: list[str]) -> None:

@@ -93,13 +93,13 @@ class Remote:
         info = self.filesystem.info(self.path)
         return info.get("size"), [info.get(name) for name in _VERSIONS]
 
-    def identity(self) -> FileIdentity:
-        size, version = self._told()
+    def known(self) -> tuple[object, FileIdentity]:
+        size, version = mark = self._told()
         if size is None or not any(version):
             raise ValueError(
                 f"nothing tells {self.shown} from another version of it, so that a resume could not be exact; leave out streaming"
             )
-        return FileIdentity(name=self.name, size=size, sha256=derived(*version))
+        return mark, FileIdentity(name=self.name, size=size, sha256=derived(*version))
 
     def _told(self) -> tuple[int | None, list[Any]]:
         try:

@@ -26,8 +26,9 @@ class Streamed:
     def __init__(self, source: SourceConfig) -> None:
         self._source = source
         self._places = _places(source)
-        self._marks = [place.mark() for place in self._places]
-        self.identities: tuple[FileIdentity, ...] = tuple(place.identity() for place in self._places)
+        known = [place.known() for place in self._places]
+        self._marks = [mark for mark, _ in known]
+        self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in known)
 
     @property
     def shards(self) -> int:
