@@ -117,10 +117,8 @@ def _memory(config: TrainConfig, shape: LlamaConfig, sharded: Held, gathered: He
 def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) -> int:
     """Elements that a pack's forward pass keeps for its backward pass, and one layer's that are computed again."""
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
-    row, whole_row = (
-        shape.hidden_size // tp,
-        shape.hidden_size,
-    )  # between layers tokens are shared out, inside heads are
+    # Between layers tokens are shared out, inside heads are.
+    row, whole_row = shape.hidden_size // tp, shape.hidden_size
     projected = (heads + 2 * groups) * size // tp
     turned = (heads + groups) * size // tp
     attention = row + whole_row + projected + turned + heads * size // tp
