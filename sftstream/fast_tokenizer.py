@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
 
 import numpy as np
 from numpy.typing import NDArray
+
+REMEDY = "set data.tokenizer.backend = 'huggingface'"
 
 Ids = NDArray[np.int32]
 Reference = Callable[[str], Sequence[int]]
@@ -28,27 +30,29 @@ class FastTokenizer:
 
     It takes a second to load, which a thread does while others go on with the reference. Then it must agree with that on all
     `probes`. Texts of the run are compared as well; where one differs, RuntimeError is raised. `required` makes an error of a
-    probe that differs, which otherwise leaves everything to the reference.
+    probe that differs, or of a description that it cannot load, which otherwise leaves everything to the reference.
     """
 
-    def __init__(self, description: str, reference: Reference, probes: Sequence[str], *, required: bool) -> None:
+    def __init__(
+        self, description: str, reference: Reference, probes: Callable[[], Iterable[str]], *, required: bool
+    ) -> None:
         self._description = description
         self._reference = reference
         self._probes = probes
         self._required = required
         self._process = 0
         self._encode: Callable[[str], Ids] | None = None
-        self._differs: str | None = None
+        self._refused: str | None = None
         self._count = 0
 
     def __call__(self, text: str) -> Ids | None:
         """Ids of a text, special tokens in it recognized."""
         if self._encode is None:
-            if self._differs is not None and self._required:
-                raise RuntimeError(_difference(self._differs))
+            if self._refused is not None and self._required:
+                raise RuntimeError(self._refused)
             if self._process != os.getpid():  # of a fork, the thread stayed behind
                 self._process = os.getpid()
-                threading.Thread(target=self.load, daemon=True).start()
+                threading.Thread(target=self.load, name="fastokens").start()
             return None
         ids = self._encode(text)
         self._count += 1
@@ -57,25 +61,31 @@ class FastTokenizer:
         return ids
 
     def load(self) -> None:
-        """Load and certify."""
+        """Load and certify, unless the process ends before that: it would abort were a thread cut off in foreign code."""
         import fastokens
 
-        tokenizer = fastokens.Tokenizer.from_json_str(self._description)
+        try:
+            tokenizer = fastokens.Tokenizer.from_json_str(self._description)
+        except ValueError as error:
+            self._refused = f"{version()} cannot load this tokenizer: {error}; {REMEDY}"
+            return
 
         def encode(text: str) -> Ids:
             ids, _ = tokenizer.encode_batch_flat([text], False)
             return np.frombuffer(ids, np.int32)
 
-        self._differs = next(
-            (probe for probe in self._probes if encode(probe).tolist() != list(self._reference(probe))), None
-        )
-        if self._differs is None:
-            self._encode = encode
+        for probe in self._probes():
+            if not threading.main_thread().is_alive():
+                return
+            if encode(probe).tolist() != list(self._reference(probe)):
+                self._refused = _difference(probe)
+                return
+        self._encode = encode
 
 
 def _difference(text: str) -> str:
     shown = repr(text if len(text) <= 200 else f"{text[:200]}...")
-    return f"{version()} gives other ids than tokenizers for {shown}; set data.tokenizer.backend = 'huggingface'"
+    return f"{version()} gives other ids than tokenizers for {shown}; {REMEDY}"
 
 
 def probes(special: Sequence[str]) -> Iterator[str]:

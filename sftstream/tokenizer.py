@@ -166,7 +166,7 @@ class Tokenizer:
         return FastTokenizer(
             self._description,
             lambda text: reference().encode(text, add_special_tokens=False).ids,
-            list(fast_tokenizer.probes(self.special)),
+            lambda: fast_tokenizer.probes(self.special),
             required=backend == "fastokens",
         )
 

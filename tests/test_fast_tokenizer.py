@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def fast(tokenizer: str, *, required: bool = False, wrong: bool = False) -> Fast
         table = json.loads(description)
         table["model"]["merges"] = table["model"]["merges"][1:]
         description = json.dumps(table)
-    return FastTokenizer(description, lambda text: ids(loaded, text), list(probes(loaded.special)), required=required)
+    return FastTokenizer(description, lambda text: ids(loaded, text), lambda: probes(loaded.special), required=required)
 
 
 def waited(tokenizer: FastTokenizer, text: str) -> list[int]:
@@ -93,6 +95,36 @@ def test_after_a_fork_it_is_loaded_again(tokenizer: str) -> None:
     process.join()
 
 
+def test_a_process_may_end_while_it_is_compared(tokenizer: str) -> None:
+    program = f"""
+import itertools, threading
+from sftstream.fast_tokenizer import FastTokenizer
+from sftstream.tokenizer import Tokenizer
+backend = Tokenizer({tokenizer!r}).hf.backend_tokenizer
+comparing = threading.Event()
+def reference(text):
+    comparing.set()
+    return backend.encode(text, add_special_tokens=False).ids
+FastTokenizer(backend.to_str(), reference, lambda: itertools.repeat("north " * 500), required=False)("begin")
+comparing.wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_it_cannot_load_is_left_to_the_reference_or_an_error_where_it_is_asked_for() -> None:
+    for required in (False, True):
+        made = FastTokenizer("{}", lambda text: [0], lambda: [""], required=required)
+        made.load()
+        if required:
+            with pytest.raises(
+                RuntimeError, match=r"fastokens \S+ cannot load this tokenizer: .*backend = 'huggingface'"
+            ):
+                made("north")
+        else:
+            assert made("north") is None
+
+
 def test_one_that_differs_on_a_probe_is_not_used(tokenizer: str) -> None:
     made = fast(tokenizer, wrong=True)
     made.load()
@@ -118,7 +150,7 @@ def test_texts_of_the_run_are_compared_too(tokenizer: str, number: int) -> None:
         seen.append(text)
         return [0] if text == "odd" else ids(loaded, text)
 
-    made = FastTokenizer(loaded.hf.backend_tokenizer.to_str(), reference, [""], required=False)
+    made = FastTokenizer(loaded.hf.backend_tokenizer.to_str(), reference, lambda: [""], required=False)
     made.load()
     for _ in range(number - 1):
         made("north")
