@@ -17,11 +17,11 @@ from types import MappingProxyType
 import numpy as np
 
 from sftstream import ChatEncoder, Example, Refused, SourceConfig
+from sftstream.draw import Batch
 from sftstream.formats import conversation
 from sftstream.packing import Packer, PackerConfig
-from sftstream.records import Ref
+from sftstream.records import Amount, Ref
 from sftstream.sources.corpus import FileSet
-from sftstream.stream import Drawn
 
 CAPACITIES = (2048, 4096, 8192)
 ROWS = 20_000
@@ -36,11 +36,22 @@ class Lengths:
     def reset(self, _state: object = None) -> None:
         self.at = 0
 
-    def __next__(self) -> Drawn[list[Example]]:
+    def __next__(self) -> Batch[list[Example]]:
         if self.at == len(self.lengths):
             raise StopIteration
         self.at += 1
-        return Drawn(Ref(0, self.at - 1, 0), [_example(self.lengths[self.at - 1])])
+        return Batch([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
+
+    wanted = 1
+
+    def account(self, source: int, amount: Amount) -> None:
+        """It is not mixed."""
+
+    def expect(self, ref: Ref) -> None:
+        """Nothing waits at the beginning."""
+
+    def examples(self, ref: Ref) -> list[Example]:
+        return [_example(self.lengths[ref.row])]
 
     def state_dict(self) -> dict[str, object]:
         return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": self.at == len(self.lengths)}
@@ -53,9 +64,8 @@ def _example(length: int) -> Example:
 def ours(lengths: list[int], capacity: int) -> int:
     """Packs that one stream plans in windows of 256."""
     config = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
-    packer = Packer(
-        Lengths(lengths), lambda ref: [_example(lengths[ref.row])], lambda _source, _amount: None, 0, config
-    )
+    rows = Lengths(lengths)
+    packer = Packer(rows, rows, rows, 0, config)
     packer.reset()
     packs = 0
     while not packer.state.dry:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -10,18 +11,26 @@ from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
 from sftstream.order import RowOrder, draws_of_source, draws_of_stream, next_source
-from sftstream.records import Amount, Ref
+from sftstream.records import Amount, Ref, Refused
 from sftstream.sources import Reading, Tape
 from sftstream.state import Position, ShardPlace
 
 X = TypeVar("X")
 
 
-class Drawn(NamedTuple, Generic[X]):
-    """What a stage made of the row at `ref`."""
+BATCH = 64
+"""Rows that go through the stages together, at most: a few hundred kilobytes."""
 
-    ref: Ref
-    value: X
+
+AHEAD = 256
+"""Rows whose order is computed at once."""
+
+
+class Batch(NamedTuple, Generic[X]):
+    """What a stage made of the rows at `refs`, or why they are not trained on."""
+
+    refs: list[Ref]
+    values: list[X | Refused]
 
 
 EPOCHS_WITHOUT_A_ROW = 20
@@ -44,6 +53,8 @@ class ByNumber:
         self._order = RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]))
         draws = _draws(config, source, self.rows)
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
+        self._ahead: list[tuple[int, int]] = []
+        self._ahead_from = 0
 
     @property
     def ended(self) -> bool:
@@ -53,9 +64,12 @@ class ByNumber:
         """There is nothing to find out."""
 
     def draw(self) -> Ref:
-        row, epoch = self._order.at(self._stream + self.drawn * self._streams)
+        at = self.drawn - self._ahead_from
+        if not 0 <= at < len(self._ahead):
+            self._ahead = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
+            self._ahead_from, at = self.drawn, 0
         self.drawn += 1
-        return Ref(self._source, row, epoch)
+        return Ref(self._source, *self._ahead[at])
 
 
 class ByShard:
@@ -71,6 +85,7 @@ class ByShard:
         self.drawn = 0
         self.place = ShardPlace()
         self._tape, self._source, self._stream, self._streams = tape, source, stream, config.streams
+        self._found, self._found_at = (0, 0), -1
         self._parts = -(-config.streams // tape.source.shards)
         shuffle = config.shuffle_of(config.sources[source])
         self._order = RowOrder((tape.source.shards * self._parts,), config.seed, source, bool(shuffle))
@@ -106,7 +121,10 @@ class ByShard:
         return ref
 
     def _next(self) -> Ref:
-        part, epoch = self._order.at(self._stream + self.place.shards * self._streams)
+        if self._found_at != self.place.shards:
+            self._found_at = self.place.shards
+            self._found = self._order.at(self._stream + self.place.shards * self._streams)
+        part, epoch = self._found
         first, shard = divmod(part, self._tape.source.shards)
         return Ref(self._source, self._tape.source.number(shard, first + self.place.rows * self._parts), epoch)
 
@@ -129,14 +147,19 @@ def _draws(config: DataConfig, source: int, count: int) -> int | None:
     return None if config.epochs is None else draws_of_source(count, config.sources[source].repeat, config.epochs)
 
 
-class Rows(BaseNode[Drawn[Ref]]):
-    """The rows of one logical stream in their order, mixed by counters."""
+class Rows(BaseNode[Batch[Ref]]):
+    """The rows of one logical stream in their order, mixed by counters.
+
+    `wanted` is how many are to be drawn before it is asked for its state. They come in batches; where what they turn out to
+    hold decides what is drawn next, one by one.
+    """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
         super().__init__()
         self._config = config
         self._cursors = cursors
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
+        self.wanted = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -148,17 +171,26 @@ class Rows(BaseNode[Drawn[Ref]]):
             if isinstance(cursor, ByShard):
                 cursor.place = state.places.get(source, ShardPlace())
 
-    def next(self) -> Drawn[Ref]:
-        self._enter_stage()
-        for cursor in self._cursors:
-            cursor.look()
-        source = self._next_source()
-        if source is None:
+    def next(self) -> Batch[Ref]:
+        most = min(self.wanted, BATCH) if self._config.mix_by == "conversations" else 1
+        refs = list(islice(self._refs(), most))
+        if not refs:
             raise StopIteration
-        ref = self._cursors[source].draw()
-        if self._config.mix_by == "conversations":
-            self._mixed[source] += 1
-        return Drawn(ref, ref)
+        return Batch(refs, list(refs))
+
+    def _refs(self) -> Iterator[Ref]:
+        """Row by row, until nothing is left."""
+        while True:
+            if self._config.stages:
+                self._enter_stage()
+            for cursor in self._cursors:
+                cursor.look()
+            source = self._next_source()
+            if source is None:
+                return
+            if self._config.mix_by == "conversations":
+                self._mixed[source] += 1
+            yield self._cursors[source].draw()
 
     def account(self, source: int, amount: Amount) -> None:
         """What the row just drawn turned out to hold: a mixture by tokens counts these."""
@@ -186,7 +218,10 @@ class Rows(BaseNode[Drawn[Ref]]):
         ended = [cursor.ended for cursor in self._cursors]
         if self._config.ends_with == "first" and any(ended):
             return None
-        return next_source(self._mixed, self._weights[self._stage], (i for i, end in enumerate(ended) if not end))
+        open_sources = [source for source, end in enumerate(ended) if not end]
+        if len(open_sources) < 2:
+            return next(iter(open_sources), None)
+        return next_source(self._mixed, self._weights[self._stage], open_sources)
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:

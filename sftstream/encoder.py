@@ -96,14 +96,34 @@ class ChatEncoder:
 
     def tokenize(self, draft: Draft) -> list[Example]:
         """Examples of its texts, by the policy for those that are too long; raises `Refused`."""
-        examples = [self.tokenizer.encode(text) for text in draft.texts]
+        (examples,) = self.tokenize_all([draft])
+        if isinstance(examples, Refused):
+            raise examples
+        return examples
+
+    def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
+        """The same of several drafts at once, or why not."""
+        encoded = iter(self.tokenizer.encode_all([text for draft in drafts for text in draft.texts]))
+        return [self._fitted(draft, [next(encoded) for _ in draft.texts]) for draft in drafts]
+
+    def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
+        examples = []
+        for example in encoded:
+            if isinstance(example, Refused):
+                return example
+            examples.append(example)
         if len(examples) > 1:
             return [_noted(example, "examples of single turns") for example in examples]
         if len(examples[0].tokens) <= self.policy.capacity or self.policy.overflow == "drop":
             return examples
-        if self.policy.overflow == "truncate":
-            return [self._truncated(draft.dialogue)]
-        return list(self._split(draft.dialogue))
+        try:
+            return (
+                [self._truncated(draft.dialogue)]
+                if self.policy.overflow == "truncate"
+                else list(self._split(draft.dialogue))
+            )
+        except Refused as refused:
+            return refused
 
     def render(self, dialogue: Conversation) -> Rendered:
         """Text and trained spans; raises `Refused`."""

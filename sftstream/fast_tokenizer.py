@@ -7,14 +7,26 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 REMEDY = "set data.tokenizer.backend = 'huggingface'"
 
-Ids = NDArray[np.int32]
 Reference = Callable[[str], Sequence[int]]
+
+
+class Ids(NamedTuple):
+    """Token ids of several texts, side by side: those of text `i` are `ids[offsets[i] : offsets[i + 1]]`."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def of(self, text: int) -> NDArray[np.int32]:
+        """Those of one of them."""
+        return self.ids[self.offsets[text] : self.offsets[text + 1]]
+
 
 FIRST, BETWEEN = 32, 512
 """Texts of a run that are compared: the first ones, and later one of so many."""
@@ -41,12 +53,12 @@ class FastTokenizer:
         self._probes = probes
         self._required = required
         self._process = 0
-        self._encode: Callable[[str], Ids] | None = None
+        self._encode: Callable[[Sequence[str]], Ids] | None = None
         self._refused: str | None = None
         self._count = 0
 
-    def __call__(self, text: str) -> Ids | None:
-        """Ids of a text, special tokens in it recognized."""
+    def __call__(self, texts: Sequence[str]) -> Ids | None:
+        """Ids of some texts, special tokens in them recognized."""
         if self._encode is None:
             if self._refused is not None and self._required:
                 raise RuntimeError(self._refused)
@@ -54,11 +66,16 @@ class FastTokenizer:
                 self._process = os.getpid()
                 threading.Thread(target=self.load, name="fastokens").start()
             return None
-        ids = self._encode(text)
-        self._count += 1
-        if (self._count <= FIRST or self._count % BETWEEN == 0) and ids.tolist() != list(self._reference(text)):
+        encoded = self._encode(texts)
+        for index, text in enumerate(texts):
+            self._count += 1
+            if self._count <= FIRST or self._count % BETWEEN == 0:
+                self._compare(text, encoded.of(index))
+        return encoded
+
+    def _compare(self, text: str, ids: NDArray[np.int32]) -> None:
+        if ids.tolist() != list(self._reference(text)):
             raise RuntimeError(_difference(text))
-        return ids
 
     def load(self) -> None:
         """Load and certify, unless the process ends before that: it would abort were a thread cut off in foreign code."""
@@ -70,14 +87,14 @@ class FastTokenizer:
             self._refused = f"{version()} cannot load this tokenizer: {error}; {REMEDY}"
             return
 
-        def encode(text: str) -> Ids:
-            ids, _ = tokenizer.encode_batch_flat([text], False)
-            return np.frombuffer(ids, np.int32)
+        def encode(texts: Sequence[str]) -> Ids:
+            ids, offsets = tokenizer.encode_batch_flat(texts, False)
+            return Ids(np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64))
 
         for probe in self._probes():
             if not threading.main_thread().is_alive():
                 return
-            if encode(probe).tolist() != list(self._reference(probe)):
+            if encode([probe]).ids.tolist() != list(self._reference(probe)):
                 self._refused = _difference(probe)
                 return
         self._encode = encode

@@ -232,7 +232,9 @@ def _call(call: Any, place: str) -> ToolCall:
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    value = _decoded(value) or ()
+    if not value:
+        return ()
+    value = _decoded(value)
     tools = [_decoded(tool) for tool in (value if _is_list(value) else [value])]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise Refused("bad tools", f"{_excerpt(value)} is not a list of tool definitions")
@@ -268,7 +270,8 @@ def _nested_within(levels: int, value: Any) -> bool:
         value = value.values()
     elif not _is_list(value):
         return True
-    return levels > 0 and all(isinstance(item, str) or _nested_within(levels - 1, item) for item in value)
+    inner = [item for item in value if not isinstance(item, str)]
+    return levels > 0 and all(_nested_within(levels - 1, item) for item in inner)
 
 
 def _is_list(value: Any) -> bool:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sftstream.config import Shuffle
 
 ROUNDS, SMALL, ROUNDS_OF_SMALL = 8, 256, 24
 """Below some 100 indices 8 rounds leave steps between neighbours up to 8 % likelier than others; 16 show nothing, 24 are safe."""
-_MASK = (1 << 64) - 1
+
+Integers = NDArray[np.int64]
+Words = NDArray[np.uint64]
 
 
 @lru_cache(maxsize=1024)
@@ -24,31 +27,42 @@ def round_keys(*words: int | str) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 
-def permute(index: int, size: int, keys: tuple[int, ...]) -> int:
-    """The place of `index` in a keyed permutation of `range(size)`: O(1) memory, O(1) time.
+def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
+    """The places of `indices` in a keyed permutation of `range(size)`: O(1) memory and time each.
 
     A Feistel network over Z_a x Z_b with a*b just above `size` (generalized as in Black and Rogaway, "Ciphers with
     Arbitrary Finite Domains", 2002); the few values in a*b that exceed `size` are walked along their cycle.
     """
     a = math.isqrt(size - 1) + 1 if size > 1 else 1
     b = -(-size // a)
-    rounds = ROUNDS_OF_SMALL if size < SMALL else ROUNDS
-    while True:
-        left, right = index % a, index // a
-        for i in range(0, rounds, 2):
-            left = (left + _mix(right, keys[i])) % a
-            right = (right + _mix(left, keys[i + 1])) % b
-        index = right * a + left
-        if index < size:
-            return index
+    places = indices.astype(np.uint64)
+    outside = np.full(len(places), True)
+    while outside.any():
+        places[outside] = _network(places[outside], np.uint64(a), np.uint64(b), size, keys)
+        outside = places >= np.uint64(size)
+    return places.astype(np.int64)
 
 
-def _mix(value: int, key: int) -> int:
+def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[int, ...]) -> Words:
+    left, right = values % a, values // a
+    for i in range(0, ROUNDS_OF_SMALL if size < SMALL else ROUNDS, 2):
+        left = (left + _mix(right, keys[i]) % a) % a
+        right = (right + _mix(left, keys[i + 1]) % b) % b
+    return right * a + left
+
+
+def _mix(values: Words, key: int) -> Words:
     # The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit.
-    value = (value * 0x9E3779B97F4A7C15 + key) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    values = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@lru_cache(maxsize=256)
+def permutation_of_few(size: int, keys: tuple[int, ...]) -> Integers:
+    """All places at once, where several streams share the few rows of an epoch."""
+    return permute(np.arange(size), size, keys)
 
 
 def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: Iterable[int]) -> int | None:
@@ -87,25 +101,35 @@ class RowOrder:
 
     def at(self, draw: int) -> tuple[int, int]:
         """`(row, epoch)` of a draw."""
-        epoch, place = divmod(draw, self.rows)
-        if self._shuffle == "shards":
-            return self._in_shards(place, epoch), epoch
-        if self._shuffle:
-            return permute(place, self.rows, round_keys("row", *self._words, epoch)), epoch
-        return place, epoch
+        return self.stretch(draw, 1, 1)[0]
 
-    def _in_shards(self, place: int, epoch: int) -> int:
+    def stretch(self, first: int, step: int, most: int) -> list[tuple[int, int]]:
+        """`(row, epoch)` of the draws `first`, `first + step`, ...: `most` of them, or as many as the epoch has."""
+        epoch, place = divmod(first, self.rows)
+        count = min(most, -(-(self.rows - place) // step))
+        rows = self._rows(np.arange(place, place + count * step, step), epoch)
+        return [(row, epoch) for row in rows.tolist()]
+
+    def _rows(self, places: Integers, epoch: int) -> Integers:
+        if self._shuffle == "shards":
+            return self._in_shards(places, epoch)
+        if not self._shuffle:
+            return places
+        keys = round_keys("row", *self._words, epoch)
+        return permutation_of_few(self.rows, keys)[places] if self.rows < SMALL else permute(places, self.rows, keys)
+
+    def _in_shards(self, places: Integers, epoch: int) -> Integers:
         if epoch != self._epoch:
             self._lay_out(epoch)
-        index = bisect_right(self._ends, place)
-        return self._starts[index] + place - self._ends[index] + self._sizes[index]
+        index = self._ends.searchsorted(places, "right")
+        rows: Integers = self._starts[index] + places - self._ends[index] + self._sizes[index]
+        return rows
 
     def _lay_out(self, epoch: int) -> None:
         """The shards in the order of an epoch: their sizes, where each begins in the source, where it ends in the epoch."""
-        count, keys = len(self._shards), round_keys("shard", *self._words, epoch)
-        order = [permute(i, count, keys) for i in range(count)]
-        starts = list(accumulate(self._shards, initial=0))
-        self._starts = [starts[shard] for shard in order]
-        self._sizes = [self._shards[shard] for shard in order]
-        self._ends = list(accumulate(self._sizes))
+        sizes = np.array(self._shards)
+        order = permute(np.arange(len(sizes)), len(sizes), round_keys("shard", *self._words, epoch))
+        self._starts = (sizes.cumsum() - sizes)[order]
+        self._sizes = sizes[order]
+        self._ends = self._sizes.cumsum()
         self._epoch = epoch

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
 from sftstream.order import permute, round_keys
@@ -51,29 +51,28 @@ def build_pack(
 ) -> Pack:
     """The examples side by side; what is free becomes a padding segment. The only place where labels are shifted."""
     lengths = [len(example.tokens) for example in examples]
-    padding = capacity - sum(lengths)
-    if padding:
-        lengths = [*lengths, padding]
-    pad = np.full(padding, pad_id, np.int32)
-    ignored = np.full(padding, IGNORE_INDEX, np.int64)
-    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    used = sum(lengths)
+    if used < capacity:
+        lengths.append(capacity - used)
+    borders = np.array([0, *accumulate(lengths)], np.int32)
+    ids = np.full(capacity, pad_id, np.int64)
+    trained = np.zeros(capacity, bool)
+    if examples:
+        np.concatenate([example.tokens for example in examples], out=ids[:used])
+        np.concatenate([example.loss_mask for example in examples], out=trained[:used])
+    trained[borders[:-1]] = False  # The first token of a segment follows nothing.
+    labels = np.full(capacity, IGNORE_INDEX, np.int64)
+    np.copyto(labels[:-1], ids[1:], where=trained[1:])
     return Pack(
-        input_ids=torch.from_numpy(np.concatenate([*(e.tokens for e in examples), pad]).astype(np.int64)),
-        labels=torch.from_numpy(np.concatenate([*map(_labels, examples), ignored])),
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.arange(capacity) - np.repeat(borders[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(borders),
         max_seqlen=max(lengths),
         segments=tuple(segments),
         refused=tuple(refused),
         last=last,
     )
-
-
-def _labels(example: Example) -> NDArray[np.int64]:
-    """The next token where that one is trained; the last token of a segment has none."""
-    labels = np.full(len(example.tokens), IGNORE_INDEX, np.int64)
-    labels[:-1] = np.where(example.loss_mask[1:], example.tokens[1:], IGNORE_INDEX)
-    return labels
 
 
 def window_size(window: int, windows: int, stream: int, streams: int) -> int:
@@ -97,6 +96,24 @@ class Reread(Protocol):
 
     def examples(self, ref: Ref) -> list[Example]:
         """Raises `Refused` where the source changed."""
+
+
+class Draws(Protocol):
+    """The node at which the graph begins."""
+
+    wanted: int
+
+    def account(self, source: int, amount: Amount) -> None:
+        """What a row that was drawn turned out to hold."""
+
+
+class Window(NamedTuple):
+    """What was read at once."""
+
+    segments: list[Segment]
+    refused: list[Refusal]
+    accepted: list[Amount]
+    """Of each source, together with what was read before."""
 
 
 class PackerConfig(NamedTuple):
@@ -123,14 +140,14 @@ class Packer(BaseNode[Pack]):
         self,
         source: BaseNode[Any],
         stages: Reread,
-        account: Callable[[int, Amount], None],
+        draws: Draws,
         stream: int,
         config: PackerConfig,
     ) -> None:
         super().__init__()
         self.source = source
         self._stages = stages
-        self._account = account
+        self._draws = draws
         self._stream = stream
         self._config = config
 
@@ -194,9 +211,9 @@ class Packer(BaseNode[Pack]):
     def _plan_window(self) -> list[Refusal]:
         """Read the next window and plan it together with the leftovers."""
         state = self.state
-        fresh, refused = self._read(window_size(self._config.window, state.windows, self._stream, self._config.streams))
+        read = self._read(window_size(self._config.window, state.windows, self._stream, self._config.streams))
         source = self.source.state_dict()
-        waiting = [*state.leftovers, *(Leftover(segment, 0) for segment in fresh)]
+        waiting = [*state.leftovers, *(Leftover(segment, 0) for segment in read.segments)]
         planned, left = self._plan(waiting, keep_all=source["exhausted"])
         self.state = msgspec.structs.replace(
             state,
@@ -205,44 +222,48 @@ class Packer(BaseNode[Pack]):
             planned=planned,
             leftovers=left,
             dry=not planned and not left and source["exhausted"],
-            refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in refused)),
-            notes=dict(sum((Counter(self._examples[segment].notes) for segment in fresh), Counter(state.notes))),
-            accepted=self._accepted(fresh),
+            refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in read.refused)),
+            notes=self._noted(read.segments),
+            accepted=tuple(read.accepted),
         )
-        return refused
+        return read.refused
 
-    def _accepted(self, fresh: list[Segment]) -> tuple[Amount, ...]:
-        accepted = list(self.state.accepted)
-        for segment in fresh:
-            accepted[segment.source] += _amount(self._examples[segment], conversations=segment.part == 0)
-        return tuple(accepted)
+    def _noted(self, segments: Sequence[Segment]) -> dict[str, int]:
+        notes = Counter(self.state.notes)
+        for segment in segments:
+            if found := self._examples[segment].notes:
+                notes.update(found)
+        return dict(notes)
 
-    def _read(self, size: int) -> tuple[list[Segment], list[Refusal]]:
-        fresh: list[Segment] = []
-        refused: list[Refusal] = []
+    def _read(self, size: int) -> Window:
+        read = Window([], [], list(self.state.accepted))
         in_a_row = 0
-        while len(fresh) < size:
+        while len(read.segments) < size:
+            self._draws.wanted = size - len(read.segments)
             try:
-                item = next(self.source)
+                batch = next(self.source)
             except StopIteration:
                 break
-            if not isinstance(item, Refusal):
-                item = _too_long(item.ref, item.value, self._config.capacity) or item
-            if isinstance(item, Refusal):
-                refused.append(item)
-                in_a_row += 1
-                self._check_hope(in_a_row, refused)
-            else:
-                fresh += self._keep(item.ref, item.value)
-                in_a_row = 0
-        return fresh, refused
+            for ref, value in zip(*batch, strict=True):
+                found = value if isinstance(value, Refused) else _too_long(value, self._config.capacity) or value
+                if isinstance(found, Refused):
+                    read.refused.append(Refusal.at(ref, found.reason, found.detail))
+                    in_a_row += 1
+                    self._check_hope(in_a_row, read.refused)
+                else:
+                    self._keep(ref, found, read)
+                    in_a_row = 0
+        return read
 
-    def _keep(self, ref: Ref, examples: list[Example]) -> Iterator[Segment]:
+    def _keep(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
         for part, example in enumerate(examples):
             segment = Segment(ref.source, ref.row, len(example.tokens), ref.epoch, part)
             self._examples[segment] = example
-            self._account(ref.source, _amount(example, conversations=part == 0))
-            yield segment
+            read.segments.append(segment)
+            # The first token of an example is never a target.
+            amount = Amount(int(part == 0), segment.length, int(np.count_nonzero(example.loss_mask[1:])))
+            read.accepted[ref.source] += amount
+            self._draws.account(ref.source, amount)
 
     def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""
@@ -275,21 +296,17 @@ class Packer(BaseNode[Pack]):
         if not self._config.shuffle:
             return packs
         keys = round_keys("window", self._config.seed, self._stream, self.state.windows)
-        return [packs[permute(i, len(packs), keys)] for i in range(len(packs))]
+        return [packs[place] for place in permute(np.arange(len(packs)), len(packs), keys).tolist()]
 
 
 def _position(rows: dict[str, Any]) -> dict[str, Any]:
     return msgspec.structs.asdict(msgspec.convert(rows, Position))
 
 
-def _amount(example: Example, *, conversations: bool) -> Amount:
-    # The first token of an example is never a target.
-    return Amount(int(conversations), len(example.tokens), int(example.loss_mask[1:].sum()))
-
-
-def _too_long(ref: Ref, examples: list[Example], capacity: int) -> Refusal | None:
-    longest = max(len(example.tokens) for example in examples)
-    if longest <= capacity:
-        return None
-    detail = f"{longest} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow"
-    return Refusal.at(ref, "longer than capacity", detail)
+def _too_long(examples: Sequence[Example], capacity: int) -> Refused | None:
+    for example in examples:
+        if len(example.tokens) > capacity:
+            length = len(example.tokens)
+            detail = f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow"
+            return Refused("longer than capacity", detail)
+    return None

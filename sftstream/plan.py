@@ -9,13 +9,15 @@ of the template, and no white space at their ends could be trimmed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 from itertools import accumulate
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 from sftstream.records import Conversation, Message, Rendered, Span
 from sftstream.template import REASONING_KEYS, ChatTemplate, template_message
-from sftstream.trace import Guard, Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
+from sftstream.trace import Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
 from sftstream.turns import Form, Turn
 
 STRIPPED: Op = ("strip", (None,))
@@ -26,6 +28,7 @@ PLANS = 8
 """Plans of a shape, one for each way in which its conversations answer."""
 
 Shape = tuple[Any, ...]
+Printer = Callable[[Any], Any]
 
 
 class Place(NamedTuple):
@@ -40,9 +43,19 @@ class Slot(NamedTuple):
 
     piece: int
     number: int
-    ops: tuple[Op, ...]
+    printed: Printer | None
+    """What is done to it, if anything."""
     loose: bool
     """White space at its ends would be printed."""
+
+
+class Condition(NamedTuple):
+    """What a value must be like for the plan to hold."""
+
+    number: int
+    printed: Printer | None
+    ask: Callable[[Any], Any]
+    answer: bool
 
 
 class Plan(NamedTuple):
@@ -53,7 +66,7 @@ class Plan(NamedTuple):
     slots: tuple[Slot, ...]
     silent: tuple[int, ...]
     """Values that are not printed: ids in most templates, earlier thoughts in some."""
-    guards: tuple[Guard, ...]
+    conditions: tuple[Condition, ...]
     spans: tuple[tuple[Place, Place], ...]
 
 
@@ -65,14 +78,14 @@ class Planner:
         self._to_json: Any = template.environment.filters["tojson"]
         alien = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
         self._alien = re.compile("|".join(map(re.escape, sorted(alien))))
-        self._beginnings = {text[:2] for text in alien}
+        self._beginnings = {first: _beginning(first, alien) for first in {text[0] for text in alien}}
         self.plans: dict[Shape, list[Plan]] = {}
 
     def render(self, dialogue: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""
         shape, values = _take_apart(dialogue)
         for plan in self.plans.get(shape, ()):
-            if all(self._answers(guard, values) for guard in plan.guards):
+            if _holds(plan, values):
                 return self._assembled(plan, values)
         return None
 
@@ -84,12 +97,16 @@ class Planner:
             return
         pieces = tuple(piece if isinstance(piece, str) else "" for piece in trace.pieces)
         slots = tuple(
-            Slot(at, piece.number, piece.ops, STRIPPED not in piece.ops and isinstance(values[piece.number], str))
+            Slot(at, *self._printer(piece), STRIPPED not in piece.ops and isinstance(values[piece.number], str))
             for at, piece in enumerate(trace.pieces)
             if isinstance(piece, Leaf)
         )
+        conditions = tuple(
+            Condition(*self._printer(guard.leaf), methodcaller(guard.method, *guard.arguments), guard.answer)
+            for guard in trace.guards
+        )
         printed = {slot.number for slot in slots}
-        plan = Plan(pieces, slots, tuple(n for n in range(len(values)) if n not in printed), trace.guards, ())
+        plan = Plan(pieces, slots, tuple(n for n in range(len(values)) if n not in printed), conditions, ())
         text = self._texts(plan, values)
         if text is None or "".join(text) != rendered.text:
             return
@@ -116,8 +133,8 @@ class Planner:
     def _texts(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
         """The pieces with the values among them; None where a value is not inert."""
         texts, words = list(plan.pieces), []
-        for piece, number, ops, loose in plan.slots:
-            value = values[number] if not ops else self._printed(values[number], ops)
+        for piece, number, printed, loose in plan.slots:
+            value = values[number] if printed is None else printed(values[number])
             if loose and value and (value[0].isspace() or value[-1].isspace()):
                 return None
             texts[piece] = value
@@ -126,19 +143,35 @@ class Planner:
         return texts if self._inert("\0".join(words)) else None
 
     def _inert(self, words: str) -> bool:
-        """Nothing in them could be taken for a part of the template. Almost always a look at beginnings tells."""
-        return not any(beginning in words for beginning in self._beginnings) or not self._alien.search(words)
+        """Nothing in them could be taken for a part of the template. Almost always a look for a character tells."""
+        for first, beginning in self._beginnings.items():
+            if first in words and beginning.search(words):
+                return not self._alien.search(words)
+        return True
 
-    def _answers(self, guard: Guard, values: Sequence[Any]) -> bool:
-        value = self._printed(values[guard.leaf.number], guard.leaf.ops)
-        return bool(getattr(value, guard.method)(*guard.arguments)) is guard.answer
+    def _printer(self, leaf: Leaf) -> tuple[int, Printer | None]:
+        """The number of a value, and what makes of it what is printed."""
+        steps = [
+            partial(self._to_json, **dict(arguments)) if method == "tojson" else methodcaller(method, *arguments)
+            for method, arguments in leaf.ops
+        ]
+        if len(steps) < 2:
+            return leaf.number, next(iter(steps), None)
+        return leaf.number, lambda value: reduce(lambda result, step: step(result), steps, value)
 
-    def _printed(self, value: Any, ops: tuple[Op, ...]) -> Any:
-        for method, arguments in ops:
-            value = (
-                self._to_json(value, **dict(arguments)) if method == "tojson" else getattr(value, method)(*arguments)
-            )
-        return value
+
+def _holds(plan: Plan, values: Sequence[Any]) -> bool:
+    for number, printed, ask, answer in plan.conditions:
+        value = values[number] if printed is None else printed(values[number])
+        if bool(ask(value)) is not answer:
+            return False
+    return True
+
+
+def _beginning(first: str, texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first two characters of those that begin with `first`."""
+    seconds = {re.escape(text[1:2]) for text in texts if text[0] == first}
+    return re.compile(f"{re.escape(first)}(?:{'|'.join(sorted(seconds))})")
 
 
 def _marks_of_turns(form: Form) -> set[str]:

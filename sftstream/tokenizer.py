@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
+from itertools import accumulate, chain
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +17,11 @@ from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftstream import fast_tokenizer
-from sftstream.fast_tokenizer import FastTokenizer
+from sftstream.borders import Masked, Placed, apart, measured, tiled
+from sftstream.fast_tokenizer import FastTokenizer, Ids
 from sftstream.records import Example, Refused, Rendered
 
 Backend = Literal["auto", "huggingface", "fastokens"]
-
-
-Pair = tuple[int, int]
-
-
-class Trained(NamedTuple):
-    """Tokens, the ranges of them that lie wholly inside a span, and how many lie there just in part."""
-
-    tokens: NDArray[np.int32]
-    ranges: list[Pair]
-    straddling: int
 
 
 class Tokenizer:
@@ -87,53 +78,65 @@ class Tokenizer:
         """All that decides the ids: how text is divided, what the template's variables say, what fills a pack."""
         return json.dumps([self._description, self.variables, self.pad_id], sort_keys=True)
 
-    def encode(self, rendered: Rendered) -> Example:
+    def encode(self, text: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
-        spans = [(span.start, span.end) for span in rendered.spans]
+        (example,) = self.encode_all([text])
+        if isinstance(example, Refused):
+            raise example
+        return example
+
+    def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
+        """The same of several texts at once, or why not."""
+        if self._byte_lengths is None:
+            return [self._by_offsets(text) for text in texts]
+        placed = [self._placed(text) for text in texts]
+        good = [text for text, place in zip(texts, placed, strict=True) if isinstance(place, Placed)]
+        examples = iter(self._by_lengths(good, [place for place in placed if isinstance(place, Placed)]))
+        return [next(examples) if isinstance(place, Placed) else place for place in placed]
+
+    def _placed(self, text: Rendered) -> Placed | Refused:
+        if self._normalize is None and text.text.isascii():
+            return Placed(text.spans, len(text.text))
         try:
-            tokens, ranges, straddling = (
-                self._by_offsets(rendered, spans) if self._byte_lengths is None else self._by_lengths(rendered, spans)
-            )
+            return measured(text, self._normalize or str)
         except UnicodeEncodeError as error:
-            place = rendered.text.index(error.object[error.start])
-            raise Refused("not text", f"character {place} is half of a surrogate pair") from None
-        if not ranges:
-            raise Refused("nothing to train", "no token lies wholly inside what the policy trains")
-        mask = np.zeros(len(tokens), bool)
-        for first, last in ranges:
-            mask[first:last] = True
-        return Example(tokens, mask, {"tokens across a span's border": straddling} if straddling else {})
+            return _half_a_character(text.text, error)
 
-    def _by_lengths(self, rendered: Rendered, spans: list[Pair]) -> Trained:
+    def _by_lengths(self, texts: Sequence[Rendered], placed: Sequence[Placed]) -> Iterator[Example | Refused]:
         assert self._byte_lengths is not None
-        text = rendered.text
-        total = len(text)
-        if self._normalize is not None or not text.isascii():
-            spans, total = _measured(text, spans, self._normalize or str)
-        tokens = self._tokens(rendered)
-        ends = self._byte_lengths[tokens].cumsum()
-        if len(ends) and ends[-1] != total:
-            raise Refused("tokens do not tile the text", f"they hold {ends[-1]} bytes of {total}")
-        return Trained(tokens, *_inside_tiles(ends, spans))
+        tokens, borders = self._ids_of_all(texts)
+        offsets = borders.tolist()
+        for text, masked in enumerate(tiled(self._byte_lengths[tokens], offsets, placed)):
+            if isinstance(masked, int):
+                yield Refused("tokens do not tile the text", f"they hold {masked} bytes of {placed[text].size}")
+            else:
+                yield _example(tokens[offsets[text] : offsets[text + 1]], masked)
 
-    def _by_offsets(self, rendered: Rendered, spans: list[Pair]) -> Trained:
-        if rendered.typed:
-            raise Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
-        rendered.text.encode()  # half of a surrogate pair would not go through
-        encoding = self._encoding(rendered.text)
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return Trained(np.array(encoding.ids, np.int32), *_inside(offsets[:, 0], offsets[:, 1], spans))
+    def _by_offsets(self, text: Rendered) -> Example | Refused:
+        if text.typed:
+            return Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
+        try:
+            text.text.encode()
+        except UnicodeEncodeError as error:
+            return _half_a_character(text.text, error)
+        encoding = self._encoding(text.text)
+        return _example(np.array(encoding.ids, np.int32), apart(encoding.offsets, text.spans))
 
-    def _tokens(self, rendered: Rendered) -> NDArray[np.int32]:
-        """Ids of the text. The text of a special token that somebody typed is tokenized as words."""
-        if not rendered.typed:
-            fast = self.fast_tokenizer(rendered.text) if self.fast_tokenizer else None
-            return self._ids(rendered.text) if fast is None else fast
-        pieces = (self._ids(rendered.text[start:end], typed=typed) for start, end, typed in _pieces(rendered))
-        return np.concatenate(list(pieces))
+    def _ids_of_all(self, texts: Sequence[Rendered]) -> Ids:
+        """Ids of the texts. The text of a special token that somebody typed is tokenized as words."""
+        if self.fast_tokenizer and not any(text.typed for text in texts):
+            ids = self.fast_tokenizer([text.text for text in texts])
+            if ids is not None:
+                return ids
+        pieces = [self._by_pieces(text) for text in texts]
+        offsets = np.array([0, *accumulate(map(len, pieces))], np.int64)
+        return Ids(np.fromiter(chain.from_iterable(pieces), np.int32, offsets[-1]), offsets)
 
-    def _ids(self, text: str, *, typed: bool = False) -> NDArray[np.int32]:
-        return np.array(self._encoding(text, typed=typed).ids, np.int32)
+    def _by_pieces(self, text: Rendered) -> list[int]:
+        pieces = _pieces(text) if text.typed else [(0, len(text.text), False)]
+        return [
+            token for start, end, typed in pieces for token in self._encoding(text.text[start:end], typed=typed).ids
+        ]
 
     def _encoding(self, text: str, *, typed: bool = False) -> Any:
         self._backend.encode_special_tokens = typed
@@ -171,7 +174,7 @@ class Tokenizer:
         )
 
     @cached_property
-    def _byte_lengths(self) -> NDArray[np.int64] | None:
+    def _byte_lengths(self) -> NDArray[np.integer[Any]] | None:
         """Bytes of each token of a byte-level vocabulary; None for other kinds, whose offsets are exact.
 
         Offsets of byte-level tokens count characters, so the pieces of a split character all claim the whole of it.
@@ -183,7 +186,7 @@ class Tokenizer:
             lengths[index] = len(token)  # one printable character stands for one byte
         for index, added in self._backend.get_added_tokens_decoder().items():
             lengths[index] = len(added.content.encode())
-        return lengths
+        return lengths.astype(np.min_scalar_type(lengths.max()))  # as small as can be, for the core's cache
 
 
 def _load(path: str) -> Any:
@@ -206,45 +209,16 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _inside_tiles(ends: NDArray[np.int64], spans: list[Pair]) -> tuple[list[Pair], int]:
-    """Of tokens that lie side by side, in one search for all borders."""
-    borders = [border for span in spans for border in span]
-    at = ends.searchsorted(borders)  # the tokens that they cut, or end with
-    cut = (ends.take(at, mode="clip") != borders).tolist()
-    at = at.tolist()
-    ranges, straddling = [], 0
-    for begin in range(0, len(borders), 2):
-        end = begin + 1
-        opens_cut = cut[begin] and borders[begin] > 0
-        first, last = at[begin] + (borders[begin] > 0), at[end] + (not cut[end])
-        if first < last:
-            ranges.append((first, last))
-        straddling += opens_cut + (cut[end] and not (opens_cut and at[begin] == at[end]))
-    return ranges, straddling
+def _example(tokens: NDArray[np.int32], masked: Masked) -> Example | Refused:
+    inside, trained, straddling = masked
+    if not trained:
+        return Refused("nothing to train", "no token lies wholly inside what the policy trains")
+    return (
+        Example(tokens, inside, {"tokens across a span's border": straddling})
+        if straddling
+        else Example(tokens, inside)
+    )
 
 
-def _inside(starts: NDArray[np.int64], ends: NDArray[np.int64], spans: list[Pair]) -> tuple[list[Pair], int]:
-    """Of tokens with anything between them."""
-    ranges, straddling = [], 0
-    for begin, end in spans:
-        first, last = int(starts.searchsorted(begin)), int(ends.searchsorted(end, "right"))
-        if first < last:
-            ranges.append((first, last))
-        straddling += int(starts.searchsorted(end)) - int(ends.searchsorted(begin, "right")) - max(0, last - first)
-    return ranges, straddling
-
-
-def _measured(text: str, spans: list[Pair], normalize: Callable[[str], str]) -> tuple[list[Pair], int]:
-    """The spans, which are in order, in bytes of the normalized text, and how many it has.
-
-    What lies between two of their ends is normalized alone: spans begin and end at special tokens, which no character
-    combines with.
-    """
-    at = total = 0
-    result = []
-    for start, end in spans:
-        begin = total + len(normalize(text[at:start]).encode())
-        total = begin + len(normalize(text[start:end]).encode())
-        result.append((begin, total))
-        at = end
-    return result, total + len(normalize(text[at:]).encode())
+def _half_a_character(text: str, error: UnicodeEncodeError) -> Refused:
+    return Refused("not text", f"character {text.index(error.object[error.start])} is half of a surrogate pair")

@@ -44,6 +44,7 @@ ORDER = {
         "mask",
         "trace",
         "plan",
+        "borders",
         "fast_tokenizer",
         "tokenizer",
         "encoder",

@@ -37,7 +37,7 @@ def _drawn(config: DataConfig, draws: int) -> list[Counter[int]]:
         rows.reset()
         counts: Counter[int] = Counter()
         for _ in range(draws // config.streams):
-            counts[next(rows).ref.source] += 1
+            counts[next(rows).refs[0].source] += 1
         result.append(counts)
     return result
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torchdata.nodes import BaseNode
 
 from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
-from sftstream.draw import Drawn
+from sftstream.draw import Batch
 from sftstream.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
-from sftstream.records import Ref
+from sftstream.records import Amount, Ref
 
 X = IGNORE_INDEX
 PAD = 9
@@ -183,11 +183,17 @@ class Lengths(BaseNode[Any]):
             raise StopIteration
         row = self.at % len(self.lengths)
         self.at += 1
-        return Drawn(Ref(0, row, (self.at - 1) // len(self.lengths)), [tokens_of(self.lengths[row])])
+        ref = Ref(0, row, (self.at - 1) // len(self.lengths))
+        return Batch([ref], [[tokens_of(self.lengths[row])]])
 
     def get_state(self) -> dict[str, Any]:
         exhausted = not self.endless and self.at >= len(self.lengths)
         return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": exhausted}
+
+    wanted = 1
+
+    def account(self, source: int, amount: Amount) -> None:
+        """It is not mixed."""
 
     def expect(self, ref: Ref) -> None:
         """Any row can be had again."""
@@ -205,7 +211,7 @@ def packer(
 ) -> Packer:
     config = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
     rows = Lengths(lengths, endless)
-    node = Packer(rows, rows, lambda source, amount: None, 0, config)
+    node = Packer(rows, rows, rows, 0, config)
     node.reset()
     return node
 

@@ -213,7 +213,7 @@ def test_epochs_have_orders_of_their_own_and_an_unshuffled_one_is_that_of_the_fi
     def order(**changes: Any) -> list[int]:
         config = tiny.data_config(tokenizer, corpus_path, streams=1, **changes)
         rows = opened_rows(config)
-        return [item.ref.row for item in rows]
+        return [ref.row for batch in rows for ref in batch.refs]
 
     shuffled = order()
     assert sorted(shuffled[:48]) == sorted(shuffled[48:]) == list(range(48))
@@ -227,7 +227,7 @@ def test_weighted_sources_are_drawn_at_their_shares_without_end(tokenizer: str, 
     config = tiny.data_config(tokenizer, sources=sources, epochs=None)
     rows = opened_rows(config, 2)
     rows.reset()
-    drawn = [next(rows).ref for _ in range(400)]
+    drawn = [next(rows).refs[0] for _ in range(400)]
     assert [ref.source for ref in drawn[:8]] == [0, 0, 1, 0, 0, 0, 1, 0]
     assert Counter(ref.source for ref in drawn) == {0: 300, 1: 100}
     assert len(set(drawn)) == 400
