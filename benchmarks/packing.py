@@ -20,7 +20,7 @@ from sftstream import ChatEncoder, Example, Refused, SourceConfig
 from sftstream.draw import Batch
 from sftstream.formats import conversation
 from sftstream.packing import Packer, PackerConfig
-from sftstream.records import Amount, Ref
+from sftstream.records import Ref
 from sftstream.sources.corpus import FileSet
 
 CAPACITIES = (2048, 4096, 8192)
@@ -44,7 +44,7 @@ class Lengths:
 
     wanted = 1
 
-    def account(self, source: int, amount: Amount) -> None:
+    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
         """It is not mixed."""
 
     def expect(self, ref: Ref) -> None:

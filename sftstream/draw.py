@@ -11,7 +11,7 @@ from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
 from sftstream.order import RowOrder, draws_of_source, draws_of_stream, next_source
-from sftstream.records import Amount, Ref, Refused
+from sftstream.records import Ref, Refused
 from sftstream.sources import Reading, Tape
 from sftstream.state import Position, ShardPlace
 
@@ -192,10 +192,10 @@ class Rows(BaseNode[Batch[Ref]]):
                 self._mixed[source] += 1
             yield self._cursors[source].draw()
 
-    def account(self, source: int, amount: Amount) -> None:
+    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
         """What the row just drawn turned out to hold: a mixture by tokens counts these."""
         if self._config.mix_by != "conversations":
-            self._mixed[source] += amount.tokens if self._config.mix_by == "tokens" else amount.trained_tokens
+            self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
 
     def get_state(self) -> dict[str, Any]:
         state = RowsState(

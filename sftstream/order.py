@@ -72,7 +72,12 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
     weights all sources end an epoch together, and after any number of draws each is within one conversation of its share.
     Sources of weight 0 come when all others have ended.
     """
-    return max(open_sources, key=lambda i: (weights[i] / (2 * amounts[i] + 1), -i), default=None)
+    found, most = None, -1.0
+    for source in open_sources:
+        share = weights[source] / (2 * amounts[source] + 1)
+        if share > most:
+            found, most = source, share
+    return found
 
 
 def draws_of_source(rows: int, repeat: float, epochs: int) -> int:

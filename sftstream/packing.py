@@ -103,7 +103,7 @@ class Draws(Protocol):
 
     wanted: int
 
-    def account(self, source: int, amount: Amount) -> None:
+    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
         """What a row that was drawn turned out to hold."""
 
 
@@ -112,8 +112,8 @@ class Window(NamedTuple):
 
     segments: list[Segment]
     refused: list[Refusal]
-    accepted: list[Amount]
-    """Of each source, together with what was read before."""
+    accepted: list[list[int]]
+    """The fields of an `Amount` for each source, together with what was read before."""
 
 
 class PackerConfig(NamedTuple):
@@ -224,7 +224,7 @@ class Packer(BaseNode[Pack]):
             dry=not planned and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in read.refused)),
             notes=self._noted(read.segments),
-            accepted=tuple(read.accepted),
+            accepted=tuple(Amount(*amount) for amount in read.accepted),
         )
         return read.refused
 
@@ -236,7 +236,7 @@ class Packer(BaseNode[Pack]):
         return dict(notes)
 
     def _read(self, size: int) -> Window:
-        read = Window([], [], list(self.state.accepted))
+        read = Window([], [], [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted])
         in_a_row = 0
         while len(read.segments) < size:
             self._draws.wanted = size - len(read.segments)
@@ -261,9 +261,12 @@ class Packer(BaseNode[Pack]):
             self._examples[segment] = example
             read.segments.append(segment)
             # The first token of an example is never a target.
-            amount = Amount(int(part == 0), segment.length, int(np.count_nonzero(example.loss_mask[1:])))
-            read.accepted[ref.source] += amount
-            self._draws.account(ref.source, amount)
+            trained = int(np.count_nonzero(example.loss_mask[1:]))
+            accepted = read.accepted[ref.source]
+            accepted[0] += part == 0
+            accepted[1] += segment.length
+            accepted[2] += trained
+            self._draws.account(ref.source, segment.length, trained)
 
     def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""

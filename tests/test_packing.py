@@ -20,7 +20,7 @@ from torchdata.nodes import BaseNode
 from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.draw import Batch
 from sftstream.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
-from sftstream.records import Amount, Ref
+from sftstream.records import Ref
 
 X = IGNORE_INDEX
 PAD = 9
@@ -192,7 +192,7 @@ class Lengths(BaseNode[Any]):
 
     wanted = 1
 
-    def account(self, source: int, amount: Amount) -> None:
+    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
         """It is not mixed."""
 
     def expect(self, ref: Ref) -> None:
