@@ -17,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 
 from sftstream import ChatEncoder, Example, Refused, SourceConfig
-from sftstream.draw import Batch
+from sftstream.draw import Drawn
 from sftstream.formats import conversation
 from sftstream.packing import Packer, PackerConfig
 from sftstream.records import Ref
@@ -36,11 +36,11 @@ class Lengths:
     def reset(self, _state: object = None) -> None:
         self.at = 0
 
-    def __next__(self) -> Batch[list[Example]]:
+    def __next__(self) -> Drawn[list[Example]]:
         if self.at == len(self.lengths):
             raise StopIteration
         self.at += 1
-        return Batch([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
+        return Drawn([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
 
     wanted = 1
 

@@ -18,7 +18,7 @@ from sftstream.state import Position, ShardPlace
 X = TypeVar("X")
 
 
-BATCH = 64
+TOGETHER = 64
 """Rows that go through the stages together, at most: a few hundred kilobytes."""
 
 
@@ -26,8 +26,8 @@ AHEAD = 256
 """Rows whose order is computed at once."""
 
 
-class Batch(NamedTuple, Generic[X]):
-    """What a stage made of the rows at `refs`, or why they are not trained on."""
+class Drawn(NamedTuple, Generic[X]):
+    """What a stage made of rows that were drawn together, or why they are not trained on."""
 
     refs: list[Ref]
     values: list[X | Refused]
@@ -147,10 +147,10 @@ def _draws(config: DataConfig, source: int, count: int) -> int | None:
     return None if config.epochs is None else draws_of_source(count, config.sources[source].repeat, config.epochs)
 
 
-class Rows(BaseNode[Batch[Ref]]):
+class Rows(BaseNode[Drawn[Ref]]):
     """The rows of one logical stream in their order, mixed by counters.
 
-    `wanted` is how many are to be drawn before it is asked for its state. They come in batches; where what they turn out to
+    `wanted` is how many are to be drawn before it is asked for its state. They come several at a time; where what they turn out to
     hold decides what is drawn next, one by one.
     """
 
@@ -171,12 +171,12 @@ class Rows(BaseNode[Batch[Ref]]):
             if isinstance(cursor, ByShard):
                 cursor.place = state.places.get(source, ShardPlace())
 
-    def next(self) -> Batch[Ref]:
-        most = min(self.wanted, BATCH) if self._config.mix_by == "conversations" else 1
+    def next(self) -> Drawn[Ref]:
+        most = min(self.wanted, TOGETHER) if self._config.mix_by == "conversations" else 1
         refs = list(islice(self._refs(), most))
         if not refs:
             raise StopIteration
-        return Batch(refs, list(refs))
+        return Drawn(refs, list(refs))
 
     def _refs(self) -> Iterator[Ref]:
         """Row by row, until nothing is left."""

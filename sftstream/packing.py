@@ -241,10 +241,10 @@ class Packer(BaseNode[Pack]):
         while len(read.segments) < size:
             self._draws.wanted = size - len(read.segments)
             try:
-                batch = next(self.source)
+                drawn = next(self.source)
             except StopIteration:
                 break
-            for ref, value in zip(*batch, strict=True):
+            for ref, value in zip(*drawn, strict=True):
                 found = value if isinstance(value, Refused) else _too_long(value, self._config.capacity) or value
                 if isinstance(found, Refused):
                     read.refused.append(Refusal.at(ref, found.reason, found.detail))

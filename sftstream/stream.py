@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig, SourceConfig
-from sftstream.draw import Batch, Rows, open_cursors
+from sftstream.draw import Drawn, Rows, open_cursors
 from sftstream.encoder import ChatEncoder
 from sftstream.formats import conversation
 from sftstream.packing import Packer, PackerConfig
@@ -23,14 +23,14 @@ ROWS_OF_A_STREAMED_SOURCE = 1_000_000
 """Taken for those of a source that cannot say: a stream that refuses twice as many in a row is hopeless."""
 
 
-class Map(BaseNode[Batch[Y]], Generic[X, Y]):
+class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
     """Applies a stage to what was drawn. What a stage refuses goes on as its refusal. Its state is its source's.
 
-    A stage is given a batch at a time, so that its code and tables stay in the core's cache: conversation by conversation
+    A stage is given several at a time, so that its code and tables stay in the core's cache: conversation by conversation
     the same stages take twice as long.
     """
 
-    def __init__(self, source: BaseNode[Batch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+    def __init__(self, source: BaseNode[Drawn[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
         super().__init__()
         self.source = source
         self._stage = stage
@@ -39,10 +39,10 @@ class Map(BaseNode[Batch[Y]], Generic[X, Y]):
         super().reset(initial_state)
         self.source.reset(initial_state)
 
-    def next(self) -> Batch[Y]:
+    def next(self) -> Drawn[Y]:
         refs, values = next(self.source)
         results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
-        return Batch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
+        return Drawn(refs, [value if isinstance(value, Refused) else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.source.state_dict()
@@ -50,7 +50,7 @@ class Map(BaseNode[Batch[Y]], Generic[X, Y]):
 
 
 def each(stage: Callable[[X], Y]) -> Callable[[list[X]], Iterable[Y | Refused]]:
-    """A stage of a batch from one of a single value."""
+    """A stage of several values from one of a single value."""
 
     def of_all(values: list[X]) -> Iterator[Y | Refused]:
         for value in values:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torchdata.nodes import BaseNode
 
 from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
-from sftstream.draw import Batch
+from sftstream.draw import Drawn
 from sftstream.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
 from sftstream.records import Ref
 
@@ -184,7 +184,7 @@ class Lengths(BaseNode[Any]):
         row = self.at % len(self.lengths)
         self.at += 1
         ref = Ref(0, row, (self.at - 1) // len(self.lengths))
-        return Batch([ref], [[tokens_of(self.lengths[row])]])
+        return Drawn([ref], [[tokens_of(self.lengths[row])]])
 
     def get_state(self) -> dict[str, Any]:
         exhausted = not self.endless and self.at >= len(self.lengths)

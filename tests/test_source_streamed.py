@@ -137,7 +137,7 @@ def test_every_kind_gives_the_same_conversations_as_read_by_row(tmp_path: Path, 
 def order(config: DataConfig) -> list[tuple[int, int, int]]:
     """`(epoch, shard, row in it)` of what the first stream reads."""
     rows = Rows(config, open_cursors(config, Reading(Corpus(config.sources)), 0))
-    return [(ref.epoch, ref.row % 5, ref.row // 5) for batch in rows for ref in batch.refs]
+    return [(ref.epoch, ref.row % 5, ref.row // 5) for drawn in rows for ref in drawn.refs]
 
 
 def test_shards_are_shuffled_each_epoch_and_their_rows_are_not(path: str, tokenizer: str) -> None:

@@ -213,7 +213,7 @@ def test_epochs_have_orders_of_their_own_and_an_unshuffled_one_is_that_of_the_fi
     def order(**changes: Any) -> list[int]:
         config = tiny.data_config(tokenizer, corpus_path, streams=1, **changes)
         rows = opened_rows(config)
-        return [ref.row for batch in rows for ref in batch.refs]
+        return [ref.row for drawn in rows for ref in drawn.refs]
 
     shuffled = order()
     assert sorted(shuffled[:48]) == sorted(shuffled[48:]) == list(range(48))
