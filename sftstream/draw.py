@@ -17,11 +17,8 @@ from sftstream.state import Position, ShardPlace
 
 X = TypeVar("X")
 
-
 TOGETHER = 64
 """Rows that go through the stages together, at most: a few hundred kilobytes."""
-
-
 AHEAD = 256
 """Rows whose order is computed at once."""
 
@@ -150,8 +147,8 @@ def _draws(config: DataConfig, source: int, count: int) -> int | None:
 class Rows(BaseNode[Drawn[Ref]]):
     """The rows of one logical stream in their order, mixed by counters.
 
-    `wanted` is how many are to be drawn before it is asked for its state. They come several at a time; where what they turn out to
-    hold decides what is drawn next, one by one.
+    `wanted` is how many are to be drawn before it is asked for its state. They come several at a time; one by one where what
+    they turn out to hold decides what is drawn next.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:

@@ -63,7 +63,7 @@ class ChatEncoder:
         self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
         self.certificate: Certificate = certify(self.template, self.tokenizer.control)
         self.planner = Planner(self.template, self.certificate.form, self.tokenizer.special)
-        self.planned = 0
+        self.rendered = self.planned = 0
 
     @property
     def stop_ids(self) -> list[int]:
@@ -127,6 +127,7 @@ class ChatEncoder:
 
     def render(self, dialogue: Conversation) -> Rendered:
         """Text and trained spans; raises `Refused`."""
+        self.rendered += 1
         planned = self.planner.render(dialogue)
         if planned is not None:
             self.planned += 1

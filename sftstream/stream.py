@@ -95,13 +95,20 @@ def read_conversations(path: str) -> Iterator[Conversation]:
             raise ValueError(f"{rows.place(row)}: {error}") from None
 
 
-def build_stream(config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int) -> Packer:
+Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
+"""Puts something around a node of the graph, whose name it is given."""
+
+
+def build_stream(
+    config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int, watch: Watch = lambda _, node: node
+) -> Packer:
     """The graph of logical stream number `stream`, to be reset before it is read."""
     stages = Stages(Reading(corpus), encoder)
     rows = Rows(config, open_cursors(config, stages.reading, stream))
-    loaded = Map(rows, each(stages.load))
-    rendered = Map(loaded, each(encoder.draft))
-    tokenized = Map(rendered, encoder.tokenize_all)
+    drawn = watch("draw", rows)
+    loaded = watch("load", Map(drawn, each(stages.load)))
+    rendered = watch("template", Map(loaded, each(encoder.draft)))
+    tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
     packer = PackerConfig(
         capacity=config.capacity,
         window=config.window,

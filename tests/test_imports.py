@@ -60,6 +60,7 @@ ORDER = {
         "cli",
         "cli.template",
         "cli.state",
+        "cli.bench",
         "cli.main",
     ],
     "checkpoints": [

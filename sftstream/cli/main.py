@@ -9,7 +9,9 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.console import Console
 
+from sftstream.cli.bench import bench, show
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_certificate
 from sftstream.encoder import ChatEncoder
@@ -59,6 +61,16 @@ def rebase(
         new = rebased(read_state(state), read_data_config(config, accept))
         out.write_bytes(msgspec.json.encode(new.builtins()))
         typer.echo(describe(new))
+
+
+@app.command(name="bench")
+def measure(
+    config: Annotated[Path, typer.Argument(help="A run's TOML: its [data] table is read.")],
+    seconds: Annotated[float, typer.Option(help="How long each measurement lasts.")] = 10.0,
+) -> None:
+    """Say how fast a run's data comes on this machine, stage by stage."""
+    with _one_line_errors():
+        show(*bench(read_data_config(config, []), seconds), Console(highlight=False))
 
 
 @contextmanager
