@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import warnings
@@ -93,7 +94,7 @@ class Reader:
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_as_is,
                 prefetch_factor=prefetch,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=_begin_work,
                 # fork: workers inherit the row index, the tokenizer and the compiled template.
                 multiprocessing_context=None if prefetch is None else "fork",
                 generator=torch.Generator(),  # else it draws a seed from the global generator
@@ -344,7 +345,9 @@ def _as_is(pack: Pack | Failed) -> Pack | Failed:
     return pack
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
+def _begin_work(_worker: int) -> None:
+    # A collection would write to what is shared with the parent, and so copy it.
+    gc.freeze()
     # Ctrl-C reaches the whole process group; the trainer finishes its step and needs its loader for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

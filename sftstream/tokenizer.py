@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate, chain
 from os import PathLike
 from typing import Any, Literal
@@ -139,10 +139,15 @@ class Tokenizer:
         ]
 
     def _encoding(self, text: str, *, typed: bool = False) -> Any:
-        self._backend.encode_special_tokens = typed
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        self._backend.encode_special_tokens = False
-        return encoding
+        return (self._typing if typed else self._backend).encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _typing(self) -> Any:
+        """For special tokens' text that was typed: words. Few conversations ask for it."""
+        # Another than `_backend`, with which a thread may be comparing.
+        backend = self._backend.from_str(self._description)
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def _normalize(self) -> Callable[[str], str] | None:
@@ -160,15 +165,9 @@ class Tokenizer:
             raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
         if backend == "huggingface" or found is None or self._byte_lengths is None:
             return None
-
-        @cache
-        def reference() -> Any:
-            # Another than `_backend`, which changes its mind about special tokens from text to text while a thread compares.
-            return self._backend.from_str(self._description)
-
         return FastTokenizer(
             self._description,
-            lambda text: reference().encode(text, add_special_tokens=False).ids,
+            lambda text: self._encoding(text).ids,
             lambda: fast_tokenizer.probes(self.special),
             required=backend == "fastokens",
         )

@@ -32,3 +32,33 @@ def test_what_is_wrong_is_one_line(tokenizer: str) -> None:
     assert result.output == (
         "error: chat template 'nowhere.jinja' cannot be read: No such file or directory; give a file or the Jinja text\n"
     )
+
+
+def test_a_config_is_measured_stage_by_stage(tokenizer: str, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "rows.jsonl", [*tiny.rows(40), {"messages": []}])
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+[data]
+streams = 2
+global_batch = 2
+capacity = 128
+workers = 1
+[data.tokenizer]
+path = {tokenizer!r}
+[[data.sources]]
+path = "{tmp_path}/rows.jsonl"
+"""
+    )
+    result = CliRunner().invoke(app, ["bench", str(config), "--seconds", "0.2"])
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
+    speeds = [line for line in lines if line[:1] == ["│"] and line[1] in ("0", "1")]
+    assert [line[1] for line in speeds] == ["0", "1"]
+    stages = [line[1] for line in lines if line[:1] == ["│"] and len(line) > 5 and line[5].endswith("%")]
+    assert stages == ["draw", "load", "template", "tokenize", "pack"]
+    shares = [
+        int(line[5].rstrip("%")) for line in lines if line[:1] == ["│"] and len(line) > 5 and line[5].endswith("%")
+    ]
+    assert 95 <= sum(shares) <= 105
+    assert any(" ".join(line).startswith("refused, empty conversation:") for line in lines)

@@ -86,8 +86,10 @@ class Stopwatch(BaseNode[Any]):
 
 
 def bench(config: DataConfig, seconds: float) -> tuple[list[Speed], Stages]:
-    """Packs as fast as they come: one stream stage by stage, then the loader without workers and with the config's, each for
-    so many seconds."""
+    """Packs as fast as they come: one stream stage by stage, then the loader without workers and with the config's.
+
+    Each is measured for so many seconds, the loaders after as many of warming up.
+    """
     config = msgspec.structs.replace(config, epochs=EPOCHS, max_refused=1.0)
     stages = _by_stage(config, seconds)
     return [_speed(config, workers, seconds) for workers in sorted({0, config.workers})], stages
@@ -121,9 +123,8 @@ def _speed(config: DataConfig, workers: int, seconds: float) -> Speed:
     try:
         next(loader)
         first = time.perf_counter() - began
-        # What was read ahead while nobody watched would come at once.
-        for _ in range(workers * (config.prefetch + 1)):
-            next(loader)
+        for _ in _for(seconds, loader):  # until tokenizers are loaded, plans made, and what was read ahead is used up
+            pass
         began = time.perf_counter()
         packs = [(pack.tokens, pack.conversations) for pack in _for(seconds, loader)]
         took = time.perf_counter() - began

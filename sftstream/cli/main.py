@@ -66,7 +66,7 @@ def rebase(
 @app.command(name="bench")
 def measure(
     config: Annotated[Path, typer.Argument(help="A run's TOML: its [data] table is read.")],
-    seconds: Annotated[float, typer.Option(help="How long each measurement lasts.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="How long each measurement lasts.")] = 5.0,
 ) -> None:
     """Say how fast a run's data comes on this machine, stage by stage."""
     with _one_line_errors():
