@@ -36,6 +36,8 @@ def open_root(root: Path | str) -> Directory | Bucket:
 class Objects:
     """A place in an object store."""
 
+    readers = 1  # Some of fsspec's stores give all who open a file the same one.
+
     def __init__(self, store: Any, prefix: str) -> None:
         self._store = store
         self._prefix = prefix

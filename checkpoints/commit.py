@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints.digest import digesting, file_digest
+from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
 
@@ -39,6 +39,10 @@ class Readable(Protocol):
 class Place(Protocol):
     """Where the files of one step lie, or those of an attempt at one."""
 
+    @property
+    def readers(self) -> int:
+        """Threads that may read here at once."""
+
     def where(self, name: str) -> str:
         """A file's place in words."""
 
@@ -57,6 +61,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def readers(self) -> int:
+        return threads()
 
     def where(self, name: str) -> str:
         return str(self.path / name)

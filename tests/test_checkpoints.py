@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
-from checkpoints.digest import digesting, file_digest
+from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -117,6 +117,21 @@ def test_strided_views_are_saved_by_their_values_and_filled_in_place(tmp_path):
     CheckpointStore(tmp_path).load(1, {"t": memory[::2].t()[:3].t()[:, :3].t()[:, :4], "p": parameter})
     assert torch.equal(memory[::2, :3], base.t()[1:4].t())
     assert torch.equal(parameter, base)
+
+
+@pytest.mark.parametrize("ranks_of_the_host", [1, 1000])
+def test_pieces_of_any_size_read_by_any_number_of_threads_give_the_same(tmp_path, monkeypatch, ranks_of_the_host):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_of_the_host))
+    assert threads() == (2 * len(os.sched_getaffinity(0)) if ranks_of_the_host == 1 else 2)
+    whole = {f"w{n}": torch.arange(12 * n + 12.0).view(-1, 3) for n in range(9)}
+    CheckpointStore(tmp_path).save(1, whole)
+    for piece in (1, 12, 50, 10_000):
+        monkeypatch.setattr("checkpoints.storage._PIECE", piece)
+        direct = {key: torch.zeros_like(tensor) for key, tensor in whole.items()}
+        strided = {key: torch.zeros(3, len(tensor)).t() for key, tensor in whole.items()}
+        for target in (direct, strided):
+            CheckpointStore(tmp_path).load(1, target)
+            assert frozen(target) == frozen(whole)
 
 
 def test_plain_values_come_back_as_they_were_and_tuples_where_the_state_has_tuples(tmp_path):
