@@ -26,6 +26,7 @@ from rich.console import Console
 
 from checkpoints import CheckpointError, Recipe
 from sftstream import Deal, PackLoader
+from trainer.about import about
 from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
 from trainer.determinism import determinism
@@ -234,6 +235,7 @@ class Run:
             settings=self.settings,
             recipe=self.recipe,
             topology=self.topology,
+            about=about(self.config, self.topology, state, None) if state else None,
         )
         self.saves.save(run, log, last=last)
 
