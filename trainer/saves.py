@@ -21,7 +21,8 @@ class Saves:
         self.config = config.checkpoint
         self.display = display
         root = self.config.root or config.run.directory / "checkpoints"
-        self.store = CheckpointStore(root, keep=self.config.keep, keep_every=self.config.keep_every)
+        limits = self.config
+        self.store = CheckpointStore(root, keep=limits.keep, keep_every=limits.keep_every, keep_best=limits.keep_best)
         self.store.claim()
 
     def save(self, capture: Callable[[Save], None], log: RunLog | None, *, last: bool) -> None:
