@@ -83,6 +83,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Those of steps that are multiples of it stay as well."""
     keep_best: int | None = None
     """As many of those with the lowest validation loss stay as well."""
+    fresh_start: bool = False
+    """Begin anew where all checkpoints are damaged, and leave them aside. Where any is whole the run goes on from it."""
     background: bool = True
     """Write while the next steps are taken, from a copy in host memory; the last checkpoint of a run is waited for."""
     on_save_error: Literal["stop", "continue"] = "stop"

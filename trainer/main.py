@@ -87,7 +87,7 @@ class Run:
         self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
         self.settings = Settings.of(config, self.shape, self.compute_dtype)
         # Found before any work is done, since it is the first thing that can be wrong.
-        self.latest = self.saves.store.latest()
+        self.latest = self.saves.latest()
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         restored = self._restore()
@@ -278,6 +278,8 @@ class Run:
             self.display.say(self.validation.describe())
         for step, reason in self.saves.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")
+        if self.saves.store.rejected and self.latest is None:
+            self.display.say("no checkpoint is whole, so the run begins anew; the damaged ones are left aside")
         if self.finished:
             self.display.say(f"finished after step {self.progress.step}; give it another run.name to train again")
         elif self.progress.step:
