@@ -42,6 +42,15 @@ def losses(directory: Path) -> dict[int, float]:
     return {line["step"]: line["validation_loss"] for line in runs.metrics(directory) if "validation_loss" in line}
 
 
+def store(directory: Path) -> CheckpointStore:
+    return CheckpointStore(directory / "runs" / "run" / "checkpoints")
+
+
+def packs_digest(directory: Path) -> str:
+    """Of the packs that were validated, as the last step's manifest has it."""
+    return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
+
+
 def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validated: Path, tokenizer: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(validated / "runs" / "run" / "export")
     encoder, total, count = ChatEncoder(tokenizer), 0.0, 0
@@ -86,6 +95,7 @@ def test_on_another_topology_it_is_the_same_but_for_rounding(
 ) -> None:
     runs.run(tmp_path, config | {"parallel": {"tp": tp}}, processes)
     assert losses(tmp_path) == pytest.approx(losses(validated), rel=1e-6)
+    assert packs_digest(tmp_path) == packs_digest(validated)
 
 
 def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
@@ -93,6 +103,7 @@ def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any]
     output = runs.run(tmp_path, config).output()
     (count,) = (int(line.split()[0]) for line in output.splitlines() if "are held out" in line)
     assert 0 < count < 20
+    assert packs_digest(tmp_path) != packs_digest(validated)
     assert losses(tmp_path)[2] != pytest.approx(losses(validated)[2], rel=1e-3)
 
 
@@ -108,10 +119,15 @@ def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
     for steps in (3, 6):
         runs.run(tmp_path, config | {"run": config["run"] | {"steps": steps}})
     found = losses(tmp_path)
-    store = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints")
     assert sorted(found, key=lambda step: found[step])[:2] == [1, 2]
-    assert store.steps() == [1, 2, 6]
-    assert [store.manifest(step).about.validation_loss for step in (1, 2, 6)] == [found[step] for step in (1, 2, 6)]
+    assert store(tmp_path).steps() == [1, 2, 6]
+    changed = config["validation"] | {"sources": config["data"]["sources"]}
+    job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
+    assert job.finish() == 1
+    assert "the checkpoint's were taken on other held-out conversations; restore validation.sources" in job.output()
+    assert [store(tmp_path).manifest(step).about.validation_loss for step in (1, 2, 6)] == [
+        found[step] for step in (1, 2, 6)
+    ]
 
 
 def test_sources_of_which_nothing_can_be_trained_are_an_error(config: dict[str, Any], tmp_path: Path) -> None:

@@ -16,13 +16,18 @@ from trainer.mesh import Topology
 LIBRARIES = ("torchdata", "transformers", "tokenizers")
 """What decides tokens, packs and weights beside torch."""
 
+HELD_OUT = "held-out data"
 
-def about(config: TrainConfig, topology: Topology, data: DataState, validation_loss: float | None) -> About:
-    """Sizes, the digests of the whole config and of the data's identity, versions."""
+
+def about(
+    config: TrainConfig, topology: Topology, data: DataState, held_out: str | None, validation_loss: float | None
+) -> About:
+    """Sizes, versions, digests of the whole config and of what `data` was made from; `held_out` is that of the held-out packs."""
+    digests = {"config": _sha256(config), "data": _sha256(data.identity)}
     return About(
         mesh=topology.sizes,
         validation_loss=validation_loss,
-        digests={"config": _sha256(config), "data": _sha256(data.identity)},
+        digests=digests if held_out is None else digests | {HELD_OUT: held_out},
         versions={
             "sftstream": __version__,
             "torch": str(torch.__version__),

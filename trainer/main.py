@@ -214,6 +214,7 @@ class Run:
 
     def _save(self, log: RunLog | None, validation_loss: float | None, *, last: bool) -> None:
         state = self.loader.state if self.loader else None
+        held_out = self.validation.digest if self.validation else None
         run = partial(
             capture,
             model=self.model,
@@ -223,7 +224,7 @@ class Run:
             settings=self.settings,
             recipe=self.recipe,
             topology=self.topology,
-            about=about(self.config, self.topology, state, validation_loss) if state else None,
+            about=about(self.config, self.topology, state, held_out, validation_loss) if state else None,
         )
         self.saves.save(run, log, last=last)
 
@@ -255,7 +256,10 @@ class Run:
     def _validation(self) -> Validation | None:
         if self.config.validation is None or self.finished:
             return None
-        return Validation(self.config, self.topology, self.loader.encoder if self.loader else None)
+        validation = Validation(self.config, self.topology, self.loader.encoder if self.loader else None)
+        if self.latest is not None and self.config.checkpoint.keep_best is not None:
+            validation.require_comparable(self.saves.store.manifest(self.latest).about)
+        return validation
 
     def _recipe(self) -> Recipe:
         assert self.loader is not None

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from sftstream import ChatEncoder, DataConfig, Deal, Pack, PackLoader
+from checkpoints import About
+from sftstream import ChatEncoder, DataConfig, Deal, Pack, PackLoader, batch_digest
+from trainer.about import HELD_OUT
 from trainer.config import TrainConfig
 from trainer.feed import Feed, gather_refusals, tally
 from trainer.mesh import Topology
@@ -33,19 +35,34 @@ class Validation:
         self.refused = Counter[str]()
         self._topology = topology
         self._packs: list[Pack] = []
+        self._digests: list[str] = []
         data = config.held_out(config.validation.sources)
         loader = PackLoader(_of_the_same_day(data, encoder), shard=topology.shard) if encoder else None
-        self._read(Feed(loader, topology, Deal(data.streams, data.global_batch, topology.dp), data.capacity), config)
+        feed = Feed(loader, topology, Deal(data.streams, data.global_batch, topology.dp), data.capacity)
+        self._read(feed, config.validation.global_batches)
         if loader:
             loader.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold nothing to train on: {self.describe()}")
+
+    @property
+    def digest(self) -> str:
+        """Of all packs, of whatever rank."""
+        return batch_digest(self._digests)
 
     def describe(self) -> str:
         """In words; why rows were refused is known to the first rank only."""
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.refused.most_common())
         refused = f"; refused {self.refused.total():,} ({reasons})" if reasons else ""
         return f"{self.conversations:,} conversations are held out, {self.trained_tokens:,} trained tokens{refused}"
+
+    def require_comparable(self, before: About) -> None:
+        """Raises ValueError where the run's earlier losses, of which the lowest count, are of other conversations."""
+        if before.digests.get(HELD_OUT, self.digest) != self.digest:
+            raise ValueError(
+                "checkpoint.keep_best compares validation losses, but the checkpoint's were taken on other held-out "
+                "conversations; restore validation.sources, leave out keep_best, or give the run another name"
+            )
 
     def after(self, step: int, model: Llama) -> float | None:
         """The mean cross-entropy, in nats, of the held-out trained tokens, where the step is to be validated.
@@ -71,9 +88,7 @@ class Validation:
         dist.all_reduce(total, group=self._topology.mesh["dp"].get_group())
         return total.item() / self.trained_tokens
 
-    def _read(self, feed: Feed, config: TrainConfig) -> None:
-        assert config.validation is not None
-        limit = config.validation.global_batches
+    def _read(self, feed: Feed, limit: int | None) -> None:
         for step in itertools.count() if limit is None else range(limit):
             packs = feed.packs(step)
             count = tally(step, packs, feed, self._topology, stop=False)
@@ -81,6 +96,7 @@ class Validation:
                 self.refused.update(refusal.reason for refusal, _ in gather_refusals(packs, feed, self._topology))
             if count.tokens:
                 self._packs += packs
+                self._digests.append(count.digest)
             self.conversations += count.rows - count.refused
             self.trained_tokens += count.trained_tokens
             if not count.live:
