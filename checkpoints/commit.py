@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 """Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
 
+_PIECE = 1 << 24
+"""Bytes that are written at once."""
+
 
 class Readable(Protocol):
     """A file as it is read here."""
@@ -172,6 +175,9 @@ def _open_unfollowed(path: str, flags: int) -> int:
 
 
 def _write_all(descriptor: int, part: bytes | memoryview) -> None:
-    rest = memoryview(part)
-    while rest:  # One call takes 2 GiB at most.
-        rest = rest[os.write(descriptor, rest) :]
+    rest, end = memoryview(part), os.lseek(descriptor, 0, os.SEEK_CUR)
+    while rest:
+        count = os.write(descriptor, rest[:_PIECE])
+        # Dirty pages that are said not to be needed are written at once: the disk works while the next ones are hashed.
+        os.posix_fadvise(descriptor, end, count, os.POSIX_FADV_DONTNEED)
+        rest, end = rest[count:], end + count
