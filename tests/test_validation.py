@@ -130,6 +130,16 @@ def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
     ]
 
 
+def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
+    dated = tiny.save_tokenizer(tmp_path / "dated", tiny.DATED_TEMPLATE)
+    digests = []
+    for steps, tokenizer in ((2, {"path": dated, "date": "2020-02-02"}), (4, {"path": dated})):
+        data = config["data"] | {"tokenizer": tokenizer}
+        runs.run(tmp_path, config | {"data": data, "run": config["run"] | {"steps": steps}})
+        digests.append(packs_digest(tmp_path))
+    assert digests[0] == digests[1]
+
+
 def test_sources_of_which_nothing_can_be_trained_are_an_error(config: dict[str, Any], tmp_path: Path) -> None:
     source = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
     job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
