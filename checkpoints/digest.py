@@ -13,6 +13,9 @@ from contextlib import contextmanager
 
 BLOCK = 1 << 26
 
+_MOST_THREADS = 32
+"""Of one process, whatever its cores: each has a buffer."""
+
 _CACHED = 1 << 18
 """Bytes that are read at once: few enough to be hashed while they are still in a core's cache."""
 
@@ -54,7 +57,8 @@ class Digest:
 
 def threads() -> int:
     """Two for each core that this process may use, since some wait for the disk; ranks of one host have a share each."""
-    return max(2, 2 * len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = 2 * len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share, 2), _MOST_THREADS)
 
 
 @contextmanager
