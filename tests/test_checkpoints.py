@@ -302,12 +302,12 @@ def test_the_steps_of_the_lowest_validation_loss_stay_besides_the_newest(tmp_pat
 
 
 def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_again(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2, keep_best=1)
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
     for step, loss in ((1, 2.0), (2, 1.0)):
         store.save(step, state(step), about=About(validation_loss=loss))
     flip(tmp_path / "step-00000002" / "rank00000.values")
     assert store.latest() == 1
-    for step, loss in ((2, 3.0), (3, 4.0), (4, 5.0)):
+    for step, loss in ((2, 9.0), (3, 4.0), (4, 5.0)):
         store.save(step, state(step), about=About(validation_loss=loss))
     assert store.steps() == [1, 3, 4]
 
