@@ -20,7 +20,7 @@ from checkpoints.commit import Readable
 from checkpoints.digest import BLOCK, digesting
 from checkpoints.directory import Directory, check_manifest, require_growth, require_short, step_of
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import MANIFEST, File, Manifest, Part, encode, merge
+from checkpoints.manifest import MANIFEST, About, File, Manifest, Part, encode, merge
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def open_root(root: Path | str) -> Directory | Bucket:
 
 class Objects:
     """A place in an object store."""
+
+    readers = 1  # Some of fsspec's stores give all who open a file the same one.
 
     def __init__(self, store: Any, prefix: str) -> None:
         self._store = store
@@ -115,7 +117,8 @@ class Bucket:
         """Notes which steps are there, and clears away what killed runs left; others that come later are another run's."""
         if self._known is None:
             self._known = set(self.steps())
-            self._sweep()
+            for step in self._begun():
+                self._sweep(step)
 
     def release(self) -> None:
         self._known = None
@@ -138,9 +141,9 @@ class Bucket:
             logger.warning("step %d was damaged and its manifest is now %s.rejected-%s", other, MANIFEST, token)
         return token
 
-    def commit(self, step: int, token: str, parts: list[Part]) -> None:
+    def commit(self, step: int, token: str, parts: list[Part], about: About) -> None:
         """Makes what the ranks wrote a step, by its manifest alone."""
-        manifest = merge(parts, step=step, token=token)
+        manifest = merge(parts, step=step, token=token, about=about)
         manifest.check()
         place = self.attempt(step, token)
         for name, file in manifest.files.items():
@@ -161,19 +164,17 @@ class Bucket:
                 self._store.rm_file(self._manifest(step))
         self._remove(f"{self._step(step)}/{token}")
 
-    def retain(self, good: int, keep: int, keep_every: int | None) -> list[int]:
-        """Deletes steps before `good`, one that is whole, but the `keep` newest of all and the multiples of `keep_every`."""
-        old = [step for step in self.steps()[:-keep] if step < good and (keep_every is None or step % keep_every)]
-        for step in old:
+    def delete(self, steps: Iterable[int]) -> None:
+        """Deletes committed steps, their manifests first."""
+        for step in steps:
             self._store.rm_file(self._manifest(step))
-            self._remove(self._step(step))
-        return old
+            self._sweep(step)
 
-    def _sweep(self) -> None:
-        """Deletes steps that were never committed; those with a manifest put aside were."""
-        for step in self._begun():
-            if not any(name.startswith(MANIFEST) for name in self._names(self._step(step))):
-                self._remove(self._step(step))
+    def _sweep(self, step: int) -> None:
+        """Deletes a step that is not committed. Where a damaged one was put aside, all stays: some of it is that one's."""
+        self._store.invalidate_cache()
+        if not any(name.startswith(MANIFEST) for name in self._names(self._step(step))):
+            self._remove(self._step(step))
 
     def _begun(self) -> list[int]:
         """The steps of which anything is there, oldest first."""

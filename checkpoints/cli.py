@@ -59,10 +59,13 @@ def prune(
     root: Root,
     keep: Annotated[int, typer.Option(help="Newest steps that stay.", min=1)],
     keep_every: Annotated[int | None, typer.Option(help="Multiples of it stay as well.", min=1)] = None,
+    keep_best: Annotated[int | None, typer.Option(help="As many of the lowest validation loss do, too.", min=1)] = None,
 ) -> None:
     """Delete old steps. The newest one that is whole always stays, and nothing happens while a run has the directory."""
-    with _one_line_errors(), CheckpointStore(_existing(root), keep=keep, keep_every=keep_every) as store:
-        gone = store.prune()
+    with _one_line_errors():
+        store = CheckpointStore(_existing(root), keep=keep, keep_every=keep_every, keep_best=keep_best)
+        with store:
+            gone = store.prune()
         typer.echo(f"deleted {gone or 'nothing'}; {store.steps()} stay")
 
 

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints.digest import digesting, file_digest
+from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
 
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 """Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
+
+_PIECE = 1 << 24
+"""Bytes that are written at once."""
 
 
 class Readable(Protocol):
@@ -38,6 +41,10 @@ class Readable(Protocol):
 
 class Place(Protocol):
     """Where the files of one step lie, or those of an attempt at one."""
+
+    @property
+    def readers(self) -> int:
+        """Threads that may read here at once."""
 
     def where(self, name: str) -> str:
         """A file's place in words."""
@@ -57,6 +64,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def readers(self) -> int:
+        return threads()
 
     def where(self, name: str) -> str:
         return str(self.path / name)
@@ -164,6 +175,9 @@ def _open_unfollowed(path: str, flags: int) -> int:
 
 
 def _write_all(descriptor: int, part: bytes | memoryview) -> None:
-    rest = memoryview(part)
-    while rest:  # One call takes 2 GiB at most.
-        rest = rest[os.write(descriptor, rest) :]
+    rest, end = memoryview(part), os.lseek(descriptor, 0, os.SEEK_CUR)
+    while rest:
+        count = os.write(descriptor, rest[:_PIECE])
+        # Dirty pages that are said not to be needed are written at once: the disk works while the next ones are hashed.
+        os.posix_fadvise(descriptor, end, count, os.POSIX_FADV_DONTNEED)
+        rest, end = rest[count:], end + count

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 BLOCK = 1 << 26
 
-_THREADS = 4
+_MOST_THREADS = 32
+"""Of one process, whatever its cores: each has a buffer."""
 
 _CACHED = 1 << 18
 """Bytes that are read at once: few enough to be hashed while they are still in a core's cache."""
@@ -54,16 +55,22 @@ class Digest:
             self._blocks[-1 - _BEHIND].result()
 
 
+def threads() -> int:
+    """Two for each core that this process may use, since some wait for the disk; ranks of one host have a share each."""
+    share = 2 * len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share, 2), _MOST_THREADS)
+
+
 @contextmanager
 def digesting() -> Iterator[Digest]:
     """A digest with threads of its own."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         yield Digest(pool)
 
 
 def file_digest(descriptor: int, size: int) -> str:
     """Of an open file of `size` bytes, whose blocks are read and hashed beside each other. EOFError if it is shorter."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         blocks = pool.map(lambda begin: _read(descriptor, begin, min(begin + BLOCK, size)), range(0, size, BLOCK))
         return hashlib.sha256(b"".join(blocks)).hexdigest()
 

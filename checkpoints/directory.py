@@ -7,14 +7,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 
 from checkpoints.commit import Folder, discard, make_directory, open_file, publish, sync, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.lock import Lock
-from checkpoints.manifest import FILE_NAME, MANIFEST, Manifest, Part, decode, encode, merge
+from checkpoints.manifest import FILE_NAME, MANIFEST, About, Manifest, Part, decode, encode, merge
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,10 @@ class Directory:
         self.attempt(step, token).path.mkdir()
         return token
 
-    def commit(self, step: int, token: str, parts: list[Part]) -> None:
+    def commit(self, step: int, token: str, parts: list[Part], about: About) -> None:
         """Makes what the ranks wrote a step: the manifest last, then one rename."""
         attempt = self.attempt(step, token).path
-        manifest = merge(parts, step=step, token=token)
+        manifest = merge(parts, step=step, token=token, about=about)
         manifest.check()
         unseen = [name for name in manifest.files if not (attempt / name).exists()]
         if unseen:
@@ -144,21 +144,16 @@ class Directory:
         """Gives back the room of a failed attempt; what cannot be deleted now is swept by the next save."""
         shutil.rmtree(self.attempt(step, token).path, ignore_errors=True)
 
-    def retain(self, good: int, keep: int, keep_every: int | None) -> list[int]:
-        """Deletes steps before `good`, one that is whole, but the `keep` newest of all and the multiples of `keep_every`.
-
-        They are renamed first: one that is deleted by half never looks like a step. Returns what it deleted.
-        """
+    def delete(self, steps: Iterable[int]) -> None:
+        """Deletes committed steps. They are renamed first: one that is deleted by half never looks like a step."""
         token = secrets.token_hex(8)
         gone = []
-        old = [step for step in self.steps()[:-keep] if step < good and (keep_every is None or step % keep_every)]
-        for step in old:
+        for step in steps:
             gone.append(self.root / f".{self.path(step).name}.gone-{token}")
             os.rename(self.path(step), gone[-1])
         if gone:
             sync(self.root)
             discard(gone)
-        return old
 
     def _sweep(self) -> None:
         """Deletes what killed saves and killed deletions left behind."""

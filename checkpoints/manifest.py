@@ -46,6 +46,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Token = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+# Names and versions are printed, so they can hold nothing that a terminal would obey.
+Word = Annotated[str, Meta(pattern=r"\A[ -~]{1,80}\Z")]
 FILE_NAME = r"\Arank[0-9]{5}\.(safetensors|values)\Z"
 # Names are the only part of a manifest that reaches the file system.
 FileName = Annotated[str, Meta(pattern=FILE_NAME)]
@@ -95,17 +97,30 @@ class Part(Struct, frozen=True):
     values: dict[str, Span] = {}
 
 
+class About(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run says of a step of its own, so that steps can be told apart and judged without a look into their files."""
+
+    mesh: dict[Word, Count] = {}
+    """The sizes of the mesh of ranks, such as dp and tp."""
+    validation_loss: float | None = None
+    """After this step; the lower the better."""
+    digests: dict[Word, Digest] = {}
+    """SHA-256 of what the step came from, such as data and config."""
+    versions: dict[Word, Word] = msgspec.field(default_factory=lambda: {"torch": str(torch.__version__)})
+    """Of the libraries that made it."""
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of a step. `plain` are the values in the state that are no tensors, `values` those saved beside it.
 
     `token` names the attempt that wrote the step, `world_size` the number of its ranks.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     step: Count
     token: Token
     world_size: Count
-    torch: str
+    about: About
     files: dict[FileName, File]
     tensors: dict[str, Tensor]
     plain: dict[str, Span]
@@ -136,9 +151,9 @@ class _Sealed(Struct, frozen=True, forbid_unknown_fields=True):
     manifest: Manifest
 
 
-def merge(parts: Sequence[Part], *, step: int, token: str) -> Manifest:
+def merge(parts: Sequence[Part], *, step: int, token: str, about: About) -> Manifest:
     """The manifest of a step from what each rank wrote, in the ranks' order."""
-    manifest = Manifest(1, step, token, len(parts), str(torch.__version__), {}, {}, {}, {})
+    manifest = Manifest(2, step, token, len(parts), about, {}, {}, {}, {})
     for part in parts:
         manifest.files.update(part.files)
         manifest.plain.update(part.plain)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from checkpoints.errors import CorruptCheckpoint
-from checkpoints.manifest import Manifest
+from checkpoints.manifest import About, Manifest
 from checkpoints.store import CheckpointStore
 
 LONG = 2000
@@ -22,7 +22,7 @@ LONG = 2000
 def show_steps(store: CheckpointStore, console: Console) -> None:
     """A line a step, oldest first, by what its manifest says."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("step", "saved", "size", "ranks", "tensors"):
+    for heading in ("step", "saved", "size", "ranks", "tensors", "validation loss"):
         table.add_column(heading, justify="left" if heading == "saved" else "right", no_wrap=True)
     damaged = []
     for step in store.steps():
@@ -32,7 +32,9 @@ def show_steps(store: CheckpointStore, console: Console) -> None:
             damaged.append(f"step {step} is damaged: {error}")
             continue
         saved = store.saved(step).isoformat(" ", "seconds")
-        table.add_row(str(step), saved, _size(manifest), str(manifest.world_size), str(len(manifest.tensors)))
+        loss = manifest.about.validation_loss
+        counts = (str(manifest.world_size), str(len(manifest.tensors)))
+        table.add_row(str(step), saved, _size(manifest), *counts, "" if loss is None else f"{loss:.4f}")
     console.print(table)
     for line in damaged:
         console.print(line, soft_wrap=True)
@@ -45,7 +47,8 @@ def show_step(store: CheckpointStore, step: int, console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "step": f"{step}, written by {manifest.world_size} ranks under torch {manifest.torch}",
+        "step": f"{step}, written by {manifest.world_size} ranks",
+        **_about(manifest.about),
         "files": f"{len(manifest.files)}, {_size(manifest)}",
         **_tensors(manifest),
         **dict(_values(store.values(step))),
@@ -53,6 +56,16 @@ def show_step(store: CheckpointStore, step: int, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _about(about: About) -> dict[str, str]:
+    rows = {
+        "mesh": ", ".join(f"{name} {size}" for name, size in about.mesh.items()),
+        "validation loss": "" if about.validation_loss is None else repr(about.validation_loss),
+        "versions": ", ".join(f"{name} {version}" for name, version in about.versions.items()),
+        **{f"digest of {name}": digest for name, digest in about.digests.items()},
+    }
+    return {name: row for name, row in rows.items() if row}
 
 
 def _size(manifest: Manifest) -> str:

@@ -61,8 +61,10 @@ def encode_value(key: str, value: Any) -> bytes:
 def decode_value(key: str, data: bytes) -> Any:
     """What `encode_value` encoded; tuples are lists now."""
     try:
-        return msgspec.msgpack.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        value = msgspec.msgpack.decode(data)
+        _require_plain(key, value)  # MessagePack has dates and extensions of its own.
+        return value
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {error}") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,9 @@ from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
+
+_PIECE = 1 << 24
+"""Bytes that are read at once; as much memory a thread is what a load needs besides the state, or a row where that is more."""
 
 BlobKey = tuple[Literal["plain", "values"], str]
 
@@ -168,30 +172,76 @@ def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tens
         MetadataIndex(key, chunk.offsets): chunk for key, tensor in manifest.tensors.items() for chunk in tensor.chunks
     }
     # A rank's plan depends on no other rank's, so there is nothing to agree on.
-    reads = [(chunks[item.storage_index], item) for item in planner.create_local_plan().items]
-    reads.sort(key=lambda read: (read[0].span.file, read[0].span.begin))
-    for name, group in groupby(reads, key=lambda read: read[0].span.file):
-        with place.open(name, manifest.files[name].size) as file:
-            for chunk, item in group:
-                _read_box(file, chunk, item, planner.resolve_tensor(item).detach())
+    boxes = [
+        box
+        for item in planner.create_local_plan().items
+        for box in _boxes(chunks[item.storage_index], item, planner.resolve_tensor(item).detach())
+    ]
+    boxes.sort(key=lambda box: (box.span.file, box.span.begin))
+    with ThreadPoolExecutor(place.readers) as pool:
+        list(pool.map(lambda share: _read_boxes(place, manifest, share), _evenly(boxes, place.readers)))
 
 
-def _read_box(file: Readable, chunk: Chunk, item: ReadItem, target: torch.Tensor) -> None:
-    """Reads a box of a chunk. Whole rows are read, straight into the target where they are all of it."""
+class _Box(NamedTuple):
+    """Whole rows of a chunk as they lie in a file, and the tensor that takes all of them or some of their columns."""
+
+    span: Span
+    shape: tuple[int, ...]
+    columns: tuple[slice, ...]
+    target: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return self.span.end - self.span.begin
+
+    @property
+    def direct(self) -> bool:
+        """The bytes of the file are those of the target's memory."""
+        return self.target.shape == self.shape and self.target.is_cpu and self.target.is_contiguous()
+
+
+def _boxes(chunk: Chunk, item: ReadItem, target: torch.Tensor) -> Iterator[_Box]:
+    """What `target` takes of a chunk, in boxes of `_PIECE` bytes or one row."""
     if not target.numel():
         return
-    rows = (*item.lengths[:1], *chunk.sizes[1:])
-    begin = chunk.span.begin
-    if chunk.sizes:
-        begin += item.storage_offsets[0] * math.prod(chunk.sizes[1:]) * target.itemsize
-    if target.shape == rows and target.is_cpu and target.is_contiguous():
-        read_into(file, begin, _bytes_of(target))
+    # A number is a row of one.
+    sizes, lengths, offsets = chunk.sizes or (1,), tuple(item.lengths) or (1,), tuple(item.storage_offsets) or (0,)
+    width = math.prod(sizes[1:]) * target.itemsize
+    columns = (slice(None), *(slice(o, o + n) for o, n in zip(offsets[1:], lengths[1:], strict=True)))
+    begin = chunk.span.begin + offsets[0] * width
+    for rows in target.view(lengths).split(max(1, _PIECE // width)):
+        span = Span(chunk.span.file, begin, begin + len(rows) * width)
+        yield _Box(span, (len(rows), *sizes[1:]), columns, rows)
+        begin = span.end
+
+
+def _evenly(boxes: list[_Box], count: int) -> list[list[_Box]]:
+    """Boxes in at most `count` runs of about as many bytes."""
+    ends = list(accumulate(box.size for box in boxes))
+    runs = groupby(zip(boxes, ends, strict=True), key=lambda pair: (pair[1] - 1) * count // ends[-1])
+    return [[box for box, _ in run] for _, run in runs]
+
+
+def _read_boxes(place: Place, manifest: Manifest, boxes: list[_Box]) -> None:
+    detours = [box for box in boxes if not box.direct]
+    # One for all: memory that is new costs more than the copy into it.
+    buffer = torch.empty(
+        max((box.size for box in detours), default=0),
+        dtype=torch.uint8,
+        pin_memory=any(not box.target.is_cpu for box in detours),
+    )
+    for name, group in groupby(boxes, key=lambda box: box.span.file):
+        with place.open(name, manifest.files[name].size) as file:
+            for box in group:
+                _read_box(file, box, buffer[: box.size])
+
+
+def _read_box(file: Readable, box: _Box, buffer: torch.Tensor) -> None:
+    if box.direct:
+        read_into(file, box.span.begin, _bytes_of(box.target))
         return
-    buffer = torch.empty(rows, dtype=target.dtype)
-    read_into(file, begin, _bytes_of(buffer))
-    for axis in range(1, len(rows)):
-        buffer = buffer.narrow(axis, item.storage_offsets[axis], item.lengths[axis])
-    target.copy_(buffer)
+    read_into(file, box.span.begin, _bytes_of(buffer))
+    box.target.copy_(buffer.view(box.target.dtype).view(box.shape)[box.columns])
 
 
 def _metadata(manifest: Manifest) -> Metadata:

@@ -15,8 +15,9 @@ from checkpoints.bucket import open_root
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.fit import misfit, require_fit
-from checkpoints.manifest import Manifest, Span
+from checkpoints.manifest import About, Manifest, Span
 from checkpoints.ranks import Ranks
+from checkpoints.retention import Retention
 from checkpoints.staging import Staging
 from checkpoints.state import decode_value, encode_value, flatten, restore_tuples
 from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
@@ -41,6 +42,7 @@ class CheckpointStore:
             in it has another name than ours is left alone.
         keep: Committed steps that stay; older ones are deleted after a save.
         keep_every: Steps that are multiples of it stay as well.
+        keep_best: As many of those with the lowest validation loss stay as well.
         timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
     """
 
@@ -50,20 +52,17 @@ class CheckpointStore:
         *,
         keep: int = 3,
         keep_every: int | None = None,
+        keep_best: int | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; at least 1 step must stay")
-        if keep_every is not None and keep_every < 1:
-            raise ValueError(f"keep_every is {keep_every}; it must be at least 1")
+        self._retention = Retention(keep, keep_every, keep_best)
         self._directory = open_root(root)
         self.root = self._directory.root
-        self.keep = keep
-        self.keep_every = keep_every
         self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
         self._verified: dict[int, str] = {}
+        self._losses: dict[int, float | None] = {}
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future[None] | None = None
@@ -132,8 +131,10 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> Path | str:
-        """Commits a step and then deletes what `keep` no longer covers. When it returns, the step survives a power cut.
+    def save(
+        self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
+    ) -> Path | str:
+        """Commits a step and then deletes what is not to stay. When it returns, the step survives a power cut.
 
         Args:
             step: Must be above every committed step.
@@ -141,6 +142,7 @@ class CheckpointStore:
                 bytes, and lists, tuples and dicts of them). A tensor that is no DTensor, and a plain value, is the same
                 on every rank.
             values: Plain values of this rank by key, such as `rng/rank00001`. The step holds those of all ranks.
+            about: For the manifest, as rank 0 gives it.
 
         Raises:
             CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again; or
@@ -148,10 +150,12 @@ class CheckpointStore:
             LostRank: Another rank ended meanwhile. The step is whole or not there.
         """
         self.wait()
-        self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)))
+        self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)), about)
         return self._directory.path(step)
 
-    def save_later(self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}) -> None:
+    def save_later(
+        self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
+    ) -> None:
         """Copies all that `save` takes to host memory and returns; a thread then does what `save` does.
 
         One such save is under way at a time: the next waits for it, and so do all other methods that ranks call together.
@@ -159,7 +163,7 @@ class CheckpointStore:
         """
         self.wait()
         writer = self._ranks.agree(_saving(step), lambda: _writer(step, state, values).stage(self._staging))
-        self._saving = self._thread.submit(self._commit, step, writer)
+        self._saving = self._thread.submit(self._commit, step, writer, about)
 
     @property
     def failed(self) -> bool:
@@ -193,7 +197,7 @@ class CheckpointStore:
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
     def prune(self) -> list[int]:
-        """Deletes what `keep` and `keep_every` do not cover, as a save does, and returns it.
+        """Deletes what is not to stay, as a save does, and returns it.
 
         The newest step that is whole stays in any case, and so does all that is newer: it is looked for first, as `latest`
         does.
@@ -241,15 +245,16 @@ class CheckpointStore:
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
         return self._read(step, manifest, spans)
 
-    def _commit(self, step: int, writer: StepWriter) -> None:
+    def _commit(self, step: int, writer: StepWriter, about: About | None) -> None:
         task, ranks = _saving(step), self._ranks
+        self._losses.pop(step, None)  # A damaged step of this number may have had one.
         token = ranks.lead(task, step, self._open)
         self.rejected = {}
         attempt = self._directory.attempt(step, token)
         try:
             share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
             part = ranks.agree(task, lambda: writer.write(attempt, share))
-            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts))
+            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts, about or About()))
         except LostRank:
             raise  # Another rank may have seen it committed. The next run sweeps what was not.
         except CheckpointError:
@@ -288,7 +293,19 @@ class CheckpointStore:
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
     def _retain(self, good: int) -> list[int]:
-        return self._directory.retain(good, self.keep, self.keep_every)
+        """Deletes what is not to stay, given that `good` is whole."""
+        surplus = self._retention.surplus(self.steps(), good, self._loss)
+        self._directory.delete(surplus)
+        return surplus
+
+    def _loss(self, step: int) -> float | None:
+        """The validation loss of a step, from its manifest, which is read once."""
+        if step not in self._losses:
+            try:
+                self._losses[step] = self.manifest(step).about.validation_loss
+            except CorruptCheckpoint:
+                return None
+        return self._losses[step]
 
     def _open(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:

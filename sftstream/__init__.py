@@ -2,6 +2,7 @@
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.encoder import ChatEncoder
+from sftstream.identity import differences
 from sftstream.loader import PackLoader
 from sftstream.records import (
     IGNORE_INDEX,
@@ -18,6 +19,8 @@ from sftstream.records import (
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.stream import read_conversations
 from sftstream.topology import Deal, Shard
+
+__version__ = "0.1.0"
 
 __all__ = [
     "IGNORE_INDEX",
@@ -39,9 +42,11 @@ __all__ = [
     "StreamState",
     "TokenizerConfig",
     "ToolCall",
+    "__version__",
     "batch_digest",
     "describe",
     "diff",
+    "differences",
     "merge",
     "read_conversations",
 ]

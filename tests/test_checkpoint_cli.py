@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from checkpoints import RECIPE, CheckpointStore, CorruptCheckpoint, Recipe, Rows
+from checkpoints import RECIPE, About, CheckpointStore, CorruptCheckpoint, Recipe, Rows
 from checkpoints import export as exporting
 from checkpoints.cli import app
 from checkpoints.export import parse_recipe
+from sftstream import __version__
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_steps_are_listed_with_their_sizes(root):
     (root / "step-00000004" / "manifest.json").write_bytes(b"")
     code, lines = call("list", root)
     assert code == 0
-    assert lines[0] == "step saved size ranks tensors"
+    assert lines[0] == "step saved size ranks tensors validation loss"
     step, _, _, size, unit, ranks, tensors = lines[1].split(" ")
     assert (step, unit, ranks, tensors) == ("2", "kB", "2", "60")
     assert 500 < float(size) < 1500
@@ -73,11 +75,14 @@ def test_verify_reads_every_byte_of_all_steps_or_of_one(root):
 def test_inspect_says_how_far_the_run_was_and_what_is_in_the_step(run):
     code, lines = call("inspect", run / "checkpoints" / "step-00000006")
     assert code == 0
-    assert lines[0] == f"step 6, written by 2 ranks under torch {torch.__version__}"
+    assert lines[0] == "step 6, written by 2 ranks"
+    assert "mesh dp 1, tp 2, replicas 1" in lines
+    assert any(f"versions sftstream {__version__}, torch {torch.__version__}, torchdata" in line for line in lines)
+    config, data = (re.compile(rf"digest of {name} [0-9a-f]{{64}}") for name in ("config", "data"))
+    assert [sum(map(bool, map(digest.fullmatch, lines))) for digest in (config, data)] == [1, 1]
     metrics = runs.metrics(run.parents[1])[-1]
     for line in ("progress.step 6", f"progress.loss {metrics['loss']!r}", f"progress.rows {metrics['rows']}"):
         assert line in lines
-    assert "topology [1, 2]" in lines
     assert "settings.model.hidden_size 32" in lines
     assert "data/run.packs 24" in lines
     assert any(line.startswith("tensors of model ") for line in lines)
@@ -94,6 +99,15 @@ def test_prune_keeps_the_newest_whole_step_whatever_it_is_told(root):
 def test_prune_keeps_as_many_as_it_is_told_and_every_nth(root):
     assert call("prune", root, "--keep", 1, "--keep-every", 4)[1] == ["deleted [2]; [4, 6] stay"]
     assert call("prune", root, "--keep", 1)[1] == ["deleted [4]; [6] stay"]
+
+
+def test_prune_keeps_the_steps_of_the_lowest_validation_loss(tmp_path):
+    with CheckpointStore(tmp_path, keep=9) as store:
+        for step, loss in ((1, 2.5), (2, 0.5), (3, 1.5), (4, None)):
+            store.save(step, {"w": torch.ones(1)}, about=About(validation_loss=loss))
+    assert [line.split()[-1] for line in call("list", tmp_path)[1][1:]] == ["2.5000", "0.5000", "1.5000", "1"]
+    assert call("prune", tmp_path, "--keep", 1, "--keep-best", 1)[1] == ["deleted [1, 3]; [2, 4] stay"]
+    assert "validation loss 0.5" in call("inspect", tmp_path / "step-00000002")[1]
 
 
 def test_prune_does_nothing_while_a_run_has_the_directory(root):

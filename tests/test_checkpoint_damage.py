@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_manifest import manifest, seal
 
@@ -207,6 +207,8 @@ def assert_sound(found: Manifest) -> None:
 
 @patient
 @given(st.binary(max_size=200))
+@example(b"\xd4\x00\x00")  # an extension of MessagePack
+@example(b"\xd6\xff\x00\x00\x00\x00")  # its date
 def test_any_bytes_are_a_plain_value_or_refused(data):
     with suppress(CorruptCheckpoint):
         assert_plain(decode_value("key", data))

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from typer.testing import CliRunner
 
-from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
 from checkpoints.bucket import Bucket
 from checkpoints.cli import app
 
@@ -121,6 +121,22 @@ def test_damage_costs_the_step_and_it_can_be_saved_again(url, name):
     assert_holds(CheckpointStore(url), 2)
 
 
+def test_damaged_steps_stay_when_a_run_begins_anew_and_its_own_steps_go_over_their_numbers(url):
+    save(CheckpointStore(url), 1, 2)
+    files, root = fsspec.url_to_fs(url)
+    before = {path: files.cat_file(path) for path in files.find(root) if not path.endswith("manifest.json")}
+    for path in before:
+        files.pipe_file(path, before[path][:-1])
+    store = CheckpointStore(url, keep=1)
+    with pytest.raises(CorruptCheckpoint):
+        store.latest()
+    save(store, 1, 2, 3)
+    assert CheckpointStore(url).latest() == 3
+    assert CheckpointStore(url).steps() == [3]
+    assert {path: files.cat_file(path) for path in before} == {path: data[:-1] for path, data in before.items()}
+    assert sum("manifest.json.rejected-" in path for path in files.find(root)) == 2
+
+
 def test_a_missing_or_shorter_object_costs_the_step(url):
     store = CheckpointStore(url)
     save(store, 1, 2, 3)
@@ -147,9 +163,9 @@ def test_of_two_runs_that_save_a_step_at_once_one_commits_it(url):
     save(CheckpointStore(url), 1)
     first, second = Bucket(url), Bucket(url)
     tokens = [bucket.open(2, ()) for bucket in (first, second)]
-    first.commit(2, tokens[0], [])
+    first.commit(2, tokens[0], [], About())
     with pytest.raises(CheckpointError, match="another run has just saved step 2"):
-        second.commit(2, tokens[1], [])
+        second.commit(2, tokens[1], [], About())
     second.abandon(2, tokens[1])
     assert first.manifest(2).token == tokens[0]
 

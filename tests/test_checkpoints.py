@@ -23,8 +23,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint
-from checkpoints.digest import digesting, file_digest
+from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -117,6 +117,21 @@ def test_strided_views_are_saved_by_their_values_and_filled_in_place(tmp_path):
     CheckpointStore(tmp_path).load(1, {"t": memory[::2].t()[:3].t()[:, :3].t()[:, :4], "p": parameter})
     assert torch.equal(memory[::2, :3], base.t()[1:4].t())
     assert torch.equal(parameter, base)
+
+
+@pytest.mark.parametrize("ranks_of_the_host", [1, 1000])
+def test_pieces_of_any_size_read_by_any_number_of_threads_give_the_same(tmp_path, monkeypatch, ranks_of_the_host):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_of_the_host))
+    assert threads() == (min(2 * len(os.sched_getaffinity(0)), 32) if ranks_of_the_host == 1 else 2)
+    whole = {f"w{n}": torch.arange(12 * n + 12.0).view(-1, 3) for n in range(9)}
+    CheckpointStore(tmp_path).save(1, whole)
+    for piece in (1, 12, 50, 10_000):
+        monkeypatch.setattr("checkpoints.storage._PIECE", piece)
+        direct = {key: torch.zeros_like(tensor) for key, tensor in whole.items()}
+        strided = {key: torch.zeros(3, len(tensor)).t() for key, tensor in whole.items()}
+        for target in (direct, strided):
+            CheckpointStore(tmp_path).load(1, target)
+            assert frozen(target) == frozen(whole)
 
 
 def test_plain_values_come_back_as_they_were_and_tuples_where_the_state_has_tuples(tmp_path):
@@ -272,7 +287,32 @@ def test_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
     assert store.steps() == [0, 20, 40, 50]
 
 
-@pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}])
+def test_the_steps_of_the_lowest_validation_loss_stay_besides_the_newest(tmp_path):
+    losses = {0: 3.0, 10: 1.5, 20: None, 30: 1.0, 40: 1.5, 50: 2.0, 60: None}
+    for step, loss in losses.items():
+        # A store that did not see the others saved: after a restart.
+        store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+        store.save(step, state(step), about=About(validation_loss=loss))
+    assert store.steps() == [10, 30, 60]
+    assert store.manifest(30).about.validation_loss == 1.0
+    flip(tmp_path / "step-00000030" / "manifest.json")
+    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    store.save(70, state(70))
+    assert store.steps() == [10, 70]
+
+
+def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_again(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        store.save(step, state(step), about=About(validation_loss=loss))
+    flip(tmp_path / "step-00000002" / "rank00000.values")
+    assert store.latest() == 1
+    for step, loss in ((2, 9.0), (3, 4.0), (4, 5.0)):
+        store.save(step, state(step), about=About(validation_loss=loss))
+    assert store.steps() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}, {"keep_best": 0}])
 def test_keeping_no_step_is_refused(tmp_path, limits):
     with pytest.raises(ValueError, match=f"{next(iter(limits))} is 0"):
         CheckpointStore(tmp_path, **limits)
@@ -373,6 +413,19 @@ def test_steps_that_are_all_damaged_are_an_error_and_never_a_fresh_start(tmp_pat
         flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
     with pytest.raises(CorruptCheckpoint, match=r"no step in .* is whole .*step 20: .*; step 10: "):
         store.latest()
+
+
+def test_a_save_after_that_is_the_explicit_fresh_start_and_leaves_them_aside(tmp_path):
+    store = saved(tmp_path, 10, 20)
+    for step in (10, 20):
+        flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
+    held = {(path.parent.name, path.name): path.read_bytes() for path in tmp_path.glob("step-*/*")}
+    with pytest.raises(CorruptCheckpoint):
+        store.latest()
+    store.save(5, state(5))
+    assert (store.steps(), store.latest()) == ([5], 5)
+    aside = {(path.parent.name[:13], path.name): path.read_bytes() for path in tmp_path.glob("step-*.rejected-*/*")}
+    assert aside == held
 
 
 def test_damage_after_a_good_verdict_is_found_by_the_next_verdict(tmp_path):

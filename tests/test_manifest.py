@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import CorruptCheckpoint
-from checkpoints.manifest import Chunk, File, Manifest, Part, Span, Tensor, decode, encode, merge
+from checkpoints.manifest import About, Chunk, File, Manifest, Part, Span, Tensor, decode, encode, merge
 
 DIGEST = "ab" * 32
+ABOUT = About(mesh={"dp": 1, "tp": 2}, validation_loss=0.1, digests={"data": DIGEST}, versions={"torch": "2.13.0+cpu"})
 
 
 def manifest() -> Manifest:
@@ -41,6 +42,7 @@ def manifest() -> Manifest:
         ],
         step=120,
         token="0123456789abcdef",
+        about=ABOUT,
     )
 
 
@@ -103,7 +105,7 @@ HOSTILE = {
     "a NUL": (rename_file("rank00000.safetensors\0"), "regex"),
     "a foreign digit": (rename_file("rank0000٣.safetensors"), "regex"),
     "a pickle's name": (rename_file(".metadata"), "regex"),
-    "an unknown version": (lambda m: m.update(version=2), "version"),
+    "an unknown version": (lambda m: m.update(version=1), "version"),
     "a bool for an int": (lambda m: m.update(step=True), "step"),
     "a float for an int": (lambda m: m.update(step=120.0), "step"),
     "a negative step": (lambda m: m.update(step=-1), "step"),
@@ -129,6 +131,14 @@ HOSTILE = {
     "a span of a file that is not listed": (lambda m: m["plain"]["step"].update(file="rank00001.values"), "no file"),
     "a tensor in a values file": (lambda m: m["plain"]["step"].update(file="rank00000.safetensors"), "no file"),
     "two values in the same bytes": (lambda m: m["plain"]["step"].update(end=2), "overlaps"),
+    "nothing about it": (lambda m: m.pop("about"), "about"),
+    "an unknown field about it": (lambda m: m["about"].update(code=1), "unknown field"),
+    "a mesh of text": (lambda m: m["about"]["mesh"].update(dp="1"), "mesh"),
+    "a loss of text": (lambda m: m["about"].update(validation_loss="0.1"), "validation_loss"),
+    "a short digest of the data": (lambda m: m["about"]["digests"].update(data="ab"), "regex"),
+    "a version that moves the cursor": (lambda m: m["about"]["versions"].update(torch="\x1b[2J"), "regex"),
+    "a version without a name": (lambda m: m["about"]["versions"].update({"": "1"}), "regex"),
+    "no version": (lambda m: m["about"].pop("versions"), "does not match"),
     "a list nested deeply": (lambda m: m.update(plain={"x": nested(500)}), "Expected"),
 }
 
@@ -149,7 +159,7 @@ def test_a_sealed_but_hostile_manifest_is_refused_and_the_reason_named(name):
 
 def test_duplicate_keys_are_refused_though_a_decoder_would_take_the_last():
     body = msgspec.json.encode(manifest())
-    for old, new in [(b'{"version":1', b'{"version":1,"version":1'), (b'"plain":{', b'"plain":{"step":null,')]:
+    for old, new in [(b'{"version":2', b'{"version":2,"version":2'), (b'"plain":{', b'"plain":{"step":null,')]:
         assert old in body
         with pytest.raises(CorruptCheckpoint):
             decode(seal(body.replace(old, new)))
@@ -158,7 +168,7 @@ def test_duplicate_keys_are_refused_though_a_decoder_would_take_the_last():
 def test_nesting_of_any_depth_is_refused_without_exhausting_the_stack():
     for depth in (10_000, 1_000_000):
         with pytest.raises(CorruptCheckpoint):
-            decode(seal(b'{"version":1,"step":' + b"[" * depth + b"]" * depth + b"}"))
+            decode(seal(b'{"version":2,"step":' + b"[" * depth + b"]" * depth + b"}"))
         with pytest.raises(CorruptCheckpoint):
             decode(b"[" * depth)
 
@@ -213,7 +223,7 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Chunk]]:
 def tiled(shape: tuple[int, ...], chunks: list[Chunk]) -> Manifest:
     size = max(chunk.span.end for chunk in chunks)
     part = Part(files={"rank00000.safetensors": File(size, DIGEST)}, tensors={"w": Tensor("F32", shape, chunks)})
-    return merge([part], step=1, token="0123456789abcdef")
+    return merge([part], step=1, token="0123456789abcdef", about=About())
 
 
 @given(tilings(), st.randoms(use_true_random=False))

@@ -82,6 +82,16 @@ def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> 
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
 
 
+def test_a_validation_loss_stands_where_it_was_taken(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0) as log:
+        log.step(STEP)
+        log.step(msgspec.structs.replace(STEP, step=2, validation_loss=1.25))
+    assert [line.get("validation_loss", "none") for line in _lines(tmp_path / "metrics.jsonl")] == ["none", 1.25]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("validation_loss")] == [(2, 1.25)]
+
+
 def test_lines_that_a_full_disk_does_not_take_follow_whole_when_there_is_room(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, 0) as log:

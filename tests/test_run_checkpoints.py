@@ -113,6 +113,43 @@ def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Pat
     assert "File too large" in job.output()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_on_request_only_and_leaves_them_aside(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["run"]["steps"] = 4
+    job = runs.run(_directory(tmp_path / "broken"), config)
+    whole = {"run": config["run"] | {"steps": 6}}
+    runs.run(_directory(tmp_path / "whole"), config | whole)
+    root = job.directory / "runs/run/checkpoints"
+    for weights in root.glob("*/*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    damaged = _files(root)
+
+    job = runs.Job(job.directory, config | whole)
+    assert job.finish() == 1
+    assert "or here by checkpoint.fresh_start = true, which leaves them aside" in job.output()
+    config["checkpoint"]["fresh_start"] = True
+    endless = {"run": config["run"] | {"steps": 10_000}, "checkpoint": {"every": 10_000, "fresh_start": True}}
+    job = runs.Job(job.directory, config | endless)
+    runs.wait_for(lambda: "step 1 |" in job.output(), job)
+    job.kill()
+    assert _files(root) == damaged  # Until a step of the new run is there.
+
+    job = runs.run(job.directory, config | whole)
+    assert "no checkpoint is whole, so the run begins anew; the damaged ones are left aside" in job.output()
+    assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
+    assert _store(job.directory).steps() == [2, 4, 6]
+    aside = {name.partition(".rejected-")[0]: files for name, files in _files(root).items() if ".rejected-" in name}
+    assert aside == damaged
+    job = runs.run(job.directory, config | {"run": config["run"] | {"steps": 8}})
+    assert "resuming after step 6" in job.output()
+
+
+def _files(root: Path) -> dict[str, dict[str, bytes]]:
+    """The files of each directory of steps, damaged ones and those put aside included."""
+    return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in root.glob("step-*")}
+
+
 def test_on_another_topology_the_generators_start_anew_and_the_run_says_so(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:

@@ -66,6 +66,13 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("parallel.tp=0", "tp = 0 must be at least 1"),
         ("checkpoint.every=0", "every = 0 must be at least 1"),
         ("checkpoint.keep_every=0", "keep_every = 0 must be at least 1"),
+        ("checkpoint.keep_best=0", "keep_best = 0 must be at least 1"),
+        ("checkpoint.keep_best=2", "keep_best keeps those of the lowest validation loss; add a [validation] table"),
+        ("validation.every=10", "missing required field `sources` - at `$.validation`"),
+        ("validation={sources=[]}", "sources is empty; name at least one [[validation.sources]]"),
+        ('validation={sources=[{path="a"}], every=0}', "every = 0 must be at least 1 - at `$.validation`"),
+        ('validation={sources=[{path="a"}], global_batches=0}', "global_batches = 0 must be at least 1"),
+        ('validation={sources=[{path="a", weight=1.0}, {path="b"}]}', "source 'b' has no weight but another has"),
         ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
         ("steps", "'steps' is no override; write section.key=value"),
         ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),
@@ -75,6 +82,26 @@ def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: s
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         _load(tmp_path, override)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saves", "validates", "steps", "meet"),
+    [(2, 2, 10, None), (4, 2, 10, None), (2, 6, 10, None), (4, 6, 100, 12), (2, 20, 10, 20), (20, 2, 10, 20)],
+)
+def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
+    saves: int, validates: int, steps: int, meet: int | None
+) -> None:
+    tables = _tables(
+        run={"steps": steps},
+        checkpoint={"every": saves, "keep_best": 1},
+        validation={"sources": [{"path": "held_out.jsonl"}], "every": validates},
+    )
+    if meet is None:
+        parse_config(tables)
+        return
+    message = f"checkpoint.every = {saves} and validation.every = {validates} meet at step {meet} only"
+    with pytest.raises(ValueError, match=message):
+        parse_config(tables)
 
 
 def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:

@@ -66,7 +66,7 @@ def test_what_computes_otherwise_trains_alike_and_says_so_on_a_resume(
         job = runs.Job(tmp_path, changed(config, {"run": {"steps": 6}}), processes=2)
         assert job.finish() == 1
         for key, value in changes["run"].items():
-            assert f"{key}: {value} -> {'False' if key == 'compile' else 'float32'}" in job.output()
+            assert f"settings.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
 
 
 def test_the_finished_model_is_stored_in_the_type_asked_for(

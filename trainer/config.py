@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from sftstream import DataConfig
+from sftstream import DataConfig, SourceConfig
 from trainer.blocks import Recompute
 from trainer.model import LlamaConfig
 from trainer.optimizer import OptimizerConfig, ScheduleConfig
@@ -80,13 +81,35 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Those of steps that are multiples of it stay as well."""
+    keep_best: int | None = None
+    """As many of those with the lowest validation loss stay as well."""
+    fresh_start: bool = False
+    """Begin anew where all checkpoints are damaged, and leave them aside. Where any is whole the run goes on from it."""
     background: bool = True
     """Write while the next steps are taken, from a copy in host memory; the last checkpoint of a run is waited for."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """continue: say what went wrong and try again at the next checkpoint, except after the last step."""
 
     def __post_init__(self) -> None:
-        for field in ("every", "keep", "keep_every"):
+        for field in ("every", "keep", "keep_every", "keep_best"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
+
+
+class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Conversations that are not trained on; their loss is taken in the course of the run."""
+
+    sources: tuple[SourceConfig, ...]
+    """As data.sources; template, masks and packing are those of `[data]`. One pass, in order, each time the same packs."""
+    every: int = 100
+    """Steps between."""
+    global_batches: int | None = None
+    """Of data.global_batch packs, the first so many; by default all of a pass. They stay in memory, 24 bytes a token."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one [[validation.sources]] with a path")
+        for field in ("every", "global_batches"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
 
@@ -111,9 +134,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.checkpoint.keep_best is not None:
+            self._require_judged_checkpoints()
+        if self.validation is not None:
+            self.held_out(self.validation.sources)  # raises for sources that do not go together
         if self.schedule.over == "data" and self.run.epochs is None:
             raise ValueError(
                 'schedule.over = "data" needs run.epochs: an endless stream makes no progress; use "steps"'
@@ -128,6 +156,23 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"a {self.schedule.kind} schedule needs its length: the number of steps of {self.run.epochs} epochs is not known "
                 'before they end; set schedule.over = "data" or schedule.steps'
             )
+
+    def _require_judged_checkpoints(self) -> None:
+        if self.validation is None:
+            raise ValueError("checkpoint.keep_best keeps those of the lowest validation loss; add a [validation] table")
+        saves, validates = self.checkpoint.every, self.validation.every
+        meet = math.lcm(saves, validates)
+        if meet > max(saves, validates) or (self.run.steps is not None and meet > self.run.steps):
+            raise ValueError(
+                f"checkpoint.keep_best needs steps that are validated and saved, but checkpoint.every = {saves} and "
+                f"validation.every = {validates} meet at step {meet} only; make one a multiple of the other, within the run"
+            )
+
+    def held_out(self, sources: tuple[SourceConfig, ...]) -> DataConfig:
+        """One pass over other sources in the order in which they lie, all else as for training."""
+        return msgspec.structs.replace(
+            self.data, sources=sources, shuffle=False, epochs=1, stages=(), ends_with="all", accept_changed=()
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -47,6 +47,8 @@ class Display:
         """`share` is how much of the run is done, in [0, 1], where that is known."""
         line = summary(metrics)
         self._bar.update(self._task, description=line, completed=share or 0.0)
+        if metrics.validation_loss is not None:
+            self.say(f"step {metrics.step} | validation loss {metrics.validation_loss:.4f}")
         if not self.console.is_terminal and (last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
             self.say(line if share is None else f"{line} | {share:.0%} done")

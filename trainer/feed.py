@@ -10,8 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import Deal, Pack, PackLoader, Refusal, batch_digest
+from sftstream import DataConfig, DataState, Deal, Pack, PackLoader, Refusal, batch_digest
 from trainer.mesh import Topology
+
+
+def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
+    """The run's packs as this rank reads them, None where another reads for it; ValueError for a vocabulary too small."""
+    if not topology.leads:
+        return None
+    loader = PackLoader(config, shard=topology.shard, state=state)
+    words = len(loader.encoder.tokenizer.hf)
+    if words > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {words} tokens, model.vocab_size is {vocabulary}; raise it to {words} or more"
+        )
+    return loader
 
 
 class Feed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -17,22 +16,21 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from checkpoints import CheckpointError, Recipe
-from sftstream import Deal, PackLoader
+from sftstream import Deal
+from trainer.about import about
 from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
 from trainer.determinism import determinism
 from trainer.display import Display
 from trainer.evaluate import evaluate
 from trainer.export import export
-from trainer.feed import Feed, Tally, gather_refusals, tally
+from trainer.feed import Feed, Tally, gather_refusals, open_loader, tally
 from trainer.hf_config import find_model, read_config
 from trainer.mesh import Topology, distributed, leave, named_dtype, tell
 from trainer.metrics import RunLog, StepMetrics
@@ -44,6 +42,8 @@ from trainer.recipe import recipe
 from trainer.resume import Progress, Restored, Settings, capture, restore
 from trainer.saves import Saves
 from trainer.step import StepResult, train_step
+from trainer.stop import StopRequest
+from trainer.validate import Validation
 from trainer.weights import load_weights
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
@@ -72,28 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class StopRequest:
-    """While it is entered, SIGINT and SIGTERM ask the run to save and end after the step at hand.
-
-    All of them: a Ctrl-C reaches a rank more than once, from the terminal and from torchrun.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-
-
 class Run:
     """One process of a training run."""
 
@@ -109,17 +87,18 @@ class Run:
         self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
         self.settings = Settings.of(config, self.shape, self.compute_dtype)
         # Found before any work is done, since it is the first thing that can be wrong.
-        self.latest = self.saves.store.latest()
+        self.latest = self.saves.latest()
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         restored = self._restore()
         self.reseeded = restored.reseeded
         self.progress = restored.progress
-        self.loader = self._open_loader(restored)
+        self.loader = open_loader(config.data, topology, restored.data, self.shape.vocab_size)
         self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
         deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
         self.feed = Feed(self.loader, topology, deal, config.data.capacity)
+        self.validation = self._validation()
 
     def train(self) -> None:
         """Step until the run ends or is asked to stop, then export and evaluate what came out."""
@@ -168,15 +147,17 @@ class Run:
         )
         self._advance(count, result)
         refusals = gather_refusals(packs, self.feed, self.topology) if count.refused else []
+        seconds = time.perf_counter() - began
+        validation_loss = self.validation.after(self.progress.step, self.model) if self.validation else None
         if log:
             reasons = Counter(refusal.reason for refusal, _ in refusals)
-            metrics = self._metrics(count, reasons, result, rate, waited, time.perf_counter() - began)
+            metrics = self._metrics(count, reasons, result, rate, waited, seconds, validation_loss)
             log.step(metrics)
             log.refused(self.progress.step, refusals)
             self.display.step(metrics, self.share, last=self.finished)
         last = count.stop > 0 or self.finished
         if last or self.progress.step % config.checkpoint.every == 0:
-            self._save(log, last=last)
+            self._save(log, validation_loss, last=last)
         return count.stop > 0
 
     def _advance(self, count: Tally, result: StepResult) -> None:
@@ -203,7 +184,14 @@ class Run:
         return min(1.0, self.progress.step / self.config.run.steps) if self.config.run.steps else None
 
     def _metrics(
-        self, count: Tally, reasons: Counter[str], result: StepResult, rate: float, waited: float, seconds: float
+        self,
+        count: Tally,
+        reasons: Counter[str],
+        result: StepResult,
+        rate: float,
+        waited: float,
+        seconds: float,
+        validation_loss: float | None,
     ) -> StepMetrics:
         data = self.config.data
         return StepMetrics(
@@ -221,10 +209,12 @@ class Run:
             data_wait=waited,
             seconds=seconds,
             batch_digest=count.digest,
+            validation_loss=validation_loss,
         )
 
-    def _save(self, log: RunLog | None, *, last: bool) -> None:
+    def _save(self, log: RunLog | None, validation_loss: float | None, *, last: bool) -> None:
         state = self.loader.state if self.loader else None
+        held_out = self.validation.digest if self.validation else None
         run = partial(
             capture,
             model=self.model,
@@ -234,6 +224,7 @@ class Run:
             settings=self.settings,
             recipe=self.recipe,
             topology=self.topology,
+            about=about(self.config, self.topology, state, held_out, validation_loss) if state else None,
         )
         self.saves.save(run, log, last=last)
 
@@ -262,16 +253,13 @@ class Run:
             return Restored(Progress(), None)
         return restore(self.saves.store, self.model, self.optimizer, self.settings, self.topology, self.latest)
 
-    def _open_loader(self, restored: Restored) -> PackLoader | None:
-        if not self.topology.leads:
+    def _validation(self) -> Validation | None:
+        if self.config.validation is None or self.finished:
             return None
-        loader = PackLoader(self.config.data, shard=self.topology.shard, state=restored.data)
-        words, rows = len(loader.encoder.tokenizer.hf), self.shape.vocab_size
-        if words > rows:
-            raise ValueError(
-                f"the tokenizer has {words} tokens, model.vocab_size is {rows}; raise it to {words} or more"
-            )
-        return loader
+        validation = Validation(self.config, self.topology, self.loader.encoder if self.loader else None)
+        if self.latest is not None and self.config.checkpoint.keep_best is not None:
+            validation.require_comparable(self.saves.store.manifest(self.latest).about)
+        return validation
 
     def _recipe(self) -> Recipe:
         assert self.loader is not None
@@ -290,8 +278,12 @@ class Run:
         run, parameters = self.config.run, sum(p.numel() for p in self.model.parameters())
         rows = f" on {self.total_rows:,} conversations in all epochs" if self.total_rows else ""
         self.display.say(f"{run.directory}: a Llama of {parameters:,} parameters{rows}; {self.topology.describe()}")
+        if self.validation:
+            self.display.say(self.validation.describe())
         for step, reason in self.saves.store.rejected.items():
             self.display.say(f"checkpoint of step {step} is damaged and was passed over: {reason}")
+        if self.saves.store.rejected and self.latest is None:
+            self.display.say("no checkpoint is whole, so the run begins anew; the damaged ones are left aside")
         if self.finished:
             self.display.say(f"finished after step {self.progress.step}; give it another run.name to train again")
         elif self.progress.step:

@@ -41,6 +41,11 @@ class Topology:
         return self.mesh["tp"].size()
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What tells this topology from another."""
+        return {"dp": self.dp, "tp": self.tp, "replicas": self.parallel.replicas}
+
+    @property
     def shard(self) -> Shard:
         """What this rank's data-parallel coordinate reads."""
         return Shard(self.mesh["dp"].get_local_rank(), self.dp)

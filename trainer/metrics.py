@@ -20,7 +20,10 @@ from trainer.feed import PlacedRefusal
 logger = logging.getLogger(__name__)
 
 
-class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
+CURVES = ("loss", "validation_loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait")
+
+
+class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of `metrics.jsonl`. Counts are of this step over all ranks, padding excluded."""
 
     step: int
@@ -44,6 +47,8 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     batch_digest: str
     """Hash of the step's packs over all ranks, in order."""
+    validation_loss: float | None = None
+    """Mean over the trained tokens that are held out, after the step; left out where it was not taken."""
 
 
 class RunLog:
@@ -68,8 +73,9 @@ class RunLog:
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
         self._metrics.add(msgspec.to_builtins(metrics))
-        for name in ("loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait"):
-            self._draw(lambda board, name=name: board.add_scalar(name, getattr(metrics, name), metrics.step))  # type: ignore[misc]
+        for name in CURVES:
+            if (value := getattr(metrics, name)) is not None:
+                self._draw(lambda board, name=name, value=value: board.add_scalar(name, value, metrics.step))  # type: ignore[misc]
 
     def refused(self, step: int, refusals: list[PlacedRefusal]) -> None:
         """Append the rows that were refused for a step."""

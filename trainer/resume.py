@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoints import RECIPE, CheckpointStore, Recipe
-from sftstream import DataState, StreamState
+from checkpoints import RECIPE, About, CheckpointStore, Recipe
+from sftstream import DataState, StreamState, differences
 from trainer.config import TrainConfig
 from trainer.mesh import Topology
 from trainer.model import Llama, LlamaConfig
@@ -26,8 +26,8 @@ from trainer.recipe import MODEL
 
 STREAM, RNG = "data/stream/", "rng/"
 
-Save = Callable[[int, dict[str, Any], dict[str, Any]], Any]
-"""One of a store's ways to save: takes a step, tensors, values."""
+Save = Callable[[int, dict[str, Any], dict[str, Any], About | None], Any]
+"""One of a store's ways to save: takes a step, tensors, values, what the manifest says about them."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,9 +93,10 @@ def capture(
     settings: Settings,
     recipe: Recipe | None,
     topology: Topology,
+    about: About | None,
 ) -> None:
     """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read,
-    `recipe` on all but the first."""
+    `recipe` and `about` on all but the first."""
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
     if data is not None:
         # One value a logical stream: any other topology finds its own among them.
@@ -107,8 +108,7 @@ def capture(
         values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(settings)
-        values["topology"] = [topology.dp, topology.tp]
-    save(progress.step, _tensors(model, optimizer), values)
+    save(progress.step, _tensors(model, optimizer), values, about)
 
 
 def restore(
@@ -126,7 +126,7 @@ def restore(
     store.load(step, state)
     set_model_state_dict(model, state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    reseeded = not _restore_rng(values, topology)
+    reseeded = store.manifest(step).about.mesh != topology.sizes or not _restore_rng(values, topology)
     if reseeded:
         torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + dist.get_rank()) % 2**63)
     streams = {
@@ -144,24 +144,15 @@ def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _require_same(saved: Settings, now: Settings, step: int) -> None:
-    before, after = _leaves(msgspec.to_builtins(saved)), _leaves(msgspec.to_builtins(now))
-    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now), "settings")
     if not changed:
         return
-    fields = "; ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed)
-    also = ", or keep the schedule of a longer run by schedule.steps" if "steps" in changed else ""
+    longer = any(field.startswith("settings.steps: ") for field in changed)
+    also = ", or keep the schedule of a longer run by schedule.steps" if longer else ""
     raise ValueError(
         f"the checkpoint of step {step} was made with other settings, and going on with these would not be the same run: "
-        f"{fields}. Restore them, or give the run another name{also}"
+        f"{'; '.join(changed)}. Restore them, or give the run another name{also}"
     )
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {
-        key: leaf for name, item in value.items() for key, leaf in _leaves(item, f"{path}.{name}".lstrip(".")).items()
-    }
 
 
 def _rng_state(topology: Topology) -> dict[str, bytes]:
@@ -172,9 +163,9 @@ def _rng_state(topology: Topology) -> dict[str, bytes]:
 
 
 def _restore_rng(values: dict[str, Any], topology: Topology) -> bool:
-    """Set this rank's generators as they were; false on another topology, where no rank is the one that it was."""
-    saved = values.get(f"{RNG}{dist.get_rank():05d}", {})
-    if values["topology"] != [topology.dp, topology.tp] or (topology.device.type == "cuda") != ("cuda" in saved):
+    """Set this rank's generators as they were; false where they were those of another kind of device."""
+    saved = values[f"{RNG}{dist.get_rank():05d}"]
+    if (topology.device.type == "cuda") != ("cuda" in saved):
         return False
     torch.set_rng_state(torch.frombuffer(bytearray(saved["cpu"]), dtype=torch.uint8))
     if "cuda" in saved:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 
-from checkpoints import CheckpointError, CheckpointStore, LostRank
+from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
 from trainer.config import TrainConfig
 from trainer.display import Display
 from trainer.metrics import RunLog
@@ -21,8 +21,23 @@ class Saves:
         self.config = config.checkpoint
         self.display = display
         root = self.config.root or config.run.directory / "checkpoints"
-        self.store = CheckpointStore(root, keep=self.config.keep, keep_every=self.config.keep_every)
+        limits = self.config
+        self.store = CheckpointStore(root, keep=limits.keep, keep_every=limits.keep_every, keep_best=limits.keep_best)
         self.store.claim()
+
+    def latest(self) -> int | None:
+        """The newest step that is whole; None where the run begins, for the first time or anew because the config says so.
+
+        Steps that are damaged stay: the first save puts them aside under other names.
+        """
+        try:
+            return self.store.latest()
+        except CorruptCheckpoint as error:
+            if not self.config.fresh_start:
+                raise CheckpointError(
+                    f"{error}, or here by checkpoint.fresh_start = true, which leaves them aside"
+                ) from error
+        return None
 
     def save(self, capture: Callable[[Save], None], log: RunLog | None, *, last: bool) -> None:
         """Commit what `capture` gives to a save of the store, after the lines of its steps.

@@ -59,14 +59,15 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
             model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
             model.set_requires_all_reduce(last)  # between replicas, once a step in either case
             model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
-        loss = _pack_loss(model, pack, topology.device)
+        loss = pack_loss(model, pack, topology.device)
         (loss * scale).backward()
         total += loss.detach()
     dist.all_reduce(total, group=topology.mesh["dp"].get_group())
     return total * scale
 
 
-def _pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
+def pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
+    """The sum of the cross-entropy of a pack's trained tokens, in nats."""
     # Found on the CPU, where the labels come from: asking a GPU how many there are would wait for it.
     trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
     labels = pack.labels[trained]

@@ -1,0 +1,148 @@
+"""The loss on held-out conversations: right, the same on any topology and after any kill, and without a trace in the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+import torch
+import transformers
+
+from checkpoints import CheckpointStore
+from sftstream import ChatEncoder
+
+HELD_OUT = tiny.rows(20, seed=9)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[str, Any]:
+    """Six steps, validated after each second one on 20 conversations and one that is too long."""
+    directory = tmp_path_factory.mktemp("data")
+    too_long = tiny.chat("a question", " ".join(tiny.WORDS * 8))
+    held_out = tiny.write_jsonl(directory / "held_out.jsonl", [*HELD_OUT, too_long])
+    return runs.run_config(
+        tokenizer,
+        runs.sources(directory),
+        run={"steps": 6},
+        validation={"sources": [{"path": held_out}], "every": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
+    """The directory of that run on two data-parallel ranks."""
+    return runs.run(tmp_path_factory.mktemp("validated"), config, 2).directory
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """The validation losses, by step."""
+    return {line["step"]: line["validation_loss"] for line in runs.metrics(directory) if "validation_loss" in line}
+
+
+def store(directory: Path) -> CheckpointStore:
+    return CheckpointStore(directory / "runs" / "run" / "checkpoints")
+
+
+def packs_digest(directory: Path) -> str:
+    """Of the packs that were validated, as the last step's manifest has it."""
+    return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
+
+
+def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validated: Path, tokenizer: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(validated / "runs" / "run" / "export")
+    encoder, total, count = ChatEncoder(tokenizer), 0.0, 0
+    for row in HELD_OUT:
+        (example,) = encoder.encode(row["messages"])
+        tokens, trained = torch.from_numpy(example.tokens.copy()), torch.from_numpy(example.loss_mask.copy())
+        logits = model(tokens.long()[None]).logits[0, :-1].double()
+        targets = tokens[1:][trained[1:]].long()
+        total += torch.nn.functional.cross_entropy(logits[trained[1:]], targets, reduction="sum").item()
+        count += len(targets)
+    assert losses(validated).keys() == {2, 4, 6}
+    assert losses(validated)[6] == pytest.approx(total / count, rel=1e-6)
+    output = (validated / "rank0.log").read_text()
+    assert f"20 conversations are held out, {count} trained tokens; refused 1 (longer than capacity: 1)" in output
+    assert f"step 6 | validation loss {total / count:.4f}" in output
+
+
+def test_a_run_that_validates_trains_to_the_bit_like_one_that_does_not(
+    validated: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
+    runs.run(tmp_path, {name: table for name, table in config.items() if name != "validation"}, 2)
+    plain, found = runs.outcome(tmp_path), runs.outcome(validated)
+    for line in found["metrics"]:
+        line.pop("validation_loss", None)
+    assert found == plain
+
+
+def test_a_run_that_is_killed_and_resumed_validates_to_the_bit_as_before(
+    validated: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
+    job = runs.Job(tmp_path, config, 2)
+    lines = tmp_path / "runs" / "run" / "metrics.jsonl"
+    runs.wait_for(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 3, job)
+    job.kill()
+    runs.run(tmp_path, config, 2)
+    assert runs.outcome(tmp_path) == runs.outcome(validated)
+
+
+@pytest.mark.parametrize(("processes", "tp"), [(1, 1), (2, 2)])
+def test_on_another_topology_it_is_the_same_but_for_rounding(
+    validated: Path, config: dict[str, Any], tmp_path: Path, processes: int, tp: int
+) -> None:
+    runs.run(tmp_path, config | {"parallel": {"tp": tp}}, processes)
+    assert losses(tmp_path) == pytest.approx(losses(validated), rel=1e-6)
+    assert packs_digest(tmp_path) == packs_digest(validated)
+
+
+def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    config = config | {"validation": config["validation"] | {"global_batches": 1}, "run": config["run"] | {"steps": 2}}
+    output = runs.run(tmp_path, config).output()
+    (count,) = (int(line.split()[0]) for line in output.splitlines() if "are held out" in line)
+    assert 0 < count < 20
+    assert packs_digest(tmp_path) != packs_digest(validated)
+    assert losses(tmp_path)[2] != pytest.approx(losses(validated)[2], rel=1e-3)
+
+
+def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The rate is so high that the loss rises."""
+    config = config | {
+        "optimizer": {"learning_rate": 3.0},
+        "validation": config["validation"] | {"every": 1},
+        "checkpoint": {"every": 1, "keep": 1, "keep_best": 2},
+    }
+    for steps in (3, 6):
+        runs.run(tmp_path, config | {"run": config["run"] | {"steps": steps}})
+    found = losses(tmp_path)
+    assert sorted(found, key=lambda step: found[step])[:2] == [1, 2]
+    assert store(tmp_path).steps() == [1, 2, 6]
+    changed = config["validation"] | {"sources": config["data"]["sources"]}
+    job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
+    assert job.finish() == 1
+    assert "the checkpoint's were taken on other held-out conversations; restore validation.sources" in job.output()
+    assert [store(tmp_path).manifest(step).about.validation_loss for step in (1, 2, 6)] == [
+        found[step] for step in (1, 2, 6)
+    ]
+
+
+def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
+    dated = tiny.save_tokenizer(tmp_path / "dated", tiny.DATED_TEMPLATE)
+    digests = []
+    for steps, tokenizer in ((2, {"path": dated, "date": "2020-02-02"}), (4, {"path": dated})):
+        data = config["data"] | {"tokenizer": tokenizer}
+        runs.run(tmp_path, config | {"data": data, "run": config["run"] | {"steps": steps}})
+        digests.append(packs_digest(tmp_path))
+    assert digests[0] == digests[1]
+
+
+def test_sources_of_which_nothing_can_be_trained_are_an_error(config: dict[str, Any], tmp_path: Path) -> None:
+    source = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
+    job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
+    assert job.finish() == 1
+    assert "error: validation.sources hold nothing to train on: 0 conversations are held out" in job.output()
+    assert "unknown layout: 1" in job.output()
