@@ -47,6 +47,8 @@ class Slot(NamedTuple):
     """What is done to it, if anything."""
     loose: bool
     """White space at its ends would be printed."""
+    verbatim: bool
+    """More than white space at both its ends could be taken from it, which would not be its words any more."""
 
 
 class Condition(NamedTuple):
@@ -97,7 +99,12 @@ class Planner:
             return
         pieces = tuple(piece if isinstance(piece, str) else "" for piece in trace.pieces)
         slots = tuple(
-            Slot(at, *self._printer(piece), STRIPPED not in piece.ops and isinstance(values[piece.number], str))
+            Slot(
+                at,
+                *self._printer(piece),
+                loose=STRIPPED not in piece.ops and isinstance(values[piece.number], str),
+                verbatim=any(op[0] in ("strip", "lstrip", "rstrip") and op != STRIPPED for op in piece.ops),
+            )
             for at, piece in enumerate(trace.pieces)
             if isinstance(piece, Leaf)
         )
@@ -120,7 +127,9 @@ class Planner:
         for turn in turns:
             if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        trace = self._traced.trace(recorder, messages, tools)
+        # A last piece, for a span that goes to the end of the text.
+        return trace and trace._replace(pieces=(*trace.pieces, ""))
 
     def _assembled(self, plan: Plan, values: Sequence[Any]) -> Rendered | None:
         texts = self._texts(plan, values)
@@ -133,8 +142,10 @@ class Planner:
     def _texts(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
         """The pieces with the values among them; None where a value is not inert."""
         texts, words = list(plan.pieces), []
-        for piece, number, printed, loose in plan.slots:
+        for piece, number, printed, loose, verbatim in plan.slots:
             value = values[number] if printed is None else printed(values[number])
+            if verbatim and value != values[number]:
+                return None
             if loose and value and (value[0].isspace() or value[-1].isspace()):
                 return None
             texts[piece] = value

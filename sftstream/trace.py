@@ -135,7 +135,37 @@ class Text(_Unknown):
         return Text([*_parts(other), *self.parts])
 
     def __bool__(self) -> bool:
-        return any(isinstance(part, str) and part for part in self.parts) or self._refuse()
+        return any(isinstance(part, str) and part for part in self.parts) or any(map(bool, self.parts))
+
+    def strip(self, characters: str | None = None) -> Text:
+        return self.lstrip(characters).rstrip(characters)
+
+    def lstrip(self, characters: str | None = None) -> Text:
+        return Text(_without_blank_beginning(self.parts, lambda part: part.lstrip(characters)))
+
+    def rstrip(self, characters: str | None = None) -> Text:
+        return Text(_without_blank_beginning(self.parts[::-1], lambda part: part.rstrip(characters))[::-1])
+
+
+class Length(_Unknown):
+    """How many characters a word has: known to be none, or some."""
+
+    def __init__(self, word: Word) -> None:
+        self._word = word
+
+    def __bool__(self) -> bool:
+        return bool(self._word)
+
+    def __eq__(self, other: object) -> bool:
+        return not self if other == 0 else self._refuse()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __gt__(self, other: object) -> bool:
+        return bool(self) if other == 0 else self._refuse()
+
+    __hash__ = _Unknown.__hash__
 
 
 class Value(_Unknown):
@@ -167,7 +197,14 @@ class TracedTemplate:
         self._template = template
         environment = template.environment.overlay()
         environment.concat = _joined
-        environment.filters = {**environment.filters, "trim": _trim, "string": _shown, "tojson": _to_json(environment)}
+        filters = {
+            "trim": _trim,
+            "string": _shown,
+            "tojson": _to_json(environment),
+            "length": _length,
+            "count": _length,
+        }
+        environment.filters = {**environment.filters, **filters}
         environment.tests = {**environment.tests, **{name: _is(name, environment) for name in ("string", "mapping")}}
         environment.tests |= {name: _is_iterable(environment.tests[name]) for name in ("iterable", "sequence")}
         code = environment.compile(template.text)
@@ -196,6 +233,14 @@ def _parts(item: object) -> list[Any]:
     raise Untraceable
 
 
+def _without_blank_beginning(parts: Sequence[Any], strip: Callable[[Any], Any]) -> list[Any]:
+    """The first part that is not stripped to nothing, so stripped, and those behind it."""
+    for index, part in enumerate(parts):
+        if rest := strip(part):
+            return [rest, *parts[index + 1 :]]
+    return []
+
+
 def _merged(parts: Iterable[Any]) -> list[str | Leaf]:
     """Strings that follow one another as one, words by their leaves."""
     result: list[str | Leaf] = []
@@ -221,12 +266,18 @@ def _shown(value: object = "") -> Any:
 
 
 def _joined(items: Iterable[Any]) -> Any:
-    parts = [part for item in items for part in _parts(_shown(item))]
+    parts = [part for item in items for part in _parts(_shown(item)) if not isinstance(part, str) or part]
+    if len(parts) == 1:  # what a macro makes of a word alone can be asked like that word
+        return parts[0]
     return "".join(parts) if all(isinstance(part, str) for part in parts) else Text(parts)
 
 
 def _trim(value: Any, characters: str | None = None) -> Any:
     return _shown(value).strip(characters)
+
+
+def _length(value: Any) -> Any:
+    return Length(value) if isinstance(value, Word) else len(value)
 
 
 def _to_json(environment: Any) -> Callable[..., Any]:
@@ -243,7 +294,7 @@ def _to_json(environment: Any) -> Callable[..., Any]:
 
 def _is(name: str, environment: Any) -> Callable[..., bool]:
     plain = environment.tests[name]
-    kind = Word if name == "string" else Value
+    kind = (Word, Text) if name == "string" else Value
     return lambda value: isinstance(value, kind) if isinstance(value, _Unknown) else plain(value)
 
 

@@ -109,6 +109,14 @@ BODIES = {
     "asked when trimmed": "{% if message.content | trim == '' %}empty{% endif %}{{ message.content }}",
     "length": "{{ message.content | length }}{{ message.content }}",
     "long or short": "{% if message.content | length > 6 %}L{% endif %}{{ message.content }}",
+    "some or none": "{% if message.content | length > 0 %}S{% endif %}{% if message.content | length == 0 %}N{% endif %}"
+    "{{ message.content }}",
+    "macro asked": "{% macro m(x) %}{{ x }}{% endmacro %}{% set c = m(message.content) %}{{ '!' if 'xy' in c }}{{ c | trim }}",
+    "joined and stripped of letters": "{{ ('x' ~ message.content ~ 'y').strip('xy') }}",
+    "stripped of letters": "{{ message.content.strip('xy') }}",
+    "joined and asked": "{{ 'T' if ' ' ~ message.content }}{{ 'U' if message.content ~ '' }}{{ message.content }}",
+    "joined and trimmed at its ends": "{{ (message.content ~ '-' ~ message.content).strip() }}",
+    "joined is a text": "{{ (message.content ~ '!') is string }}{{ (message.content ~ '!') is mapping }}{{ message.content }}",
     "first letter": "{{ message.content[0] }}{{ message.content }}",
     "upper case": "{{ message.content | upper }}{{ message.content }}",
     "a method": "{{ message.content.title() }}{{ message.content }}",
@@ -167,7 +175,17 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
 
 
 @pytest.mark.parametrize(
-    "body", ["plain", "trimmed", "added", "joined", "asked by in", "macro", "set block", "namespace"]
+    "body",
+    [
+        *("plain", "trimmed", "added", "joined", "asked by in", "macro", "set block", "namespace", "macro asked"),
+        *(
+            "some or none",
+            "joined and asked",
+            "joined and trimmed",
+            "joined and trimmed at its ends",
+            "joined is a text",
+        ),
+    ],
 )
 def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
     encoder = opened(tokenizer, BODIES[body], train_on=("all",))
