@@ -65,9 +65,12 @@ def workers_private() -> int:
 
 
 def private(pid: int) -> int:
-    """Bytes that a process shares with nobody."""
+    """Bytes that a process shares with nobody; 0 where it has just ended."""
     rollup = f"/proc/{pid}/smaps_rollup"
-    return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
+    try:
+        return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _bytes(path: str, field: str) -> int:

@@ -8,27 +8,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = [
-    "--rows",
-    "24",
-    "--rows-of-a-file",
-    "8",
-    "--rounds",
-    "1",
-    "--capacity",
-    "256",
-    "--gigabytes",
-    "0.0001",
-    "--patience",
-    "0",
-    "--seconds",
-    "0.2",
-]
+LEAST = {
+    "rows": 24,
+    "rows-of-a-file": 8,
+    "rounds": 1,
+    "capacity": 256,
+    "gigabytes": 0.0001,
+    "patience": 0,
+    "seconds": 0.2,
+}
 
 
 def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
+    options = [f"--{name}={value}" for name, value in LEAST.items()]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "pipeline.py", *LEAST, "--here", "--no-peers"],
+        [sys.executable, ROOT / "benchmarks" / "pipeline.py", *options, "--here", "--no-peers"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "SFTSTREAM_REALDATA": str(tmp_path / "nothing")},
