@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format bench clean
 
 demo: .venv/installed
 	$(BIN)/torchrun -m trainer.main
@@ -24,6 +24,10 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Real conversations where SFTSTREAM_REALDATA or ../shared/data has them, else the demo's; BENCH="--rows 2000" and the like.
+bench: .venv/bench
+	$(BIN)/python benchmarks/pipeline.py $(BENCH)
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
@@ -31,6 +35,10 @@ format: .venv/dev
 
 .venv/dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+.venv/bench: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,fast,bench]"
 	touch $@
 
 clean:

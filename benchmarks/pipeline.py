@@ -1,9 +1,10 @@
-"""Tokens a second and core from file to pack, against tokenizing alone: `python benchmarks/pipeline.py > benchmarks/pipeline.md`.
+"""From conversations to packs: ours, the bare tokenizers and other systems on the same rows. Prints Markdown tables.
 
-    python benchmarks/pipeline.py [--data DIRECTORY] [--rows 3000] [--rounds 5]
+    python benchmarks/pipeline.py [--rows 20000] [--rounds 5] [--data DIRECTORY] [--gigabytes 1] [--no-peers]
 
-DIRECTORY holds `conversations/*/*` and `tokenizers/llama3`; by default SFTSTREAM_REALDATA. All on one core, by CPU time, all
-variants in turn, medians of rounds. Every conversation's ids and mask are compared with those of the reference first.
+DIRECTORY holds `conversations/*/*` and `tokenizers/llama3`; by default SFTSTREAM_REALDATA, else the demo's conversations are
+read. Ids and masks of every conversation are compared with those of the reference before anything is measured. pipeline.md
+says what is measured, and how.
 """
 
 from __future__ import annotations
@@ -11,134 +12,97 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
 import msgspec
-import numpy as np
+from child import ONE_THREAD, QUIET
 
-from sftstream import ChatEncoder, DataConfig, PackLoader, Refused, SourceConfig
-from sftstream.formats import conversation
-from sftstream.records import Conversation
-from sftstream.sources import BrokenRow, FileSet
+os.environ |= ONE_THREAD | QUIET  # before the libraries are imported: they read these once
 
-DAY = "2025-01-31"
+from corpus import Data, find_data, prepare
+from costs import costs
+from end_to_end import COLUMNS, compared
+from files import rates_of_files
 
-
-def conversations(path: Path, limit: int, encoder: ChatEncoder) -> list[Conversation]:
-    """Those that the encoder takes."""
-    rows = FileSet(SourceConfig(path=str(path)))
-    result = []
-    for row in range(min(len(rows), limit)):
-        try:
-            dialogue = conversation(rows.read(row))
-            encoder.draft(dialogue)
-        except (BrokenRow, Refused):
-            continue
-        result.append(dialogue)
-    return result
-
-
-def verified(dialogues: list[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> int:
-    """Tokens in all; an error where the quick way differs from the template run on each conversation and from `tokenizers`."""
-    total = 0
-    for dialogue in dialogues:
-        (example,) = quick.tokenize(quick.draft(dialogue))
-        reference = slow.tokenizer.encode(slow.render_whole(dialogue)[0])
-        assert np.array_equal(example.tokens, reference.tokens)
-        assert np.array_equal(example.loss_mask, reference.loss_mask)
-        total += len(example.tokens)
-    return total
-
-
-def encoders(dialogues: list[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> dict[str, Callable[[], int]]:
-    """Tokenizing alone, the template run on each of some conversations, and what a stream does."""
-    texts = [slow.render_whole(dialogue)[0].text for dialogue in dialogues]
-    backend = slow.tokenizer.hf.backend_tokenizer
-    some = dialogues[:: max(1, len(dialogues) // 200)]
-    return {
-        "raw": lambda: sum(len(e.ids) for e in backend.encode_batch_fast(texts, add_special_tokens=False)),
-        "whole": lambda: sum(len(slow.tokenizer.encode(slow.render_whole(d)[0]).tokens) for d in some),
-        "quick": lambda: sum(len(quick.tokenize(quick.draft(d))[0].tokens) for d in dialogues),
-    }
-
-
-def loaded(path: Path, tokenizer: str, rows: int) -> Callable[[], int]:
-    """From file to packs of 8192, of a run that is under way."""
-    config = msgspec.convert(
-        {
-            "sources": [{"path": str(path)}],
-            "tokenizer": {"path": tokenizer, "date": DAY},
-            "streams": 1,
-            "global_batch": 1,
-            "workers": 0,
-        },
-        DataConfig,
-    )
-    loader = PackLoader(config)
-    if fast := loader.encoder.tokenizer.fast_tokenizer:
-        fast.load()
-    next(loader)
-
-    def run() -> int:
-        tokens = conversations = 0
-        while conversations < rows:
-            pack = next(loader)
-            tokens += pack.tokens
-            conversations += pack.conversations
-        return tokens
-
-    return run
-
-
-def measured(variants: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Tokens a CPU-second of each: the median of its rounds."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            began = time.process_time()
-            tokens = run()
-            found[name].append(tokens / (time.process_time() - began))
-    return {name: statistics.median(rates) for name, rates in found.items()}
+PACKAGES = ("torch", "tokenizers", "fastokens", "transformers", "datasets", "trl", "grain")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, default=os.environ.get("SFTSTREAM_REALDATA"))
-    parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    tokenizer = str(Path(options.data) / "tokenizers" / "llama3")
-    quick = ChatEncoder(tokenizer, date=DAY)
-    slow = ChatEncoder(tokenizer, date=DAY, backend="huggingface")
-    if quick.tokenizer.fast_tokenizer:
-        quick.tokenizer.fast_tokenizer.load()
-    print("# From file to pack\n")
-    print(
-        f"`python benchmarks/pipeline.py`, {date.today()}; {platform.machine()}, {os.cpu_count()} CPUs, one core used; Python "
-        f"{platform.python_version()}, {quick.tokenizer.fast}. Million tokens a CPU-second, and the ratio to `tokenizers`.\n"
-    )
-    print(
-        "| conversations | tokens each | `tokenizers` alone | template run on each | render, tokenize, mask | file to pack |"
-    )
-    print("|---|---|---|---|---|---|")
-    for path in sorted(Path(options.data).glob("conversations/*/*")):
-        dialogues = conversations(path, options.rows, quick)
-        if not dialogues:
-            continue
-        total = verified(dialogues, quick, slow)
-        variants = encoders(dialogues, quick, slow) | {"packs": loaded(path, tokenizer, len(dialogues))}
-        rate = measured(variants, options.rounds)
-        cells = [f"{rate[name] / 1e6:.2f} ({rate[name] / rate['raw']:.1f}x)" for name in ("whole", "quick", "packs")]
+    """Print the tables."""
+    options = arguments()
+    data = find_data(options.data, options.capacity)
+    print(heading(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="sftstream-bench-") as directory:
+        job, truth = prepare(data, options.rows, directory)
+        job = msgspec.structs.replace(job, patience=options.patience, here=options.here)
         print(
-            f"| {path.name} | {total / len(dialogues):.0f} | {rate['raw'] / 1e6:.2f} | {' | '.join(cells)} |",
-            flush=True,
+            f"\n## From file to packs of {job.capacity}\n\n{job.conversations:,} conversations, {job.tokens:,} tokens."
         )
+        table(COLUMNS, compared(job, truth, options.rounds, with_peers=options.peers))
+        print("\n## File by file\n\nMillion tokens a CPU-second, and the ratio to `tokenizers.encode_batch`.")
+        table(
+            (
+                "conversations",
+                "tokens each",
+                "`tokenizers`",
+                "template run on each",
+                "render, tokenize, mask",
+                "file to pack",
+            ),
+            file_rows(data, options.rows_of_a_file, options.rounds),
+        )
+        print("\n## Around it")
+        table(("what", "how much"), costs(job, options.gigabytes, options.seconds))
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations that all systems read")
+    parser.add_argument("--rows-of-a-file", type=int, default=3000, help="conversations of each file by itself")
+    parser.add_argument("--capacity", type=int, default=8192, help="tokens of a pack")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the file that is started on")
+    parser.add_argument("--patience", type=float, default=12.0, help="seconds in which workers settle")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for which the consumer is watched")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--here", action="store_true", help="in one process, to see whether it works; the numbers mean nothing"
+    )
+    return parser.parse_args()
+
+
+def heading() -> str:
+    """When, where and with what."""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    return f"{date.today()}; {machine}; {', '.join(map(installed, PACKAGES))}."
+
+
+def installed(package: str) -> str:
+    """Its name and version."""
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"no {package}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Row by row, as soon as each is known."""
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def file_rows(data: Data, rows: int, rounds: int) -> Iterator[Sequence[str]]:
+    """Cells of the second table."""
+    for name, tokens, rate in rates_of_files(data, rows, rounds):
+        cells = [f"{rate[stage] / 1e6:.2f} ({rate[stage] / rate['raw']:.1f}x)" for stage in ("whole", "quick", "packs")]
+        yield name, f"{tokens:.0f}", f"{rate['raw'] / 1e6:.2f}", *cells
 
 
 if __name__ == "__main__":

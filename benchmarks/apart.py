@@ -1,0 +1,146 @@
+"""One system in a process of its own, so that neither caches nor memory of another are in the way."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import msgspec
+from child import ask, high_water, workers_private
+from corpus import Job, digest
+from peers import PEERS
+from systems import OURS, TOKENIZERS, System
+
+SYSTEMS = {system.name: system for system in (*TOKENIZERS, *OURS, *PEERS)}
+X = TypeVar("X")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a process is to do."""
+
+    system: str
+    job: Job
+    check: bool
+    """Read all rows once, without a stop, and say what became of each."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What a process found."""
+
+    first: float
+    """Seconds to the first pack, from where everything is imported and nothing opened."""
+    rates: list[float]
+    """Tokens a second of each pass: of CPU time where all is done in one process, else of wall time."""
+    peak: int
+    """Bytes: the most that the process held at once, and with it the private memory of its workers."""
+    imported: int
+    """Bytes of it that were there before anything was opened."""
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What a process made of the rows."""
+
+    seconds: float
+    """From where nothing was opened to the last pack."""
+    digests: list[tuple[bytes, bytes]]
+
+
+def measure(system: System, job: Job) -> Measured:
+    """In a new process."""
+    return _ask(system, job, Measured)
+
+
+def check(system: System, job: Job) -> Checked:
+    """In a new process."""
+    return _ask(system, job, Checked)
+
+
+def _ask(system: System, job: Job, answer: type[X]) -> X:
+    """With caches that are empty and deleted afterwards."""
+    request = Request(system.name, job, check=answer is Checked)
+    with tempfile.TemporaryDirectory(prefix="cache-", dir=job.directory) as cache:
+        return ask("apart", request, answer, cache, cpus=None if system.workers else 1, here=job.here)
+
+
+def respond(encoded: bytes) -> Checked | Measured:
+    """The new process's side."""
+    request = msgspec.json.decode(encoded, type=Request)
+    system = SYSTEMS[request.system]
+    for module in system.imports:
+        importlib.import_module(module)
+    job = msgspec.structs.replace(request.job, workers=system.workers, backend=system.backend, once=request.check)
+    return checked(system, job) if request.check else measured(system, job)
+
+
+@dataclass
+class Reading:
+    """Takes packs of one system and looks at its memory now and then."""
+
+    system: System
+    packs: Iterator[Any]
+    taken: int = 0
+    private: int = 0
+    """The most that workers were seen to hold."""
+
+    def tokens(self, at_least: int | None = None, until: float = 0.0) -> int:
+        """Takes packs until there are so many tokens and it is so late, or all; says how many tokens there were."""
+        tokens = 0
+        for pack in self.packs:
+            tokens += self.system.tokens(pack)
+            self.taken += 1
+            if self.taken.bit_count() == 1:  # after 1, 2, 4, 8, ... packs: looking is not free
+                self.private = max(self.private, workers_private())
+            if at_least is not None and tokens >= at_least and time.perf_counter() >= until:
+                break
+        return tokens
+
+
+def measured(system: System, job: Job) -> Measured:
+    """In this process."""
+    imported = high_water()
+    clock = time.perf_counter if system.workers else time.process_time
+    began = time.perf_counter()
+    start = system.open(job)
+    opened = clock()
+    packs = start()
+    first = next(packs)
+    seconds = time.perf_counter() - began
+    after_first = clock()
+    reading = Reading(system, chain([first], packs))
+    if system.counted == "until the first pack":
+        rates = [reading.tokens() / (after_first - opened)]
+    elif system.counted == "all":
+        rates = [_rate(reading.tokens, clock, opened)]
+    else:
+        reading.tokens(1)
+        system.settle(packs, job)
+        rates = _passes(reading, job, clock)
+    return Measured(seconds, rates, high_water() + reading.private, imported)
+
+
+def _passes(reading: Reading, job: Job, clock: Callable[[], float]) -> list[float]:
+    """One, or where it goes on two."""
+    if not reading.system.endless:
+        return [_rate(reading.tokens, clock, clock())]
+    first = _rate(lambda: reading.tokens(job.tokens), clock, clock())
+    until = time.perf_counter() + job.patience / 3
+    return [first, _rate(lambda: reading.tokens(job.tokens, until), clock, clock())]
+
+
+def _rate(run: Callable[[], int], clock: Callable[[], float], began: float) -> float:
+    tokens = run()
+    return tokens / (clock() - began)
+
+
+def checked(system: System, job: Job) -> Checked:
+    """In this process."""
+    assert system.sequences
+    began = time.perf_counter()
+    packs = list(system.open(job)())
+    seconds = time.perf_counter() - began
+    return Checked(seconds, [digest(ids, mask) for pack in packs for ids, mask in system.sequences(pack)])

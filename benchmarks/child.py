@@ -1,0 +1,89 @@
+"""Processes of their own, one thread each, and what they hold in memory: `python child.py MODULE CPUS < request`."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+ONE_THREAD = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+X = TypeVar("X")
+
+
+class Failed(RuntimeError):
+    """A process ended with an error, whose traceback this is."""
+
+
+def ask(module: str, request: msgspec.Struct, answer: type[X], cache: str, *, cpus: int | None, here: bool) -> X:
+    """What the module's `respond` says to a request; whatever it caches goes into that directory.
+
+    In a process of its own, on so many CPUs; or `here`, which is quicker, to see whether it works.
+    """
+    caches = {"SFTSTREAM_CACHE": f"{cache}/sftstream", "HF_DATASETS_CACHE": f"{cache}/datasets"}
+    encoded = msgspec.json.encode(request)
+    if here:
+        os.environ |= caches
+        return msgspec.json.decode(respond(module, encoded), type=answer)
+    done = subprocess.run(
+        [sys.executable, __file__, module, str(cpus or os.cpu_count())],
+        input=encoded,
+        capture_output=True,
+        env=os.environ | ONE_THREAD | QUIET | caches,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed(done.stderr.decode(errors="replace"))
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=answer)
+
+
+def respond(module: str, request: bytes) -> bytes:
+    """The module's answer."""
+    return msgspec.json.encode(importlib.import_module(module).respond(request))
+
+
+def high_water() -> int:
+    """Bytes: the most of this process that was in memory at once (VmHWM), shared libraries included."""
+    return _bytes("/proc/self/status", "VmHWM")
+
+
+def workers_private() -> int:
+    """Bytes that this process's children share with nobody (Private_* of smaps_rollup)."""
+    return sum(private(child.pid) for child in multiprocessing.active_children() if child.pid)
+
+
+def private(pid: int) -> int:
+    """Bytes that a process shares with nobody; 0 where it has just ended."""
+    rollup = f"/proc/{pid}/smaps_rollup"
+    try:
+        return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _bytes(path: str, field: str) -> int:
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return next(int(words[1]) << 10 for words in lines if words[0] == f"{field}:")
+
+
+def main() -> None:
+    """Answer one request, in a line of its own, since libraries print too."""
+    module, cpus = sys.argv[1:]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(cpus) :])
+    print("\n" + respond(module, sys.stdin.buffer.read()).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""All systems by turns on the same rows, each in processes of its own; first of all, what each makes of every row."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from apart import Measured, check, measure
+from child import Failed
+from corpus import Job, Truth
+from peers import PEERS
+from systems import OURS, RAW, TOKENIZERS, System
+
+COLUMNS = (
+    "",
+    "million tokens/s",
+    "x `encode_batch`",
+    "first pack, s",
+    "all rows once, s",
+    "memory, MB (imports)",
+    "masks other than ours",
+    "resumes",
+)
+
+
+class Once(NamedTuple):
+    """All rows read once."""
+
+    seconds: float | None = None
+    other_masks: int | None = None
+
+
+def compared(job: Job, truth: Truth, rounds: int, *, with_peers: bool) -> Iterator[Sequence[str]]:
+    """The table's rows. AssertionError where a system has other ids than ours."""
+    systems = [*TOKENIZERS, *OURS, *(PEERS if with_peers else ())]
+    once = {system.name: read_once(system, job, truth) for system in systems if system.present}
+    measured: dict[str, list[Measured]] = {name: [] for name, found in once.items() if found}
+    for _ in range(rounds):
+        for system in systems:
+            if system.name in measured:
+                measured[system.name].append(measure(system, job))
+    raw = median(measured[RAW.name], -1)
+    for system in systems:
+        if not system.present:
+            yield system.name, "absent", *[""] * (len(COLUMNS) - 2)
+        elif found := once[system.name]:
+            yield from cells(system, measured[system.name], found, raw)
+        else:
+            yield system.name, "failed", *[""] * (len(COLUMNS) - 2)
+
+
+def read_once(system: System, job: Job, truth: Truth) -> Once | None:
+    """None where the system breaks, be it for this installation: then the others are compared without it."""
+    if not system.sequences:
+        return Once()
+    try:
+        found = check(system, job)
+    except Failed as failed:
+        if system in OURS:
+            raise
+        print(f"{system.name} failed: {failed}", file=sys.stderr)
+        return None
+    given = Counter(found.digests)
+    missing = Counter(ids for ids, _ in truth.digests.elements()) - Counter(ids for ids, _ in given.elements())
+    assert given.total() == truth.digests.total(), f"{system.name} gave {given.total()} of {truth.digests.total()} rows"
+    assert not set(missing) - truth.typed, f"{system.name} gave other ids for {missing.total()} conversations"
+    other = (truth.digests - given).total()
+    assert system not in OURS or not other, f"{system.name} has other masks for {other} conversations"
+    return Once(found.seconds, other)
+
+
+def cells(system: System, measured: list[Measured], once: Once, raw: float) -> Iterator[Sequence[str]]:
+    """One row; of a system that goes on in one process two, its first pass and what it comes to."""
+    passes: tuple[tuple[str, int], ...] = (("", -1),)
+    if system.endless and not system.workers:
+        passes = ((", rows that it never saw", 0), (", second pass", -1))
+    first = statistics.median(one.first for one in measured)
+    peak, imported = (
+        statistics.median(values) / 1e6 for values in zip(*[(m.peak, m.imported) for m in measured], strict=True)
+    )
+    for name, number in passes:
+        rate = median(measured, number)
+        yield (
+            f"{system.name}{name}",
+            f"{rate / 1e6:.2f}",
+            f"{rate / raw:.2f}",
+            f"{first:.2f}" if system.sequences else "",
+            "" if once.seconds is None else f"{once.seconds:.1f}",
+            f"{peak:.0f} ({imported:.0f})",
+            "" if once.other_masks is None else str(once.other_masks),
+            system.resumes,
+        )
+
+
+def median(measured: list[Measured], number: int) -> float:
+    """Tokens a second of a pass."""
+    return statistics.median(one.rates[number] for one in measured)

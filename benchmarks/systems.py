@@ -1,0 +1,163 @@
+"""What is compared from end to end: each opens the same rows and gives packs. Here ours and the bare tokenizers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import util
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from corpus import DAY, Job
+from numpy.typing import NDArray
+
+from sftstream import DataConfig, PackLoader
+from sftstream.records import IGNORE_INDEX, Pack
+
+Sequences = Iterator[tuple[NDArray[Any], NDArray[Any]]]
+"""Ids and loss mask of each conversation."""
+Open = Callable[[Job], Callable[[], Iterator[Any]]]
+"""Loads what is no work on rows, the tokenizer above all; what it returns begins with that work."""
+
+TEXTS = 64
+"""That are encoded at a time: as many as in a batch of ours; more are no faster."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table, and how it is measured."""
+
+    name: str
+    open: Open
+    tokens: Callable[[Any], int]
+    sequences: Callable[[Any], Sequences] | None = None
+    requires: str = "sftstream"
+    """A package without which there is no such system."""
+    imports: tuple[str, ...] = ()
+    """Modules that are imported before any clock runs."""
+    counted: Literal["after the first pack", "until the first pack", "all"] = "all"
+    """What tokens a second are counted of, opening excluded: of what starts workers or loads more while it reads, what comes
+    after the first pack; of what has done its work by the time of its first, the time until then and all tokens."""
+    workers: int = 0
+    settle: Callable[[Iterator[Any], Job], None] = lambda _packs, _job: None
+    """What is waited for after the first pack."""
+    endless: bool = False
+    """Goes on with a second pass, which is measured too."""
+    backend: str = "auto"
+    resumes: str = ""
+    """What becomes of the place it had reached, in a few words."""
+
+    @property
+    def present(self) -> bool:
+        """Its package is installed."""
+        return util.find_spec(self.requires) is not None
+
+
+def data_config(job: Job, rows: str, *, epochs: int | None) -> DataConfig:
+    """A stream for each worker."""
+    return msgspec.convert(
+        {
+            "sources": [{"path": rows}],
+            "tokenizer": {"path": job.tokenizer, "date": DAY, "backend": job.backend},
+            "streams": max(1, job.workers),
+            "global_batch": max(1, job.workers),
+            "workers": job.workers,
+            "capacity": job.capacity,
+            "epochs": epochs,
+        },
+        DataConfig,
+    )
+
+
+def ours(job: Job) -> Callable[[], Iterator[Pack]]:
+    """The loader as a trainer uses it."""
+    return lambda: PackLoader(data_config(job, str(job.rows), epochs=1 if job.once else None))
+
+
+def conversations_of(pack: Pack) -> Sequences:
+    """Labels are the next token's: a position's mask is that of the label before it."""
+    trained = np.roll((pack.labels != IGNORE_INDEX).numpy(), 1)
+    ids, at = pack.input_ids.numpy(), 0
+    for segment in pack.segments:
+        yield ids[at : at + segment.length], trained[at : at + segment.length]
+        at += segment.length
+
+
+def fastokens_loaded(_packs: Iterator[Any], _job: Job) -> None:
+    """Until it is, this process encodes with `tokenizers`, as the first pack was."""
+    for thread in threading.enumerate():
+        if thread.name == "fastokens":
+            thread.join()
+
+
+def workers_settled(packs: Iterator[Any], job: Job) -> None:
+    """Reads on until workers have loaded what computes the ids, and read as they will all day."""
+    until = time.perf_counter() + job.patience
+    while time.perf_counter() < until:
+        next(packs)
+
+
+def huggingface(job: Job) -> Callable[[], Iterator[int]]:
+    """`tokenizers.encode_batch`, the unit of all ratios. Gives numbers of tokens."""
+    from tokenizers import Tokenizer
+
+    backend, texts = Tokenizer.from_file(f"{job.tokenizer}/tokenizer.json"), batches(job)
+    return lambda: (sum(map(len, backend.encode_batch(some, add_special_tokens=False))) for some in texts)
+
+
+def huggingface_fast(job: Job) -> Callable[[], Iterator[int]]:
+    """The same without offsets."""
+    from tokenizers import Tokenizer
+
+    backend, texts = Tokenizer.from_file(f"{job.tokenizer}/tokenizer.json"), batches(job)
+    return lambda: (sum(map(len, backend.encode_batch_fast(some, add_special_tokens=False))) for some in texts)
+
+
+def fastokens(job: Job) -> Callable[[], Iterator[int]]:
+    """fastokens alone."""
+    from fastokens import Tokenizer
+    from tokenizers import Tokenizer as HuggingFace
+
+    tokenizer = Tokenizer.from_json_str(HuggingFace.from_file(f"{job.tokenizer}/tokenizer.json").to_str())
+    texts = batches(job)
+    return lambda: (len(tokenizer.encode_batch_flat(some, False)[0]) // 4 for some in texts)
+
+
+def batches(job: Job) -> list[list[str]]:
+    """The rendered texts."""
+    texts = msgspec.json.decode(job.texts.read_bytes(), type=list[str])
+    return [texts[at : at + TEXTS] for at in range(0, len(texts), TEXTS)]
+
+
+RAW = System("`tokenizers.encode_batch` of the rendered texts", huggingface, int)
+TOKENIZERS = (
+    RAW,
+    System("`tokenizers.encode_batch_fast`, without offsets", huggingface_fast, int),
+    System("fastokens", fastokens, int, requires="fastokens", imports=("fastokens",), counted="after the first pack"),
+)
+
+
+def _ours(name: str, workers: int = 0, backend: str = "auto") -> System:
+    return System(
+        name,
+        ours,
+        lambda pack: pack.tokens,
+        conversations_of,
+        counted="after the first pack",
+        workers=workers,
+        settle=workers_settled if workers else fastokens_loaded,
+        endless=True,
+        backend=backend,
+        resumes="exactly, with any workers",
+    )
+
+
+OURS = (
+    _ours("sftstream"),
+    _ours("sftstream, 1 worker", 1),
+    _ours("sftstream, 2 workers", 2),
+    _ours("sftstream without fastokens", backend="huggingface"),
+)
