@@ -107,6 +107,22 @@ def test_each_setting_changes_the_part_that_it_is_about(
     assert after.memory[part] == pytest.approx(factor * before.memory[part])
 
 
+@pytest.mark.parametrize(
+    ("streams", "global_batch", "packs"),
+    [
+        (64, 64, 16),
+        (4, 8, 2),
+        (6, 8, 3),  # Packs 0 to 7 come from streams 0 to 5, 0 and 1; streams 0 and 4 are the first rank's.
+        (5, 4, 2),  # Packs 4 to 7 come from streams 4, 0, 1, 2: two of them on the first rank.
+        (64, 2, 1),
+    ],
+)
+def test_the_packs_of_a_rank_are_those_of_its_fullest_step(streams: int, global_batch: int, packs: int) -> None:
+    found = plan(config(data={"streams": streams, "global_batch": global_batch}), LLAMA_70B, 32)
+    assert found.packs_per_rank == packs
+    assert found.seconds_per_step == pytest.approx(plan(config(), LLAMA_70B, 32).seconds_per_step * packs / 16)
+
+
 def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
     kept = plan(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
     # All weights of a tensor-parallel share in bfloat16.
@@ -199,4 +215,6 @@ def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
         plan(config(), LLAMA_70B, 12)
     with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
         plan(config(parallel={"tp": 16}), LLAMA_70B, 32)
+    with pytest.raises(ValueError, match="streams = 64 cannot be shared by 128 shards, of which each needs one"):
+        plan(config(), LLAMA_70B, 1024)
     assert not torch.distributed.is_initialized()
