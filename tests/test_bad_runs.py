@@ -76,6 +76,23 @@ def test_a_finite_run_that_refuses_every_row(tmp_path: Path, config: dict[str, A
     assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in _fails(tmp_path, config)
 
 
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ([], r"holds no row"),
+        (["user"], r"questions.jsonl:1: no assistant message: its roles are \['user'\]"),
+        (["oracle"], r"questions.jsonl:1: unknown role"),
+    ],
+)
+def test_questions_that_are_none_before_the_first_step(
+    tmp_path: Path, config: dict[str, Any], roles: list[str], message: str
+) -> None:
+    rows = [{"messages": [{"role": role, "content": "?"}]} for role in roles]
+    config["evaluation"] = {"path": tiny.write_jsonl(tmp_path / "questions.jsonl", rows)}
+    assert re.search(message, _fails(tmp_path, config, 2))
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
 def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
