@@ -62,6 +62,18 @@ def test_a_line_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("line", ["mine", "[]", '{"loss": 1.0}'])
+def test_a_line_that_no_run_wrote_is_named_and_stays(line: str, tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := path.read_text() + line + "\n")
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2 is no line of a run: .*; take it out, or move the file away"
+    ):
+        RunLog(tmp_path, 1)
+    assert path.read_text() == before
+
+
 def test_a_new_run_in_an_old_directory_starts_from_nothing(tmp_path: Path) -> None:
     _write(tmp_path, 0, [1, 2])
     _write(tmp_path, 0, [1])

@@ -158,15 +158,26 @@ class Lines:
             self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
 
 
+class _Numbered(msgspec.Struct):
+    step: int
+
+
 def _reopen(path: Path, step: int) -> BufferedRandom:
     """The file for appending, cut after the last line of `step`."""
     file = path.open("a+b")
     file.seek(0)
     end = 0
-    for line in file:
+    for number, line in enumerate(file, 1):
         # A run killed while it wrote leaves a torn last line; its step comes again.
-        if not line.endswith(b"\n") or msgspec.json.decode(line)["step"] > step:
+        if not line.endswith(b"\n"):
             break
+        try:
+            if msgspec.json.decode(line, type=_Numbered).step > step:
+                break
+        except msgspec.MsgspecError as error:
+            raise ValueError(
+                f"{path}:{number} is no line of a run: {error}; take it out, or move the file away"
+            ) from error
         end += len(line)
     file.truncate(end)
     return file
