@@ -50,8 +50,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed = {self.seed} must lie in [0, 2**63)")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
 
