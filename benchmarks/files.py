@@ -12,7 +12,7 @@ import msgspec
 from corpus import DAY, Data, accepted, require_same
 
 from sftstream import ChatEncoder, DataConfig, PackLoader
-from sftstream.draw import BATCH
+from sftstream.draw import TOGETHER
 from sftstream.records import Conversation, Example
 
 SAMPLE = 200
@@ -66,7 +66,7 @@ def encoded(encoder: ChatEncoder, dialogues: Sequence[Conversation]) -> int:
 
 def in_batches(values: Sequence[X]) -> Iterator[Sequence[X]]:
     """As many as a stream takes through its stages at once."""
-    return (values[at : at + BATCH] for at in range(0, len(values), BATCH))
+    return (values[at : at + TOGETHER] for at in range(0, len(values), TOGETHER))
 
 
 def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) -> Callable[[], int]:

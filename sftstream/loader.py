@@ -150,7 +150,7 @@ class PackLoader:
         self.config = config
         self.shard = shard
         self.workers = config.workers if workers is None else workers
-        _check_topology(config, self.shard, self.workers)
+        _check_topology(self.shard, self.workers)
         self._deal = Deal(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
@@ -330,13 +330,9 @@ def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
     return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config, backend=tokenizer.backend)
 
 
-def _check_topology(config: DataConfig, shard: Shard, workers: int) -> None:
+def _check_topology(shard: Shard, workers: int) -> None:
     if not 0 <= shard.index < shard.count:
         raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
-    if shard.count > config.streams:
-        raise ValueError(
-            f"streams = {config.streams} cannot be shared by {shard.count} shards, of which each needs one; raise data.streams"
-        )
     if workers < 0:
         raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -23,12 +24,20 @@ class Deal:
 
     Pack `g` comes from stream `g % streams`; stream `s` is read by shard `s % shards`, there by worker
     `s // shards % workers`. So a stream is read in one place, also where the numbers do not divide each other.
+
+    Raises ValueError where there are fewer streams than shards.
     """
 
     streams: int
     global_batch: int
     shards: int
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shards > self.streams:
+            raise ValueError(
+                f"streams = {self.streams} cannot be shared by {self.shards} shards, of which each needs one; raise data.streams"
+            )
 
     def shard(self, pack: int) -> int:
         """The shard that takes a pack."""
@@ -50,6 +59,12 @@ class Deal:
     def micro_batches(self, number: int) -> int:
         """Packs that every shard runs in a step; some of them empty where the step cannot be shared evenly."""
         return max(Counter(self.step(number)).values())
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Those of the fullest step."""
+        steps_until_repeated = self.streams // math.gcd(self.streams, self.global_batch)
+        return max(self.micro_batches(number) for number in range(steps_until_repeated))
 
     def next_pack(self, shard: int, at: int) -> int:
         """A shard's first pack from number `at` on."""

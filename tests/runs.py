@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-
-# Imports are done once, in a server that forks a fresh process for every rank.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["trainer.main"])
+from gloo_ranks import processes as server
 
 TIMES = ("tokens_per_second", "data_wait", "seconds")
 """What two equal runs may differ in."""
@@ -64,7 +60,7 @@ class Job:
         self.directory = directory
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
         self._ranks: list[BaseProcess] = [
-            CONTEXT.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            server.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
             for r in range(processes)
         ]
         for rank in self._ranks:

@@ -42,7 +42,8 @@ def test_a_missing_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
 def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path, config: dict[str, Any]) -> None:
     config["model"]["vocab_size"] = 256
     assert re.search(
-        r"the tokenizer has (\d+) tokens, model.vocab_size is 256; raise it to \1 or more", _fails(tmp_path, config)
+        r"the tokenizer has (\d+) tokens, model.vocab_size is 256; raise it to \1 or more, or where .* its own tokenizer",
+        _fails(tmp_path, config),
     )
 
 
@@ -74,6 +75,23 @@ def test_a_finite_run_that_refuses_every_row(tmp_path: Path, config: dict[str, A
     config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
     config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
     assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in _fails(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ([], r"holds no row"),
+        (["user"], r"questions.jsonl:1: no assistant message: its roles are \['user'\]"),
+        (["oracle"], r"questions.jsonl:1: unknown role"),
+    ],
+)
+def test_questions_that_are_none_before_the_first_step(
+    tmp_path: Path, config: dict[str, Any], roles: list[str], message: str
+) -> None:
+    rows = [{"messages": [{"role": role, "content": "?"}]} for role in roles]
+    config["evaluation"] = {"path": tiny.write_jsonl(tmp_path / "questions.jsonl", rows)}
+    assert re.search(message, _fails(tmp_path, config, 2))
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
 
 
 def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -109,3 +109,13 @@ def test_how_a_model_is_meant_to_generate_is_carried_along(tmp_path: Path, token
     assert (settings.do_sample, settings.temperature) == (True, 0.6)
     assert settings.eos_token_id == [words.eos_token_id, 9, 7]
     assert settings.bos_token_id == words.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "Input data was truncated"), ("[]", "Expected `object`"), ('{"eos_token_id": "end"}', "got `str`")],
+)
+def test_settings_of_generation_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"generation_config.json: .*{message}"):
+        export(built(CONFIG), CONFIG, tmp_path / "out", init_from=tmp_path)

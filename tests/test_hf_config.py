@@ -97,6 +97,12 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', of which only default, linear"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "twist": 1}}, "twist"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor: not known of rope_type 'default'; name the rope_type that has it"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "full_attention: not known of rope_type 'default'",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys in .*low_freq_factor"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_attention_heads": 7}, "hidden.size .*32.* multiple of"),
     ],
@@ -105,6 +111,12 @@ def test_a_setting_that_is_not_supported_is_refused_by_name(keys: dict[str, Any]
     with pytest.raises(ValueError, match=message) as caught:
         read_config(written(tmp_path, **keys))
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_the_type_of_weights_is_left_to_their_files(tmp_path: Path) -> None:
+    plain = read_config(written(tmp_path))
+    for keys in ({"torch_dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "of no library"}):
+        assert read_config(written(tmp_path, **keys)) == plain
 
 
 def test_a_size_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import threading
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sftstream import Refusal
 from trainer.feed import PlacedRefusal
-from trainer.metrics import RunLog, StepMetrics
+from trainer.metrics import Curves, RunLog, StepMetrics
 
 STEP = StepMetrics(
     step=1,
@@ -61,6 +62,18 @@ def test_a_line_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("line", ["mine", "[]", '{"loss": 1.0}'])
+def test_a_line_that_no_run_wrote_is_named_and_stays(line: str, tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := path.read_text() + line + "\n")
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2 is no line of a run: .*; take it out, or move the file away"
+    ):
+        RunLog(tmp_path, 1)
+    assert path.read_text() == before
+
+
 def test_a_new_run_in_an_old_directory_starts_from_nothing(tmp_path: Path) -> None:
     _write(tmp_path, 0, [1, 2])
     _write(tmp_path, 0, [1])
@@ -90,6 +103,27 @@ def test_a_validation_loss_stands_where_it_was_taken(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("validation_loss")] == [(2, 1.25)]
+
+
+def test_the_curves_end_at_a_full_disk_with_one_warning_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    threads = threading.active_count()
+    curves = Curves(tmp_path, 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        for step in range(1, 30):
+            curves.add(msgspec.structs.replace(STEP, step=step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    curves.add(msgspec.structs.replace(STEP, step=30))
+    curves.close()
+    assert caplog.messages == ["the curves in tensorboard/ end here: [Errno 27] File too large"]
+    assert threading.active_count() == threads  # One of a writer would end with a traceback.
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_lines_that_a_full_disk_does_not_take_follow_whole_when_there_is_room(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_cast_of_the_model_leaves_the_positions_exact() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads 8 must be a multiple of num_key_value_heads 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
         ({"head_dim": 5}, "head_dim 5 must be even"),
-        ({"rope_theta": 0.0}, "rope_theta and rms_norm_eps must be above 0"),
+        ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0, rms_norm_eps 1e-05 between 0 and 1"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(change: dict[str, float], message: str) -> None:

@@ -1,7 +1,6 @@
 """A plan is what the run then holds and does, to the byte where it can be counted."""
 
 import math
-import os
 import subprocess
 import sys
 import tomllib
@@ -31,6 +30,8 @@ LLAMA_70B = LlamaConfig(
     num_attention_heads=64,
     num_key_value_heads=8,
 )
+SHORT = msgspec.structs.replace(LLAMA_70B, num_hidden_layers=4)
+"""The same layers, fewer of them: each is wrapped one by one."""
 
 
 def config(**changes: dict[str, Any]) -> TrainConfig:
@@ -103,8 +104,24 @@ def test_the_examples_fit_gpus_of_80_gib() -> None:
 def test_each_setting_changes_the_part_that_it_is_about(
     changes: dict[str, dict[str, Any]], part: str, factor: float
 ) -> None:
-    before, after = plan(config(), LLAMA_70B, 32), plan(config(**changes), LLAMA_70B, 32)
+    before, after = plan(config(), SHORT, 32), plan(config(**changes), SHORT, 32)
     assert after.memory[part] == pytest.approx(factor * before.memory[part])
+
+
+@pytest.mark.parametrize(
+    ("streams", "global_batch", "packs"),
+    [
+        (64, 64, 16),
+        (4, 8, 2),
+        (6, 8, 3),  # Packs 0 to 7 come from streams 0 to 5, 0 and 1; streams 0 and 4 are the first rank's.
+        (5, 4, 2),  # Packs 4 to 7 come from streams 4, 0, 1, 2: two of them on the first rank.
+        (64, 2, 1),
+    ],
+)
+def test_the_packs_of_a_rank_are_those_of_its_fullest_step(streams: int, global_batch: int, packs: int) -> None:
+    found = plan(config(data={"streams": streams, "global_batch": global_batch}), SHORT, 32)
+    assert found.packs_per_rank == packs
+    assert found.seconds_per_step == pytest.approx(plan(config(), SHORT, 32).seconds_per_step * packs / 16)
 
 
 def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
@@ -162,30 +179,41 @@ def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: st
     assert plan(planned, planned.model.shape, 1).steps == pytest.approx(steps, rel=0.1)
 
 
-@pytest.mark.parametrize(("flag", "gpus", "world"), [("--plan=8", 8, None), ("--plan", 2, "2")])
-def test_the_command_prints_the_plan_and_makes_nothing(flag: str, gpus: int, world: str | None, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(
-        "".join(
-            f"{name} = {runs.toml(table)}\n"
-            for name, table in runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2}).items()
-        )
-    )
-    environment = os.environ | ({"WORLD_SIZE": world, "RANK": "0"} if world else {})
-    result = subprocess.run(
-        [sys.executable, "-m", "trainer.main", "run.toml", flag],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in result.stdout
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A directory with a run's config and nothing that it names."""
+    tables = runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2})
+    (tmp_path / "run.toml").write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in tables.items()))
+    return tmp_path
+
+
+def assert_shown(output: str, gpus: int) -> None:
+    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
     for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "in all"):
-        assert part in result.stdout
-    assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in result.stdout
-    assert "10 steps, 10,240 tokens: about" in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+        assert part in output
+    assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
+    assert "10 steps, 10,240 tokens: about" in output
+
+
+def test_the_command_prints_the_plan_and_makes_nothing(written: Path) -> None:
+    words = [sys.executable, "-m", "trainer.main", "run.toml", "--plan=8"]
+    result = subprocess.run(words, cwd=written, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_shown(result.stdout, 8)
+    assert [path.name for path in written.iterdir()] == ["run.toml"]
+
+
+def test_without_a_number_the_plan_is_for_the_processes_that_there_are(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([str(written / "run.toml"), "--plan"]) == 0
+    assert_shown(capsys.readouterr().out, 2)
+    monkeypatch.setenv("RANK", "1")
+    assert main([str(written / "run.toml"), "--plan"]) == 0
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in written.iterdir()] == ["run.toml"]
 
 
 @pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
@@ -199,4 +227,6 @@ def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
         plan(config(), LLAMA_70B, 12)
     with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
         plan(config(parallel={"tp": 16}), LLAMA_70B, 32)
+    with pytest.raises(ValueError, match="streams = 64 cannot be shared by 128 shards, of which each needs one"):
+        plan(config(), LLAMA_70B, 1024)
     assert not torch.distributed.is_initialized()

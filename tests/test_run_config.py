@@ -76,6 +76,27 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
         ("steps", "'steps' is no override; write section.key=value"),
         ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),
+        ("run=1", "run = 1 is a value, not a table"),
+        ("model=[1]", "model = [1] is a value, not a table"),
+        (
+            "data.sources.1.path=x",
+            "override 'data.sources.1.path': '1' is none of the 1 there are, which are counted from 0",
+        ),
+        ("data.sources.-1.path=x", "override 'data.sources.-1.path': '-1' is none of the 1 there are"),
+        ("data.sources.one=x", "override 'data.sources.one': 'one' is none of the 1 there are"),
+        (
+            "run.seed=9223372036854775808",
+            "seed = 9223372036854775808 must fit 64 bits: from -2**63 to 2**63 - 1 - at `$.run`",
+        ),
+        ("evaluation={path='x', show=-1}", "show = -1 must not be negative"),
+        ("evaluation={path='x', max_new_tokens=0}", "max_new_tokens = 0 be at least 1"),
+        ("optimizer.learning_rate=nan", "learning_rate nan and weight_decay 0.0 must be finite and not negative"),
+        ("optimizer.weight_decay=inf", "weight_decay inf must be finite"),
+        ("optimizer.eps=nan", "eps nan and clip 1.0 must be above 0"),
+        ("optimizer.clip=nan", "eps 1e-08 and clip nan must be above 0"),
+        ("model.rope_theta=nan", "rope_theta nan must be above 0"),
+        ("model.rms_norm_eps=inf", "rms_norm_eps inf between 0 and 1"),
+        ("model.initializer_range=nan", "initializer_range nan not negative"),
     ],
 )
 def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: str) -> None:

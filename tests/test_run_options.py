@@ -1,10 +1,12 @@
 """Every way of computing a run trains the same model: to the last bit where only memory or traffic differ, else to rounding."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
+import tiny
 import torch
 import transformers
 from safetensors.torch import load, load_file
@@ -95,6 +97,21 @@ def test_a_public_model_is_trained_over_ranks_and_comes_out_as_one(tmp_path: Pat
     assert not any(torch.equal(before[name], after[name]) for name in before)
     answer = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
     assert answer.shape[1] > 3
+
+
+def test_the_finished_model_of_several_ranks_answers_the_questions(tmp_path: Path, tokenizer: str) -> None:
+    questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.rows(3))
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 1}, parallel={"tp": 2})
+    config["evaluation"] = {"path": questions, "show": 1, "max_new_tokens": 2}
+    output = runs.run(tmp_path, config, processes=2).output()
+    answers = [json.loads(line) for line in (tmp_path / "runs/run/answers.jsonl").read_text().splitlines()]
+    assert [answer["expected"] for answer in answers] == [
+        row["messages"][-1]["content"] + "<|eot_id|>" for row in tiny.rows(3)
+    ]
+    assert all(answer["right"] == (answer["given"] == answer["expected"]) for answer in answers)
+    assert output.count("  -> ") == 1
+    assert answers[0]["given"] in output
+    assert "of 3 held-out questions answered exactly" in output
 
 
 def test_a_run_in_replicas_is_resumed_without_a_trace(tmp_path: Path, tokenizer: str) -> None:

@@ -79,6 +79,32 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused(change: Any, m
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_quantized_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = exported(tmp_path / "out") / "model.safetensors"
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(32).to(dtype)}, file)
+    with pytest.raises(ValueError, match=r"model.norm.weight is stored as \w+; train from weights in one of F64, F32"):
+        load_weights(Llama(CONFIG), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "Input data was truncated"),
+        ("{}", "missing required field `weight_map`"),
+        ('{"weight_map": ["a"]}', "Expected `object`, got `array`"),
+        (
+            '{"weight_map": {"a": "../model.safetensors"}}',
+            "names '../model.safetensors', where only names of files beside",
+        ),
+    ],
+)
+def test_an_index_that_is_none_is_refused(index: str, message: str, tmp_path: Path) -> None:
+    (exported(tmp_path / "out") / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=rf"model.safetensors.index.json.* {message}"):
+        load_weights(Llama(CONFIG), tmp_path / "out")
+
+
 def test_frequencies_that_old_conversions_store_are_passed_over(tmp_path: Path) -> None:
     file = exported(tmp_path / "out") / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}, file)
@@ -95,4 +121,8 @@ def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(tmp_path: Path) 
     load_weights(Llama(TIED), tmp_path / "out")
     save_file(tensors | {"lm_head.weight": embedding + 1}, file)
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight is not the embedding"):
+        load_weights(Llama(TIED), tmp_path / "out")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, file)
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight has shape none"):
         load_weights(Llama(TIED), tmp_path / "out")

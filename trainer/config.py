@@ -50,6 +50,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
 
@@ -123,6 +125,12 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Answers to print."""
     max_new_tokens: int = 64
 
+    def __post_init__(self) -> None:
+        if self.show < 0 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"show = {self.show} must not be negative and max_new_tokens = {self.max_new_tokens} be at least 1"
+            )
+
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole run."""
@@ -190,6 +198,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def parse_config(table: dict[str, Any]) -> TrainConfig:
     """A config from its TOML tables."""
+    for name in ("run", "data", "model"):
+        if not isinstance(table.get(name, {}), dict):
+            raise ValueError(f"{name} = {table[name]!r} is a value, not a table")
     run, data = table.get("run", {}), table.get("data", {})
     for key in ("seed", "epochs"):
         if key in data:
@@ -214,10 +225,16 @@ def _override(table: dict[str, Any], override: str) -> None:
     *path, last = key.split(".")
     place: Any = table
     for name in path:
-        place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        place = place[_number(key, name, place)] if isinstance(place, list) else place.setdefault(name, {})
         if not isinstance(place, dict | list):
             raise ValueError(f"override {key!r}: {name!r} is a value, not a table")
-    place[int(last) if isinstance(place, list) else last] = _value(text)
+    place[_number(key, last, place) if isinstance(place, list) else last] = _value(text)
+
+
+def _number(key: str, name: str, array: list[Any]) -> int:
+    if not name.isdecimal() or int(name) >= len(array):
+        raise ValueError(f"override {key!r}: {name!r} is none of the {len(array)} there are, which are counted from 0")
+    return int(name)
 
 
 def _value(text: str) -> Any:

@@ -10,14 +10,20 @@ import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sftstream import ChatEncoder, read_conversations
-from trainer.config import EvaluationConfig
+from sftstream import ChatEncoder, Refused, read_conversations
 
 BATCH = 64
 
 
+class Question(NamedTuple):
+    """The prompt as the template prints it and what should follow, stop tokens included."""
+
+    prompt: str
+    expected: str
+
+
 class Answer(NamedTuple):
-    """The prompt as the template prints it, what should follow and what followed, stop tokens included."""
+    """A question and what followed, stop tokens included."""
 
     prompt: str
     expected: str
@@ -39,14 +45,35 @@ class Evaluation(NamedTuple):
         """Share of exact matches."""
         return sum(answer.right for answer in self.answers) / len(self.answers)
 
+    def describe(self, show: int) -> str:
+        """The first `show` answers and the share of right ones, in words."""
+        shown = [
+            f"\n{answer.prompt}\n  -> {answer.given}" + ("" if answer.right else f"  (expected {answer.expected})")
+            for answer in self.answers[:show]
+        ]
+        return "\n".join([*shown, f"\n{self.accuracy:.1%} of {len(self.answers)} held-out questions answered exactly"])
 
-def evaluate(export: Path, encoder: ChatEncoder, config: EvaluationConfig, device: torch.device) -> Evaluation:
-    """Greedy answers of the model in `export` to the conversations in `config.path`; written beside it as `answers.jsonl`."""
-    rendered = [encoder.render(dialogue) for dialogue in read_conversations(config.path)]
-    prompts = [text[: spans[-1].start] for text, spans, _ in rendered]
-    expected = [text[spans[-1].start : spans[-1].end] for text, spans, _ in rendered]
-    given = generate(export, prompts, config.max_new_tokens, encoder.stop_ids, device)
-    evaluation = Evaluation([Answer(*row) for row in zip(prompts, expected, given, strict=True)])
+
+def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
+    """The conversations in a file, each up to its last trained message; ValueError names one that is none."""
+    questions = []
+    for number, dialogue in enumerate(read_conversations(path), 1):
+        try:
+            text, spans, _ = encoder.render(dialogue)
+        except Refused as error:
+            raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}") from None
+        if not spans:
+            raise ValueError(f"evaluation.path {path!r}, conversation {number}: it has no message of data.train_on")
+        questions.append(Question(text[: spans[-1].start], text[spans[-1].start : spans[-1].end]))
+    return questions
+
+
+def evaluate(
+    export: Path, questions: Sequence[Question], stop_ids: list[int], max_new_tokens: int, device: torch.device
+) -> Evaluation:
+    """Greedy answers of the model in `export`; written beside it as `answers.jsonl`."""
+    given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
+    evaluation = Evaluation([Answer(*question, answer) for question, answer in zip(questions, given, strict=True)])
     lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]
     (export.parent / "answers.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return evaluation

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -99,8 +100,7 @@ def _generation(
     init_from: StrPath | None, tokenizer: Tokenizer | None, stop_token_ids: Iterable[int]
 ) -> dict[str, Any]:
     """`generation_config.json`: that of `init_from`, with the tokenizer's ids, and every stop token of either."""
-    path = None if init_from is None else Path(init_from) / "generation_config.json"
-    carried: dict[str, Any] = json.loads(path.read_bytes()) if path and path.exists() else {}
+    carried = {} if init_from is None else _read_generation(Path(init_from) / "generation_config.json")
     before = carried.get("eos_token_id")
     own = [tokenizer.eos_token_id] if tokenizer else []
     ends = [*own, *stop_token_ids, *(before if isinstance(before, list) else [before])]
@@ -111,6 +111,17 @@ def _generation(
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": tokenizer.pad_token_id if tokenizer else carried.get("pad_token_id"),
     }
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        keys = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        msgspec.convert(keys.get("eos_token_id"), int | list[int] | None)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return keys
 
 
 def _write_json(path: Path, keys: Mapping[str, Any]) -> None:

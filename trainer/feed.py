@@ -22,7 +22,8 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     words = len(loader.encoder.tokenizer.hf)
     if words > vocabulary:
         raise ValueError(
-            f"the tokenizer has {words} tokens, model.vocab_size is {vocabulary}; raise it to {words} or more"
+            f"the tokenizer has {words} tokens, model.vocab_size is {vocabulary}; raise it to {words} or more, or where the "
+            "model is that of model.init_from take its own tokenizer"
         )
     return loader
 

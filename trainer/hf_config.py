@@ -78,6 +78,9 @@ def read_config(directory: StrPath) -> LlamaConfig:
         return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except KeyError as error:
+        # Of transformers, where rope settings lack some.
+        raise ValueError(f"{path}: {error.args[0]}") from error
 
 
 def _config(keys: dict[str, Any]) -> LlamaConfig:
@@ -86,8 +89,9 @@ def _config(keys: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"model_type is {kind!r}, of which only {', '.join(_MODEL_TYPES)} are supported")
     public = CONFIG_MAPPING[kind]
     _require_known(keys, public().to_dict().keys() | _ALSO_KNOWN | _ONLY_SUPPORTED.keys())
-    # transformers' own reading: it knows both layouts and each architecture's defaults.
-    read = keys | public.from_dict(keys).to_dict()
+    # transformers' own reading: it knows both layouts and each architecture's defaults. The weights' type is for their files.
+    typeless = {key: value for key, value in keys.items() if key not in ("dtype", "torch_dtype")}
+    read = keys | public.from_dict(typeless).to_dict()
     _require_supported(read, architectures=[_architecture(kind)])
     fields = {key: read.get(key) for key in _READ}
     return msgspec.convert(fields | _rope(read["rope_parameters"]), LlamaConfig)
@@ -127,6 +131,10 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("partial_rotary_factor must be 1: part of a head is never left unturned")
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type is {kind!r}, of which only default, linear, llama3 are supported")
+    if kind == "default" and settings:
+        raise ValueError(
+            f"{', '.join(settings)}: not known of rope_type 'default'; name the rope_type that has it, or remove it"
+        )
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"rope_type": kind, **settings}}
 
 

@@ -28,7 +28,7 @@ from trainer.blocks import prepare_blocks
 from trainer.config import TrainConfig, load_config
 from trainer.determinism import determinism
 from trainer.display import Display
-from trainer.evaluate import evaluate
+from trainer.evaluate import Question, evaluate, read_questions
 from trainer.export import export
 from trainer.feed import Feed, Tally, gather_refusals, open_loader, tally
 from trainer.hf_config import find_model, read_config
@@ -94,6 +94,8 @@ class Run:
         self.reseeded = restored.reseeded
         self.progress = restored.progress
         self.loader = open_loader(config.data, topology, restored.data, self.shape.vocab_size)
+        self.encoder = self.loader.encoder if self.loader else None
+        self.questions = self._questions() if topology.first else []
         self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
         deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
@@ -256,15 +258,20 @@ class Run:
     def _validation(self) -> Validation | None:
         if self.config.validation is None or self.finished:
             return None
-        validation = Validation(self.config, self.topology, self.loader.encoder if self.loader else None)
+        validation = Validation(self.config, self.topology, self.encoder)
         if self.latest is not None and self.config.checkpoint.keep_best is not None:
             validation.require_comparable(self.saves.store.manifest(self.latest).about)
         return validation
 
+    def _questions(self) -> list[Question]:
+        """Read before the first step: what is wrong with them is not found after the last."""
+        assert self.encoder is not None
+        return read_questions(self.config.evaluation.path, self.encoder) if self.config.evaluation else []
+
     def _recipe(self) -> Recipe:
-        assert self.loader is not None
-        encoder = self.loader.encoder
-        return recipe(self.shape, self.model.norm.weight.dtype, encoder.tokenizer.hf, encoder.stop_ids, self.init_from)
+        assert self.encoder is not None
+        words, stops = self.encoder.tokenizer.hf, self.encoder.stop_ids
+        return recipe(self.shape, self.model.norm.weight.dtype, words, stops, self.init_from)
 
     def _total_rows(self) -> int | None:
         box = [self.loader.total_rows if self.loader else None]
@@ -297,32 +304,27 @@ class Run:
         if not self.progress.trained_tokens:
             raise ValueError(f"nothing was trained: all {self.progress.rows:,} rows were refused; see refused.jsonl")
         directory = self.config.run.directory / "export"
-        encoder = self.loader.encoder if self.loader else None
         export(
             self.model,
             self.shape,
             directory,
-            encoder.tokenizer.hf if encoder else None,
-            stop_token_ids=encoder.stop_ids if encoder else (),
+            self.encoder.tokenizer.hf if self.encoder else None,
+            stop_token_ids=self.encoder.stop_ids if self.encoder else (),
             init_from=self.init_from,
             dtype=named_dtype(self.config.run.export_dtype, self.topology.device),
         )
         self.display.say(f"exported to {directory}")
-        if self.config.evaluation and self.topology.first and self.loader:
+        if self.questions:
             self._evaluate(directory)
-        dist.barrier()
 
     def _evaluate(self, directory: Path) -> None:
+        """On the first rank. The others end meanwhile: NCCL would let them wait for ten minutes at most."""
         config = self.config.evaluation
         assert config is not None
-        assert self.loader is not None
-        evaluation = evaluate(directory, self.loader.encoder, config, self.topology.device)
-        for answer in evaluation.answers[: config.show]:
-            self.display.say(
-                f"\n{answer.prompt}\n  -> {answer.given}" + ("" if answer.right else f"  (expected {answer.expected})")
-            )
-        count = len(evaluation.answers)
-        self.display.say(f"\n{evaluation.accuracy:.1%} of {count} held-out questions answered exactly")
+        assert self.encoder is not None
+        device = self.topology.device
+        evaluation = evaluate(directory, self.questions, self.encoder.stop_ids, config.max_new_tokens, device)
+        self.display.say(evaluation.describe(config.show))
 
 
 def _plan(config: TrainConfig, word: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.feed import PlacedRefusal
 
@@ -59,7 +61,7 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = Lines(directory / "metrics.jsonl", step)
         self._refused = Lines(directory / "refused.jsonl", step)
-        self._board: SummaryWriter | None = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._curves = Curves(directory / "tensorboard", step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -67,15 +69,13 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._draw(lambda board: board.close())
+        self._curves.close()
         self.sync()
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step's line."""
         self._metrics.add(msgspec.to_builtins(metrics))
-        for name in CURVES:
-            if (value := getattr(metrics, name)) is not None:
-                self._draw(lambda board, name=name, value=value: board.add_scalar(name, value, metrics.step))  # type: ignore[misc]
+        self._curves.add(metrics)
 
     def refused(self, step: int, refusals: list[PlacedRefusal]) -> None:
         """Append the rows that were refused for a step."""
@@ -92,12 +92,41 @@ class RunLog:
         self._metrics.sync()
         self._refused.sync()
 
-    def _draw(self, act: Callable[[SummaryWriter], None]) -> None:
+
+class Curves:
+    """A file of TensorBoard's. It ends where a disk does not take it, and the run goes on.
+
+    Written in this thread: torch's writer has one of its own, which a full disk ends with a traceback, and a run whose queue is
+    full then would wait for it for ever.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}.{os.getpid()}"
+        self._file = (directory / name).open("wb", buffering=0)
+        self._records: RecordWriter | None = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        # What other files have from this step on is not shown.
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, metrics: StepMetrics) -> None:
+        """A point on each curve."""
+        values = {name: getattr(metrics, name) for name in CURVES}
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None]
+        self._write(Event(step=metrics.step, summary=Summary(value=points)))
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        if self._records is None:
+            return
+        event.wall_time = time.time()
         try:
-            if self._board:
-                act(self._board)
+            self._records.write(event.SerializeToString())
         except OSError as error:
-            self._board = None
+            self._records = None
             logger.warning("the curves in tensorboard/ end here: %s", error)
 
 
@@ -129,15 +158,26 @@ class Lines:
             self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
 
 
+class _Numbered(msgspec.Struct):
+    step: int
+
+
 def _reopen(path: Path, step: int) -> BufferedRandom:
     """The file for appending, cut after the last line of `step`."""
     file = path.open("a+b")
     file.seek(0)
     end = 0
-    for line in file:
+    for number, line in enumerate(file, 1):
         # A run killed while it wrote leaves a torn last line; its step comes again.
-        if not line.endswith(b"\n") or msgspec.json.decode(line)["step"] > step:
+        if not line.endswith(b"\n"):
             break
+        try:
+            if msgspec.json.decode(line, type=_Numbered).step > step:
+                break
+        except msgspec.MsgspecError as error:
+            raise ValueError(
+                f"{path}:{number} is no line of a run: {error}; take it out, or move the file away"
+            ) from error
         end += len(line)
     file.truncate(end)
     return file

@@ -26,7 +26,7 @@ class Llama3Scaling(
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
             raise ValueError(f"rope_scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, not {self}")
 
 
@@ -38,7 +38,7 @@ class LinearScaling(
     factor: float
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not self.factor >= 1:
             raise ValueError(f"rope_scaling needs factor >= 1, not {self.factor}")
 
 
@@ -76,8 +76,13 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
-        if self.rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range < 0:
-            raise ValueError("rope_theta and rms_norm_eps must be above 0 and initializer_range must not be negative")
+        if not (
+            0 < self.rope_theta < math.inf and 0 < self.rms_norm_eps < 1 and 0 <= self.initializer_range < math.inf
+        ):
+            raise ValueError(
+                f"rope_theta {self.rope_theta} must be above 0, rms_norm_eps {self.rms_norm_eps} between 0 and 1, and "
+                f"initializer_range {self.initializer_range} not negative"
+            )
 
     @property
     def head_size(self) -> int:

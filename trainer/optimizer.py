@@ -31,11 +31,12 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
-        if self.learning_rate < 0 or self.weight_decay < 0:
+        # TOML knows nan, of which no comparison holds.
+        if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise ValueError(
-                f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must not be negative"
+                f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must be finite and not negative"
             )
-        if self.eps <= 0 or (self.clip is not None and self.clip <= 0):
+        if not self.eps > 0 or (self.clip is not None and not self.clip > 0):
             raise ValueError(f"eps {self.eps} and clip {self.clip} must be above 0; clip = inf never clips")
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sftstream import PackLoader, Shard
+from sftstream import Deal, PackLoader, Shard
 from trainer.blocks import Recompute
 from trainer.config import TrainConfig
 from trainer.mesh import data_and_tensor_mesh, named_dtype
@@ -67,15 +67,16 @@ def plan(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Plan:
     sharded = _held(shape, parallel, gpus, data.capacity)
     gathered = _held(shape, ParallelConfig(tp=parallel.tp), parallel.tp, data.capacity)
     dp = gpus // parallel.tp
+    packs = Deal(data.streams, data.global_batch, dp).most_micro_batches
     return Plan(
         parameters=sum(p.numel() for p in whole.parameters()),
         gpus=gpus,
         dp=dp,
-        memory=_memory(config, shape, sharded, gathered, dp),
-        packs_per_rank=math.ceil(data.global_batch / dp),
+        memory=_memory(config, shape, sharded, gathered, dp, packs),
+        packs_per_rank=packs,
         tokens_per_step=data.global_batch * data.capacity,
         steps=config.run.steps or _steps_of_epochs(config),
-        seconds_per_step=_flops(config, whole) / (gpus * PEAK_FLOPS * UTILISATION),
+        seconds_per_step=_flops(config, whole, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
     )
 
 
@@ -96,11 +97,13 @@ def _held(shape: LlamaConfig, parallel: ParallelConfig, ranks: int, capacity: in
         return Held(blocks, sum(local(p).numel() for p in model.parameters()) - blocks)
 
 
-def _memory(config: TrainConfig, shape: LlamaConfig, sharded: Held, gathered: Held, dp: int) -> dict[str, int]:
+def _memory(
+    config: TrainConfig, shape: LlamaConfig, sharded: Held, gathered: Held, dp: int, packs: int
+) -> dict[str, int]:
     run, parallel = config.run, config.parallel
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
     wrapped = dp > 1 or {stored, computed} != {torch.float32}
-    waits = parallel.reduce_gradients == "step" and config.data.global_batch > dp
+    waits = parallel.reduce_gradients == "step" and packs > 1
     # A layer and the one that is fetched meanwhile, or all.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
     return {
@@ -132,15 +135,18 @@ def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) 
     return tokens * (shape.num_hidden_layers * kept + again)
 
 
-def _flops(config: TrainConfig, model: Llama) -> float:
-    """Of a step: 2 a weight and token forward, 4 backward, and what is computed twice; without attention itself."""
+def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
+    """Of a step of `packs`, empty ones included: 2 a weight and token forward, 4 backward, and what is computed twice.
+
+    Without attention itself.
+    """
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     twice = {
         "none": 0,
         "selective": sum(p.numel() for name, p in model.blocks.named_parameters() if "gate_up" in name),
         "full": blocks,
     }[config.run.recompute]
-    tokens = config.data.global_batch * config.data.capacity
+    tokens = packs * config.data.capacity
     return tokens * (6 * (blocks + model.head.weight.numel()) + 2 * twice)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,6 +17,12 @@ from trainer.hf_config import StrPath
 from trainer.model import Llama, LlamaConfig, local, window
 
 INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Of other types, numbers are codes of a quantization, whose scales stand elsewhere."""
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class Piece(NamedTuple):
@@ -88,7 +94,7 @@ def load_weights(model: Llama, directory: StrPath) -> None:
     """Fill the model from the safetensors of a Hugging Face directory, one file or many.
 
     Each rank reads only what it holds. Values are converted to the parameters' dtype. ValueError names a file that is
-    missing or damaged, or a tensor that is missing, unexpected or of another shape; nothing is loaded then.
+    missing or damaged, or a tensor that is missing, unexpected, or of another shape or type; nothing is loaded then.
     """
     directory = Path(directory)
     with opened(directory) as tensors:
@@ -110,7 +116,13 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.exists():
         return [directory / "model.safetensors"]
-    return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    try:
+        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{index}: {error}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}, where only names of files beside it belong")
+    return [directory / name for name in names]
 
 
 def _opened(path: Path) -> Any:
@@ -126,8 +138,10 @@ def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) ->
     expected = shapes(model)
     found = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
     if model.config.tie_word_embeddings and "lm_head.weight" in found:
-        ends = [tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-        if not torch.equal(*ends):
+        ends = [
+            tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight") if name in found
+        ]
+        if not torch.equal(ends[0], ends[-1]):
             raise ValueError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         del found["lm_head.weight"]
     for name in sorted(expected.keys() | found.keys()):
@@ -135,6 +149,10 @@ def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) ->
             raise ValueError(
                 f"{directory}: {name} has shape {found.get(name, 'none')}, where config.json asks for "
                 f"{expected.get(name, 'none')}"
+            )
+        if (kind := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+            raise ValueError(
+                f"{directory}: {name} is stored as {kind}; train from weights in one of {', '.join(_FLOATS)}"
             )
 
 
