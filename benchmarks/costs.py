@@ -64,7 +64,8 @@ def start(request: Request) -> dict[str, float]:
     """Seconds to the first pack: since the process was asked for, and since it had imported everything."""
     began = time.time()
     config = config_of(request)
-    next(PackLoader(config, state=half_way(config, request) if request.half else None))
+    loader = PackLoader(config, state=half_way(config, request) if request.half else None)
+    next(loader)
     now = time.time()
     return {"process": now - request.asked, "loader": now - began}
 

@@ -14,7 +14,7 @@ import torch
 from torchdata.nodes import BaseNode
 
 from sftstream.order import permute, round_keys
-from sftstream.records import IGNORE_INDEX, Amount, Example, Pack, Ref, Refusal, Refused, Segment
+from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment, next_tokens, positions
 from sftstream.state import Leftover, Position, StreamState
 
 MAX_WAIT = 2
@@ -49,7 +49,7 @@ def build_pack(
     refused: Sequence[Refusal] = (),
     last: bool = False,
 ) -> Pack:
-    """The examples side by side; what is free becomes a padding segment. The only place where labels are shifted."""
+    """The examples side by side; what is free becomes a padding segment."""
     lengths = [len(example.tokens) for example in examples]
     used = sum(lengths)
     if used < capacity:
@@ -61,12 +61,10 @@ def build_pack(
         np.concatenate([example.tokens for example in examples], out=ids[:used])
         np.concatenate([example.loss_mask for example in examples], out=trained[:used])
     trained[borders[:-1]] = False  # The first token of a segment follows nothing.
-    labels = np.full(capacity, IGNORE_INDEX, np.int64)
-    np.copyto(labels[:-1], ids[1:], where=trained[1:])
     return Pack(
         input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.arange(capacity) - np.repeat(borders[:-1], lengths)),
+        labels=torch.from_numpy(next_tokens(ids, trained)),
+        position_ids=torch.from_numpy(positions(borders)),
         cu_seqlens=torch.from_numpy(borders),
         max_seqlen=max(lengths),
         segments=tuple(segments),

@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -91,16 +92,29 @@ def test_labels_are_the_next_trained_tokens_and_never_cross_a_segment(masks: lis
     assert pack.max_seqlen == max(b - a for a, b in itertools.pairwise(borders))
 
 
-def test_a_pack_through_a_queue_is_the_same_pack() -> None:
+@pytest.mark.parametrize("made", ["as built", "with other labels", "with other positions"])
+def test_a_pack_through_a_queue_is_the_same_pack(made: str) -> None:
     pack = build_pack(
         [example([1, 2, 3], [0, 1, 1])], [Segment(0, 5, 3, 1)], 6, PAD, [Refusal(0, 1, 0, "why", "because")], last=True
     )
+    if made == "with other labels":
+        pack = replace(pack, labels=torch.tensor([2, 7, X, X, X, 1]))
+    if made == "with other positions":
+        pack = replace(pack, position_ids=torch.arange(6))
     copy = pickle.loads(pickle.dumps(pack))
     for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
         assert torch.equal(getattr(copy, name), getattr(pack, name))
         assert getattr(copy, name).dtype == getattr(pack, name).dtype
     assert (copy.max_seqlen, copy.segments, copy.refused, copy.last) == (3, pack.segments, pack.refused, True)
     assert copy.digest() == pack.digest()
+
+
+def test_a_whole_pack_of_8192_tokens_fits_into_a_pipe() -> None:
+    """What does not would wait for a worker that is busy with the next one."""
+    lengths = [128] * 64
+    examples = [example(range(n), [0] + [1] * (n - 1)) for n in lengths]
+    pack = build_pack(examples, [Segment(0, row, n, 0) for row, n in enumerate(lengths)], 8192, PAD)
+    assert len(pickle.dumps(pack)) < 65536
 
 
 def test_a_digest_tells_ids_labels_and_borders_apart_and_nothing_else() -> None:
