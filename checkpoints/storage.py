@@ -178,8 +178,14 @@ def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tens
         for box in _boxes(chunks[item.storage_index], item, planner.resolve_tensor(item).detach())
     ]
     boxes.sort(key=lambda box: (box.span.file, box.span.begin))
-    with ThreadPoolExecutor(place.readers) as pool:
-        list(pool.map(lambda share: _read_boxes(place, manifest, share), _evenly(boxes, place.readers)))
+    # A thread has a piece to read at least: of a small state there is nothing to share.
+    shares = _evenly(boxes, min(place.readers, 1 + sum(box.size for box in boxes) // _PIECE))
+    if len(shares) < 2:
+        for share in shares:
+            _read_boxes(place, manifest, share)
+        return
+    with ThreadPoolExecutor(len(shares)) as pool:
+        list(pool.map(lambda share: _read_boxes(place, manifest, share), shares))
 
 
 class _Box(NamedTuple):
