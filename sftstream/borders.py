@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,27 +56,23 @@ def tiled(
     """
     ends = lengths.cumsum(dtype=np.int64)
     borders = [int(ends[at - 1]) if at else 0 for at in offsets]
+    sizes = [end - start for start, end in pairwise(borders)]
     spans: list[int] = []
-    counts = []
-    for base, end, place in zip(borders, borders[1:], placed, strict=False):
-        counted = len(place.spans) if end - base == place.size else 0
-        for start, stop in place.spans[:counted]:
-            spans += (base + start, base + stop)
-        counts.append(counted)
+    for base, size, place in zip(borders, sizes, placed, strict=False):
+        if size == place.size:
+            for start, stop in place.spans:
+                spans += (base + start, base + stop)
     first, last, straddling = _inside(ends, np.array(spans, np.int64))
     inside = _ranges(first, last, len(lengths))
     trained, crossed = np.maximum(last - first, 0).tolist(), straddling.tolist()
     at = 0
-    for text, (place, counted) in enumerate(zip(placed, counts, strict=True)):
-        size = borders[text + 1] - borders[text]
+    for (begin, end), size, place in zip(pairwise(offsets), sizes, placed, strict=True):
         if size != place.size:
             yield size
-        elif counted == 1:
-            yield Masked(inside[offsets[text] : offsets[text + 1]], trained[at], crossed[at])
         else:
-            own = slice(at, at + counted)
-            yield Masked(inside[offsets[text] : offsets[text + 1]], sum(trained[own]), sum(crossed[own]))
-        at += counted
+            own = slice(at, at + len(place.spans))
+            yield Masked(inside[begin:end], sum(trained[own]), sum(crossed[own]))
+            at = own.stop
 
 
 def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> Masked:

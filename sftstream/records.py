@@ -196,9 +196,10 @@ class Pack:
         ids, borders, rest = _narrow(self.input_ids), _narrow(self.cu_seqlens), self._rest()
         trained = np.zeros(self.capacity, bool)
         trained[1:] = (self.labels != IGNORE_INDEX)[:-1]
-        pack = _unpacked(ids, np.packbits(trained), borders, *rest)
+        short = (ids, np.packbits(trained), borders, *rest)
+        pack = _unpacked(*short)
         if torch.equal(pack.labels, self.labels) and torch.equal(pack.position_ids, self.position_ids):
-            return _unpacked, (ids, np.packbits(trained), borders, *rest)
+            return _unpacked, short
         arrays = (self.input_ids.numpy(), self.labels.numpy(), self.position_ids.numpy(), borders)
         return _as_it_was, (*arrays, *rest)
 

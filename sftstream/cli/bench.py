@@ -27,7 +27,6 @@ DOES = {
     "pack": "plans windows of conversations, builds packs",
 }
 
-
 EPOCHS = 1_000_000
 """An end would come too soon: what is measured is a run under way."""
 
