@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,19 +15,18 @@ Pair = tuple[int, int]
 Integers = NDArray[np.int64]
 
 
-class Placed(NamedTuple):
-    """The spans of a text in bytes of what is tokenized, and how many that has."""
-
-    spans: Sequence[Pair]
-    size: int
+Placed = tuple[Sequence[Pair], int]
+"""The spans of a text in bytes of what is tokenized, and how many that has."""
 
 
-class Masked(NamedTuple):
-    """Of one text's tokens: which lie wholly inside a span, how many these are, and how many lie in one just in part."""
+class Tiles(NamedTuple):
+    """Of the tokens of several texts: which lie wholly inside a span; and for each text how many bytes its tokens hold, how many
+    of them lie inside, and how many in a span just in part."""
 
     inside: NDArray[np.bool_]
-    trained: int
-    straddling: int
+    sizes: list[int]
+    trained: list[int]
+    straddling: list[int]
 
 
 def measured(text: Rendered, normalize: Callable[[str], str]) -> Placed:
@@ -43,40 +42,37 @@ def measured(text: Rendered, normalize: Callable[[str], str]) -> Placed:
         size = begin + len(normalize(text.text[start:end]).encode())
         spans.append((begin, size))
         at = end
-    return Placed(spans, size + len(normalize(text.text[at:]).encode()))
+    return spans, size + len(normalize(text.text[at:]).encode())
 
 
-def tiled(
-    lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Sequence[Placed]
-) -> Iterator[Masked | int]:
+def tiled(lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Sequence[Placed]) -> Tiles:
     """Of tokens with these lengths in bytes that lie side by side; those of text `i` are `[offsets[i], offsets[i + 1])`.
 
-    Gives how many bytes the tokens hold where the text has others. All texts are one row, which is searched once: it is the
-    number of calls that costs.
+    A text whose tokens hold other bytes than it has is to be refused; nothing of it is inside. All texts are one row, which is
+    searched once: it is the number of calls that costs.
     """
-    ends = lengths.cumsum(dtype=np.int64)
-    borders = [int(ends[at - 1]) if at else 0 for at in offsets]
-    sizes = [end - start for start, end in pairwise(borders)]
-    spans: list[int] = []
-    for base, size, place in zip(borders, sizes, placed, strict=False):
-        if size == place.size:
-            for start, stop in place.spans:
-                spans += (base + start, base + stop)
-    first, last, straddling = _inside(ends, np.array(spans, np.int64))
-    inside = _ranges(first, last, len(lengths))
-    trained, crossed = np.maximum(last - first, 0).tolist(), straddling.tolist()
-    at = 0
-    for (begin, end), size, place in zip(pairwise(offsets), sizes, placed, strict=True):
-        if size != place.size:
-            yield size
-        else:
-            own = slice(at, at + len(place.spans))
-            yield Masked(inside[begin:end], sum(trained[own]), sum(crossed[own]))
-            at = own.stop
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(dtype=np.int64, out=ends[1:])
+    borders = ends[offsets]
+    sizes = np.diff(borders).tolist()
+    spans = [own if size == whole else () for (own, whole), size in zip(placed, sizes, strict=True)]
+    counts = np.array([len(own) for own in spans], np.int64)
+    places = np.array(list(chain.from_iterable(chain.from_iterable(spans))), np.int64)
+    first, last, straddling = _inside(ends[1:], places + borders[:-1].repeat(2 * counts))
+    trained = np.maximum(last - first, 0)
+    return Tiles(_ranges(first, last, len(lengths)), sizes, _sums(trained, counts), _sums(straddling, counts))
 
 
-def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> Masked:
-    """Of one text whose tokens have these places, with anything between them."""
+def _sums(values: Integers, counts: Integers) -> list[int]:
+    """Of values that belong together, so many each."""
+    ends = np.zeros(len(values) + 1, np.int64)
+    values.cumsum(out=ends[1:])
+    result: list[int] = np.diff(ends[counts.cumsum()], prepend=0).tolist()
+    return result
+
+
+def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> tuple[NDArray[np.bool_], int, int]:
+    """Which tokens lie inside a span, how many do, and how many lie in one in part. Anything can be between tokens."""
     places = np.array(list(tokens), np.int64).reshape(-1, 2)
     starts, ends = places[:, 0], places[:, 1]
     inside, straddling = np.zeros(len(places), bool), 0
@@ -84,7 +80,7 @@ def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> Masked:
         first, last = int(starts.searchsorted(begin)), int(ends.searchsorted(end, "right"))
         inside[first:last] = True
         straddling += int(starts.searchsorted(end)) - int(ends.searchsorted(begin, "right")) - max(0, last - first)
-    return Masked(inside, int(inside.sum()), straddling)
+    return inside, int(inside.sum()), straddling
 
 
 def _inside(ends: Integers, spans: Integers) -> tuple[Integers, Integers, Integers]:

@@ -19,7 +19,7 @@ X = TypeVar("X")
 
 TOGETHER = 64
 """Rows that go through the stages together, at most: a few hundred kilobytes."""
-AHEAD = 256
+AHEAD = 512
 """Rows whose order is computed at once."""
 
 
@@ -50,7 +50,7 @@ class ByNumber:
         self._order = RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]))
         draws = _draws(config, source, self.rows)
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
-        self._ahead: list[tuple[int, int]] = []
+        self._ahead: list[Ref] = []
         self._ahead_from = 0
 
     @property
@@ -63,10 +63,11 @@ class ByNumber:
     def draw(self) -> Ref:
         at = self.drawn - self._ahead_from
         if not 0 <= at < len(self._ahead):
-            self._ahead = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
+            rows = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
+            self._ahead = [Ref(self._source, row, epoch) for row, epoch in rows]
             self._ahead_from, at = self.drawn, 0
         self.drawn += 1
-        return Ref(self._source, *self._ahead[at])
+        return self._ahead[at]
 
 
 class ByShard:
@@ -212,6 +213,8 @@ class Rows(BaseNode[Drawn[Ref]]):
             self._stage, self._mixed = stage, [0] * len(self._cursors)
 
     def _next_source(self) -> int | None:
+        if len(self._cursors) == 1:
+            return None if self._cursors[0].ended else 0
         ended = [cursor.ended for cursor in self._cursors]
         if self._config.ends_with == "first" and any(ended):
             return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as Date
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from transformers import PreTrainedTokenizerBase
@@ -22,11 +23,11 @@ from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Backend, Tokenizer
 from sftstream.turns import Turn, find_turns
 
-BETWEEN_CHECKS = 512
+BETWEEN_CHECKS = 1024
 """Conversations rendered by plan, of which one is rendered by the template as well and compared."""
 
 
-class Draft(NamedTuple):
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A dialogue and the texts that are to become its examples."""
 
     dialogue: Conversation
@@ -104,7 +105,7 @@ class ChatEncoder:
     def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
         """The same of several drafts at once, or why not."""
         encoded = iter(self.tokenizer.encode_all([text for draft in drafts for text in draft.texts]))
-        return [self._fitted(draft, [next(encoded) for _ in draft.texts]) for draft in drafts]
+        return [self._fitted(draft, list(islice(encoded, len(draft.texts)))) for draft in drafts]
 
     def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
         examples = []
@@ -160,9 +161,8 @@ class ChatEncoder:
             ("the tools", strings(tools)),
         ]
         for place, texts in places:
-            for text in texts:
-                if found := self.tokenizer.control.search(text):
-                    raise Refused("control token in text", f"{place} contains {found[0]!r} in a name or key")
+            if found := self.tokenizer.control.search("\0".join(texts)):
+                raise Refused("control token in text", f"{place} contains {found[0]!r} in a name or key")
 
     def _turn_by_turn(self, dialogue: Conversation) -> Iterator[Conversation]:
         """The dialogue up to each of the assistant's messages, of which the last alone is trained."""
@@ -214,7 +214,7 @@ def _ends(messages: Sequence[Message], before_user: bool) -> Iterator[int]:
 
 
 def _noted(example: Example, note: str) -> Example:
-    return example._replace(notes={**example.notes, note: 1})
+    return msgspec.structs.replace(example, notes={**example.notes, note: 1})
 
 
 def _template_text(template: str) -> str:

@@ -30,7 +30,7 @@ class Ids(NamedTuple):
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
-FIRST, BETWEEN = 32, 512
+FIRST, BETWEEN = 32, 1024
 """Texts of a run that are compared: the first ones, and later one of so many."""
 
 
@@ -69,10 +69,10 @@ class FastTokenizer:
                 threading.Thread(target=self.load, name="fastokens").start()
             return None
         encoded = self._encode(texts)
-        for index, text in enumerate(texts):
-            self._count += 1
-            if self._count <= FIRST or self._count % BETWEEN == 0:
-                self._compare(text, encoded.of(index))
+        first, later = range(min(FIRST - self._count, len(texts))), range(~self._count % BETWEEN, len(texts), BETWEEN)
+        for index in (*first, *later):
+            self._compare(texts[index], encoded.of(index))
+        self._count += len(texts)
         return encoded
 
     def _compare(self, text: str, ids: NDArray[np.int32]) -> None:
@@ -81,6 +81,7 @@ class FastTokenizer:
 
     def load(self) -> None:
         """Load and certify, unless the process ends before that: it would abort were a thread cut off in foreign code."""
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # a loader's process is one of many; its own threads spin
         import fastokens
 
         try:

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from sftstream.records import Conversation, Message, Refused, ToolCall
+from sftstream.records import Conversation, Message, Refused, Role, ToolCall
 
 Row = Mapping[str, Any]
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -30,7 +30,7 @@ ROLES = {
 }
 """Every name of a role that datasets use -> the one that chat templates know."""
 
-_SCALARS = (str, int, float, type(None))
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 NESTING = 64
 """Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
@@ -40,17 +40,43 @@ def conversation(row: Any) -> Conversation:
     """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
     if not isinstance(row, Mapping):
         raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
-    _refuse_deep(row)
-    layout = _layout(tuple(key for key, value in row.items() if value is not None))
-    if layout is None:
-        known = " | ".join("+".join(keys) for keys, _ in LAYOUTS)
-        raise Refused("unknown layout", f"columns {sorted(map(str, row))} match none of {known}")
-    messages = tuple(layout(row))
+    messages = _texts(row) or _any(row)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
     return Conversation(messages, _tools(row.get("tools")))
+
+
+class Texts(msgspec.Struct):
+    """A row as most are: messages of text under the names that `Message` has."""
+
+    messages: tuple[Message, ...]
+    system: None = None
+    system_prompt: None = None
+
+
+def _texts(row: Row) -> tuple[Message, ...] | None:
+    """The messages of such a row, of which `_any` would say the same in ten times the time; None of another."""
+    try:
+        messages = msgspec.convert(row, Texts).messages
+    except msgspec.ValidationError:
+        return None
+    for message in messages:
+        if message.content is None or message.tool_calls:
+            return None
+    if len(row) > 1:
+        _refuse_deep([value for column, value in row.items() if column != "messages"])
+    return messages
+
+
+def _any(row: Row) -> tuple[Message, ...]:
+    _refuse_deep(row)
+    layout = _layout(tuple(key for key, value in row.items() if value is not None))
+    if layout is None:
+        known = " | ".join("+".join(keys) for keys, _ in LAYOUTS)
+        raise Refused("unknown layout", f"columns {sorted(map(str, row))} match none of {known}")
+    return tuple(layout(row))
 
 
 @lru_cache(maxsize=4096)
@@ -115,9 +141,11 @@ def _alpaca(row: Row) -> Iterable[Message]:
 def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
     """Two columns of text, or of messages."""
 
+    columns: tuple[tuple[str, Role], ...] = ((question, "user"), (answer, "assistant"))
+
     def layout(row: Row) -> Iterable[Message]:
         yield from _system(row)
-        for column, role in ((question, "user"), (answer, "assistant")):
+        for column, role in columns:
             if isinstance(row[column], str):
                 yield Message(role, row[column])
             else:
@@ -276,21 +304,22 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _nested_within(levels: int, value: Any) -> bool:
-    layer = [] if isinstance(value, _SCALARS) else [value]
-    while layer and levels:
-        layer = [inner for outer in layer for inner in _items(outer) if not isinstance(inner, _SCALARS)]
-        levels -= 1
-    return not layer
+    layer = [value]
+    for _ in range(levels):
+        layer = [inner for outer in layer for inner in _items(outer) if type(inner) not in _SCALARS]
+        if not layer:
+            return True
+    return False
 
 
 def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # a dict is told at once, any other mapping slowly
         return value.values()
     return value if _is_list(value) else ()
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:

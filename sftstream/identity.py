@@ -14,7 +14,7 @@ from sftstream.encoder import ChatEncoder
 from sftstream.sources import Corpus, FileIdentity, FileSet, Streamed
 from sftstream.turns import Form
 
-FORMAT = 2
+FORMAT = 3
 """Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""
 
 

@@ -59,6 +59,13 @@ def _mix(values: Words, key: int) -> Words:
     return values ^ (values >> np.uint64(31))
 
 
+def shuffled(count: int, *words: int | str) -> list[int]:
+    """An order of so few things that each can be given 64 bits drawn from `words`, by which they are sorted."""
+    bits = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * count)
+    order: list[int] = np.frombuffer(bits, "<u8").argsort(kind="stable").tolist()
+    return order
+
+
 @lru_cache(maxsize=256)
 def permutation_of_few(size: int, keys: tuple[int, ...]) -> Integers:
     """All places at once, where several streams share the few rows of an epoch."""

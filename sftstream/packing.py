@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
-from sftstream.order import permute, round_keys
+from sftstream.order import shuffled
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment, next_tokens, positions
 from sftstream.state import Leftover, Position, StreamState
 
@@ -28,7 +28,8 @@ def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) ->
     """
     packs: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, pack), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (not urgent[i], -lengths[i], i)):
+    ranks = [length + (capacity if first else 0) for length, first in zip(lengths, urgent, strict=True)]
+    for index in sorted(range(len(lengths)), key=ranks.__getitem__, reverse=True):
         length = lengths[index]
         at = bisect_left(free, (length, -1))
         if at < len(free):
@@ -185,8 +186,8 @@ class Packer(BaseNode[Pack]):
             planned=planned,
             dry=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
             packs=state.packs + bool(segments),
-            conversations=state.conversations + sum(segment.part == 0 for segment in segments),
-            tokens=state.tokens + sum(segment.length for segment in segments),
+            conversations=state.conversations + [segment.part for segment in segments].count(0),
+            tokens=state.tokens + sum([segment.length for segment in segments]),
         )
 
     def _take(self, segment: Segment) -> Example:
@@ -211,8 +212,7 @@ class Packer(BaseNode[Pack]):
         state = self.state
         read = self._read(window_size(self._config.window, state.windows, self._stream, self._config.streams))
         source = self.source.state_dict()
-        waiting = [*state.leftovers, *(Leftover(segment, 0) for segment in read.segments)]
-        planned, left = self._plan(waiting, keep_all=source["exhausted"])
+        planned, left = self._plan(read.segments, keep_all=source["exhausted"])
         self.state = msgspec.structs.replace(
             state,
             **_position(source),
@@ -243,28 +243,30 @@ class Packer(BaseNode[Pack]):
             except StopIteration:
                 break
             for ref, value in zip(*drawn, strict=True):
-                found = value if isinstance(value, Refused) else _too_long(value, self._config.capacity) or value
-                if isinstance(found, Refused):
-                    read.refused.append(Refusal.at(ref, found.reason, found.detail))
+                refused = value if isinstance(value, Refused) else _too_long(value, self._config.capacity)
+                if refused is None:
+                    self._keep(ref, value, read)
+                    in_a_row = 0
+                else:
+                    read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
                     in_a_row += 1
                     self._check_hope(in_a_row, read.refused)
-                else:
-                    self._keep(ref, found, read)
-                    in_a_row = 0
         return read
 
     def _keep(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
+        source, row, epoch = ref
+        accepted = read.accepted[source]
+        accepted[0] += 1
         for part, example in enumerate(examples):
-            segment = Segment(ref.source, ref.row, len(example.tokens), ref.epoch, part)
+            length = len(example.tokens)
+            segment = Segment(source, row, length, epoch, part)
             self._examples[segment] = example
             read.segments.append(segment)
             # The first token of an example is never a target.
             trained = int(np.count_nonzero(example.loss_mask[1:]))
-            accepted = read.accepted[ref.source]
-            accepted[0] += part == 0
-            accepted[1] += segment.length
+            accepted[1] += length
             accepted[2] += trained
-            self._draws.account(ref.source, segment.length, trained)
+            self._draws.account(source, length, trained)
 
     def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""
@@ -278,26 +280,29 @@ class Packer(BaseNode[Pack]):
             )
 
     def _plan(
-        self, waiting: list[Leftover], *, keep_all: bool
+        self, read: Sequence[Segment], *, keep_all: bool
     ) -> tuple[tuple[tuple[Segment, ...], ...], tuple[Leftover, ...]]:
-        lengths = [item.segment.length for item in waiting]
-        urgent = [item.waited >= MAX_WAIT for item in waiting]
+        leftovers = self.state.leftovers
+        waiting = [*(item.segment for item in leftovers), *read]
+        waited = [*(item.waited for item in leftovers), *[0] * len(read)]
+        lengths = [segment.length for segment in waiting]
+        urgent = [windows >= MAX_WAIT for windows in waited]
         packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
         left: list[int] = []
-        patient = [pack for pack in packs if not any(urgent[i] for i in pack)]
+        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
         if patient and not keep_all:
-            left = min(patient, key=lambda pack: sum(lengths[i] for i in pack))
+            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
             packs.remove(left)
-        planned = tuple(tuple(waiting[i].segment for i in pack) for pack in self._ordered(packs))
-        return planned, tuple(Leftover(waiting[i].segment, waiting[i].waited + 1) for i in left)
+        planned = tuple([tuple([waiting[i] for i in pack]) for pack in self._ordered(packs)])
+        return planned, tuple([Leftover(waiting[i], waited[i] + 1) for i in left])
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Packs leave in the order of their first conversation; shuffled, lest long conversations always come first."""
         packs = sorted(packs)
         if not self._config.shuffle:
             return packs
-        keys = round_keys("window", self._config.seed, self._stream, self.state.windows)
-        return [packs[place] for place in permute(np.arange(len(packs)), len(packs), keys).tolist()]
+        order = shuffled(len(packs), "window", self._config.seed, self._stream, self.state.windows)
+        return [packs[place] for place in order]
 
 
 def _position(rows: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ of the template, and no white space at their ends could be trimmed.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import accumulate
@@ -32,23 +33,19 @@ Printer = Callable[[Any], Any]
 
 
 class Place(NamedTuple):
-    """A character of the text: of piece number `piece`, counted from its beginning."""
+    """A character of the text: so many behind the first values, which are printed before it."""
 
-    piece: int
+    values: int
     offset: int
+    """Characters of the template that are printed before it."""
 
 
 class Slot(NamedTuple):
-    """Where a value is printed: among which pieces, and how it gets there."""
+    """A value that is printed, and how it gets there."""
 
-    piece: int
     number: int
     printed: Printer | None
     """What is done to it, if anything."""
-    loose: bool
-    """White space at its ends would be printed."""
-    verbatim: bool
-    """More than white space at both its ends could be taken from it, which would not be its words any more."""
 
 
 class Condition(NamedTuple):
@@ -63,9 +60,13 @@ class Condition(NamedTuple):
 class Plan(NamedTuple):
     """How conversations of one shape are printed, and what of them is trained."""
 
-    pieces: tuple[str, ...]
-    """What the template prints, with nothing where values go."""
+    texts: list[str]
+    """What the template prints around the values, one more than these."""
     slots: tuple[Slot, ...]
+    loose: tuple[int, ...]
+    """Slots whose value would be printed with the white space at its ends."""
+    verbatim: tuple[int, ...]
+    """Those of which more than white space at both ends could be taken: they would not be its words any more."""
     silent: tuple[int, ...]
     """Values that are not printed: ids in most templates, earlier thoughts in some."""
     conditions: tuple[Condition, ...]
@@ -88,7 +89,8 @@ class Planner:
         shape, values = _take_apart(dialogue)
         for plan in self.plans.get(shape, ()):
             if _holds(plan, values):
-                return self._assembled(plan, values)
+                printed = self._printed(plan, values)
+                return None if printed is None else _assembled(plan, printed)
         return None
 
     def learn(self, dialogue: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
@@ -97,28 +99,30 @@ class Planner:
         plans = self.plans.setdefault(shape, []) if len(self.plans) < SHAPES else self.plans.get(shape, [])
         if len(plans) >= PLANS or (trace := self._trace(dialogue, values, turns)) is None:
             return
-        pieces = tuple(piece if isinstance(piece, str) else "" for piece in trace.pieces)
-        slots = tuple(
-            Slot(
-                at,
-                *self._printer(piece),
-                loose=STRIPPED not in piece.ops and isinstance(values[piece.number], str),
-                verbatim=any(op[0] in ("strip", "lstrip", "rstrip") and op != STRIPPED for op in piece.ops),
-            )
-            for at, piece in enumerate(trace.pieces)
-            if isinstance(piece, Leaf)
-        )
+        texts, leaves = _divided(trace.pieces)
+        slots = tuple(Slot(*self._printer(leaf)) for leaf in leaves)
         conditions = tuple(
             Condition(*self._printer(guard.leaf), methodcaller(guard.method, *guard.arguments), guard.answer)
             for guard in trace.guards
         )
-        printed = {slot.number for slot in slots}
-        plan = Plan(pieces, slots, tuple(n for n in range(len(values)) if n not in printed), conditions, ())
-        text = self._texts(plan, values)
-        if text is None or "".join(text) != rendered.text:
+        plan = Plan(
+            texts=texts,
+            slots=slots,
+            loose=tuple(
+                slot
+                for slot, leaf in enumerate(leaves)
+                if STRIPPED not in leaf.ops and isinstance(values[leaf.number], str)
+            ),
+            verbatim=tuple(slot for slot, leaf in enumerate(leaves) if any(map(_takes_letters, leaf.ops))),
+            silent=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
+            conditions=conditions,
+            spans=(),
+        )
+        printed = self._printed(plan, values)
+        if printed is None:
             return
-        plan = plan._replace(spans=tuple(_places(rendered.spans, text, trace.pieces)))
-        if self._assembled(plan, values) == rendered:
+        plan = plan._replace(spans=tuple(_places(rendered.spans, texts, printed)))
+        if _assembled(plan, printed) == rendered:
             plans.append(plan)
 
     def _trace(self, dialogue: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
@@ -127,31 +131,20 @@ class Planner:
         for turn in turns:
             if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
                 return None
-        trace = self._traced.trace(recorder, messages, tools)
-        # A last piece, for a span that goes to the end of the text.
-        return trace and trace._replace(pieces=(*trace.pieces, ""))
+        return self._traced.trace(recorder, messages, tools)
 
-    def _assembled(self, plan: Plan, values: Sequence[Any]) -> Rendered | None:
-        texts = self._texts(plan, values)
-        if texts is None:
-            return None
-        starts = list(accumulate(map(len, texts), initial=0))
-        spans = [Span(starts[begin.piece] + begin.offset, starts[end.piece] + end.offset) for begin, end in plan.spans]
-        return Rendered("".join(texts), tuple(spans))
-
-    def _texts(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
-        """The pieces with the values among them; None where a value is not inert."""
-        texts, words = list(plan.pieces), []
-        for piece, number, printed, loose, verbatim in plan.slots:
-            value = values[number] if printed is None else printed(values[number])
-            if verbatim and value != values[number]:
+    def _printed(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
+        """The values as they are printed; None where one is not inert."""
+        printed = [values[number] if printer is None else printer(values[number]) for number, printer in plan.slots]
+        for slot in plan.verbatim:
+            if printed[slot] != values[plan.slots[slot].number]:
                 return None
-            if loose and value and (value[0].isspace() or value[-1].isspace()):
+        for slot in plan.loose:
+            value = printed[slot]
+            if value and (value[0].isspace() or value[-1].isspace()):
                 return None
-            texts[piece] = value
-            words.append(value)
-        words += [str(values[number]) for number in plan.silent]
-        return texts if self._inert("\0".join(words)) else None
+        words = [*printed, *[str(values[number]) for number in plan.silent]] if plan.silent else printed
+        return printed if self._inert("\0".join(words)) else None
 
     def _inert(self, words: str) -> bool:
         """Nothing in them could be taken for a part of the template. Almost always a look for a character tells."""
@@ -245,18 +238,46 @@ def _unknown(
     return messages, tools
 
 
-def _places(spans: Iterable[Span], texts: Sequence[str], pieces: Sequence[str | Leaf]) -> Iterator[tuple[Place, Place]]:
-    """Spans by place; one that ends within a value has none."""
+def _divided(pieces: Iterable[str | Leaf]) -> tuple[list[str], list[Leaf]]:
+    """What the template prints, and the values between it: nothing where two of them meet."""
+    texts, leaves = [""], []
+    for piece in pieces:
+        if isinstance(piece, str):
+            texts[-1] += piece
+        else:
+            leaves.append(piece)
+            texts.append("")
+    return texts, leaves
+
+
+def _takes_letters(op: Op) -> bool:
+    return op[0] in ("strip", "lstrip", "rstrip") and op != STRIPPED
+
+
+def _assembled(plan: Plan, printed: Sequence[str]) -> Rendered:
+    pieces = [""] * (2 * len(printed) + 1)
+    pieces[::2], pieces[1::2] = plan.texts, printed
+    ends = [0, *accumulate(map(len, printed))]
+    spans = [Span(begin + ends[before], end + ends[until]) for (before, begin), (until, end) in plan.spans]
+    return Rendered("".join(pieces), tuple(spans))
+
+
+def _places(spans: Iterable[Span], texts: Sequence[str], printed: Sequence[str]) -> Iterator[tuple[Place, Place]]:
+    """Spans by place; one that ends within a value, or between two, has none."""
+    offsets = [0, *accumulate(map(len, texts))]
+    values = [0, *accumulate(map(len, printed))]
+    ends = [offset + value for offset, value in zip(offsets[1:], values, strict=True)]
+
+    def place(at: int) -> Place | None:
+        for number in range(bisect_left(ends, at), len(texts)):
+            offset = at - values[number]
+            if offset < offsets[number]:
+                break
+            if texts[number] or number == len(printed):
+                return Place(number, offset)
+        return None
+
     for span in spans:
-        begin, end = _place(span.start, texts, pieces), _place(span.end, texts, pieces)
+        begin, end = place(span.start), place(span.end)
         if begin is not None and end is not None:
             yield begin, end
-
-
-def _place(at: int, texts: Sequence[str], pieces: Sequence[str | Leaf]) -> Place | None:
-    start = 0
-    for number, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
-        if isinstance(piece, str) and start <= at <= start + len(text):
-            return Place(number, at - start)
-        start += len(text)
-    return None

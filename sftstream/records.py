@@ -1,4 +1,7 @@
-"""Everything that flows from a row to a pack. Records only: nothing here reads, decides or acts."""
+"""Everything that flows from a row to a pack. Records only: nothing here reads, decides or acts.
+
+`gc=False`: they hold values that hold nothing in turn, and a collector that looks through tens of thousands of them is slow.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -34,7 +37,7 @@ class Ref(NamedTuple):
     epoch: int
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
     """One function call of an assistant message."""
 
     name: str
@@ -42,10 +45,14 @@ class ToolCall(msgspec.Struct, frozen=True):
     id: str | None = None
 
 
-class Message(msgspec.Struct, frozen=True):
+Role = Literal["system", "user", "assistant", "tool"]
+"""Who says a message, as chat templates know it."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One turn. `content` is None only where the assistant just calls tools."""
 
-    role: str
+    role: Role
     content: str | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -55,7 +62,7 @@ class Message(msgspec.Struct, frozen=True):
     """What the data says of training this message; None leaves it to its role."""
 
 
-class Conversation(msgspec.Struct, frozen=True):
+class Conversation(msgspec.Struct, frozen=True, gc=False):
     """One dialogue, whatever layout it was stored in."""
 
     messages: tuple[Message, ...]
@@ -69,7 +76,7 @@ class Span(NamedTuple):
     end: int
 
 
-class Rendered(NamedTuple):
+class Rendered(msgspec.Struct, frozen=True, gc=False):
     """A conversation as the chat template prints it, and the spans of it that are trained.
 
     `typed` are special tokens' text that somebody typed: words, not tokens.
@@ -80,7 +87,7 @@ class Rendered(NamedTuple):
     typed: tuple[Span, ...] = ()
 
 
-class Example(NamedTuple):
+class Example(msgspec.Struct, frozen=True, gc=False):
     """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is a target.
 
     `notes` counts what was done to get there, by what it was.
@@ -106,7 +113,7 @@ class Amount(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True):
+class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One conversation's stretch inside a pack, named by where it came from.
 
     The same record is the reference that a state keeps instead of tokens: reading `row` of `source`

@@ -102,11 +102,12 @@ def _compiled(text: str) -> Any:
 
 
 class _Remembered:
-    """A function of JSON-like values, and its latest results."""
+    """A function of JSON-like values, and its latest results: what was asked for again is kept longer."""
 
     def __init__(self, function: Callable[..., str]) -> None:
         self._function = function
         self._results: dict[bytes, str] = {}
+        self._earlier: dict[bytes, str] = {}
 
     def __call__(self, value: Any, *arguments: Any, **options: Any) -> str:
         try:
@@ -114,9 +115,11 @@ class _Remembered:
         except TypeError:
             return self._function(value, *arguments, **options)
         if (result := self._results.get(key)) is None:
-            result = self._function(value, *arguments, **options)
             if len(self._results) >= REMEMBERED:
-                self._results.clear()
+                self._results, self._earlier = {}, self._results
+            result = self._earlier.get(key)
+            if result is None:
+                result = self._function(value, *arguments, **options)
             self._results[key] = result
         return result
 

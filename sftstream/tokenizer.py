@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from os import PathLike
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftstream import fast_tokenizer
-from sftstream.borders import Masked, Placed, apart, measured, tiled
+from sftstream.borders import Placed, apart, measured, tiled
 from sftstream.fast_tokenizer import FastTokenizer, Ids
 from sftstream.records import Example, Refused, Rendered
 
@@ -89,28 +89,31 @@ class Tokenizer:
         """The same of several texts at once, or why not."""
         if self._byte_lengths is None:
             return [self._by_offsets(text) for text in texts]
-        placed = [self._placed(text) for text in texts]
-        good = [text for text, place in zip(texts, placed, strict=True) if isinstance(place, Placed)]
-        examples = iter(self._by_lengths(good, [place for place in placed if isinstance(place, Placed)]))
-        return [next(examples) if isinstance(place, Placed) else place for place in placed]
-
-    def _placed(self, text: Rendered) -> Placed | Refused:
-        if self._normalize is None and text.text.isascii():
-            return Placed(text.spans, len(text.text))
         try:
-            return measured(text, self._normalize or str)
+            return self._by_lengths(texts, self._byte_lengths)
         except UnicodeEncodeError as error:
-            return _half_a_character(text.text, error)
+            if len(texts) == 1:
+                return [_half_a_character(texts[0].text, error)]
+            return [self.encode_all([text])[0] for text in texts]
 
-    def _by_lengths(self, texts: Sequence[Rendered], placed: Sequence[Placed]) -> Iterator[Example | Refused]:
-        assert self._byte_lengths is not None
+    def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
+        placed = [self._placed(text) for text in texts]
         tokens, borders = self._ids_of_all(texts)
         offsets = borders.tolist()
-        for text, masked in enumerate(tiled(self._byte_lengths[tokens], offsets, placed)):
-            if isinstance(masked, int):
-                yield Refused("tokens do not tile the text", f"they hold {masked} bytes of {placed[text].size}")
-            else:
-                yield _example(tokens[offsets[text] : offsets[text + 1]], masked)
+        tiles = tiled(lengths.take(tokens), offsets, placed)
+        return [
+            _example(tokens[start:end], tiles.inside[start:end], trained, straddling)
+            if size == place[1]
+            else Refused("tokens do not tile the text", f"they hold {size} bytes of {place[1]}")
+            for (start, end), size, place, trained, straddling in zip(
+                pairwise(offsets), tiles.sizes, placed, tiles.trained, tiles.straddling, strict=True
+            )
+        ]
+
+    def _placed(self, text: Rendered) -> Placed:
+        if self._normalize is None and text.text.isascii():
+            return text.spans, len(text.text)
+        return measured(text, self._normalize or str)
 
     def _by_offsets(self, text: Rendered) -> Example | Refused:
         if text.typed:
@@ -120,7 +123,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             return _half_a_character(text.text, error)
         encoding = self._encoding(text.text)
-        return _example(np.array(encoding.ids, np.int32), apart(encoding.offsets, text.spans))
+        return _example(np.array(encoding.ids, np.int32), *apart(encoding.offsets, text.spans))
 
     def _ids_of_all(self, texts: Sequence[Rendered]) -> Ids:
         """Ids of the texts. The text of a special token that somebody typed is tokenized as words."""
@@ -208,15 +211,12 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _example(tokens: NDArray[np.int32], masked: Masked) -> Example | Refused:
-    inside, trained, straddling = masked
+def _example(tokens: NDArray[np.int32], inside: NDArray[np.bool_], trained: int, straddling: int) -> Example | Refused:
     if not trained:
         return Refused("nothing to train", "no token lies wholly inside what the policy trains")
-    return (
-        Example(tokens, inside, {"tokens across a span's border": straddling})
-        if straddling
-        else Example(tokens, inside)
-    )
+    if straddling:
+        return Example(tokens, inside, {"tokens across a span's border": straddling})
+    return Example(tokens, inside)
 
 
 def _half_a_character(text: str, error: UnicodeEncodeError) -> Refused:

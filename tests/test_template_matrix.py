@@ -56,7 +56,7 @@ def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, too
         if refused.reason == "template raises":
             return "raises"
         return "loss" if refused.reason.startswith("template drops") else f"refused: {refused}"
-    text, spans, _ = draft.texts[0]
+    text, spans = draft.texts[0].text, draft.texts[0].spans
     if tuple(text[span.start : span.end] for span in spans) != tuple(_as_prompted(text, spans, template)):
         return f"WRONG: {[text[span.start : span.end] for span in spans]} of {text!r}"
     return _payloads_verdict(messages, encoder.tokenizer.hf.decode(example.tokens[example.loss_mask]))
@@ -143,7 +143,7 @@ def test_every_real_conversation_is_trained_on_what_the_assistant_said(
                 draft = encoder.draft(conversation(rows.read(row)))
             except Refused:
                 continue
-            text, spans, _ = draft.texts[0]
+            text, spans = draft.texts[0].text, draft.texts[0].spans
             said = [text[span.start : span.end] for span in spans]
             assert said == _as_prompted(text, spans, template), rows.place(row)
             (example,) = encoder.tokenize(draft)

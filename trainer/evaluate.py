@@ -59,12 +59,13 @@ def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
     questions = []
     for number, dialogue in enumerate(read_conversations(path), 1):
         try:
-            text, spans, _ = encoder.render(dialogue)
+            rendered = encoder.render(dialogue)
         except Refused as error:
             raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}") from None
-        if not spans:
+        if not rendered.spans:
             raise ValueError(f"evaluation.path {path!r}, conversation {number}: it has no message of data.train_on")
-        questions.append(Question(text[: spans[-1].start], text[spans[-1].start : spans[-1].end]))
+        start, end = rendered.spans[-1]
+        questions.append(Question(rendered.text[:start], rendered.text[start:end]))
     return questions
 
 

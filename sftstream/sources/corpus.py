@@ -43,9 +43,9 @@ class FileSet:
         return file.place(local)
 
     def _locate(self, row: int) -> tuple[RowFile, int]:
-        if row >= len(self):
-            raise RuntimeError(f"row {row} of {self._path!r} is no longer there: it has {len(self)} rows; restore it")
         index = bisect_right(self._ends, row)
+        if index == len(self.files):
+            raise RuntimeError(f"row {row} of {self._path!r} is no longer there: it has {len(self)} rows; restore it")
         return self.files[index], row - (self._ends[index - 1] if index else 0)
 
 
