@@ -3,7 +3,7 @@
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.encoder import ChatEncoder
 from sftstream.identity import differences
-from sftstream.loader import PackLoader
+from sftstream.loader import Mark, PackLoader
 from sftstream.records import (
     IGNORE_INDEX,
     Conversation,
@@ -30,6 +30,7 @@ __all__ = [
     "DataState",
     "Deal",
     "Example",
+    "Mark",
     "Message",
     "Pack",
     "PackLoader",

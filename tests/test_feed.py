@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import gloo_ranks
+import msgspec
+import pytest
 import tiny
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +23,7 @@ def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[s
     """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
-    feed = Feed(loader, topology, Deal(config.streams, config.global_batch, dp), config.capacity)
+    feed = Feed(loader, Deal(config.streams, config.global_batch, dp), config.capacity, topology.tp_group)
     result = []
     for step in range(STEPS):
         packs = feed.packs(step)
@@ -43,6 +48,39 @@ def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(con
                 assert count.rows == sum(len(pack.segments) + len(pack.refused) for pack in packs)
                 assert count.live == dp
                 assert count.stop == 1  # rank 1 asked, all know
+
+
+def _beside_a_loader(config: DataConfig, steps: int) -> str:
+    """What ended the steps of a feed that reads ahead, each of which was that of a loader which does not."""
+    deal = Deal(config.streams, config.global_batch, 1)
+    alone = PackLoader(config, workers=0)
+    feed = Feed(PackLoader(config), deal, config.capacity, ahead=True)
+    end = "enough"
+    for step in range(steps):
+        try:
+            packs = feed.packs(step)
+        except ValueError as error:
+            end = str(error)
+            break
+        assert tiny.digests(packs) == tiny.digests(alone.next_step())
+        assert feed.state == alone.state
+        time.sleep(0.002)  # so that it does read ahead
+    feed.close()
+    assert feed.state == alone.state
+    return end
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_the_state_is_that_of_the_step_given_however_far_was_read(config: DataConfig, epochs: int | None) -> None:
+    ahead = msgspec.structs.replace(config, epochs=epochs, workers=2)
+    assert _beside_a_loader(ahead, 30) == "enough"
+
+
+def test_an_error_of_a_step_is_raised_by_that_step(tokenizer: str, tmp_path: Path) -> None:
+    rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
+    assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
 
 
 def test_refused_rows_reach_the_first_rank_wherever_they_were_read(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]

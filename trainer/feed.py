@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import DataConfig, DataState, Deal, Pack, PackLoader, Refusal, batch_digest
+from sftstream import DataConfig, DataState, Deal, Mark, Pack, PackLoader, Refusal, batch_digest
 from trainer.mesh import Topology
 
 
@@ -28,28 +28,88 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     return loader
 
 
-class Feed:
-    """Steps of packs from `loader`, which is None on ranks that do not read."""
+class Step(NamedTuple):
+    """A step as one rank's loader gives it."""
 
-    def __init__(self, loader: PackLoader | None, topology: Topology, deal: Deal, capacity: int) -> None:
+    packs: list[Pack]
+    numbers: list[int]
+    """Trained tokens, tokens, rows, refused rows, and 1 where there is more to read."""
+    digests: list[int]
+    """Four words a pack."""
+    mark: Mark
+    """The loader's place behind it."""
+
+
+class Feed:
+    """Steps of packs from `loader`, which is None on ranks that do not read but are given them by the first of their `group`.
+
+    `ahead`: where there are workers, a thread takes the next step's packs from them while this one is computed; `state` is that
+    of the step that was given all the same.
+    """
+
+    def __init__(
+        self,
+        loader: PackLoader | None,
+        deal: Deal,
+        capacity: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ahead: bool = False,
+    ) -> None:
         self.loader = loader
         self.deal = deal
-        self._group = topology.mesh["tp"].get_group() if topology.tp > 1 else None
+        self.step: Step | None = None
+        """What `packs` gave last; None on ranks that do not read."""
+        self._group = group
         self._capacity = capacity
+        self._thread = ThreadPoolExecutor(1, "feed") if ahead and loader and loader.workers else None
+        self._next: Future[Step] | None = None
 
     def packs(self, step: int) -> list[Pack]:
         """This data-parallel coordinate's packs of a step, counted from 0; the loader must stand there."""
-        if self._group is None:
-            assert self.loader is not None
-            return self.loader.next_step()
-        packs = self.loader.next_step() if self.loader else [None] * self.deal.micro_batches(step)
+        self.step = self._take(self.loader) if self.loader else None
+        packs = self.step.packs if self.step else [None] * self.deal.micro_batches(step)
         return [self._share(pack) for pack in packs]
 
+    @property
+    def state(self) -> DataState | None:
+        """Where the run goes on behind the step that was given last; None on ranks that do not read."""
+        return self.step.mark.state if self.step else None
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._thread:
+            self._thread.shutdown()
+        if self.loader:
+            self.loader.close()
+
+    def _take(self, loader: PackLoader) -> Step:
+        step = self._next.result() if self._next else _read(loader)
+        more = self._thread and not loader.exhausted
+        self._next = self._thread.submit(_read, loader) if self._thread and more else None
+        return step
+
     def _share(self, pack: Pack | None) -> Pack:
+        if self._group is None:
+            assert pack is not None
+            return pack
         size = 4 * self._capacity + 3
         sent = torch.empty(size, dtype=torch.int32) if pack is None else _encode(pack, size)
         dist.broadcast(sent, group=self._group, group_src=0)
         return _decode(sent, self._capacity) if pack is None else pack
+
+
+def _read(loader: PackLoader) -> Step:
+    packs = loader.next_step()
+    refused = sum(len(pack.refused) for pack in packs)
+    numbers = [
+        sum(pack.trained_tokens for pack in packs),
+        sum(pack.tokens for pack in packs),
+        sum(pack.conversations for pack in packs) + refused,
+        refused,
+        int(not loader.exhausted),
+    ]
+    return Step(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.mark())
 
 
 def _encode(pack: Pack, size: int) -> Tensor:
@@ -83,46 +143,23 @@ class Tally(NamedTuple):
     """Hash of the packs of all shards in the order of the run."""
 
 
-@dataclass(frozen=True)
-class Count:
-    """What one rank brings to the tally; ranks that do not read bring nothing but their wish to stop."""
-
-    numbers: list[int]
-    digests: list[int]
-
-
 def tally(step: int, packs: list[Pack], feed: Feed, topology: Topology, *, stop: bool) -> Tally:
     """One small collective between CPUs, so that every decision about a step is the same on every rank."""
-    mine = _count(packs, feed.loader, stop)
-    row = torch.tensor(mine.numbers + mine.digests)
+    numbers, digests = (feed.step.numbers, feed.step.digests) if feed.step else ([0] * 5, [0] * 4 * len(packs))
+    row = torch.tensor([*numbers, int(stop), *digests])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
-    numbers = table[..., : len(mine.numbers)].sum((0, 1)).tolist()
-    digests = table[:, 0, len(mine.numbers) :].reshape(topology.dp, len(packs), 4)
+    totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
+    words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()
     in_order = []
     for shard in feed.deal.step(step):
-        in_order.append(digests[shard, taken[shard]])
+        in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, live, stopping = numbers
-    digest = batch_digest(_hex(words) for words in in_order)
+    trained_tokens, tokens, conversations, refused, live, stopping = totals
+    digest = batch_digest(map(_hex, in_order))
     return Tally(trained_tokens, tokens, conversations, refused, live, stopping, digest)
-
-
-def _count(packs: list[Pack], loader: PackLoader | None, stop: bool) -> Count:
-    if loader is None:
-        return Count([0, 0, 0, 0, 0, int(stop)], [0] * 4 * len(packs))
-    refused = sum(len(pack.refused) for pack in packs)
-    numbers = [
-        sum(pack.trained_tokens for pack in packs),
-        sum(pack.tokens for pack in packs),
-        sum(pack.conversations for pack in packs) + refused,
-        refused,
-        int(not loader.exhausted),
-        int(stop),
-    ]
-    return Count(numbers, [word for pack in packs for word in _words(pack.digest())])
 
 
 def _words(digest: str) -> list[int]:

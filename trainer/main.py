@@ -99,7 +99,7 @@ class Run:
         self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
         deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
-        self.feed = Feed(self.loader, topology, deal, config.data.capacity)
+        self.feed = Feed(self.loader, deal, config.data.capacity, topology.tp_group, ahead=True)
         self.validation = self._validation()
 
     def train(self) -> None:
@@ -111,8 +111,7 @@ class Run:
                     pass
                 if log:
                     self._tell_refused(log.refused_by_reason())
-        if self.loader:
-            self.loader.close()
+        self.feed.close()
         if not self.finished:
             self.display.say(f"stopped after step {self.progress.step}; the same command goes on from there")
             return
@@ -215,7 +214,7 @@ class Run:
         )
 
     def _save(self, log: RunLog | None, validation_loss: float | None, *, last: bool) -> None:
-        state = self.loader.state if self.loader else None
+        state = self.feed.state
         held_out = self.validation.digest if self.validation else None
         run = partial(
             capture,

@@ -56,6 +56,11 @@ class Topology:
         return self.mesh.get_local_rank("tp") == 0
 
     @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that get the same packs, of which one reads; None where each reads its own."""
+        return self.mesh["tp"].get_group() if self.tp > 1 else None
+
+    @property
     def first(self) -> bool:
         """This rank writes the run's files and talks to people."""
         return dist.get_rank() == 0

@@ -38,10 +38,10 @@ class Validation:
         self._digests: list[str] = []
         data = config.held_out(config.validation.sources)
         loader = PackLoader(_of_the_same_day(data, encoder), shard=topology.shard) if encoder else None
-        feed = Feed(loader, topology, Deal(data.streams, data.global_batch, topology.dp), data.capacity)
+        deal = Deal(data.streams, data.global_batch, topology.dp)
+        feed = Feed(loader, deal, data.capacity, topology.tp_group)
         self._read(feed, config.validation.global_batches)
-        if loader:
-            loader.close()
+        feed.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold nothing to train on: {self.describe()}")
 
