@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 # A server imports all that ranks need, once; a rank then starts in some 50 ms, with no thread of this process copied into it.
 # There is one server in a process, and a second list would replace this one.
+MODELS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")]
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
@@ -24,7 +25,8 @@ processes.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.fsdp",
         "trainer.main",
-        *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")),
+        # Where there is a GPU these look at it, and no child of the server could use it any more.
+        *([] if torch.cuda.is_available() else MODELS),
     ]
 )
 
