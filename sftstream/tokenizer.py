@@ -183,11 +183,13 @@ class Tokenizer:
         """
         if not isinstance(self._backend.decoder, ByteLevel):
             return None
-        lengths = np.zeros(max(self._backend.get_vocab().values()) + 1, np.int64)
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(token)  # one printable character stands for one byte
-        for index, added in self._backend.get_added_tokens_decoder().items():
-            lengths[index] = len(added.content.encode())
+        vocabulary, added = self._backend.get_vocab(with_added_tokens=False), self._backend.get_added_tokens_decoder()
+        tokens = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+        lengths = np.zeros(max(tokens.max(initial=-1), max(added, default=-1)) + 1, np.int64)
+        # One printable character stands for one byte.
+        lengths[tokens] = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
+        for index, token in added.items():
+            lengths[index] = len(token.content.encode())
         return lengths.astype(np.min_scalar_type(lengths.max()))  # as small as can be, for the core's cache
 
 
