@@ -1,4 +1,4 @@
-"""The benchmark of the pipeline runs, and compares what it measures."""
+"""The benchmarks of the pipeline run, and compare what they measure."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
     for first in ("sftstream, 2 workers", "pairs.parquet", "`loader.state`, all streams", "private memory of a worker"):
         assert first in rows
+
+
+def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table() -> None:
+    small = ["--device=cpu", "--layers=1", "--hidden=64", "--capacity=256", "--steps=2", "--vocabulary=4096"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "data_wait.py", *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    layers, speed, median, whole, milliseconds = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert layers == "1"
+    assert int(speed.replace(",", "")) > 0
+    assert 0 <= float(median.rstrip("%")) < 100 > float(whole.rstrip("%")) >= 0
+    assert float(milliseconds) >= 0
