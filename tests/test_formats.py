@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sftstream import Conversation, Message, Refused, ToolCall
+from sftstream import Conversation, Message, Refused, ToolCall, formats
 from sftstream.formats import LAYOUTS, ROLES, conversation
 
 USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
@@ -300,6 +303,39 @@ def test_a_row_nested_too_deep_is_refused_wherever_the_depth_is(levels: int) -> 
     assert refusal({"messages": [HI, ANSWERED], "note": nested(levels)}) == deep
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}) == deep
     assert refusal({"messages": [HI, ANSWERED], "tools": json.dumps([nested(levels)])}) == deep
+
+
+scalars = st.sampled_from([None, "", "x", " ", 0, 1, 1.0, True, False, [], {}, ["x"], {"a": "b"}, nested(70)])
+roles = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "oracle", None, 1])
+turns = st.dictionaries(
+    st.sampled_from(
+        ["content", "value", "reasoning", "reasoning_content", "name", "tool_call_id", "tool_calls", "train", "n"]
+    ),
+    scalars,
+    max_size=3,
+).flatmap(lambda fields: roles.map(lambda role: {"role": role, "content": "words", **fields}))
+columns = st.dictionaries(
+    st.sampled_from(["tools", "system", "system_prompt", "id", "conversations", "prompt"]), scalars, max_size=2
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(turns, max_size=3), columns)
+def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
+    messages: list[dict[str, Any]], columns: dict[str, Any]
+) -> None:
+    def read(way: Callable[[Any], Any]) -> Any:
+        try:
+            return way({"messages": messages, **columns})
+        except Refused as refused:
+            return refused.reason, refused.detail
+
+    found = read(formats._texts)
+    assert found is None or found == read(formats._any)
+
+
+def test_messages_of_text_are_recognised_by_their_types() -> None:
+    assert formats._texts({"messages": [HI, ANSWERED], "id": 3}) == (USER, ANSWER)
 
 
 def test_nesting_within_the_limit_is_kept() -> None:
