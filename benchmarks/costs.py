@@ -17,11 +17,14 @@ import msgspec
 from child import ask, private
 from corpus import DAY, Job
 
-from sftstream import DataConfig, PackLoader
+from sftstream import DataConfig, Deal, PackLoader
 from sftstream.state import DataState
+from trainer.feed import Feed
 
 PACE = 100_000
 """Tokens a second that the consumer takes."""
+STEP = 8
+"""Packs that it takes together."""
 REPEATS = 200
 """Times that something short is done to be timed."""
 
@@ -118,23 +121,28 @@ def crossing(request: Request) -> dict[str, float]:
 
 
 def waiting(request: Request) -> dict[str, float]:
-    """The share of its time that a consumer of `PACE` tokens a second waits: from the first pack on, and once workers settled."""
-    loader = PackLoader(config_of(request))
-    next(loader)
-    first, soon = waited(loader, request, max(request.job.patience, request.seconds / 4))
-    later, packs = waited(loader, request, request.seconds)
+    """The share of its time that a consumer of `PACE` tokens a second waits: from the first step on, and once workers settled.
+
+    It takes its packs as the trainer does: those of a step together, read while it sleeps away the step before.
+    """
+    config = msgspec.structs.replace(config_of(request), global_batch=STEP)
+    feed = Feed(PackLoader(config), Deal(config.streams, STEP, 1), config.capacity, ahead=True)
+    feed.packs(0)
+    steps = itertools.count(1)
+    first, soon = waited(feed, steps, request, max(request.job.patience, request.seconds / 4))
+    later, packs = waited(feed, steps, request, request.seconds)
+    feed.close()
     return {"first": first, "soon": soon, "later": later, "packs": packs}
 
 
-def waited(loader: PackLoader, request: Request, seconds: float) -> tuple[float, int]:
+def waited(feed: Feed, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
     """The share of so many seconds, and the packs taken in them."""
     waited, packs, began = 0.0, 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        time.sleep(request.job.capacity / PACE)
+        time.sleep(STEP * request.job.capacity / PACE)
         asked = time.perf_counter()
-        next(loader)
+        packs += len(feed.packs(next(steps)))
         waited += time.perf_counter() - asked
-        packs += 1
     return waited / (time.perf_counter() - began), packs
 
 
@@ -208,7 +216,7 @@ def _running(find: Callable[..., dict[str, float]]) -> Iterator[tuple[str, str]]
     yield "private memory of a worker", f"{found['private'] / 1e6:.0f} MB"
     found = find("waiting", 2)
     yield (
-        f"waiting at {PACE:,} tokens/s, 2 workers, from the first pack on",
+        f"waiting at {PACE:,} tokens/s, 2 workers, from the first step on",
         f"{found['first']:.2%} of the time of {found['soon']:.0f} packs",
     )
     yield "the same, later on", f"{found['later']:.2%} of the time of {found['packs']:.0f} packs"
