@@ -286,7 +286,9 @@ class PackLoader:
     def _read(self, stream: int) -> Pack:
         try:
             if not self._readers:
-                self._readers = {worker: self._open(worker) for worker in range(max(self.workers, 1))}
+                # Those that have a stream: one without would look for its next pack for ever.
+                owned = self._deal.streams_of(self.shard.index)
+                self._readers = {worker: self._open(worker) for worker in {self._deal.worker(s) for s in owned}}
             return next(self._readers[self._deal.worker(stream)])
         except BaseException:
             # StatefulDataLoader would go on without the worker that failed: in another order, or to a false end.

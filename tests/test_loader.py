@@ -411,3 +411,12 @@ def test_states_are_typed_and_cover_the_shards_own_streams(wide: DataConfig) -> 
     assert list(state.streams) == [1, 5]
     assert state.packs == loader.packs == 8
     assert [stream.packs for stream in state.streams.values()] == [1, 1]
+
+
+def test_a_worker_without_a_stream_is_not_started(tokenizer: str, corpus_path: str) -> None:
+    config = tiny.data_config(tokenizer, corpus_path, streams=1, global_batch=1)
+    before = set(multiprocessing.active_children())
+    loader = PackLoader(config, workers=3)
+    assert tiny.digests(tiny.take(loader, 4)) == tiny.digests(tiny.take(PackLoader(config, workers=0), 4))
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    loader.close()
