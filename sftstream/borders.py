@@ -51,8 +51,7 @@ def tiled(lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Seq
     A text whose tokens hold other bytes than it has is to be refused; nothing of it is inside. All texts are one row, which is
     searched once: it is the number of calls that costs.
     """
-    ends = np.zeros(len(lengths) + 1, np.int64)
-    lengths.cumsum(dtype=np.int64, out=ends[1:])
+    ends = _running(lengths)
     borders = ends[offsets]
     sizes = np.diff(borders).tolist()
     spans = [own if size == whole else () for (own, whole), size in zip(placed, sizes, strict=True)]
@@ -65,10 +64,15 @@ def tiled(lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Seq
 
 def _sums(values: Integers, counts: Integers) -> list[int]:
     """Of values that belong together, so many each."""
-    ends = np.zeros(len(values) + 1, np.int64)
-    values.cumsum(out=ends[1:])
-    result: list[int] = np.diff(ends[counts.cumsum()], prepend=0).tolist()
+    result: list[int] = np.diff(_running(values)[_running(counts)]).tolist()
     return result
+
+
+def _running(values: NDArray[np.integer[Any]]) -> Integers:
+    """The sums of the first 0, 1, 2, ... of them."""
+    sums = np.zeros(len(values) + 1, np.int64)
+    values.cumsum(dtype=np.int64, out=sums[1:])
+    return sums
 
 
 def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> tuple[NDArray[np.bool_], int, int]:

@@ -57,7 +57,7 @@ class Texts(msgspec.Struct):
 
 
 def _texts(row: Row) -> tuple[Message, ...] | None:
-    """The messages of such a row, of which `_any` would say the same in ten times the time; None of another."""
+    """The messages of such a row, of which `_any` would say the same in five times the time; None of another."""
     try:
         messages = msgspec.convert(row, Texts).messages
     except msgspec.ValidationError:

@@ -23,8 +23,13 @@ Words = NDArray[np.uint64]
 @lru_cache(maxsize=1024)
 def round_keys(*words: int | str) -> tuple[int, ...]:
     """64-bit keys for `permute`, drawn from `words` (a seed, what is permuted, an epoch, ...)."""
-    digest = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * ROUNDS_OF_SMALL)
-    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
+    return tuple(_drawn(ROUNDS_OF_SMALL, words).tolist())
+
+
+def _drawn(count: int, words: Iterable[int | str]) -> Words:
+    """So many random 64-bit words, always the same for these `words`."""
+    bits = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * count)
+    return np.frombuffer(bits, "<u8")
 
 
 def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
@@ -61,8 +66,7 @@ def _mix(values: Words, key: int) -> Words:
 
 def shuffled(count: int, *words: int | str) -> list[int]:
     """An order of so few things that each can be given 64 bits drawn from `words`, by which they are sorted."""
-    bits = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * count)
-    order: list[int] = np.frombuffer(bits, "<u8").argsort(kind="stable").tolist()
+    order: list[int] = _drawn(count, words).argsort(kind="stable").tolist()
     return order
 
 
