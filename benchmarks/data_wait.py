@@ -1,8 +1,8 @@
-"""How long the real trainer waits for its data: one process, by default on a GPU, with two workers.
+"""How long the real trainer waits for its data, by default on one GPU with two workers.
 
-    python benchmarks/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2]
+    python benchmarks/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2] [--dp 1] [--tp 1]
 
-Models of several depths go through the data at several speeds. Prints for each the tokens a second, and the share of time
+Models of several depths go through the data at several speeds, `--dp` times `--tp` processes each. Prints for each the tokens a second, and the share of time
 in which the trainer waited for its packs: of the median step, and of all. The first 20 steps do not count: kernels
 are chosen and fastokens is loaded meanwhile.
 """
@@ -47,11 +47,14 @@ num_attention_heads = 16
 num_key_value_heads = 8
 tie_word_embeddings = true
 
+[parallel]
+tp = {tp}
+
 [checkpoint]
 every = 1000000000
 """
 PACKS = 8
-"""Of a step."""
+"""Of a step, for each that reads."""
 
 
 def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
@@ -63,18 +66,20 @@ def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
         sources=sources,
         tokenizer=Path(arguments.tokenizer).resolve(),
         capacity=arguments.capacity,
-        packs=PACKS,
+        packs=PACKS * arguments.dp,
         workers=arguments.workers,
         vocabulary=arguments.vocabulary,
         hidden=arguments.hidden,
         inner=4 * arguments.hidden,
         layers=layers,
+        tp=arguments.tp,
     )
     with tempfile.TemporaryDirectory(prefix="data-wait-") as directory:
         path = Path(directory) / "run.toml"
         path.write_text(config)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "trainer.main"]
-        subprocess.run([*command, str(path)], cwd=directory, check=True, stdout=subprocess.DEVNULL)
+        ranks = ["--nproc-per-node", str(arguments.dp * arguments.tp)]
+        command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "trainer.main", str(path)]
+        subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(directory) / "runs" / "run" / "metrics.jsonl").read_bytes().splitlines()
     return [msgspec.json.decode(line, type=StepMetrics) for line in lines[WARM_UP:]]
 
@@ -100,6 +105,8 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     print("| layers | tokens/s | waiting, median | waiting, all | ms a pack |\n|---|---|---|---|---|")

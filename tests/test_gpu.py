@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from test_kill import compare
 from tiny_llama import public_llama
 from torch import Tensor
 
@@ -158,19 +159,7 @@ def test_kills_leave_no_trace_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(
         tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}
     )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    runs.run(whole, config)
-    draw = random.Random(0)
-    for _ in range(3):
-        job = runs.Job(broken, config)
-        path = broken / "runs" / "run" / "metrics.jsonl"
-        lines = path.read_bytes().count(b"\n") if path.exists() else 0
-        runs.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") > lines + draw.randint(1, 3), job)  # noqa: B023
-        job.kill()
-    runs.run(broken, config)
-    assert runs.outcome(broken) == runs.outcome(whole)
+    compare(tmp_path, config, processes=1, draw=random.Random(0), kills=3)
 
 
 def _built(*, recompute: Recompute, compiled: bool) -> Llama:

@@ -19,7 +19,7 @@ TOPOLOGIES = {"one process": (1, 1), "tp 2": (2, 2), "dp 2": (2, 1), "tp 2 x dp 
 
 def test_three_kills_in_a_row_leave_no_trace(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), data={"workers": 1})
-    _compare(tmp_path, config, processes=1, draw=random.Random(SEED), kills=3)
+    compare(tmp_path, config, processes=1, draw=random.Random(SEED), kills=3)
 
 
 def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: Path, tokenizer: str) -> None:
@@ -39,7 +39,7 @@ def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str
     )
     del config["run"]["steps"]
     config["run"]["epochs"] = 2
-    _compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
+    compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
 
 
 def test_kills_leave_no_trace_where_the_source_is_streamed(tmp_path: Path, tokenizer: str) -> None:
@@ -49,7 +49,7 @@ def test_kills_leave_no_trace_where_the_source_is_streamed(tmp_path: Path, token
     config = runs.run_config(tokenizer, data={"sources": [source], "workers": 1}) | {"schedule": {"warmup": 2}}
     del config["run"]["steps"]
     config["run"]["epochs"] = 2
-    _compare(tmp_path, config, processes=1, draw=random.Random(SEED + 2), kills=2)
+    compare(tmp_path, config, processes=1, draw=random.Random(SEED + 2), kills=2)
 
 
 @pytest.mark.slow
@@ -67,10 +67,11 @@ def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str
         parallel={"tp": tp},
         checkpoint={"every": draw.choice([1, 2, 3]), "background": draw.random() < 0.7},
     )
-    _compare(tmp_path, config, processes, draw, kills)
+    compare(tmp_path, config, processes, draw, kills)
 
 
-def _compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random.Random, kills: int) -> None:
+def compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random.Random, kills: int) -> None:
+    """A run that is never killed, and one that is so many times."""
     began = time.monotonic()
     whole = _whole(tmp_path / "whole", config, processes)
     duration = time.monotonic() - began
