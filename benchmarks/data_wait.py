@@ -1,10 +1,11 @@
 """How long the real trainer waits for its data, by default on one GPU with two workers.
 
-    python benchmarks/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2] [--dp 1] [--tp 1]
+    python benchmarks/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2]
+                                   [--dp 1] [--tp 1]
 
-Models of several depths go through the data at several speeds, `--dp` times `--tp` processes each. Prints for each the tokens a second, and the share of time
-in which the trainer waited for its packs: of the median step, and of all. The first 20 steps do not count: kernels
-are chosen and fastokens is loaded meanwhile.
+Models of several depths go through the data at several speeds, `--dp` times `--tp` processes each. Prints for each the tokens a
+second, and the share of time in which the trainer waited for its packs: of the median step, and of all. The first 20 steps do
+not count: kernels are chosen and fastokens is loaded meanwhile.
 """
 
 from __future__ import annotations
