@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import msgspec
 
-from sftstream.records import Conversation, Message, Refused, Role, ToolCall
+from sftstream.records import Conversation, Message, Refused, Role, ToolCall, ToolCalls
 
 Row = Mapping[str, Any]
 
@@ -38,9 +39,11 @@ NESTING = 64
 
 def conversation(row: Any) -> Conversation:
     """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
+    if isinstance(row, Conversation):
+        return row
     if not isinstance(row, Mapping):
         raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
-    messages = _texts(row) or _any(row)
+    messages = _told(row) or _any(row)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
@@ -48,26 +51,71 @@ def conversation(row: Any) -> Conversation:
     return Conversation(messages, _tools(row.get("tools")))
 
 
-class Texts(msgspec.Struct):
-    """A row as most are: messages of text under the names that `Message` has."""
+def row_of(text: bytes) -> Conversation | Any:
+    """A row of its JSON text: at once the conversation that it is if it is written as most are, else plain objects."""
+    if text.startswith(_BEGINNING):
+        try:
+            told = _TOLD.decode(text)
+            tools = _known_tools(bytes(told.tools))
+        except (msgspec.ValidationError, Refused):
+            return msgspec.json.decode(text)
+        if _answered(told.messages):
+            return Conversation(told.messages, tools)
+    return msgspec.json.decode(text)
+
+
+class Told(msgspec.Struct, gc=False):
+    """A row under the names that `Message` has, of which `_any` would say the same in ten times the time."""
 
     messages: tuple[Message, ...]
     system: None = None
     system_prompt: None = None
 
 
-def _texts(row: Row) -> tuple[Message, ...] | None:
-    """The messages of such a row, of which `_any` would say the same in five times the time; None of another."""
+class _ToldInJson(Told, forbid_unknown_fields=True, gc=False):
+    """One that has no other columns, in which anything could be nested."""
+
+    tools: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def _tool_calls(_type: type, value: Any) -> ToolCalls:
+    _refuse_deep([[[value]]])  # as deep as it lies in the row
+    return _calls(value, "tool_calls")
+
+
+_TOLD = msgspec.json.Decoder(_ToldInJson, dec_hook=_tool_calls)
+_BEGINNING = b'{"messages"'
+
+
+def _told(row: Row) -> tuple[Message, ...] | None:
+    """The messages of such a row; None of another."""
     try:
-        messages = msgspec.convert(row, Texts).messages
+        messages = msgspec.convert(row, Told, dec_hook=_tool_calls).messages
     except msgspec.ValidationError:
         return None
-    for message in messages:
-        if message.content is None or message.tool_calls:
-            return None
+    if not _answered(messages):
+        return None
     if len(row) > 1:
         _refuse_deep([value for column, value in row.items() if column != "messages"])
     return messages
+
+
+def _answered(messages: Sequence[Message]) -> bool:
+    """All say or do something, and one of them is the assistant's."""
+    answered = False
+    for message in messages:
+        if message.content is None and not message.tool_calls:
+            return False
+        answered = answered or message.role == "assistant"
+    return answered
+
+
+@lru_cache(maxsize=256)
+def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
+    """Tools of their JSON text, which many conversations share."""
+    tools = msgspec.json.decode(text)
+    _refuse_deep([tools])
+    return _tools(tools)
 
 
 def _any(row: Row) -> tuple[Message, ...]:
@@ -196,11 +244,11 @@ def _message(turn: Any, place: str) -> Message:
         raise Refused("unknown role", f"{place} has role {named!r}; known are {', '.join(ROLES)}")
     content = _first(turn, "content", "value")
     if named == "function_call":
-        text, reasoning, calls = None, None, _calls(content, place)
+        text, reasoning, said = None, None, _calls(content, place)
     else:
-        text, reasoning, calls = _parts(content, role, place)
-    calls += _calls(turn.get("tool_calls"), f"{place}.tool_calls")
-    calls += _calls(turn.get("function_call"), f"{place}.function_call")
+        text, reasoning, said = _parts(content, role, place)
+    more = [_calls(turn.get(field), f"{place}.{field}") for field in ("tool_calls", "function_call")]
+    calls = ToolCalls(chain(said, *more))
     if text is None and not calls:
         raise Refused("message without content", f"{place} ({role}) has neither content nor tool calls")
     return Message(
@@ -224,17 +272,17 @@ def _train(turn: Mapping[str, Any], place: str) -> bool | None:
     return None if flag is None else bool(flag)
 
 
-def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None, ToolCalls]:
     """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
     if content is None or isinstance(content, str):
-        return content, None, ()
+        return content, None, ToolCalls()
     if role == "tool" and isinstance(content, Mapping):
         # Tool results are stored as objects here and there; a template prints text.
-        return msgspec.json.encode(content).decode(), None, ()
+        return msgspec.json.encode(content).decode(), None, ToolCalls()
     if not _is_list(content):
         raise Refused("not text", f"{place} has content {_excerpt(content)}, neither text nor a list of parts")
     texts, reasonings = [], []
-    calls: tuple[ToolCall, ...] = ()
+    calls: list[ToolCall] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "tool_call":
@@ -247,16 +295,16 @@ def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None,
             raise Refused(
                 "unknown content part", f"{place} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
             )
-    return "".join(texts) if texts else None, "".join(reasonings) or None, calls
+    return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 
 
-def _calls(value: Any, place: str) -> tuple[ToolCall, ...]:
+def _calls(value: Any, place: str) -> ToolCalls:
     """Tool calls in any spelling: one or a list, encoded as JSON or not, wrapped in `function` or not."""
     value = _decoded(value)
     if not value:
-        return ()
+        return ToolCalls()
     calls = value if _is_list(value) else [value]
-    return tuple(_call(_decoded(call), place) for call in calls)
+    return ToolCalls(_call(_decoded(call), place) for call in calls)
 
 
 def _call(call: Any, place: str) -> ToolCall:

@@ -19,7 +19,7 @@ from sftstream.encoder import ChatEncoder
 from sftstream.identity import Identity
 from sftstream.order import RowOrder, draws_of_stream
 from sftstream.records import Amount, Ref, Refusal, Refused, Segment
-from sftstream.sources import Corpus, FileSet, Reading
+from sftstream.sources import Corpus, FileSet
 from sftstream.state import Change, DataState, Leftover, StreamState
 from sftstream.stream import Stages
 
@@ -54,7 +54,7 @@ def rebase(
         else _same_streams(saved, identity)
     )
     rebased = {
-        number: _reread(stream, waiting, config, Stages(Reading(corpus), encoder), number)
+        number: _reread(stream, waiting, config, Stages.of(corpus, encoder), number)
         for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch

@@ -45,6 +45,12 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
     id: str | None = None
 
 
+class ToolCalls(tuple[ToolCall, ...]):
+    """Those of one message. A type of its own, since datasets spell them in ways that need a hand to decode."""
+
+    __slots__ = ()
+
+
 Role = Literal["system", "user", "assistant", "tool"]
 """Who says a message, as chat templates know it."""
 
@@ -55,7 +61,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False)
     role: Role
     content: str | None = None
     reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: ToolCalls = ToolCalls()
     name: str | None = None
     tool_call_id: str | None = None
     train: bool | None = None

@@ -11,7 +11,7 @@ from torchdata.nodes import BaseNode
 from sftstream.config import DataConfig, SourceConfig
 from sftstream.draw import Drawn, Rows, open_cursors
 from sftstream.encoder import ChatEncoder
-from sftstream.formats import conversation
+from sftstream.formats import conversation, row_of
 from sftstream.packing import Packer, PackerConfig
 from sftstream.records import Conversation, Example, Ref, Refused
 from sftstream.sources import BrokenRow, Corpus, FileSet, Reading
@@ -69,6 +69,11 @@ class Stages:
     reading: Reading
     encoder: ChatEncoder
 
+    @classmethod
+    def of(cls, corpus: Corpus, encoder: ChatEncoder) -> Stages:
+        """With places of their own in what is streamed."""
+        return cls(Reading(corpus, row_of), encoder)
+
     def expect(self, ref: Ref) -> None:
         """This conversation was read before the state was taken, and will be asked for."""
         self.reading.expect(ref)
@@ -103,7 +108,7 @@ def build_stream(
     config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int, watch: Watch = lambda _, node: node
 ) -> Packer:
     """The graph of logical stream number `stream`, to be reset before it is read."""
-    stages = Stages(Reading(corpus), encoder)
+    stages = Stages.of(corpus, encoder)
     rows = Rows(config, open_cursors(config, stages.reading, stream))
     drawn = watch("draw", rows)
     loaded = watch("load", Map(drawn, each(stages.load)))

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftstream import Conversation, Message, Refused, ToolCall, formats
-from sftstream.formats import LAYOUTS, ROLES, conversation
+from sftstream.formats import LAYOUTS, ROLES, conversation, row_of
+from sftstream.records import ToolCalls
 
 USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
 HI = {"role": "user", "content": "hi"}
@@ -305,18 +307,29 @@ def test_a_row_nested_too_deep_is_refused_wherever_the_depth_is(levels: int) -> 
     assert refusal({"messages": [HI, ANSWERED], "tools": json.dumps([nested(levels)])}) == deep
 
 
+SPOKEN = {"name": "f", "arguments": {"a": 1}}
 scalars = st.sampled_from([None, "", "x", " ", 0, 1, 1.0, True, False, [], {}, ["x"], {"a": "b"}, nested(70)])
+calls = st.sampled_from(
+    [SPOKEN, [SPOKEN], json.dumps([SPOKEN]), [{"id": "c", "type": "function", "function": SPOKEN}], [3]]
+)
 roles = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "oracle", None, 1])
 turns = st.dictionaries(
     st.sampled_from(
         ["content", "value", "reasoning", "reasoning_content", "name", "tool_call_id", "tool_calls", "train", "n"]
     ),
-    scalars,
+    scalars | calls,
     max_size=3,
 ).flatmap(lambda fields: roles.map(lambda role: {"role": role, "content": "words", **fields}))
 columns = st.dictionaries(
-    st.sampled_from(["tools", "system", "system_prompt", "id", "conversations", "prompt"]), scalars, max_size=2
+    st.sampled_from(["tools", "system", "system_prompt", "id", "conversations", "prompt"]), scalars | calls, max_size=2
 )
+
+
+def read(way: Callable[[Any], Any], row: Any) -> Any:
+    try:
+        return way(row)
+    except Refused as refused:
+        return refused.reason, refused.detail
 
 
 @settings(max_examples=500, deadline=None)
@@ -324,18 +337,33 @@ columns = st.dictionaries(
 def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
     messages: list[dict[str, Any]], columns: dict[str, Any]
 ) -> None:
-    def read(way: Callable[[Any], Any]) -> Any:
-        try:
-            return way({"messages": messages, **columns})
-        except Refused as refused:
-            return refused.reason, refused.detail
-
-    found = read(formats._texts)
-    assert found is None or found == read(formats._any)
+    row = {"messages": messages, **columns}
+    found = read(formats._told, row)
+    assert found is None or found == read(formats._any, row)
+    assert read(lambda text: conversation(row_of(text)), msgspec.json.encode(row)) == read(conversation, row)
 
 
-def test_messages_of_text_are_recognised_by_their_types() -> None:
-    assert formats._texts({"messages": [HI, ANSWERED], "id": 3}) == (USER, ANSWER)
+def test_messages_are_recognised_by_their_types() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [SPOKEN]}
+    calling = Message("assistant", tool_calls=ToolCalls([ToolCall("f", {"a": 1})]))
+    assert formats._told({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
+    row = {"messages": [HI, called, ANSWERED], "tools": [{"name": "f"}]}
+    found = row_of(msgspec.json.encode(row))
+    assert found == Conversation((USER, calling, ANSWER), ({"type": "function", "function": {"name": "f"}},))
+    assert isinstance(row_of(msgspec.json.encode(row | {"id": 3})), dict)
+
+
+@pytest.mark.parametrize("levels", range(57, 66))
+def test_nesting_counts_alike_in_json_and_in_objects(levels: int) -> None:
+    rows = [
+        {"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": {"a": nested(levels)}}]}]},
+        {"messages": [HI, ANSWERED], "tools": [{"name": "f", "a": nested(levels)}]},
+        {"messages": [HI, ANSWERED], "note": nested(levels)},
+    ]
+    for row in rows:
+        general = read(formats._any, row)
+        assert isinstance(general[0], str) == isinstance(read(conversation, row), tuple)
+        assert read(lambda text: conversation(row_of(text)), msgspec.json.encode(row)) == read(conversation, row)
 
 
 def test_nesting_within_the_limit_is_kept() -> None:

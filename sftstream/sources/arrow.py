@@ -15,7 +15,17 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.sources.cache import cached
-from sftstream.sources.rows import OPEN_FILES, UNDECODABLE, BrokenRow, FileIdentity, Stored, copy_of, derived
+from sftstream.sources.rows import (
+    OPEN_FILES,
+    PLAIN,
+    UNDECODABLE,
+    BrokenRow,
+    Decode,
+    FileIdentity,
+    Stored,
+    copy_of,
+    derived,
+)
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
@@ -44,7 +54,7 @@ class Batches:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
         index = bisect_right(self._ends, row)
         batch = self._batches[index]
         try:
@@ -75,7 +85,7 @@ class Arrow:
     def __len__(self) -> int:
         return self._rows
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
         batches, mapped = _opened(self._stored)
         if mapped.size() < len(mapped):  # to touch what was cut off would be a bus error
             raise RuntimeError(f"{self.place(row)} is no longer there: the file shrank while it was read; restore it")

@@ -9,7 +9,7 @@ from typing import Any
 from sftstream.config import SourceConfig
 from sftstream.records import Ref
 from sftstream.sources.resolve import open_source
-from sftstream.sources.rows import FileIdentity, RowFile, renamed
+from sftstream.sources.rows import PLAIN, Decode, FileIdentity, RowFile, renamed
 from sftstream.sources.streamed import Streamed
 from sftstream.sources.tape import Tape
 
@@ -34,8 +34,11 @@ class FileSet:
         """What the files held when they were opened."""
         return tuple(file.identity for file in self.files)
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, decode: Decode = PLAIN) -> Any:
+        """The row, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
         file, local = self._locate(row)
+        if self._columns is None:
+            return file.read(local, decode)
         return renamed(file.read(local), self._columns, file, local)
 
     def place(self, row: int) -> str:
@@ -66,12 +69,13 @@ class Corpus:
 
 
 class Reading:
-    """A corpus as one stream reads it: where sources are streamed, with a place in each."""
+    """A corpus as one stream reads it: where sources are streamed, with a place in each. `decode` makes rows of JSON."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, decode: Decode = PLAIN) -> None:
         self.sources: list[FileSet | Tape] = [
-            Tape(source) if isinstance(source, Streamed) else source for source in corpus.sources
+            Tape(source, decode) if isinstance(source, Streamed) else source for source in corpus.sources
         ]
+        self._decode = decode
 
     def expect(self, ref: Ref) -> None:
         """This row was read before the state was taken, and will be read again."""
@@ -82,4 +86,4 @@ class Reading:
     def read(self, ref: Ref) -> Any:
         """The decoded row, of a streamed source once; raises `BrokenRow`."""
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, Tape) else source.read(ref.row)
+        return source.read(ref) if isinstance(source, Tape) else source.read(ref.row, self._decode)

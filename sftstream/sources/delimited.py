@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sftstream.sources.rows import BOM, BrokenRow, FileIdentity, Placed, Stored
+from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Placed, Stored
 from sftstream.sources.spans import Integers, Spans
 
 _CELL = 64 << 20
@@ -37,7 +37,7 @@ class Delimited:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def read(self, row: int) -> dict[str, str]:
+    def read(self, row: int, _decode: Decode = PLAIN) -> dict[str, str]:
         try:
             return record(self._spans.read(row), self._delimiter, self._columns, self, row)
         except BrokenRow:

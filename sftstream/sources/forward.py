@@ -18,10 +18,10 @@ from sftstream.sources.delimited import divided, header, record
 from sftstream.sources.kinds import suffixes
 from sftstream.sources.place import Place
 from sftstream.sources.remote import lost
-from sftstream.sources.rows import BOM, UNDECODABLE, Placed, decoded_json
+from sftstream.sources.rows import BOM, UNDECODABLE, Decode, Placed, decoded_json
 
-Row = Callable[[], Any]
-"""Decodes a row that has come by; raises `BrokenRow`."""
+Row = Callable[[Decode], Any]
+"""Decodes a row that has come by, with this where it is JSON; raises `BrokenRow`."""
 _BATCH = 1000
 """Rows of a Parquet file decoded at a time."""
 
@@ -76,13 +76,17 @@ def _elements(file: BufferedReader, shard: _Shard) -> Iterator[Row]:
     except UNDECODABLE as error:
         raise ValueError(f"it is not a JSON array of conversations: {error}") from None
     for row, element in enumerate(elements):
-        yield partial(decoded_json, element, shard, row)
+        yield partial(decoded_json, bytes(element), shard, row)
 
 
 def _delimited(file: BufferedReader, shard: _Shard, _at: int, *, delimiter: str) -> RowsFrom:
     texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in divided(_past_bom(file), delimiter)))
     columns = header(next(texts, b""), delimiter, shard.shown)
-    return RowsFrom(0, (partial(record, text, delimiter, columns, shard, row) for row, text in enumerate(texts)))
+    return RowsFrom(0, (partial(_record, text, delimiter, columns, shard, row) for row, text in enumerate(texts)))
+
+
+def _record(text: bytes, delimiter: str, columns: list[str], shard: _Shard, row: int, _decode: Decode) -> Any:
+    return record(text, delimiter, columns, shard, row)
 
 
 def _parquet(file: BufferedReader, shard: _Shard, at: int) -> RowsFrom:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from sftstream.config import SourceConfig
 from sftstream.sources.arrow import Batches
 from sftstream.sources.place import require_whole
-from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
+from sftstream.sources.rows import PLAIN, SAMPLED_ABOVE, Decode, FileIdentity, derived, stored
 from sftstream.sources.saved import choose
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,7 +40,7 @@ class Loaded:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
         return self._batches.read(row)
 
     def place(self, row: int) -> str:

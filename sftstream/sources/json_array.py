@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftstream.sources.rows import BOM, UNDECODABLE, FileIdentity, Stored, decoded_json
+from sftstream.sources.rows import BOM, PLAIN, UNDECODABLE, Decode, FileIdentity, Stored, decoded_json
 from sftstream.sources.spans import Integers, Spans
 
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
@@ -30,9 +30,9 @@ class JsonArray:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, decode: Decode = PLAIN) -> Any:
         # It can be broken: the array was divided without looking into its strings.
-        return decoded_json(self._spans.read(row).rstrip(b" \t\r\n,"), self, row)
+        return decoded_json(self._spans.read(row).rstrip(b" \t\r\n,"), self, row, decode)
 
     def place(self, row: int) -> str:
         return f"{self._stored.shown}[{row}]"

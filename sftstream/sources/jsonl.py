@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.rows import BOM, BrokenRow, FileIdentity, Stored, decoded_json
+from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Stored, decoded_json
 from sftstream.sources.spans import Integers, Spans
 
 _CHUNK = 1 << 20
@@ -31,9 +31,9 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def read(self, row: int) -> Any:
+    def read(self, row: int, decode: Decode = PLAIN) -> Any:
         try:
-            return decoded_json(self._spans.read(row), self, row)
+            return decoded_json(self._spans.read(row), self, row, decode)
         except BrokenRow:
             self._spans.require_lines(row)
             raise

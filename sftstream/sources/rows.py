@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -28,6 +28,13 @@ class BrokenRow(ValueError):
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What `msgspec.json.decode` raises on bytes that are no JSON, or JSON nested deeper than Python follows."""
+
+
+Decode = Callable[[bytes], Any]
+"""Makes a row of its JSON text; raises what is `UNDECODABLE`."""
+
+PLAIN: Decode = msgspec.json.decode
+"""Objects as dicts."""
 
 
 class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,21 +62,21 @@ class RowFile(Placed, Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> Any:
-        """The decoded row; raises `BrokenRow`, or RuntimeError where the file is no longer what it was."""
+    def read(self, row: int, decode: Decode = PLAIN) -> Any:
+        """The decoded row, by `decode` where it is JSON; raises `BrokenRow`, or RuntimeError where the file has changed."""
 
 
-def decoded_json(text: bytes | msgspec.Raw, file: Placed, row: int) -> Any:
+def decoded_json(text: bytes, file: Placed, row: int, decode: Decode = PLAIN) -> Any:
     """Raises `BrokenRow`."""
     try:
-        return msgspec.json.decode(text)
+        return decode(text)
     except UNDECODABLE as error:
         raise BrokenRow(f"{file.place(row)} is not JSON: {error}") from None
 
 
-def renamed(content: Any, columns: Mapping[str, str] | None, file: Placed, row: int) -> Any:
+def renamed(content: Any, columns: Mapping[str, str], file: Placed, row: int) -> Any:
     """A row with the columns that a source's `columns` names; raises `BrokenRow` where it has none of them."""
-    if columns is None or not isinstance(content, Mapping):
+    if not isinstance(content, Mapping):
         return content
     result = {name: content[column] for name, column in columns.items() if column in content}
     if not result:

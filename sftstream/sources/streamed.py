@@ -13,7 +13,7 @@ from sftstream.sources.kinds import KNOWN, is_known
 from sftstream.sources.place import Local, Place, require_whole
 from sftstream.sources.remote import lost, remote
 from sftstream.sources.resolve import Dataset, resolve
-from sftstream.sources.rows import FileIdentity, renamed
+from sftstream.sources.rows import PLAIN, Decode, FileIdentity, renamed
 
 
 class Streamed:
@@ -58,9 +58,10 @@ class Streamed:
             raise ValueError(f"{place.shown} cannot be read: {error}") from None
         return RowsFrom(first, self._to_the_end(shard, rows))
 
-    def decode(self, number: int, row: Row) -> Any:
-        """The row of this number; raises `BrokenRow`."""
-        return renamed(row(), self._source.columns, self, number)
+    def decode(self, number: int, row: Row, decode: Decode = PLAIN) -> Any:
+        """The row of this number, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
+        columns = self._source.columns
+        return row(decode) if columns is None else renamed(row(PLAIN), columns, self, number)
 
     def _to_the_end(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
         try:

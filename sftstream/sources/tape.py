@@ -7,7 +7,7 @@ from typing import Any
 
 from sftstream.records import Ref
 from sftstream.sources.forward import Row
-from sftstream.sources.rows import BrokenRow
+from sftstream.sources.rows import PLAIN, BrokenRow, Decode
 from sftstream.sources.streamed import Streamed
 
 
@@ -18,8 +18,9 @@ class Tape:
     reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
     """
 
-    def __init__(self, source: Streamed) -> None:
+    def __init__(self, source: Streamed, decode: Decode = PLAIN) -> None:
         self.source = source
+        self._decode = decode
         self._rows: Iterator[Row] = iter(())
         self._shard = self._next = -1
         self._kept: dict[Ref, list[Any]] = {}
@@ -66,6 +67,6 @@ class Tape:
 
     def _decoded(self, number: int, row: Row) -> Any:
         try:
-            return self.source.decode(number, row)
+            return self.source.decode(number, row, self._decode)
         except BrokenRow as broken:
             return broken
