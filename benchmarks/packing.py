@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -58,7 +57,7 @@ class Lengths:
 
 
 def _example(length: int) -> Example:
-    return Example(np.broadcast_to(np.int32(1), length), np.broadcast_to(np.True_, length), MappingProxyType({}))
+    return Example(np.broadcast_to(np.int32(1), length), np.broadcast_to(np.True_, length), length - 1)
 
 
 def ours(lengths: list[int], capacity: int) -> int:

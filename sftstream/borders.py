@@ -15,8 +15,8 @@ Pair = tuple[int, int]
 Integers = NDArray[np.int64]
 
 
-Placed = tuple[Sequence[Pair], int]
-"""The spans of a text in bytes of what is tokenized, and how many that has."""
+Placed = tuple[Sequence[int], int]
+"""The bounds of a text's spans in bytes of what is tokenized, and how many that has."""
 
 
 class Tiles(NamedTuple):
@@ -30,22 +30,20 @@ class Tiles(NamedTuple):
 
 
 def measured(text: Rendered, normalize: Callable[[str], str]) -> Placed:
-    """The spans, which are in order, in bytes of the normalized text; UnicodeEncodeError where it has none.
+    """Its bounds in bytes of the normalized text; UnicodeEncodeError where it has none.
 
-    What lies between two of their ends is normalized alone: spans begin and end at special tokens, which no character
-    combines with.
+    What lies between two of them is normalized alone: spans begin and end at special tokens, which no character combines with.
     """
     at = size = 0
-    spans = []
-    for start, end in text.spans:
-        begin = size + len(normalize(text.text[at:start]).encode())
-        size = begin + len(normalize(text.text[start:end]).encode())
-        spans.append((begin, size))
-        at = end
-    return spans, size + len(normalize(text.text[at:]).encode())
+    bounds = []
+    for bound in text.bounds:
+        size += len(normalize(text.text[at:bound]).encode())
+        bounds.append(size)
+        at = bound
+    return bounds, size + len(normalize(text.text[at:]).encode())
 
 
-def tiled(lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Sequence[Placed]) -> Tiles:
+def tiled(lengths: NDArray[np.integer[Any]], offsets: Integers, placed: Sequence[Placed]) -> Tiles:
     """Of tokens with these lengths in bytes that lie side by side; those of text `i` are `[offsets[i], offsets[i + 1])`.
 
     A text whose tokens hold other bytes than it has is to be refused; nothing of it is inside. All texts are one row, which is
@@ -54,12 +52,14 @@ def tiled(lengths: NDArray[np.integer[Any]], offsets: Sequence[int], placed: Seq
     ends = _running(lengths)
     borders = ends[offsets]
     sizes = np.diff(borders).tolist()
-    spans = [own if size == whole else () for (own, whole), size in zip(placed, sizes, strict=True)]
-    counts = np.array([len(own) for own in spans], np.int64)
-    places = np.array(list(chain.from_iterable(chain.from_iterable(spans))), np.int64)
-    first, last, straddling = _inside(ends[1:], places + borders[:-1].repeat(2 * counts))
-    trained = np.maximum(last - first, 0)
-    return Tiles(_ranges(first, last, len(lengths)), sizes, _sums(trained, counts), _sums(straddling, counts))
+    bounds = [own if size == whole else () for (own, whole), size in zip(placed, sizes, strict=True)]
+    counts = np.array(list(map(len, bounds)), np.int64)
+    places = np.array(list(chain.from_iterable(bounds)), np.int64)
+    first, last, straddling = _inside(ends[1:], places + borders[:-1].repeat(counts))
+    last = np.maximum(first, last)
+    return Tiles(
+        _ranges(first, last, len(lengths)), sizes, _sums(last - first, counts // 2), _sums(straddling, counts // 2)
+    )
 
 
 def _sums(values: Integers, counts: Integers) -> list[int]:
@@ -98,9 +98,9 @@ def _inside(ends: Integers, spans: Integers) -> tuple[Integers, Integers, Intege
 
 
 def _ranges(first: Integers, last: Integers, size: int) -> NDArray[np.bool_]:
-    """True in ranges that do not overlap."""
-    real = first < last
-    steps = np.zeros(size + 1, np.int8)
-    steps[first[real]] += 1
-    steps[last[real]] -= 1
-    return steps[:-1].cumsum(dtype=np.int8).view(np.bool_)
+    """True in ranges, which come in order."""
+    cuts = np.full(2 * len(first) + 2, size)
+    cuts[0] = 0
+    cuts[1:-1:2], cuts[2:-1:2] = first, last
+    inside: NDArray[np.bool_] = (np.arange(len(cuts) - 1) % 2 == 1).repeat(np.diff(cuts))
+    return inside

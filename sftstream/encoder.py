@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as Date
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Backend, Tokenizer
 from sftstream.turns import Turn, find_turns
 
-BETWEEN_CHECKS = 1024
+BETWEEN_CHECKS = 4096
 """Conversations rendered by plan, of which one is rendered by the template as well and compared."""
 
 
@@ -89,7 +88,7 @@ class ChatEncoder:
         if self.policy.history == "as_rendered" or not self.certificate.rewrites_history:
             return Draft(dialogue, (whole,))
         turns = [self.render(part) for part in self._turn_by_turn(dialogue)]
-        if all(whole.text.startswith(turn.text[: turn.spans[-1].end]) for turn in turns):
+        if all(whole.text.startswith(turn.text[: turn.bounds[-1]]) for turn in turns):
             return Draft(dialogue, (whole,))
         if self.policy.history == "error":
             raise Refused("history rewritten", "an earlier turn is printed otherwise than when it was said")
@@ -105,10 +104,10 @@ class ChatEncoder:
     def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
         """The same of several drafts at once, or why not."""
         encoded = iter(self.tokenizer.encode_all([text for draft in drafts for text in draft.texts]))
-        return [self._fitted(draft, list(islice(encoded, len(draft.texts)))) for draft in drafts]
+        return [self._fitted(draft, [next(encoded) for _ in draft.texts]) for draft in drafts]
 
     def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
-        examples = []
+        examples: list[Example] = []
         for example in encoded:
             if isinstance(example, Refused):
                 return example

@@ -30,7 +30,7 @@ class Ids(NamedTuple):
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
-FIRST, BETWEEN = 32, 1024
+FIRST, BETWEEN = 32, 4096
 """Texts of a run that are compared: the first ones, and later one of so many."""
 
 

@@ -35,7 +35,7 @@ def rendered(
     for before, after in itertools.pairwise(spans):
         if after.start < before.end:
             raise Refused("messages out of order", f"spans {tuple(before)} and {tuple(after)} overlap")
-    return Rendered(located.text, tuple(spans), tuple(_typed(located, control)))
+    return Rendered(located.text, tuple(itertools.chain.from_iterable(spans)), tuple(_typed(located, control)))
 
 
 def require_whole(

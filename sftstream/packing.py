@@ -262,11 +262,9 @@ class Packer(BaseNode[Pack]):
             segment = Segment(source, row, length, epoch, part)
             self._examples[segment] = example
             read.segments.append(segment)
-            # The first token of an example is never a target.
-            trained = int(np.count_nonzero(example.loss_mask[1:]))
             accepted[1] += length
-            accepted[2] += trained
-            self._draws.account(source, length, trained)
+            accepted[2] += example.targets
+            self._draws.account(source, length, example.targets)
 
     def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""

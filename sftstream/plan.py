@@ -16,7 +16,7 @@ from itertools import accumulate
 from operator import methodcaller
 from typing import Any, NamedTuple
 
-from sftstream.records import Conversation, Message, Rendered, Span
+from sftstream.records import Conversation, Message, Rendered
 from sftstream.template import REASONING_KEYS, ChatTemplate, template_message
 from sftstream.trace import Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
 from sftstream.turns import Form, Turn
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     silent: tuple[int, ...]
     """Values that are not printed: ids in most templates, earlier thoughts in some."""
     conditions: tuple[Condition, ...]
-    spans: tuple[tuple[Place, Place], ...]
+    bounds: tuple[Place, ...]
 
 
 class Planner:
@@ -116,12 +116,12 @@ class Planner:
             verbatim=tuple(slot for slot, leaf in enumerate(leaves) if any(map(_takes_letters, leaf.ops))),
             silent=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
             conditions=conditions,
-            spans=(),
+            bounds=(),
         )
         printed = self._printed(plan, values)
         if printed is None:
             return
-        plan = plan._replace(spans=tuple(_places(rendered.spans, texts, printed)))
+        plan = plan._replace(bounds=tuple(_places(rendered.bounds, texts, printed)))
         if _assembled(plan, printed) == rendered:
             plans.append(plan)
 
@@ -258,26 +258,19 @@ def _assembled(plan: Plan, printed: Sequence[str]) -> Rendered:
     pieces = [""] * (2 * len(printed) + 1)
     pieces[::2], pieces[1::2] = plan.texts, printed
     ends = [0, *accumulate(map(len, printed))]
-    spans = [Span(begin + ends[before], end + ends[until]) for (before, begin), (until, end) in plan.spans]
-    return Rendered("".join(pieces), tuple(spans))
+    return Rendered("".join(pieces), tuple([offset + ends[values] for values, offset in plan.bounds]))
 
 
-def _places(spans: Iterable[Span], texts: Sequence[str], printed: Sequence[str]) -> Iterator[tuple[Place, Place]]:
-    """Spans by place; one that ends within a value, or between two, has none."""
+def _places(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Place]:
+    """Of characters of the text; one within a value, or between two, has none."""
     offsets = [0, *accumulate(map(len, texts))]
     values = [0, *accumulate(map(len, printed))]
     ends = [offset + value for offset, value in zip(offsets[1:], values, strict=True)]
-
-    def place(at: int) -> Place | None:
+    for at in bounds:
         for number in range(bisect_left(ends, at), len(texts)):
             offset = at - values[number]
             if offset < offsets[number]:
                 break
             if texts[number] or number == len(printed):
-                return Place(number, offset)
-        return None
-
-    for span in spans:
-        begin, end = place(span.start), place(span.end)
-        if begin is not None and end is not None:
-            yield begin, end
+                yield Place(number, offset)
+                break

@@ -83,25 +83,35 @@ class Span(NamedTuple):
 
 
 class Rendered(msgspec.Struct, frozen=True, gc=False):
-    """A conversation as the chat template prints it, and the spans of it that are trained.
+    """A conversation as the chat template prints it, and where the spans of it that are trained begin and end, by turns.
 
     `typed` are special tokens' text that somebody typed: words, not tokens.
     """
 
     text: str
-    spans: tuple[Span, ...]
+    bounds: tuple[int, ...]
     typed: tuple[Span, ...] = ()
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans that are trained, in order."""
+        return tuple(map(Span, self.bounds[::2], self.bounds[1::2]))
+
+
+NO_NOTES: Mapping[str, int] = MappingProxyType({})
 
 
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is a target.
+    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is trained.
 
-    `notes` counts what was done to get there, by what it was.
+    `targets` is how many of these something comes before, so that they can be. `notes` counts what was done to get there, by
+    what it was.
     """
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
-    notes: Mapping[str, int] = MappingProxyType({})
+    targets: int
+    notes: Mapping[str, int] = NO_NOTES
 
 
 class Amount(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from os import PathLike
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sftstream import fast_tokenizer
 from sftstream.borders import Placed, apart, measured, tiled
 from sftstream.fast_tokenizer import FastTokenizer, Ids
-from sftstream.records import Example, Refused, Rendered
+from sftstream.records import NO_NOTES, Example, Refused, Rendered
 
 Backend = Literal["auto", "huggingface", "fastokens"]
 
@@ -97,23 +97,26 @@ class Tokenizer:
             return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
-        placed = [self._placed(text) for text in texts]
+        placed = self._placed(texts)
         tokens, borders = self._ids_of_all(texts)
-        offsets = borders.tolist()
-        tiles = tiled(lengths.take(tokens), offsets, placed)
+        inside, *tiles = tiled(lengths.take(tokens), borders, placed)
         return [
-            _example(tokens[start:end], tiles.inside[start:end], trained, straddling)
-            if size == place[1]
-            else Refused("tokens do not tile the text", f"they hold {size} bytes of {place[1]}")
-            for (start, end), size, place, trained, straddling in zip(
-                pairwise(offsets), tiles.sizes, placed, tiles.trained, tiles.straddling, strict=True
+            Example(tokens[start:end], inside[start:end], trained - first, _noted(straddling))
+            if trained and size == whole
+            else _refused(size, whole)
+            for (start, end), first, (_, whole), size, trained, straddling in zip(
+                pairwise(borders.tolist()), inside.take(borders[:-1], mode="clip").tolist(), placed, *tiles, strict=True
             )
         ]
 
-    def _placed(self, text: Rendered) -> Placed:
-        if self._normalize is None and text.text.isascii():
-            return text.spans, len(text.text)
-        return measured(text, self._normalize or str)
+    def _placed(self, texts: Sequence[Rendered]) -> list[Placed]:
+        normalize = self._normalize
+        return [
+            (text.bounds, len(text.text))
+            if normalize is None and text.text.isascii()
+            else measured(text, normalize or str)
+            for text in texts
+        ]
 
     def _by_offsets(self, text: Rendered) -> Example | Refused:
         if text.typed:
@@ -123,7 +126,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             return _half_a_character(text.text, error)
         encoding = self._encoding(text.text)
-        return _example(np.array(encoding.ids, np.int32), *apart(encoding.offsets, text.spans))
+        inside, trained, cut = apart(encoding.offsets, text.spans)
+        targets = trained - int(inside[:1].sum())
+        return Example(np.array(encoding.ids, np.int32), inside, targets, _noted(cut)) if trained else _refused()
 
     def _ids_of_all(self, texts: Sequence[Rendered]) -> Ids:
         """Ids of the texts. The text of a special token that somebody typed is tokenized as words."""
@@ -206,19 +211,21 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     The tokenizer splits the text at special tokens in any case, so what stands between two of them is not changed.
     """
     pieces, at = [], 0
-    for typed in sorted(rendered.typed):
-        pieces += [(at, typed.start, False), (typed.start, typed.end, True)]
-        at = typed.end
+    for start, end in sorted(rendered.typed):
+        pieces += [(at, start, False), (start, end, True)]
+        at = end
     pieces.append((at, len(rendered.text), False))
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _example(tokens: NDArray[np.int32], inside: NDArray[np.bool_], trained: int, straddling: int) -> Example | Refused:
-    if not trained:
-        return Refused("nothing to train", "no token lies wholly inside what the policy trains")
-    if straddling:
-        return Example(tokens, inside, {"tokens across a span's border": straddling})
-    return Example(tokens, inside)
+def _noted(straddling: int) -> Mapping[str, int]:
+    return {"tokens across a span's border": straddling} if straddling else NO_NOTES
+
+
+def _refused(size: int = 0, whole: int = 0) -> Refused:
+    if size != whole:
+        return Refused("tokens do not tile the text", f"they hold {size} bytes of {whole}")
+    return Refused("nothing to train", "no token lies wholly inside what the policy trains")
 
 
 def _half_a_character(text: str, error: UnicodeEncodeError) -> Refused:

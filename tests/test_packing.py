@@ -28,7 +28,7 @@ PAD = 9
 
 
 def example(tokens: Sequence[int], mask: Sequence[int]) -> Example:
-    return Example(np.array(tokens, np.int32), np.array(mask, bool))
+    return Example(np.array(tokens, np.int32), np.array(mask, bool), sum(mask[1:]))
 
 
 def test_two_conversations_and_padding_make_these_arrays() -> None:
@@ -217,7 +217,7 @@ class Lengths(BaseNode[Any]):
 
 
 def tokens_of(length: int) -> Example:
-    return Example(np.ones(length, np.int32), np.ones(length, bool))
+    return Example(np.ones(length, np.int32), np.ones(length, bool), length - 1)
 
 
 def packer(
