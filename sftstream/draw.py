@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -57,14 +57,11 @@ class ByNumber:
     def ended(self) -> bool:
         return self._limit is not None and self.drawn >= self._limit
 
-    def look(self) -> None:
-        """There is nothing to find out."""
-
     def draw(self) -> Ref:
         at = self.drawn - self._ahead_from
         if not 0 <= at < len(self._ahead):
-            rows = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
-            self._ahead = [Ref(self._source, row, epoch) for row, epoch in rows]
+            rows, epoch = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
+            self._ahead = list(map(Ref, repeat(self._source), rows, repeat(epoch)))
             self._ahead_from, at = self.drawn, 0
         self.drawn += 1
         return self._ahead[at]
@@ -156,6 +153,7 @@ class Rows(BaseNode[Drawn[Ref]]):
         super().__init__()
         self._config = config
         self._cursors = cursors
+        self._unsure = [cursor for cursor in cursors if isinstance(cursor, ByShard)]
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
         self.wanted = 1
 
@@ -181,7 +179,7 @@ class Rows(BaseNode[Drawn[Ref]]):
         while True:
             if self._config.stages:
                 self._enter_stage()
-            for cursor in self._cursors:
+            for cursor in self._unsure:
                 cursor.look()
             source = self._next_source()
             if source is None:

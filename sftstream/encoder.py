@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from os import PathLike
 from pathlib import Path
@@ -81,6 +81,14 @@ class ChatEncoder:
         One, unless `history` or `overflow` makes more of it.
         """
         return self.tokenize(self.draft(conversation({"messages": list(messages), "tools": tools})))
+
+    def draft_all(self, dialogues: Iterable[Conversation]) -> Iterator[Draft | Refused]:
+        """The texts of several dialogues, or why not."""
+        for dialogue in dialogues:
+            try:
+                yield self.draft(dialogue)
+            except Refused as refused:
+                yield refused
 
     def draft(self, dialogue: Conversation) -> Draft:
         """The texts of one dialogue, by the policy for rewritten history; raises `Refused`."""

@@ -117,14 +117,14 @@ class RowOrder:
 
     def at(self, draw: int) -> tuple[int, int]:
         """`(row, epoch)` of a draw."""
-        return self.stretch(draw, 1, 1)[0]
+        (row,), epoch = self.stretch(draw, 1, 1)
+        return row, epoch
 
-    def stretch(self, first: int, step: int, most: int) -> list[tuple[int, int]]:
-        """`(row, epoch)` of the draws `first`, `first + step`, ...: `most` of them, or as many as the epoch has."""
+    def stretch(self, first: int, step: int, most: int) -> tuple[list[int], int]:
+        """Rows of the draws `first`, `first + step`, ..., and their epoch: `most` of them, or as many as that has."""
         epoch, place = divmod(first, self.rows)
         count = min(most, -(-(self.rows - place) // step))
-        rows = self._rows(np.arange(place, place + count * step, step), epoch)
-        return [(row, epoch) for row in rows.tolist()]
+        return self._rows(np.arange(place, place + count * step, step), epoch).tolist(), epoch
 
     def _rows(self, places: Integers, epoch: int) -> Integers:
         if self._shuffle == "shards":

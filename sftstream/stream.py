@@ -41,25 +41,14 @@ class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
 
     def next(self) -> Drawn[Y]:
         refs, values = next(self.source)
+        if Refused not in map(type, values):
+            return Drawn(refs, list(self._stage(values)))
         results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
         return Drawn(refs, [value if isinstance(value, Refused) else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.source.state_dict()
         return state
-
-
-def each(stage: Callable[[X], Y]) -> Callable[[list[X]], Iterable[Y | Refused]]:
-    """A stage of several values from one of a single value."""
-
-    def of_all(values: list[X]) -> Iterator[Y | Refused]:
-        for value in values:
-            try:
-                yield stage(value)
-            except Refused as refused:
-                yield refused
-
-    return of_all
 
 
 @dataclass(frozen=True)
@@ -78,16 +67,23 @@ class Stages:
         """This conversation was read before the state was taken, and will be asked for."""
         self.reading.expect(ref)
 
-    def load(self, ref: Ref) -> Conversation:
-        """The conversation at `ref`; raises `Refused`."""
-        try:
-            return conversation(self.reading.read(ref))
-        except BrokenRow as error:
-            raise Refused("broken row", str(error)) from None
+    def load_all(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
+        """The conversations at `refs`, or why not."""
+        read = self.reading.read
+        for ref in refs:
+            try:
+                yield conversation(read(ref))
+            except Refused as refused:
+                yield refused
+            except BrokenRow as error:
+                yield Refused("broken row", str(error))
 
     def examples(self, ref: Ref) -> list[Example]:
         """All stages at once; raises `Refused`."""
-        return self.encoder.tokenize(self.encoder.draft(self.load(ref)))
+        (loaded,) = self.load_all([ref])
+        if isinstance(loaded, Refused):
+            raise loaded
+        return self.encoder.tokenize(self.encoder.draft(loaded))
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -111,8 +107,8 @@ def build_stream(
     stages = Stages.of(corpus, encoder)
     rows = Rows(config, open_cursors(config, stages.reading, stream))
     drawn = watch("draw", rows)
-    loaded = watch("load", Map(drawn, each(stages.load)))
-    rendered = watch("template", Map(loaded, each(encoder.draft)))
+    loaded = watch("load", Map(drawn, stages.load_all))
+    rendered = watch("template", Map(loaded, encoder.draft_all))
     tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
     packer = PackerConfig(
         capacity=config.capacity,

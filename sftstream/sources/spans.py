@@ -46,7 +46,7 @@ class Spans:
     def read(self, row: int) -> bytes:
         """The row's bytes and what stands between it and the next; raises RuntimeError where they are no longer there."""
         file, borders, _ = self._open()
-        start, end = borders[row : row + 2].tolist()
+        start, end = borders.data[row], borders.data[row + 1]  # as integers of Python, without one of numpy between
         # pread and not a memory map: a file truncated under the run is then an error here, not a bus error.
         span = os.pread(file.fileno(), end - start, start)
         if len(span) < end - start:
