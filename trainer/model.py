@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn import functional as F
 
 from trainer.attention import Segments, attend
@@ -197,6 +197,21 @@ class Select(nn.Module):
         return hidden[positions]
 
 
+class Head(nn.Linear):
+    """Hidden states to logits, those of this rank's part of the vocabulary where the weight is split over it.
+
+    Multiplied as plain tensors: for DTensors torch works out anew for each shape who holds what, and each pack has its own
+    number of trained tokens.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.weight, DTensor):
+            return super().forward(x)
+        assert isinstance(x, DTensor)
+        logits = F.linear(x.to_local(grad_placements=[Partial()]), self.weight.to_local())
+        return DTensor.from_local(logits, self.weight.device_mesh, [Shard(1)], run_check=False)
+
+
 class Llama(nn.Module):
     """The model. Its weights are arbitrary until `init_weights` or `load_weights` has set them."""
 
@@ -207,7 +222,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.select = Select()
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
         # Not a buffer: a cast of the model to bf16 would ruin it, and a model made on "meta" would lose it.
         self.frequencies = inverse_frequencies(config)
