@@ -17,7 +17,7 @@ from sftstream.state import Position, ShardPlace
 
 X = TypeVar("X")
 
-TOGETHER = 64
+TOGETHER = 128
 """Rows that go through the stages together, at most: a few hundred kilobytes."""
 AHEAD = 512
 """Rows whose order is computed at once."""

@@ -56,7 +56,7 @@ def row_of(text: bytes) -> Conversation | Any:
     if text.startswith(_BEGINNING):
         try:
             told = _TOLD.decode(text)
-            tools = _known_tools(bytes(told.tools))
+            tools = _known_tools(bytes(told.tools)) if told.tools else ()
         except (msgspec.ValidationError, Refused):
             return msgspec.json.decode(text)
         if _answered(told.messages):
@@ -75,7 +75,7 @@ class Told(msgspec.Struct, gc=False):
 class _ToldInJson(Told, forbid_unknown_fields=True, gc=False):
     """One that has no other columns, in which anything could be nested."""
 
-    tools: msgspec.Raw = msgspec.Raw(b"null")
+    tools: msgspec.Raw = msgspec.Raw()
 
 
 def _tool_calls(_type: type, value: Any) -> ToolCalls:

@@ -199,12 +199,12 @@ class Pack:
     @property
     def tokens(self) -> int:
         """Tokens of conversations, padding excluded."""
-        return sum(segment.length for segment in self.segments)
+        return sum([segment.length for segment in self.segments])
 
     @property
     def conversations(self) -> int:
         """Conversations that begin here: of one that was split, the first part counts."""
-        return sum(segment.part == 0 for segment in self.segments)
+        return [segment.part for segment in self.segments].count(0)
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the trainer computes with: ids, labels, positions and borders."""
