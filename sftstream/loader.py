@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import msgspec
@@ -346,7 +347,20 @@ def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
     """A day that the config does not name is the one on which the stream first started."""
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
-    return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config, backend=tokenizer.backend)
+    with _uncollected():
+        return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config, backend=tokenizer.backend)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What is made here stays: a collector would look through all of the process several times, a tenth of a second in all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_topology(shard: Shard, workers: int) -> None:
