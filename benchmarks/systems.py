@@ -22,7 +22,7 @@ Sequences = Iterator[tuple[NDArray[Any], NDArray[Any]]]
 Open = Callable[[Job], Callable[[], Iterator[Any]]]
 """Loads what is no work on rows, the tokenizer above all; what it returns begins with that work."""
 
-TEXTS = 64
+TEXTS = 128
 """That are encoded at a time: as many as in a batch of ours; more are no faster."""
 
 

@@ -43,7 +43,7 @@ def conversation(row: Any) -> Conversation:
         return row
     if not isinstance(row, Mapping):
         raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
-    messages = _told(row) or _any(row)
+    messages = _typed(row) or _any(row)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
@@ -55,16 +55,16 @@ def row_of(text: bytes) -> Conversation | Any:
     """A row of its JSON text: at once the conversation that it is if it is written as most are, else plain objects."""
     if text.startswith(_BEGINNING):
         try:
-            told = _TOLD.decode(text)
-            tools = _known_tools(bytes(told.tools)) if told.tools else ()
+            typed = _TYPED.decode(text)
+            tools = _known_tools(bytes(typed.tools)) if typed.tools else ()
         except (msgspec.ValidationError, Refused):
             return msgspec.json.decode(text)
-        if _answered(told.messages):
-            return Conversation(told.messages, tools)
+        if _answered(typed.messages):
+            return Conversation(typed.messages, tools)
     return msgspec.json.decode(text)
 
 
-class Told(msgspec.Struct, gc=False):
+class _Typed(msgspec.Struct, gc=False):
     """A row under the names that `Message` has, of which `_any` would say the same in ten times the time."""
 
     messages: tuple[Message, ...]
@@ -72,7 +72,7 @@ class Told(msgspec.Struct, gc=False):
     system_prompt: None = None
 
 
-class _ToldInJson(Told, forbid_unknown_fields=True, gc=False):
+class _TypedJson(_Typed, forbid_unknown_fields=True, gc=False):
     """One that has no other columns, in which anything could be nested."""
 
     tools: msgspec.Raw = msgspec.Raw()
@@ -83,14 +83,14 @@ def _tool_calls(_type: type, value: Any) -> ToolCalls:
     return _calls(value, "tool_calls")
 
 
-_TOLD = msgspec.json.Decoder(_ToldInJson, dec_hook=_tool_calls)
+_TYPED = msgspec.json.Decoder(_TypedJson, dec_hook=_tool_calls)
 _BEGINNING = b'{"messages"'
 
 
-def _told(row: Row) -> tuple[Message, ...] | None:
+def _typed(row: Row) -> tuple[Message, ...] | None:
     """The messages of such a row; None of another."""
     try:
-        messages = msgspec.convert(row, Told, dec_hook=_tool_calls).messages
+        messages = msgspec.convert(row, _Typed, dec_hook=_tool_calls).messages
     except msgspec.ValidationError:
         return None
     if not _answered(messages):
@@ -110,7 +110,7 @@ def _answered(messages: Sequence[Message]) -> bool:
     return answered
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
     """Tools of their JSON text, which many conversations share."""
     tools = msgspec.json.decode(text)

@@ -338,7 +338,7 @@ def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
     messages: list[dict[str, Any]], columns: dict[str, Any]
 ) -> None:
     row = {"messages": messages, **columns}
-    found = read(formats._told, row)
+    found = read(formats._typed, row)
     assert found is None or found == read(formats._any, row)
     assert read(lambda text: conversation(row_of(text)), msgspec.json.encode(row)) == read(conversation, row)
 
@@ -346,7 +346,7 @@ def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
 def test_messages_are_recognised_by_their_types() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [SPOKEN]}
     calling = Message("assistant", tool_calls=ToolCalls([ToolCall("f", {"a": 1})]))
-    assert formats._told({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
+    assert formats._typed({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
     row = {"messages": [HI, called, ANSWERED], "tools": [{"name": "f"}]}
     found = row_of(msgspec.json.encode(row))
     assert found == Conversation((USER, calling, ANSWER), ({"type": "function", "function": {"name": "f"}},))
