@@ -20,11 +20,12 @@ Placed = tuple[Sequence[int], int]
 
 
 class Tiles(NamedTuple):
-    """Of the tokens of several texts: which lie wholly inside a span; and for each text how many bytes its tokens hold, how many
-    of them lie inside, and how many in a span just in part."""
+    """Of the tokens of several texts: which lie wholly inside a span; and for each text how many bytes its tokens hold, whether
+    the first lies inside (0 or 1), how many do, and how many lie in a span just in part."""
 
     inside: NDArray[np.bool_]
     sizes: list[int]
+    begins: list[int]
     trained: list[int]
     straddling: list[int]
 
@@ -57,9 +58,9 @@ def tiled(lengths: NDArray[np.integer[Any]], offsets: Integers, placed: Sequence
     places = np.array(list(chain.from_iterable(bounds)), np.int64)
     first, last, straddling = _inside(ends[1:], places + borders[:-1].repeat(counts))
     last = np.maximum(first, last)
-    return Tiles(
-        _ranges(first, last, len(lengths)), sizes, _sums(last - first, counts // 2), _sums(straddling, counts // 2)
-    )
+    inside = _ranges(first, last, len(lengths) + 1)  # one more, since a text without tokens may begin behind the last
+    begins = inside[offsets[:-1]].astype(np.int64).tolist()
+    return Tiles(inside[:-1], sizes, begins, _sums(last - first, counts // 2), _sums(straddling, counts // 2))
 
 
 def _sums(values: Integers, counts: Integers) -> list[int]:

@@ -241,9 +241,8 @@ def _narrow(tensor: torch.Tensor) -> NDArray[np.int32]:
 
 def next_tokens(ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Labels: at each position the token that follows, where that one is trained. The only place where labels are shifted."""
-    labels = np.empty_like(ids)
-    labels[:-1] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
-    labels[-1:] = IGNORE_INDEX
+    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+    np.copyto(labels[:-1], ids[1:], where=trained[1:])
     return labels
 
 

@@ -101,11 +101,11 @@ class Tokenizer:
         tokens, borders = self._ids_of_all(texts)
         inside, *tiles = tiled(lengths.take(tokens), borders, placed)
         return [
-            Example(tokens[start:end], inside[start:end], trained - first, _noted(straddling))
+            Example(tokens[start:end], inside[start:end], trained - begins, _noted(straddling))
             if trained and size == whole
             else _refused(size, whole)
-            for (start, end), first, (_, whole), size, trained, straddling in zip(
-                pairwise(borders.tolist()), inside.take(borders[:-1], mode="clip").tolist(), placed, *tiles, strict=True
+            for (start, end), (_, whole), size, begins, trained, straddling in zip(
+                pairwise(borders.tolist()), placed, *tiles, strict=True
             )
         ]
 

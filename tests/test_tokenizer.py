@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftstream import Refused
-from sftstream.records import Rendered, Span
+from sftstream.records import Example, Rendered, Span
 from sftstream.tokenizer import Tokenizer
 
 BOM, STOP = "<|begin_of_text|>", "<|eot_id|>"
@@ -87,6 +87,18 @@ def test_spans_are_found_where_a_normalizer_changes_lengths(tokenizer: str, tmp_
     assert (
         trained_text(composing, Rendered(text, (span.start, span.end))) == unicodedata.normalize("NFC", answer) + STOP
     )
+
+
+def test_a_first_token_is_trained_and_no_target(tokenizer: str) -> None:
+    texts = [rendered("ab" + STOP, "ab" + STOP), rendered("ab" + STOP, STOP), Rendered("", ())]
+    loaded = Tokenizer(tokenizer)
+    whole, end, nothing = loaded.encode_all(texts)
+    assert isinstance(whole, Example)
+    assert isinstance(end, Example)
+    assert isinstance(nothing, Refused)
+    assert (whole.targets, end.targets) == (len(whole.tokens) - 1, 1)
+    assert whole.loss_mask.all()
+    assert str(loaded.encode_all([Rendered("", ())])[0]).startswith("nothing to train")
 
 
 def test_a_text_whose_tokens_do_not_tile_it_is_refused(tokenizer: str, tmp_path: Path) -> None:
