@@ -4,8 +4,7 @@
         [--capacity 8192] [--steps 5]
 
 Steps of `PACKS` random packs for each data-parallel rank, each of some 40 conversations, deterministic, in bfloat16 on GPUs; the
-median step counts. "small" is what `data_wait.py` trains, "8b" four of the layers and both ends of Llama
-3.1 8B.
+median step counts. "small" is what `data_wait.py` trains, "8b" four of the layers and both ends of Llama 3.1 8B.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ class _Scattered(torch.autograd.Function):
         return _all_gather(upstream, *ctx.group), None, None
 
 
-# The operations themselves, which the compiler knows; torch's functions around them return a class of tensor that goes
-# through Python until it is waited for.
+# The operations themselves. Of `torch.distributed`'s functions some return a class of tensor that goes through Python until it
+# is waited for, and the others, compiled by torch 2.11, gave wrong gradients.
 def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     whole = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(whole)  # type: ignore[no-any-return]
