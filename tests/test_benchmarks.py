@@ -1,4 +1,4 @@
-"""The benchmarks of the pipeline run, and compare what they measure."""
+"""The benchmarks run, and print what they measure."""
 
 from __future__ import annotations
 
@@ -49,3 +49,16 @@ def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table() -> Non
     assert int(speed.replace(",", "")) > 0
     assert 0 <= float(median.rstrip("%")) < 100 > float(whole.rstrip("%")) >= 0
     assert float(milliseconds) >= 0
+
+
+def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape() -> None:
+    small = ["--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "spread.py", *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("| tiny | plain | dp 1 x tp 1 | ")

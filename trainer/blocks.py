@@ -39,8 +39,6 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
         # Else the compiler picks among kernels by the clock, and another pick sums in another order.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         model.register_forward_pre_hook(_expect_any_borders)
-        # Under tensor parallelism this may still be on its way, as a class of tensor whose gradient compiled code loses.
-        model.embedding.register_forward_hook(lambda _module, _inputs, output: output.clone())
 
 
 def _replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -132,6 +132,44 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+def part(weight: Tensor) -> Tensor:
+    """What this rank computes with of a weight, as a plain tensor.
+
+    Layers compute on plain tensors: for DTensors torch goes through Python at each operation, and works out anew for each
+    shape who holds what. A weight that all ranks hold meets the tokens of each by themselves, and so gets partial sums as
+    its gradient.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in weight.placements])
+
+
+class Embedding(nn.Embedding):
+    """Zeros for tokens of other ranks' parts of the vocabulary, where the weight is split over it: the sum is whole."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if not isinstance(self.weight, DTensor):
+            return super().forward(ids)
+        rows = part(self.weight)
+        ids = ids - self.weight.device_mesh.get_local_rank() * len(rows)
+        here = (ids >= 0) & (ids < len(rows))
+        return F.embedding(torch.where(here, ids, 0), rows) * here[:, None]
+
+
+class Linear(nn.Linear):
+    """Multiplies with this rank's part of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, part(self.weight), None if self.bias is None else part(self.bias))
+
+
+class Norm(nn.RMSNorm):
+    """Norms this rank's tokens or heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, part(self.weight), self.eps)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. The rows of `qkv` go by key-value head, `[its queries..., key, value]`.
 
@@ -144,9 +182,9 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         width = config.num_attention_heads * config.head_size
         rows = config.num_key_value_heads * (self.queries + 2) * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.query_norm, self.key_norm = _head_norm(config), _head_norm(config)
-        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.output = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         # (T, groups of this rank, queries + 2, D): the groups are counted from the rows there are.
@@ -158,7 +196,7 @@ class Attention(nn.Module):
 
 
 def _head_norm(config: LlamaConfig) -> nn.Module:
-    return nn.RMSNorm(config.head_size, eps=config.rms_norm_eps) if config.head_norms else nn.Identity()
+    return Norm(config.head_size, eps=config.rms_norm_eps) if config.head_norms else nn.Identity()
 
 
 class SwiGLU(nn.Module):
@@ -167,8 +205,8 @@ class SwiGLU(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.block = config.gate_block
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).unflatten(1, (-1, 2, self.block)).unbind(2)
@@ -180,9 +218,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
@@ -193,22 +231,17 @@ class Block(nn.Module):
 class Select(nn.Module):
     """The rows that go on to the vocabulary; a module so that a sharded sequence can be gathered before it."""
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        return hidden[positions]
+    def forward(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        return hidden if positions is None else hidden[positions]
 
 
-class Head(nn.Linear):
-    """Hidden states to logits, those of this rank's part of the vocabulary where the weight is split over it.
-
-    Multiplied as plain tensors: for DTensors torch works out anew for each shape who holds what, and each pack has its own
-    number of trained tokens.
-    """
+class Head(Linear):
+    """Hidden states to logits: a DTensor where the weight is split over the vocabulary, as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
         if not isinstance(self.weight, DTensor):
-            return super().forward(x)
-        assert isinstance(x, DTensor)
-        logits = F.linear(x.to_local(grad_placements=[Partial()]), self.weight.to_local())
+            return logits
         return DTensor.from_local(logits, self.weight.device_mesh, [Shard(1)], run_check=False)
 
 
@@ -218,9 +251,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.select = Select()
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -241,11 +274,10 @@ class Llama(nn.Module):
         once. Under tensor parallelism every rank of the group passes the same, and the logits are a DTensor sharded
         over the vocabulary.
         """
-        hidden = self.hidden(input_ids, position_ids, segments)
-        return self.head(hidden if positions is None else self.select(hidden, positions))  # type: ignore[no-any-return]
+        return self.head(self.select(self.hidden(input_ids, position_ids, segments), positions))  # type: ignore[no-any-return]
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
-        """The normed hidden states `(T, hidden_size)`; under tensor parallelism a DTensor sharded over `T`."""
+        """The normed hidden states `(T, hidden_size)`; under tensor parallelism those of this rank's tokens."""
         x = self.embedding(input_ids)
         rotation = self.rotation(position_ids, x.dtype)
         for block in self.blocks:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import msgspec
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInputOutput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from trainer.model import Llama, LlamaConfig
 
@@ -112,40 +107,73 @@ def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
 
 
 def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
-    # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
-    parallelize_module(model, tp, _tensor_parallel_plan(model.config), src_data_rank=None)
-    model.tie()
-
-
-def _tensor_parallel_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     """Megatron-LM's split with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
 
     Between the layers each rank has `T / tp` tokens, inside attention and feed-forward all tokens and its share of the
     heads and channels. The logits stay split over the vocabulary.
     """
-    rows, all_rows = Shard(0), Replicate()
-    # The norms of single heads: (T, groups of this rank, queries, D), one weight for all heads.
-    own_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
-    of_heads = {f"blocks.*.attention.{name}": own_heads for name in ("query_norm", "key_norm")}
-    return (of_heads if config.head_norms else {}) | {
-        "embedding": RowwiseParallel(input_layouts=all_rows, output_layouts=rows),
-        "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
-        "blocks.*.attention.qkv": ColwiseParallel(input_layouts=rows),
-        "blocks.*.attention.output": RowwiseParallel(output_layouts=rows),
-        "blocks.*.mlp_norm": SequenceParallel(sequence_dim=0),
-        "blocks.*.mlp.gate_up": ColwiseParallel(input_layouts=rows),
-        "blocks.*.mlp.down": RowwiseParallel(output_layouts=rows),
-        "norm": SequenceParallel(sequence_dim=0),
-        "select": PrepareModuleInputOutput(
-            input_layouts=(rows, None),
-            desired_input_layouts=(all_rows, None),
-            use_local_input=True,
-            output_layouts=all_rows,
-            desired_output_layouts=all_rows,
-            use_local_output=False,
-        ),
-        "head": ColwiseParallel(input_layouts=rows, output_layouts=Shard(1), use_local_output=False),
-    }
+    gather, scatter = partial(_gather, tp.get_group()), partial(_scatter, tp.get_group())
+    for path, module in model.named_modules():
+        role = path.rpartition(".")[2]
+        for name, parameter in module.named_parameters(recurse=False):
+            # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
+            share = distribute_tensor(parameter, tp, [_placement(role)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(share))
+        if role in ("qkv", "gate_up", "select"):
+            module.register_forward_pre_hook(gather)
+        if role in ("embedding", "output", "down"):
+            module.register_forward_hook(scatter)
+    model.tie()
+
+
+def _placement(role: str) -> Placement:
+    if role.endswith("norm"):
+        return Replicate()
+    return Shard(1) if role in ("output", "down") else Shard(0)
+
+
+def _gather(group: dist.ProcessGroup, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tokens of all ranks, for a module that has a share of the channels."""
+    return _Gathered.apply(inputs[0], group.size(), group.group_name), *inputs[1:]  # type: ignore[no-untyped-call]
+
+
+def _scatter(group: dist.ProcessGroup, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Of this rank's tokens the sum of what all ranks made of them."""
+    return _Scattered.apply(output, group.size(), group.group_name)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
+        ctx.group = size, group
+        return _all_gather(x, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(upstream, *ctx.group), None, None
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
+        ctx.group = size, group
+        return _reduce_scatter(x, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(upstream, *ctx.group), None, None
+
+
+# The operations themselves. Of `torch.distributed`'s functions some return a class of tensor that goes through Python until it
+# is waited for, and the others, compiled by torch 2.11, gave wrong gradients.
+def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    whole = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    return torch.ops._c10d_functional.wait_tensor(whole)  # type: ignore[no-any-return]
+
+
+def _reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    share = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(share)  # type: ignore[no-any-return]
 
 
 def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
