@@ -14,6 +14,7 @@ from sftstream.records import (
     Refused,
     Segment,
     ToolCall,
+    ToolCalls,
     batch_digest,
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
@@ -43,6 +44,7 @@ __all__ = [
     "StreamState",
     "TokenizerConfig",
     "ToolCall",
+    "ToolCalls",
     "__version__",
     "batch_digest",
     "describe",

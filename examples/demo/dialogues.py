@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from sftstream.records import Conversation, Message, ToolCall
+from sftstream.records import Conversation, Message, ToolCall, ToolCalls
 
 CAPITALS = {
     "Austria": "Vienna",
@@ -209,7 +209,7 @@ def tool(rng: Random) -> Dialogue:
     """The request's words as arguments of a call, and the tool's result as an answer; some dialogues end with the call."""
     errand = rng.choice((_weather, _timer, _stock))(rng)
     call = ToolCall(errand.tool["function"]["name"], errand.arguments, "call_1")
-    messages = [Message("user", errand.ask), Message("assistant", tool_calls=(call,))]
+    messages = [Message("user", errand.ask), Message("assistant", tool_calls=ToolCalls((call,)))]
     if rng.random() < 0.7:
         messages += [
             Message("tool", json.dumps(errand.result), tool_call_id=call.id),
