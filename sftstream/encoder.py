@@ -115,9 +115,11 @@ class ChatEncoder:
         return [self._fitted(draft, [next(encoded) for _ in draft.texts]) for draft in drafts]
 
     def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
-        examples = [example for example in encoded if not isinstance(example, Refused)]
-        if len(examples) < len(encoded):
-            return next(example for example in encoded if isinstance(example, Refused))
+        examples = []
+        for example in encoded:
+            if isinstance(example, Refused):
+                return example
+            examples.append(example)
         if len(examples) > 1:
             return [_noted(example, "examples of single turns") for example in examples]
         if self.policy.overflow == "drop" or len(examples[0].tokens) <= self.policy.capacity:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = {
     "rows": 24,
@@ -34,10 +36,11 @@ def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
         assert first in rows
 
 
-def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table() -> None:
+@pytest.mark.parametrize("ranks", ["--dp=1", "--dp=2", "--tp=2"])
+def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: str) -> None:
     small = ["--device=cpu", "--layers=1", "--hidden=64", "--capacity=256", "--steps=2", "--vocabulary=4096"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "data_wait.py", *small],
+        [sys.executable, ROOT / "benchmarks" / "data_wait.py", *small, ranks],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -51,14 +54,16 @@ def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table() -> Non
     assert float(milliseconds) >= 0
 
 
-def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape() -> None:
-    small = ["--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> None:
+    small = [f"--tp={tp}", "--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(tp)]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "spread.py", *small],
+        [sys.executable, *ranks, ROOT / "benchmarks" / "spread.py", *small],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("| tiny | plain | dp 1 x tp 1 | ")
+    assert done.stdout.splitlines()[-1].startswith(f"| tiny | plain | dp 1 x tp {tp} | ")

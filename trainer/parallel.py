@@ -134,46 +134,35 @@ def _placement(role: str) -> Placement:
 
 def _gather(group: dist.ProcessGroup, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tokens of all ranks, for a module that has a share of the channels."""
-    return _Gathered.apply(inputs[0], group.size(), group.group_name), *inputs[1:]  # type: ignore[no-untyped-call]
+    return _Exchanged.apply(inputs[0], True, group.size(), group.group_name), *inputs[1:]  # type: ignore[no-untyped-call]
 
 
 def _scatter(group: dist.ProcessGroup, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Of this rank's tokens the sum of what all ranks made of them."""
-    return _Scattered.apply(output, group.size(), group.group_name)  # type: ignore[no-any-return, no-untyped-call]
+    return _Exchanged.apply(output, False, group.size(), group.group_name)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.group = size, group
-        return _all_gather(x, size, group)
+class _Exchanged(torch.autograd.Function):
+    """Tokens gathered or summed and scattered; their gradients go the other way."""
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(upstream, *ctx.group), None, None
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.group = size, group
-        return _reduce_scatter(x, size, group)
+    def forward(ctx: Any, x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
+        ctx.back = not gathers, size, group
+        return _exchange(x, gathers, size, group)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(upstream, *ctx.group), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(upstream, *ctx.back), None, None, None
 
 
-# The operations themselves. Of `torch.distributed`'s functions some return a class of tensor that goes through Python until it
-# is waited for, and the others, compiled by torch 2.11, gave wrong gradients.
-def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
-    whole = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
-    return torch.ops._c10d_functional.wait_tensor(whole)  # type: ignore[no-any-return]
-
-
-def _reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
-    share = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
-    return torch.ops._c10d_functional.wait_tensor(share)  # type: ignore[no-any-return]
+def _exchange(x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
+    # The operations themselves. Of `torch.distributed`'s functions some return a class of tensor that goes through Python until
+    # it is waited for, and the others, compiled by torch 2.11, gave wrong gradients.
+    ops, x = torch.ops._c10d_functional, x.contiguous()
+    under_way = (
+        ops.all_gather_into_tensor(x, size, group) if gathers else ops.reduce_scatter_tensor(x, "sum", size, group)
+    )
+    return ops.wait_tensor(under_way)  # type: ignore[no-any-return]
 
 
 def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
