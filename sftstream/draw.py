@@ -50,21 +50,35 @@ class ByNumber:
         self._order = RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]))
         draws = _draws(config, source, self.rows)
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
-        self._ahead: list[Ref] = []
-        self._ahead_from = 0
+        self._ahead: list[int] = []
+        self._ahead_from = self._epoch = 0
 
     @property
     def ended(self) -> bool:
         return self._limit is not None and self.drawn >= self._limit
 
     def draw(self) -> Ref:
+        at = self._look_ahead()
+        self.drawn += 1
+        return Ref(self._source, self._ahead[at], self._epoch)
+
+    def draws(self, most: int) -> list[Ref]:
+        """The next ones, as many as are at hand: none where it has ended."""
+        if self._limit is not None:
+            most = min(most, self._limit - self.drawn)
+        at = self._look_ahead()
+        rows = self._ahead[at : at + most]
+        self.drawn += len(rows)
+        return list(map(Ref._make, zip(repeat(self._source), rows, repeat(self._epoch))))
+
+    def _look_ahead(self) -> int:
+        """The place of the next draw among those whose rows are known."""
         at = self.drawn - self._ahead_from
         if not 0 <= at < len(self._ahead):
-            rows, epoch = self._order.stretch(self._stream + self.drawn * self._streams, self._streams, AHEAD)
-            self._ahead = list(map(Ref, repeat(self._source), rows, repeat(epoch)))
+            first = self._stream + self.drawn * self._streams
+            self._ahead, self._epoch = self._order.stretch(first, self._streams, AHEAD)
             self._ahead_from, at = self.drawn, 0
-        self.drawn += 1
-        return self._ahead[at]
+        return at
 
 
 class ByShard:
@@ -154,6 +168,7 @@ class Rows(BaseNode[Drawn[Ref]]):
         self._config = config
         self._cursors = cursors
         self._unsure = [cursor for cursor in cursors if isinstance(cursor, ByShard)]
+        self._alone = _alone(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
         self.wanted = 1
 
@@ -169,10 +184,15 @@ class Rows(BaseNode[Drawn[Ref]]):
 
     def next(self) -> Drawn[Ref]:
         most = min(self.wanted, TOGETHER) if self._config.mix_by == "conversations" else 1
-        refs = list(islice(self._refs(), most))
+        refs = self._all_of(self._alone, most) if self._alone else list(islice(self._refs(), most))
         if not refs:
             raise StopIteration
         return Drawn(refs, list(refs))
+
+    def _all_of(self, cursor: ByNumber, most: int) -> list[Ref]:
+        refs = cursor.draws(most)
+        self._mixed[0] += len(refs)
+        return refs
 
     def _refs(self) -> Iterator[Ref]:
         """Row by row, until nothing is left."""
@@ -220,6 +240,13 @@ class Rows(BaseNode[Drawn[Ref]]):
         if len(open_sources) < 2:
             return next(iter(open_sources), None)
         return next_source(self._mixed, self._weights[self._stage], open_sources)
+
+
+def _alone(config: DataConfig, cursors: Sequence[Cursor]) -> ByNumber | None:
+    """The one source of which all rows come, if nothing else is to be looked at between them."""
+    if len(cursors) > 1 or config.stages or config.mix_by != "conversations":
+        return None
+    return next((cursor for cursor in cursors if isinstance(cursor, ByNumber)), None)
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:

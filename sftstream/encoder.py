@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from transformers import PreTrainedTokenizerBase
 
 from sftstream.certify import Certificate, certify
 from sftstream.config import Policy
@@ -21,6 +20,9 @@ from sftstream.records import Conversation, Example, Message, Refused, Rendered
 from sftstream.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.tokenizer import Backend, Tokenizer
 from sftstream.turns import Turn, find_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BETWEEN_CHECKS = 4096
 """Conversations rendered by plan, of which one is rendered by the template as well and compared."""
@@ -55,23 +57,22 @@ class ChatEncoder:
     ) -> None:
         self.policy = policy or msgspec.convert({"train_on": list(train_on), **policy_fields}, Policy)
         self.tokenizer = Tokenizer(tokenizer, backend)
-        text = _template_text(template) if template is not None else self.tokenizer.hf.chat_template
-        if not isinstance(text, str):
+        vocabulary = self.tokenizer.vocabulary
+        text = _template_text(template) if template is not None else vocabulary.template
+        if text is None:
             raise ValueError(
-                f'tokenizer {self.tokenizer.hf.name_or_path!r} has no chat template; name one: template = "chat.jinja"'
+                f'tokenizer {self.tokenizer.name!r} has no chat template; name one: template = "chat.jinja"'
             )
-        self.template = ChatTemplate(text, self.tokenizer.variables, _parse_date(date) if date else None)
+        self.template = ChatTemplate(text, vocabulary.variables, _parse_date(date) if date else None)
         self.certificate: Certificate = certify(self.template, self.tokenizer.control)
-        self.planner = Planner(self.template, self.certificate.form, self.tokenizer.special)
+        self.planner = Planner(self.template, self.certificate.form, vocabulary.special)
         self.rendered = self.planned = 0
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens with which the assistant ends a turn."""
         form = self.certificate.form
-        return sorted(
-            {self.tokenizer.hf.encode(stop, add_special_tokens=False)[-1] for stop in form.stops + form.call_stops}
-        )
+        return sorted({self.tokenizer.ids(stop)[-1] for stop in form.stops + form.call_stops})
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None

@@ -30,6 +30,8 @@ class Ids(NamedTuple):
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
+LOADS_AT = 2
+"""Of the calls in a process. The first gives the first packs, which a thread beside it would hold up."""
 FIRST, BETWEEN = 32, 4096
 """Texts of a run that are compared: the first ones, and later one of so many."""
 
@@ -54,7 +56,7 @@ class FastTokenizer:
         self._reference = reference
         self._probes = probes
         self._required = required
-        self._process = 0
+        self._process = self._calls = 0
         self._encode: Callable[[Sequence[str]], Ids] | None = None
         self._refused: str | None = None
         self._count = 0
@@ -65,7 +67,9 @@ class FastTokenizer:
             if self._refused is not None and self._required:
                 raise RuntimeError(self._refused)
             if self._process != os.getpid():  # of a fork, the thread stayed behind
-                self._process = os.getpid()
+                self._process, self._calls = os.getpid(), 0
+            self._calls += 1
+            if self._calls == LOADS_AT:
                 threading.Thread(target=self.load, name="fastokens").start()
             return None
         encoded = self._encode(texts)

@@ -62,7 +62,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
     return Identity(
         format=FORMAT,
         sources=tuple(map(_source, config.sources, corpus.sources)),
-        tokenizer_sha256=_sha256(encoder.tokenizer.json()),
+        tokenizer_sha256=encoder.tokenizer.vocabulary.sha256,
         fast_tokenizer=encoder.tokenizer.fast,
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,

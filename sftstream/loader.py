@@ -65,6 +65,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
         self._encoder = encoder
         self._start = start
         self._streams = streams
+        self._moved: dict[str, StreamState] = {}
         self._states: dict[str, bytes] = {}
 
     def __iter__(self) -> Iterator[Pack | Failed]:
@@ -79,12 +80,14 @@ class PackStreams(IterableDataset[Pack | Failed]):
             except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
-            # Bytes of a frozen record: cheap to send, and only the stream that moved differs from what was sent before.
-            self._states[str(stream)] = msgspec.msgpack.encode(node.state)
+            self._moved[str(stream)] = node.state
             yield pack
 
     def state_dict(self) -> dict[str, bytes]:
-        """The streams that gave a pack, encoded."""
+        """The streams that gave a pack, encoded: a worker is asked with each pack, a loader without workers seldom."""
+        # Bytes of a frozen record: cheap to send, and only the stream that moved differs from what was sent before.
+        self._states |= {stream: msgspec.msgpack.encode(state) for stream, state in self._moved.items()}
+        self._moved.clear()
         return dict(self._states)
 
     def load_state_dict(self, _state: dict[str, bytes]) -> None:
@@ -315,7 +318,7 @@ class PackLoader:
             )
 
     def _empty(self) -> Pack:
-        return build_pack((), (), self.config.capacity, self.encoder.tokenizer.pad_id, last=True)
+        return build_pack((), (), self.config.capacity, self.encoder.tokenizer.vocabulary.pad_id, last=True)
 
     def _start_from(self, saved: DataState | None) -> DataState:
         identity = identify(self.config, self.corpus, self.encoder)

@@ -113,6 +113,8 @@ class Window(NamedTuple):
     refused: list[Refusal]
     accepted: list[list[int]]
     """The fields of an `Amount` for each source, together with what was read before."""
+    notes: Counter[str]
+    """Likewise."""
 
 
 class PackerConfig(NamedTuple):
@@ -221,20 +223,14 @@ class Packer(BaseNode[Pack]):
             leftovers=left,
             dry=not planned and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in read.refused)),
-            notes=self._noted(read.segments),
+            notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
         )
         return read.refused
 
-    def _noted(self, segments: Sequence[Segment]) -> dict[str, int]:
-        notes = Counter(self.state.notes)
-        for segment in segments:
-            if found := self._examples[segment].notes:
-                notes.update(found)
-        return dict(notes)
-
     def _read(self, size: int) -> Window:
-        read = Window([], [], [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted])
+        accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
+        read = Window([], [], accepted, Counter(self.state.notes))
         in_a_row = 0
         while len(read.segments) < size:
             self._draws.wanted = size - len(read.segments)
@@ -264,6 +260,8 @@ class Packer(BaseNode[Pack]):
             read.segments.append(segment)
             accepted[1] += length
             accepted[2] += example.targets
+            if example.notes:
+                read.notes.update(example.notes)
             self._draws.account(source, length, example.targets)
 
     def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import accumulate
 from operator import methodcaller
 from typing import Any, NamedTuple
@@ -79,10 +79,14 @@ class Planner:
     def __init__(self, template: ChatTemplate, form: Form, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
         self._to_json: Any = template.environment.filters["tojson"]
-        alien = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
-        self._alien = re.compile("|".join(map(re.escape, sorted(alien))))
-        self._beginnings = {first: _beginning(first, alien) for first in {text[0] for text in alien}}
+        self._marks = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
+        self._beginnings = {first: _beginning(first, self._marks) for first in {text[0] for text in self._marks}}
         self.plans: dict[Shape, list[Plan]] = {}
+
+    @cached_property
+    def _alien(self) -> re.Pattern[str]:
+        """Matches what could be taken for a part of the template. Few texts ask for it, and hundreds of tokens take long."""
+        return re.compile("|".join(map(re.escape, sorted(self._marks))))
 
     def render(self, dialogue: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""

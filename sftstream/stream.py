@@ -116,7 +116,7 @@ def build_stream(
         streams=config.streams,
         seed=config.seed,
         shuffle=bool(config.shuffle),
-        pad_id=encoder.tokenizer.pad_id,
+        pad_id=encoder.tokenizer.vocabulary.pad_id,
         rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
     return Packer(tokenized, stages, rows, stream, packer)

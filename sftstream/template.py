@@ -96,7 +96,7 @@ class ChatTemplate:
 
 def _compiled(text: str) -> Any:
     """As transformers compiles it, but that what was printed as JSON once is not encoded again: tools come with every render."""
-    environment = _compile_jinja_template(text).environment.overlay()
+    environment = _compile_jinja_template("").environment.overlay()  # what matters is whose environment it is
     environment.filters = {**environment.filters, "tojson": _Remembered(environment.filters["tojson"])}
     return environment.from_string(text)
 

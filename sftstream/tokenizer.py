@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers.decoders import ByteLevel
 from tokenizers.normalizers import NFC
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftstream import fast_tokenizer
 from sftstream.borders import Placed, apart, measured, tiled
 from sftstream.fast_tokenizer import FastTokenizer, Ids
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
+from sftstream.vocabulary import load, open_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Backend = Literal["auto", "huggingface", "fastokens"]
 
@@ -32,51 +33,39 @@ class Tokenizer:
     """
 
     def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
-        self.hf: Any = source if isinstance(source, PreTrainedTokenizerBase) else _load(str(source))
-        if not self.hf.is_fast:
-            raise ValueError(
-                f"tokenizer {self.hf.name_or_path!r} has no tokenizer.json, so its tokens cannot be placed in the text; "
-                "convert it to a fast one"
-            )
-        self._backend = self.hf.backend_tokenizer
-        # A tokenizer.json can carry these from other uses; both would change the text without a word.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._source = source
+        self.vocabulary, self._backend = open_vocabulary(source)
+        self._lengths = self.vocabulary.byte_lengths
         self.fast_tokenizer = self._open_fast(backend)
+
+    @property
+    def name(self) -> str:
+        """The directory or hub name, for messages."""
+        return str(self._source if isinstance(self._source, str | PathLike) else self._source.name_or_path)
+
+    @cached_property
+    def hf(self) -> Any:
+        """transformers' own, which takes long to load where it was not given: for generating text, and for being saved."""
+        return load(self.name) if isinstance(self._source, str | PathLike) else self._source
 
     @property
     def fast(self) -> str | None:
         """What may compute the ids in the place of `tokenizers`, and its version."""
         return fast_tokenizer.version() if self.fast_tokenizer else None
 
-    @property
-    def variables(self) -> dict[str, str]:
-        """What a chat template knows of the tokenizer: `bos_token` and the like."""
-        return {name: str(token) for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
-
     @cached_property
     def control(self) -> re.Pattern[str]:
         """Matches every text that becomes one special token."""
-        return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+        return re.compile("|".join(map(re.escape, self.vocabulary.special)) or r"(?!)")
 
-    @cached_property
-    def special(self) -> list[str]:
-        """The texts of special tokens, longest first."""
-        tokens = {str(token) for token in self.hf.added_tokens_decoder.values() if token.special}
-        return sorted(tokens, key=lambda text: (-len(text), text))
+    def __len__(self) -> int:
+        """Tokens, added ones included."""
+        return self._backend.get_vocab_size()
 
-    @property
-    def pad_id(self) -> int:
-        """What fills the untrained tail of a pack."""
-        return next(i for i in (self.hf.pad_token_id, self.hf.eos_token_id, 0) if i is not None)
-
-    @cached_property
-    def _description(self) -> str:
-        return str(self._backend.to_str())
-
-    def json(self) -> str:
-        """All that decides the ids: how text is divided, what the template's variables say, what fills a pack."""
-        return json.dumps([self._description, self.variables, self.pad_id], sort_keys=True)
+    def ids(self, text: str) -> list[int]:
+        """What `tokenizers` makes of a text, special tokens in it recognized."""
+        result: list[int] = self._encoding(text).ids
+        return result
 
     def encode(self, text: Rendered) -> Example:
         """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
@@ -87,10 +76,10 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
         """The same of several texts at once, or why not."""
-        if self._byte_lengths is None:
+        if self._lengths is None:
             return [self._by_offsets(text) for text in texts]
         try:
-            return self._by_lengths(texts, self._byte_lengths)
+            return self._by_lengths(texts, self._lengths)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_half_a_character(texts[0].text, error)]
@@ -153,7 +142,7 @@ class Tokenizer:
     def _typing(self) -> Any:
         """For special tokens' text that was typed: words. Few conversations ask for it."""
         # Another than `_backend`, with which a thread may be comparing.
-        backend = self._backend.from_str(self._description)
+        backend = self._backend.from_str(self.vocabulary.description)
         backend.encode_special_tokens = True
         return backend
 
@@ -168,41 +157,17 @@ class Tokenizer:
 
     def _open_fast(self, backend: Backend) -> FastTokenizer | None:
         found = fast_tokenizer.version()
-        if backend == "fastokens" and (found is None or self._byte_lengths is None):
+        if backend == "fastokens" and (found is None or self._lengths is None):
             said = "is not installed; pip install fastokens" if found is None else "is for byte-level tokenizers alone"
             raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
-        if backend == "huggingface" or found is None or self._byte_lengths is None:
+        if backend == "huggingface" or found is None or self._lengths is None:
             return None
         return FastTokenizer(
-            self._description,
-            lambda text: self._encoding(text).ids,
-            lambda: fast_tokenizer.probes(self.special),
+            self.vocabulary.description,
+            self.ids,
+            lambda: fast_tokenizer.probes(self.vocabulary.special),
             required=backend == "fastokens",
         )
-
-    @cached_property
-    def _byte_lengths(self) -> NDArray[np.integer[Any]] | None:
-        """Bytes of each token of a byte-level vocabulary; None for other kinds, whose offsets are exact.
-
-        Offsets of byte-level tokens count characters, so the pieces of a split character all claim the whole of it.
-        """
-        if not isinstance(self._backend.decoder, ByteLevel):
-            return None
-        vocabulary, added = self._backend.get_vocab(with_added_tokens=False), self._backend.get_added_tokens_decoder()
-        tokens = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
-        lengths = np.zeros(max(tokens.max(initial=-1), max(added, default=-1)) + 1, np.int64)
-        # One printable character stands for one byte.
-        lengths[tokens] = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
-        for index, token in added.items():
-            lengths[index] = len(token.content.encode())
-        return lengths.astype(np.min_scalar_type(lengths.max()))  # as small as can be, for the core's cache
-
-
-def _load(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:

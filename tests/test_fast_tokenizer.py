@@ -34,7 +34,7 @@ def fast(tokenizer: str, *, required: bool = False, wrong: bool = False) -> Fast
         table = json.loads(description)
         table["model"]["merges"] = table["model"]["merges"][1:]
         description = json.dumps(table)
-    return FastTokenizer(description, lambda text: ids(loaded, text), lambda: probes(loaded.special), required=required)
+    return FastTokenizer(description, lambda text: ids(loaded, text), lambda: probes(loaded.vocabulary.special), required=required)
 
 
 def waited(tokenizer: FastTokenizer, text: str) -> list[int]:
@@ -105,8 +105,9 @@ comparing = threading.Event()
 def reference(text):
     comparing.set()
     return backend.encode(text, add_special_tokens=False).ids
-FastTokenizer(backend.to_str(), reference, lambda: itertools.repeat("north " * 500), required=False)(["begin"])
-comparing.wait()
+made = FastTokenizer(backend.to_str(), reference, lambda: itertools.repeat("north " * 500), required=False)
+while not comparing.is_set():
+    made(["begin"])
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")

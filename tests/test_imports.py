@@ -46,6 +46,7 @@ ORDER = {
         "plan",
         "borders",
         "fast_tokenizer",
+        "vocabulary",
         "tokenizer",
         "encoder",
         "identity",

@@ -151,17 +151,17 @@ def test_a_vocabulary_that_is_not_byte_level_is_placed_by_its_offsets(tmp_path: 
 
 def test_padding_is_the_pad_token_or_else_the_end_or_else_zero(tmp_path: Path) -> None:
     padded = Tokenizer(tiny.save_tokenizer(tmp_path / "pad"))
-    assert padded.pad_id == padded.hf.convert_tokens_to_ids("<|pad|>")
+    assert padded.vocabulary.pad_id == padded.hf.convert_tokens_to_ids("<|pad|>")
     ended = Tokenizer(tiny.save_tokenizer(tmp_path / "end", pad_token=None))
-    assert ended.pad_id == ended.hf.convert_tokens_to_ids(STOP)
-    assert Tokenizer(tiny.save_tokenizer(tmp_path / "none", pad_token=None, eos_token=None)).pad_id == 0
+    assert ended.vocabulary.pad_id == ended.hf.convert_tokens_to_ids(STOP)
+    assert Tokenizer(tiny.save_tokenizer(tmp_path / "none", pad_token=None, eos_token=None)).vocabulary.pad_id == 0
 
 
 def test_control_tokens_are_all_special_ones_and_variables_the_named_ones(tokenizer: str) -> None:
     loaded = Tokenizer(tokenizer)
     assert loaded.control.findall("a".join(tiny.SPECIAL)) == list(tiny.SPECIAL)
     assert loaded.control.search("<|eot_i|>") is None
-    assert loaded.variables == {"bos_token": BOM, "eos_token": STOP, "pad_token": "<|pad|>"}
+    assert loaded.vocabulary.variables == {"bos_token": BOM, "eos_token": STOP, "pad_token": "<|pad|>"}
 
 
 def test_whatever_decides_the_tokens_of_a_pack_is_in_the_identity(tokenizer: str, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_whatever_decides_the_tokens_of_a_pack_is_in_the_identity(tokenizer: str
         Tokenizer(tiny.save_tokenizer(tmp_path / "bos", bos_token="<|end_of_text|>")),
         Tokenizer(tiny.save_tokenizer(tmp_path / "pad", pad_token="<|eom_id|>")),
     ]
-    assert len({other.json() for other in others}) == 4
-    assert Tokenizer(tiny.save_tokenizer(tmp_path / "same")).json() == others[0].json()
+    assert len({other.vocabulary.sha256 for other in others}) == 4
+    assert Tokenizer(tiny.save_tokenizer(tmp_path / "same")).vocabulary.sha256 == others[0].vocabulary.sha256
 
 
 def test_a_tokenizer_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     if not topology.leads:
         return None
     loader = PackLoader(config, shard=topology.shard, state=state)
-    words = len(loader.encoder.tokenizer.hf)
+    words = len(loader.encoder.tokenizer)
     if words > vocabulary:
         raise ValueError(
             f"the tokenizer has {words} tokens, model.vocab_size is {vocabulary}; raise it to {words} or more, or where the "

@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
+
+class Unwritable(ValueError):
+    """The cache cannot be written."""
+
+
 Blocks = Callable[[], Iterable[bytes]]
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -26,15 +31,24 @@ def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] =
     """The file that holds what `blocks` yields for `key`, made by whichever process asks first while the others wait.
 
     It is named by its size, so that a file which was cut is not taken for whole, and made anew where it does not `fit`.
-    Raises ValueError where the cache cannot be written, and what `blocks` raises.
+    Raises `Unwritable`, and what `blocks` raises.
     """
-    folder = directory() / key[:2] / key
-    if found := _find(folder, suffix, fits):
-        return found
+    folder = _folder(key)
+    if made := _find(folder, suffix, fits):
+        return made
     with _lock(folder) as lock:
         alone = _alone(lock)
         # Another process may have made it while this one waited.
         return _find(folder, suffix, fits) or _make(folder, suffix, blocks, alone)
+
+
+def found(key: str, suffix: str) -> Path | None:
+    """The file of `cached`, where it was made before."""
+    return _find(_folder(key), suffix, lambda _: True)
+
+
+def _folder(key: str) -> Path:
+    return directory() / key[:2] / key
 
 
 def _find(folder: Path, suffix: str, fits: Callable[[Path], bool]) -> Path | None:
@@ -60,7 +74,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise Unwritable(
             f"the cache {directory()} cannot be written: {error.strerror or error}; SFTSTREAM_CACHE names another place"
         ) from None
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,14 @@ _TRAILER = struct.Struct("<8s64sqq")
 """Magic and version, key, rows, shifts. It comes last, so that an index without one was not written to its end."""
 
 
+class Opened(NamedTuple):
+    """A file, and its index as it is mapped."""
+
+    file: FileIO
+    borders: memoryview[int]
+    shifts: memoryview[int]
+
+
 class Spans:
     """The rows of one file, at 8 bytes of index each."""
 
@@ -38,15 +48,15 @@ class Spans:
             lambda: _index(stored, self._key, divide),
             lambda path: _counts(path, self._key) is not None,
         )
-        self._rows = len(self._open()[1]) - 1
+        self._rows = len(_opened(self).borders) - 1
 
     def __len__(self) -> int:
         return self._rows
 
     def read(self, row: int) -> bytes:
         """The row's bytes and what stands between it and the next; raises RuntimeError where they are no longer there."""
-        file, borders, _ = self._open()
-        start, end = borders.data[row], borders.data[row + 1]  # as integers of Python, without one of numpy between
+        file, borders, _ = _opened(self)
+        start, end = borders[row], borders[row + 1]
         # pread and not a memory map: a file truncated under the run is then an error here, not a bus error.
         span = os.pread(file.fileno(), end - start, start)
         if len(span) < end - start:
@@ -55,26 +65,33 @@ class Spans:
 
     def head(self) -> bytes:
         """What stands before the first row."""
-        file, borders, _ = self._open()
-        return os.pread(file.fileno(), int(borders[0]), 0)
+        file, borders, _ = _opened(self)
+        return os.pread(file.fileno(), borders[0], 0)
 
     def place(self, row: int) -> str:
         """The row's first line, counted from 1."""
-        _, _, shifts = self._open()
-        return f"{self._stored.shown}:{row + int(np.searchsorted(shifts, row, side='right')) + 1}"
+        return f"{self._stored.shown}:{row + bisect_right(_opened(self).shifts, row) + 1}"
 
     def require_lines(self, row: int) -> None:
         """Asked of a row that makes no sense: raises RuntimeError if it is not the row's fault."""
-        file, borders, _ = self._open()
-        for border in (int(borders[row]), int(borders[row + 1])):
+        file, borders, _ = _opened(self)
+        for border in borders[row : row + 2]:
             if border not in (0, len(BOM), self._stored.seal[0]) and os.pread(file.fileno(), 1, border - 1) != b"\n":
                 raise RuntimeError(
                     f"{self.place(row)} does not begin where its index says; "
                     f"the file changed while it was read, or {self._index} is damaged: delete that"
                 )
 
-    def _open(self) -> tuple[FileIO, Integers, Integers]:
-        return _opened(self._stored, self._index, self._key)
+    def open(self) -> Opened:
+        """Raises RuntimeError where the file or its index is no longer what it was."""
+        counts = _counts(self._index, self._key)
+        if counts is None:
+            raise RuntimeError(f"{self._index} was damaged while it was used; start again, and it is made anew")
+        borders, shifts = counts[0] + 1, counts[1]
+        with self._index.open("rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        numbers = mapped[: 8 * (borders + shifts)].cast("q")
+        return Opened(self._stored.open(), numbers[:borders], numbers[borders:])
 
 
 def _index(stored: Stored, key: str, divide: Divider) -> Iterator[bytes]:
@@ -105,12 +122,5 @@ def _counts(path: Path, key: str) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(stored: Stored, index: Path, key: str) -> tuple[FileIO, Integers, Integers]:
-    """The file, the borders of its rows and the shifts of its lines, both of them mapped."""
-    counts = _counts(index, key)
-    if counts is None:
-        raise RuntimeError(f"{index} was damaged while it was used; start again, and it is made anew")
-    with index.open("rb") as file:
-        numbers = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "<i8", sum(counts) + 1)
-    borders, shifts = np.split(numbers, [counts[0] + 1])
-    return stored.open(), borders, shifts
+def _opened(spans: Spans) -> Opened:
+    return spans.open()

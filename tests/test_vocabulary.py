@@ -1,0 +1,112 @@
+"""What a run asks of a tokenizer is worked out once on a machine, and again whenever one of its files is another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sftstream import ChatEncoder
+from sftstream.tokenizer import Tokenizer
+from sftstream.vocabulary import describe, load, open_vocabulary
+
+READS = """
+import sys
+from sftstream import ChatEncoder
+(example,) = ChatEncoder(sys.argv[1]).encode([{"role": "user", "content": "north"}, {"role": "assistant", "content": "river"}])
+print(example.tokens.tolist(), "transformers.models.auto.tokenization_auto" in sys.modules)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFTSTREAM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.vocabulary"))
+
+
+def read(directory: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", READS, directory], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_a_second_start_does_without_transformers_own_tokenizer(tokenizer: str) -> None:
+    tokens, opened = read(tokenizer).rsplit(" ", 1)
+    assert opened == "True"
+    assert read(tokenizer) == f"{tokens} False"
+
+
+def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None:
+    made, _ = open_vocabulary(tokenizer)
+    found, backend = open_vocabulary(tokenizer)
+    assert len(kept(cache)) == 1
+    assert made == found == describe(load(tokenizer))
+    assert backend.to_str() == found.description
+    assert ChatEncoder(tokenizer).stop_ids == ChatEncoder(load(tokenizer)).stop_ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_change_of_any_file_is_seen(tmp_path: Path, cache: Path, name: str) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+    before, _ = open_vocabulary(directory)
+    text = (directory / name).read_text()
+    (directory / name).write_text(
+        text.replace("<|eom_id|>", "<|eon_id|>").replace("<|pad|>", "<|eot_id|>").replace("ipython", "tool")
+    )
+    after, _ = open_vocabulary(directory)
+    assert after == describe(load(str(directory)))
+    assert after != before
+    assert len(kept(cache)) == 2
+
+
+def test_a_copy_elsewhere_is_the_same(tokenizer: str, tmp_path: Path, cache: Path) -> None:
+    open_vocabulary(tokenizer)
+    copy = Path(tiny.save_tokenizer(tmp_path / "copy"))
+    open_vocabulary(copy)
+    assert len(kept(cache)) == 1
+    assert Tokenizer(copy).name == str(copy)
+
+
+def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
+    made, _ = open_vocabulary(tokenizer)
+    (path,) = kept(cache)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"lantern", b"lentern"))
+    assert path.read_bytes() != content
+    assert open_vocabulary(tokenizer)[0] == made
+    assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: str, cache: Path) -> None:
+    cache.write_text("a file")
+    made, _ = open_vocabulary(tokenizer)
+    assert made == describe(load(tokenizer))
+
+
+def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "cut"))
+    file = directory / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation": truncation}))
+    for _ in ("first start", "second start"):
+        opened = Tokenizer(directory)
+        assert len(opened.ids("north river stone")) > 2
+        assert len(opened.hf("north river stone")["input_ids"]) > 2
+
+
+def test_a_directory_in_the_home_directory_is_kept_too(
+    tokenizer: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.save_tokenizer(tmp_path / "own")
+    open_vocabulary("~/own")
+    assert len(kept(cache)) == 1
