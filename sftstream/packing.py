@@ -42,6 +42,15 @@ def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) ->
     return packs
 
 
+def joined(examples: Sequence[Example]) -> Example:
+    """Several side by side."""
+    return Example(
+        np.concatenate([example.tokens for example in examples]),
+        np.concatenate([example.loss_mask for example in examples]),
+        sum([example.targets for example in examples]),
+    )
+
+
 def build_pack(
     examples: Sequence[Example],
     segments: Sequence[Segment],
@@ -50,8 +59,8 @@ def build_pack(
     refused: Sequence[Refusal] = (),
     last: bool = False,
 ) -> Pack:
-    """The examples side by side; what is free becomes a padding segment."""
-    lengths = [len(example.tokens) for example in examples]
+    """The segments' tokens side by side, which the examples hold in order; what is free becomes a padding segment."""
+    lengths = [segment.length for segment in segments]
     used = sum(lengths)
     if used < capacity:
         lengths.append(capacity - used)
@@ -160,6 +169,7 @@ class Packer(BaseNode[Pack]):
         fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._examples: dict[Segment, Example] = {}
+        self._joined: dict[Segment, Example] = {}
         for segment in self.state.waiting:
             self._stages.expect(segment.ref)
 
@@ -175,7 +185,7 @@ class Packer(BaseNode[Pack]):
         while not self.state.planned and not self.state.dry:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
-        examples = [self._take(segment) for segment in segments]
+        examples = self._examples_of(segments)
         self._advance(segments, tuple(planned))
         config = self._config
         return build_pack(examples, segments, config.capacity, config.pad_id, refused, self.state.dry)
@@ -191,6 +201,11 @@ class Packer(BaseNode[Pack]):
             conversations=state.conversations + [segment.part for segment in segments].count(0),
             tokens=state.tokens + sum([segment.length for segment in segments]),
         )
+
+    def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
+        """Those of a planned pack."""
+        together = self._joined.pop(segments[0], None) if segments else None
+        return [self._take(segment) for segment in segments] if together is None else [together]
 
     def _take(self, segment: Segment) -> Example:
         example = self._examples.pop(segment, None)
@@ -226,6 +241,8 @@ class Packer(BaseNode[Pack]):
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
         )
+        # Now, while they are in the core's cache: what waits is then copied from one place.
+        self._joined = {pack[0]: joined([self._take(segment) for segment in pack]) for pack in planned}
         return read.refused
 
     def _read(self, size: int) -> Window:

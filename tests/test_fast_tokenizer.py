@@ -34,7 +34,9 @@ def fast(tokenizer: str, *, required: bool = False, wrong: bool = False) -> Fast
         table = json.loads(description)
         table["model"]["merges"] = table["model"]["merges"][1:]
         description = json.dumps(table)
-    return FastTokenizer(description, lambda text: ids(loaded, text), lambda: probes(loaded.vocabulary.special), required=required)
+    return FastTokenizer(
+        description, lambda text: ids(loaded, text), lambda: probes(loaded.vocabulary.special), required=required
+    )
 
 
 def waited(tokenizer: FastTokenizer, text: str) -> list[int]:

@@ -118,11 +118,10 @@ def test_a_whole_pack_of_8192_tokens_fits_into_a_pipe() -> None:
 
 
 def test_a_digest_tells_ids_labels_and_borders_apart_and_nothing_else() -> None:
-    one, other = Segment(0, 0, 2, 0), Segment(0, 1, 2, 0)
-
     def digest(tokens: Sequence[int], mask: Sequence[int], *cuts: int) -> str:
         examples = [example(tokens[a:b], mask[a:b]) for a, b in zip((0, *cuts), (*cuts, len(tokens)), strict=True)]
-        return build_pack(examples, [one] * len(examples), len(tokens), 0).digest()
+        segments = [Segment(0, 0, len(part.tokens), 0) for part in examples]
+        return build_pack(examples, segments, len(tokens), 0).digest()
 
     digests = [
         digest([1, 2, 3, 4], [0, 1, 1, 1]),
@@ -133,6 +132,7 @@ def test_a_digest_tells_ids_labels_and_borders_apart_and_nothing_else() -> None:
     ]
     assert len(set(digests)) == 5
     assert digests[0] == "0ef111cfe9d11375f5d3598f3bbfeccd5139f831a96e79db27706c5b2c814471"
+    other = Segment(0, 1, 4, 0)
     again = build_pack([example([1, 2, 3, 4], [0, 1, 1, 1])], [other], 4, 0, [Refusal(0, 0, 0, "a", "b")], last=True)
     assert again.digest() == digests[0]
 
