@@ -119,6 +119,8 @@ class Window(NamedTuple):
     """What was read at once."""
 
     segments: list[Segment]
+    examples: list[Example]
+    """Theirs."""
     refused: list[Refusal]
     accepted: list[list[int]]
     """The fields of an `Amount` for each source, together with what was read before."""
@@ -168,8 +170,8 @@ class Packer(BaseNode[Pack]):
         source = self.source.state_dict()
         fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
-        self._examples: dict[Segment, Example] = {}
-        self._joined: dict[Segment, Example] = {}
+        self._left: dict[Segment, Example] = {}  # those of leftovers
+        self._joined: dict[Segment, Example] = {}  # those of planned packs, by the first of their segments
         for segment in self.state.waiting:
             self._stages.expect(segment.ref)
 
@@ -208,7 +210,7 @@ class Packer(BaseNode[Pack]):
         return [self._take(segment) for segment in segments] if together is None else [together]
 
     def _take(self, segment: Segment) -> Example:
-        example = self._examples.pop(segment, None)
+        example = self._left.get(segment)
         if example is None:
             try:
                 example = self._stages.examples(segment.ref)[segment.part]
@@ -229,25 +231,29 @@ class Packer(BaseNode[Pack]):
         state = self.state
         read = self._read(window_size(self._config.window, state.windows, self._stream, self._config.streams))
         source = self.source.state_dict()
-        planned, left = self._plan(read.segments, keep_all=source["exhausted"])
+        segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
+        waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
+        examples = [*(self._take(leftover.segment) for leftover in state.leftovers), *read.examples]
+        packs, left = self._plan([segment.length for segment in segments], waited, keep_all=source["exhausted"])
         self.state = msgspec.structs.replace(
             state,
             **_position(source),
             windows=state.windows + 1,
-            planned=planned,
-            leftovers=left,
-            dry=not planned and not left and source["exhausted"],
+            planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
+            leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            dry=not packs and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in read.refused)),
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
         )
+        self._left = {segments[i]: examples[i] for i in left}
         # Now, while they are in the core's cache: what waits is then copied from one place.
-        self._joined = {pack[0]: joined([self._take(segment) for segment in pack]) for pack in planned}
+        self._joined = {segments[pack[0]]: joined([examples[i] for i in pack]) for pack in packs}
         return read.refused
 
     def _read(self, size: int) -> Window:
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
-        read = Window([], [], accepted, Counter(self.state.notes))
+        read = Window([], [], [], accepted, Counter(self.state.notes))
         in_a_row = 0
         while len(read.segments) < size:
             self._draws.wanted = size - len(read.segments)
@@ -273,8 +279,8 @@ class Packer(BaseNode[Pack]):
         for part, example in enumerate(examples):
             length = len(example.tokens)
             segment = Segment(source, row, length, epoch, part)
-            self._examples[segment] = example
             read.segments.append(segment)
+            read.examples.append(example)
             accepted[1] += length
             accepted[2] += example.targets
             if example.notes:
@@ -293,12 +299,9 @@ class Packer(BaseNode[Pack]):
             )
 
     def _plan(
-        self, read: Sequence[Segment], *, keep_all: bool
-    ) -> tuple[tuple[tuple[Segment, ...], ...], tuple[Leftover, ...]]:
-        leftovers = self.state.leftovers
-        waiting = [*(item.segment for item in leftovers), *read]
-        waited = [*(item.waited for item in leftovers), *[0] * len(read)]
-        lengths = [segment.length for segment in waiting]
+        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
+    ) -> tuple[list[list[int]], list[int]]:
+        """The packs, and what is left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
         packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
         left: list[int] = []
@@ -306,8 +309,7 @@ class Packer(BaseNode[Pack]):
         if patient and not keep_all:
             left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
             packs.remove(left)
-        planned = tuple([tuple([waiting[i] for i in pack]) for pack in self._ordered(packs)])
-        return planned, tuple([Leftover(waiting[i], waited[i] + 1) for i in left])
+        return self._ordered(packs), left
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Packs leave in the order of their first conversation; shuffled, lest long conversations always come first."""

@@ -159,13 +159,18 @@ class Planner:
 
     def _printer(self, leaf: Leaf) -> tuple[int, Printer | None]:
         """The number of a value, and what makes of it what is printed."""
-        steps = [
-            partial(self._to_json, **dict(arguments)) if method == "tojson" else methodcaller(method, *arguments)
-            for method, arguments in leaf.ops
-        ]
+        steps = [self._step(op) for op in leaf.ops]
         if len(steps) < 2:
             return leaf.number, next(iter(steps), None)
         return leaf.number, lambda value: reduce(lambda result, step: step(result), steps, value)
+
+    def _step(self, op: Op) -> Printer:
+        method, arguments = op
+        if method == "tojson":
+            return partial(self._to_json, **dict(arguments))
+        return (
+            str.strip if op == STRIPPED else methodcaller(method, *arguments)
+        )  # the same, and it is called for each message
 
 
 def _holds(plan: Plan, values: Sequence[Any]) -> bool:
