@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
     with tempfile.TemporaryDirectory(prefix="data-wait-") as directory:
         path = Path(directory) / "run.toml"
         path.write_text(config)
-        ranks = ["--nproc-per-node", str(arguments.dp * arguments.tp)]
+        ranks = ["--standalone", "--nproc-per-node", str(arguments.dp * arguments.tp)]
         command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "trainer.main", str(path)]
         subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(directory) / "runs" / "run" / "metrics.jsonl").read_bytes().splitlines()

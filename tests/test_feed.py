@@ -63,6 +63,7 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
             end = str(error)
             break
         assert tiny.digests(packs) == tiny.digests(alone.next_step())
+        feed.read_ahead()
         assert feed.state == alone.state
         time.sleep(0.002)  # so that it does read ahead
     feed.close()

@@ -43,8 +43,8 @@ class Step(NamedTuple):
 class Feed:
     """Steps of packs from `loader`, which is None on ranks that do not read but are given them by the first of their `group`.
 
-    `ahead`: where there are workers, a thread takes the next step's packs from them while this one is computed; `state` is that
-    of the step that was given all the same.
+    `ahead`: where there are workers, `read_ahead` has a thread take the next step's packs from them while this one is computed;
+    `state` is that of the step that was given all the same.
     """
 
     def __init__(
@@ -67,9 +67,22 @@ class Feed:
 
     def packs(self, step: int) -> list[Pack]:
         """This data-parallel coordinate's packs of a step, counted from 0; the loader must stand there."""
-        self.step = self._take(self.loader) if self.loader else None
-        packs = self.step.packs if self.step else [None] * self.deal.micro_batches(step)
-        return [self._share(pack) for pack in packs]
+        if self.loader:
+            self.step = self._next.result() if self._next else _read(self.loader)
+            self._next = None
+        if self._group is None:
+            assert self.step is not None
+            return self.step.packs
+        # All packs at once: for each by itself the ranks would have to meet again.
+        shape = self.deal.micro_batches(step), 4 * self._capacity + 3
+        sent = _encode(self.step.packs, shape) if self.step else torch.empty(shape, dtype=torch.int32)
+        dist.broadcast(sent, group=self._group, group_src=0)
+        return self.step.packs if self.step else [_decode(row, self._capacity) for row in sent]
+
+    def read_ahead(self) -> None:
+        """Begin to read the next step: once all ranks have this one, since the thread takes the interpreter from its rank."""
+        if self._thread and self.loader and not self.loader.exhausted:
+            self._next = self._thread.submit(_read, self.loader)
 
     @property
     def state(self) -> DataState | None:
@@ -82,21 +95,6 @@ class Feed:
             self._thread.shutdown()
         if self.loader:
             self.loader.close()
-
-    def _take(self, loader: PackLoader) -> Step:
-        step = self._next.result() if self._next else _read(loader)
-        more = self._thread and not loader.exhausted
-        self._next = self._thread.submit(_read, loader) if self._thread and more else None
-        return step
-
-    def _share(self, pack: Pack | None) -> Pack:
-        if self._group is None:
-            assert pack is not None
-            return pack
-        size = 4 * self._capacity + 3
-        sent = torch.empty(size, dtype=torch.int32) if pack is None else _encode(pack, size)
-        dist.broadcast(sent, group=self._group, group_src=0)
-        return _decode(sent, self._capacity) if pack is None else pack
 
 
 def _read(loader: PackLoader) -> Step:
@@ -112,18 +110,19 @@ def _read(loader: PackLoader) -> Step:
     return Step(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.mark())
 
 
-def _encode(pack: Pack, size: int) -> Tensor:
-    """`[borders, max_seqlen, input_ids, labels, position_ids, cu_seqlens, unused]`: the same size for every pack."""
-    head = torch.tensor([pack.cu_seqlens.numel(), pack.max_seqlen])
-    sent = torch.zeros(size, dtype=torch.int32)
-    parts = torch.cat([head, pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens]).int()
-    sent[: parts.numel()] = parts
+def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
+    """A row a pack, `[borders, max_seqlen, input_ids, labels, position_ids, cu_seqlens, unused]`: of one size for every pack."""
+    sent = torch.zeros(shape, dtype=torch.int32)
+    for row, pack in zip(sent, packs, strict=True):
+        head = torch.tensor([pack.cu_seqlens.numel(), pack.max_seqlen])
+        parts = torch.cat([head, pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens])
+        row[: parts.numel()] = parts
     return sent
 
 
-def _decode(sent: Tensor, capacity: int) -> Pack:
-    borders, max_seqlen = sent[:2].tolist()
-    input_ids, labels, position_ids, cu_seqlens = sent[2 : 2 + 3 * capacity + borders].split([capacity] * 3 + [borders])
+def _decode(row: Tensor, capacity: int) -> Pack:
+    borders, max_seqlen = row[:2].tolist()
+    input_ids, labels, position_ids, cu_seqlens = row[2 : 2 + 3 * capacity + borders].split([capacity] * 3 + [borders])
     return Pack(input_ids.long(), labels.long(), position_ids.long(), cu_seqlens.clone(), max_seqlen, segments=())
 
 

@@ -136,6 +136,7 @@ class Run:
         packs = self.feed.packs(self.progress.step)
         waited = time.perf_counter() - began
         count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked or self.saves.failed())
+        self.feed.read_ahead()
         rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share or 0.0, config.run.steps)
         result = train_step(
             self.model,
