@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 import transformers
 
-from sftstream import IGNORE_INDEX, Pack, Segment
+from sftstream import Pack, Segment
 from trainer.blocks import prepare_blocks
 from trainer.config import parse_config
 from trainer.determinism import determinism
@@ -144,18 +145,14 @@ def _free_port() -> int:
 
 def random_packs(shape: LlamaConfig, capacity: int, count: int) -> list[Pack]:
     """Packs of 1 to 64 conversations, 60 % of the tokens trained, none like another."""
-    draw = torch.Generator().manual_seed(0)
+    draw = np.random.default_rng(0)
     packs = []
     for number in range(count):
-        cuts = torch.randperm(capacity - 1, generator=draw)[: number % 64].sort().values + 1
-        borders = torch.cat((torch.tensor([0]), cuts, torch.tensor([capacity])))
-        lengths = borders.diff().tolist()
-        ids = torch.randint(shape.vocab_size, (capacity,), generator=draw)
-        labels = torch.where(torch.rand(capacity, generator=draw) < 0.6, ids.roll(-1), IGNORE_INDEX)
-        labels[borders[1:] - 1] = IGNORE_INDEX
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        segments = tuple(Segment(0, row, length, 0) for row, length in enumerate(lengths))
-        packs.append(Pack(ids, labels, positions, borders.int(), max(lengths), segments))
+        cuts = np.sort(draw.permutation(capacity - 1)[: number % 64]) + 1
+        borders = np.array([0, *cuts, capacity], np.int32)
+        segments = tuple(Segment(0, row, length, 0) for row, length in enumerate(np.diff(borders).tolist()))
+        ids = draw.integers(shape.vocab_size, size=capacity, dtype=np.int32)
+        packs.append(Pack(ids, draw.random(capacity) < 0.6, borders, segments))
     return packs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,11 +85,16 @@ def conversations_of(pack: Pack) -> Sequences:
         at += segment.length
 
 
-def fastokens_loaded(_packs: Iterator[Any], _job: Job) -> None:
+def tokens_of(pack: Pack) -> int:
+    """All of it is asked for, as a trainer does."""
+    assert pack.input_ids.shape == pack.labels.shape == pack.position_ids.shape
+    return pack.tokens
+
+
+def fastokens_loaded(loader: Any, _job: Job) -> None:
     """Until it is, this process encodes with `tokenizers`, as the first pack was."""
-    for thread in threading.enumerate():
-        if thread.name == "fastokens":
-            thread.join()
+    if fast := loader.encoder.tokenizer.fast_tokenizer:
+        fast.load()
 
 
 def workers_settled(packs: Iterator[Any], job: Job) -> None:
@@ -144,7 +148,7 @@ def _ours(name: str, workers: int = 0, backend: str = "auto") -> System:
     return System(
         name,
         ours,
-        lambda pack: pack.tokens,
+        tokens_of,
         conversations_of,
         counted="after the first pack",
         workers=workers,

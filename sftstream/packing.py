@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import torch
 from torchdata.nodes import BaseNode
 
 from sftstream.order import shuffled
-from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment, next_tokens, positions
+from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
 from sftstream.state import Leftover, Position, StreamState
 
 MAX_WAIT = 2
@@ -64,23 +63,13 @@ def build_pack(
     used = sum(lengths)
     if used < capacity:
         lengths.append(capacity - used)
-    borders = np.array([0, *accumulate(lengths)], np.int32)
-    ids = np.full(capacity, pad_id, np.int64)
+    ids = np.full(capacity, pad_id, np.int32)
     trained = np.zeros(capacity, bool)
     if examples:
         np.concatenate([example.tokens for example in examples], out=ids[:used])
         np.concatenate([example.loss_mask for example in examples], out=trained[:used])
-    trained[borders[:-1]] = False  # The first token of a segment follows nothing.
-    return Pack(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(next_tokens(ids, trained)),
-        position_ids=torch.from_numpy(positions(borders)),
-        cu_seqlens=torch.from_numpy(borders),
-        max_seqlen=max(lengths),
-        segments=tuple(segments),
-        refused=tuple(refused),
-        last=last,
-    )
+    borders = np.array([0, *accumulate(lengths)], np.int32)
+    return Pack(ids, trained, borders, tuple(segments), tuple(refused), last)
 
 
 def window_size(window: int, windows: int, stream: int, streams: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -164,27 +165,54 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
         return cls(ref.source, ref.row, ref.epoch, reason, detail)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
     """One micro-batch: whole conversations side by side in a row of fixed capacity `T`.
 
-    `input_ids`, `labels`, `position_ids` are int64 `(T,)`. `labels[t]` is the token that follows position `t`
-    in the same conversation, or `IGNORE_INDEX`; the shift by one has been done. `position_ids` restart at 0 with
-    every segment. `cu_seqlens` int32 holds the segments' borders `[0, l1, l1+l2, ..., T]`, as variable-length attention
-    takes them; where conversations leave a tail free, the padding is the last of these segments and is never
-    trained. `max_seqlen` is the longest segment in tokens. `segments` names the conversations, padding not among them.
-    `refused` are the rows that were read for this pack and not taken. `last` says that the pack's logical stream has run dry:
-    whatever comes from it later is empty.
+    `ids` int32 `(T,)`; `trained` bool `(T,)`, true for tokens that are to be learnt; `borders` int32, where segments begin and
+    end: `[0, l1, l1+l2, ..., T]`. Where conversations leave a tail free, the padding is the last of these segments and is
+    never trained. `segments` names the conversations, padding not among them. `refused` are the rows that were read for this
+    pack and not taken. `last` says that the pack's logical stream has run dry: whatever comes from it later is empty.
+
+    What a model takes is made of these when it is first asked for, and not sent from one process to another.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    segments: tuple[Segment, ...]
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    borders: NDArray[np.int32]
+    segments: tuple[Segment, ...] = ()
     refused: tuple[Refusal, ...] = ()
     last: bool = False
+
+    @cached_property
+    def input_ids(self) -> torch.Tensor:
+        """int64 `(T,)`."""
+        return torch.from_numpy(self.ids.astype(np.int64))
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """int64 `(T,)`: the token that follows in the same conversation where that one is trained, else `IGNORE_INDEX`. The shift
+        by one has been done, here and nowhere else."""
+        labels = np.full(self.capacity, IGNORE_INDEX, np.int64)
+        np.copyto(labels[:-1], self.ids[1:], where=self.trained[1:])
+        labels[self.borders[1:] - 1] = IGNORE_INDEX  # nothing follows the last token of a segment
+        return torch.from_numpy(labels)
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        """int64 `(T,)`: restart at 0 with every segment."""
+        begins = self.borders[:-1].astype(np.int64)
+        return torch.from_numpy(np.arange(self.capacity) - begins.repeat(np.diff(self.borders)))
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32: `borders`, as variable-length attention takes them."""
+        return torch.from_numpy(self.borders)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest segment."""
+        return int(np.diff(self.borders).max())
 
     @property
     def trained_tokens(self) -> int:
@@ -194,7 +222,7 @@ class Pack:
     @property
     def capacity(self) -> int:
         """Slots of the pack, padding included."""
-        return self.input_ids.numel()
+        return len(self.ids)
 
     @property
     def tokens(self) -> int:
@@ -214,20 +242,9 @@ class Pack:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A tensor through a worker's queue costs a file descriptor and 3-4 ms a pack, numpy 0.3 ms. What can be computed again
-        # is left out: a pipe takes 64 KB at once, and the rest of a larger pack waits until its worker has a moment for it.
-        ids, borders, rest = _narrow(self.input_ids), _narrow(self.cu_seqlens), self._rest()
-        trained = np.zeros(self.capacity, bool)
-        trained[1:] = (self.labels != IGNORE_INDEX)[:-1]
-        short = (ids, np.packbits(trained), borders, *rest)
-        pack = _unpacked(*short)
-        if torch.equal(pack.labels, self.labels) and torch.equal(pack.position_ids, self.position_ids):
-            return _unpacked, short
-        arrays = (self.input_ids.numpy(), self.labels.numpy(), self.position_ids.numpy(), borders)
-        return _as_it_was, (*arrays, *rest)
-
-    def _rest(self) -> tuple[Any, ...]:
-        return self.max_seqlen, self.segments, self.refused, self.last
+        # A tensor through a worker's queue costs a file descriptor and 3-4 ms a pack. A pipe takes 64 KB at once, and the rest of
+        # a larger pack waits until its worker has a moment for it.
+        return _unpacked, (self.ids, np.packbits(self.trained), self.borders, self.segments, self.refused, self.last)
 
 
 def batch_digest(digests: Iterable[str]) -> str:
@@ -239,26 +256,5 @@ def _narrow(tensor: torch.Tensor) -> NDArray[np.int32]:
     return np.ascontiguousarray(tensor.numpy(), dtype="<i4")
 
 
-def next_tokens(ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Labels: at each position the token that follows, where that one is trained. The only place where labels are shifted."""
-    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
-    np.copyto(labels[:-1], ids[1:], where=trained[1:])
-    return labels
-
-
-def positions(borders: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The place of each token in its segment, from the segments' borders."""
-    return np.arange(borders[-1]) - np.repeat(borders[:-1].astype(np.int64), np.diff(borders))
-
-
-def _unpacked(ids: NDArray[np.int32], trained: NDArray[np.uint8], borders: NDArray[np.int32], *rest: Any) -> Pack:
-    wide = ids.astype(np.int64)
-    labels = next_tokens(wide, np.unpackbits(trained, count=len(ids)).view(bool))
-    return _as_it_was(wide, labels, positions(borders), borders, *rest)
-
-
-def _as_it_was(
-    ids: NDArray[np.int64], labels: NDArray[np.int64], places: NDArray[np.int64], borders: NDArray[np.int32], *rest: Any
-) -> Pack:
-    tensor = torch.from_numpy
-    return Pack(tensor(ids), tensor(labels), tensor(places), tensor(borders), *rest)
+def _unpacked(ids: NDArray[np.int32], trained: NDArray[np.uint8], *rest: Any) -> Pack:
+    return Pack(ids, np.unpackbits(trained, count=len(ids)).view(bool), *rest)

@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,7 +75,7 @@ class Feed:
             assert self.step is not None
             return self.step.packs
         # All packs at once: for each by itself the ranks would have to meet again.
-        shape = self.deal.micro_batches(step), 4 * self._capacity + 3
+        shape = self.deal.micro_batches(step), 3 * self._capacity + 2
         sent = _encode(self.step.packs, shape) if self.step else torch.empty(shape, dtype=torch.int32)
         dist.broadcast(sent, group=self._group, group_src=0)
         return self.step.packs if self.step else [_decode(row, self._capacity) for row in sent]
@@ -111,19 +112,18 @@ def _read(loader: PackLoader) -> Step:
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
-    """A row a pack, `[borders, max_seqlen, input_ids, labels, position_ids, cu_seqlens, unused]`: of one size for every pack."""
-    sent = torch.zeros(shape, dtype=torch.int32)
+    """A row a pack, `[number of borders, ids, trained, borders, unused]`: of one size for every pack."""
+    sent = np.zeros(shape, np.int32)
     for row, pack in zip(sent, packs, strict=True):
-        head = torch.tensor([pack.cu_seqlens.numel(), pack.max_seqlen])
-        parts = torch.cat([head, pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens])
-        row[: parts.numel()] = parts
-    return sent
+        parts = np.concatenate([[len(pack.borders)], pack.ids, pack.trained, pack.borders])
+        row[: len(parts)] = parts
+    return torch.from_numpy(sent)
 
 
 def _decode(row: Tensor, capacity: int) -> Pack:
-    borders, max_seqlen = row[:2].tolist()
-    input_ids, labels, position_ids, cu_seqlens = row[2 : 2 + 3 * capacity + borders].split([capacity] * 3 + [borders])
-    return Pack(input_ids.long(), labels.long(), position_ids.long(), cu_seqlens.clone(), max_seqlen, segments=())
+    used = row[1 : 1 + 2 * capacity + int(row[0])].numpy()
+    ids, trained, borders = np.split(used, [capacity, 2 * capacity])
+    return Pack(ids, trained.astype(bool), borders)
 
 
 class Tally(NamedTuple):

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import typer
@@ -100,20 +101,11 @@ def compare(model: Llama, directory: Path, topology: Topology, dtype: torch.dtyp
 
 def random_pack(vocab_size: int, seed: int) -> Pack:
     """Random conversations of `LENGTHS`; half of their tokens are trained."""
-    draw = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(vocab_size, (CAPACITY,), generator=draw)
-    borders = torch.tensor([0, *LENGTHS]).cumsum(0)
-    labels = input_ids.roll(-1)
-    labels[borders[1:] - 1] = IGNORE_INDEX
-    labels[torch.rand(CAPACITY, generator=draw) < 0.5] = IGNORE_INDEX
-    return Pack(
-        input_ids,
-        labels,
-        torch.cat([torch.arange(length) for length in LENGTHS]),
-        borders.int(),
-        max(LENGTHS),
-        tuple(Segment(0, row, length, 0) for row, length in enumerate(LENGTHS)),
-    )
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(vocab_size, size=CAPACITY, dtype=np.int32)
+    borders = np.cumsum([0, *LENGTHS], dtype=np.int32)
+    segments = tuple(Segment(0, row, length, 0) for row, length in enumerate(LENGTHS))
+    return Pack(ids, draw.random(CAPACITY) < 0.5, borders, segments)
 
 
 def _public_answer(
