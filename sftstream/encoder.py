@@ -112,8 +112,11 @@ class ChatEncoder:
 
     def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
         """The same of several drafts at once, or why not."""
-        encoded = iter(self.tokenizer.encode_all([text for draft in drafts for text in draft.texts]))
-        return [self._fitted(draft, [next(encoded) for _ in draft.texts]) for draft in drafts]
+        encoded = self.tokenizer.encode_all([text for draft in drafts for text in draft.texts])
+        if self.policy.overflow == "drop" and len(encoded) == len(drafts):  # as most often: one of each, and nothing to fit
+            return [example if isinstance(example, Refused) else [example] for example in encoded]
+        examples = iter(encoded)
+        return [self._fitted(draft, [next(examples) for _ in draft.texts]) for draft in drafts]
 
     def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
         examples = []

@@ -60,8 +60,8 @@ class Condition(NamedTuple):
 class Plan(NamedTuple):
     """How conversations of one shape are printed, and what of them is trained."""
 
-    texts: list[str]
-    """What the template prints around the values, one more than these."""
+    pieces: list[str]
+    """What the template prints around the values, and between them nothing, where these go."""
     slots: tuple[Slot, ...]
     loose: tuple[int, ...]
     """Slots whose value would be printed with the white space at its ends."""
@@ -110,7 +110,7 @@ class Planner:
             for guard in trace.guards
         )
         plan = Plan(
-            texts=texts,
+            pieces=[piece for text in texts for piece in (text, "")][:-1],
             slots=slots,
             loose=tuple(
                 slot
@@ -264,9 +264,9 @@ def _takes_letters(op: Op) -> bool:
 
 
 def _assembled(plan: Plan, printed: Sequence[str]) -> Rendered:
-    pieces = [""] * (2 * len(printed) + 1)
-    pieces[::2], pieces[1::2] = plan.texts, printed
-    ends = [0, *accumulate(map(len, printed))]
+    pieces = plan.pieces.copy()
+    pieces[1::2] = printed
+    ends = list(accumulate(map(len, printed), initial=0))
     return Rendered("".join(pieces), tuple([offset + ends[values] for values, offset in plan.bounds]))
 
 

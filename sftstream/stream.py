@@ -41,7 +41,7 @@ class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
 
     def next(self) -> Drawn[Y]:
         refs, values = next(self.source)
-        if Refused not in map(type, values):
+        if Refused not in set(map(type, values)):
             return Drawn(refs, list(self._stage(values)))
         results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
         return Drawn(refs, [value if isinstance(value, Refused) else next(results) for value in values])
