@@ -201,8 +201,9 @@ class Pack:
     @cached_property
     def position_ids(self) -> torch.Tensor:
         """int64 `(T,)`: restart at 0 with every segment."""
-        begins = self.borders[:-1].astype(np.int64)
-        return torch.from_numpy(np.arange(self.capacity) - begins.repeat(np.diff(self.borders)))
+        places = np.arange(self.capacity, dtype=np.int32)
+        places -= self.borders[:-1].repeat(np.diff(self.borders))
+        return torch.from_numpy(places.astype(np.int64))
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
