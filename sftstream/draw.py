@@ -65,7 +65,7 @@ class ByNumber:
     def draws(self, most: int) -> list[Ref]:
         """The next ones, as many as are at hand: none where it has ended."""
         if self._limit is not None:
-            most = min(most, self._limit - self.drawn)
+            most = min(most, max(self._limit - self.drawn, 0))
         at = self._look_ahead()
         rows = self._ahead[at : at + most]
         self.drawn += len(rows)

@@ -235,7 +235,8 @@ class Packer(BaseNode[Pack]):
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
         )
-        self._left = {segments[i]: examples[i] for i in left}
+        # Copies, lest these few keep all that was read with them.
+        self._left = {segments[i]: joined([examples[i]]) for i in left}
         # Now, while they are in the core's cache: what waits is then copied from one place.
         self._joined = {segments[pack[0]]: joined([examples[i] for i in pack]) for pack in packs}
         return read.refused

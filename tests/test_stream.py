@@ -242,6 +242,19 @@ def test_the_state_of_the_rows_is_not_changed_by_reading_on(config: DataConfig) 
     assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "places": {}, "stage": 0, "exhausted": False}
 
 
+def test_a_stream_that_stands_behind_its_last_row_has_none(config: DataConfig) -> None:
+    """As after a change to fewer epochs."""
+    rows = opened_rows(config)
+    rows.reset()
+    rows.wanted = 10_000
+    while not (end := rows.state_dict())["exhausted"]:
+        next(rows)
+    behind = [count + 1 for count in end["drawn"]]
+    rows.reset({"drawn": behind, "mixed": behind, "stage": 0, "exhausted": True})
+    with pytest.raises(StopIteration):
+        next(rows)
+
+
 def test_a_row_that_changed_since_it_was_planned_is_an_error(
     tokenizer: str, encoder: ChatEncoder, tmp_path: Path
 ) -> None:
