@@ -128,6 +128,7 @@ def waiting(request: Request) -> dict[str, float]:
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
     feed = Feed(PackLoader(config), Deal(config.streams, STEP, 1), config.capacity, ahead=True)
     feed.packs(0)
+    feed.read_ahead()
     steps = itertools.count(1)
     first, soon = waited(feed, steps, request, max(request.job.patience, request.seconds / 4))
     later, packs = waited(feed, steps, request, request.seconds)
@@ -143,6 +144,7 @@ def waited(feed: Feed, steps: Iterator[int], request: Request, seconds: float) -
         asked = time.perf_counter()
         packs += len(feed.packs(next(steps)))
         waited += time.perf_counter() - asked
+        feed.read_ahead()
     return waited / (time.perf_counter() - began), packs
 
 

@@ -58,12 +58,13 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> tuple[Vocabulary, Back
     """Of a directory, a hub name or a tokenizer of transformers. Raises ValueError where there is no fast tokenizer."""
     if not isinstance(source, str | PathLike):
         return describe(source), source.backend_tokenizer
-    key = _key(Path(source).expanduser())
+    directory = Path(source).expanduser()
+    key = _key(directory)
     if key and (known := _known(key)):
         return known, Backend.from_str(known.description)
     hf = load(str(source))
     vocabulary = describe(hf)
-    if key:
+    if key and key == _key(directory):  # else a file changed meanwhile
         _keep(key, vocabulary)
     return vocabulary, hf.backend_tokenizer
 
@@ -110,7 +111,7 @@ def describe(hf: Any) -> Vocabulary:
         pad_id=pad_id,
         lengths=None if lengths is None else lengths.tobytes(),
         integers="" if lengths is None else lengths.dtype.str,
-        sha256=hashlib.sha256(json.dumps([description, variables, pad_id], sort_keys=True).encode()).hexdigest(),
+        sha256=_digest(json.dumps([description, variables, pad_id], sort_keys=True).encode()).hex(),
     )
 
 
@@ -129,15 +130,16 @@ def _byte_lengths(backend: Backend) -> NDArray[np.integer[Any]] | None:
 
 
 def _key(directory: Path) -> str | None:
-    """Names what is made of a directory's files, by their content and by who reads them; None where there are none."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    inside = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
-    files = sorted(path for path in inside if path.suffix in READ and path.is_file())
-    if sum(path.stat().st_size for path in files) > MOST:
-        return None
+    """Names what is made of a directory's files, by their content and by who reads them; None where nothing is to be kept."""
     readers = (metadata.version(library) for library in ("transformers", "tokenizers"))
-    content = (f"{path.relative_to(directory)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+    try:
+        inside = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
+        files = sorted(path for path in inside if path.suffix in READ and path.is_file())
+        if directory / "tokenizer.json" not in files or sum(path.stat().st_size for path in files) > MOST:
+            return None
+        content = [f"{path.relative_to(directory)} {_digest(path.read_bytes()).hex()}" for path in files]
+    except OSError:
+        return None  # whoever loads it says what is wrong
     return derived("vocabulary", VERSION, *readers, *content)
 
 

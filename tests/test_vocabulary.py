@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
-from sftstream import ChatEncoder
+from sftstream import ChatEncoder, vocabulary
 from sftstream.tokenizer import Tokenizer
-from sftstream.vocabulary import describe, load, open_vocabulary
+from sftstream.vocabulary import MOST, describe, load, open_vocabulary
 
 READS = """
 import sys
@@ -90,6 +91,32 @@ def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: str, cache: P
     cache.write_text("a file")
     made, _ = open_vocabulary(tokenizer)
     assert made == describe(load(tokenizer))
+
+
+def test_files_that_are_not_a_tokenizers_are_not_looked_through(tmp_path: Path, cache: Path) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+    open_vocabulary(directory)
+    (directory / "model.safetensors").write_bytes(b"weights")
+    open_vocabulary(directory)
+    assert len(kept(cache)) == 1
+    with (directory / "rows.json").open("wb") as file:
+        file.truncate(MOST + 1)
+    open_vocabulary(directory)
+    assert len(kept(cache)) == 1
+
+
+def test_a_tokenizer_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+
+    def changing(source: str) -> Any:
+        (directory / "chat_template.jinja").write_text("{{ bos_token }}")
+        return load(source)
+
+    monkeypatch.setattr(vocabulary, "load", changing)
+    assert open_vocabulary(directory)[0].template == "{{ bos_token }}"
+    assert not kept(cache)
 
 
 def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> None:
