@@ -127,8 +127,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Conversations that a stream plans into packs at a time. More fills better and reorders more."""
     workers: int = 1
     """Loader processes of a shard; 0 loads in the training process. Never changes what is trained on."""
-    prefetch: int = 4
-    """Packs that each worker keeps ready. Never changes what is trained on."""
+    prefetch: int = 16
+    """Packs that each worker keeps ready. With more than a window gives it need not wait while another worker reads its own.
+    Never changes what is trained on."""
     seed: int = 0
     """Keys the order of rows."""
     epochs: int | None = None

@@ -140,7 +140,7 @@ def _key(directory: Path) -> str | None:
         content = [f"{path.relative_to(directory)} {_digest(path.read_bytes()).hex()}" for path in files]
     except OSError:
         return None  # whoever loads it says what is wrong
-    return derived("vocabulary", VERSION, *readers, *content)
+    return derived("vocabulary", VERSION, *Vocabulary.__struct_fields__, *readers, *content)
 
 
 def _known(key: str) -> Vocabulary | None:

@@ -33,7 +33,7 @@ def test_a_table_is_typed_and_has_its_defaults() -> None:
         train_on=("assistant",),
         window=256,
         workers=1,
-        prefetch=4,
+        prefetch=16,
         seed=0,
         epochs=None,
     )
