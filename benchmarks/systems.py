@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,10 @@ def tokens_of(pack: Pack) -> int:
 
 def fastokens_loaded(loader: Any, _job: Job) -> None:
     """Until it is, this process encodes with `tokenizers`, as the first pack was."""
-    if fast := loader.encoder.tokenizer.fast_tokenizer:
+    loading = [thread for thread in threading.enumerate() if thread.name == "fastokens"]
+    for thread in loading:
+        thread.join()
+    if not loading and (fast := loader.encoder.tokenizer.fast_tokenizer):
         fast.load()
 
 

@@ -64,8 +64,10 @@ class ByNumber:
 
     def draws(self, most: int) -> list[Ref]:
         """The next ones, as many as are at hand: none where it has ended."""
+        if self.ended:
+            return []
         if self._limit is not None:
-            most = min(most, max(self._limit - self.drawn, 0))
+            most = min(most, self._limit - self.drawn)
         at = self._look_ahead()
         rows = self._ahead[at : at + most]
         self.drawn += len(rows)

@@ -113,9 +113,8 @@ class ChatEncoder:
     def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
         """The same of several drafts at once, or why not."""
         encoded = self.tokenizer.encode_all([text for draft in drafts for text in draft.texts])
-        if self.policy.overflow == "drop" and len(encoded) == len(
-            drafts
-        ):  # as most often: one of each, and nothing to fit
+        if self.policy.overflow == "drop" and len(encoded) == len(drafts):
+            # As most often: one of each, and nothing to fit.
             return [example if isinstance(example, Refused) else [example] for example in encoded]
         examples = iter(encoded)
         return [self._fitted(draft, [next(examples) for _ in draft.texts]) for draft in drafts]

@@ -31,7 +31,7 @@ class Ids(NamedTuple):
 
 
 LOADS_AT = 2
-"""Of the calls in a process. The first gives the first packs, which a thread beside it would hold up."""
+"""Of the calls in a process. The first gives the first pack as a rule, which a thread beside it would hold up."""
 FIRST, BETWEEN = 32, 4096
 """Texts of a run that are compared: the first ones, and later one of so many."""
 

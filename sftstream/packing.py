@@ -134,7 +134,7 @@ class Packer(BaseNode[Pack]):
     conversations are planned again with the next window, twice at most.
 
     Its state holds references. After a reset nothing is tokenized: `stages` gives a planned conversation's tokens when its
-    pack is given. A stream that has run dry gives empty packs for ever.
+    pack is given, a leftover's with the next window. A stream that has run dry gives empty packs for ever.
     """
 
     def __init__(
@@ -160,7 +160,9 @@ class Packer(BaseNode[Pack]):
         fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._left: dict[Segment, Example] = {}  # those of leftovers
-        self._joined: dict[Segment, Example] = {}  # those of planned packs, by the first of their segments
+        self._joined: list[
+            Example
+        ] = []  # those of planned packs, the next last; none of what was planned before a reset
         for segment in self.state.waiting:
             self._stages.expect(segment.ref)
 
@@ -195,8 +197,7 @@ class Packer(BaseNode[Pack]):
 
     def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
         """Those of a planned pack."""
-        together = self._joined.pop(segments[0], None) if segments else None
-        return [self._take(segment) for segment in segments] if together is None else [together]
+        return [self._joined.pop()] if self._joined else [self._take(segment) for segment in segments]
 
     def _take(self, segment: Segment) -> Example:
         example = self._left.get(segment)
@@ -238,7 +239,7 @@ class Packer(BaseNode[Pack]):
         # Copies, lest these few keep all that was read with them.
         self._left = {segments[i]: joined([examples[i]]) for i in left}
         # Now, while they are in the core's cache: what waits is then copied from one place.
-        self._joined = {segments[pack[0]]: joined([examples[i] for i in pack]) for pack in packs}
+        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _read(self, size: int) -> Window:

@@ -168,9 +168,8 @@ class Planner:
         method, arguments = op
         if method == "tojson":
             return partial(self._to_json, **dict(arguments))
-        return (
-            str.strip if op == STRIPPED else methodcaller(method, *arguments)
-        )  # the same, and it is called for each message
+        # The same by another name, for what is called for each message.
+        return str.strip if op == STRIPPED else methodcaller(method, *arguments)
 
 
 def _holds(plan: Plan, values: Sequence[Any]) -> bool:

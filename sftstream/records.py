@@ -169,11 +169,11 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 class Pack:
     """One micro-batch: whole conversations side by side in a row of fixed capacity `T`.
 
-    `ids` int32 `(T,)`; `trained` bool `(T,)`, true for tokens that are to be learnt where something comes before them; `borders`
-    int32, where segments begin and end: `[0, l1, l1+l2, ..., T]`. Where conversations leave a tail free, the padding is the
-    last of these segments and is never trained. `segments` names the conversations, padding not among them. `refused` are
-    the rows that were read for this pack and not taken. `last` says that the pack's logical stream has run dry: whatever comes
-    from it later is empty.
+    `ids` int32 `(T,)`; `trained` bool `(T,)`, true for tokens that are to be learnt, which of a segment's first says nothing;
+    `borders` int32, where segments begin and end: `[0, l1, l1+l2, ..., T]`. Where conversations leave a tail free, the padding
+    is the last of these segments and is never trained. `segments` names the conversations, padding not among them. `refused`
+    are the rows that were read for this pack and not taken. `last` says that the pack's logical stream has run dry: whatever
+    comes from it later is empty.
 
     What a model takes is made of these when it is first asked for, and not sent from one process to another.
     """

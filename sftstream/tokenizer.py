@@ -34,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
         self._source = source
-        self.vocabulary, self._backend = open_vocabulary(source)
+        self.vocabulary, self._backend, self._hf = open_vocabulary(source)
         self._lengths = self.vocabulary.byte_lengths
         self.fast_tokenizer = self._open_fast(backend)
 
@@ -45,8 +45,8 @@ class Tokenizer:
 
     @cached_property
     def hf(self) -> Any:
-        """transformers' own, which takes long to load where it was not given: for generating text, and for being saved."""
-        return load(self.name) if isinstance(self._source, str | PathLike) else self._source
+        """transformers' own, for exports. Where what it says was known it is loaded when it is asked for."""
+        return load(self.name) if self._hf is None else self._hf
 
     @property
     def fast(self) -> str | None:

@@ -1,4 +1,5 @@
-"""A tokenizer's files -> all that a run asks of them, worked out once on a machine: to transformers it is half of a start."""
+"""A tokenizer's files -> all that a run asks of them. Of a directory it is worked out once on a machine: to transformers it is
+half of a start."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from contextlib import suppress
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -54,19 +55,29 @@ class Vocabulary(msgspec.Struct, frozen=True):
         return None if self.lengths is None else np.frombuffer(self.lengths, self.integers)
 
 
-def open_vocabulary(source: str | PathLike[str] | Any) -> tuple[Vocabulary, Backend]:
+class Opened(NamedTuple):
+    """A tokenizer."""
+
+    vocabulary: Vocabulary
+    backend: Backend
+    """What computes the ids."""
+    hf: Any = None
+    """transformers' own, if it was loaded for this."""
+
+
+def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
     """Of a directory, a hub name or a tokenizer of transformers. Raises ValueError where there is no fast tokenizer."""
     if not isinstance(source, str | PathLike):
-        return describe(source), source.backend_tokenizer
-    directory = Path(source).expanduser()
+        return Opened(describe(source), source.backend_tokenizer, source)
+    directory = Path(os.path.expanduser(source))  # as it is where there is no such user
     key = _key(directory)
     if key and (known := _known(key)):
-        return known, Backend.from_str(known.description)
+        return Opened(known, Backend.from_str(known.description))
     hf = load(str(source))
     vocabulary = describe(hf)
     if key and key == _key(directory):  # else a file changed meanwhile
         _keep(key, vocabulary)
-    return vocabulary, hf.backend_tokenizer
+    return Opened(vocabulary, hf.backend_tokenizer, hf)
 
 
 def load(source: str) -> Any:
@@ -98,7 +109,12 @@ def _backend(hf: Any) -> Backend:
 def describe(hf: Any) -> Vocabulary:
     """What a run asks of a tokenizer of transformers."""
     backend = _backend(hf)
-    description = backend.to_str()
+    try:
+        description = backend.to_str()
+    except Exception as error:  # noqa: BLE001 - `tokenizers` has no other
+        raise ValueError(
+            f"tokenizer {hf.name_or_path!r} has parts that no tokenizer.json can hold ({error}); take one without"
+        ) from None
     variables = {name: str(token) for name, token in hf.special_tokens_map.items() if isinstance(token, str)}
     special = {str(token) for token in hf.added_tokens_decoder.values() if token.special}
     pad_id = next(i for i in (hf.pad_token_id, hf.eos_token_id, 0) if i is not None)
@@ -144,14 +160,16 @@ def _key(directory: Path) -> str | None:
 
 
 def _known(key: str) -> Vocabulary | None:
-    path = found(key, SUFFIX)
-    encoded = _content(path) if path else None
-    return msgspec.msgpack.decode(encoded, type=Vocabulary) if encoded else None
+    with suppress(OSError):  # then it is made anew
+        path = found(key, SUFFIX)
+        encoded = _content(path) if path else None
+        return msgspec.msgpack.decode(encoded, type=Vocabulary) if encoded else None
+    return None
 
 
 def _keep(key: str, vocabulary: Vocabulary) -> None:
     encoded = msgspec.msgpack.encode(vocabulary)
-    with suppress(Unwritable):  # each start takes as long as the first then
+    with suppress(Unwritable, OSError):  # each start takes as long as the first then
         cached(key, SUFFIX, lambda: (_digest(encoded), encoded), lambda path: _content(path) is not None)
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.draw import Drawn
 from sftstream.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
 from sftstream.records import Ref
+from sftstream.state import Leftover
 
 X = IGNORE_INDEX
 PAD = 9
@@ -196,7 +197,7 @@ class Lengths(BaseNode[Any]):
         row = self.at % len(self.lengths)
         self.at += 1
         ref = Ref(0, row, (self.at - 1) // len(self.lengths))
-        return Drawn([ref], [[tokens_of(self.lengths[row])]])
+        return Drawn([ref], [self.examples(ref)])
 
     def get_state(self) -> dict[str, Any]:
         exhausted = not self.endless and self.at >= len(self.lengths)
@@ -211,11 +212,16 @@ class Lengths(BaseNode[Any]):
         """Any row can be had again."""
 
     def examples(self, ref: Ref) -> list[Example]:
-        return [tokens_of(self.lengths[ref.row])]
+        """A row's tokens are its number."""
+        length = self.lengths[ref.row]
+        return [Example(np.full(length, ref.row, np.int32), np.ones(length, bool), length - 1)]
 
 
-def tokens_of(length: int) -> Example:
-    return Example(np.ones(length, np.int32), np.ones(length, bool), length - 1)
+def require_own_tokens(packs: Iterable[Pack]) -> None:
+    """Each segment holds the tokens of the row that it names."""
+    for pack in packs:
+        named = [segment.row for segment in pack.segments for _ in range(segment.length)]
+        assert pack.ids[: len(named)].tolist() == named
 
 
 def packer(
@@ -241,6 +247,16 @@ def test_every_conversation_leaves_in_one_pack(lengths: list[int], capacity: int
     assert sorted(segment.row for pack in packs for segment in pack.segments) == list(range(len(lengths)))
     assert [pack.last for pack in packs] == [False] * (len(packs) - 1) + [True]
     assert all(pack.segments for pack in packs)
+    require_own_tokens(packs)
+
+
+def test_a_leftover_that_is_drawn_again_has_its_own_tokens_in_both_packs() -> None:
+    """As when a file grew, and somebody accepted that."""
+    node = packer([6, 4, 4], 10, 64, shuffle=False)
+    node.reset(msgspec.to_builtins(msgspec.structs.replace(node.state, leftovers=(Leftover(Segment(0, 0, 6, 0), 0),))))
+    packs = until_dry(node)
+    assert [[segment.row for segment in pack.segments] for pack in packs] == [[0, 1], [0, 2]]
+    require_own_tokens(packs)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(40, 100), st.integers(1, 50))

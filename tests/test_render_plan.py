@@ -234,7 +234,7 @@ def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.M
     encoder = ChatEncoder(tokenizer)
     encoder.render(said("one", "two"))
     (plans,) = encoder.planner.plans.values()
-    plans[0] = plans[0]._replace(texts=[plans[0].texts[0] + "!", *plans[0].texts[1:]])
+    plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
     encoder.render(said("a", "b"))
     encoder.render(said("a", "b"))
     with pytest.raises(RuntimeError, match="a plan of this chat template gave"):

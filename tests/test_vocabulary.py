@@ -47,8 +47,8 @@ def test_a_second_start_does_without_transformers_own_tokenizer(tokenizer: str) 
 
 
 def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None:
-    made, _ = open_vocabulary(tokenizer)
-    found, backend = open_vocabulary(tokenizer)
+    made = open_vocabulary(tokenizer).vocabulary
+    found, backend, _ = open_vocabulary(tokenizer)
     assert len(kept(cache)) == 1
     assert made == found == describe(load(tokenizer))
     assert backend.to_str() == found.description
@@ -58,12 +58,12 @@ def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_change_of_any_file_is_seen(tmp_path: Path, cache: Path, name: str) -> None:
     directory = Path(tiny.save_tokenizer(tmp_path / "one"))
-    before, _ = open_vocabulary(directory)
+    before, *_ = open_vocabulary(directory)
     text = (directory / name).read_text()
     (directory / name).write_text(
         text.replace("<|eom_id|>", "<|eon_id|>").replace("<|pad|>", "<|eot_id|>").replace("ipython", "tool")
     )
-    after, _ = open_vocabulary(directory)
+    after, *_ = open_vocabulary(directory)
     assert after == describe(load(str(directory)))
     assert after != before
     assert len(kept(cache)) == 2
@@ -78,7 +78,7 @@ def test_a_copy_elsewhere_is_the_same(tokenizer: str, tmp_path: Path, cache: Pat
 
 
 def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
-    made, _ = open_vocabulary(tokenizer)
+    made = open_vocabulary(tokenizer).vocabulary
     (path,) = kept(cache)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"lantern", b"lentern"))
@@ -89,7 +89,7 @@ def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: str, cache: Path) -> None:
     cache.write_text("a file")
-    made, _ = open_vocabulary(tokenizer)
+    made = open_vocabulary(tokenizer).vocabulary
     assert made == describe(load(tokenizer))
 
 

@@ -123,7 +123,7 @@ def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
 def _decode(row: Tensor, capacity: int) -> Pack:
     used = row[1 : 1 + 2 * capacity + int(row[0])].numpy()
     ids, trained, borders = np.split(used, [capacity, 2 * capacity])
-    return Pack(ids, trained.astype(bool), borders)
+    return Pack(ids.copy(), trained.astype(bool), borders.copy())
 
 
 class Tally(NamedTuple):

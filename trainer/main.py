@@ -136,7 +136,8 @@ class Run:
         packs = self.feed.packs(self.progress.step)
         waited = time.perf_counter() - began
         count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked or self.saves.failed())
-        self.feed.read_ahead()
+        if not count.stop and self.progress.step + 1 != config.run.steps:
+            self.feed.read_ahead()
         rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share or 0.0, config.run.steps)
         result = train_step(
             self.model,
@@ -308,7 +309,7 @@ class Run:
             self.model,
             self.shape,
             directory,
-            self.encoder.tokenizer.hf if self.encoder else None,
+            self.encoder.tokenizer.hf if self.encoder and self.topology.first else None,
             stop_token_ids=self.encoder.stop_ids if self.encoder else (),
             init_from=self.init_from,
             dtype=named_dtype(self.config.run.export_dtype, self.topology.device),
