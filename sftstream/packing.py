@@ -160,9 +160,8 @@ class Packer(BaseNode[Pack]):
         fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._left: dict[Segment, Example] = {}  # those of leftovers
-        self._joined: list[
-            Example
-        ] = []  # those of planned packs, the next last; none of what was planned before a reset
+        # Those of planned packs, the next last; none of what was planned before a reset.
+        self._joined: list[Example] = []
         for segment in self.state.waiting:
             self._stages.expect(segment.ref)
 

@@ -16,7 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import ByteLevel, Decoder
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream.sources.cache import Unwritable, cached, found
 from sftstream.sources.rows import derived
@@ -28,6 +30,10 @@ READ = (".json", ".jinja", ".model", ".txt")
 """The files of a directory that a tokenizer can be made of."""
 MOST = 256 << 20
 """Bytes of such files beyond which a directory holds more than a tokenizer, and is not looked through at each start."""
+
+
+OF_PYTHON = (Normalizer, PreTokenizer, Decoder)
+"""What `tokenizers` calls parts that are not its own; those have types below these."""
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
@@ -109,12 +115,12 @@ def _backend(hf: Any) -> Backend:
 def describe(hf: Any) -> Vocabulary:
     """What a run asks of a tokenizer of transformers."""
     backend = _backend(hf)
-    try:
-        description = backend.to_str()
-    except Exception as error:  # noqa: BLE001 - `tokenizers` has no other
+    parts = backend.normalizer, backend.pre_tokenizer, backend.decoder
+    if own := [type(part).__name__ for part in parts if type(part) in OF_PYTHON]:
         raise ValueError(
-            f"tokenizer {hf.name_or_path!r} has parts that no tokenizer.json can hold ({error}); take one without"
-        ) from None
+            f"tokenizer {hf.name_or_path!r} has a {own[0]} of Python code, which no tokenizer.json can hold; take one without"
+        )
+    description = backend.to_str()
     variables = {name: str(token) for name, token in hf.special_tokens_map.items() if isinstance(token, str)}
     special = {str(token) for token in hf.added_tokens_decoder.values() if token.special}
     pad_id = next(i for i in (hf.pad_token_id, hf.eos_token_id, 0) if i is not None)

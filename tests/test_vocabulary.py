@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream import ChatEncoder, vocabulary
 from sftstream.tokenizer import Tokenizer
@@ -117,6 +118,17 @@ def test_a_tokenizer_that_changes_while_it_is_read_is_not_kept(
     monkeypatch.setattr(vocabulary, "load", changing)
     assert open_vocabulary(directory)[0].template == "{{ bos_token }}"
     assert not kept(cache)
+
+
+def test_a_tokenizer_with_parts_of_python_code_is_an_error() -> None:
+    class Splitter:
+        def pre_tokenize(self, text: Any) -> None:
+            """Leaves it whole."""
+
+    hf = tiny.fast_tokenizer()
+    hf.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Splitter())
+    with pytest.raises(ValueError, match=r"has a PreTokenizer of Python code, which no tokenizer\.json can hold"):
+        open_vocabulary(hf)
 
 
 def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> None:

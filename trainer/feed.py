@@ -82,6 +82,7 @@ class Feed:
 
     def read_ahead(self) -> None:
         """Begin to read the next step: once all ranks have this one, since the thread takes the interpreter from its rank."""
+        assert self._next is None, "a step that was read ahead is given before the next is read"
         if self._thread and self.loader and not self.loader.exhausted:
             self._next = self._thread.submit(_read, self.loader)
 
