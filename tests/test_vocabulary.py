@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream import ChatEncoder, vocabulary
 from sftstream.tokenizer import Tokenizer
-from sftstream.vocabulary import MOST, describe, load, open_vocabulary
+from sftstream.vocabulary import MOST, describe, load, open_vocabulary, quick
 
 READS = """
 import sys
@@ -52,8 +54,32 @@ def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None
     found, backend, _ = open_vocabulary(tokenizer)
     assert len(kept(cache)) == 1
     assert made == found == describe(load(tokenizer))
-    assert backend.to_str() == found.description
+    assert backend.to_str() == load(tokenizer).backend_tokenizer.to_str()
     assert ChatEncoder(tokenizer).stop_ids == ChatEncoder(load(tokenizer)).stop_ids
+
+
+def merging(*merges: tuple[str, str]) -> str:
+    """A tokenizer.json."""
+    texts = dict.fromkeys(text for left, right in merges for text in (left, right, left + right))
+    return Backend(BPE({text: index for index, text in enumerate(texts)}, list(merges))).to_str()
+
+
+def test_merges_are_kept_in_the_notation_that_is_read_faster(tokenizer: str) -> None:
+    kept = json.loads(open_vocabulary(tokenizer).vocabulary.description)["model"]["merges"]
+    assert kept
+    assert all(isinstance(merge, str) for merge in kept)
+    assert Backend.from_str(quick(merging(("#", "v"), ("#v", "x")))).encode("#vx").tokens == ["#vx"]
+
+
+@pytest.mark.parametrize("merge", [("a b", "c"), ("a", " "), ("#versio", "n"), ("#version", "s")])
+def test_merges_that_the_faster_notation_cannot_hold_stay_as_they_are(merge: tuple[str, str]) -> None:
+    description = merging(("x", "y"), merge)
+    assert Backend.from_str(quick(description)).to_str() == description
+
+
+def test_a_tokenizer_without_merges_stays_as_it_is() -> None:
+    description = Backend(WordLevel({"a": 0}, unk_token="a")).to_str()
+    assert quick(description) == description
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
