@@ -16,10 +16,12 @@ from itertools import accumulate
 from operator import methodcaller
 from typing import Any, NamedTuple
 
+import msgspec
+
 from sftstream.records import Conversation, Message, Rendered
-from sftstream.template import REASONING_KEYS, ChatTemplate, template_message
+from sftstream.template import REASONING_KEYS, ChatTemplate, TemplateMessage, template_message
 from sftstream.trace import Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
-from sftstream.turns import Form, Turn
+from sftstream.turns import CALLED, SAID, TOOL, USER, Form, Turn
 
 STRIPPED: Op = ("strip", (None,))
 
@@ -73,6 +75,15 @@ class Plan(NamedTuple):
     bounds: tuple[Place, ...]
 
 
+class Known(NamedTuple):
+    """What plans of a template know of their conversations, because it takes that apart; others print it as JSON."""
+
+    tools: bool
+    """The definitions of tools."""
+    arguments: bool
+    """The arguments of calls, but for the words in them."""
+
+
 class Planner:
     """The plans of one template under one policy."""
 
@@ -90,7 +101,7 @@ class Planner:
 
     def render(self, dialogue: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""
-        shape, values = _take_apart(dialogue)
+        shape, values = _take_apart(dialogue, self._known)
         for plan in self.plans.get(shape, ()):
             if _holds(plan, values):
                 printed = self._printed(plan, values)
@@ -99,10 +110,21 @@ class Planner:
 
     def learn(self, dialogue: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Keep how a conversation was rendered, where others can be rendered alike."""
-        shape, values = _take_apart(dialogue)
+        shape, values = _take_apart(dialogue, self._known)
         plans = self.plans.setdefault(shape, []) if len(self.plans) < SHAPES else self.plans.get(shape, [])
-        if len(plans) >= PLANS or (trace := self._trace(dialogue, values, turns)) is None:
-            return
+        if len(plans) < PLANS and (plan := self._plan(dialogue, values, rendered, turns)):
+            plans.append(plan)
+
+    @cached_property
+    def _known(self) -> Known:
+        return _known_to(self._traced)
+
+    def _plan(
+        self, dialogue: Conversation, values: Sequence[Any], rendered: Rendered, turns: Sequence[Turn]
+    ) -> Plan | None:
+        trace = self._trace(dialogue, values, turns)
+        if trace is None:
+            return None
         texts, leaves = _divided(trace.pieces)
         slots = tuple(Slot(*self._printer(leaf)) for leaf in leaves)
         conditions = tuple(
@@ -124,14 +146,13 @@ class Planner:
         )
         printed = self._printed(plan, values)
         if printed is None:
-            return
+            return None
         plan = plan._replace(bounds=tuple(_places(rendered.bounds, texts, printed)))
-        if _assembled(plan, printed) == rendered:
-            plans.append(plan)
+        return plan if _assembled(plan, printed) == rendered else None
 
     def _trace(self, dialogue: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
         recorder = Recorder()
-        messages, tools = _unknown(recorder, dialogue, values)
+        messages, tools = _unknown(recorder, dialogue, values, self._known)
         for turn in turns:
             if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
                 return None
@@ -191,37 +212,69 @@ def _marks_of_turns(form: Form) -> set[str]:
     return {text for text in (form.core.strip(), *form.stops, *form.call_stops) if text}
 
 
-def _take_apart(dialogue: Conversation) -> tuple[Shape, list[Any]]:
+def _known_to(traced: TracedTemplate) -> Known:
+    """Found with a probe, of which a part is not known."""
+    recorder = Recorder()
+    said = Word(recorder, Leaf(0), SAID)
+
+    def prints(tool: Any, *messages: TemplateMessage) -> bool:
+        return traced.trace(recorder, [USER, *messages], [tool]) is not None
+
+    def calling(arguments: Any) -> TemplateMessage:
+        (call,) = CALLED["tool_calls"]
+        return {**CALLED, "tool_calls": [{**call, "function": {**call["function"], "arguments": arguments}}]}
+
+    return Known(
+        tools=prints(TOOL) and not prints(Value(recorder, Leaf(0), TOOL)),
+        arguments=prints(TOOL, calling({"key": said}))
+        and not prints(TOOL, calling(Value(recorder, Leaf(0), {"key": SAID}))),
+    )
+
+
+def _take_apart(dialogue: Conversation, known: Known) -> tuple[Shape, list[Any]]:
     """What decides how a conversation is printed and masked, its values apart; and these, in a fixed order."""
-    shape: list[Any] = [len(dialogue.tools)]
-    values: list[Any] = list(dialogue.tools)
+    tools = dialogue.tools
+    shape: list[Any] = [_encoded(tools) if tools and known.tools else len(tools)]
+    values: list[Any] = [] if known.tools else list(tools)
     for message in dialogue.messages:
         content = message.content or ""
         values.append(content)
         shape += (message.role, message.train, bool(content) and not content.isspace())
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
-            shape.append(_more(message, values))
+            shape.append(_more(message, values, known))
     return tuple(shape), values
 
 
-def _more(message: Message, values: list[Any]) -> tuple[Any, ...]:
+def _more(message: Message, values: list[Any], known: Known) -> tuple[Any, ...]:
     """What few messages have."""
     reasoning = message.reasoning or ""
     optional = (reasoning, message.name or "", message.tool_call_id or "")
     values += optional
+    shape: list[Any] = [bool(value) and not value.isspace() for value in optional]
+    shape += (message.name is None, message.tool_call_id is None)
     for call in message.tool_calls:
-        values += (call.id or "", call.name, call.arguments)
-    return (
-        *(bool(value) and not value.isspace() for value in optional),
-        message.name is None,
-        message.tool_call_id is None,
-        *(call.id is None for call in message.tool_calls),
-    )
+        shape.append(call.id is None)
+        values += (call.id or "", call.name)
+        if known.arguments:
+            # Their strings are values, and the rest is of a few kinds as a rule: numbers, choices.
+            values += [argument for argument in call.arguments.values() if isinstance(argument, str)]
+            shape.append(_encoded({k: None if isinstance(v, str) else [v] for k, v in call.arguments.items()}))
+        else:
+            values.append(call.arguments)
+    return tuple(shape)
+
+
+def _encoded(value: Any) -> bytes | str:
+    """Another for every other value."""
+    try:
+        return msgspec.msgpack.encode(value)
+    except (TypeError, ValueError, OverflowError):
+        return repr(value)
 
 
 def _unknown(
-    recorder: Recorder, dialogue: Conversation, values: Sequence[Any]
-) -> tuple[list[dict[str, Any]], list[Value]]:
+    recorder: Recorder, dialogue: Conversation, values: Sequence[Any], known: Known
+) -> tuple[list[dict[str, Any]], list[Any]]:
     """The conversation as the template gets it, its values unknown."""
     numbers = iter(range(len(values)))
 
@@ -229,7 +282,7 @@ def _unknown(
         number = next(numbers)
         return kind(recorder, Leaf(number), values[number])
 
-    tools = [unknown(Value) for _ in dialogue.tools]
+    tools = list(dialogue.tools) if known.tools else [unknown(Value) for _ in dialogue.tools]
     messages = []
     for message in dialogue.messages:
         plain = template_message(message)
@@ -239,8 +292,13 @@ def _unknown(
             plain |= {key: reasoning for key in plain if key in REASONING_KEYS}
             plain |= {key: value for key, value in (("name", name), ("tool_call_id", call_id)) if key in plain}
             for call, own in zip(plain.get("tool_calls", ()), message.tool_calls, strict=True):
-                given, function, arguments = unknown(Word), unknown(Word), unknown(Value)
+                given, function = unknown(Word), unknown(Word)
                 call["id"] = call["id"] if own.id is None else given
+                arguments: Any = (
+                    {k: unknown(Word) if isinstance(v, str) else v for k, v in own.arguments.items()}
+                    if known.arguments
+                    else unknown(Value)
+                )
                 call["function"] = {"name": function, "arguments": arguments}
         messages.append(plain)
     return messages, tools

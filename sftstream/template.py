@@ -112,7 +112,7 @@ class _Remembered:
     def __call__(self, value: Any, *arguments: Any, **options: Any) -> str:
         try:
             key = msgspec.msgpack.encode((value, arguments, options))
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):  # half a character, a number of more than 64 bits, ...
             return self._function(value, *arguments, **options)
         if (result := self._results.get(key)) is None:
             if len(self._results) >= REMEMBERED:

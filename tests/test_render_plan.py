@@ -78,7 +78,7 @@ def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> N
                 found = encoder.planner.render(dialogue)
                 assert found is None or found == whole(encoder, dialogue), path.stem
                 planned += found is not None
-    assert planned > 800
+    assert planned > 1000
 
 
 @pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])
@@ -217,6 +217,69 @@ def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turn
     dialogue = said(*itertools.chain(*turns))
     found = encoder.planner.render(dialogue)
     assert found is None or found == whole(encoder, dialogue)
+
+
+TAKEN_APART = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
+    + template(
+        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}[{{ call.function.name }}"
+        "{% for key, value in call.function.arguments.items() %} {{ key }}="
+        "{{ value if value is string else value | tojson }}{% endfor %}]{% endfor %}"
+    )
+)
+
+
+def calling(arguments: dict[str, Any], description: str = "finds") -> Conversation:
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    return conversation(
+        {
+            "messages": [{"role": "user", "content": "north"}, {"role": "assistant", "tool_calls": [call]}],
+            "tools": [{"type": "function", "function": {"name": "find", "description": description}}],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ({"a": "x", "n": 1}, {"a": "other words", "n": 1}, True),
+        ({"a": "x"}, {"a": ""}, True),
+        ({"a": ["x", {"b": None}]}, {"a": ["x", {"b": None}]}, True),
+        ({"a": 10**30}, {"a": 10**30}, True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": 1}, {"a": 1.0}, False),
+        ({"a": 1}, {"a": "1"}, False),
+        ({"a": None}, {"a": "x"}, False),
+        ({"a": ["x"]}, {"a": ["y"]}, False),
+        ({"a": "x"}, {"b": "x"}, False),
+        ({"a": "x", "b": "y"}, {"b": "y", "a": "x"}, False),
+        ({"a": 10**30}, {"a": 10**31}, False),
+    ],
+)
+def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words(
+    tokenizer: str, first: dict[str, Any], second: dict[str, Any], alike: bool
+) -> None:
+    encoder = ChatEncoder(tokenizer, TAKEN_APART)
+    for arguments in (first, first, second):
+        assert encoder.render(calling(arguments)) == whole(encoder, calling(arguments))
+    assert encoder.planned == 1 + alike
+
+
+def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
+    encoder = ChatEncoder(tokenizer, TAKEN_APART)
+    for description, planned in (("finds", 0), ("finds", 1), ("looks", 1), ("looks", 2), ("finds", 3)):
+        dialogue = calling({"a": "x"}, description)
+        assert encoder.render(dialogue) == whole(encoder, dialogue)
+        assert encoder.planned == planned
+
+
+@pytest.mark.parametrize("alien", ["a<|eot_id|>b", "ZqM1x1x1bZq"])
+def test_words_of_arguments_that_are_no_mere_words_are_not_planned(tokenizer: str, alien: str) -> None:
+    encoder = ChatEncoder(tokenizer, TAKEN_APART)
+    learnt(encoder, calling({"a": "x"}))
+    assert encoder.planner.render(calling({"a": "y"})) is not None
+    assert encoder.planner.render(calling({"a": alien})) is None
 
 
 def test_a_trace_holds_pieces_and_questions() -> None:

@@ -60,7 +60,7 @@ def test_header_and_stop_tokens_are_the_templates() -> None:
 
 def test_tool_calls_are_trained_and_tools_and_results_are_not() -> None:
     tools = ({"type": "function", "function": {"name": "add", "description": "adds"}},)
-    call = ToolCall("add", {"a": 'two \u00fc "quoted" \\ \n', "b": [1, None, True, {"c": "x"}]})
+    call = ToolCall("add", {"a": 'two \u00fc "quoted" \\ \n', "b": [1, None, True, {"c": 2**64}]})
     messages = (
         Message("system", "s"),
         HI,
@@ -69,7 +69,8 @@ def test_tool_calls_are_trained_and_tools_and_results_are_not() -> None:
         Message("assistant", "3"),
     )
     assert trained(template(), *messages, tools=tools) == [
-        '{"name": "add", "parameters": {"a": "two \u00fc \\"quoted\\" \\\\ \\n", "b": [1, null, true, {"c": "x"}]}}<|eot_id|>',
+        '{"name": "add", "parameters": {"a": "two \u00fc \\"quoted\\" \\\\ \\n", "b": [1, null, true, '
+        '{"c": 18446744073709551616}]}}<|eot_id|>',
         "3<|eot_id|>",
     ]
 
