@@ -94,6 +94,17 @@ def test_questions_that_are_none_before_the_first_step(
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
 
 
+def test_an_export_that_would_replace_other_files_before_the_first_step(tmp_path: Path, config: dict[str, Any]) -> None:
+    mine = tmp_path / "runs/run/export/notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert "runs/run/export holds other files than a model's: move them, or export to another directory" in _fails(
+        tmp_path, config, 2
+    )
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+    assert mine.read_text() == "mine"
+
+
 def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4

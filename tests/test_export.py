@@ -73,7 +73,7 @@ def test_an_export_killed_before_its_end_leaves_the_last_one_whole(
 
 def test_a_directory_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files than a model's: export to another directory"):
+    with pytest.raises(ValueError, match="holds other files than a model's: move them, or export to another directory"):
         export(built(CONFIG), CONFIG, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -61,7 +61,7 @@ def export(
     dtype = dtype or model.norm.weight.dtype
     tensors = (tensor.to(dtype) for _, tensor in unfused(config, dict(model.named_parameters())))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _check_replaceable(out_dir)
+        require_replaceable(out_dir)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         describe(aside, config, dtype, tokenizer, stop_token_ids, init_from)
@@ -74,9 +74,10 @@ def export(
         dist.barrier()
 
 
-def _check_replaceable(out_dir: Path) -> None:
+def require_replaceable(out_dir: Path) -> None:
+    """ValueError where an export would replace what is none."""
     if out_dir.exists() and not (out_dir / "config.json").exists() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} holds other files than a model's: export to another directory")
+        raise ValueError(f"{out_dir} holds other files than a model's: move them, or export to another directory")
 
 
 def describe(

@@ -29,7 +29,7 @@ from trainer.config import TrainConfig, load_config
 from trainer.determinism import determinism
 from trainer.display import Display
 from trainer.evaluate import Question, evaluate, read_questions
-from trainer.export import export
+from trainer.export import export, require_replaceable
 from trainer.feed import Feed, Tally, gather_refusals, open_loader, tally
 from trainer.hf_config import find_model, read_config
 from trainer.mesh import Topology, distributed, leave, named_dtype, tell
@@ -86,8 +86,10 @@ class Run:
         self.shape = _shape(config, self.init_from)
         self.compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
         self.settings = Settings.of(config, self.shape, self.compute_dtype)
-        # Found before any work is done, since it is the first thing that can be wrong.
+        self.exported = config.run.directory / "export"
+        # Before any work is done, since these are the first and the last thing that can be wrong.
         self.latest = self.saves.latest()
+        require_replaceable(self.exported)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         restored = self._restore()
@@ -304,27 +306,26 @@ class Run:
     def _export(self) -> None:
         if not self.progress.trained_tokens:
             raise ValueError(f"nothing was trained: all {self.progress.rows:,} rows were refused; see refused.jsonl")
-        directory = self.config.run.directory / "export"
         export(
             self.model,
             self.shape,
-            directory,
+            self.exported,
             self.encoder.tokenizer.hf if self.encoder and self.topology.first else None,
             stop_token_ids=self.encoder.stop_ids if self.encoder else (),
             init_from=self.init_from,
             dtype=named_dtype(self.config.run.export_dtype, self.topology.device),
         )
-        self.display.say(f"exported to {directory}")
+        self.display.say(f"exported to {self.exported}")
         if self.questions:
-            self._evaluate(directory)
+            self._evaluate()
 
-    def _evaluate(self, directory: Path) -> None:
+    def _evaluate(self) -> None:
         """On the first rank. The others end meanwhile: NCCL would let them wait for ten minutes at most."""
         config = self.config.evaluation
         assert config is not None
         assert self.encoder is not None
         device = self.topology.device
-        evaluation = evaluate(directory, self.questions, self.encoder.stop_ids, config.max_new_tokens, device)
+        evaluation = evaluate(self.exported, self.questions, self.encoder.stop_ids, config.max_new_tokens, device)
         self.display.say(evaluation.describe(config.show))
 
 
