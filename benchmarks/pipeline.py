@@ -56,7 +56,7 @@ def main() -> None:
             file_rows(data, options.rows_of_a_file, options.rounds),
         )
         print("\n## Around it")
-        table(("what", "how much"), costs(job, options.gigabytes, options.seconds))
+        table(("what", "how much"), costs(job, options.gigabytes, options.seconds, options.rounds))
 
 
 def arguments() -> argparse.Namespace:
