@@ -142,13 +142,14 @@ def quick(description: str) -> str:
 
     A vocabulary of 128,000 is read in three quarters of the time then, and fastokens keeps a fifth less memory of it.
     """
-    whole = msgspec.json.decode(description)
-    merges = whole["model"].get("merges")
-    if not merges or any(" " in part for merge in merges for part in merge):
+    tokenizer = msgspec.json.decode(description, type=dict[str, msgspec.Raw])
+    model = msgspec.json.decode(tokenizer["model"], type=dict[str, msgspec.Raw])
+    lines = [" ".join(merge) for merge in msgspec.json.decode(model.get("merges", b"[]"))]
+    text = "\n".join(("", *lines))
+    # A line of `#version` was the heading of a file of merges once, and is still passed over.
+    if not lines or text.count(" ") > len(lines) or "\n#version" in text:
         return description
-    whole["model"]["merges"] = lines = [f"{left} {right}" for left, right in merges]
-    # Such a line was the heading of a file of merges once, and is still passed over.
-    return description if any(line.startswith("#version") for line in lines) else msgspec.json.encode(whole).decode()
+    return msgspec.json.encode({**tokenizer, "model": {**model, "merges": lines}}).decode()
 
 
 def _byte_lengths(backend: Backend) -> NDArray[np.integer[Any]] | None:
