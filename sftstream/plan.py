@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial, reduce
+from hashlib import sha256
 from itertools import accumulate
 from operator import methodcaller
 from typing import Any, NamedTuple
 
-import msgspec
-
 from sftstream.records import Conversation, Message, Rendered
-from sftstream.template import REASONING_KEYS, ChatTemplate, TemplateMessage, template_message
+from sftstream.template import REASONING_KEYS, ChatTemplate, TemplateMessage, exact_key, template_message
 from sftstream.trace import Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
 from sftstream.turns import CALLED, SAID, TOOL, USER, Form, Turn
 
 STRIPPED: Op = ("strip", (None,))
 
-SHAPES = 4096
-"""Shapes that are remembered; what comes later goes the whole way."""
+SHAPES, CHARACTERS = 4096, 16 << 20
+"""Shapes that are remembered, and characters of what the template prints in them; beyond that the oldest are forgotten."""
 PLANS = 8
 """Plans of a shape, one for each way in which its conversations answer."""
+
+NOT_JSON = TypeError, ValueError, RecursionError
+"""Raised of a value that cannot be printed as JSON, or has no key."""
 
 Shape = tuple[Any, ...]
 Printer = Callable[[Any], Any]
@@ -75,13 +77,13 @@ class Plan(NamedTuple):
     bounds: tuple[Place, ...]
 
 
-class Known(NamedTuple):
-    """What plans of a template know of their conversations, because it takes that apart; others print it as JSON."""
+class TakenApart(NamedTuple):
+    """What a template picks things out of, so that its plans are for one value of it; others print it as JSON."""
 
     tools: bool
     """The definitions of tools."""
     arguments: bool
-    """The arguments of calls, but for the words in them."""
+    """The arguments of calls. Of their own strings plans know no more than of other words."""
 
 
 class Planner:
@@ -93,6 +95,7 @@ class Planner:
         self._marks = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
         self._beginnings = {first: _beginning(first, self._marks) for first in {text[0] for text in self._marks}}
         self.plans: dict[Shape, list[Plan]] = {}
+        self._characters = 0
 
     @cached_property
     def _alien(self) -> re.Pattern[str]:
@@ -101,23 +104,35 @@ class Planner:
 
     def render(self, dialogue: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""
-        shape, values = _take_apart(dialogue, self._known)
-        for plan in self.plans.get(shape, ()):
-            if _holds(plan, values):
-                printed = self._printed(plan, values)
-                return None if printed is None else _assembled(plan, printed)
+        try:
+            shape, values = _take_apart(dialogue, self._taken_apart)
+            for plan in self.plans.get(shape, ()):
+                if _holds(plan, values):
+                    printed = self._printed(plan, values)
+                    return None if printed is None else _assembled(plan, printed)
+        except NOT_JSON:
+            pass  # the template is to say so
         return None
 
     def learn(self, dialogue: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Keep how a conversation was rendered, where others can be rendered alike."""
-        shape, values = _take_apart(dialogue, self._known)
-        plans = self.plans.setdefault(shape, []) if len(self.plans) < SHAPES else self.plans.get(shape, [])
-        if len(plans) < PLANS and (plan := self._plan(dialogue, values, rendered, turns)):
-            plans.append(plan)
+        try:
+            shape, values = _take_apart(dialogue, self._taken_apart)
+            known = self.plans.get(shape, [])
+            plan = self._plan(dialogue, values, rendered, turns) if len(known) < PLANS else None
+        except NOT_JSON:
+            return
+        if plan is None:
+            return
+        self.plans[shape] = [*known, plan]
+        self._characters += sum(map(len, plan.pieces))
+        while len(self.plans) > SHAPES or self._characters > CHARACTERS:
+            for oldest in self.plans.pop(next(iter(self.plans))):
+                self._characters -= sum(map(len, oldest.pieces))
 
     @cached_property
-    def _known(self) -> Known:
-        return _known_to(self._traced)
+    def _taken_apart(self) -> TakenApart:
+        return _probed(self._traced)
 
     def _plan(
         self, dialogue: Conversation, values: Sequence[Any], rendered: Rendered, turns: Sequence[Turn]
@@ -152,7 +167,7 @@ class Planner:
 
     def _trace(self, dialogue: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
         recorder = Recorder()
-        messages, tools = _unknown(recorder, dialogue, values, self._known)
+        messages, tools = _unknown(recorder, dialogue, values, self._taken_apart)
         for turn in turns:
             if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
                 return None
@@ -212,10 +227,9 @@ def _marks_of_turns(form: Form) -> set[str]:
     return {text for text in (form.core.strip(), *form.stops, *form.call_stops) if text}
 
 
-def _known_to(traced: TracedTemplate) -> Known:
-    """Found with a probe, of which a part is not known."""
+def _probed(traced: TracedTemplate) -> TakenApart:
+    """Found by a trace of a conversation of which one thing is not known."""
     recorder = Recorder()
-    said = Word(recorder, Leaf(0), SAID)
 
     def prints(tool: Any, *messages: TemplateMessage) -> bool:
         return traced.trace(recorder, [USER, *messages], [tool]) is not None
@@ -224,56 +238,63 @@ def _known_to(traced: TracedTemplate) -> Known:
         (call,) = CALLED["tool_calls"]
         return {**CALLED, "tool_calls": [{**call, "function": {**call["function"], "arguments": arguments}}]}
 
-    return Known(
+    words = {"key": Word(recorder, Leaf(0), SAID)}
+    return TakenApart(
         tools=prints(TOOL) and not prints(Value(recorder, Leaf(0), TOOL)),
-        arguments=prints(TOOL, calling({"key": said}))
-        and not prints(TOOL, calling(Value(recorder, Leaf(0), {"key": SAID}))),
+        arguments=prints(TOOL, calling(words)) and not prints(TOOL, calling(Value(recorder, Leaf(0), {"key": SAID}))),
     )
 
 
-def _take_apart(dialogue: Conversation, known: Known) -> tuple[Shape, list[Any]]:
-    """What decides how a conversation is printed and masked, its values apart; and these, in a fixed order."""
+def _take_apart(dialogue: Conversation, apart: TakenApart) -> tuple[Shape, list[Any]]:
+    """What decides how a conversation is printed and masked, its values apart; and these, in a fixed order.
+
+    ValueError where it holds what JSON cannot, and that has to be told from other values.
+    """
     tools = dialogue.tools
-    shape: list[Any] = [_encoded(tools) if tools and known.tools else len(tools)]
-    values: list[Any] = [] if known.tools else list(tools)
+    shape: list[Any] = [sha256(exact_key(tools)).digest() if tools and apart.tools else len(tools)]
+    values: list[Any] = [] if apart.tools else list(tools)
     for message in dialogue.messages:
         content = message.content or ""
         values.append(content)
         shape += (message.role, message.train, bool(content) and not content.isspace())
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
-            shape.append(_more(message, values, known))
+            shape.append(_more(message, values, apart))
     return tuple(shape), values
 
 
-def _more(message: Message, values: list[Any], known: Known) -> tuple[Any, ...]:
-    """What few messages have."""
-    reasoning = message.reasoning or ""
-    optional = (reasoning, message.name or "", message.tool_call_id or "")
+def _more(message: Message, values: list[Any], apart: TakenApart) -> tuple[Any, ...]:
+    """What few messages have. Blank words differ from others: nothing is looked for in the text, and nothing can be missing."""
+    optional = (message.reasoning or "", message.name or "", message.tool_call_id or "")
     values += optional
-    shape: list[Any] = [bool(value) and not value.isspace() for value in optional]
+    shape: list[Any] = [not text.isspace() if text else None for text in optional]
     shape += (message.name is None, message.tool_call_id is None)
     for call in message.tool_calls:
-        shape.append(call.id is None)
+        shape += (bool(call.id), bool(call.name) and not call.name.isspace())
         values += (call.id or "", call.name)
-        if known.arguments:
-            # Their strings are values, and the rest is of a few kinds as a rule: numbers, choices.
+        if apart.arguments:
             values += [argument for argument in call.arguments.values() if isinstance(argument, str)]
-            shape.append(_encoded({k: None if isinstance(v, str) else [v] for k, v in call.arguments.items()}))
+            kinds = {
+                key: bool(argument) and not argument.isspace() if isinstance(argument, str) else [argument]
+                for key, argument in call.arguments.items()
+            }
+            shape.append(exact_key(kinds))
         else:
             values.append(call.arguments)
+            shape.append(_says_something(call.arguments))
     return tuple(shape)
 
 
-def _encoded(value: Any) -> bytes | str:
-    """Another for every other value."""
-    try:
-        return msgspec.msgpack.encode(value)
-    except (TypeError, ValueError, OverflowError):
-        return repr(value)
+def _says_something(value: Any) -> bool:
+    """A string that is not blank is in it."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    if isinstance(value, (dict, Mapping)):  # a dict is told at once, any other mapping slowly
+        return any(map(_says_something, value.values()))
+    return isinstance(value, (list, Sequence)) and any(map(_says_something, value))
 
 
 def _unknown(
-    recorder: Recorder, dialogue: Conversation, values: Sequence[Any], known: Known
+    recorder: Recorder, dialogue: Conversation, values: Sequence[Any], apart: TakenApart
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The conversation as the template gets it, its values unknown."""
     numbers = iter(range(len(values)))
@@ -282,7 +303,7 @@ def _unknown(
         number = next(numbers)
         return kind(recorder, Leaf(number), values[number])
 
-    tools = list(dialogue.tools) if known.tools else [unknown(Value) for _ in dialogue.tools]
+    tools = list(dialogue.tools) if apart.tools else [unknown(Value) for _ in dialogue.tools]
     messages = []
     for message in dialogue.messages:
         plain = template_message(message)
@@ -293,10 +314,10 @@ def _unknown(
             plain |= {key: value for key, value in (("name", name), ("tool_call_id", call_id)) if key in plain}
             for call, own in zip(plain.get("tool_calls", ()), message.tool_calls, strict=True):
                 given, function = unknown(Word), unknown(Word)
-                call["id"] = call["id"] if own.id is None else given
+                call["id"] = given if own.id else call["id"]
                 arguments: Any = (
                     {k: unknown(Word) if isinstance(v, str) else v for k, v in own.arguments.items()}
-                    if known.arguments
+                    if apart.arguments
                     else unknown(Value)
                 )
                 call["function"] = {"name": function, "arguments": arguments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import re
 import resource
 import signal
@@ -14,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import jinja2
-import msgspec
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from sftstream.records import Message, Refused, Span
@@ -101,6 +101,14 @@ def _compiled(text: str) -> Any:
     return environment.from_string(text)
 
 
+def exact_key(value: Any) -> bytes:
+    """Another for every other value of JSON's types, and for a list and a tuple; ValueError where any other type is in it.
+
+    Dates, say, which come out of tables: other encoders make of them what they make of a text.
+    """
+    return marshal.dumps(value, 2)  # later versions of the format differ between equal values
+
+
 class _Remembered:
     """A function of JSON-like values, and its latest results: what was asked for again is kept longer."""
 
@@ -111,8 +119,8 @@ class _Remembered:
 
     def __call__(self, value: Any, *arguments: Any, **options: Any) -> str:
         try:
-            key = msgspec.msgpack.encode((value, arguments, options))
-        except (TypeError, ValueError, OverflowError):  # half a character, a number of more than 64 bits, ...
+            key = exact_key((value, arguments, options))
+        except ValueError:
             return self._function(value, *arguments, **options)
         if (result := self._results.get(key)) is None:
             if len(self._results) >= REMEMBERED:

@@ -48,7 +48,10 @@ class Untraceable(BaseException):
 
 
 class _Unknown:
-    """What is not recorded is refused, above all what would make a real string of it."""
+    """What is not recorded is refused, above all what would make a real string of it.
+
+    What these objects hold has names that Jinja's sandbox does not give to a template.
+    """
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise Untraceable
@@ -67,14 +70,14 @@ class Word(_Unknown):
     """A string, known to be one and no more."""
 
     def __init__(self, recorder: Recorder, leaf: Leaf, value: str) -> None:
-        self.recorder, self.leaf, self.value = recorder, leaf, value
+        self._recorder, self._leaf, self._value = recorder, leaf, value
 
     def _asked(self, method: str, *arguments: Any) -> bool:
-        return self.recorder.ask(self.leaf, self.value, method, arguments)
+        return self._recorder.ask(self._leaf, self._value, method, arguments)
 
     def _changed(self, method: str, *arguments: Any) -> Word:
-        leaf = Leaf(self.leaf.number, (*self.leaf.ops, (method, arguments)))
-        return Word(self.recorder, leaf, getattr(self.value, method)(*arguments))
+        leaf = Leaf(self._leaf.number, (*self._leaf.ops, (method, arguments)))
+        return Word(self._recorder, leaf, getattr(self._value, method)(*arguments))
 
     def __bool__(self) -> bool:
         return self._asked("__len__")
@@ -126,25 +129,25 @@ class Text(_Unknown):
     """Strings and words side by side: what a template puts together to print it."""
 
     def __init__(self, parts: Iterable[Any]) -> None:
-        self.parts = list(parts)
+        self._parts = list(parts)
 
     def __add__(self, other: object) -> Text:
-        return Text([*self.parts, *_parts(other)])
+        return Text([*self._parts, *_parts(other)])
 
     def __radd__(self, other: object) -> Text:
-        return Text([*_parts(other), *self.parts])
+        return Text([*_parts(other), *self._parts])
 
     def __bool__(self) -> bool:
-        return any(isinstance(part, str) and part for part in self.parts) or any(map(bool, self.parts))
+        return any(isinstance(part, str) and part for part in self._parts) or any(map(bool, self._parts))
 
     def strip(self, characters: str | None = None) -> Text:
         return self.lstrip(characters).rstrip(characters)
 
     def lstrip(self, characters: str | None = None) -> Text:
-        return Text(_without_blank_beginning(self.parts, lambda part: part.lstrip(characters)))
+        return Text(_without_blank_beginning(self._parts, lambda part: part.lstrip(characters)))
 
     def rstrip(self, characters: str | None = None) -> Text:
-        return Text(_without_blank_beginning(self.parts[::-1], lambda part: part.rstrip(characters))[::-1])
+        return Text(_without_blank_beginning(self._parts[::-1], lambda part: part.rstrip(characters))[::-1])
 
 
 class Length(_Unknown):
@@ -172,10 +175,10 @@ class Value(_Unknown):
     """A tool's definition or a call's arguments: an object that is printed as JSON or not at all."""
 
     def __init__(self, recorder: Recorder, leaf: Leaf, value: Any) -> None:
-        self.recorder, self.leaf, self.value = recorder, leaf, value
+        self._recorder, self._leaf, self._value = recorder, leaf, value
 
     def __bool__(self) -> bool:
-        return self.recorder.ask(self.leaf, self.value, "__len__", ())
+        return self._recorder.ask(self._leaf, self._value, "__len__", ())
 
 
 class Recorder:
@@ -227,7 +230,7 @@ class TracedTemplate:
 
 def _parts(item: object) -> list[Any]:
     if isinstance(item, Text):
-        return item.parts
+        return item._parts
     if isinstance(item, str | Word):
         return [item]
     raise Untraceable
@@ -246,7 +249,7 @@ def _merged(parts: Iterable[Any]) -> list[str | Leaf]:
     result: list[str | Leaf] = []
     for part in parts:
         if isinstance(part, Word):
-            result.append(part.leaf)
+            result.append(part._leaf)
         elif result and isinstance(result[-1], str):
             result[-1] += part
         else:
@@ -286,8 +289,8 @@ def _to_json(environment: Any) -> Callable[..., Any]:
     def to_json(value: Any, **options: Any) -> Any:
         if not isinstance(value, Word | Value):
             return plain(value, **options)
-        leaf = Leaf(value.leaf.number, (*value.leaf.ops, ("tojson", tuple(options.items()))))
-        return Word(value.recorder, leaf, plain(value.value, **options))
+        leaf = Leaf(value._leaf.number, (*value._leaf.ops, ("tojson", tuple(options.items()))))
+        return Word(value._recorder, leaf, plain(value._value, **options))
 
     return to_json
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from contextlib import suppress
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftstream import ChatEncoder, Refused
+from sftstream import ChatEncoder, Refused, plan
 from sftstream import encoder as encoder_module
 from sftstream.config import Policy
 from sftstream.formats import conversation
-from sftstream.records import Conversation, Rendered
+from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
 from sftstream.template import ChatTemplate
 from sftstream.trace import Leaf, Recorder, TracedTemplate, Word
 
@@ -73,8 +75,11 @@ def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> N
         for messages, tools in shapes.SHAPES.values():
             first = conversation({"messages": messages, "tools": tools})
             second = conversation({"messages": others(messages, itertools.count()), "tools": tools})
+            third = conversation(
+                {"messages": others(messages, itertools.count()), "tools": others(tools, itertools.count())}
+            )
             learnt(encoder, first)
-            for dialogue in (first, second):
+            for dialogue in (first, second, third):
                 found = encoder.planner.render(dialogue)
                 assert found is None or found == whole(encoder, dialogue), path.stem
                 planned += found is not None
@@ -219,67 +224,133 @@ def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turn
     assert found is None or found == whole(encoder, dialogue)
 
 
-TAKEN_APART = (
-    "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
-    + template(
-        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}[{{ call.function.name }}"
-        "{% for key, value in call.function.arguments.items() %} {{ key }}="
-        "{{ value if value is string else value | tojson }}{% endfor %}]{% endfor %}"
-    )
+CALLS = {
+    "as JSON": "[{{ call.function.name }} {{ call.function.arguments | tojson }}]",
+    "arguments first": "[{{ call.function.arguments | tojson }} {{ call.function.name }}]",
+    "with its id": "[{{ call.id }} {{ call.function.name }} {{ call.function.arguments | tojson }}]",
+    "name alone": "[{{ call.function.name }}]",
+    "one argument": "[{{ call.function.name }} {{ call.function.arguments.a }}]",
+    "item by item": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %} {{ key }}="
+    "{{ value if value is string else value | tojson }}{% endfor %}]",
+    "items first": "[{% for key, value in call.function.arguments | items %}{{ key }}={{ value }};{% endfor %}"
+    "{{ call.function.name }}]",
+    "asked": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
+    "{% if value is string and value.startswith('x') %}X{% endif %}{{ value }}{% endfor %}]",
+    "attributes": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
+    "{{ value.value if value.value is defined else value }}{% endfor %}]",
+}
+TOOLS_APART = "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
+THOUGHT = (
+    "{% if message.reasoning_content is defined %}({{ message.reasoning_content }}){% endif %}{{ message.content }}"
 )
+ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    *(
+        {"a": text}
+        for text in ("x", "y", "", " ", " x", "x\n", "1", "[1]", 'a"b\\', "\ud800", "<|eot_id|>", "ZqM1x1x1bZq")
+    ),
+    *({"a": value} for value in (1, 2, True, 1.0, None, 10**30, 10**31, ["x"], ["y"], ("x",), {"k": "v"}, [], [""])),
+    *({"a": value} for value in (date(2020, 1, 1), ["2020-01-01"], [date(2020, 1, 1)], [Decimal("1.5")], ["1.5"])),
+    {"b": "x"},
+    {"a": "x", "b": "y"},
+    {"b": "y", "a": "x"},
+    {"a": "", "b": "x"},
+    {"<|eot_id|>": "x"},
+    {"value": "x"},
+]
 
 
-def calling(arguments: dict[str, Any], description: str = "finds") -> Conversation:
-    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
-    return conversation(
-        {
-            "messages": [{"role": "user", "content": "north"}, {"role": "assistant", "tool_calls": [call]}],
-            "tools": [{"type": "function", "function": {"name": "find", "description": description}}],
-        }
-    )
+def body(call: str) -> str:
+    return f"{THOUGHT}{{% for call in message.tool_calls or [] %}}{CALLS[call]}{{% endfor %}}"
+
+
+def calling(arguments: dict[str, Any], description: Any = "finds", name: str = "f", **fields: Any) -> Conversation:
+    call = ToolCall(name, arguments, fields.pop("id", None))
+    messages = (Message("user", "north"), Message("assistant", tool_calls=ToolCalls([call]), **fields))
+    return Conversation(messages, ({"type": "function", "function": {"name": "f", "description": description}},))
+
+
+DIALOGUES = [
+    *map(calling, ARGUMENTS),
+    *(
+        calling({"a": "x"}, d)
+        for d in ("looks", "", "2020-01-01", date(2020, 1, 1), ["finds"], ("finds",), "<|eot_id|>")
+    ),
+    *(calling({"a": "x"}, reasoning=text) for text in ("", "\n", "t", "u")),
+    *(calling(arguments, name=name) for name in ("", " ", "g") for arguments in ({}, {"a": "x"})),
+    *(calling({"a": "x"}, id=text) for text in ("", "abcdefghi", "i")),
+]
+
+
+@pytest.mark.parametrize("policy", [{}, {"train_reasoning": False}, {"train_tool_calls": False}])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("offer", ["", TOOLS_APART])
+def test_what_a_plan_says_of_calls_is_what_the_template_says(
+    tokenizer: str, call: str, offer: str, policy: dict[str, Any]
+) -> None:
+    encoder = ChatEncoder(tokenizer, offer + template(body(call)), policy=Policy(**policy))
+    right = [whole(encoder, dialogue) for dialogue in DIALOGUES]
+    planned = 0
+    for first in DIALOGUES:
+        encoder.planner.plans.clear()
+        learnt(encoder, first)
+        for second, expected in zip(DIALOGUES, right, strict=True):
+            found = encoder.planner.render(second)
+            assert found is None or found == expected, (first, second)
+            planned += found is not None and first is not second
+    assert planned or (call in ("name alone", "attributes", "one argument"))
 
 
 @pytest.mark.parametrize(
     ("first", "second", "alike"),
     [
         ({"a": "x", "n": 1}, {"a": "other words", "n": 1}, True),
-        ({"a": "x"}, {"a": ""}, True),
         ({"a": ["x", {"b": None}]}, {"a": ["x", {"b": None}]}, True),
         ({"a": 10**30}, {"a": 10**30}, True),
         ({"a": 1}, {"a": 2}, False),
-        ({"a": 1}, {"a": True}, False),
-        ({"a": 1}, {"a": 1.0}, False),
-        ({"a": 1}, {"a": "1"}, False),
-        ({"a": None}, {"a": "x"}, False),
-        ({"a": ["x"]}, {"a": ["y"]}, False),
+        ({"a": "x"}, {"a": ""}, False),
         ({"a": "x"}, {"b": "x"}, False),
-        ({"a": "x", "b": "y"}, {"b": "y", "a": "x"}, False),
-        ({"a": 10**30}, {"a": 10**31}, False),
     ],
 )
 def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words(
     tokenizer: str, first: dict[str, Any], second: dict[str, Any], alike: bool
 ) -> None:
-    encoder = ChatEncoder(tokenizer, TAKEN_APART)
+    encoder = opened(tokenizer, body("item by item"))
     for arguments in (first, first, second):
-        assert encoder.render(calling(arguments)) == whole(encoder, calling(arguments))
-    assert encoder.planned == 1 + alike
+        encoder.planner.render(calling(arguments)) or learnt(encoder, calling(arguments))
+    assert sum(map(len, encoder.planner.plans.values())) == 2 - alike
 
 
 def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
-    encoder = ChatEncoder(tokenizer, TAKEN_APART)
-    for description, planned in (("finds", 0), ("finds", 1), ("looks", 1), ("looks", 2), ("finds", 3)):
-        dialogue = calling({"a": "x"}, description)
-        assert encoder.render(dialogue) == whole(encoder, dialogue)
-        assert encoder.planned == planned
+    encoder = ChatEncoder(tokenizer, TOOLS_APART + template("{{ message.content }}"))
+    learnt(encoder, asked("finds", "north"))
+    assert encoder.planner.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
+    assert encoder.planner.render(asked("looks", "south")) is None
 
 
-@pytest.mark.parametrize("alien", ["a<|eot_id|>b", "ZqM1x1x1bZq"])
-def test_words_of_arguments_that_are_no_mere_words_are_not_planned(tokenizer: str, alien: str) -> None:
-    encoder = ChatEncoder(tokenizer, TAKEN_APART)
-    learnt(encoder, calling({"a": "x"}))
-    assert encoder.planner.render(calling({"a": "y"})) is not None
-    assert encoder.planner.render(calling({"a": alien})) is None
+def asked(description: str, *texts: str) -> Conversation:
+    return Conversation(said(*texts, "river").messages, calling({}, description).tools)
+
+
+@pytest.mark.parametrize(("bound", "least"), [("SHAPES", 3), ("CHARACTERS", 705)])
+def test_the_oldest_plans_are_forgotten(
+    tokenizer: str, monkeypatch: pytest.MonkeyPatch, bound: str, least: int
+) -> None:
+    dialogues = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
+    for most, planned in ((least, [True, True, True]), (least - 1, [False, True, True])):
+        monkeypatch.setattr(plan, bound, most)
+        encoder = ChatEncoder(tokenizer)
+        for dialogue in dialogues:
+            encoder.render(dialogue)
+        assert [encoder.planner.render(dialogue) is not None for dialogue in dialogues] == planned
+
+
+def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
+    encoder = opened(tokenizer, body("as JSON"))
+    encoder.render(calling({"day": "2020-01-01"}))
+    for _ in range(2):
+        with pytest.raises(Refused, match="template raises: Object of type date is not JSON serializable"):
+            encoder.render(calling({"day": date(2020, 1, 1), "also": "x"}))
 
 
 def test_a_trace_holds_pieces_and_questions() -> None:

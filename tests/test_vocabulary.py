@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream import ChatEncoder, vocabulary
 from sftstream.tokenizer import Tokenizer
-from sftstream.vocabulary import MOST, describe, load, open_vocabulary, quick
+from sftstream.vocabulary import MOST, describe, load, open_vocabulary, with_short_merges
 
 READS = """
 import sys
@@ -68,18 +68,18 @@ def test_merges_are_kept_in_the_notation_that_is_read_faster(tokenizer: str) -> 
     kept = json.loads(open_vocabulary(tokenizer).vocabulary.description)["model"]["merges"]
     assert kept
     assert all(isinstance(merge, str) for merge in kept)
-    assert Backend.from_str(quick(merging(("#", "v"), ("#v", "x")))).encode("#vx").tokens == ["#vx"]
+    assert Backend.from_str(with_short_merges(merging(("#", "v"), ("#v", "x")))).encode("#vx").tokens == ["#vx"]
 
 
 @pytest.mark.parametrize("merge", [("a b", "c"), ("a", " "), ("#versio", "n"), ("#version", "s")])
 def test_merges_that_the_faster_notation_cannot_hold_stay_as_they_are(merge: tuple[str, str]) -> None:
     description = merging(("x", "y"), merge)
-    assert Backend.from_str(quick(description)).to_str() == description
+    assert Backend.from_str(with_short_merges(description)).to_str() == description
 
 
 def test_a_tokenizer_without_merges_stays_as_it_is() -> None:
     description = Backend(WordLevel({"a": 0}, unk_token="a")).to_str()
-    assert quick(description) == description
+    assert with_short_merges(description) == description
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])

@@ -89,7 +89,8 @@ class Run:
         self.exported = config.run.directory / "export"
         # Before any work is done, since these are the first and the last thing that can be wrong.
         self.latest = self.saves.latest()
-        require_replaceable(self.exported)
+        if topology.first:
+            require_replaceable(self.exported)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         restored = self._restore()
