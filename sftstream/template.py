@@ -104,7 +104,7 @@ def _compiled(text: str) -> Any:
 def exact_key(value: Any) -> bytes:
     """Another for every other value of JSON's types, and for a list and a tuple; ValueError where any other type is in it.
 
-    Dates, say, which come out of tables: other encoders make of them what they make of a text.
+    Dates, say, which come out of tables: other encoders make of them what they make of a text. (An array counts as its bytes.)
     """
     return marshal.dumps(value, 2)  # later versions of the format differ between equal values
 
