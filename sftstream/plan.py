@@ -269,14 +269,11 @@ def _more(message: Message, values: list[Any], apart: TakenApart) -> tuple[Any, 
     shape: list[Any] = [not text.isspace() if text else None for text in optional]
     shape += (message.name is None, message.tool_call_id is None)
     for call in message.tool_calls:
-        shape += (bool(call.id), bool(call.name) and not call.name.isspace())
+        shape += (bool(call.id), _says_something(call.name))
         values += (call.id or "", call.name)
         if apart.arguments:
             values += [argument for argument in call.arguments.values() if isinstance(argument, str)]
-            kinds = {
-                key: bool(argument) and not argument.isspace() if isinstance(argument, str) else [argument]
-                for key, argument in call.arguments.items()
-            }
+            kinds = {k: _says_something(v) if isinstance(v, str) else [v] for k, v in call.arguments.items()}
             shape.append(exact_key(kinds))
         else:
             values.append(call.arguments)

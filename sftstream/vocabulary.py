@@ -30,8 +30,6 @@ READ = (".json", ".jinja", ".model", ".txt")
 """The files of a directory that a tokenizer can be made of."""
 MOST = 256 << 20
 """Bytes of such files beyond which a directory holds more than a tokenizer, and is not looked through at each start."""
-
-
 OF_PYTHON = (Normalizer, PreTokenizer, Decoder)
 """What `tokenizers` calls parts that are not its own; those have types below these."""
 
