@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sftstream import ChatEncoder, Refused, SourceConfig
 from sftstream.formats import conversation
 from sftstream.records import Conversation, Example, Rendered
+from sftstream.rendering.template import template_message
 from sftstream.sources import BrokenRow, FileSet
-from sftstream.template import template_message
 
 HERE = Path(__file__).resolve().parent
 DAY = "2024-07-26"

@@ -21,7 +21,7 @@ from corpus import DAY, Job
 
 from sftstream import DataConfig, Deal, PackLoader
 from sftstream.state import DataState
-from trainer.feed import Feed
+from trainer.training.step_reader import Feed
 
 PACE = 100_000
 """Tokens a second that the consumer takes."""

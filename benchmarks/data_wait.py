@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from trainer.metrics import StepMetrics
+from trainer.reporting.metrics import StepMetrics
 
 WARM_UP = 20
 """Steps."""

@@ -12,8 +12,8 @@ import msgspec
 from corpus import DAY, Data, accepted, require_same
 
 from sftstream import ChatEncoder, DataConfig, PackLoader
-from sftstream.draw import TOGETHER
 from sftstream.records import Conversation, Example
+from sftstream.streaming.sampler import TOGETHER
 
 SAMPLE = 200
 """Conversations on each of which the template is run: that is slow."""

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from sftstream import ChatEncoder, Example, Refused, SourceConfig
-from sftstream.draw import Drawn
 from sftstream.formats import conversation
-from sftstream.packing import Packer, PackerConfig
 from sftstream.records import Ref
 from sftstream.sources.corpus import FileSet
+from sftstream.streaming.packing import Packer, PackerConfig
+from sftstream.streaming.sampler import Drawn
 
 CAPACITIES = (2048, 4096, 8192)
 ROWS = 20_000

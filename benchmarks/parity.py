@@ -24,18 +24,18 @@ import torch.multiprocessing as mp
 import transformers
 
 from sftstream import Pack, Segment
-from trainer.blocks import prepare_blocks
 from trainer.config import parse_config
-from trainer.determinism import determinism
-from trainer.hf_config import read_config
-from trainer.mesh import Topology, distributed
-from trainer.model import Llama, LlamaConfig, init_weights
-from trainer.optimizer import OptimizerConfig, build_optimizer
-from trainer.parallel import ParallelConfig, build
+from trainer.distributed.determinism import determinism
+from trainer.distributed.mesh import ParallelConfig, Topology, distributed
+from trainer.estimate import plan
+from trainer.llama.blocks import prepare_blocks
+from trainer.llama.hf_config import read_config
+from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.parallel import build
+from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY, Check, compare
-from trainer.plan import plan
-from trainer.step import train_step
-from trainer.weights import load_weights
+from trainer.training.optimizer import OptimizerConfig, build_optimizer
+from trainer.training.step import train_step
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama 2": {"num_key_value_heads": 8},

@@ -19,13 +19,13 @@ import torch
 from parity import random_packs
 
 from sftstream import Pack
-from trainer.blocks import prepare_blocks
-from trainer.determinism import determinism
-from trainer.mesh import Topology, distributed, named_dtype
-from trainer.model import Llama, LlamaConfig, local
-from trainer.optimizer import OptimizerConfig, build_optimizer
-from trainer.parallel import ParallelConfig, build
-from trainer.step import train_step
+from trainer.distributed.determinism import determinism
+from trainer.distributed.mesh import ParallelConfig, Topology, distributed, named_dtype
+from trainer.llama.blocks import prepare_blocks
+from trainer.llama.model import Llama, LlamaConfig, local
+from trainer.llama.parallel import build
+from trainer.training.optimizer import OptimizerConfig, build_optimizer
+from trainer.training.step import train_step
 
 WARM_UP = 2
 """Steps."""

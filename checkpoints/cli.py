@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from checkpoints.directory import step_of
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.local_store import step_of
 from checkpoints.show import show_step, show_steps
 from checkpoints.store import CheckpointStore
 

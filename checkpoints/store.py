@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpoints.bucket import open_root
+from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
-from checkpoints.fit import misfit, require_fit
 from checkpoints.manifest import About, Manifest, Span
+from checkpoints.object_store import open_root
 from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention
 from checkpoints.staging import Staging

@@ -1,7 +1,6 @@
 """Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
-from sftstream.encoder import ChatEncoder
 from sftstream.identity import differences
 from sftstream.loader import Mark, PackLoader
 from sftstream.records import (
@@ -18,8 +17,9 @@ from sftstream.records import (
     batch_digest,
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
-from sftstream.stream import read_conversations
-from sftstream.topology import Deal, Shard
+from sftstream.streaming.assignment import Deal, Shard
+from sftstream.streaming.stream import read_conversations
+from sftstream.tokenization.encoder import ChatEncoder
 
 __version__ = "0.1.0"
 

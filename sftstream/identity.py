@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
-from sftstream.encoder import ChatEncoder
+from sftstream.rendering.turns import Form
 from sftstream.sources import Corpus, FileIdentity, FileSet, Streamed
-from sftstream.turns import Form
+from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 3
 """Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""

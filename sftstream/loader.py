@@ -17,16 +17,16 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftstream.config import DataConfig
-from sftstream.encoder import ChatEncoder
 from sftstream.identity import accepted_changes, identify
-from sftstream.order import draws_of_source
-from sftstream.packing import Packer, build_pack
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
-from sftstream.stream import build_stream
-from sftstream.topology import WHOLE, Deal, Shard
+from sftstream.streaming.assignment import WHOLE, Deal, Shard
+from sftstream.streaming.order import draws_of_source
+from sftstream.streaming.packing import Packer, build_pack
+from sftstream.streaming.stream import build_stream
+from sftstream.tokenization.encoder import ChatEncoder
 
 MIN_ROWS_TO_JUDGE = 100
 """Rows read before their refused share is held against `max_refused`."""

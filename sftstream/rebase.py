@@ -14,14 +14,14 @@ from typing import NamedTuple
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.draw import Rows, open_cursors
-from sftstream.encoder import ChatEncoder
 from sftstream.identity import Identity
-from sftstream.order import RowOrder, draws_of_stream
 from sftstream.records import Amount, Ref, Refusal, Refused, Segment
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import Change, DataState, Leftover, StreamState
-from sftstream.stream import Stages
+from sftstream.streaming.order import RowOrder, draws_of_stream
+from sftstream.streaming.sampler import Rows, open_cursors
+from sftstream.streaming.stream import Stages
+from sftstream.tokenization.encoder import ChatEncoder
 
 FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
 """What the order of rows hangs on: nobody could say which rows are still to come."""

@@ -23,7 +23,7 @@ import torch
 
 from sftstream import ChatEncoder, DataConfig
 from sftstream.sources import Corpus, Reading
-from sftstream.stream import Stages
+from sftstream.streaming.stream import Stages
 
 REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

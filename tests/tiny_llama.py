@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 
 from sftstream import IGNORE_INDEX
-from trainer.attention import Segments
-from trainer.export import export
-from trainer.loss import summed_cross_entropy
-from trainer.model import Llama, LlamaConfig, init_weights
+from trainer.llama.attention import Segments
+from trainer.llama.export import export
+from trainer.llama.loss import summed_cross_entropy
+from trainer.llama.model import Llama, LlamaConfig, init_weights
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import msgspec
 
 from sftstream import DataConfig, SourceConfig
-from trainer.blocks import Recompute
-from trainer.model import LlamaConfig
-from trainer.optimizer import OptimizerConfig, ScheduleConfig
-from trainer.parallel import ParallelConfig
+from trainer.distributed.mesh import ParallelConfig
+from trainer.llama.blocks import Recompute
+from trainer.llama.model import LlamaConfig
+from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,28 +23,28 @@ from rich.console import Console
 
 from checkpoints import CheckpointError, Recipe
 from sftstream import Deal
-from trainer.about import about
-from trainer.blocks import prepare_blocks
+from trainer.checkpointing.about import about
+from trainer.checkpointing.saves import Saves
+from trainer.checkpointing.snapshot import Progress, Restored, Settings, capture, restore
 from trainer.config import TrainConfig, load_config
-from trainer.determinism import determinism
-from trainer.display import Display
-from trainer.evaluate import Question, evaluate, read_questions
-from trainer.export import export, require_replaceable
-from trainer.feed import Feed, Tally, gather_refusals, open_loader, tally
-from trainer.hf_config import find_model, read_config
-from trainer.mesh import Topology, distributed, leave, named_dtype, tell
-from trainer.metrics import RunLog, StepMetrics
-from trainer.model import Llama, LlamaConfig, init_weights
-from trainer.optimizer import build_optimizer, learning_rate
-from trainer.parallel import build
-from trainer.plan import plan, show
-from trainer.recipe import recipe
-from trainer.resume import Progress, Restored, Settings, capture, restore
-from trainer.saves import Saves
-from trainer.step import StepResult, train_step
-from trainer.stop import StopRequest
-from trainer.validate import Validation
-from trainer.weights import load_weights
+from trainer.distributed.determinism import determinism
+from trainer.distributed.mesh import Topology, distributed, leave, named_dtype, tell
+from trainer.estimate import plan, show
+from trainer.llama.blocks import prepare_blocks
+from trainer.llama.export import export, require_replaceable
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.parallel import build
+from trainer.llama.recipe import recipe
+from trainer.llama.weights import load_weights
+from trainer.reporting.display import Display
+from trainer.reporting.metrics import RunLog, StepMetrics
+from trainer.training.evaluation import Question, evaluate, read_questions
+from trainer.training.optimizer import build_optimizer, learning_rate
+from trainer.training.step import StepResult, train_step
+from trainer.training.step_reader import Feed, Tally, gather_refusals, open_loader, tally
+from trainer.training.stop import StopRequest
+from trainer.training.validation import Validation
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 

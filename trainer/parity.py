@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftstream import IGNORE_INDEX, Pack, Segment
-from trainer.attention import Segments
-from trainer.hf_config import find_model, read_config
-from trainer.mesh import Topology, distributed, leave, named_dtype, tell
-from trainer.model import Llama
-from trainer.parallel import ParallelConfig, build
-from trainer.step import accumulate_gradients
-from trainer.weights import load_weights, opened, unfused
+from trainer.distributed.mesh import ParallelConfig, Topology, distributed, leave, named_dtype, tell
+from trainer.llama.attention import Segments
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.model import Llama
+from trainer.llama.parallel import build
+from trainer.llama.weights import load_weights, opened, unfused
+from trainer.training.step import accumulate_gradients
 
 Tensors = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ import vocabulary
 from dialogues import FAMILIES, SHARES, draw
 
 from sftstream.records import Conversation
-from sftstream.template import ChatTemplate, template_message
+from sftstream.rendering.template import ChatTemplate, template_message
 
 HERE = Path(__file__).parent
 SEED = 1

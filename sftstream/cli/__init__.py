@@ -1,1 +1,1 @@
-"""`sftstream ...`: looking at what a stream does, without training."""
+"""The `sftstream` command."""

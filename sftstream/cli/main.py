@@ -14,9 +14,9 @@ from rich.console import Console
 from sftstream.cli.bench import bench, show
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_certificate
-from sftstream.encoder import ChatEncoder
 from sftstream.state import describe
 from sftstream.state import diff as differing
+from sftstream.tokenization.encoder import ChatEncoder
 
 app = typer.Typer(add_completion=False, help="Looks at what a stream of fine-tuning data does, without training.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from sftstream.encoder import ChatEncoder
+from sftstream.tokenization.encoder import ChatEncoder
 
 
 def show_certificate(encoder: ChatEncoder, console: Console | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from sftstream.sources.corpus import Corpus, FileSet, Reading
 from sftstream.sources.rows import BrokenRow, FileIdentity, RowFile
+from sftstream.sources.shard_reader import Tape
 from sftstream.sources.streamed import Streamed
-from sftstream.sources.tape import Tape
 
 __all__ = ["BrokenRow", "Corpus", "FileIdentity", "FileSet", "Reading", "RowFile", "Streamed", "Tape"]

@@ -14,7 +14,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.ipc
 
-from sftstream.sources.cache import cached
+from sftstream.cache import cached
 from sftstream.sources.rows import (
     OPEN_FILES,
     PLAIN,

@@ -7,7 +7,7 @@ from io import BufferedReader
 
 import pyarrow as pa
 
-from sftstream.sources.cache import cached
+from sftstream.cache import cached
 from sftstream.sources.rows import Stored, copy_of, derived
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}

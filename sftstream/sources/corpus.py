@@ -10,8 +10,8 @@ from sftstream.config import SourceConfig
 from sftstream.records import Ref
 from sftstream.sources.resolve import open_source
 from sftstream.sources.rows import PLAIN, Decode, FileIdentity, RowFile, renamed
+from sftstream.sources.shard_reader import Tape
 from sftstream.sources.streamed import Streamed
-from sftstream.sources.tape import Tape
 
 
 class FileSet:

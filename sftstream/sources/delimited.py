@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sftstream.sources.row_index import Integers, Spans
 from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Placed, Stored
-from sftstream.sources.spans import Integers, Spans
 
 _CELL = 64 << 20
 """Characters of a cell. Python's own limit of 131,072 is less than a long conversation has."""

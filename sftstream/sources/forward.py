@@ -16,7 +16,7 @@ from sftstream.sources.arrow import UNREADABLE, Batches, source_of
 from sftstream.sources.compressed import unpacking
 from sftstream.sources.delimited import divided, header, record
 from sftstream.sources.kinds import suffixes
-from sftstream.sources.place import Place
+from sftstream.sources.location import Place
 from sftstream.sources.remote import lost
 from sftstream.sources.rows import BOM, UNDECODABLE, Decode, Placed, decoded_json
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from sftstream.config import SourceConfig
 from sftstream.sources.arrow import Batches
-from sftstream.sources.place import require_whole
+from sftstream.sources.location import require_whole
 from sftstream.sources.rows import PLAIN, SAMPLED_ABOVE, Decode, FileIdentity, derived, stored
 from sftstream.sources.saved import choose
 

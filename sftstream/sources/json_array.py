@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sftstream.sources.row_index import Integers, Spans
 from sftstream.sources.rows import BOM, PLAIN, UNDECODABLE, Decode, FileIdentity, Stored, decoded_json
-from sftstream.sources.spans import Integers, Spans
 
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.sources.row_index import Integers, Spans
 from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Stored, decoded_json
-from sftstream.sources.spans import Integers, Spans
 
 _CHUNK = 1 << 20
 """Bytes searched at a time: what fits a core's cache is searched at memory speed."""

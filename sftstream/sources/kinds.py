@@ -10,8 +10,8 @@ from sftstream.sources.compressed import CODECS, unpacked
 from sftstream.sources.delimited import Delimited
 from sftstream.sources.json_array import JsonArray
 from sftstream.sources.jsonl import JsonLines
+from sftstream.sources.location import Place
 from sftstream.sources.parquet import parquet
-from sftstream.sources.place import Place
 from sftstream.sources.rows import BOM, RowFile, Stored
 
 

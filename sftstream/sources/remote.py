@@ -12,8 +12,8 @@ import fsspec
 import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
-from sftstream.sources.cache import cached
-from sftstream.sources.place import Local, Place
+from sftstream.cache import cached
+from sftstream.sources.location import Local, Place
 from sftstream.sources.rows import FileIdentity, Stored, derived, stored
 
 _VERSIONS = (

@@ -12,7 +12,7 @@ import msgspec
 from sftstream.config import SourceConfig
 from sftstream.sources.hub import Loaded, is_hub_name, is_repository
 from sftstream.sources.kinds import KNOWN, is_known, open_file
-from sftstream.sources.place import Local, Place, require_whole
+from sftstream.sources.location import Local, Place, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.rows import RowFile
 from sftstream.sources.saved import is_saved, saved_files

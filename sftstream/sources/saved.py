@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sftstream.sources.place import Place
+from sftstream.sources.location import Place
 
 T = TypeVar("T")
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"

@@ -10,7 +10,7 @@ from sftstream.config import SourceConfig
 from sftstream.sources.forward import Row, RowsFrom, failures, read_forward
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known
-from sftstream.sources.place import Local, Place, require_whole
+from sftstream.sources.location import Local, Place, require_whole
 from sftstream.sources.remote import lost, remote
 from sftstream.sources.resolve import Dataset, resolve
 from sftstream.sources.rows import PLAIN, Decode, FileIdentity, renamed

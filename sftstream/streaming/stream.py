@@ -1,0 +1,122 @@
+"""One logical stream as a graph of nodes: load -> template -> tokenize -> pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torchdata.nodes import BaseNode
+
+from sftstream.config import DataConfig, SourceConfig
+from sftstream.formats import conversation, row_of
+from sftstream.records import Conversation, Example, Ref, Refused
+from sftstream.sources import BrokenRow, Corpus, FileSet, Reading
+from sftstream.streaming.packing import Packer, PackerConfig
+from sftstream.streaming.sampler import Drawn, Rows, open_cursors
+from sftstream.tokenization.encoder import ChatEncoder
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+ROWS_OF_A_STREAMED_SOURCE = 1_000_000
+"""Taken for those of a source that cannot say: a stream that refuses twice as many in a row is hopeless."""
+
+
+class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
+    """Applies a stage to what was drawn. What a stage refuses goes on as its refusal. Its state is its source's.
+
+    A stage is given several at a time, so that its code and tables stay in the core's cache: conversation by conversation
+    the same stages take twice as long.
+    """
+
+    def __init__(self, source: BaseNode[Drawn[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+        super().__init__()
+        self.source = source
+        self._stage = stage
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+
+    def next(self) -> Drawn[Y]:
+        refs, values = next(self.source)
+        if Refused not in set(map(type, values)):
+            return Drawn(refs, list(self._stage(values)))
+        results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
+        return Drawn(refs, [value if isinstance(value, Refused) else next(results) for value in values])
+
+    def get_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.source.state_dict()
+        return state
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The pure stages of one stream."""
+
+    reading: Reading
+    encoder: ChatEncoder
+
+    @classmethod
+    def of(cls, corpus: Corpus, encoder: ChatEncoder) -> Stages:
+        """With places of their own in what is streamed."""
+        return cls(Reading(corpus, row_of), encoder)
+
+    def expect(self, ref: Ref) -> None:
+        """This conversation was read before the state was taken, and will be asked for."""
+        self.reading.expect(ref)
+
+    def load_all(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
+        """The conversations at `refs`, or why not."""
+        read = self.reading.read
+        for ref in refs:
+            try:
+                yield conversation(read(ref))
+            except Refused as refused:
+                yield refused
+            except BrokenRow as error:
+                yield Refused("broken row", str(error))
+
+    def examples(self, ref: Ref) -> list[Example]:
+        """All stages at once; raises `Refused`."""
+        (loaded,) = self.load_all([ref])
+        if isinstance(loaded, Refused):
+            raise loaded
+        return self.encoder.tokenize(self.encoder.draft(loaded))
+
+
+def read_conversations(path: str) -> Iterator[Conversation]:
+    """All conversations of a file or glob, in order; raises ValueError naming the row that is none."""
+    rows = FileSet(SourceConfig(path=path))
+    for row in range(len(rows)):
+        try:
+            yield conversation(rows.read(row))
+        except (BrokenRow, Refused) as error:
+            raise ValueError(f"{rows.place(row)}: {error}") from None
+
+
+Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
+"""Puts something around a node of the graph, whose name it is given."""
+
+
+def build_stream(
+    config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int, watch: Watch = lambda _, node: node
+) -> Packer:
+    """The graph of logical stream number `stream`, to be reset before it is read."""
+    stages = Stages.of(corpus, encoder)
+    rows = Rows(config, open_cursors(config, stages.reading, stream))
+    drawn = watch("draw", rows)
+    loaded = watch("load", Map(drawn, stages.load_all))
+    rendered = watch("template", Map(loaded, encoder.draft_all))
+    tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
+    packer = PackerConfig(
+        capacity=config.capacity,
+        window=config.window,
+        streams=config.streams,
+        seed=config.seed,
+        shuffle=bool(config.shuffle),
+        pad_id=encoder.tokenizer.vocabulary.pad_id,
+        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
+    )
+    return Packer(tokenized, stages, rows, stream, packer)

@@ -1,0 +1,1 @@
+"""Text and trained spans -> Example: token ids, and a loss mask aligned to the spans."""

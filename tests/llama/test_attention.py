@@ -1,0 +1,114 @@
+"""No token attends across a segment's border, at the cost of the segments and not of the pack."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import segments
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.llama import attention
+from trainer.llama.attention import attend, repeat_heads
+
+LENGTHS = (7, 1, 12, 4)
+
+
+def heads(tokens: int, query: int, key: int, size: int, **kind: Any) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    made = (torch.randn(tokens, n, size, generator=draw).to(**kind) for n in (query, key, key))
+    return tuple(x.requires_grad_() for x in made)
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (owner[:, None] == owner[None]) & torch.ones(len(owner), len(owner)).tril().bool()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("query", "key", "size"), [(4, 4, 8), (6, 2, 8), (4, 1, 6), (1, 1, 2)])
+def test_attention_and_its_gradients_are_those_of_the_definition(query: int, key: int, size: int) -> None:
+    ours, expected = heads(24, query, key, size), heads(24, query, key, size)
+    weight = torch.randn(24, query, size)
+    out = attend(*ours, segments(*LENGTHS))
+    reference = by_definition(*expected, LENGTHS)
+    (out * weight).sum().backward()
+    (reference * weight).sum().backward()
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-6)
+    for x, y in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=2e-6)
+
+
+def test_a_segment_gets_no_gradient_from_another() -> None:
+    q, k, v = heads(24, 4, 2, 8)
+    attend(q, k, v, segments(*LENGTHS))[8:20].sum().backward()
+    for x in (q, k, v):
+        assert x.grad[8:20].any()
+        assert not x.grad[:8].any()
+        assert not x.grad[20:].any()
+
+
+def test_a_pack_of_many_segments_makes_no_square_of_its_length() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = op(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, Tensor):
+                    self.elements = max(self.elements, x.numel())
+            return out
+
+    q, k, v = heads(512, 2, 1, 4)
+    with Largest() as largest:
+        attend(q, k, v, segments(*[16] * 32)).sum().backward()
+    assert largest.elements == 512 * 2 * 4  # the queries; one head's square would be 262,144
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "size", "message"),
+    [
+        ("meta", torch.float32, 8, "kernels for cpu and cuda, not for meta"),
+        ("cpu", torch.float16, 8, "CPU computes in float32, float64, bfloat16, not in torch.float16"),
+        ("cuda", torch.float32, 8, "GPU computes in bfloat16, float16, not in torch.float32"),
+        ("cuda", torch.bfloat16, 12, "multiple of 8 up to 256, not 12"),
+        ("cuda", torch.bfloat16, 264, "multiple of 8 up to 256, not 264"),
+    ],
+)
+def test_what_no_kernel_isolates_is_refused(device: str, dtype: torch.dtype, size: int, message: str) -> None:
+    with FakeTensorMode():
+        q, k, v = (torch.empty(24, 2, size, device=device, dtype=dtype) for _ in range(3))
+        with pytest.raises(ValueError, match=message):
+            attend(q, k, v, segments(*LENGTHS))
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_on_a_gpu_grouped_heads_reach_the_kernel_whether_it_groups_or_not(
+    takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *borders: Any, window_size: tuple[int, int], **options: bool) -> Tensor:
+        seen.append((tuple(k.shape), borders[2:], window_size, options))
+        return q
+
+    monkeypatch.setattr(attention, "_HAS_FLASH_ATTN", False)
+    monkeypatch.setattr(attention, "_VARLEN_TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    with FakeTensorMode():
+        q = torch.empty(24, 4, 8, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(24, 2, 8, device="cuda", dtype=torch.bfloat16)
+        assert attend(q, k, k, segments(*LENGTHS)).shape == q.shape
+    expected = ((24, 2, 8), {"enable_gqa": True}) if takes_groups else ((24, 4, 8), {})
+    assert seen == [(expected[0], (12, 12), (-1, 0), expected[1])]
+
+
+def test_a_repeated_head_stands_where_its_queries_look_for_it() -> None:
+    q, k, v = heads(24, 6, 2, 8)
+    grouped = attend(q, k, v, segments(*LENGTHS))
+    assert torch.equal(repeat_heads(k, q), k.repeat_interleave(3, dim=1))
+    assert torch.equal(attend(q, repeat_heads(k, q), repeat_heads(v, q), segments(*LENGTHS)), grouped)

@@ -1,0 +1,107 @@
+"""Recomputed activations change no bit; compiled code is compiled once, however packs are divided."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from gloo_ranks import run_ranks
+from tiny_llama import CONFIG, Row, built, gradients, loss_of, row
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh
+from trainer.llama.blocks import Recompute, prepare_blocks
+from trainer.llama.model import Llama, init_weights, local
+from trainer.llama.parallel import build
+
+PACK = (9, 14, 9)
+
+
+class Outcome(NamedTuple):
+    gradients: dict[str, Tensor]
+    stored: int
+    """Bytes kept from the forward pass for the backward pass, weights included."""
+
+
+def outcome(model: Llama) -> Outcome:
+    stored: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of(model, row(*PACK))
+    loss.backward()
+    return Outcome(gradients(model), sum(stored.values()))
+
+
+@pytest.mark.parametrize(("recompute", "less"), [("selective", "none"), ("full", "selective")])
+def test_activations_that_are_computed_twice_take_less_memory_and_change_no_bit(
+    recompute: Recompute, less: Recompute
+) -> None:
+    found, stored = {}, {}
+    for way in (recompute, less):
+        model = built(CONFIG)
+        prepare_blocks(model, recompute=way, compiled=False)
+        found[way], stored[way] = outcome(model)
+    assert stored[recompute] < 0.8 * stored[less]
+    assert all(torch.equal(found[recompute][name], found[less][name]) for name in found[less])
+
+
+def many_divisions() -> list[Row]:
+    """50 packs of 32 tokens, of 1 to 32 conversations."""
+    draw = torch.Generator().manual_seed(0)
+    packs = []
+    for seed in range(50):
+        cuts = torch.randperm(31, generator=draw)[: int(torch.randint(32, (1,), generator=draw))]
+        borders = torch.cat((torch.tensor([0]), (cuts + 1).sort().values, torch.tensor([32])))
+        packs.append(row(*borders.diff().tolist(), seed=seed))
+    return packs
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_compute_the_same_and_are_never_compiled_again(recompute: Recompute) -> None:
+    torch._dynamo.reset()
+    model, plain = built(CONFIG), built(CONFIG)
+    prepare_blocks(model, recompute=recompute, compiled=True)
+    found, expected = outcome(model).gradients, outcome(plain).gradients
+    assert_near(found, expected)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for pack in many_divisions():
+            assert len(pack.segments.lengths) > 0
+            loss_of(model, pack).backward()
+            loss_of(plain, pack).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert_near(gradients(model), gradients(plain))
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def compiled_on_a_rank(rank: int, tp: int) -> dict[str, Tensor]:
+    mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=tp))
+    found = []
+    for compiled in (False, True):
+        model = build(CONFIG, mesh, torch.device("cpu"), capacity=32)
+        init_weights(model, 0)
+        prepare_blocks(model, recompute="none", compiled=compiled)
+        loss_of(model, row(*PACK)).backward()
+        if compiled:
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                loss_of(model, row(1, 31)).backward()
+                loss_of(model, row(*[4] * 8)).backward()
+            model.zero_grad()
+            loss_of(model, row(*PACK)).backward()
+        found.append({name: local(p.grad) for name, p in model.named_parameters()})
+    assert_near(found[1], found[0])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_layers_that_are_spread_over_ranks_are_compiled_once_as_well(tp: int) -> None:
+    run_ranks(2, compiled_on_a_rank, tp, timeout=300)

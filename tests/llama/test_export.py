@@ -1,0 +1,121 @@
+"""An export is whole or not there, and has all that a user of the model needs."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_llama import CONFIG, TIED, built, exported
+
+from trainer.llama import export as module
+from trainer.llama.export import export
+from trainer.llama.model import Llama
+from trainer.llama.weights import load_weights
+
+
+def test_an_export_in_bfloat16_is_the_model_rounded_once(tmp_path: Path) -> None:
+    model = built(CONFIG)
+    export(model, CONFIG, tmp_path / "out", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], model.head.weight.bfloat16())
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_an_export_with_a_tokenizer_is_all_that_a_user_needs(tmp_path: Path, tokenizer: str) -> None:
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    config = msgspec.structs.replace(CONFIG, vocab_size=len(words))
+    export(built(config), config, tmp_path / "out", words, stop_token_ids=[words.eos_token_id, 5])
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == words.chat_template
+    assert model.generation_config.eos_token_id == [words.eos_token_id, 5]
+    prompt = loaded.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] >= prompt["input_ids"].shape[1] + 1
+
+
+def test_without_a_tokenizer_no_token_ends_a_generation(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path / "out"))
+    assert model.generation_config.eos_token_id is None
+    assert model.config.bos_token_id is None
+
+
+class Killed(BaseException):
+    """What a kill leaves behind, without ending the test."""
+
+
+def test_an_export_killed_before_its_end_leaves_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = exported(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def kill(_: int) -> None:
+        raise Killed
+
+    changed = built(CONFIG)
+    changed.norm.weight.data.fill_(2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", kill)
+        with pytest.raises(Killed):
+            export(changed, CONFIG, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    export(changed, CONFIG, out)
+    assert load_file(out / "model.safetensors")["model.norm.weight"].eq(2).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_directory_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files than a model's: move them, or export to another directory"):
+        export(built(CONFIG), CONFIG, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("file_bytes", "files"), [(20_000, 4), (1, 20), (10**9, 1)])
+def test_a_big_model_goes_into_several_files(file_bytes: int, files: int, tmp_path: Path) -> None:
+    model = built(TIED)
+    export(model, TIED, tmp_path / "out", file_bytes=file_bytes)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(names) == files
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    if files > 1:
+        content = json.loads(index.read_bytes())
+        assert sorted(set(content["weight_map"].values())) == names
+        assert content["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    else:
+        assert not index.exists()
+    again = Llama(TIED)
+    load_weights(again, tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    public = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(public.model.embed_tokens.weight, model.embedding.weight)
+
+
+def test_how_a_model_is_meant_to_generate_is_carried_along(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [7, 9], "bos_token_id": 3})
+    )
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    config = msgspec.structs.replace(CONFIG, vocab_size=len(words))
+    export(built(config), config, tmp_path / "out", words, stop_token_ids=[9], init_from=tmp_path)
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.do_sample, settings.temperature) == (True, 0.6)
+    assert settings.eos_token_id == [words.eos_token_id, 9, 7]
+    assert settings.bos_token_id == words.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "Input data was truncated"), ("[]", "Expected `object`"), ('{"eos_token_id": "end"}', "got `str`")],
+)
+def test_settings_of_generation_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"generation_config.json: .*{message}"):
+        export(built(CONFIG), CONFIG, tmp_path / "out", init_from=tmp_path)

@@ -1,0 +1,234 @@
+"""What `config.json` says becomes a shape, in either layout of transformers, or is refused by name."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_llama import LLAMA3
+
+from trainer.llama import hf_config
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.model import LinearScaling, Llama, Llama3Scaling
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+
+
+def written(directory: Path, **keys: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(SHAPE | keys))
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_what_a_config_leaves_out_means_what_it_means_to_transformers(kind: str, tmp_path: Path) -> None:
+    public = {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "hidden_size": 64,
+        "num_attention_heads": 32,
+    }
+    ours = read_config(written(tmp_path, **public, sliding_window=None))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.head_size == theirs.head_dim
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+        {"rope_theta": 500000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}}
+        | {"max_position_embeddings": 16},
+    ],
+)
+def test_llama3_scaling_is_read_in_the_older_and_the_newer_spelling(keys: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, **keys))
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    )
+
+
+def test_linear_scaling_is_read_by_its_older_name(tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}))
+    assert config.rope_scaling == LinearScaling(factor=2.0)
+
+
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', of which only llama, mistral, qwen2, qwen3 are supported"),
+        ({"model_type": None}, "model_type is None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
+        (MISTRAL | {"sliding_window": 4096}, "sliding_window is 4096, .* set it to null if no conversation is longer"),
+        (MISTRAL, "sliding_window is 4096"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_window is 64"),
+        ({"logit_scale": 0.5}, "logit_scale: not known of a llama; remove it if no number of the model depends on it"),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map: not known of a llama"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', of which only default, linear"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "twist": 1}}, "twist"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor: not known of rope_type 'default'; name the rope_type that has it"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "full_attention: not known of rope_type 'default'",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys in .*low_freq_factor"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_attention_heads": 7}, "hidden.size .*32.* multiple of"),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_refused_by_name(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(written(tmp_path, **keys))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_the_type_of_weights_is_left_to_their_files(tmp_path: Path) -> None:
+    plain = read_config(written(tmp_path))
+    for keys in ({"torch_dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "of no library"}):
+        assert read_config(written(tmp_path, **keys)) == plain
+
+
+def test_a_size_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64}))
+    with pytest.raises(
+        ValueError, match="hidden_size, intermediate_size, num_hidden_layers, num_attention_heads must be"
+    ):
+        read_config(tmp_path)
+
+
+def test_a_directory_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face model: it has no config.json"):
+        read_config(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: Expected `object`, got `array`"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: Input data was truncated"):
+        read_config(tmp_path)
+
+
+PUBLISHED = {  # what the published config.json of each says, in its own words
+    "Llama 2 7B": (
+        '{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", '
+        '"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096, '
+        '"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, '
+        '"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false, '
+        '"torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000}',
+        6_738_415_616,
+    ),
+    "Llama 3 8B": (
+        '{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "hidden_act": "silu", '
+        '"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "llama", '
+        '"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, '
+        '"rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "vocab_size": 128256}',
+        8_030_261_248,
+    ),
+    "Llama 3.1 70B, as 3.3": (
+        '{"architectures": ["LlamaForCausalLM"], "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", '
+        '"hidden_size": 8192, "intermediate_size": 28672, "max_position_embeddings": 131072, "mlp_bias": false, '
+        '"model_type": "llama", "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8, '
+        '"rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, '
+        '"original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0, "vocab_size": 128256}',
+        70_553_706_496,
+    ),
+    "Llama 3.2 1B": (
+        '{"architectures": ["LlamaForCausalLM"], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, '
+        '"intermediate_size": 8192, "max_position_embeddings": 131072, "model_type": "llama", "num_attention_heads": 32, '
+        '"num_hidden_layers": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, '
+        '"high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, '
+        '"rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": true, "vocab_size": 128256}',
+        1_235_814_400,
+    ),
+    "Mistral 7B v0.3": (
+        '{"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096, '
+        '"intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", '
+        '"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, '
+        '"rope_theta": 1000000.0, "sliding_window": null, "vocab_size": 32768}',
+        7_248_023_552,
+    ),
+    "Qwen2.5 0.5B": (
+        '{"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864, '
+        '"max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14, '
+        '"num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, '
+        '"sliding_window": 32768, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}',
+        494_032_768,
+    ),
+    "Qwen3 0.6B": (
+        '{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "head_dim": 128, "hidden_act": "silu", '
+        '"hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, '
+        '"model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, '
+        '"rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, '
+        '"tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}',
+        596_049_920,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configs_have_the_published_numbers_of_parameters(name: str, tmp_path: Path) -> None:
+    text, parameters = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(text)
+    with torch.device("meta"):
+        model = Llama(read_config(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_whatever_transformers_knows_of_an_architecture_is_read_or_checked_or_changes_no_number(kind: str) -> None:
+    generic = transformers.PreTrainedConfig().to_dict()
+    harmless = {"use_cache", "pretraining_tp", "use_sliding_window", "max_window_layers", "layer_types"}
+    harmless |= {"bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"}
+    known = generic.keys() | harmless | set(hf_config._READ) | hf_config._ONLY_SUPPORTED.keys()
+    assert set(transformers.AutoConfig.for_model(kind).to_dict()) <= known
+
+
+def test_a_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    written(snapshot)
+    program = "from trainer.llama.hf_config import find_model; print(find_model('someone/tiny'))"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(snapshot)
+
+
+@pytest.mark.parametrize("name", ["someone/unheard-of", "no where", "./nowhere"])
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_named(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"model {name!r} is no directory here, and the hub does not give it")
+    ):
+        find_model(name)

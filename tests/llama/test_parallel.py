@@ -1,0 +1,347 @@
+"""A model spread over ranks is the model on one: the same first bits, and the same numbers to the rounding of sums."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_ranks import run_ranks
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, Row, row
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sftstream import IGNORE_INDEX
+from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
+from trainer.llama.attention import Segments
+from trainer.llama.export import export
+from trainer.llama.loss import summed_cross_entropy
+from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.parallel import build, check_divisible, parallelize
+from trainer.llama.weights import load_weights
+from trainer.parity import CAPACITY as PARITY_CAPACITY
+from trainer.parity import random_pack
+from trainer.training.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
+from trainer.training.step import accumulate_gradients
+
+CPU = torch.device("cpu")
+CAPACITY = 24
+# Sums in another order. Measured: up to 1.3e-6 of a parameter's largest gradient.
+TOLERANCE = 1e-5
+
+
+class Case(NamedTuple):
+    dp: int
+    tp: int
+    config: LlamaConfig
+    replicas: int = 1
+
+    def __str__(self) -> str:
+        tied = "tied" if self.config.tie_word_embeddings else "untied"
+        return f"dp {self.dp}, tp {self.tp}, replicas {self.replicas}, {self.config.model_type}, {tied}"
+
+
+CASES = [Case(dp, tp, config) for dp, tp in ((1, 2), (2, 1), (2, 2), (1, 4)) for config in (CONFIG, TIED)]
+CASES += [Case(2, 2, QWEN2), Case(1, 4, QWEN2), Case(2, 2, QWEN3), Case(1, 4, QWEN3)]
+CASES += [Case(2, 2, TIED, replicas=2), Case(4, 1, CONFIG, replicas=2), Case(4, 1, TIED, replicas=4)]
+CASES += [Case(3, 1, TIED)]  # nothing is a multiple of three
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Outcome(NamedTuple):
+    """What a topology computed, whole tensors, by parameter."""
+
+    initial: Arrays
+    loss: float
+    gradients: Arrays
+    norm: float
+    clipped: Arrays
+    trained_only: Arrays
+    stepped: Arrays
+
+
+def packs(count: int) -> list[Row]:
+    """A global batch; its last pack has no trained token, as those of a stream that has run dry."""
+    made = [row(9, 4, 11, seed=n) for n in range(count)]
+    made[-1] = made[-1]._replace(labels=torch.full((CAPACITY,), IGNORE_INDEX))
+    return made
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> Arrays:
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: t.detach().float().numpy().copy() for name, t in full.items()}
+
+
+def backward(model: Llama, mine: list[Row], *, trained_only: bool = False) -> float:
+    """The gradients of the global batch on this rank, and its own part of the loss."""
+    model.zero_grad()
+    total = 0.0
+    for number, one in enumerate(mine, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(mine))
+        positions = torch.nonzero(one.labels != IGNORE_INDEX).flatten() if trained_only else None
+        labels = one.labels[positions] if trained_only else one.labels
+        loss = summed_cross_entropy(model(one.input_ids, one.position_ids, one.segments, positions), labels)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def compute(model: Llama, mine: list[Row]) -> Outcome:
+    initial = whole(dict(model.named_parameters()))
+    backward(model, mine, trained_only=True)
+    clip_by_global_norm(model.parameters(), None)
+    trained_only = whole({name: p.grad for name, p in model.named_parameters()})
+    loss = backward(model, mine)
+    norm = clip_by_global_norm(model.parameters(), None)
+    gradients = whole({name: p.grad for name, p in model.named_parameters()})
+    assert clip_by_global_norm(model.parameters(), norm / 3) == norm
+    clipped = whole({name: p.grad for name, p in model.named_parameters()})
+    build_optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.1)).step()
+    return Outcome(initial, loss, gradients, norm, clipped, trained_only, whole(dict(model.named_parameters())))
+
+
+def on_a_rank(rank: int, cases: list[Case]) -> list[Outcome]:
+    return [spread(*case) for case in cases]  # one group for all its topologies: starting ranks is what takes time
+
+
+def spread(dp: int, tp: int, config: LlamaConfig, replicas: int) -> Outcome:
+    mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=tp, replicas=replicas))
+    model = build(config, mesh, torch.device("cpu"), capacity=CAPACITY)
+    init_weights(model, 0)
+    outcome = compute(model, packs(2 * dp)[mesh["dp"].get_local_rank() :: dp])
+    loss = torch.tensor(outcome.loss)
+    dist.all_reduce(loss, group=mesh["dp"].get_group())
+    assert (model.head.weight is model.embedding.weight) == config.tie_word_embeddings
+    return outcome._replace(loss=loss.item())
+
+
+def alone(dp: int, config: LlamaConfig) -> Outcome:
+    model = Llama(config)
+    init_weights(model, 0)
+    return compute(model, packs(2 * dp))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, list[Outcome]]:
+    """Of each case, what every rank computed."""
+    by_case: dict[Case, list[Outcome]] = {}
+    for size in (2, 3, 4):
+        cases = [case for case in CASES if case.dp * case.tp == size]
+        by_case |= zip(cases, zip(*run_ranks(size, on_a_rank, cases, timeout=180), strict=True), strict=True)
+    return by_case
+
+
+@pytest.fixture(params=CASES, ids=Case.__str__)
+def both(request: pytest.FixtureRequest, outcomes: dict[Case, list[Outcome]]) -> tuple[list[Outcome], Outcome]:
+    return outcomes[request.param], alone(request.param.dp, request.param.config)
+
+
+def assert_near(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max(), err_msg=name)
+
+
+def test_every_topology_starts_from_the_same_bits(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert all(np.array_equal(rank.initial[name], array) for name, array in expected.initial.items())
+
+
+def test_every_topology_has_the_loss_and_gradients_of_one_process(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert rank.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert_near(rank.gradients, expected.gradients)
+
+
+def test_every_topology_gets_them_from_trained_positions_alone(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        assert_near(rank.trained_only, expected.gradients)
+
+
+def test_every_rank_knows_the_norm_of_the_whole_gradient_and_cuts_to_it(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    assert len({rank.norm for rank in ranks}) == 1
+    for rank in ranks:
+        assert rank.norm == pytest.approx(expected.norm, rel=1e-6)
+        assert_near(rank.clipped, expected.clipped)
+
+
+def test_an_optimizer_step_moves_every_topology_alike(both: tuple[list[Outcome], Outcome]) -> None:
+    ranks, expected = both
+    for rank in ranks:
+        # A step is 0.01. Adam divides by the gradient's size, so that a small one's rounding shows.
+        for name, array in expected.stepped.items():
+            np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=5e-5, err_msg=name)
+
+
+def unwrapped(rank: int) -> tuple[bool, bool]:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    plain = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.float32)
+    mixed = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.bfloat16)
+    init_weights(mixed, 0)
+    backward(mixed, packs(2))
+    assert all(p.grad.dtype == torch.float32 for p in mixed.parameters())
+    is_plain = not isinstance(plain, FSDPModule) and not any(isinstance(p, DTensor) for p in plain.parameters())
+    return is_plain, isinstance(mixed, FSDPModule)
+
+
+def test_one_process_is_wrapped_only_to_compute_in_another_dtype() -> None:
+    assert run_ranks(1, unwrapped) == [(True, True)]
+
+
+def rounded(rank: int, weights_dtype: torch.dtype) -> tuple[float, Arrays]:
+    mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=2))
+    model = build(TIED, mesh, CPU, capacity=CAPACITY, compute_dtype=torch.bfloat16, weights_dtype=weights_dtype)
+    init_weights(model, 0)
+    loss = torch.tensor(backward(model, packs(4)[mesh["dp"].get_local_rank() :: 2]))
+    dist.all_reduce(loss, group=mesh["dp"].get_group())
+    optimizer = build_optimizer(model, OptimizerConfig())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for name, value in values.items() if name != "step"]
+    assert {tensor.dtype for tensor in [*gradients.values(), *model.parameters(), *state]} == {weights_dtype}
+    return loss.item(), whole(gradients)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_computing_in_bfloat16_on_four_ranks_stays_near_fp32_on_one(weights_dtype: torch.dtype) -> None:
+    expected = alone(2, TIED)
+    for loss, gradients in run_ranks(4, rounded, weights_dtype):
+        assert loss == pytest.approx(expected.loss, rel=0.01)
+        for name, array in expected.gradients.items():
+            assert np.linalg.norm(gradients[name] - array) < 0.05 * np.linalg.norm(array), name
+
+
+def projected(rank: int) -> None:
+    topology = Topology(data_and_tensor_mesh("cpu", ParallelConfig(tp=2)), CPU)
+    model = build(TIED, topology.mesh, CPU, capacity=CAPACITY)
+    init_weights(model, 0)
+    rows: list[tuple[int, ...]] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape)))
+    one = packs(2)[0]
+    trained = torch.nonzero(one.labels != IGNORE_INDEX).flatten()
+    assert 0 < len(trained) < CAPACITY
+    logits = model(one.input_ids, one.position_ids, one.segments, trained)
+    assert rows == [(len(trained), TIED.hidden_size)]
+    assert logits.to_local().shape == (len(trained), TIED.vocab_size // 2)
+    leaf = logits.detach().requires_grad_()
+    with Operations() as seen:
+        summed_cross_entropy(leaf, one.labels[trained]).backward()
+    assert {name: count for name, count in seen.counts.items() if "all" in name} == {"allreduce_": 2}
+
+
+def test_the_vocabulary_projection_sees_trained_positions_only_and_its_logits_are_never_gathered() -> None:
+    run_ranks(2, projected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[op.__name__.partition(".")[0]] += 1
+        return op(*args, **(kwargs or {}))
+
+
+class Traffic(NamedTuple):
+    gathers: int
+    scatters: int
+    reduces: int
+    """Between replicas, and one of the loss."""
+
+
+def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
+    """The collectives of a step of three packs a rank, and its gradients."""
+    topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
+    model = build(
+        CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshard_after_forward
+    )
+    init_weights(model, 0)
+    with Operations() as seen:
+        accumulate_gradients(model, [random_pack(CONFIG.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)
+    return (
+        Traffic(*(seen.counts[name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_"))),
+        whole({name: p.grad for name, p in model.named_parameters()}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Weights come in three groups: two layers, and both ends together.
+        ({}, Traffic(3 * (3 + 2), 3, 1)),
+        ({"reshard_after_forward": False}, Traffic(3, 3, 1)),
+        ({"reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 1)),
+        ({"reshard_after_forward": False, "reduce_gradients": "pack"}, Traffic(3, 3 * 3, 1)),
+        ({"replicas": 2}, Traffic(3 * (3 + 2), 3, 3 + 1)),
+        ({"replicas": 2, "reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 3 + 1)),
+    ],
+    ids=str,
+)
+def test_weights_and_gradients_travel_no_oftener_than_the_policy_says(
+    settings: dict[str, Any], expected: Traffic
+) -> None:
+    parallel = ParallelConfig(**settings)
+    ranks = run_ranks(2 * parallel.replicas, traffic, parallel)
+    assert {seen for seen, _ in ranks} == {expected}
+    gradients = ranks[0][1]
+    model = Llama(CONFIG)
+    init_weights(model, 0)
+    for n in range(3 * len(ranks)):
+        one = random_pack(CONFIG.vocab_size, n)
+        segments = Segments(one.cu_seqlens, one.max_seqlen)
+        (summed_cross_entropy(model(one.input_ids, one.position_ids, segments), one.labels) / 99).backward()
+    assert_near(gradients, whole({name: p.grad for name, p in model.named_parameters()}))
+
+
+def through_files(rank: int, directory: str, out: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match="tp 2 does not divide capacity 23"):
+        parallelize(Llama(CONFIG), mesh, capacity=23)
+    model = parallelize(Llama(TIED), mesh, capacity=CAPACITY)
+    assert model.head.weight is model.embedding.weight
+    load_weights(model, directory)
+    export(model, TIED, out)
+
+
+def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        model = Llama(TIED)
+        init_weights(model, 0)
+        export(model, TIED, Path(root) / "in")
+        run_ranks(4, through_files, f"{root}/in", f"{root}/out")
+        before, after = (load_file(f"{root}/{name}/model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("tp", "capacity", "message"),
+    [
+        (
+            3,
+            24,
+            r"tp 3 does not divide num_attention_heads 8, num_key_value_heads 4, vocab_size 64: choose a tp of \[1",
+        ),
+        (4, 22, r"tp 4 does not divide capacity 22: choose a tp of \[1, 2\]"),
+        (8, 24, r"tp 8 does not divide num_key_value_heads 4: choose a tp of \[1, 2, 4\]"),
+    ],
+)
+def test_a_size_that_cannot_be_split_is_refused(tp: int, capacity: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_divisible(CONFIG, capacity, tp)

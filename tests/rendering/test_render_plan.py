@@ -1,0 +1,376 @@
+"""A conversation rendered by plan is the conversation rendered by its template, or it is not rendered by plan."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import suppress
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shapes
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftstream import ChatEncoder, Refused
+from sftstream.config import Policy
+from sftstream.formats import conversation
+from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
+from sftstream.rendering.fast import render_cache as plan
+from sftstream.rendering.fast.symbolic import Leaf, Recorder, TracedTemplate, Word
+from sftstream.rendering.template import ChatTemplate
+from sftstream.tokenization import encoder as encoder_module
+
+LOOP = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
+)
+PROMPT = "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+
+
+def template(body: str) -> str:
+    return LOOP.replace("%s", body) + PROMPT
+
+
+def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
+    return ChatEncoder(tokenizer, template(body), policy=Policy(**policy))
+
+
+def whole(encoder: ChatEncoder, dialogue: Conversation) -> Rendered | str:
+    try:
+        return encoder.render_whole(dialogue)[0]
+    except Refused as refused:
+        return refused.reason
+
+
+def learnt(encoder: ChatEncoder, dialogue: Conversation) -> None:
+    with suppress(Refused):
+        encoder.planner.learn(dialogue, *encoder.render_whole(dialogue))
+
+
+def said(*texts: str) -> Conversation:
+    return conversation(tiny.chat(*texts))
+
+
+def others(value: Any, numbers: Any) -> Any:
+    """The same shape with other words."""
+    if isinstance(value, dict):
+        keep = ("role", "type", "id")
+        return {key: item if key in keep else others(item, numbers) for key, item in value.items()}
+    if isinstance(value, list):
+        return [others(item, numbers) for item in value]
+    return (
+        f"{value[: len(value) - len(value.lstrip())]}other {next(numbers)}"
+        if isinstance(value, str) and value
+        else value
+    )
+
+
+@pytest.mark.realdata
+def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> None:
+    planned = 0
+    for path in sorted((realdata / "templates").glob("*.jinja")):
+        encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text(), date="2025-01-31")
+        for messages, tools in shapes.SHAPES.values():
+            first = conversation({"messages": messages, "tools": tools})
+            second = conversation({"messages": others(messages, itertools.count()), "tools": tools})
+            third = conversation(
+                {"messages": others(messages, itertools.count()), "tools": others(tools, itertools.count())}
+            )
+            learnt(encoder, first)
+            for dialogue in (first, second, third):
+                found = encoder.planner.render(dialogue)
+                assert found is None or found == whole(encoder, dialogue), path.stem
+                planned += found is not None
+    assert planned > 1000
+
+
+@pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])
+def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) -> None:
+    encoder = ChatEncoder(tokenizer, policy=Policy(**policy))
+    for row in tiny.rows(60, seed=4):
+        dialogue = conversation(row)
+        assert encoder.render(dialogue) == whole(encoder, dialogue)
+    assert encoder.planned > 50
+
+
+BODIES = {
+    "plain": "{{ message['content'] }}",
+    "trimmed": "{{ message['content'] | trim }}",
+    "stripped": "{{ message.content.strip() }}",
+    "joined": "{{ 'a' ~ message.content ~ 'b' }}",
+    "added": "{{ 'a' + message.content + 'b' }}",
+    "joined and trimmed": "{{ (message.content ~ '  ') | trim }}",
+    "set": "{% set c = message.content %}{{ c }}",
+    "set block": "{% set c %}<{{ message.content }}>{% endset %}{{ c }}",
+    "macro": "{% macro m(x) %}({{ x }}){% endmacro %}{{ m(message.content) }}",
+    "namespace": "{% set n = namespace(c='') %}{% set n.c = message.content %}{{ n.c }}",
+    "asked by in": "{{ 'secret' if 'xy' in message.content else message.content }}",
+    "asked by equality": "{{ 'none' if message.content == 'xy' else message.content }}",
+    "asked by its beginning": "{% if message.content.startswith('xy') %}X{% endif %}{{ message.content }}",
+    "asked by its end": "{% if message.content.endswith('y') %}Y{% endif %}{{ message.content }}",
+    "asked whether it is": "{% if message.content %}{{ message.content }}{% else %}empty{% endif %}",
+    "asked when trimmed": "{% if message.content | trim == '' %}empty{% endif %}{{ message.content }}",
+    "length": "{{ message.content | length }}{{ message.content }}",
+    "long or short": "{% if message.content | length > 6 %}L{% endif %}{{ message.content }}",
+    "some or none": "{% if message.content | length > 0 %}S{% endif %}{% if message.content | length == 0 %}N{% endif %}"
+    "{{ message.content }}",
+    "macro asked": "{% macro m(x) %}{{ x }}{% endmacro %}{% set c = m(message.content) %}{{ '!' if 'xy' in c }}{{ c | trim }}",
+    "joined and stripped of letters": "{{ ('x' ~ message.content ~ 'y').strip('xy') }}",
+    "stripped of letters": "{{ message.content.strip('xy') }}",
+    "joined and asked": "{{ 'T' if ' ' ~ message.content }}{{ 'U' if message.content ~ '' }}{{ message.content }}",
+    "joined and trimmed at its ends": "{{ (message.content ~ '-' ~ message.content).strip() }}",
+    "joined is a text": "{{ (message.content ~ '!') is string }}{{ (message.content ~ '!') is mapping }}{{ message.content }}",
+    "first letter": "{{ message.content[0] }}{{ message.content }}",
+    "upper case": "{{ message.content | upper }}{{ message.content }}",
+    "a method": "{{ message.content.title() }}{{ message.content }}",
+    "as a number": "{{ message.content | int }}{{ message.content }}",
+    "as a float": "{{ message.content | float }}{{ message.content }}",
+    "formatted": "{{ '%s' | format(message.content) }}",
+    "by percent": "{{ '%s' % message.content }}",
+    "letters": "{% for c in message.content %}{{ c }}{% endfor %}",
+    "split": "{{ message.content.split('xy')[-1] }}",
+    "split at spaces": "{{ message.content.split(' ')[0] }}{{ message.content }}",
+    "replaced": "{{ message.content.replace('xy', 'z') }}",
+    "replaced by filter": "{{ message.content | replace('xy', 'z') }}",
+    "as a key": "{{ {'xy': 1}.get(message.content, 2) }}{{ message.content }}",
+    "in a list": "{{ message.content in ['xy', 'z'] }}{{ message.content }}",
+    "in a text": "{{ message.content in 'xyz' }}{{ message.content }}",
+    "compared": "{% if message.content > 'b' %}B{% endif %}{{ message.content }}",
+    "tests of kind": "{{ message.content is string }}{{ message.content is mapping }}{{ message.content is iterable }}"
+    "{{ message.content is sequence }}{{ message.content is number }}{{ message.content is none }}{{ message.content }}",
+    "default": "{{ message.content | default('d', true) }}",
+    "as JSON": "{{ message.content | tojson }}",
+    "a message as JSON": "{{ message | tojson }}",
+    "joined by filter": "{{ [message.content, 'q'] | join('-') }}",
+    "sorted": "{{ (messages | sort(attribute='content'))[0].content }}{{ message.content }}",
+    "other message": "{{ message.content }}{% if messages[0].content == message.content %}!{% endif %}",
+    "caught": "{{ message.content | string | wordcount }}{{ message.content }}",
+    "twice": "{{ message.content }}|{{ message.content }}",
+}
+CONTENTS = (
+    "ab",
+    "xy",
+    " ab",
+    "ab ",
+    "xyz q",
+    "q xy",
+    "",
+    "  ",
+    "7",
+    "7.5",
+    "b" * 9,
+    "'\"<",
+    "é\n",
+    "<think>a</think>b",
+)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: str) -> None:
+    """Learnt from each of many conversations, tried on all the others."""
+    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
+    dialogues = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
+    expected = [whole(encoder, dialogue) for dialogue in dialogues]
+    for learner in dialogues:
+        learnt(encoder, learner)
+        for dialogue, right in zip(dialogues, expected, strict=True):
+            assert (encoder.planner.render(dialogue) or right) == right
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("plain", "trimmed", "added", "joined", "asked by in", "macro", "set block", "namespace", "macro asked"),
+        *(
+            "some or none",
+            "joined and asked",
+            "joined and trimmed",
+            "joined and trimmed at its ends",
+            "joined is a text",
+        ),
+    ],
+)
+def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
+    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
+    learnt(encoder, said("one", "two"))
+    assert encoder.planner.render(said("three", "four")) == whole(encoder, said("three", "four"))
+    assert encoder.planner.render(said("three", "four")) is not None
+
+
+def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
+    encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
+    learnt(encoder, said("a", "b"))
+    assert encoder.planner.render(said("axy", "b")) is None
+    learnt(encoder, said("xy", "b"))
+    for dialogue in (said("axy", "q"), said("q", "a")):
+        found = encoder.planner.render(dialogue)
+        assert found is not None
+        assert found == whole(encoder, dialogue)
+
+
+pieces = st.sampled_from([*"ab \n<|>", "<|eot_id|>", "<think>", "</think>", "ZqM0x1x0bZq", "é", "\ud800"])
+words = st.lists(pieces, max_size=6).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turns: list[tuple[str, str]]) -> None:
+    encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
+    learnt(encoder, said(*(["a", "b"] * len(turns))))
+    dialogue = said(*itertools.chain(*turns))
+    found = encoder.planner.render(dialogue)
+    assert found is None or found == whole(encoder, dialogue)
+
+
+CALLS = {
+    "as JSON": "[{{ call.function.name }} {{ call.function.arguments | tojson }}]",
+    "arguments first": "[{{ call.function.arguments | tojson }} {{ call.function.name }}]",
+    "with its id": "[{{ call.id }} {{ call.function.name }} {{ call.function.arguments | tojson }}]",
+    "name alone": "[{{ call.function.name }}]",
+    "one argument": "[{{ call.function.name }} {{ call.function.arguments.a }}]",
+    "item by item": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %} {{ key }}="
+    "{{ value if value is string else value | tojson }}{% endfor %}]",
+    "items first": "[{% for key, value in call.function.arguments | items %}{{ key }}={{ value }};{% endfor %}"
+    "{{ call.function.name }}]",
+    "asked": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
+    "{% if value is string and value.startswith('x') %}X{% endif %}{{ value }}{% endfor %}]",
+    "attributes": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
+    "{{ value.value if value.value is defined else value }}{% endfor %}]",
+}
+TOOLS_APART = "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
+THOUGHT = (
+    "{% if message.reasoning_content is defined %}({{ message.reasoning_content }}){% endif %}{{ message.content }}"
+)
+ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    *(
+        {"a": text}
+        for text in ("x", "y", "", " ", " x", "x\n", "1", "[1]", 'a"b\\', "\ud800", "<|eot_id|>", "ZqM1x1x1bZq")
+    ),
+    *({"a": value} for value in (1, 2, True, 1.0, None, 10**30, 10**31, ["x"], ["y"], ("x",), {"k": "v"}, [], [""])),
+    *({"a": value} for value in (date(2020, 1, 1), ["2020-01-01"], [date(2020, 1, 1)], [Decimal("1.5")], ["1.5"])),
+    {"b": "x"},
+    {"a": "x", "b": "y"},
+    {"b": "y", "a": "x"},
+    {"a": "", "b": "x"},
+    {"<|eot_id|>": "x"},
+    {"value": "x"},
+]
+
+
+def body(call: str) -> str:
+    return f"{THOUGHT}{{% for call in message.tool_calls or [] %}}{CALLS[call]}{{% endfor %}}"
+
+
+def calling(arguments: dict[str, Any], description: Any = "finds", name: str = "f", **fields: Any) -> Conversation:
+    call = ToolCall(name, arguments, fields.pop("id", None))
+    messages = (Message("user", "north"), Message("assistant", tool_calls=ToolCalls([call]), **fields))
+    return Conversation(messages, ({"type": "function", "function": {"name": "f", "description": description}},))
+
+
+DIALOGUES = [
+    *map(calling, ARGUMENTS),
+    *(
+        calling({"a": "x"}, d)
+        for d in ("looks", "", "2020-01-01", date(2020, 1, 1), ["finds"], ("finds",), "<|eot_id|>")
+    ),
+    *(calling({"a": "x"}, reasoning=text) for text in ("", "\n", "t", "u")),
+    *(calling(arguments, name=name) for name in ("", " ", "g") for arguments in ({}, {"a": "x"})),
+    *(calling({"a": "x"}, id=text) for text in ("", "abcdefghi", "i")),
+]
+
+
+@pytest.mark.parametrize("policy", [{}, {"train_reasoning": False}, {"train_tool_calls": False}])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("offer", ["", TOOLS_APART])
+def test_what_a_plan_says_of_calls_is_what_the_template_says(
+    tokenizer: str, call: str, offer: str, policy: dict[str, Any]
+) -> None:
+    encoder = ChatEncoder(tokenizer, offer + template(body(call)), policy=Policy(**policy))
+    right = [whole(encoder, dialogue) for dialogue in DIALOGUES]
+    planned = 0
+    for first in DIALOGUES:
+        encoder.planner.plans.clear()
+        learnt(encoder, first)
+        for second, expected in zip(DIALOGUES, right, strict=True):
+            found = encoder.planner.render(second)
+            assert found is None or found == expected, (first, second)
+            planned += found is not None and first is not second
+    assert planned or (call in ("name alone", "attributes", "one argument"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ({"a": "x", "n": 1}, {"a": "other words", "n": 1}, True),
+        ({"a": ["x", {"b": None}]}, {"a": ["x", {"b": None}]}, True),
+        ({"a": 10**30}, {"a": 10**30}, True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": "x"}, {"a": ""}, False),
+        ({"a": "x"}, {"b": "x"}, False),
+    ],
+)
+def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words(
+    tokenizer: str, first: dict[str, Any], second: dict[str, Any], alike: bool
+) -> None:
+    encoder = opened(tokenizer, body("item by item"))
+    for arguments in (first, first, second):
+        encoder.planner.render(calling(arguments)) or learnt(encoder, calling(arguments))
+    assert sum(map(len, encoder.planner.plans.values())) == 2 - alike
+
+
+def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
+    encoder = ChatEncoder(tokenizer, TOOLS_APART + template("{{ message.content }}"))
+    learnt(encoder, asked("finds", "north"))
+    assert encoder.planner.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
+    assert encoder.planner.render(asked("looks", "south")) is None
+
+
+def asked(description: str, *texts: str) -> Conversation:
+    return Conversation(said(*texts, "river").messages, calling({}, description).tools)
+
+
+@pytest.mark.parametrize(("bound", "least"), [("SHAPES", 3), ("CHARACTERS", 705)])
+def test_the_oldest_plans_are_forgotten(
+    tokenizer: str, monkeypatch: pytest.MonkeyPatch, bound: str, least: int
+) -> None:
+    dialogues = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
+    for most, planned in ((least, [True, True, True]), (least - 1, [False, True, True])):
+        monkeypatch.setattr(plan, bound, most)
+        encoder = ChatEncoder(tokenizer)
+        for dialogue in dialogues:
+            encoder.render(dialogue)
+        assert [encoder.planner.render(dialogue) is not None for dialogue in dialogues] == planned
+
+
+def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
+    encoder = opened(tokenizer, body("as JSON"))
+    encoder.render(calling({"day": "2020-01-01"}))
+    for _ in range(2):
+        with pytest.raises(Refused, match="template raises: Object of type date is not JSON serializable"):
+            encoder.render(calling({"day": date(2020, 1, 1), "also": "x"}))
+
+
+def test_a_trace_holds_pieces_and_questions() -> None:
+    text = "{% for m in messages %}[{% if 'x' in m.content %}!{% endif %}{{ m.content | trim }}]{% endfor %}"
+    recorder = Recorder()
+    messages = [{"role": "user", "content": Word(recorder, Leaf(0), " ax ")}]
+    trace = TracedTemplate(ChatTemplate(text, {})).trace(recorder, messages, ())
+    assert trace is not None
+    assert trace.pieces == ("[!", Leaf(0, (("strip", (None,)),)), "]")
+    assert [(guard.method, guard.arguments, guard.answer) for guard in trace.guards] == [("__contains__", ("x",), True)]
+
+
+def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
+    encoder = ChatEncoder(tokenizer)
+    encoder.render(said("one", "two"))
+    (plans,) = encoder.planner.plans.values()
+    plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
+    encoder.render(said("a", "b"))
+    encoder.render(said("a", "b"))
+    with pytest.raises(RuntimeError, match="a plan of this chat template gave"):
+        encoder.render(said("a", "b"))

@@ -1,0 +1,193 @@
+"""A token is trained if it lies wholly inside a span, however its tokenizer divides characters."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sftstream import Refused
+from sftstream.records import Example, Rendered, Span
+from sftstream.tokenization.tokenizer import Tokenizer
+
+BOM, STOP = "<|begin_of_text|>", "<|eot_id|>"
+
+
+def rendered(text: str, *parts: str) -> Rendered:
+    """The text with a span over the first place of each part."""
+    return Rendered(text, tuple(at for part in parts for at in (text.index(part), text.index(part) + len(part))))
+
+
+def trained_text(tokenizer: Tokenizer, text: Rendered) -> str:
+    example = tokenizer.encode(text)
+    return str(tokenizer.hf.decode(example.tokens[example.loss_mask]))
+
+
+def edited(directory: str, target: Path, **changes: Any) -> str:
+    """A copy of the tokenizer whose tokenizer.json has other values under some keys."""
+    PreTrainedTokenizerFast.from_pretrained(directory).save_pretrained(str(target))
+    file = target / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(target)
+
+
+def with_normalizer(directory: str, target: Path, normalizer: Any) -> Tokenizer:
+    return Tokenizer(edited(directory, target, normalizer=json.loads(normalizer.__getstate__())))
+
+
+def test_tokens_and_mask_are_those_of_the_text(tokenizer: str) -> None:
+    text = f"{BOM}ab{STOP}cd{STOP}"
+    example = Tokenizer(tokenizer).encode(rendered(text, "ab" + STOP))
+    words = Tokenizer(tokenizer).hf.convert_ids_to_tokens(example.tokens.tolist())
+    assert words == [BOM, "a", "b", STOP, "c", "d", STOP]
+    assert example.loss_mask.tolist() == [False, True, True, True, False, False, False]
+    assert (example.tokens.dtype, example.loss_mask.dtype) == (np.int32, np.bool_)
+
+
+@pytest.mark.parametrize(
+    "text", ["\U0001f600", "e\u0301", "\u4f60\u597d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\x00\n"]
+)
+def test_every_piece_of_a_split_character_is_trained_or_none(tokenizer: str, text: str) -> None:
+    loaded = Tokenizer(tokenizer)
+    whole = f"{BOM}{text}{STOP}{text}{STOP}{text}"
+    start = whole.index(STOP) + len(STOP)
+    example = loaded.encode(Rendered(whole, (start, start + len(text + STOP))))
+    assert loaded.hf.decode(example.tokens[example.loss_mask]) == text + STOP
+    assert example.loss_mask.sum() == len(text.encode()) + 1
+
+
+def test_a_token_across_a_spans_border_is_not_trained(tokenizer: str) -> None:
+    loaded = Tokenizer(tokenizer)
+    text = "the river" + STOP  # "river" is one token with its space
+    assert trained_text(loaded, rendered(text, "river" + STOP)) == STOP
+    assert trained_text(loaded, rendered(text, " river" + STOP)) == " river" + STOP
+
+
+def test_where_nothing_lies_wholly_inside_a_span_the_example_is_refused(tokenizer: str) -> None:
+    for text in (rendered("the river", "riv"), rendered("the river")):
+        with pytest.raises(Refused, match="nothing to train: no token lies wholly inside what the policy trains"):
+            Tokenizer(tokenizer).encode(text)
+
+
+@pytest.mark.parametrize("before", ["", "e\u0301", "\u212b", "\uac00\u1100\u1161"])
+def test_spans_are_found_where_a_normalizer_changes_lengths(tokenizer: str, tmp_path: Path, before: str) -> None:
+    composing = with_normalizer(tokenizer, tmp_path, normalizers.NFC())
+    answer = "e\u0301 \u212b a\u030a"
+    text = f"{BOM}{before}{STOP}{answer}{STOP}{before}"
+    start = text.index(STOP) + len(STOP)
+    span = Span(start, start + len(answer + STOP))
+    assert (
+        trained_text(composing, Rendered(text, (span.start, span.end))) == unicodedata.normalize("NFC", answer) + STOP
+    )
+
+
+def test_a_first_token_is_trained_and_no_target(tokenizer: str) -> None:
+    texts = [rendered("ab" + STOP, "ab" + STOP), rendered("ab" + STOP, STOP), Rendered("", ())]
+    loaded = Tokenizer(tokenizer)
+    whole, end, nothing = loaded.encode_all(texts)
+    assert isinstance(whole, Example)
+    assert isinstance(end, Example)
+    assert isinstance(nothing, Refused)
+    assert (whole.targets, end.targets) == (len(whole.tokens) - 1, 1)
+    assert whole.loss_mask.all()
+    assert str(loaded.encode_all([Rendered("", ())])[0]).startswith("nothing to train")
+
+
+def test_a_text_whose_tokens_do_not_tile_it_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    dropping = Tokenizer(edited(tokenizer, tmp_path, pre_tokenizer=_drops_digits()))
+    assert trained_text(dropping, rendered("ab" + STOP, "ab" + STOP)) == "ab" + STOP
+    with pytest.raises(Refused, match="tokens do not tile the text: they hold 12 bytes of 13"):
+        dropping.encode(rendered("a1b" + STOP, "b" + STOP))
+
+
+def _drops_digits() -> Any:
+    steps = [pre_tokenizers.Split("1", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return json.loads(pre_tokenizers.Sequence(steps).__getstate__())
+
+
+def test_truncation_and_padding_stored_with_a_tokenizer_are_not_applied(tokenizer: str, tmp_path: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    text = rendered(f"{BOM}seven rivers{STOP}", f"seven rivers{STOP}")
+    stored = Tokenizer(edited(tokenizer, tmp_path, truncation=truncation, padding=padding))
+    assert stored.encode(text).tokens.tolist() == Tokenizer(tokenizer).encode(text).tokens.tolist()
+
+
+def _character_tokenizer(directory: Path, normalizer: Any = None) -> Tokenizer:
+    """A vocabulary that is not byte-level: one token a character."""
+    letters = {letter: i for i, letter in enumerate("\u2581abcdefghijklmnopqrstuvwxyz\u00e9?")}
+    backend = Backend(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+    if normalizer:
+        backend.normalizer = normalizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=STOP)
+    fast.save_pretrained(str(directory))
+    return Tokenizer(str(directory))
+
+
+def test_a_vocabulary_that_is_not_byte_level_is_placed_by_its_offsets(tmp_path: Path) -> None:
+    characters = _character_tokenizer(tmp_path, normalizers.NFC())
+    text = f"ae\u0301 b{STOP}ce\u0301 d{STOP}"
+    example = characters.encode(Rendered(text, (text.index("c"), len(text))))
+    tokens = characters.hf.convert_ids_to_tokens(example.tokens[example.loss_mask].tolist())
+    assert tokens == ["c", "\u00e9", "\u2581", "d", STOP]
+
+
+def test_padding_is_the_pad_token_or_else_the_end_or_else_zero(tmp_path: Path) -> None:
+    padded = Tokenizer(tiny.save_tokenizer(tmp_path / "pad"))
+    assert padded.vocabulary.pad_id == padded.hf.convert_tokens_to_ids("<|pad|>")
+    ended = Tokenizer(tiny.save_tokenizer(tmp_path / "end", pad_token=None))
+    assert ended.vocabulary.pad_id == ended.hf.convert_tokens_to_ids(STOP)
+    assert Tokenizer(tiny.save_tokenizer(tmp_path / "none", pad_token=None, eos_token=None)).vocabulary.pad_id == 0
+
+
+def test_control_tokens_are_all_special_ones_and_variables_the_named_ones(tokenizer: str) -> None:
+    loaded = Tokenizer(tokenizer)
+    assert loaded.control.findall("a".join(tiny.SPECIAL)) == list(tiny.SPECIAL)
+    assert loaded.control.search("<|eot_i|>") is None
+    assert loaded.vocabulary.variables == {"bos_token": BOM, "eos_token": STOP, "pad_token": "<|pad|>"}
+
+
+def test_whatever_decides_the_tokens_of_a_pack_is_in_the_identity(tokenizer: str, tmp_path: Path) -> None:
+    others = [
+        Tokenizer(tokenizer),
+        with_normalizer(tokenizer, tmp_path / "nfc", normalizers.NFC()),
+        Tokenizer(tiny.save_tokenizer(tmp_path / "bos", bos_token="<|end_of_text|>")),
+        Tokenizer(tiny.save_tokenizer(tmp_path / "pad", pad_token="<|eom_id|>")),
+    ]
+    assert len({other.vocabulary.sha256 for other in others}) == 4
+    assert Tokenizer(tiny.save_tokenizer(tmp_path / "same")).vocabulary.sha256 == others[0].vocabulary.sha256
+
+
+def test_a_tokenizer_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer '.*/none' cannot be loaded: .") as error:
+        Tokenizer(str(tmp_path / "none"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_would_run_its_own_code_is_an_error(tokenizer: str, tmp_path: Path) -> None:
+    directory = Path(edited(tokenizer, tmp_path / "code"))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"tokenizer '.*/code' cannot be loaded: .") as error:
+        Tokenizer(str(directory))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,178 @@
+"""What a run asks of a tokenizer is worked out once on a machine, and again whenever one of its files is another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from sftstream import ChatEncoder
+from sftstream.tokenization import vocabulary
+from sftstream.tokenization.tokenizer import Tokenizer
+from sftstream.tokenization.vocabulary import MOST, describe, load, open_vocabulary, with_short_merges
+
+READS = """
+import sys
+from sftstream import ChatEncoder
+(example,) = ChatEncoder(sys.argv[1]).encode([{"role": "user", "content": "north"}, {"role": "assistant", "content": "river"}])
+print(example.tokens.tolist(), "transformers.models.auto.tokenization_auto" in sys.modules)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFTSTREAM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.vocabulary"))
+
+
+def read(directory: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", READS, directory], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_a_second_start_does_without_transformers_own_tokenizer(tokenizer: str) -> None:
+    tokens, opened = read(tokenizer).rsplit(" ", 1)
+    assert opened == "True"
+    assert read(tokenizer) == f"{tokens} False"
+
+
+def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None:
+    made = open_vocabulary(tokenizer).vocabulary
+    found, backend, _ = open_vocabulary(tokenizer)
+    assert len(kept(cache)) == 1
+    assert made == found == describe(load(tokenizer))
+    assert backend.to_str() == load(tokenizer).backend_tokenizer.to_str()
+    assert ChatEncoder(tokenizer).stop_ids == ChatEncoder(load(tokenizer)).stop_ids
+
+
+def merging(*merges: tuple[str, str]) -> str:
+    """A tokenizer.json."""
+    texts = dict.fromkeys(text for left, right in merges for text in (left, right, left + right))
+    return Backend(BPE({text: index for index, text in enumerate(texts)}, list(merges))).to_str()
+
+
+def test_merges_are_kept_in_the_notation_that_is_read_faster(tokenizer: str) -> None:
+    kept = json.loads(open_vocabulary(tokenizer).vocabulary.description)["model"]["merges"]
+    assert kept
+    assert all(isinstance(merge, str) for merge in kept)
+    assert Backend.from_str(with_short_merges(merging(("#", "v"), ("#v", "x")))).encode("#vx").tokens == ["#vx"]
+
+
+@pytest.mark.parametrize("merge", [("a b", "c"), ("a", " "), ("#versio", "n"), ("#version", "s")])
+def test_merges_that_the_faster_notation_cannot_hold_stay_as_they_are(merge: tuple[str, str]) -> None:
+    description = merging(("x", "y"), merge)
+    assert Backend.from_str(with_short_merges(description)).to_str() == description
+
+
+def test_a_tokenizer_without_merges_stays_as_it_is() -> None:
+    description = Backend(WordLevel({"a": 0}, unk_token="a")).to_str()
+    assert with_short_merges(description) == description
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_change_of_any_file_is_seen(tmp_path: Path, cache: Path, name: str) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+    before, *_ = open_vocabulary(directory)
+    text = (directory / name).read_text()
+    (directory / name).write_text(
+        text.replace("<|eom_id|>", "<|eon_id|>").replace("<|pad|>", "<|eot_id|>").replace("ipython", "tool")
+    )
+    after, *_ = open_vocabulary(directory)
+    assert after == describe(load(str(directory)))
+    assert after != before
+    assert len(kept(cache)) == 2
+
+
+def test_a_copy_elsewhere_is_the_same(tokenizer: str, tmp_path: Path, cache: Path) -> None:
+    open_vocabulary(tokenizer)
+    copy = Path(tiny.save_tokenizer(tmp_path / "copy"))
+    open_vocabulary(copy)
+    assert len(kept(cache)) == 1
+    assert Tokenizer(copy).name == str(copy)
+
+
+def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
+    made = open_vocabulary(tokenizer).vocabulary
+    (path,) = kept(cache)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"lantern", b"lentern"))
+    assert path.read_bytes() != content
+    assert open_vocabulary(tokenizer)[0] == made
+    assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: str, cache: Path) -> None:
+    cache.write_text("a file")
+    made = open_vocabulary(tokenizer).vocabulary
+    assert made == describe(load(tokenizer))
+
+
+def test_files_that_are_not_a_tokenizers_are_not_looked_through(tmp_path: Path, cache: Path) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+    open_vocabulary(directory)
+    (directory / "model.safetensors").write_bytes(b"weights")
+    open_vocabulary(directory)
+    assert len(kept(cache)) == 1
+    with (directory / "rows.json").open("wb") as file:
+        file.truncate(MOST + 1)
+    open_vocabulary(directory)
+    assert len(kept(cache)) == 1
+
+
+def test_a_tokenizer_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+
+    def changing(source: str) -> Any:
+        (directory / "chat_template.jinja").write_text("{{ bos_token }}")
+        return load(source)
+
+    monkeypatch.setattr(vocabulary, "load", changing)
+    assert open_vocabulary(directory)[0].template == "{{ bos_token }}"
+    assert not kept(cache)
+
+
+def test_a_tokenizer_with_parts_of_python_code_is_an_error() -> None:
+    class Splitter:
+        def pre_tokenize(self, text: Any) -> None:
+            """Leaves it whole."""
+
+    hf = tiny.fast_tokenizer()
+    hf.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Splitter())
+    with pytest.raises(ValueError, match=r"has a PreTokenizer of Python code, which no tokenizer\.json can hold"):
+        open_vocabulary(hf)
+
+
+def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "cut"))
+    file = directory / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation": truncation}))
+    for _ in ("first start", "second start"):
+        opened = Tokenizer(directory)
+        assert len(opened.ids("north river stone")) > 2
+        assert len(opened.hf("north river stone")["input_ids"]) > 2
+
+
+def test_a_directory_in_the_home_directory_is_kept_too(
+    tokenizer: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.save_tokenizer(tmp_path / "own")
+    open_vocabulary("~/own")
+    assert len(kept(cache)) == 1

@@ -1,0 +1,93 @@
+"""Ranks that share layers get the same bytes from one loader, and all ranks agree on what a step holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import gloo_ranks
+import msgspec
+import pytest
+import tiny
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from sftstream import DataConfig, Deal, PackLoader, batch_digest
+from trainer.distributed.mesh import Topology
+from trainer.training.step_reader import Feed, Tally, gather_refusals, tally
+
+STEPS = 3
+
+
+def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[str], Tally, int]]:
+    """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
+    topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
+    loader = PackLoader(config, shard=topology.shard) if topology.leads else None
+    feed = Feed(loader, Deal(config.streams, config.global_batch, dp), config.capacity, topology.tp_group)
+    result = []
+    for step in range(STEPS):
+        packs = feed.packs(step)
+        count = tally(step, packs, feed, topology, stop=rank == 1)
+        result.append((tiny.digests(packs), count, len(gather_refusals(packs, feed, topology))))
+    return result
+
+
+def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(config: DataConfig) -> None:
+    alone = PackLoader(config)
+    steps = [tiny.take(alone, config.global_batch) for _ in range(STEPS)]
+    for dp, tp in ((1, 2), (2, 1), (2, 2)):
+        ranks = gloo_ranks.run_ranks(dp * tp, _steps, config, dp, tp)
+        for number, packs in enumerate(steps):
+            expected = tiny.digests(packs)
+            for rank, result in enumerate(ranks):
+                digests, count, _ = result[number]
+                assert digests == expected[rank // tp :: dp]
+                assert count.digest == batch_digest(expected)
+                assert count.tokens == sum(pack.tokens for pack in packs)
+                assert count.trained_tokens == sum(pack.trained_tokens for pack in packs)
+                assert count.rows == sum(len(pack.segments) + len(pack.refused) for pack in packs)
+                assert count.live == dp
+                assert count.stop == 1  # rank 1 asked, all know
+
+
+def _beside_a_loader(config: DataConfig, steps: int) -> str:
+    """What ended the steps of a feed that reads ahead, each of which was that of a loader which does not."""
+    deal = Deal(config.streams, config.global_batch, 1)
+    alone = PackLoader(config, workers=0)
+    feed = Feed(PackLoader(config), deal, config.capacity, ahead=True)
+    end = "enough"
+    for step in range(steps):
+        try:
+            packs = feed.packs(step)
+        except ValueError as error:
+            end = str(error)
+            break
+        assert tiny.digests(packs) == tiny.digests(alone.next_step())
+        feed.read_ahead()
+        assert feed.state == alone.state
+        time.sleep(0.002)  # so that it does read ahead
+    feed.close()
+    assert feed.state == alone.state
+    return end
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_the_state_is_that_of_the_step_given_however_far_was_read(config: DataConfig, epochs: int | None) -> None:
+    ahead = msgspec.structs.replace(config, epochs=epochs, workers=2)
+    assert _beside_a_loader(ahead, 30) == "enough"
+
+
+def test_an_error_of_a_step_is_raised_by_that_step(tokenizer: str, tmp_path: Path) -> None:
+    rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
+    assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
+
+
+def test_refused_rows_reach_the_first_rank_wherever_they_were_read(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    rows = [*tiny.rows(12), *[{"text": str(number)} for number in range(12)]]
+    path = tiny.write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", rows)
+    config = tiny.data_config(tokenizer, path, epochs=1)
+    first, second = gloo_ranks.run_ranks(2, _steps, config, 2, 1)
+    assert sum(count for _, _, count in first) == sum(count.refused for _, count, _ in first) == 12
+    assert sum(count for _, _, count in second) == 0

@@ -1,0 +1,185 @@
+"""What a GPU decides: isolation, determinism and exact resume with its kernels. Skipped where there is none."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from test_kill import compare
+from tiny_llama import public_llama
+from torch import Tensor
+
+from trainer.distributed.determinism import determinism
+from trainer.llama.attention import Segments, attend
+from trainer.llama.blocks import Recompute, prepare_blocks
+from trainer.llama.loss import summed_cross_entropy
+from trainer.llama.model import Llama, LlamaConfig, init_weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+]
+
+FAMILIES = ({}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}, {"model_type": "qwen3"})
+BORDERS = [0, 5, 133, 140, 512]
+SHAPE = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+@pytest.fixture
+def segments() -> Segments:
+    return Segments(torch.tensor(BORDERS, dtype=torch.int32, device="cuda"), 372)
+
+
+@pytest.fixture
+def model() -> Llama:
+    model = Llama(SHAPE)
+    init_weights(model, seed=0)
+    return model.to("cuda", torch.bfloat16)
+
+
+def _qkv(seed: int) -> tuple[Tensor, ...]:
+    draw = torch.Generator("cuda").manual_seed(seed)
+    sizes = (4, 2, 2)
+    return tuple(
+        torch.randn(512, heads, 32, device="cuda", generator=draw).bfloat16().requires_grad_() for heads in sizes
+    )
+
+
+def test_another_conversation_changes_no_bit_of_a_segment(segments: Segments) -> None:
+    q, k, v = _qkv(0)
+    before = attend(q, k, v, segments)
+    with torch.no_grad():
+        for tensor in (q, k, v):
+            tensor[133:140].normal_()
+    after = attend(q, k, v, segments)
+    assert torch.equal(before[:133], after[:133])
+    assert torch.equal(before[140:], after[140:])
+    assert not torch.equal(before[133:140], after[133:140])
+
+
+def test_attention_equals_that_of_each_segment_alone_in_double_precision(segments: Segments) -> None:
+    q, k, v = _qkv(1)
+    grouped = attend(q, k, v, segments).double().cpu()
+    exact = [t.detach().cpu().double() for t in (q, k, v)]
+    alone = attend(*exact, Segments(torch.tensor(BORDERS, dtype=torch.int32), 372))
+    assert (grouped - alone).abs().max() < 0.02  # bf16 holds 8 bits
+
+
+def test_two_backward_passes_give_the_same_bits(segments: Segments) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = []
+        for _ in range(2):
+            q, k, v = _qkv(2)
+            attend(q, k, v, segments).square().sum().backward()
+            gradients.append([t.grad for t in (q, k, v)])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_packed_row_equals_its_conversations_one_by_one(model: Llama, segments: Segments) -> None:
+    ids = torch.randint(512, (512,), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    lengths = segments.cu_seqlens.diff().tolist()
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
+    packed = model(ids, positions, segments).float()
+    alone = [
+        model(part, torch.arange(len(part), device="cuda"), _whole(len(part))).float() for part in ids.split(lengths)
+    ]
+    assert (packed - torch.cat(alone)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_are_never_compiled_again_over_50_packs(recompute: Recompute) -> None:
+    torch._dynamo.reset()
+    compiled = _built(recompute=recompute, compiled=True)
+    plain = _built(recompute="none", compiled=False)
+    draw = random.Random(0)
+    _backward(compiled, [512])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in range(1, 51):
+            cuts = sorted(draw.sample(range(1, 512), count))
+            lengths = [end - start for start, end in itertools.pairwise([0, *cuts, 512])]
+            losses = [_backward(model, lengths) for model in (compiled, plain)]
+            assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_compiled_layers_give_the_same_bits_each_time() -> None:
+    found = []
+    with determinism(True):
+        for _ in range(2):
+            torch._dynamo.reset()
+            model = _built(recompute="selective", compiled=True)
+            _backward(model, [100, 12, 400])
+            found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_activations_that_are_computed_twice_change_no_bit(recompute: Recompute) -> None:
+    with determinism(True):
+        found = []
+        for way in ("none", recompute):
+            model = _built(recompute=way, compiled=False)
+            _backward(model, [100, 12, 400])
+            found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_model_on_a_gpu_is_that_of_transformers_to_the_rounding_of_bfloat16(tmp_path: Path) -> None:
+    for number, keys in enumerate(FAMILIES):
+        directory = tmp_path / str(number)
+        public_llama(**(keys | {"hidden_size": 128, "head_dim": 32})).save_pretrained(directory)
+        result = subprocess.run(
+            [sys.executable, "-m", "trainer.parity", str(directory), "--device=cuda"], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "torch.bfloat16" in result.stdout
+
+
+def test_float32_attention_is_an_error_and_no_fallback(segments: Segments) -> None:
+    with pytest.raises(ValueError, match=r"attention on a GPU computes in bfloat16, float16, not in torch.float32"):
+        attend(*(t.float() for t in _qkv(4)), segments)
+
+
+def test_kills_leave_no_trace_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(
+        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}
+    )
+    compare(tmp_path, config, processes=1, draw=random.Random(0), kills=3)
+
+
+def _built(*, recompute: Recompute, compiled: bool) -> Llama:
+    model = Llama(SHAPE)
+    init_weights(model, seed=0)
+    model.to("cuda", torch.bfloat16)
+    prepare_blocks(model, recompute=recompute, compiled=compiled)
+    return model
+
+
+def _backward(model: Llama, lengths: list[int]) -> float:
+    """The loss of a pack, its gradients added to the model's."""
+    draw = torch.Generator("cuda").manual_seed(sum(lengths[:1]))
+    ids = torch.randint(512, (512,), device="cuda", generator=draw)
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    loss = summed_cross_entropy(model(ids, positions, Segments(borders, max(lengths))), ids.roll(-1))
+    loss.backward()
+    return loss.item()
+
+
+def _whole(length: int) -> Segments:
+    return Segments(torch.tensor([0, length], dtype=torch.int32, device="cuda"), length)

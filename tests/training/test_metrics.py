@@ -1,0 +1,142 @@
+"""The files of a run have each step once, whenever the run was killed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sftstream import Refusal
+from trainer.reporting.metrics import Curves, RunLog, StepMetrics
+from trainer.training.step_reader import PlacedRefusal
+
+STEP = StepMetrics(
+    step=1,
+    loss=2.5,
+    grad_norm=1.0,
+    learning_rate=1e-3,
+    tokens=100,
+    trained_tokens=40,
+    rows=7,
+    refused=1,
+    refused_by_reason={"reason": 1},
+    fill=0.9,
+    tokens_per_second=1000.0,
+    data_wait=0.01,
+    seconds=0.1,
+    batch_digest="ab",
+)
+
+
+def _write(directory: Path, after: int, steps: list[int]) -> None:
+    with RunLog(directory, after) as log:
+        for step in steps:
+            log.step(msgspec.structs.replace(STEP, step=step, loss=step + after / 100))
+            log.refused(step, [PlacedRefusal(Refusal(0, step, 0, "reason", "detail"), f"rows.jsonl:{step}")])
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_goes_back_to_its_checkpoint_writes_no_step_twice(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2, 3, 4, 5])
+    _write(tmp_path, 3, [4, 5, 6])
+    assert [(line["step"], line["loss"]) for line in _lines(tmp_path / "metrics.jsonl")] == [
+        *((step, float(step)) for step in (1, 2, 3)),
+        *((step, step + 0.03) for step in (4, 5, 6)),
+    ]
+    assert [line["step"] for line in _lines(tmp_path / "refused.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step":3,"lo')
+    _write(tmp_path, 2, [3])
+    assert [line["step"] for line in _lines(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["mine", "[]", '{"loss": 1.0}'])
+def test_a_line_that_no_run_wrote_is_named_and_stays(line: str, tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := path.read_text() + line + "\n")
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2 is no line of a run: .*; take it out, or move the file away"
+    ):
+        RunLog(tmp_path, 1)
+    assert path.read_text() == before
+
+
+def test_a_new_run_in_an_old_directory_starts_from_nothing(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2])
+    _write(tmp_path, 0, [1])
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_line_names_where_a_refused_row_stands(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1])
+    assert _lines(tmp_path / "refused.jsonl") == [
+        {"step": 1, "place": "rows.jsonl:1", "source": 0, "row": 1, "epoch": 0, "reason": "reason", "detail": "detail"}
+    ]
+
+
+def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> None:
+    _write(tmp_path, 0, [1, 2, 3])
+    _write(tmp_path, 2, [3, 4])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_validation_loss_stands_where_it_was_taken(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0) as log:
+        log.step(STEP)
+        log.step(msgspec.structs.replace(STEP, step=2, validation_loss=1.25))
+    assert [line.get("validation_loss", "none") for line in _lines(tmp_path / "metrics.jsonl")] == ["none", 1.25]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("validation_loss")] == [(2, 1.25)]
+
+
+def test_the_curves_end_at_a_full_disk_with_one_warning_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    threads = threading.active_count()
+    curves = Curves(tmp_path, 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        for step in range(1, 30):
+            curves.add(msgspec.structs.replace(STEP, step=step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    curves.add(msgspec.structs.replace(STEP, step=30))
+    curves.close()
+    assert caplog.messages == ["the curves in tensorboard/ end here: [Errno 27] File too large"]
+    assert threading.active_count() == threads  # One of a writer would end with a traceback.
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_that_a_full_disk_does_not_take_follow_whole_when_there_is_room(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, 0) as log:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            for step in range(1, 8):
+                log.step(msgspec.structs.replace(STEP, step=step))
+            assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
+            with pytest.raises(OSError, match="File too large"):
+                log.sync()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.sync()
+        assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]

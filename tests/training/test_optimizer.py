@@ -1,0 +1,138 @@
+"""AdamW, the learning rate of every step, and the norm that gradients are cut to."""
+
+import math
+
+import msgspec
+import pytest
+import torch
+from tiny_llama import CONFIG
+from torch import nn
+
+from trainer.llama.model import Llama
+from trainer.training.optimizer import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    clip_by_global_norm,
+    learning_rate,
+)
+
+
+def rates(taken: int, total: int | None, **schedule: object) -> list[float]:
+    config, chosen = OptimizerConfig(learning_rate=1.0), ScheduleConfig(**schedule)
+    return [round(learning_rate(config, chosen, step, step / taken, total), 6) for step in range(taken)]
+
+
+def test_a_constant_rate_needs_no_end() -> None:
+    assert rates(3, None) == [1.0, 1.0, 1.0]
+
+
+def test_the_warmup_rises_in_equal_steps_to_the_full_rate() -> None:
+    assert rates(5, 5, warmup=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_linear_decay_starts_after_the_warmup_and_would_end_after_the_last_step() -> None:
+    assert rates(6, 6, kind="linear", warmup=1) == [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+
+
+def test_a_cosine_decay_is_half_way_down_in_the_middle() -> None:
+    assert rates(4, 4, kind="cosine") == [1.0, 0.853553, 0.5, 0.146447]
+
+
+def test_the_decay_stays_at_the_minimum() -> None:
+    assert rates(6, 6, kind="linear", steps=4, minimum=0.2) == [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
+
+
+def test_a_decay_over_data_follows_the_data() -> None:
+    assert rates(4, None, kind="linear", over="data") == [1.0, 0.75, 0.5, 0.25]
+    assert rates(4, None, kind="linear", over="data", warmup=1) == [0.5, 0.75, 0.5, 0.25]
+
+
+def test_a_decay_over_steps_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set schedule.steps or run.steps"):
+        rates(2, None, kind="cosine")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"learning_rate": -1.0}, "learning_rate -1.0"),
+        ({"clip": 0.0}, "clip 0.0 must be above 0"),
+        ({"eps": 0.0}, "eps 0.0"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**table)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"warmup": -1}, "warmup -1"),
+        ({"minimum": 1.5}, "minimum 1.5"),
+        ({"warmup": 10, "steps": 10}, "steps 10 must exceed warmup 10"),
+        ({"over": "data", "steps": 10}, "steps 10 has no meaning"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**table)
+
+
+def test_a_clip_of_infinity_can_be_written_in_a_file() -> None:
+    assert msgspec.toml.decode("clip = inf", type=OptimizerConfig).clip == math.inf
+
+
+def test_one_step_is_that_of_the_paper_and_decays_matrices_only() -> None:
+    model = Llama(CONFIG)
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+        parameter.grad = torch.full_like(parameter, 0.5)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01)
+    build_optimizer(model, config).step()
+    # After one step both moments, corrected, are the gradient and its square: a move of learning_rate * 0.5 / 0.5.
+    for name, parameter in model.named_parameters():
+        decayed = 2.0 if "norm" in name else 2.0 * (1 - 0.1 * 0.01)
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, decayed - 0.1), rtol=1e-6, atol=0)
+
+
+def with_gradients(*values: list[float], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(len(value), dtype=dtype)) for value in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = torch.tensor(value, dtype=dtype)
+    return parameters
+
+
+def test_a_gradient_longer_than_the_limit_is_cut_to_it() -> None:
+    parameters = with_gradients([3.0], [0.0, 4.0])
+    assert clip_by_global_norm(parameters, 1.0) == 5.0
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6]))
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))
+
+
+@pytest.mark.parametrize("limit", [5.0, 6.0, math.inf, None])
+def test_a_gradient_within_the_limit_keeps_its_bits(limit: float | None) -> None:
+    parameters = with_gradients([3.0], [0.0, 4.0])
+    assert clip_by_global_norm(parameters, limit) == 5.0
+    assert [p.grad.tolist() for p in parameters] == [[3.0], [0.0, 4.0]]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_is_told_and_scales_nothing(value: float) -> None:
+    parameters = with_gradients([3.0], [value])
+    assert not math.isfinite(clip_by_global_norm(parameters, 1.0))
+    assert parameters[0].grad.tolist() == [3.0]
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_in_fp32() -> None:
+    # In bfloat16 there is no number between 64 and 64.5.
+    parameters = with_gradients([1.0] * 4128, dtype=torch.bfloat16)
+    assert clip_by_global_norm(parameters, None) == pytest.approx(math.sqrt(4128), rel=1e-6)
+
+
+def test_a_parameter_without_a_gradient_does_not_count() -> None:
+    parameters = [*with_gradients([3.0, 4.0]), nn.Parameter(torch.ones(2))]
+    assert clip_by_global_norm(iter(parameters), None) == 5.0
+    assert clip_by_global_norm(parameters[2:], 1.0) == 0.0

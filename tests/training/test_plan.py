@@ -1,0 +1,232 @@
+"""A plan is what the run then holds and does, to the byte where it can be counted."""
+
+import math
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import runs
+import torch
+from tiny_llama import CONFIG, TIED, built, loss_of, row
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from trainer.config import TrainConfig, parse_config
+from trainer.estimate import activations, plan
+from trainer.llama.blocks import Recompute, prepare_blocks
+from trainer.llama.model import LlamaConfig
+from trainer.main import main
+
+GIB = 2**30
+LLAMA_70B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+SHORT = msgspec.structs.replace(LLAMA_70B, num_hidden_layers=4)
+"""The same layers, fewer of them: each is wrapped one by one."""
+
+
+def config(**changes: dict[str, Any]) -> TrainConfig:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"steps": 1000},
+        "data": {
+            "sources": [{"path": "nowhere.jsonl"}],
+            "tokenizer": {"path": "nowhere"},
+            "streams": 64,
+            "capacity": 8192,
+            "global_batch": 64,
+        },
+        "model": msgspec.to_builtins(LLAMA_70B),
+        "parallel": {"tp": 8},
+    }
+    return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
+
+
+def test_a_70b_is_planned_without_a_gpu_a_weight_or_a_row() -> None:
+    found = plan(config(), LLAMA_70B, 32)
+    assert found.parameters == 70_553_706_496
+    assert (found.dp, found.packs_per_rank, found.tokens_per_step, found.steps) == (4, 16, 524_288, 1000)
+    # Norms, 161 times 8192, are split over dp alone.
+    held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
+    assert found.memory["weights"] == 4 * held
+    assert found.memory["optimizer"] == 8 * held
+    assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
+    # 6 a weight and token, but for the embedding, which is no product.
+    flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)
+    assert found.seconds_per_step == pytest.approx(flops / (32 * 0.45 * 989e12))
+
+
+def test_the_examples_fit_gpus_of_80_gib() -> None:
+    sizes = {
+        "one_gpu": (2048, 8192, 16, 32),
+        "eight_gpus": (4096, 14336, 32, 32),
+        "several_nodes": (8192, 28672, 80, 64),
+    }
+    for (name, (hidden, wide, layers, heads)), gpus in zip(sizes.items(), (1, 8, 32), strict=True):
+        table = tomllib.loads((Path(__file__).parents[2] / "examples" / f"{name}.toml").read_text())
+        table["run"] = {key: value for key, value in table["run"].items() if key != "epochs"} | {"steps": 1000}
+        table["schedule"]["over"] = "steps"
+        shape = msgspec.structs.replace(
+            LLAMA_70B,
+            hidden_size=hidden,
+            intermediate_size=wide,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            tie_word_embeddings=gpus == 1,
+        )
+        memory = plan(parse_config(table), shape, gpus).memory
+        assert 20 * GIB < sum(memory.values()) < 70 * GIB, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "factor"),
+    [
+        ({"run": {"weights_dtype": "bfloat16"}}, "weights", 1 / 2),
+        ({"run": {"weights_dtype": "bfloat16"}}, "optimizer", 1 / 2),
+        ({"run": {"compute_dtype": "float32"}}, "activations", 2),
+        ({"run": {"compute_dtype": "float32"}}, "logits", 12 / 8),
+        ({"parallel": {"tp": 8, "replicas": 2}}, "weights", 2),
+        ({"parallel": {"tp": 8, "reduce_gradients": "pack"}}, "gradients", 1 / 4),
+        ({"data": {"global_batch": 4}}, "gradients", 1 / 4),
+        ({"data": {"capacity": 4096}}, "activations", 1 / 2),
+        ({"data": {"capacity": 4096}}, "logits", 1 / 2),
+    ],
+    ids=str,
+)
+def test_each_setting_changes_the_part_that_it_is_about(
+    changes: dict[str, dict[str, Any]], part: str, factor: float
+) -> None:
+    before, after = plan(config(), SHORT, 32), plan(config(**changes), SHORT, 32)
+    assert after.memory[part] == pytest.approx(factor * before.memory[part])
+
+
+@pytest.mark.parametrize(
+    ("streams", "global_batch", "packs"),
+    [
+        (64, 64, 16),
+        (4, 8, 2),
+        (6, 8, 3),  # Packs 0 to 7 come from streams 0 to 5, 0 and 1; streams 0 and 4 are the first rank's.
+        (5, 4, 2),  # Packs 4 to 7 come from streams 4, 0, 1, 2: two of them on the first rank.
+        (64, 2, 1),
+    ],
+)
+def test_the_packs_of_a_rank_are_those_of_its_fullest_step(streams: int, global_batch: int, packs: int) -> None:
+    found = plan(config(data={"streams": streams, "global_batch": global_batch}), SHORT, 32)
+    assert found.packs_per_rank == packs
+    assert found.seconds_per_step == pytest.approx(plan(config(), SHORT, 32).seconds_per_step * packs / 16)
+
+
+def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
+    kept = plan(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
+    # All weights of a tensor-parallel share in bfloat16.
+    assert kept.memory["gathered weights"] == kept.memory["gradients"] // 2
+    assert kept.memory["gathered weights"] > 10 * plan(config(), LLAMA_70B, 32).memory["gathered weights"]
+    ways = [plan(config(run={"recompute": way}), LLAMA_70B, 32) for way in ("none", "selective", "full")]
+    assert [way.memory["activations"] for way in ways] == sorted((w.memory["activations"] for w in ways), reverse=True)
+    assert [way.seconds_per_step for way in ways] == sorted(way.seconds_per_step for way in ways)
+    assert ways[2].seconds_per_step / ways[0].seconds_per_step == pytest.approx(4 / 3, rel=0.02)
+
+
+def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int:
+    """Elements that a forward pass of all layers but the first keeps for the backward pass."""
+    kept = []
+    for layers in (1, shape.num_hidden_layers):
+        model = built(msgspec.structs.replace(shape, num_hidden_layers=layers))
+        prepare_blocks(model, recompute=recompute, compiled=False)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # noqa: B023 - called within this turn
+                storages[storage.data_ptr()] = storage.nbytes() // 4  # noqa: B023
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = loss_of(model, row(tokens))
+        kept.append(sum(storages.values()))
+        del loss
+    return kept[1] - kept[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", [CONFIG, msgspec.structs.replace(TIED, head_dim=16, intermediate_size=128)])
+def test_activations_are_those_that_autograd_keeps(shape: LlamaConfig, recompute: Recompute) -> None:
+    deep = msgspec.structs.replace(shape, num_hidden_layers=5)
+    expected = activations(deep, 64, 1, recompute)
+    expected -= activations(msgspec.structs.replace(shape, num_hidden_layers=1), 64, 1, recompute)
+    # Besides, on a CPU: each norm's scale and what it scaled, attention's result before it was put together, softmax's sums.
+    besides = 2 * (shape.hidden_size + 1) + shape.num_attention_heads * (shape.head_size + 1)
+    assert kept_by_layers(deep, recompute, 64) == expected + (0 if recompute == "full" else 4 * 64 * besides)
+
+
+def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: str) -> None:
+    tables = runs.run_config(tokenizer, runs.sources(tmp_path, 200))
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 3
+    runs.run(tmp_path, tables)
+    steps = len(runs.metrics(tmp_path))
+    planned = parse_config(tables)
+    assert planned.model.shape is not None
+    assert plan(planned, planned.model.shape, 1).steps == pytest.approx(steps, rel=0.1)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A directory with a run's config and nothing that it names."""
+    tables = runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2})
+    (tmp_path / "run.toml").write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in tables.items()))
+    return tmp_path
+
+
+def assert_shown(output: str, gpus: int) -> None:
+    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
+    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "in all"):
+        assert part in output
+    assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
+    assert "10 steps, 10,240 tokens: about" in output
+
+
+def test_the_command_prints_the_plan_and_makes_nothing(written: Path) -> None:
+    words = [sys.executable, "-m", "trainer.main", "run.toml", "--plan=8"]
+    result = subprocess.run(words, cwd=written, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_shown(result.stdout, 8)
+    assert [path.name for path in written.iterdir()] == ["run.toml"]
+
+
+def test_without_a_number_the_plan_is_for_the_processes_that_there_are(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([str(written / "run.toml"), "--plan"]) == 0
+    assert_shown(capsys.readouterr().out, 2)
+    monkeypatch.setenv("RANK", "1")
+    assert main([str(written / "run.toml"), "--plan"]) == 0
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in written.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
+def test_a_number_of_gpus_that_is_none_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 1
+    assert f"error: {flag}: give a number of GPUs, as in --plan=32" in capsys.readouterr().err
+
+
+def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tp = 8 does not divide the 12 processes"):
+        plan(config(), LLAMA_70B, 12)
+    with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
+        plan(config(parallel={"tp": 16}), LLAMA_70B, 32)
+    with pytest.raises(ValueError, match="streams = 64 cannot be shared by 128 shards, of which each needs one"):
+        plan(config(), LLAMA_70B, 1024)
+    assert not torch.distributed.is_initialized()

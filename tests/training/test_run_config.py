@@ -1,0 +1,157 @@
+"""The config of a run: typed, with overrides, and every mistake named by its key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from trainer.config import TrainConfig, load_config, parse_config
+
+
+def _tables(**changes: dict[str, Any]) -> dict[str, Any]:
+    return runs.run_config("tokenizer", "rows.jsonl", **changes)
+
+
+def _load(directory: Path, *overrides: str, **changes: dict[str, Any]) -> TrainConfig:
+    path = directory / "run.toml"
+    path.write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in _tables(**changes).items()))
+    return load_config(path, overrides)
+
+
+def test_the_run_gives_the_data_its_seed_and_epochs() -> None:
+    tables = _tables(run={"seed": 7})
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 3
+    config = parse_config(tables)
+    assert (config.data.seed, config.data.epochs) == (7, 3)
+
+
+def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) -> None:
+    config = _load(
+        tmp_path,
+        "run.name=other",
+        "optimizer.learning_rate=3e-4",
+        "data.sources.0.path=more/*.parquet",
+        "data.shuffle=false",
+        "optimizer.betas=[0.8, 0.9]",
+        "schedule.kind=linear",
+    )
+    assert config.run.name == "other"
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.data.sources[0].path == "more/*.parquet"
+    assert config.data.shuffle is False
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.schedule.kind == "linear"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=1", "Object contains unknown field `lr` - at `$.optimizer`"),
+        ("optimiser.learning_rate=1", "Object contains unknown field `optimiser`"),
+        ("run.steps=ten", "Expected `int | null`, got `str` - at `$.run.steps`"),
+        ("run.steps=0", "steps = 0 must be at least 1"),
+        ("run.epochs=1", "give either steps or epochs"),
+        ("run.name=../x", "name = '../x' must be a plain directory name under runs/"),
+        ("run.device=tpu", "Invalid enum value 'tpu' - at `$.run.device`"),
+        ('data.train_on=["oracle"]', "Invalid enum value 'oracle' - at `$.data.train_on[0]`"),
+        ("data.seed=1", "data.seed is set by run.seed"),
+        ("data.sources=[]", "sources is empty"),
+        ("model.hidden_siz=8", "Object contains unknown field `hidden_siz` - at `$.model`"),
+        ("model.init_from=llama", "give either init_from (a Hugging Face directory or hub name) or the shape"),
+        ("parallel.tp=0", "tp = 0 must be at least 1"),
+        ("checkpoint.every=0", "every = 0 must be at least 1"),
+        ("checkpoint.keep_every=0", "keep_every = 0 must be at least 1"),
+        ("checkpoint.keep_best=0", "keep_best = 0 must be at least 1"),
+        ("checkpoint.keep_best=2", "keep_best keeps those of the lowest validation loss; add a [validation] table"),
+        ("validation.every=10", "missing required field `sources` - at `$.validation`"),
+        ("validation={sources=[]}", "sources is empty; name at least one [[validation.sources]]"),
+        ('validation={sources=[{path="a"}], every=0}', "every = 0 must be at least 1 - at `$.validation`"),
+        ('validation={sources=[{path="a"}], global_batches=0}', "global_batches = 0 must be at least 1"),
+        ('validation={sources=[{path="a", weight=1.0}, {path="b"}]}', "source 'b' has no weight but another has"),
+        ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
+        ("steps", "'steps' is no override; write section.key=value"),
+        ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),
+        ("run=1", "run = 1 is a value, not a table"),
+        ("model=[1]", "model = [1] is a value, not a table"),
+        (
+            "data.sources.1.path=x",
+            "override 'data.sources.1.path': '1' is none of the 1 there are, which are counted from 0",
+        ),
+        ("data.sources.-1.path=x", "override 'data.sources.-1.path': '-1' is none of the 1 there are"),
+        ("data.sources.one=x", "override 'data.sources.one': 'one' is none of the 1 there are"),
+        (
+            "run.seed=9223372036854775808",
+            "seed = 9223372036854775808 must fit 64 bits: from -2**63 to 2**63 - 1 - at `$.run`",
+        ),
+        ("evaluation={path='x', show=-1}", "show = -1 must not be negative"),
+        ("evaluation={path='x', max_new_tokens=0}", "max_new_tokens = 0 be at least 1"),
+        ("optimizer.learning_rate=nan", "learning_rate nan and weight_decay 0.0 must be finite and not negative"),
+        ("optimizer.weight_decay=inf", "weight_decay inf must be finite"),
+        ("optimizer.eps=nan", "eps nan and clip 1.0 must be above 0"),
+        ("optimizer.clip=nan", "eps 1e-08 and clip nan must be above 0"),
+        ("model.rope_theta=nan", "rope_theta nan must be above 0"),
+        ("model.rms_norm_eps=inf", "rms_norm_eps inf between 0 and 1"),
+        ("model.initializer_range=nan", "initializer_range nan not negative"),
+    ],
+)
+def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        _load(tmp_path, override)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saves", "validates", "steps", "meet"),
+    [(2, 2, 10, None), (4, 2, 10, None), (2, 6, 10, None), (4, 6, 100, 12), (2, 20, 10, 20), (20, 2, 10, 20)],
+)
+def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
+    saves: int, validates: int, steps: int, meet: int | None
+) -> None:
+    tables = _tables(
+        run={"steps": steps},
+        checkpoint={"every": saves, "keep_best": 1},
+        validation={"sources": [{"path": "held_out.jsonl"}], "every": validates},
+    )
+    if meet is None:
+        parse_config(tables)
+        return
+    message = f"checkpoint.every = {saves} and validation.every = {validates} meet at step {meet} only"
+    with pytest.raises(ValueError, match=message):
+        parse_config(tables)
+
+
+def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
+    tables = _tables(schedule={"kind": "cosine"})
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 1
+    with pytest.raises(ValueError, match=r'set schedule.over = "data" or schedule.steps'):
+        parse_config(tables)
+
+
+def test_a_decay_over_the_data_needs_to_know_how_much_there_is() -> None:
+    source = {"path": "rows.jsonl", "streaming": True, "shuffle": "shards"}
+    tables = _tables(schedule={"over": "data"}, data={"sources": [source]})
+    del tables["run"]["steps"]
+    tables["run"]["epochs"] = 1
+    with pytest.raises(ValueError, match="needs the number of conversations, which a streamed source does not tell"):
+        parse_config(tables)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config '.*none.toml' cannot be read: No such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[run\n")
+    with pytest.raises(ValueError, match=r"config '.*bad.toml' is not TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_the_demo_and_all_examples_are_valid() -> None:
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+    assert [path.name for path in examples] == ["demo.toml", "eight_gpus.toml", "one_gpu.toml", "several_nodes.toml"]
+    for path in examples:
+        load_config(path)

@@ -1,0 +1,39 @@
+"""What the manifest of a run's checkpoint says of it."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+
+import msgspec
+import torch
+
+from checkpoints import About
+from sftstream import DataState, __version__
+from trainer.config import TrainConfig
+from trainer.distributed.mesh import Topology
+from trainer.training.validation import HELD_OUT
+
+LIBRARIES = ("torchdata", "transformers", "tokenizers")
+"""What decides tokens, packs and weights beside torch."""
+
+
+def about(
+    config: TrainConfig, topology: Topology, data: DataState, held_out: str | None, validation_loss: float | None
+) -> About:
+    """Sizes, versions, digests of the whole config and of what `data` was made from; `held_out` is that of the held-out packs."""
+    digests = {"config": _sha256(config), "data": _sha256(data.identity)}
+    return About(
+        mesh=topology.sizes,
+        validation_loss=validation_loss,
+        digests=digests if held_out is None else digests | {HELD_OUT: held_out},
+        versions={
+            "sftstream": __version__,
+            "torch": str(torch.__version__),
+            **{name: metadata.version(name) for name in LIBRARIES},
+        },
+    )
+
+
+def _sha256(record: msgspec.Struct) -> str:
+    return hashlib.sha256(msgspec.json.encode(record, order="deterministic")).hexdigest()

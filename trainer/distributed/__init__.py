@@ -1,0 +1,1 @@
+"""Processes, devices, the mesh of ranks, and deterministic kernels."""

@@ -1,0 +1,1 @@
+"""The Llama model: layers, attention, loss, parallelism, and Hugging Face weights in and out."""

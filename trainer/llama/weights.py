@@ -1,0 +1,198 @@
+"""The weights of Hugging Face model directories, read into a model that may be sharded; their names and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from trainer.llama.hf_config import StrPath
+from trainer.llama.model import Llama, LlamaConfig, local, window
+
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Of other types, numbers are codes of a quantization, whose scales stand elsewhere."""
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class Piece(NamedTuple):
+    """Rows `[start, start + rows)` of a Hugging Face tensor, at their place in one of our parameters."""
+
+    tensor: str
+    start: int
+    rows: int
+
+
+def layout(config: LlamaConfig) -> dict[str, list[Piece]]:
+    """For each of our parameters the pieces of Hugging Face tensors that its rows are made of, in order."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    pieces = {
+        "embedding.weight": [Piece("model.embed_tokens.weight", 0, vocabulary)],
+        "norm.weight": [Piece("model.norm.weight", 0, hidden)],
+    }
+    if not config.tie_word_embeddings:
+        pieces["head.weight"] = [Piece("lm_head.weight", 0, vocabulary)]
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        pieces |= {
+            f"{ours}.attention_norm.weight": [Piece(f"{theirs}.input_layernorm.weight", 0, hidden)],
+            f"{ours}.attention.qkv.weight": _qkv_pieces(config, f"{theirs}.self_attn", "weight"),
+            f"{ours}.attention.output.weight": [Piece(f"{theirs}.self_attn.o_proj.weight", 0, hidden)],
+            f"{ours}.mlp_norm.weight": [Piece(f"{theirs}.post_attention_layernorm.weight", 0, hidden)],
+            f"{ours}.mlp.gate_up.weight": _gate_up_pieces(config, f"{theirs}.mlp"),
+            f"{ours}.mlp.down.weight": [Piece(f"{theirs}.mlp.down_proj.weight", 0, hidden)],
+        }
+        if config.qkv_bias:
+            pieces[f"{ours}.attention.qkv.bias"] = _qkv_pieces(config, f"{theirs}.self_attn", "bias")
+        if config.head_norms:
+            for our_name, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                pieces[f"{ours}.attention.{our_name}.weight"] = [
+                    Piece(f"{theirs}.self_attn.{name}.weight", 0, config.head_size)
+                ]
+    return pieces
+
+
+def _qkv_pieces(config: LlamaConfig, prefix: str, kind: str) -> list[Piece]:
+    queries, one = config.heads_per_group * config.head_size, config.head_size
+    return [
+        Piece(f"{prefix}.{name}_proj.{kind}", group * rows, rows)
+        for group in range(config.num_key_value_heads)
+        for name, rows in (("q", queries), ("k", one), ("v", one))
+    ]
+
+
+def _gate_up_pieces(config: LlamaConfig, prefix: str) -> list[Piece]:
+    return [
+        Piece(f"{prefix}.{name}_proj.weight", start, config.gate_block)
+        for start in range(0, config.intermediate_size, config.gate_block)
+        for name in ("gate", "up")
+    ]
+
+
+def shapes(model: Llama) -> dict[str, list[int]]:
+    """The Hugging Face tensors of a model and their full shapes."""
+    found: dict[str, list[int]] = {}
+    parameters = dict(model.named_parameters())
+    for name, pieces in layout(model.config).items():
+        for piece in pieces:
+            found.setdefault(piece.tensor, [0, *parameters[name].shape[1:]])[0] += piece.rows
+    return found
+
+
+@torch.no_grad()
+def load_weights(model: Llama, directory: StrPath) -> None:
+    """Fill the model from the safetensors of a Hugging Face directory, one file or many.
+
+    Each rank reads only what it holds. Values are converted to the parameters' dtype. ValueError names a file that is
+    missing or damaged, or a tensor that is missing, unexpected, or of another shape or type; nothing is loaded then.
+    """
+    directory = Path(directory)
+    with opened(directory) as tensors:
+        _check_tensors(model, tensors, directory)
+        parameters = dict(model.named_parameters())
+        for name, pieces in layout(model.config).items():
+            _fill(parameters[name], pieces, tensors)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[dict[str, Any]]:
+    """The safetensors files of a directory, open, by the name of each tensor in them."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.exists():
+        return [directory / "model.safetensors"]
+    try:
+        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{index}: {error}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}, where only names of files beside it belong")
+    return [directory / name for name in names]
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: weights are read from safetensors files only")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) -> None:
+    expected = shapes(model)
+    found = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+        ends = [
+            tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight") if name in found
+        ]
+        if not torch.equal(ends[0], ends[-1]):
+            raise ValueError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
+        del found["lm_head.weight"]
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{directory}: {name} has shape {found.get(name, 'none')}, where config.json asks for "
+                f"{expected.get(name, 'none')}"
+            )
+        if (kind := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+            raise ValueError(
+                f"{directory}: {name} is stored as {kind}; train from weights in one of {', '.join(_FLOATS)}"
+            )
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith("rotary_emb.inv_freq")  # old conversions store what config.json says already
+
+
+def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]) -> None:
+    rows, *columns = window(parameter)
+    offset = 0
+    for piece in pieces:
+        low, high = max(rows.start, offset), min(rows.stop, offset + piece.rows)
+        if low < high:
+            shift = piece.start - offset
+            read = tensors[piece.tensor].get_slice(piece.tensor)[(slice(low + shift, high + shift), *columns)]
+            local(parameter)[low - rows.start : high - rows.start].copy_(read)
+        offset += piece.rows
+
+
+def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors by name, in the order of `shapes`, in full on every rank.
+
+    `tensors` are those of the model by our names: its weights, or their gradients. One of ours is gathered at a time, and
+    every rank must go on to the end.
+    """
+    for name, pieces in layout(config).items():
+        full = _gathered(tensors[name])
+        by_tensor: dict[str, list[Tensor]] = {}
+        for piece, rows in zip(pieces, full.split_with_sizes([piece.rows for piece in pieces]), strict=True):
+            by_tensor.setdefault(piece.tensor, []).append(rows)
+        for theirs, parts in by_tensor.items():
+            yield theirs, torch.cat(parts)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dim in range(len(placements)):
+        # Data parallelism, the first dimensions, cut what tensor parallelism had cut before, and so is undone first.
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()

@@ -1,0 +1,1 @@
+"""Metrics files, TensorBoard curves, and terminal output."""

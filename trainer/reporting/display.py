@@ -1,0 +1,63 @@
+"""What a person sees of a run: a live line on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.reporting.metrics import StepMetrics
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Display:
+    """Shows steps as they end; on ranks that do not talk, nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(quiet=quiet, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("waiting for the first packs", total=1.0)
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, metrics: StepMetrics, share: float | None, *, last: bool) -> None:
+        """`share` is how much of the run is done, in [0, 1], where that is known."""
+        line = summary(metrics)
+        self._bar.update(self._task, description=line, completed=share or 0.0)
+        if metrics.validation_loss is not None:
+            self.say(f"step {metrics.step} | validation loss {metrics.validation_loss:.4f}")
+        if not self.console.is_terminal and (last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES):
+            self._last_line = time.monotonic()
+            self.say(line if share is None else f"{line} | {share:.0%} done")
+
+
+def summary(metrics: StepMetrics) -> str:
+    """A step in one line: `trained` is the share of its tokens in the loss, `wait` the time spent on waiting for data."""
+    trained = metrics.trained_tokens / max(metrics.tokens, 1)
+    return (
+        f"step {metrics.step} | loss {metrics.loss:.4f} | {metrics.tokens_per_second:,.0f} tokens/s | fill {metrics.fill:.1%} | "
+        f"trained {trained:.0%} | wait {metrics.data_wait / metrics.seconds:.1%}"
+    )

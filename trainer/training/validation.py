@@ -1,0 +1,112 @@
+"""The loss on conversations that are held out: the same packs each time, and nothing of the training is touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from checkpoints import About
+from sftstream import ChatEncoder, DataConfig, Deal, Pack, PackLoader, batch_digest
+from trainer.config import TrainConfig
+from trainer.distributed.mesh import Topology
+from trainer.llama.model import Llama
+from trainer.training.step import pack_loss
+from trainer.training.step_reader import Feed, gather_refusals, tally
+
+HELD_OUT = "held-out data"
+"""Name of the held-out packs' digest in a checkpoint's manifest."""
+
+
+class Validation:
+    """The held-out packs, read once and kept. Collective.
+
+    Packs are dealt to ranks as those of training are, so that on any topology they are the same. `encoder` is the run's own,
+    None on ranks that do not read.
+    """
+
+    def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None) -> None:
+        assert config.validation is not None
+        self.every = config.validation.every
+        self.conversations = self.trained_tokens = 0
+        self.refused = Counter[str]()
+        self._topology = topology
+        self._packs: list[Pack] = []
+        self._digests: list[str] = []
+        data = config.held_out(config.validation.sources)
+        loader = PackLoader(_of_the_same_day(data, encoder), shard=topology.shard) if encoder else None
+        deal = Deal(data.streams, data.global_batch, topology.dp)
+        feed = Feed(loader, deal, data.capacity, topology.tp_group)
+        self._read(feed, config.validation.global_batches)
+        feed.close()
+        if not self.trained_tokens:
+            raise ValueError(f"validation.sources hold nothing to train on: {self.describe()}")
+
+    @property
+    def digest(self) -> str:
+        """Of all packs, of whatever rank."""
+        return batch_digest(self._digests)
+
+    def describe(self) -> str:
+        """In words; why rows were refused is known to the first rank only."""
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.refused.most_common())
+        refused = f"; refused {self.refused.total():,} ({reasons})" if reasons else ""
+        return f"{self.conversations:,} conversations are held out, {self.trained_tokens:,} trained tokens{refused}"
+
+    def require_comparable(self, before: About) -> None:
+        """Raises ValueError where the run's earlier losses, of which the lowest count, are of other conversations."""
+        if before.digests.get(HELD_OUT, self.digest) != self.digest:
+            raise ValueError(
+                "checkpoint.keep_best compares validation losses, but the checkpoint's were taken on other held-out "
+                "conversations; restore validation.sources, leave out keep_best, or give the run another name"
+            )
+
+    def after(self, step: int, model: Llama) -> float | None:
+        """The mean cross-entropy, in nats, of the held-out trained tokens, where the step is to be validated.
+
+        The same on every rank. Raises ValueError where it is no number.
+        """
+        if step % self.every:
+            return None
+        loss = self._loss(model)
+        if not math.isfinite(loss):
+            raise ValueError(f"step {step}: the validation loss is {loss}; lower optimizer.learning_rate")
+        return loss
+
+    @torch.no_grad()
+    def _loss(self, model: Llama) -> float:
+        # In double precision, so that many packs add up as precisely as one.
+        total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+        for pack in self._packs:
+            total += pack_loss(model, pack, self._topology.device)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # A backward pass would have; weights that stay gathered take memory.
+        dist.all_reduce(total, group=self._topology.mesh["dp"].get_group())
+        return total.item() / self.trained_tokens
+
+    def _read(self, feed: Feed, limit: int | None) -> None:
+        for step in itertools.count() if limit is None else range(limit):
+            packs = feed.packs(step)
+            count = tally(step, packs, feed, self._topology, stop=False)
+            if count.refused:
+                self.refused.update(refusal.reason for refusal, _ in gather_refusals(packs, feed, self._topology))
+            if count.tokens:
+                self._packs += packs
+                self._digests.append(count.digest)
+            self.conversations += count.rows - count.refused
+            self.trained_tokens += count.trained_tokens
+            if not count.live:
+                break
+
+
+def _of_the_same_day(data: DataConfig, encoder: ChatEncoder) -> DataConfig:
+    """With the day that the run's template prints, which may be that of its start."""
+    date = encoder.template.date
+    tokenizer = msgspec.structs.replace(data.tokenizer, date=date.isoformat() if date else data.tokenizer.date)
+    return msgspec.structs.replace(data, tokenizer=tokenizer)
