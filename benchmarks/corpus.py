@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream import ChatEncoder, Refused, SourceConfig
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.records import Conversation, Example, Rendered
 from sftstream.rendering.template import template_message
 from sftstream.sources import BrokenRow, FileSet
@@ -106,12 +106,12 @@ def accepted(path: str, limit: int, encoder: ChatEncoder) -> Iterator[tuple[Conv
     rows = FileSet(SourceConfig(path=path))
     for row in range(min(len(rows), limit)):
         try:
-            dialogue = conversation(rows.read(row))
-            (example,) = encoder.tokenize(encoder.draft(dialogue))
+            conversation = parse_row(rows.read(row))
+            (example,) = encoder.tokenize(encoder.render_conversation(conversation))
         except (BrokenRow, Refused):
             continue
         if len(example.tokens) <= encoder.policy.capacity:
-            yield dialogue, example
+            yield conversation, example
 
 
 def prepare(data: Data, rows: int, directory: str) -> tuple[Job, Truth]:
@@ -128,7 +128,7 @@ def prepare(data: Data, rows: int, directory: str) -> tuple[Job, Truth]:
     texts = verified(found, data)
     tokens = sum(len(example.tokens) for _, example in found)
     job = Job(directory, data.tokenizer, data.tagged, data.capacity, tokens, len(found))
-    job.rows.write_bytes(b"".join(msgspec.json.encode(row(dialogue)) + b"\n" for dialogue, _ in found))
+    job.rows.write_bytes(b"".join(msgspec.json.encode(row(conversation)) + b"\n" for conversation, _ in found))
     job.texts.write_bytes(msgspec.json.encode([text.text for text in texts]))
     digests = [digest(example.tokens, example.loss_mask) for _, example in found]
     typed = frozenset(ids for (ids, _), text in zip(digests, texts, strict=True) if text.typed)
@@ -140,10 +140,10 @@ def verified(found: Sequence[tuple[Conversation, Example]], data: Data) -> list[
     slow = ChatEncoder(data.tokenizer, date=DAY, backend="huggingface")
     tagged = Path(data.tagged).read_text(encoding="utf-8")
     texts = []
-    for dialogue, example in found:
-        rendered, _ = slow.render_whole(dialogue)
+    for conversation, example in found:
+        rendered, _ = slow.render_whole(conversation)
         require_same(slow.tokenizer.encode(rendered), example)
-        plain = row(dialogue)
+        plain = row(conversation)
         printed = slow.tokenizer.hf.apply_chat_template(
             plain["messages"], tools=plain.get("tools"), chat_template=tagged, tokenize=False
         )
@@ -158,10 +158,10 @@ def require_same(reference: Example, example: Example) -> None:
     assert np.array_equal(example.loss_mask, reference.loss_mask)
 
 
-def row(dialogue: Conversation) -> dict[str, Any]:
+def row(conversation: Conversation) -> dict[str, Any]:
     """As a file holds it: what the chat template is given, without empty fields."""
-    messages = [template_message(message) for message in dialogue.messages]
-    return {"messages": messages} | ({"tools": list(dialogue.tools)} if dialogue.tools else {})
+    messages = [template_message(message) for message in conversation.messages]
+    return {"messages": messages} | ({"tools": list(conversation.tools)} if conversation.tools else {})
 
 
 def digest(tokens: NDArray[Any], mask: NDArray[Any]) -> tuple[bytes, bytes]:

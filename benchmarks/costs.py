@@ -19,7 +19,7 @@ import msgspec
 from child import ask, private
 from corpus import DAY, Job
 
-from sftstream import DataConfig, Deal, PackLoader
+from sftstream import DataConfig, PackAssignment, PackLoader
 from sftstream.state import DataState
 from trainer.training.step_reader import Feed
 
@@ -131,7 +131,7 @@ def waiting(request: Request) -> dict[str, float]:
     It takes its packs as the trainer does: those of a step together, read while it sleeps away the step before.
     """
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
-    feed = Feed(PackLoader(config), Deal(config.streams, STEP, 1), config.capacity, ahead=True)
+    feed = Feed(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
     feed.packs(0)
     feed.read_ahead()
     steps = itertools.count(1)

@@ -33,34 +33,34 @@ def rates_of_files(data: Data, rows: int, rounds: int) -> Iterator[tuple[str, fl
         found = list(accepted(path, rows, quick))
         if not found:
             continue
-        for dialogue, example in found:
-            require_same(slow.tokenizer.encode(slow.render_whole(dialogue)[0]), example)
-        dialogues = [dialogue for dialogue, _ in found]
-        variants = stages(dialogues, quick, slow) | {"packs": packs(path, data, found)}
+        for conversation, example in found:
+            require_same(slow.tokenizer.encode(slow.render_whole(conversation)[0]), example)
+        conversations = [conversation for conversation, _ in found]
+        variants = stages(conversations, quick, slow) | {"packs": packs(path, data, found)}
         tokens = sum(len(example.tokens) for _, example in found) / len(found)
-        yield Path(path).name, tokens, measured(variants, rounds)
+        yield Path(path).name, tokens, span_byte_bounds(variants, rounds)
 
 
-def stages(dialogues: Sequence[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> Variants:
+def stages(conversations: Sequence[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> Variants:
     """`tokenizers` alone, the template run on each of some conversations, and the stages of a stream."""
     backend = slow.tokenizer.hf.backend_tokenizer
-    some = dialogues[:: max(1, len(dialogues) // SAMPLE)]
-    texts = [batch(slow, dialogues) for dialogues in in_batches(dialogues)]
+    some = conversations[:: max(1, len(conversations) // SAMPLE)]
+    texts = [batch(slow, conversations) for conversations in in_batches(conversations)]
     return {
         "raw": lambda: sum(len(e) for t in texts for e in backend.encode_batch(t, add_special_tokens=False)),
         "whole": lambda: sum(len(slow.tokenizer.encode(slow.render_whole(d)[0]).tokens) for d in some),
-        "quick": lambda: sum(encoded(quick, batch) for batch in in_batches(dialogues)),
+        "quick": lambda: sum(encoded(quick, batch) for batch in in_batches(conversations)),
     }
 
 
-def batch(encoder: ChatEncoder, dialogues: Sequence[Conversation]) -> list[str]:
+def batch(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> list[str]:
     """Their texts."""
-    return [encoder.render_whole(dialogue)[0].text for dialogue in dialogues]
+    return [encoder.render_whole(conversation)[0].text for conversation in conversations]
 
 
-def encoded(encoder: ChatEncoder, dialogues: Sequence[Conversation]) -> int:
+def encoded(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> int:
     """Tokens of conversations that are rendered, tokenized and masked as a stream does it."""
-    examples = encoder.tokenize_all([encoder.draft(dialogue) for dialogue in dialogues])
+    examples = encoder.tokenize_all([encoder.render_conversation(conversation) for conversation in conversations])
     return sum(len(example.tokens) for several in examples if isinstance(several, list) for example in several)
 
 
@@ -99,7 +99,7 @@ def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) 
     return run
 
 
-def measured(variants: Variants, rounds: int) -> dict[str, float]:
+def span_byte_bounds(variants: Variants, rounds: int) -> dict[str, float]:
     """Tokens a CPU-second of each: the median of rounds, in each of which all have a turn."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from sftstream import ChatEncoder, Example, Refused, SourceConfig
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.records import Ref
 from sftstream.sources.corpus import FileSet
 from sftstream.streaming.packing import Packer, PackerConfig
-from sftstream.streaming.sampler import Drawn
+from sftstream.streaming.sampler import RowBatch
 
 CAPACITIES = (2048, 4096, 8192)
 ROWS = 20_000
@@ -35,11 +35,11 @@ class Lengths:
     def reset(self, _state: object = None) -> None:
         self.at = 0
 
-    def __next__(self) -> Drawn[list[Example]]:
+    def __next__(self) -> RowBatch[list[Example]]:
         if self.at == len(self.lengths):
             raise StopIteration
         self.at += 1
-        return Drawn([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
+        return RowBatch([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
 
     wanted = 1
 
@@ -67,7 +67,7 @@ def ours(lengths: list[int], capacity: int) -> int:
     packer = Packer(rows, rows, rows, 0, config)
     packer.reset()
     packs = 0
-    while not packer.state.dry:
+    while not packer.state.exhausted:
         packer._plan_window()
         packs += len(packer.state.planned)
     return packs
@@ -103,7 +103,7 @@ def real_lengths(root: Path) -> list[int]:
         rows = FileSet(SourceConfig(path=str(path)))
         for row in range(min(len(rows), ROWS // 8)):
             try:
-                lengths.append(len(encoder.tokenize(encoder.draft(conversation(rows.read(row))))[0].tokens))
+                lengths.append(len(encoder.tokenize(encoder.render_conversation(parse_row(rows.read(row))))[0].tokens))
             except Refused:
                 continue
     return lengths

@@ -39,7 +39,7 @@ class Readable(Protocol):
     def readinto(self, buffer: Any, /) -> int: ...
 
 
-class Place(Protocol):
+class StepFiles(Protocol):
     """Where the files of one step lie, or those of an attempt at one."""
 
     @property

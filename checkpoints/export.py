@@ -13,7 +13,7 @@ import torch
 from msgspec import Meta, Struct
 from safetensors.torch import save_file
 
-from checkpoints.commit import Place, make_directory, publish, sync, write_file
+from checkpoints.commit import StepFiles, make_directory, publish, sync, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPES, Count, Manifest
 from checkpoints.storage import read_tensors
@@ -57,7 +57,7 @@ def parse_recipe(value: Any) -> Recipe:
         raise CorruptCheckpoint(f"not a recipe of an export: {error}") from error
 
 
-def export(place: Place, manifest: Manifest, recipe: Recipe, out: Path) -> None:
+def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path) -> None:
     """Writes the directory `out` from a verified step in `place`: whole or not at all, a shard in memory at a time."""
     if out.exists():
         raise CheckpointError(f"{out} is there already; export to another directory, or move it away")
@@ -70,7 +70,7 @@ def export(place: Place, manifest: Manifest, recipe: Recipe, out: Path) -> None:
             make_directory((attempt / name).parent)
             write_file(attempt / name, [data])
         for name, tensors in shards.items():
-            _write_shard(attempt / name, place, manifest, {tensor: recipe.tensors[tensor] for tensor in tensors})
+            _write_shard(attempt / name, step_files, manifest, {tensor: recipe.tensors[tensor] for tensor in tensors})
         if len(shards) > 1:
             write_file(attempt / "model.safetensors.index.json", [_index(shards, recipe, manifest)])
         publish(attempt, out.absolute())
@@ -109,9 +109,9 @@ def _size(name: str, rows: list[Rows], manifest: Manifest) -> int:
     return sum(part.count for part in rows) * torch.Size(columns).numel() * DTYPES[dtype].itemsize
 
 
-def _write_shard(path: Path, place: Place, manifest: Manifest, tensors: dict[str, list[Rows]]) -> None:
+def _write_shard(path: Path, step_files: StepFiles, manifest: Manifest, tensors: dict[str, list[Rows]]) -> None:
     # Neighbours in a model directory are often rows of one tensor of ours.
-    read = lru_cache(maxsize=1)(lambda key: _read(place, manifest, key))
+    read = lru_cache(maxsize=1)(lambda key: _read(step_files, manifest, key))
     joined = {
         name: torch.cat([read(part.key)[part.start : part.start + part.count] for part in rows])
         for name, rows in tensors.items()
@@ -120,9 +120,9 @@ def _write_shard(path: Path, place: Place, manifest: Manifest, tensors: dict[str
     sync(path)
 
 
-def _read(place: Place, manifest: Manifest, key: str) -> torch.Tensor:
+def _read(step_files: StepFiles, manifest: Manifest, key: str) -> torch.Tensor:
     tensor = torch.empty(manifest.tensors[key].shape, dtype=DTYPES[manifest.tensors[key].dtype])
-    read_tensors(place, manifest, {key: tensor})
+    read_tensors(step_files, manifest, {key: tensor})
     return tensor
 
 

@@ -60,7 +60,7 @@ def require_short(path: Path | str, size: int) -> None:
         raise CorruptCheckpoint(f"{path} has {size} bytes; {_MANIFEST_LIMIT} are the most that is read")
 
 
-class Directory:
+class LocalStore:
     """The steps under `root`: `step-00000120` is committed; names with a dot in front are on their way in or out."""
 
     def __init__(self, root: Path) -> None:
@@ -70,7 +70,7 @@ class Directory:
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def place(self, step: int, _manifest: Manifest) -> Folder:
+    def step_files(self, step: int, _manifest: Manifest) -> Folder:
         """Where a committed step is read."""
         return Folder(self.path(step))
 

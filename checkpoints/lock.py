@@ -75,13 +75,13 @@ class Lock:
 _held: WeakSet[Lock] = WeakSet()
 
 
-def _let_go() -> None:
+def _release_in_child() -> None:
     """A forked process, such as a loader's worker, would keep the lock when the one that took it was killed."""
     for lock in list(_held):
         lock.release()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _holder() -> str:

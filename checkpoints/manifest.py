@@ -220,4 +220,4 @@ def _tiles(tensor: Tensor) -> bool:
 def _corners(sides: list[tuple[int, int]]) -> dict[tuple[int, ...], int]:
     """The corners of a box and their signs, which the far end of each side turns."""
     ends = itertools.product(*(((low, 1), (high, -1)) for low, high in sides))
-    return {tuple(place for place, _ in corner): math.prod(sign for _, sign in corner) for corner in ends}
+    return {tuple(step_files for step_files, _ in corner): math.prod(sign for _, sign in corner) for corner in ends}

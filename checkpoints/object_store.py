@@ -19,7 +19,7 @@ import fsspec
 from checkpoints.commit import Readable
 from checkpoints.digest import BLOCK, digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.local_store import Directory, check_manifest, require_growth, require_short, step_of
+from checkpoints.local_store import LocalStore, check_manifest, require_growth, require_short, step_of
 from checkpoints.manifest import MANIFEST, About, File, Manifest, Part, encode, merge
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,9 @@ _PIECE = 1 << 26
 """Bytes that are given to a file of fsspec at once: it keeps a copy."""
 
 
-def open_root(root: Path | str) -> Directory | Bucket:
+def open_root(root: Path | str) -> LocalStore | ObjectStore:
     """A URL is an object store's; anything else is a directory."""
-    return Bucket(root) if isinstance(root, str) and "://" in root else Directory(Path(root).absolute())
+    return ObjectStore(root) if isinstance(root, str) and "://" in root else LocalStore(Path(root).absolute())
 
 
 class Objects:
@@ -75,7 +75,7 @@ class Objects:
             return digest.hexdigest()
 
 
-class Bucket:
+class ObjectStore:
     """The steps under a URL: `step-00000120/manifest.json` and, beside it, `<token>/rank00000.safetensors` and the like."""
 
     def __init__(self, root: str) -> None:
@@ -86,7 +86,7 @@ class Bucket:
     def path(self, step: int) -> str:
         return f"{self.root}/step-{step:08d}"
 
-    def place(self, step: int, manifest: Manifest) -> Objects:
+    def step_files(self, step: int, manifest: Manifest) -> Objects:
         """Where a committed step is read."""
         return self.attempt(step, manifest.token)
 
@@ -145,9 +145,9 @@ class Bucket:
         """Makes what the ranks wrote a step, by its manifest alone."""
         manifest = merge(parts, step=step, token=token, about=about)
         manifest.check()
-        place = self.attempt(step, token)
+        step_files = self.attempt(step, token)
         for name, file in manifest.files.items():
-            with place.open(name, file.size):
+            with step_files.open(name, file.size):
                 pass  # All ranks see one store, and what they put into it is there.
         assert self._known is not None
         self._known.add(step)

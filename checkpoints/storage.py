@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
-from checkpoints.commit import Place, Readable, read_into
+from checkpoints.commit import Readable, StepFiles, read_into
 from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
@@ -95,22 +95,22 @@ class StepWriter:
                     )
         return shares
 
-    def write(self, place: Place, share: Share) -> Part:
+    def write(self, step_files: StepFiles, share: Share) -> Part:
         """Writes this rank's share; when it returns, the bytes are on the disk but not yet part of any step."""
         part = Part()
         items = self._planner.finish_plan(share.plan).items
         if items:
-            self._write_tensors(place, share.stem + TENSORS, items, part)
+            self._write_tensors(step_files, share.stem + TENSORS, items, part)
         if share.blobs:
-            self._write_blobs(place, share.stem + VALUES, share.blobs, part)
+            self._write_blobs(step_files, share.stem + VALUES, share.blobs, part)
         return part
 
-    def _write_tensors(self, place: Place, name: str, items: list[WriteItem], part: Part) -> None:
+    def _write_tensors(self, step_files: StepFiles, name: str, items: list[WriteItem], part: Part) -> None:
         # Wide elements first: then every tensor starts at a multiple of its element's size.
         items = sorted(items, key=lambda item: -_data(item).properties.dtype.itemsize)
         ends = list(accumulate((_bytes_in(_data(item)) for item in items), initial=0))
         header = _header(items, ends)
-        part.files[name] = place.write(name, self._tensor_parts(header, items))
+        part.files[name] = step_files.write(name, self._tensor_parts(header, items))
         for item, (begin, end) in zip(items, pairwise(ends), strict=True):
             data = _data(item)
             span = Span(name, len(header) + begin, len(header) + end)
@@ -132,36 +132,36 @@ class StepWriter:
         assert tensor.shape == _data(item).chunk.sizes, item.index
         return tensor.detach()
 
-    def _write_blobs(self, place: Place, name: str, keys: list[BlobKey], part: Part) -> None:
+    def _write_blobs(self, step_files: StepFiles, name: str, keys: list[BlobKey], part: Part) -> None:
         blobs = [self._blobs[key] for key in keys]
-        part.files[name] = place.write(name, blobs)
+        part.files[name] = step_files.write(name, blobs)
         ends = accumulate(map(len, blobs))
         for (section, key), blob, end in zip(keys, blobs, ends, strict=True):
             spans = part.plain if section == "plain" else part.values
             spans[key] = Span(name, end - len(blob), end)
 
 
-def verify(place: Place, manifest: Manifest, names: Iterable[str]) -> None:
+def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> None:
     """Reads the named files whole; raises `CorruptCheckpoint` for the first that is not what was committed."""
     for name in names:
         file = manifest.files[name]
-        if place.digest(name, file.size) != file.sha256:
-            raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
+        if step_files.digest(name, file.size) != file.sha256:
+            raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
 
 
-def read_values(place: Place, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
+def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
     """The bytes of values, from files that are verified."""
     files: dict[str, bytes] = {}
     for name in {span.file for span in spans.values()}:
-        with place.open(name, manifest.files[name].size) as file, digesting() as digest:
+        with step_files.open(name, manifest.files[name].size) as file, digesting() as digest:
             files[name] = file.read()
             digest.update(files[name])
             if digest.hexdigest() != manifest.files[name].sha256:
-                raise CorruptCheckpoint(f"{place.where(name)} does not match its SHA-256")
+                raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
-def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+def read_tensors(step_files: StepFiles, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     """Fills tensors in place, whatever their sharding, with what this rank needs of each. Files are not verified here.
 
     Each key must be in the manifest with the same shape and type.
@@ -179,13 +179,13 @@ def read_tensors(place: Place, manifest: Manifest, tensors: dict[str, torch.Tens
     ]
     boxes.sort(key=lambda box: (box.span.file, box.span.begin))
     # A thread has a piece to read at least: of a small state there is nothing to share.
-    shares = _evenly(boxes, min(place.readers, 1 + sum(box.size for box in boxes) // _PIECE))
+    shares = _evenly(boxes, min(step_files.readers, 1 + sum(box.size for box in boxes) // _PIECE))
     if len(shares) < 2:
         for share in shares:
-            _read_boxes(place, manifest, share)
+            _read_boxes(step_files, manifest, share)
         return
     with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(lambda share: _read_boxes(place, manifest, share), shares))
+        list(pool.map(lambda share: _read_boxes(step_files, manifest, share), shares))
 
 
 class _Box(NamedTuple):
@@ -228,7 +228,7 @@ def _evenly(boxes: list[_Box], count: int) -> list[list[_Box]]:
     return [[box for box, _ in run] for _, run in runs]
 
 
-def _read_boxes(place: Place, manifest: Manifest, boxes: list[_Box]) -> None:
+def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) -> None:
     detours = [box for box in boxes if not box.direct]
     # One for all: memory that is new costs more than the copy into it.
     buffer = torch.empty(
@@ -237,7 +237,7 @@ def _read_boxes(place: Place, manifest: Manifest, boxes: list[_Box]) -> None:
         pin_memory=any(not box.target.is_cpu for box in detours),
     )
     for name, group in groupby(boxes, key=lambda box: box.span.file):
-        with place.open(name, manifest.files[name].size) as file:
+        with step_files.open(name, manifest.files[name].size) as file:
             for box in group:
                 _read_box(file, box, buffer[: box.size])
 

@@ -192,7 +192,7 @@ class CheckpointStore:
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._directory.place(step, manifest), manifest, flat.tensors))
+        ranks.agree(task, lambda: read_tensors(self._directory.step_files(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
@@ -213,7 +213,7 @@ class CheckpointStore:
             CorruptCheckpoint: A file is not what was committed.
         """
         manifest = self.manifest(step)
-        verify(self._directory.place(step, manifest), manifest, list(manifest.files))
+        verify(self._directory.step_files(step, manifest), manifest, list(manifest.files))
         return manifest
 
     def saved(self, step: int) -> datetime:
@@ -234,7 +234,7 @@ class CheckpointStore:
         if RECIPE not in manifest.values:
             raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._directory.place(step, manifest), manifest, recipe, Path(out))
+        export(self._directory.step_files(step, manifest), manifest, recipe, Path(out))
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
@@ -285,11 +285,11 @@ class CheckpointStore:
         manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._directory.place(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
+            verify(self._directory.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
         return manifest
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._directory.place(step, manifest), manifest, spans)
+        blobs = read_values(self._directory.step_files(step, manifest), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
     def _retain(self, good: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
-from sftstream.loader import Mark, PackLoader
+from sftstream.loader import LoaderPosition, PackLoader
 from sftstream.records import (
     IGNORE_INDEX,
     Conversation,
@@ -17,7 +17,7 @@ from sftstream.records import (
     batch_digest,
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
-from sftstream.streaming.assignment import Deal, Shard
+from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.stream import read_conversations
 from sftstream.tokenization.encoder import ChatEncoder
 
@@ -29,11 +29,11 @@ __all__ = [
     "Conversation",
     "DataConfig",
     "DataState",
-    "Deal",
     "Example",
-    "Mark",
+    "LoaderPosition",
     "Message",
     "Pack",
+    "PackAssignment",
     "PackLoader",
     "Policy",
     "Refusal",

@@ -37,7 +37,7 @@ NESTING = 64
 """Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
 
 
-def conversation(row: Any) -> Conversation:
+def parse_row(row: Any) -> Conversation:
     """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
     if isinstance(row, Conversation):
         return row
@@ -51,7 +51,7 @@ def conversation(row: Any) -> Conversation:
     return Conversation(messages, _tools(row.get("tools")))
 
 
-def row_of(text: bytes) -> Conversation | Any:
+def decode_row(text: bytes) -> Conversation | Any:
     """A row of its JSON text: at once the conversation that it is if it is written as most are, else plain objects."""
     if text.startswith(_BEGINNING):
         try:
@@ -235,44 +235,44 @@ def _plain(turn: Any) -> Message | None:
     return None
 
 
-def _message(turn: Any, place: str) -> Message:
+def _message(turn: Any, path: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise Refused("bad messages", f"{place} is a {type(turn).__name__}, not an object")
+        raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
     named = _first(turn, "role", "from")
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise Refused("unknown role", f"{place} has role {named!r}; known are {', '.join(ROLES)}")
+        raise Refused("unknown role", f"{path} has role {named!r}; known are {', '.join(ROLES)}")
     content = _first(turn, "content", "value")
     if named == "function_call":
-        text, reasoning, said = None, None, _calls(content, place)
+        text, reasoning, said = None, None, _calls(content, path)
     else:
-        text, reasoning, said = _parts(content, role, place)
-    more = [_calls(turn.get(field), f"{place}.{field}") for field in ("tool_calls", "function_call")]
+        text, reasoning, said = _parts(content, role, path)
+    more = [_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
     calls = ToolCalls(chain(said, *more))
     if text is None and not calls:
-        raise Refused("message without content", f"{place} ({role}) has neither content nor tool calls")
+        raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     return Message(
         role=role,
         content=text,
-        reasoning=reasoning or _optional_text(turn, place, "reasoning_content", "reasoning", "thinking"),
+        reasoning=reasoning or _optional_text(turn, path, "reasoning_content", "reasoning", "thinking"),
         tool_calls=calls,
-        name=_optional_text(turn, place, "name"),
-        tool_call_id=_optional_text(turn, place, "tool_call_id"),
-        train=_train(turn, place),
+        name=_optional_text(turn, path, "name"),
+        tool_call_id=_optional_text(turn, path, "tool_call_id"),
+        train=_train(turn, path),
     )
 
 
-def _train(turn: Mapping[str, Any], place: str) -> bool | None:
+def _train(turn: Mapping[str, Any], path: str) -> bool | None:
     """What the data says of training a message: `train` as a boolean, or `weight` as 0 or 1."""
     flag = _first(turn, "train", "weight")
     if flag is not None and flag not in (0, 1):
         raise Refused(
-            "bad weight", f"{place} is to be trained {_excerpt(flag)} times; train and weight say no or yes, 0 or 1"
+            "bad weight", f"{path} is to be trained {_excerpt(flag)} times; train and weight say no or yes, 0 or 1"
         )
     return None if flag is None else bool(flag)
 
 
-def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None, ToolCalls]:
+def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, ToolCalls]:
     """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
@@ -280,42 +280,42 @@ def _parts(content: Any, role: str, place: str) -> tuple[str | None, str | None,
         # Tool results are stored as objects here and there; a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     if not _is_list(content):
-        raise Refused("not text", f"{place} has content {_excerpt(content)}, neither text nor a list of parts")
+        raise Refused("not text", f"{path} has content {_excerpt(content)}, neither text nor a list of parts")
     texts, reasonings = [], []
     calls: list[ToolCall] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "tool_call":
-            calls += _calls(part.get("value"), place)
+            calls += _calls(part.get("value"), path)
         elif kind in ("text", "output_text", "input_text"):
-            texts.append(_text(_first(part, "text", "value"), place))
+            texts.append(_text(_first(part, "text", "value"), path))
         elif kind in ("reasoning", "thinking"):
-            reasonings.append(_text(_first(part, kind, "text", "value"), place))
+            reasonings.append(_text(_first(part, kind, "text", "value"), path))
         else:
             raise Refused(
-                "unknown content part", f"{place} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
+                "unknown content part", f"{path} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
             )
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 
 
-def _calls(value: Any, place: str) -> ToolCalls:
+def _calls(value: Any, path: str) -> ToolCalls:
     """Tool calls in any spelling: one or a list, encoded as JSON or not, wrapped in `function` or not."""
     value = _decoded(value)
     if not value:
         return ToolCalls()
     calls = value if _is_list(value) else [value]
-    return ToolCalls(_call(_decoded(call), place) for call in calls)
+    return ToolCalls(_call(_decoded(call), path) for call in calls)
 
 
-def _call(call: Any, place: str) -> ToolCall:
+def _call(call: Any, path: str) -> ToolCall:
     if isinstance(call, Mapping):
         function = call.get("function") or call
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if named and ("arguments" in function or "parameters" in function):
             arguments = _decoded(_first(function, "arguments", "parameters") or {})
             if isinstance(arguments, Mapping):
-                return ToolCall(function["name"], dict(arguments), _optional_text(call, place, "id"))
-    raise Refused("bad tool call", f"{place}: {_excerpt(call)} has no name and arguments")
+                return ToolCall(function["name"], dict(arguments), _optional_text(call, path, "id"))
+    raise Refused("bad tool call", f"{path}: {_excerpt(call)} has no name and arguments")
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -378,14 +378,14 @@ def _first(fields: Mapping[str, Any], *names: str) -> Any:
     return None
 
 
-def _optional_text(fields: Mapping[str, Any], place: str, *names: str) -> str | None:
+def _optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
     value = _first(fields, *names)
-    return None if value is None else _text(value, f"{place}.{names[0]}")
+    return None if value is None else _text(value, f"{path}.{names[0]}")
 
 
-def _text(value: Any, place: str) -> str:
+def _text(value: Any, path: str) -> str:
     if not isinstance(value, str):
-        raise Refused("not text", f"{place} is a {type(value).__name__}: {_excerpt(value)}")
+        raise Refused("not text", f"{path} is a {type(value).__name__}: {_excerpt(value)}")
     return value
 
 

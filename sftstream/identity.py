@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
-from sftstream.rendering.turns import Form
-from sftstream.sources import Corpus, FileIdentity, FileSet, Streamed
+from sftstream.rendering.turns import TurnFormat
+from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 3
@@ -43,7 +43,7 @@ class Identity(Policy, frozen=True, kw_only=True):
     template_sha256: str
     date: str | None
     """The day that the template prints, None where it prints none."""
-    form: Form
+    turn_format: TurnFormat = msgspec.field(name="form")
     """How the assistant's turns were found to look in the template."""
     streams: int
     global_batch: int
@@ -66,7 +66,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         fast_tokenizer=encoder.tokenizer.fast,
         template_sha256=_sha256(encoder.template.text),
         date=date.isoformat() if date else None,
-        form=encoder.certificate.form,
+        turn_format=encoder.report.turn_format,
         **{field: getattr(config, field) for field in Policy.__struct_fields__},
         streams=config.streams,
         global_batch=config.global_batch,
@@ -80,15 +80,15 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
     )
 
 
-def _source(source: SourceConfig, opened: FileSet | Streamed) -> SourceIdentity:
+def _source(source: SourceConfig, opened: FileSet | StreamedSource) -> SourceIdentity:
     return SourceIdentity(
         files=opened.identities,
-        rows=None if isinstance(opened, Streamed) else len(opened),
+        rows=None if isinstance(opened, StreamedSource) else len(opened),
         weight=source.weight,
         repeat=source.repeat,
         columns=source.columns,
         shuffle=source.shuffle,
-        shards=opened.shards if isinstance(opened, Streamed) else None,
+        shards=opened.shards if isinstance(opened, StreamedSource) else None,
     )
 
 

@@ -22,7 +22,7 @@ from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
-from sftstream.streaming.assignment import WHOLE, Deal, Shard
+from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import Packer, build_pack
 from sftstream.streaming.stream import build_stream
@@ -38,7 +38,7 @@ class Failed(NamedTuple):
     message: str
 
 
-class Mark(NamedTuple):
+class LoaderPosition(NamedTuple):
     """A place in the packs, from which `state` makes a state: that takes milliseconds and is seldom asked for."""
 
     start: DataState
@@ -170,12 +170,12 @@ class PackLoader:
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(self.shard, self.workers)
-        self._deal = Deal(config.streams, config.global_batch, shard.count, max(self.workers, 1))
+        self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved)
         self._start = self._start_from(saved)
-        self._dry = {number for number, stream in self._start.streams.items() if stream.dry}
+        self._exhausted = {number for number, stream in self._start.streams.items() if stream.exhausted}
         streams = self._start.streams.values()
         self._rows = sum(stream.conversations for stream in streams)
         self._refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
@@ -191,8 +191,8 @@ class PackLoader:
             raise StopIteration
         number = self._next
         pack = self._read(number % self.config.streams)
-        if pack.last:
-            self._dry.add(number % self.config.streams)
+        if pack.exhausted:
+            self._exhausted.add(number % self.config.streams)
         self._at = number + 1
         self._count(pack)
         return pack
@@ -204,8 +204,8 @@ class PackLoader:
         """
         step, unfinished = divmod(self.packs, self.config.global_batch)
         assert not unfinished, "a step is begun by next_step or by next, not by both"
-        wanted = self._deal.micro_batches(step)
-        own = 0 if self.exhausted else self._deal.step(step).count(self.shard.index)
+        wanted = self._assignment.micro_batches(step)
+        own = 0 if self.exhausted else self._assignment.step(step).count(self.shard.index)
         packs = [next(self) for _ in range(own)]
         self._at = (step + 1) * self.config.global_batch
         if self.exhausted:
@@ -220,7 +220,7 @@ class PackLoader:
         """
         if self._at_border:
             return -(-self._at // self.config.global_batch) * self.config.global_batch
-        if self._deal.even:
+        if self._assignment.even:
             return self._next - self.shard.index
         raise ValueError(
             f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs evenly; "
@@ -238,16 +238,16 @@ class PackLoader:
     @property
     def exhausted(self) -> bool:
         """All streams of this shard have run dry."""
-        return len(self._dry) == len(self._start.streams)
+        return len(self._exhausted) == len(self._start.streams)
 
     @property
     def state(self) -> DataState:
         """Where this shard stands after the last pack that was taken, whatever was loaded ahead."""
-        return self.mark().state
+        return self.position().state
 
-    def mark(self) -> Mark:
+    def position(self) -> LoaderPosition:
         """The same place, kept for later; raises ValueError inside a step that the shards do not share evenly."""
-        return self._mark(self.packs)
+        return self._position_at(self.packs)
 
     def state_dict(self) -> dict[str, Any]:
         """`state` as plain JSON-able values."""
@@ -259,15 +259,15 @@ class PackLoader:
             "resume by constructing PackLoader(config, state=...): a loader that has begun cannot go back"
         )
 
-    def place(self, refusal: Refusal) -> str:
+    def locate_row(self, refusal: Refusal) -> str:
         """Where an editor finds a refused row."""
-        return self.corpus.place(refusal.source, refusal.row)
+        return self.corpus.locate_row(refusal.source, refusal.row)
 
     def close(self) -> None:
         """Stop the workers. The state stays; the next pack starts them again."""
         if self._readers:
             # Not `state`: a loader may be closed inside a step, where shards have no common position.
-            self._start = self._mark(self._at).state
+            self._start = self._position_at(self._at).state
             for reader in self._readers.values():
                 reader.close()
             self._readers = {}
@@ -275,7 +275,7 @@ class PackLoader:
     @property
     def _next(self) -> int:
         """The number of this shard's next pack."""
-        return self._deal.next_pack(self.shard.index, self._at)
+        return self._assignment.next_pack(self.shard.index, self._at)
 
     @property
     def _at_border(self) -> bool:
@@ -283,24 +283,26 @@ class PackLoader:
         batch = self.config.global_batch
         return self._at % batch == 0 or self._next // batch > self._at // batch
 
-    def _mark(self, packs: int) -> Mark:
+    def _position_at(self, packs: int) -> LoaderPosition:
         moved = {stream: state for reader in self._readers.values() for stream, state in reader.states().items()}
-        return Mark(self._start, packs, moved)
+        return LoaderPosition(self._start, packs, moved)
 
     def _read(self, stream: int) -> Pack:
         try:
             if not self._readers:
                 # Those that have a stream: one without would look for its next pack for ever.
-                owned = self._deal.streams_of(self.shard.index)
-                self._readers = {worker: self._open(worker) for worker in {self._deal.worker(s) for s in owned}}
-            return next(self._readers[self._deal.worker(stream)])
+                owned = self._assignment.streams_of(self.shard.index)
+                self._readers = {worker: self._open(worker) for worker in {self._assignment.worker(s) for s in owned}}
+            return next(self._readers[self._assignment.worker(stream)])
         except BaseException:
             # StatefulDataLoader would go on without the worker that failed: in another order, or to a false end.
             self.close()
             raise
 
     def _open(self, worker: int) -> Reader:
-        streams = frozenset(s for s in self._deal.streams_of(self.shard.index) if self._deal.worker(s) == worker)
+        streams = frozenset(
+            s for s in self._assignment.streams_of(self.shard.index) if self._assignment.worker(s) == worker
+        )
         dataset = PackStreams(self.config, self.corpus, self.encoder, self._start, streams)
         return Reader(dataset, self.config.prefetch if self.workers else None)
 
@@ -318,11 +320,11 @@ class PackLoader:
             )
 
     def _empty(self) -> Pack:
-        return build_pack((), (), self.config.capacity, self.encoder.tokenizer.vocabulary.pad_id, last=True)
+        return build_pack((), (), self.config.capacity, self.encoder.tokenizer.vocabulary.pad_id, exhausted=True)
 
     def _start_from(self, saved: DataState | None) -> DataState:
         identity = identify(self.config, self.corpus, self.encoder)
-        owned = self._deal.streams_of(self.shard.index)
+        owned = self._assignment.streams_of(self.shard.index)
         if saved is None:
             return DataState(identity=identity, packs=0, streams={stream: self._fresh(stream) for stream in owned})
         if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
@@ -332,7 +334,7 @@ class PackLoader:
                 f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the first; "
                 "merge the states of all shards"
             )
-        shared = self._deal.even and saved.packs % self.shard.count == 0
+        shared = self._assignment.even and saved.packs % self.shard.count == 0
         if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
             raise ValueError(
                 f"the state stands at pack {saved.packs}, inside a step that {self.shard.count} shards cannot share evenly; "

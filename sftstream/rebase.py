@@ -19,8 +19,8 @@ from sftstream.records import Amount, Ref, Refusal, Refused, Segment
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import Change, DataState, Leftover, StreamState
 from sftstream.streaming.order import RowOrder, draws_of_stream
-from sftstream.streaming.sampler import Rows, open_cursors
-from sftstream.streaming.stream import Stages
+from sftstream.streaming.sampler import RowSampler, open_cursors
+from sftstream.streaming.stream import ExampleReader
 from sftstream.tokenization.encoder import ChatEncoder
 
 FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
@@ -54,7 +54,7 @@ def rebase(
         else _same_streams(saved, identity)
     )
     rebased = {
-        number: _reread(stream, waiting, config, Stages.of(corpus, encoder), number)
+        number: _reread(stream, waiting, config, ExampleReader.of(corpus, encoder), number)
         for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch
@@ -97,18 +97,22 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
 
 
 def _same_streams(saved: DataState, identity: Identity) -> dict[int, tuple[StreamState, list[Waiting]]]:
-    return {number: (_widened(stream, identity), list(_waiting(stream))) for number, stream in saved.streams.items()}
+    return {
+        number: (_add_sources(stream, identity), list(_waiting(stream))) for number, stream in saved.streams.items()
+    }
 
 
 def _other_streams(
     saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus
 ) -> dict[int, tuple[StreamState, list[Waiting]]]:
     """Another number of streams: what was drawn is cut off evenly, and what lies below the cut is dealt out to wait."""
-    olds = [_widened(saved.streams[number], identity) for number in sorted(saved.streams)]
+    olds = [_add_sources(saved.streams[number], identity) for number in sorted(saved.streams)]
     ends = [_end(olds, source) for source in range(len(identity.sources))]
-    waiting = sorted([*_holes(olds, ends, config, corpus), *(item for stream in olds for item in _waiting(stream))])
+    waiting = sorted(
+        [*_undrawn_rows(olds, ends, config, corpus), *(item for stream in olds for item in _waiting(stream))]
+    )
     count = identity.streams
-    return {number: (_dealt(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
+    return {number: (_split_counters(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
 
 
 def _waiting(stream: StreamState) -> Iterator[Waiting]:
@@ -125,7 +129,9 @@ def _end(olds: Sequence[StreamState], source: int) -> int:
     )
 
 
-def _holes(olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus) -> Iterator[Waiting]:
+def _undrawn_rows(
+    olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus
+) -> Iterator[Waiting]:
     """Draws below the end that their stream has not come to."""
     for source, end in enumerate(ends):
         files = corpus.sources[source]
@@ -137,7 +143,7 @@ def _holes(olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig,
                 yield Waiting(Ref(source, row, epoch), None)
 
 
-def _dealt(olds: Sequence[StreamState], ends: Sequence[int], number: int, identity: Identity) -> StreamState:
+def _split_counters(olds: Sequence[StreamState], ends: Sequence[int], number: int, identity: Identity) -> StreamState:
     """A new stream's counters. What all streams gave so far is booked on the first, so that sums stay what they were."""
     count = identity.streams
     mixed = tuple(sum(stream.mixed[source] for stream in olds) // count for source in range(len(ends)))
@@ -148,10 +154,10 @@ def _dealt(olds: Sequence[StreamState], ends: Sequence[int], number: int, identi
         windows=max(stream.windows for stream in olds),
         accepted=(Amount(),) * len(ends),
     )
-    return fresh if number else _booked(fresh, olds)
+    return fresh if number else _carry_totals(fresh, olds)
 
 
-def _booked(stream: StreamState, olds: Sequence[StreamState]) -> StreamState:
+def _carry_totals(stream: StreamState, olds: Sequence[StreamState]) -> StreamState:
     return msgspec.structs.replace(
         stream,
         packs=sum(old.packs for old in olds),
@@ -171,7 +177,7 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return total
 
 
-def _widened(stream: StreamState, identity: Identity) -> StreamState:
+def _add_sources(stream: StreamState, identity: Identity) -> StreamState:
     """Room for sources that were added."""
     more = len(identity.sources) - len(stream.drawn)
     zeros = (0,) * more
@@ -181,7 +187,7 @@ def _widened(stream: StreamState, identity: Identity) -> StreamState:
 
 
 def _reread(
-    stream: StreamState, waiting: Sequence[Waiting], config: DataConfig, stages: Stages, number: int
+    stream: StreamState, waiting: Sequence[Waiting], config: DataConfig, stages: ExampleReader, number: int
 ) -> StreamState:
     """What waits, as it is under the new settings: planned anew with the next window."""
     leftovers: list[Leftover] = []
@@ -195,20 +201,20 @@ def _reread(
             refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
         except RuntimeError as gone:
             raise ValueError(f"a conversation that was read and waits must stay where it was: {gone}") from None
-    rows = Rows(config, open_cursors(config, stages.reading, number))
+    rows = RowSampler(config, open_cursors(config, stages.reading, number))
     rows.reset(msgspec.to_builtins(stream))
-    dry = not leftovers and rows.state_dict()["exhausted"]
+    exhausted = not leftovers and rows.state_dict()["exhausted"]
     return msgspec.structs.replace(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
         refused=_summed([stream.refused, Counter(refusal.reason for refusal in refused)]),
         unlisted=tuple(refused),
-        dry=dry,
+        exhausted=exhausted,
     )
 
 
-def _segments(item: Waiting, config: DataConfig, stages: Stages) -> Iterator[Segment]:
+def _segments(item: Waiting, config: DataConfig, stages: ExampleReader) -> Iterator[Segment]:
     examples = stages.examples(item.ref)
     if (longest := max(len(example.tokens) for example in examples)) > config.capacity:
         raise Refused("longer than capacity", f"{longest} tokens do not fit into a pack of {config.capacity}")

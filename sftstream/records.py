@@ -183,7 +183,7 @@ class Pack:
     borders: NDArray[np.int32]
     segments: tuple[Segment, ...] = ()
     refused: tuple[Refusal, ...] = ()
-    last: bool = False
+    exhausted: bool = False
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -246,7 +246,14 @@ class Pack:
     def __reduce__(self) -> tuple[Any, ...]:
         # A tensor through a worker's queue costs a file descriptor and 3-4 ms a pack. A pipe takes 64 KB at once, and the rest of
         # a larger pack waits until its worker has a moment for it.
-        return _unpacked, (self.ids, np.packbits(self.trained), self.borders, self.segments, self.refused, self.last)
+        return _unpacked, (
+            self.ids,
+            np.packbits(self.trained),
+            self.borders,
+            self.segments,
+            self.refused,
+            self.exhausted,
+        )
 
 
 def batch_digest(digests: Iterable[str]) -> str:

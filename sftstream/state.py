@@ -19,7 +19,7 @@ class Leftover(msgspec.Struct, frozen=True, array_like=True):
     waited: int
 
 
-class ShardPlace(msgspec.Struct, frozen=True, array_like=True):
+class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
     """Where a stream stands in a source that is streamed."""
 
     shards: int = 0
@@ -35,7 +35,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     """Rows drawn from each source by this stream, over all epochs."""
     mixed: tuple[int, ...] = ()
     """What the mixture counts of each source, since its stage began."""
-    places: dict[int, ShardPlace] = {}
+    shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
     """In each source that is streamed."""
     stage: int = 0
 
@@ -50,7 +50,7 @@ class StreamState(Position, frozen=True, kw_only=True):
     planned: tuple[tuple[Segment, ...], ...] = ()
     """The packs that come next, already planned."""
     leftovers: tuple[Leftover, ...] = ()
-    dry: bool = False
+    exhausted: bool = msgspec.field(name="dry", default=False)
     """Nothing comes any more."""
     packs: int = 0
     """Packs given, empty ones not counted."""
@@ -123,7 +123,7 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
         changed = differences(msgspec.to_builtins(parsed[0].identity), msgspec.to_builtins(state.identity))
         if changed:
             raise ValueError(f"state {index} is of other data than state 0: {'; '.join(changed)}")
-        if state.packs != packs and not all(stream.dry for stream in state.streams.values()):
+        if state.packs != packs and not all(stream.exhausted for stream in state.streams.values()):
             raise ValueError(
                 f"state {index} stands at pack {state.packs}, another at {packs}; take them after the same step"
             )
@@ -163,8 +163,8 @@ def describe(state: StateDict | DataState) -> str:
     lines += [f"{note}: {count:,}" for note, count in notes.most_common()]
     lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
     lines += [f"accepted at pack {change.packs}: {'; '.join(change.differences)}" for change in data.history]
-    if dry := sum(stream.dry for stream in streams):
-        lines.append(f"{dry} streams have run dry")
+    if exhausted := sum(stream.exhausted for stream in streams):
+        lines.append(f"{exhausted} streams have run dry")
     return "\n".join(lines)
 
 

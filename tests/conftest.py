@@ -22,8 +22,8 @@ import tiny
 import torch
 
 from sftstream import ChatEncoder, DataConfig
-from sftstream.sources import Corpus, Reading
-from sftstream.streaming.stream import Stages
+from sftstream.sources import Corpus, CorpusReader
+from sftstream.streaming.stream import ExampleReader
 
 REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
@@ -61,8 +61,8 @@ def config(tokenizer: str, corpus_path: str) -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def stages(config: DataConfig, encoder: ChatEncoder) -> Stages:
-    return Stages(Reading(Corpus(config.sources)), encoder)
+def stages(config: DataConfig, encoder: ChatEncoder) -> ExampleReader:
+    return ExampleReader(CorpusReader(Corpus(config.sources)), encoder)
 
 
 @pytest.fixture

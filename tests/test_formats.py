@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftstream import Conversation, Message, Refused, ToolCall, formats
-from sftstream.formats import LAYOUTS, ROLES, conversation, row_of
+from sftstream.formats import LAYOUTS, ROLES, decode_row, parse_row
 from sftstream.records import ToolCalls
 
 USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
@@ -22,7 +22,7 @@ FUNCTION = {"name": "add", "arguments": {"a": 1, "b": [2]}}
 
 
 def messages(row: Any) -> tuple[Message, ...]:
-    return conversation(row).messages
+    return parse_row(row).messages
 
 
 def said(**turn: Any) -> Message:
@@ -32,7 +32,7 @@ def said(**turn: Any) -> Message:
 
 def refusal(row: Any) -> str:
     with pytest.raises(Refused) as error:
-        conversation(row)
+        parse_row(row)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -64,7 +64,7 @@ def refusal(row: Any) -> str:
     ],
 )
 def test_every_layout_gives_the_same_dialogue(row: dict[str, Any]) -> None:
-    assert conversation(row) == Conversation((USER, ANSWER))
+    assert parse_row(row) == Conversation((USER, ANSWER))
 
 
 def test_the_layouts_are_those_the_error_lists() -> None:
@@ -148,12 +148,12 @@ def test_a_call_without_arguments_has_none(arguments: Any) -> None:
 )
 def test_tools_are_the_same_in_every_spelling(tools: Any) -> None:
     row = {"prompt": "hi", "completion": "hello", "tools": tools}
-    assert conversation(row).tools == ({"type": "function", "function": {"name": "add"}},)
+    assert parse_row(row).tools == ({"type": "function", "function": {"name": "add"}},)
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "{}"])
 def test_no_tools_are_none(tools: Any) -> None:
-    assert conversation({"prompt": "hi", "completion": "hello", "tools": tools}).tools == ()
+    assert parse_row({"prompt": "hi", "completion": "hello", "tools": tools}).tools == ()
 
 
 def test_typed_parts_are_text_reasoning_and_calls() -> None:
@@ -340,7 +340,7 @@ def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
     row = {"messages": messages, **columns}
     found = read(formats._typed, row)
     assert found is None or found == read(formats._any, row)
-    assert read(lambda text: conversation(row_of(text)), msgspec.json.encode(row)) == read(conversation, row)
+    assert read(lambda text: parse_row(decode_row(text)), msgspec.json.encode(row)) == read(parse_row, row)
 
 
 def test_messages_are_recognised_by_their_types() -> None:
@@ -348,9 +348,9 @@ def test_messages_are_recognised_by_their_types() -> None:
     calling = Message("assistant", tool_calls=ToolCalls([ToolCall("f", {"a": 1})]))
     assert formats._typed({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
     row = {"messages": [HI, called, ANSWERED], "tools": [{"name": "f"}]}
-    found = row_of(msgspec.json.encode(row))
+    found = decode_row(msgspec.json.encode(row))
     assert found == Conversation((USER, calling, ANSWER), ({"type": "function", "function": {"name": "f"}},))
-    assert isinstance(row_of(msgspec.json.encode(row | {"id": 3})), dict)
+    assert isinstance(decode_row(msgspec.json.encode(row | {"id": 3})), dict)
 
 
 @pytest.mark.parametrize("levels", range(57, 66))
@@ -362,13 +362,13 @@ def test_nesting_counts_alike_in_json_and_in_objects(levels: int) -> None:
     ]
     for row in rows:
         general = read(formats._any, row)
-        assert isinstance(general[0], str) == isinstance(read(conversation, row), tuple)
-        assert read(lambda text: conversation(row_of(text)), msgspec.json.encode(row)) == read(conversation, row)
+        assert isinstance(general[0], str) == isinstance(read(parse_row, row), tuple)
+        assert read(lambda text: parse_row(decode_row(text)), msgspec.json.encode(row)) == read(parse_row, row)
 
 
 def test_nesting_within_the_limit_is_kept() -> None:
     row = {"messages": [HI, {**ANSWERED, "tool_calls": [{"name": "f", "arguments": json.dumps({"a": nested(63)})}]}]}
-    assert conversation({**row, "note": nested(63)}).messages[1].tool_calls[0].arguments == {"a": nested(63)}
+    assert parse_row({**row, "note": nested(63)}).messages[1].tool_calls[0].arguments == {"a": nested(63)}
 
 
 def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
@@ -378,7 +378,7 @@ def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
 
 def test_rounds_of_input_and_output_are_a_dialogue() -> None:
     row = {"conversation": [{"system": "be brief", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
-    assert conversation(row).messages == (
+    assert parse_row(row).messages == (
         Message("system", "be brief"),
         Message("user", "a"),
         Message("assistant", "b"),
@@ -386,19 +386,19 @@ def test_rounds_of_input_and_output_are_a_dialogue() -> None:
         Message("assistant", "d"),
     )
     named = {"conversation": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}
-    assert conversation(named).messages == (Message("user", "a"), Message("assistant", "b"))
+    assert parse_row(named).messages == (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(Refused, match=r"not text: conversation\[0\].output is a NoneType"):
-        conversation({"conversation": [{"input": "a"}]})
+        parse_row({"conversation": [{"input": "a"}]})
 
 
 def test_texts_by_turns_are_a_dialogue() -> None:
-    assert conversation({"id": "7", "data": ["a", "b", "c"]}).messages == (
+    assert parse_row({"id": "7", "data": ["a", "b", "c"]}).messages == (
         Message("user", "a"),
         Message("assistant", "b"),
         Message("user", "c"),
     )
     with pytest.raises(Refused, match=r"bad messages: data is a int, not a list of texts"):
-        conversation({"data": 5})
+        parse_row({"data": 5})
 
 
 @pytest.mark.parametrize(
@@ -406,9 +406,9 @@ def test_texts_by_turns_are_a_dialogue() -> None:
 )
 def test_a_message_says_whether_it_is_trained(flag: dict[str, Any], train: bool | None) -> None:
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"} | flag]}
-    assert conversation(row).messages[1].train is train
+    assert parse_row(row).messages[1].train is train
 
 
 def test_a_message_cannot_be_trained_half() -> None:
     with pytest.raises(Refused, match="bad weight"):
-        conversation({"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]})
+        parse_row({"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]})

@@ -223,12 +223,12 @@ def _override(table: dict[str, Any], override: str) -> None:
     if not equals:
         raise ValueError(f"{override!r} is no override; write section.key=value")
     *path, last = key.split(".")
-    place: Any = table
+    node: Any = table
     for name in path:
-        place = place[_number(key, name, place)] if isinstance(place, list) else place.setdefault(name, {})
-        if not isinstance(place, dict | list):
+        node = node[_number(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
             raise ValueError(f"override {key!r}: {name!r} is a value, not a table")
-    place[_number(key, last, place) if isinstance(place, list) else last] = _value(text)
+    node[_number(key, last, node) if isinstance(node, list) else last] = _value(text)
 
 
 def _number(key: str, name: str, array: list[Any]) -> int:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sftstream import Deal, PackLoader, Shard
+from sftstream import PackAssignment, PackLoader, Shard
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh, named_dtype
 from trainer.llama.blocks import Recompute
@@ -42,7 +42,7 @@ class Held(NamedTuple):
         return self.blocks + self.ends
 
 
-class Plan(NamedTuple):
+class RunEstimate(NamedTuple):
     """`memory` is bytes by part on each GPU; `steps` is None where it cannot be known."""
 
     parameters: int
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     seconds_per_step: float
 
 
-def plan(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Plan:
+def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     """The plan of a run on so many GPUs; ValueError where the run would refuse to start.
 
     Shards are counted by sharding: a model without memory is spread over processes that are only pretended. What a step
@@ -67,8 +67,8 @@ def plan(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Plan:
     sharded = _held(shape, parallel, gpus, data.capacity)
     gathered = _held(shape, ParallelConfig(tp=parallel.tp), parallel.tp, data.capacity)
     dp = gpus // parallel.tp
-    packs = Deal(data.streams, data.global_batch, dp).most_micro_batches
-    return Plan(
+    packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
+    return RunEstimate(
         parameters=sum(p.numel() for p in whole.parameters()),
         gpus=gpus,
         dp=dp,
@@ -163,27 +163,27 @@ def _steps_of_epochs(config: TrainConfig) -> int | None:
     return math.ceil(loader.total_rows / (rows / len(packs) * config.data.global_batch))
 
 
-def show(plan: Plan, config: TrainConfig, console: Console) -> None:
+def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     """Print a plan for people."""
     parallel, data = config.parallel, config.data
     console.print(
-        f"{config.run.directory}: {plan.parameters:,} parameters on {plan.gpus} GPUs (dp {plan.dp} x tp {parallel.tp}"
+        f"{config.run.directory}: {estimate.parameters:,} parameters on {estimate.gpus} GPUs (dp {estimate.dp} x tp {parallel.tp}"
         + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
     )
     table = Table("on each GPU", "GiB")
-    for part, size in plan.memory.items():
+    for part, size in estimate.memory.items():
         table.add_row(part, f"{size / 2**30:.2f}")
     table.add_section()
-    table.add_row("in all", f"{sum(plan.memory.values()) / 2**30:.2f}")
+    table.add_row("in all", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
     whole = "its number of steps is known when it ends, since a source is streamed"
-    if plan.steps is not None:
-        hours = plan.steps * plan.seconds_per_step / 3600
-        whole = f"{plan.steps:,} steps, {plan.steps * plan.tokens_per_step:,} tokens: about {hours:,.1f} h"
+    if estimate.steps is not None:
+        hours = estimate.steps * estimate.seconds_per_step / 3600
+        whole = f"{estimate.steps:,} steps, {estimate.steps * estimate.tokens_per_step:,} tokens: about {hours:,.1f} h"
     console.print(
-        f"a step: {data.global_batch} packs of {data.capacity:,} tokens, {plan.packs_per_rank} on each data-parallel rank one "
-        f"after the other; {plan.tokens_per_step:,} tokens\n"
-        f"about {plan.seconds_per_step:,.2f} s a step, at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU\n"
+        f"a step: {data.global_batch} packs of {data.capacity:,} tokens, {estimate.packs_per_rank} on each data-parallel "
+        f"rank one after the other; {estimate.tokens_per_step:,} tokens\n"
+        f"about {estimate.seconds_per_step:,.2f} s a step, at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU\n"
         f"the run: {whole}",
         soft_wrap=True,
     )

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from checkpoints import CheckpointError, Recipe
-from sftstream import Deal
+from sftstream import PackAssignment
 from trainer.checkpointing.about import about
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Progress, Restored, Settings, capture, restore
 from trainer.config import TrainConfig, load_config
 from trainer.distributed.determinism import determinism
-from trainer.distributed.mesh import Topology, distributed, leave, named_dtype, tell
-from trainer.estimate import plan, show
+from trainer.distributed.mesh import Topology, distributed, exit_process, named_dtype, print_error
+from trainer.estimate import estimate, show
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.export import export, require_replaceable
 from trainer.llama.hf_config import find_model, read_config
@@ -42,7 +42,7 @@ from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.training.evaluation import Question, evaluate, read_questions
 from trainer.training.optimizer import build_optimizer, learning_rate
 from trainer.training.step import StepResult, train_step
-from trainer.training.step_reader import Feed, Tally, gather_refusals, open_loader, tally
+from trainer.training.step_reader import StepReader, StepTotals, gather_refusals, open_loader, reduce_totals
 from trainer.training.stop import StopRequest
 from trainer.training.validation import Validation
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with run.saves.store:
                 run.train()
     except (ValueError, OSError, CheckpointError) as error:
-        return tell(error)
+        return print_error(error)
     return 0
 
 
@@ -101,8 +101,8 @@ class Run:
         self.questions = self._questions() if topology.first else []
         self.recipe = self._recipe() if topology.first else None
         self.total_rows = self._total_rows()
-        deal = Deal(config.data.streams, config.data.global_batch, topology.dp)
-        self.feed = Feed(self.loader, deal, config.data.capacity, topology.tp_group, ahead=True)
+        assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
+        self.step_reader = StepReader(self.loader, assignment, config.data.capacity, topology.tp_group, ahead=True)
         self.validation = self._validation()
 
     def train(self) -> None:
@@ -114,7 +114,7 @@ class Run:
                     pass
                 if log:
                     self._tell_refused(log.refused_by_reason())
-        self.feed.close()
+        self.step_reader.close()
         if not self.finished:
             self.display.say(f"stopped after step {self.progress.step}; the same command goes on from there")
             return
@@ -136,11 +136,13 @@ class Run:
     def _step(self, log: RunLog | None) -> bool:
         """Take one step; true where the run was asked to stop."""
         config, began = self.config, time.perf_counter()
-        packs = self.feed.packs(self.progress.step)
+        packs = self.step_reader.packs(self.progress.step)
         waited = time.perf_counter() - began
-        count = tally(self.progress.step, packs, self.feed, self.topology, stop=self.stop.asked or self.saves.failed())
+        count = reduce_totals(
+            self.progress.step, packs, self.step_reader, self.topology, stop=self.stop.asked or self.saves.failed()
+        )
         if not count.stop and self.progress.step + 1 != config.run.steps:
-            self.feed.read_ahead()
+            self.step_reader.read_ahead()
         rate = learning_rate(config.optimizer, config.schedule, self.progress.step, self.share or 0.0, config.run.steps)
         result = train_step(
             self.model,
@@ -152,7 +154,7 @@ class Run:
             clip=config.optimizer.clip,
         )
         self._advance(count, result)
-        refusals = gather_refusals(packs, self.feed, self.topology) if count.refused else []
+        refusals = gather_refusals(packs, self.step_reader, self.topology) if count.refused else []
         seconds = time.perf_counter() - began
         validation_loss = self.validation.after(self.progress.step, self.model) if self.validation else None
         if log:
@@ -166,7 +168,7 @@ class Run:
             self._save(log, validation_loss, last=last)
         return count.stop > 0
 
-    def _advance(self, count: Tally, result: StepResult) -> None:
+    def _advance(self, count: StepTotals, result: StepResult) -> None:
         step = self.progress.step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise ValueError(
@@ -179,7 +181,7 @@ class Run:
             tokens=self.progress.tokens + count.tokens,
             trained_tokens=self.progress.trained_tokens + count.trained_tokens,
             loss=result.loss,
-            finished=count.live == 0,
+            finished=count.unexhausted_shards == 0,
         )
 
     @property
@@ -191,7 +193,7 @@ class Run:
 
     def _metrics(
         self,
-        count: Tally,
+        count: StepTotals,
         reasons: Counter[str],
         result: StepResult,
         rate: float,
@@ -219,7 +221,7 @@ class Run:
         )
 
     def _save(self, log: RunLog | None, validation_loss: float | None, *, last: bool) -> None:
-        state = self.feed.state
+        state = self.step_reader.state
         held_out = self.validation.digest if self.validation else None
         run = partial(
             capture,
@@ -336,7 +338,7 @@ def _plan(config: TrainConfig, word: str) -> None:
         raise ValueError(f"{word}: give a number of GPUs, as in --plan=32")
     init_from = find_model(config.model.init_from) if config.model.init_from else None
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    show(plan(config, _shape(config, init_from), int(gpus)), config, console)
+    show(estimate(config, _shape(config, init_from), int(gpus)), config, console)
 
 
 def _shape(config: TrainConfig, init_from: Path | None) -> LlamaConfig:
@@ -349,4 +351,4 @@ def _shape(config: TrainConfig, init_from: Path | None) -> LlamaConfig:
 if __name__ == "__main__":
     level = os.environ.get("LOGLEVEL", "WARNING")  # torchrun's own variable
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    leave(main())
+    exit_process(main())

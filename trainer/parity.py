@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftstream import IGNORE_INDEX, Pack, Segment
-from trainer.distributed.mesh import ParallelConfig, Topology, distributed, leave, named_dtype, tell
+from trainer.distributed.mesh import ParallelConfig, Topology, distributed, exit_process, named_dtype, print_error
 from trainer.llama.attention import Segments
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
@@ -266,8 +266,8 @@ def main(
         with distributed(device, ParallelConfig(tp=tp)) as topology:
             code = verdict(model, topology, named_dtype(dtype, topology.device))
     except ValueError as error:
-        code = tell(error)
-    leave(code)
+        code = print_error(error)
+    exit_process(code)
 
 
 if __name__ == "__main__":

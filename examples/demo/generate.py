@@ -52,12 +52,12 @@ def main(directory: Path = HERE) -> None:
     vocabulary.save(vocabulary.train(_rendered(trained, template)), template, directory / "tokenizer")
     data = directory / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for file, conversations in _dealt(rng, trained).items():
+    for file, conversations in _split_counters(rng, trained).items():
         file.write(data / file.name, [file.layout(conversation) for conversation in conversations])
     layouts.write_jsonl(data / "heldout.jsonl", [layouts.openai(conversation) for conversation in _held_out(rng)])
 
 
-def _dealt(rng: Random, conversations: Sequence[Conversation]) -> dict[File, list[Conversation]]:
+def _split_counters(rng: Random, conversations: Sequence[Conversation]) -> dict[File, list[Conversation]]:
     dealt: dict[File, list[Conversation]] = {file: [] for file in FILES}
     for conversation in conversations:
         files = [file for file in FILES if file.holds_tools or not conversation.tools]

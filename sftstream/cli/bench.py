@@ -46,7 +46,7 @@ class Speed(NamedTuple):
     """Bytes of memory that only the fullest worker has, or 0 where there is none or the system does not say."""
 
 
-class Stages(NamedTuple):
+class ExampleReader(NamedTuple):
     """Where the time of one stream goes, in one process."""
 
     seconds: dict[str, float]
@@ -84,7 +84,7 @@ class Stopwatch(BaseNode[Any]):
         return state
 
 
-def bench(config: DataConfig, seconds: float) -> tuple[list[Speed], Stages]:
+def bench(config: DataConfig, seconds: float) -> tuple[list[Speed], ExampleReader]:
     """Packs as fast as they come: one stream stage by stage, then the loader without workers and with the config's.
 
     Each is measured for so many seconds, the loaders after as many of warming up.
@@ -94,7 +94,7 @@ def bench(config: DataConfig, seconds: float) -> tuple[list[Speed], Stages]:
     return [_speed(config, workers, seconds) for workers in sorted({0, config.workers})], stages
 
 
-def _by_stage(config: DataConfig, seconds: float) -> Stages:
+def _by_stage(config: DataConfig, seconds: float) -> ExampleReader:
     loader = PackLoader(config, workers=0)
     encoder = loader.encoder
     if encoder.tokenizer.fast_tokenizer:
@@ -107,7 +107,7 @@ def _by_stage(config: DataConfig, seconds: float) -> Stages:
         pass
     read = node.state.accepted
     conversations = sum(amount.conversations for amount in read)
-    return Stages(
+    return ExampleReader(
         {name: spent[name] for name in DOES},
         conversations,
         encoder.planned / max(encoder.rendered, 1),
@@ -152,7 +152,7 @@ def _private_memory(process: int | None) -> int:
     return sum(int(kilobytes) << 10 for kilobytes in re.findall(r"^Private_\w+: +(\d+) kB", lines, re.MULTILINE))
 
 
-def show(speeds: list[Speed], stages: Stages, console: Console) -> None:
+def show(speeds: list[Speed], stages: ExampleReader, console: Console) -> None:
     """Two tables, and what else explains them."""
     table = Table("workers", "first pack, s", "tokens/s", "conversations/s", "full", "memory of a worker")
     for speed in speeds:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sftstream.cli.bench import bench, show
 from sftstream.cli.state import read_data_config, read_state, rebased
-from sftstream.cli.template import show_certificate
+from sftstream.cli.template import show_report
 from sftstream.state import describe
 from sftstream.state import diff as differing
 from sftstream.tokenization.encoder import ChatEncoder
@@ -29,7 +29,7 @@ def template(
 ) -> None:
     """Certify a chat template: how turns begin and end in it, and what it does to each shape of conversation."""
     with _one_line_errors():
-        show_certificate(ChatEncoder(tokenizer, path, date=date))
+        show_report(ChatEncoder(tokenizer, path, date=date))
 
 
 @app.command()

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from sftstream.config import Policy
 from sftstream.records import Message, Refused, Rendered, Span
 from sftstream.rendering.markers import Located, Payload, excerpt
-from sftstream.rendering.turns import Form, Turn
+from sftstream.rendering.turns import Turn, TurnFormat
 
 
 def rendered(
     messages: Sequence[Message],
     located: Located,
     turns: Sequence[Turn],
-    form: Form,
+    turn_format: TurnFormat,
     policy: Policy,
     control: re.Pattern[str],
 ) -> Rendered:
@@ -28,7 +28,7 @@ def rendered(
     spans: list[Span] = []
     for index in _trained_messages(messages, policy):
         turn = by_message.get(index)
-        wanted = _of_turn(turn, policy) if turn else _of_other(index, located, form)
+        wanted = _of_turn(turn, policy) if turn else _of_other(index, located, turn_format)
         _require_own(wanted, index, located.payloads)
         spans += wanted
     spans = sorted(span for span in spans if span.start < span.end)
@@ -78,13 +78,13 @@ def _of_turn(turn: Turn, policy: Policy) -> list[Span]:
     return [Span(start, max(start, end))]
 
 
-def _of_other(index: int, located: Located, form: Form) -> list[Span]:
+def _of_other(index: int, located: Located, turn_format: TurnFormat) -> list[Span]:
     """Another role's words, each place where they are printed, with the stop token that follows at once."""
     result = []
     for payload in located.payloads:
         if payload.message == index:
             rest = located.text[payload.end :]
-            stop = next((stop for stop in form.stops if rest.startswith(stop)), "")
+            stop = next((stop for stop in turn_format.stops if rest.startswith(stop)), "")
             result.append(Span(payload.start, payload.end + len(stop)))
     return result[:1]
 

@@ -11,7 +11,7 @@ import msgspec
 from sftstream.records import Refused
 from sftstream.rendering.markers import locate
 from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, bounded_memory
-from sftstream.rendering.turns import ANSWER, CALLED, RESULT, TOOL, USER, Form, learn_form
+from sftstream.rendering.turns import ANSWER, CALLED, RESULT, TOOL, USER, TurnFormat, probe_turn_format
 
 SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
 THOUGHT: TemplateMessage = {"role": "assistant", "content": "Zq said Zq"} | dict.fromkeys(
@@ -40,10 +40,10 @@ SHAPES: dict[str, tuple[list[TemplateMessage], tuple[Any, ...]]] = {
 """What a template is probed on, by name."""
 
 
-class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
     """How turns look in a template, and what it does to each of `SHAPES`: "whole", "drops ...", or why it refuses."""
 
-    form: Form
+    turn_format: TurnFormat
     shapes: dict[str, str]
     rewrites_history: bool
     """A turn is printed otherwise once the conversation has gone on."""
@@ -56,14 +56,14 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     has_generation_tags: bool
 
 
-def certify(template: ChatTemplate, control: re.Pattern[str]) -> Certificate:
+def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     """Raises ValueError where no conversation could be trained on."""
     with bounded_memory():
-        form = learn_form(template, control)
+        turn_format = probe_turn_format(template, control)
         shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
         rewrites_history = any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE))
-    return Certificate(
-        form=form,
+    return TemplateReport(
+        turn_format=turn_format,
         shapes=shapes,
         rewrites_history=rewrites_history,
         prints_reasoning=shapes["reasoning"] == "whole",

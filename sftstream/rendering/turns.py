@@ -42,12 +42,12 @@ TOOL: dict[str, Any] = {
 }
 
 
-class Form(NamedTuple):
+class TurnFormat(NamedTuple):
     """What assistant's turns look like in a template."""
 
-    header: str
+    prompt: str
     """The generation prompt after a user's message; empty where there is none (Mistral)."""
-    core: str
+    role_marker: str
     """The part of the header that names the role, without the thoughts that some headers open."""
     stops: tuple[str, ...]
     """What ends a text."""
@@ -67,7 +67,7 @@ class Turn(NamedTuple):
     """Where it begins was found by printing the conversation up to there once more."""
 
 
-def learn_form(template: ChatTemplate, control: re.Pattern[str]) -> Form:
+def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
     """Probe a template. `control` matches every special token's text. Raises ValueError where it cannot be trained on."""
     header = _learn_header(template, control)
     at_end, in_middle = _after(template, [USER, ANSWER]), _after(template, [USER, ANSWER, USER])
@@ -79,9 +79,9 @@ def learn_form(template: ChatTemplate, control: re.Pattern[str]) -> Form:
     call_stops = _stops(
         _after(template, [USER, CALLED]), _after(template, [USER, CALLED, RESULT]), control, known=stops
     )
-    return Form(
-        header=header,
-        core=re.split(r"<think|\[THINK", header)[0],
+    return TurnFormat(
+        prompt=header,
+        role_marker=re.split(r"<think|\[THINK", header)[0],
         stops=tuple(sorted(stops)),
         call_stops=tuple(sorted(call_stops)),
         open_end=at_end is not None and not _contains(at_end, stops),
@@ -90,7 +90,7 @@ def learn_form(template: ChatTemplate, control: re.Pattern[str]) -> Form:
 
 def find_turns(
     template: ChatTemplate,
-    form: Form,
+    turn_format: TurnFormat,
     control: re.Pattern[str],
     messages: Sequence[TemplateMessage],
     tools: Sequence[Any],
@@ -102,12 +102,12 @@ def find_turns(
 
     With `shortcut` a turn right behind a whole generation prompt needs no other evidence; the result is the same.
     """
-    finder = _Finder(template, form, control, messages, tools, located, shortcut)
+    finder = _Finder(template, turn_format, control, messages, tools, located, shortcut)
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             turns.append(finder.turn(index, turns[-1].span.end if turns else 0))
-    tagged = _tagged(template, form, messages, tools, located, turns)
+    tagged = _tagged(template, turn_format, messages, tools, located, turns)
     return tagged or turns
 
 
@@ -117,7 +117,7 @@ class _Finder:
     def __init__(
         self,
         template: ChatTemplate,
-        form: Form,
+        turn_format: TurnFormat,
         control: re.Pattern[str],
         messages: Sequence[TemplateMessage],
         tools: Sequence[Any],
@@ -126,7 +126,7 @@ class _Finder:
     ) -> None:
         self._shortcut = shortcut
         self._template = template
-        self._form = form
+        self._turn_format = turn_format
         self._control = control
         self._messages = messages
         self._tools = tools
@@ -164,7 +164,7 @@ class _Finder:
 
     def _start(self, index: int, before: int, limit: int, *, empty: bool) -> int:
         gap = self._text[before:limit]
-        header = self._form.header
+        header = self._turn_format.prompt
         if self._shortcut and header and not empty and gap.endswith(header):
             return limit  # right behind the whole generation prompt
         start = self._start_by_prompt(index, gap)
@@ -172,7 +172,9 @@ class _Finder:
             start = self._start_by_header(gap)
         if start is None:
             wanted = (
-                repr(self._form.core) if self._form.core else "what the template prints where the model is to speak"
+                repr(self._turn_format.role_marker)
+                if self._turn_format.role_marker
+                else "what the template prints where the model is to speak"
             )
             raise Refused("no header", f"{wanted} does not stand before message {index}")
         return before + start
@@ -187,12 +189,12 @@ class _Finder:
         marks = list(MARK.finditer(prompt))
         tail = prompt[marks[-1].end() :] if marks else prompt
         cut = _cut(_shared(gap, tail), tail, self._control)
-        core = self._form.core
+        core = self._turn_format.role_marker
         needed = tail.rfind(core) + len(core) if core and core in tail else len(tail)
         return cut if cut >= needed else None
 
     def _start_by_header(self, gap: str) -> int | None:
-        core, header = self._form.core, self._form.header
+        core, header = self._turn_format.role_marker, self._turn_format.prompt
         if not core or gap.count(core) != 1:
             return None
         at = gap.index(core)
@@ -201,19 +203,19 @@ class _Finder:
     def _end(self, index: int, last: int, following: int) -> int:
         rest = self._text[last:following]
         called = bool(self._messages[index].get("tool_calls"))
-        for stops in (self._form.stops, self._form.call_stops if called else ()):
+        for stops in (self._turn_format.stops, self._turn_format.call_stops if called else ()):
             ends = [at + len(stop) for stop in stops if (at := rest.find(stop)) >= 0]
             if ends:
                 return last + min(ends)
-        if self._form.open_end and index == len(self._messages) - 1 and following == len(self._text):
+        if self._turn_format.open_end and index == len(self._messages) - 1 and following == len(self._text):
             return len(self._text.rstrip())
-        wanted = [*self._form.stops, *(self._form.call_stops if called else ())]
+        wanted = [*self._turn_format.stops, *(self._turn_format.call_stops if called else ())]
         raise Refused("no stop token", f"none of {wanted} ends message {index}")
 
 
 def _tagged(
     template: ChatTemplate,
-    form: Form,
+    turn_format: TurnFormat,
     messages: Sequence[TemplateMessage],
     tools: Sequence[Any],
     located: Located,
@@ -234,7 +236,9 @@ def _tagged(
             return []
         # Some tags take the header in, some leave the stop token out.
         end = (
-            max(tag.end, turn.span.end) if located.text[tag.end : turn.span.end] in ("", *form.stops) else turn.span.end
+            max(tag.end, turn.span.end)
+            if located.text[tag.end : turn.span.end] in ("", *turn_format.stops)
+            else turn.span.end
         )
         result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(end, turn.span.end))))
     return result

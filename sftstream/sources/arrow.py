@@ -43,8 +43,8 @@ class Batches:
     `first` is the number of the first row, for messages.
     """
 
-    def __init__(self, shown: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], first: int = 0) -> None:
-        self._shown = shown
+    def __init__(self, display_name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], first: int = 0) -> None:
+        self._display_name = display_name
         self._first = first
         self._batches = [batch for batch in batches if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
@@ -63,12 +63,12 @@ class Batches:
                 self._valid.add(index)
             return self._plain(batch.slice(row - self._ends[index] + batch.num_rows, 1).to_pylist()[0])
         except pa.ArrowInvalid as error:
-            raise BrokenRow(f"{self.place(row)} is in a damaged record batch: {error}") from None
+            raise BrokenRow(f"{self.locate_row(row)} is in a damaged record batch: {error}") from None
         except UNDECODABLE as error:
-            raise BrokenRow(f"{self.place(row)} cannot be decoded: {error}") from None
+            raise BrokenRow(f"{self.locate_row(row)} cannot be decoded: {error}") from None
 
-    def place(self, row: int) -> str:
-        return f"{self._shown}[{self._first + row}]"
+    def locate_row(self, row: int) -> str:
+        return f"{self._display_name}[{self._first + row}]"
 
 
 class Arrow:
@@ -88,11 +88,13 @@ class Arrow:
     def read(self, row: int, _decode: Decode = PLAIN) -> Any:
         batches, mapped = _opened(self._stored)
         if mapped.size() < len(mapped):  # to touch what was cut off would be a bus error
-            raise RuntimeError(f"{self.place(row)} is no longer there: the file shrank while it was read; restore it")
+            raise RuntimeError(
+                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore it"
+            )
         return batches.read(row)
 
-    def place(self, row: int) -> str:
-        return f"{self._stored.shown}[{row}]"
+    def locate_row(self, row: int) -> str:
+        return f"{self._stored.display_name}[{row}]"
 
 
 def arrow(stored: Stored) -> Arrow:
@@ -104,7 +106,7 @@ def arrow(stored: Stored) -> Arrow:
             return Arrow(stored)
         return in_columns(stored, lambda: _checked(*_source(stored, mapped)))
     except UNREADABLE as error:
-        raise ValueError(f"{stored.shown} is not a readable Arrow file: {error}") from None
+        raise ValueError(f"{stored.display_name} is not a readable Arrow file: {error}") from None
 
 
 def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:
@@ -129,25 +131,25 @@ def _blocks(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[by
 def _mapped(stored: Stored) -> mmap.mmap:
     with stored.open() as file:
         if not stored.seal[0]:
-            raise ValueError(f"{stored.shown} is empty; remove it or write it again")
+            raise ValueError(f"{stored.display_name} is empty; remove it or write it again")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def source_of(shown: str, file: pa.NativeFile) -> Source:
+def source_of(display_name: str, file: pa.NativeFile) -> Source:
     """The batches of an open file of either format; raises ValueError where it was cut."""
     if file.read_at(len(_FILE), 0) == _FILE:
         reader = pa.ipc.open_file(file)
         return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
     # A stream that is cut between two batches reads like a shorter one.
     if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
-        raise ValueError(f"{shown} lacks the mark at its end: the file was cut, or is still being written")
+        raise ValueError(f"{display_name} lacks the mark at its end: the file was cut, or is still being written")
     file.seek(0)
     reader = pa.ipc.open_stream(file)
     return reader.schema, reader
 
 
 def _source(stored: Stored, mapped: mmap.mmap) -> Source:
-    return source_of(stored.shown, pa.BufferReader(pa.py_buffer(mapped)))
+    return source_of(stored.display_name, pa.BufferReader(pa.py_buffer(mapped)))
 
 
 def _checked(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Source:
@@ -168,7 +170,7 @@ def _lies_in(mapped: mmap.mmap, batch: pa.RecordBatch) -> bool:
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
     mapped = _mapped(stored)
-    return Batches(stored.shown, *_source(stored, mapped)), mapped
+    return Batches(stored.display_name, *_source(stored, mapped)), mapped
 
 
 def _validate(batch: pa.RecordBatch) -> None:

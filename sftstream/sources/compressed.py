@@ -33,4 +33,4 @@ def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:
                 yield block
             packed.require_unchanged(file)
     except OSError as error:
-        raise ValueError(f"{packed.shown} cannot be unpacked: {error}") from None
+        raise ValueError(f"{packed.display_name} cannot be unpacked: {error}") from None

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sftstream.sources.row_index import Integers, Spans
-from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Placed, Stored
+from sftstream.sources.row_index import Integers, RowIndex
+from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, LocatesRows, Stored
 
 _CELL = 64 << 20
 """Characters of a cell. Python's own limit of 131,072 is less than a long conversation has."""
@@ -27,49 +27,49 @@ class Delimited:
     def __init__(self, stored: Stored, delimiter: str) -> None:
         self._stored = stored
         self._delimiter = delimiter
-        self._spans = Spans(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
-        self._columns = header(self._spans.head().removeprefix(BOM), delimiter, stored.shown)
+        self._index = RowIndex(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
+        self._columns = header(self._index.head().removeprefix(BOM), delimiter, stored.display_name)
 
     @property
     def identity(self) -> FileIdentity:
         return self._stored.identity
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._index)
 
     def read(self, row: int, _decode: Decode = PLAIN) -> dict[str, str]:
         try:
-            return record(self._spans.read(row), self._delimiter, self._columns, self, row)
+            return record(self._index.read(row), self._delimiter, self._columns, self, row)
         except BrokenRow:
-            self._spans.require_lines(row)
+            self._index.require_lines(row)
             raise
 
-    def place(self, row: int) -> str:
-        return self._spans.place(row)
+    def locate_row(self, row: int) -> str:
+        return self._index.locate_row(row)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Delimited, (self._stored, self._delimiter)
 
 
-def header(text: bytes, delimiter: str, shown: str) -> list[str]:
+def header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     """The names of the columns; raises ValueError where they are none."""
     try:
         columns = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown} has no readable header: {error}") from None
+        raise ValueError(f"{display_name} has no readable header: {error}") from None
     if "" in columns or len(set(columns)) < len(columns):
-        raise ValueError(f"{shown} has a header {columns}, in which a name is missing or comes twice")
+        raise ValueError(f"{display_name} has a header {columns}, in which a name is missing or comes twice")
     return columns
 
 
-def record(text: bytes, delimiter: str, columns: list[str], file: Placed, row: int) -> dict[str, str]:
+def record(text: bytes, delimiter: str, columns: list[str], file: LocatesRows, row: int) -> dict[str, str]:
     """Raises `BrokenRow`, also where there are more cells than columns, or fewer."""
     try:
         cells = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BrokenRow(f"{file.place(row)} is not CSV: {error}") from None
+        raise BrokenRow(f"{file.locate_row(row)} is not CSV: {error}") from None
     if len(cells) != len(columns):
-        raise BrokenRow(f"{file.place(row)} has {len(cells)} cells, and the header names {len(columns)}")
+        raise BrokenRow(f"{file.locate_row(row)} has {len(cells)} cells, and the header names {len(columns)}")
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
 
 

@@ -16,9 +16,9 @@ from sftstream.sources.arrow import UNREADABLE, Batches, source_of
 from sftstream.sources.compressed import unpacking
 from sftstream.sources.delimited import divided, header, record
 from sftstream.sources.kinds import suffixes
-from sftstream.sources.location import Place
+from sftstream.sources.location import FileLocation
 from sftstream.sources.remote import lost
-from sftstream.sources.rows import BOM, UNDECODABLE, Decode, Placed, decoded_json
+from sftstream.sources.rows import BOM, UNDECODABLE, Decode, LocatesRows, decoded_json
 
 Row = Callable[[Decode], Any]
 """Decodes a row that has come by, with this where it is JSON; raises `BrokenRow`."""
@@ -34,20 +34,20 @@ class RowsFrom(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    shown: str
+    display_name: str
 
-    def place(self, row: int) -> str:
-        return f"{self.shown}[{row}]"
+    def locate_row(self, row: int) -> str:
+        return f"{self.display_name}[{row}]"
 
 
-def read_forward(place: Place, at: int) -> RowsFrom:
+def read_forward(location: FileLocation, at: int) -> RowsFrom:
     """The rows from `at` on, and before it as many as the kind of file asks for.
 
     Raises ValueError, also later, where the file is not what its name says.
     """
-    kind, packed = suffixes(place.name)
-    file = unpacking(place.open(), packed) if packed else place.open()
-    return READERS[kind](file, _Shard(place.shown), at)
+    kind, packed = suffixes(location.name)
+    file = unpacking(location.open(), packed) if packed else location.open()
+    return READERS[kind](file, _Shard(location.display_name), at)
 
 
 def _json_lines(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
@@ -65,7 +65,7 @@ def _past_bom(file: BufferedReader) -> BufferedReader:
     return file
 
 
-def _lines(file: Iterable[bytes], shard: Placed) -> Iterator[Row]:
+def _lines(file: Iterable[bytes], shard: LocatesRows) -> Iterator[Row]:
     for row, line in enumerate(line for line in file if line.strip()):
         yield partial(decoded_json, line, shard, row)
 
@@ -81,7 +81,7 @@ def _elements(file: BufferedReader, shard: _Shard) -> Iterator[Row]:
 
 def _delimited(file: BufferedReader, shard: _Shard, _at: int, *, delimiter: str) -> RowsFrom:
     texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in divided(_past_bom(file), delimiter)))
-    columns = header(next(texts, b""), delimiter, shard.shown)
+    columns = header(next(texts, b""), delimiter, shard.display_name)
     return RowsFrom(0, (partial(_record, text, delimiter, columns, shard, row) for row, text in enumerate(texts)))
 
 
@@ -101,13 +101,13 @@ def _parquet(file: BufferedReader, shard: _Shard, at: int) -> RowsFrom:
 
 
 def _arrow(file: BufferedReader, shard: _Shard, _at: int) -> RowsFrom:
-    _, batches = source_of(shard.shown, pa.PythonFile(_seekable(file), "r"))
+    _, batches = source_of(shard.display_name, pa.PythonFile(_seekable(file), "r"))
     return RowsFrom(0, _in_batches(batches, shard, 0))
 
 
 def _in_batches(batches: Iterable[pa.RecordBatch], shard: _Shard, first: int) -> Iterator[Row]:
     for batch in batches:
-        rows = Batches(shard.shown, batch.schema, [batch], first)
+        rows = Batches(shard.display_name, batch.schema, [batch], first)
         for row in range(len(rows)):
             yield partial(rows.read, row)
         first += len(rows)

@@ -43,8 +43,8 @@ class Loaded:
     def read(self, row: int, _decode: Decode = PLAIN) -> Any:
         return self._batches.read(row)
 
-    def place(self, row: int) -> str:
-        return self._batches.place(row)
+    def locate_row(self, row: int) -> str:
+        return self._batches.locate_row(row)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, (self._source,)
@@ -104,7 +104,7 @@ def _asking(source: SourceConfig) -> Iterator[None]:
     """`datasets` without its progress bars, and what it says of a failure in one line."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    display_name = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
@@ -115,7 +115,7 @@ def _asking(source: SourceConfig) -> Iterator[None]:
         said = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"source {source.path!r}{tried} cannot be read as a dataset ({asked}): {said}") from None
     finally:
-        if shown:
+        if display_name:
             datasets.enable_progress_bars()
 
 

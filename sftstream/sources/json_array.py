@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftstream.sources.row_index import Integers, Spans
+from sftstream.sources.row_index import Integers, RowIndex
 from sftstream.sources.rows import BOM, PLAIN, UNDECODABLE, Decode, FileIdentity, Stored, decoded_json
 
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
@@ -21,21 +21,21 @@ class JsonArray:
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
-        self._spans = Spans(stored, "array", self._divide)
+        self._index = RowIndex(stored, "array", self._divide)
 
     @property
     def identity(self) -> FileIdentity:
         return self._stored.identity
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._index)
 
     def read(self, row: int, decode: Decode = PLAIN) -> Any:
         # It can be broken: the array was divided without looking into its strings.
-        return decoded_json(self._spans.read(row).rstrip(b" \t\r\n,"), self, row, decode)
+        return decoded_json(self._index.read(row).rstrip(b" \t\r\n,"), self, row, decode)
 
-    def place(self, row: int) -> str:
-        return f"{self._stored.shown}[{row}]"
+    def locate_row(self, row: int) -> str:
+        return f"{self._stored.display_name}[{row}]"
 
     def _divide(self, file: FileIO, _size: int) -> Iterator[tuple[Integers, Integers]]:
         content = file.read()
@@ -43,7 +43,7 @@ class JsonArray:
         try:
             elements = msgspec.json.decode(memoryview(content)[lead:], type=list[msgspec.Raw])
         except UNDECODABLE as error:
-            raise ValueError(f"{self._stored.shown} is not a JSON array of conversations: {error}") from None
+            raise ValueError(f"{self._stored.display_name} is not a JSON array of conversations: {error}") from None
         borders = np.fromiter(_borders(content, lead, elements), np.int64)
         yield borders, np.arange(len(borders))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.row_index import Integers, Spans
+from sftstream.sources.row_index import Integers, RowIndex
 from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Stored, decoded_json
 
 _CHUNK = 1 << 20
@@ -22,24 +22,24 @@ class JsonLines:
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
-        self._spans = Spans(stored, "lines", divide)
+        self._index = RowIndex(stored, "lines", divide)
 
     @property
     def identity(self) -> FileIdentity:
         return self._stored.identity
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._index)
 
     def read(self, row: int, decode: Decode = PLAIN) -> Any:
         try:
-            return decoded_json(self._spans.read(row), self, row, decode)
+            return decoded_json(self._index.read(row), self, row, decode)
         except BrokenRow:
-            self._spans.require_lines(row)
+            self._index.require_lines(row)
             raise
 
-    def place(self, row: int) -> str:
-        return self._spans.place(row)
+    def locate_row(self, row: int) -> str:
+        return self._index.locate_row(row)
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:

@@ -10,7 +10,7 @@ from sftstream.sources.compressed import CODECS, unpacked
 from sftstream.sources.delimited import Delimited
 from sftstream.sources.json_array import JsonArray
 from sftstream.sources.jsonl import JsonLines
-from sftstream.sources.location import Place
+from sftstream.sources.location import FileLocation
 from sftstream.sources.parquet import parquet
 from sftstream.sources.rows import BOM, RowFile, Stored
 
@@ -38,12 +38,12 @@ def is_known(name: str) -> bool:
     return suffixes(name)[0] in KINDS
 
 
-def open_file(place: Place) -> RowFile:
+def open_file(location: FileLocation) -> RowFile:
     """Raises ValueError where the file is of no known kind, or not what its name says."""
-    kind, packed = suffixes(place.name)
+    kind, packed = suffixes(location.name)
     if kind not in KINDS:
-        raise ValueError(f"{place.shown} is of no known kind {kind + packed!r}; known are {KNOWN}")
-    stored = place.stored()
+        raise ValueError(f"{location.display_name} is of no known kind {kind + packed!r}; known are {KNOWN}")
+    stored = location.stored()
     return KINDS[kind](unpacked(stored, packed) if packed else stored)
 
 

@@ -14,11 +14,11 @@ from sftstream.sources.rows import FileIdentity, Seal, Stored, sealed, stored
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)?")
 
 
-class Place(Protocol):
+class FileLocation(Protocol):
     """A file, a directory, or a glob."""
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """As the user writes it."""
 
     @property
@@ -28,12 +28,12 @@ class Place(Protocol):
 
     def is_directory(self) -> bool: ...
 
-    def child(self, name: str) -> Place: ...
+    def child(self, name: str) -> FileLocation: ...
 
-    def files(self) -> list[Place]:
+    def files(self) -> list[FileLocation]:
         """A directory's own files but hidden ones, sorted."""
 
-    def matches(self) -> list[Place]:
+    def matches(self) -> list[FileLocation]:
         """The files that a glob matches, sorted."""
 
     def stored(self) -> Stored:
@@ -42,15 +42,15 @@ class Place(Protocol):
     def open(self) -> BufferedReader:
         """The file as it lies there; raises OSError."""
 
-    def mark(self) -> object:
+    def change_marker(self) -> object:
         """What is another when the file has changed, and is had without reading it; raises OSError."""
 
-    def known(self) -> tuple[object, FileIdentity]:
+    def fingerprint(self) -> tuple[object, FileIdentity]:
         """Its `mark`, and what tells its content from another, without fetching it; raises ValueError where nothing does."""
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalLocation:
     """A path of this machine."""
 
     path: Path
@@ -58,7 +58,7 @@ class Local:
     """Huge files are known by every byte."""
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         return str(self.path)
 
     @property
@@ -71,14 +71,14 @@ class Local:
     def is_directory(self) -> bool:
         return self.path.is_dir()
 
-    def child(self, name: str) -> Local:
+    def child(self, name: str) -> LocalLocation:
         return replace(self, path=self.path / name)
 
-    def files(self) -> list[Place]:
+    def files(self) -> list[FileLocation]:
         paths = sorted(path for path in self.path.iterdir() if path.is_file() and path.name[0] != ".")
         return [replace(self, path=path) for path in paths]
 
-    def matches(self) -> list[Place]:
+    def matches(self) -> list[FileLocation]:
         paths = sorted(map(Path, glob.glob(str(self.path), recursive=True)))
         return [replace(self, path=path) for path in paths if path.is_file()]
 
@@ -86,15 +86,15 @@ class Local:
         try:
             return stored(self.path, full=self.full)
         except OSError as error:
-            raise ValueError(f"{self.shown} cannot be read: {error.strerror or error}") from None
+            raise ValueError(f"{self.display_name} cannot be read: {error.strerror or error}") from None
 
     def open(self) -> BufferedReader:
         return self.path.open("rb")
 
-    def mark(self) -> Seal:
+    def change_marker(self) -> Seal:
         return sealed(self.path.stat())
 
-    def known(self) -> tuple[Seal, FileIdentity]:
+    def fingerprint(self) -> tuple[Seal, FileIdentity]:
         read = self.stored()
         return read.seal, read.identity
 

@@ -19,7 +19,7 @@ def parquet(stored: Stored) -> Arrow:
     try:
         return in_columns(stored, lambda: _source(stored))
     except UNREADABLE as error:
-        raise ValueError(f"{stored.shown} is not a readable Parquet file: {error}") from None
+        raise ValueError(f"{stored.display_name} is not a readable Parquet file: {error}") from None
 
 
 def _source(stored: Stored) -> Source:

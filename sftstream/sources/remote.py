@@ -13,7 +13,7 @@ import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.cache import cached
-from sftstream.sources.location import Local, Place
+from sftstream.sources.location import FileLocation, LocalLocation
 from sftstream.sources.rows import FileIdentity, Stored, derived, stored
 
 _VERSIONS = (
@@ -31,17 +31,21 @@ def lost() -> tuple[type[Exception], ...]:
     return OSError, aiohttp.ClientError
 
 
-def remote(url: str, *, full: bool = False) -> Place:
+def remote(url: str, *, full: bool = False) -> FileLocation:
     """Raises ValueError where the scheme is unknown, or its package is not installed."""
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"source {url!r} cannot be opened: {error}") from None
-    return Local(Path(path), full) if isinstance(filesystem, LocalFileSystem) else Remote(filesystem, path, full)
+    return (
+        LocalLocation(Path(path), full)
+        if isinstance(filesystem, LocalFileSystem)
+        else RemoteLocation(filesystem, path, full)
+    )
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteLocation:
     """A path of a filesystem."""
 
     opened: Any
@@ -56,7 +60,7 @@ class Remote:
         return type(self.opened)(*self.opened.storage_args, **self.opened.storage_options)
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         return str(self.filesystem.unstrip_protocol(self.path))
 
     @property
@@ -69,53 +73,54 @@ class Remote:
     def is_directory(self) -> bool:
         return bool(self.filesystem.isdir(self.path))
 
-    def child(self, name: str) -> Remote:
+    def child(self, name: str) -> RemoteLocation:
         return replace(self, path=f"{self.path.rstrip('/')}/{name}")
 
-    def files(self) -> list[Place]:
+    def files(self) -> list[FileLocation]:
         return self._files(self.filesystem.ls(self.path, detail=True))
 
-    def matches(self) -> list[Place]:
+    def matches(self) -> list[FileLocation]:
         return self._files(self.filesystem.glob(self.path, detail=True).values())
 
     def stored(self) -> Stored:
         size, version = self._told()
         # Of a server that tells neither version nor size, the first answer is kept.
-        key = derived("fetched", self.shown, size, *version)
-        fetched = stored(cached(key, ".fetched", lambda: self._blocks(size)), self.shown, full=self.full)
+        key = derived("fetched", self.display_name, size, *version)
+        fetched = stored(cached(key, ".fetched", lambda: self._blocks(size)), self.display_name, full=self.full)
         return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
 
     def open(self) -> BufferedReader:
         return BufferedReader(self.filesystem.open(self.path, "rb"))
 
-    def mark(self) -> tuple[int | None, list[Any]]:
+    def change_marker(self) -> tuple[int | None, list[Any]]:
         """Size, and what changes with the content."""
         info = self.filesystem.info(self.path)
         return info.get("size"), [info.get(name) for name in _VERSIONS]
 
-    def known(self) -> tuple[object, FileIdentity]:
-        size, version = mark = self._told()
+    def fingerprint(self) -> tuple[object, FileIdentity]:
+        size, version = marker = self._told()
         if size is None or not any(version):
             raise ValueError(
-                f"nothing tells {self.shown} from another version of it, so that a resume could not be exact; leave out streaming"
+                f"nothing tells {self.display_name} from another version of it, so that a resume "
+                "could not be exact; leave out streaming"
             )
-        return mark, FileIdentity(name=self.name, size=size, sha256=derived(*version))
+        return marker, FileIdentity(name=self.name, size=size, sha256=derived(*version))
 
     def _told(self) -> tuple[int | None, list[Any]]:
         try:
-            return self.mark()
+            return self.change_marker()
         except lost() as error:
-            raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
+            raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
 
     @property
     def _whole(self) -> dict[str, int]:
         # A web server need not know how to give a part of a file.
-        return {"block_size": 0} if self.shown.startswith(("http://", "https://")) else {}
+        return {"block_size": 0} if self.display_name.startswith(("http://", "https://")) else {}
 
-    def _files(self, found: Any) -> list[Place]:
+    def _files(self, found: Any) -> list[FileLocation]:
         paths = sorted(info["name"] for info in found if info["type"] == "file")
-        places = [replace(self, path=path) for path in paths]
-        return [place for place in places if place.name[:1] != "."]
+        locations = [replace(self, path=path) for path in paths]
+        return [location for location in locations if location.name[:1] != "."]
 
     def _blocks(self, size: int | None) -> Iterator[bytes]:
         arrived = 0
@@ -125,6 +130,6 @@ class Remote:
                     arrived += len(block)
                     yield block
         except lost() as error:
-            raise ValueError(f"{self.shown} cannot be fetched: {error}") from None
+            raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
         if size is not None and arrived != size:
-            raise ValueError(f"{self.shown} arrived with {arrived:,} of {size:,} bytes; start again")
+            raise ValueError(f"{self.display_name} arrived with {arrived:,} of {size:,} bytes; start again")

@@ -12,7 +12,7 @@ import msgspec
 from sftstream.config import SourceConfig
 from sftstream.sources.hub import Loaded, is_hub_name, is_repository
 from sftstream.sources.kinds import KNOWN, is_known, open_file
-from sftstream.sources.location import Local, Place, require_whole
+from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.rows import RowFile
 from sftstream.sources.saved import is_saved, saved_files
@@ -24,21 +24,23 @@ class Dataset(NamedTuple):
     source: SourceConfig
 
 
-Named = list[Place] | Dataset
+Named = list[FileLocation] | Dataset
 
 
 def resolve(source: SourceConfig) -> Named:
     """The files that a source's path names, in order, or a dataset; raises ValueError saying what was tried."""
     full = source.digest == "full"
-    place: Place = Local(Path(source.path).expanduser(), full)
+    location: FileLocation = LocalLocation(Path(source.path).expanduser(), full)
     with _reading(source):
-        if not place.is_file() and not place.is_directory() and "://" in source.path:
-            place = remote(source.path, full=full)
-        if place.is_file():  # asked first: of a file on a web server, whether it is a directory is found by reading it
-            return _files(source, place, [place])
-        if place.is_directory():
-            return _directory(source, place)
-        return _files(source, place, place.matches())
+        if not location.is_file() and not location.is_directory() and "://" in source.path:
+            location = remote(source.path, full=full)
+        if (
+            location.is_file()
+        ):  # asked first: of a file on a web server, whether it is a directory is found by reading it
+            return _files(source, location, [location])
+        if location.is_directory():
+            return _directory(source, location)
+        return _files(source, location, location.matches())
 
 
 def open_source(source: SourceConfig) -> list[RowFile]:
@@ -56,25 +58,29 @@ def _reading(source: SourceConfig) -> Iterator[None]:
         raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
 
 
-def _files(source: SourceConfig, place: Place, files: list[Place]) -> Named:
-    if not files and is_hub_name(source.path) and not is_known(place.name):
+def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Named:
+    if not files and is_hub_name(source.path) and not is_known(location.name):
         return Dataset(source)
     if not files:
-        looked = f"looked from {Path.cwd()}" if isinstance(place, Local) else f"looked for {place.shown}"
+        looked = (
+            f"looked from {Path.cwd()}"
+            if isinstance(location, LocalLocation)
+            else f"looked for {location.display_name}"
+        )
         raise ValueError(f"source {source.path!r} matches no file ({looked}); correct the path")
     _refuse(source, "is a file or a glob", "split", "subset", "revision")
     return files
 
 
-def _directory(source: SourceConfig, place: Place) -> Named:
-    if is_saved(place):
+def _directory(source: SourceConfig, location: FileLocation) -> Named:
+    if is_saved(location):
         _refuse(source, "was written by save_to_disk", "subset", "revision")
-        return saved_files(place, source.split)
+        return saved_files(location, source.split)
     _refuse(source, "is a directory", "revision")
-    if isinstance(place, Local) and (source.split or source.subset or is_repository(place.path)):
-        return Dataset(msgspec.structs.replace(source, path=str(place.path)))
+    if isinstance(location, LocalLocation) and (source.split or source.subset or is_repository(location.path)):
+        return Dataset(msgspec.structs.replace(source, path=str(location.path)))
     _refuse(source, "is a remote directory", "split", "subset")
-    files = [file for file in place.files() if is_known(file.name)]
+    files = [file for file in location.files() if is_known(file.name)]
     if not files:
         raise ValueError(
             f"source {source.path!r} is a directory without a file of a known kind ({KNOWN}); name files deeper in it by a glob, "

@@ -36,7 +36,7 @@ class Opened(NamedTuple):
     shifts: memoryview[int]
 
 
-class Spans:
+class RowIndex:
     """The rows of one file, at 8 bytes of index each."""
 
     def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
@@ -60,7 +60,9 @@ class Spans:
         # pread and not a memory map: a file truncated under the run is then an error here, not a bus error.
         span = os.pread(file.fileno(), end - start, start)
         if len(span) < end - start:
-            raise RuntimeError(f"{self.place(row)} is no longer there: the file shrank while it was read; restore it")
+            raise RuntimeError(
+                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore it"
+            )
         return span
 
     def head(self) -> bytes:
@@ -68,9 +70,9 @@ class Spans:
         file, borders, _ = _opened(self)
         return os.pread(file.fileno(), borders[0], 0)
 
-    def place(self, row: int) -> str:
+    def locate_row(self, row: int) -> str:
         """The row's first line, counted from 1."""
-        return f"{self._stored.shown}:{row + bisect_right(_opened(self).shifts, row) + 1}"
+        return f"{self._stored.display_name}:{row + bisect_right(_opened(self).shifts, row) + 1}"
 
     def require_lines(self, row: int) -> None:
         """Asked of a row that makes no sense: raises RuntimeError if it is not the row's fault."""
@@ -78,7 +80,7 @@ class Spans:
         for border in borders[row : row + 2]:
             if border not in (0, len(BOM), self._stored.seal[0]) and os.pread(file.fileno(), 1, border - 1) != b"\n":
                 raise RuntimeError(
-                    f"{self.place(row)} does not begin where its index says; "
+                    f"{self.locate_row(row)} does not begin where its index says; "
                     f"the file changed while it was read, or {self._index} is damaged: delete that"
                 )
 
@@ -122,5 +124,5 @@ def _counts(path: Path, key: str) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(spans: Spans) -> Opened:
-    return spans.open()
+def _opened(index: RowIndex) -> Opened:
+    return index.open()

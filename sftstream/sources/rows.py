@@ -47,14 +47,14 @@ class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """The digest is of a part of the content."""
 
 
-class Placed(Protocol):
+class LocatesRows(Protocol):
     """Rows that have places."""
 
-    def place(self, row: int) -> str:
+    def locate_row(self, row: int) -> str:
         """Where an editor finds the row, for messages."""
 
 
-class RowFile(Placed, Protocol):
+class RowFile(LocatesRows, Protocol):
     """One file of rows."""
 
     @property
@@ -66,22 +66,22 @@ class RowFile(Placed, Protocol):
         """The decoded row, by `decode` where it is JSON; raises `BrokenRow`, or RuntimeError where the file has changed."""
 
 
-def decoded_json(text: bytes, file: Placed, row: int, decode: Decode = PLAIN) -> Any:
+def decoded_json(text: bytes, file: LocatesRows, row: int, decode: Decode = PLAIN) -> Any:
     """Raises `BrokenRow`."""
     try:
         return decode(text)
     except UNDECODABLE as error:
-        raise BrokenRow(f"{file.place(row)} is not JSON: {error}") from None
+        raise BrokenRow(f"{file.locate_row(row)} is not JSON: {error}") from None
 
 
-def renamed(content: Any, columns: Mapping[str, str], file: Placed, row: int) -> Any:
+def renamed(content: Any, columns: Mapping[str, str], file: LocatesRows, row: int) -> Any:
     """A row with the columns that a source's `columns` names; raises `BrokenRow` where it has none of them."""
     if not isinstance(content, Mapping):
         return content
     result = {name: content[column] for name, column in columns.items() if column in content}
     if not result:
         wanted, found = sorted(columns.values()), sorted(map(str, content))
-        raise BrokenRow(f"{file.place(row)} has none of the columns {wanted}; it has {found}")
+        raise BrokenRow(f"{file.locate_row(row)} has none of the columns {wanted}; it has {found}")
     return result
 
 
@@ -95,7 +95,7 @@ class Stored:
 
     path: Path
     """Where its bytes lie: the user's own file, or a copy in the cache."""
-    shown: str
+    display_name: str
     """What the user calls it."""
     identity: FileIdentity
     """Of the user's file, whatever is read in its place."""
@@ -111,21 +111,21 @@ class Stored:
 
     def require_unchanged(self, file: FileIO) -> None:
         if sealed(os.fstat(file.fileno())) != self.seal:
-            raise RuntimeError(f"{self.shown} changed while it was read; restore it, or start again")
+            raise RuntimeError(f"{self.display_name} changed while it was read; restore it, or start again")
 
 
-def stored(path: Path, shown: str | None = None, *, full: bool = False) -> Stored:
+def stored(path: Path, display_name: str | None = None, *, full: bool = False) -> Stored:
     """A file of the user's, read once for its digest."""
     seal = sealed(path.stat())
     identity = identify(path, full=full)
     # What a sample does not see, a new time of modification or inode tells of.
     key = derived(identity.sha256, identity.size, *(seal if identity.sampled else ()))
-    return Stored(path, shown or str(path), identity, key, seal)
+    return Stored(path, display_name or str(path), identity, key, seal)
 
 
 def copy_of(original: Stored, path: Path, key: str) -> Stored:
     """What is read in the place of `original`."""
-    return Stored(path, original.shown, original.identity, key, sealed(path.stat()))
+    return Stored(path, original.display_name, original.identity, key, sealed(path.stat()))
 
 
 def derived(*words: object) -> str:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sftstream.sources.location import Place
+from sftstream.sources.location import FileLocation
 
 T = TypeVar("T")
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -25,50 +25,53 @@ class _State(msgspec.Struct):
     indices: list[Any] | None = msgspec.field(name="_indices_data_files", default=None)
 
 
-def is_saved(directory: Place) -> bool:
+def is_saved(directory: FileLocation) -> bool:
     return directory.child(_SPLITS).is_file() or all(directory.child(name).is_file() for name in (_STATE, _INFO))
 
 
-def saved_files(directory: Place, split: str | None) -> list[Place]:
+def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation]:
     """The Arrow files of a dataset, or of a split of several, in their order; raises ValueError where one is missing."""
     if directory.child(_SPLITS).is_file():
         splits = _read(directory.child(_SPLITS), _Splits).splits
-        directory = directory.child(_named(directory, choose(directory.shown, split, splits)))
+        directory = directory.child(_named(directory, choose(directory.display_name, split, splits)))
     elif split is not None:
         raise ValueError(
-            f"source {directory.shown!r} is one saved dataset, without splits; leave out split = {split!r}"
+            f"source {directory.display_name!r} is one saved dataset, without splits; leave out split = {split!r}"
         )
     state = _read(directory.child(_STATE), _State)
     if state.indices:
-        raise ValueError(f"source {directory.shown!r} keeps the order of its rows in a file of its own; save it again")
+        raise ValueError(
+            f"source {directory.display_name!r} keeps the order of its rows in a file of its own; save it again"
+        )
     files = [directory.child(_named(directory, file.filename)) for file in state.data_files]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
-            f"source {directory.shown!r} lacks {missing[0]}, one of the {len(files)} files that its {_STATE} lists; restore it"
+            f"source {directory.display_name!r} lacks {missing[0]}, one of the {len(files)} files that its {_STATE} lists; "
+            "restore it"
         )
     return files
 
 
-def choose(shown: str, split: str | None, splits: list[str]) -> str:
+def choose(display_name: str, split: str | None, splits: list[str]) -> str:
     """The split that is asked for, or the only one."""
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:
         said = "several splits, and none is named" if split is None else f"no split {split!r}"
-        raise ValueError(f"source {shown!r} has {said}; split = one of {', '.join(map(repr, splits))}")
+        raise ValueError(f"source {display_name!r} has {said}; split = one of {', '.join(map(repr, splits))}")
     return split
 
 
-def _read(file: Place, kind: type[T]) -> T:
+def _read(file: FileLocation, kind: type[T]) -> T:
     stored = file.stored()
     try:
         return msgspec.json.decode(stored.path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{file.shown} is not what save_to_disk writes: {error}") from None
+        raise ValueError(f"{file.display_name} is not what save_to_disk writes: {error}") from None
 
 
-def _named(directory: Place, name: str) -> str:
+def _named(directory: FileLocation, name: str) -> str:
     """A name and no way out of the directory."""
     if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"source {directory.shown!r} lists {name!r}, which is no name of a file in it")
+        raise ValueError(f"source {directory.display_name!r} lists {name!r}, which is no name of a file in it")
     return name

@@ -8,17 +8,17 @@ from typing import Any
 from sftstream.records import Ref
 from sftstream.sources.forward import Row
 from sftstream.sources.rows import PLAIN, BrokenRow, Decode
-from sftstream.sources.streamed import Streamed
+from sftstream.sources.streamed import StreamedSource
 
 
-class Tape:
+class ShardReader:
     """Gives each row once. It is wound on to a row that lies ahead; a shard of which a row lies behind is begun again.
 
     Rows that are expected are kept when the tape passes them. So after a resume all that waits in a shard is found in one
     reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
     """
 
-    def __init__(self, source: Streamed, decode: Decode = PLAIN) -> None:
+    def __init__(self, source: StreamedSource, decode: Decode = PLAIN) -> None:
         self.source = source
         self._decode = decode
         self._rows: Iterator[Row] = iter(())
@@ -28,7 +28,7 @@ class Tape:
 
     def expect(self, ref: Ref) -> None:
         """This row was read before, and will be asked for again, as often as this says so."""
-        shard, index = self.source.locate(ref.row)
+        shard, index = self.source.shard_and_index(ref.row)
         self._expected.setdefault(shard, {}).setdefault(index, []).append(ref)
 
     def reaches(self, ref: Ref) -> bool:
@@ -40,7 +40,7 @@ class Tape:
     def read(self, ref: Ref) -> Any:
         """The decoded row; raises `BrokenRow`, or RuntimeError where the source is no longer what it was."""
         if not self.reaches(ref):
-            raise RuntimeError(f"{self.source.place(ref.row)} is no longer there: the source changed; restore it")
+            raise RuntimeError(f"{self.source.locate_row(ref.row)} is no longer there: the source changed; restore it")
         content = self._kept[ref].pop()
         if not self._kept[ref]:
             del self._kept[ref]
@@ -49,7 +49,7 @@ class Tape:
         return content
 
     def _wind(self, ref: Ref) -> None:
-        shard, index = self.source.locate(ref.row)
+        shard, index = self.source.shard_and_index(ref.row)
         expected = self._expected.get(shard, {})
         first, last = min([index, *expected]), max([index, *expected])
         if shard != self._shard or index < self._next:

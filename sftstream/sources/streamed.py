@@ -10,13 +10,13 @@ from sftstream.config import SourceConfig
 from sftstream.sources.forward import Row, RowsFrom, failures, read_forward
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known
-from sftstream.sources.location import Local, Place, require_whole
+from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import lost, remote
 from sftstream.sources.resolve import Dataset, resolve
 from sftstream.sources.rows import PLAIN, Decode, FileIdentity, renamed
 
 
-class Streamed:
+class StreamedSource:
     """The files that a path names, or a dataset of the hub: its shards.
 
     Rows are numbered across the shards, so that a number says where to look without anybody knowing the shards' sizes: of `K`
@@ -25,16 +25,16 @@ class Streamed:
 
     def __init__(self, source: SourceConfig) -> None:
         self._source = source
-        self._places = _places(source)
-        known = [place.known() for place in self._places]
-        self._marks = [mark for mark, _ in known]
+        self._locations = _locations(source)
+        known = [location.fingerprint() for location in self._locations]
+        self._markers = [marker for marker, _ in known]
         self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in known)
 
     @property
     def shards(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
-    def locate(self, row: int) -> tuple[int, int]:
+    def shard_and_index(self, row: int) -> tuple[int, int]:
         """The shard that a row lies in, and its place there."""
         index, shard = divmod(row, self.shards)
         return shard, index
@@ -43,19 +43,19 @@ class Streamed:
         """The number of a shard's row."""
         return index * self.shards + shard
 
-    def place(self, row: int) -> str:
+    def locate_row(self, row: int) -> str:
         """Where the row stands, for messages."""
-        shard, index = self.locate(row)
-        return f"{self._places[shard].shown}[{index}]"
+        shard, index = self.shard_and_index(row)
+        return f"{self._locations[shard].display_name}[{index}]"
 
     def open(self, shard: int, at: int) -> RowsFrom:
         """The rows of a shard, from `at` or earlier on; raises ValueError, or RuntimeError where it is no longer what it was."""
         self._require_unchanged(shard)
-        place = self._places[shard]
+        location = self._locations[shard]
         try:
-            first, rows = read_forward(place, at)
+            first, rows = read_forward(location, at)
         except failures() as error:
-            raise ValueError(f"{place.shown} cannot be read: {error}") from None
+            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         return RowsFrom(first, self._to_the_end(shard, rows))
 
     def decode(self, number: int, row: Row, decode: Decode = PLAIN) -> Any:
@@ -67,30 +67,30 @@ class Streamed:
         try:
             yield from rows
         except failures() as error:
-            raise ValueError(f"{self._places[shard].shown} cannot be read to its end: {error}") from None
+            raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
         self._require_unchanged(shard)  # a file that was cut at a row's border reads like a shorter one
 
     def _require_unchanged(self, shard: int) -> None:
-        place = self._places[shard]
+        location = self._locations[shard]
         try:
-            mark = place.mark()
+            marker = location.change_marker()
         except lost() as error:
-            raise ValueError(f"{place.shown} cannot be read: {error}") from None
-        if mark != self._marks[shard]:
-            raise RuntimeError(f"{place.shown} changed while it was read; restore it, or start again")
+            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
+        if marker != self._markers[shard]:
+            raise RuntimeError(f"{location.display_name} changed while it was read; restore it, or start again")
 
 
-def _places(source: SourceConfig) -> list[Place]:
+def _locations(source: SourceConfig) -> list[FileLocation]:
     named = resolve(source)
     if isinstance(named, Dataset):
-        places = [_place(name, full=source.digest == "full") for name in data_files(named.source)]
-        require_whole(source.path, [place.name for place in places])
+        locations = [_location(name, full=source.digest == "full") for name in data_files(named.source)]
+        require_whole(source.path, [location.name for location in locations])
     else:
-        places = named
-    if unknown := [place.shown for place in places if not is_known(place.name)]:
+        locations = named
+    if unknown := [location.display_name for location in locations if not is_known(location.name)]:
         raise ValueError(f"{unknown[0]} is of a kind that is not streamed; known are {KNOWN}")
-    return places
+    return locations
 
 
-def _place(name: str, *, full: bool) -> Place:
-    return remote(name, full=full) if "://" in name else Local(Path(name), full)
+def _location(name: str, *, full: bool) -> FileLocation:
+    return remote(name, full=full) if "://" in name else LocalLocation(Path(name), full)

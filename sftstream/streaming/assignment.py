@@ -19,7 +19,7 @@ WHOLE = Shard(0, 1)
 
 
 @dataclass(frozen=True)
-class Deal:
+class PackAssignment:
     """How the packs of a run are dealt to `shards`, each with `workers` processes.
 
     Pack `g` comes from stream `g % streams`; stream `s` is read by shard `s % shards`, there by worker

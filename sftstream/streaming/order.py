@@ -40,12 +40,12 @@ def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
     """
     a = math.isqrt(size - 1) + 1 if size > 1 else 1
     b = -(-size // a)
-    places = indices.astype(np.uint64)
-    outside = np.full(len(places), True)
+    positions = indices.astype(np.uint64)
+    outside = np.full(len(positions), True)
     while outside.any():
-        places[outside] = _network(places[outside], np.uint64(a), np.uint64(b), size, keys)
-        outside = places >= np.uint64(size)
-    return places.astype(np.int64)
+        positions[outside] = _network(positions[outside], np.uint64(a), np.uint64(b), size, keys)
+        outside = positions >= np.uint64(size)
+    return positions.astype(np.int64)
 
 
 def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[int, ...]) -> Words:
@@ -122,23 +122,25 @@ class RowOrder:
 
     def stretch(self, first: int, step: int, most: int) -> tuple[list[int], int]:
         """Rows of the draws `first`, `first + step`, ..., and their epoch: `most` of them, or as many as that has."""
-        epoch, place = divmod(first, self.rows)
-        count = min(most, -(-(self.rows - place) // step))
-        return self._rows(np.arange(place, place + count * step, step), epoch).tolist(), epoch
+        epoch, position = divmod(first, self.rows)
+        count = min(most, -(-(self.rows - position) // step))
+        return self._rows(np.arange(position, position + count * step, step), epoch).tolist(), epoch
 
-    def _rows(self, places: Integers, epoch: int) -> Integers:
+    def _rows(self, positions: Integers, epoch: int) -> Integers:
         if self._shuffle == "shards":
-            return self._in_shards(places, epoch)
+            return self._in_shards(positions, epoch)
         if not self._shuffle:
-            return places
+            return positions
         keys = round_keys("row", *self._words, epoch)
-        return permutation_of_few(self.rows, keys)[places] if self.rows < SMALL else permute(places, self.rows, keys)
+        return (
+            permutation_of_few(self.rows, keys)[positions] if self.rows < SMALL else permute(positions, self.rows, keys)
+        )
 
-    def _in_shards(self, places: Integers, epoch: int) -> Integers:
+    def _in_shards(self, positions: Integers, epoch: int) -> Integers:
         if epoch != self._epoch:
             self._lay_out(epoch)
-        index = self._ends.searchsorted(places, "right")
-        rows: Integers = self._starts[index] + places - self._ends[index] + self._sizes[index]
+        index = self._ends.searchsorted(positions, "right")
+        rows: Integers = self._starts[index] + positions - self._ends[index] + self._sizes[index]
         return rows
 
     def _lay_out(self, epoch: int) -> None:

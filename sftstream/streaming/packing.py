@@ -56,7 +56,7 @@ def build_pack(
     capacity: int,
     pad_id: int,
     refused: Sequence[Refusal] = (),
-    last: bool = False,
+    exhausted: bool = False,
 ) -> Pack:
     """The segments' tokens side by side, which the examples hold in order; what is free becomes a padding segment."""
     lengths = [segment.length for segment in segments]
@@ -69,7 +69,7 @@ def build_pack(
         np.concatenate([example.tokens for example in examples], out=ids[:used])
         np.concatenate([example.loss_mask for example in examples], out=trained[:used])
     borders = np.array([0, *accumulate(lengths)], np.int32)
-    return Pack(ids, trained, borders, tuple(segments), tuple(refused), last)
+    return Pack(ids, trained, borders, tuple(segments), tuple(refused), exhausted)
 
 
 def window_size(window: int, windows: int, stream: int, streams: int) -> int:
@@ -157,7 +157,9 @@ class Packer(BaseNode[Pack]):
         super().reset(initial_state)
         self.source.reset(initial_state)
         source = self.source.state_dict()
-        fresh = StreamState(**_position(source), dry=source["exhausted"], accepted=(Amount(),) * len(source["drawn"]))
+        fresh = StreamState(
+            **_position(source), exhausted=source["exhausted"], accepted=(Amount(),) * len(source["drawn"])
+        )
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else fresh
         self._left: dict[Segment, Example] = {}  # those of leftovers
         # Those of planned packs, the next last; none of what was planned before a reset.
@@ -174,13 +176,13 @@ class Packer(BaseNode[Pack]):
     def next(self) -> Pack:
         """The next pack, empty where nothing is left."""
         refused = list(self.state.unlisted)
-        while not self.state.planned and not self.state.dry:
+        while not self.state.planned and not self.state.exhausted:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
         examples = self._examples_of(segments)
         self._advance(segments, tuple(planned))
         config = self._config
-        return build_pack(examples, segments, config.capacity, config.pad_id, refused, self.state.dry)
+        return build_pack(examples, segments, config.capacity, config.pad_id, refused, self.state.exhausted)
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
@@ -188,7 +190,7 @@ class Packer(BaseNode[Pack]):
             state,
             unlisted=(),
             planned=planned,
-            dry=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
+            exhausted=not planned and not state.leftovers and self.source.state_dict()["exhausted"],
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
             tokens=state.tokens + sum([segment.length for segment in segments]),
@@ -230,7 +232,7 @@ class Packer(BaseNode[Pack]):
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
-            dry=not packs and not left and source["exhausted"],
+            exhausted=not packs and not left and source["exhausted"],
             refused=dict(Counter(state.refused) + Counter(refusal.reason for refusal in read.refused)),
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
@@ -259,7 +261,7 @@ class Packer(BaseNode[Pack]):
                 else:
                     read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
                     in_a_row += 1
-                    self._check_hope(in_a_row, read.refused)
+                    self._require_progress(in_a_row, read.refused)
         return read
 
     def _keep(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
@@ -277,7 +279,7 @@ class Packer(BaseNode[Pack]):
                 read.notes.update(example.notes)
             self._draws.account(source, length, example.targets)
 
-    def _check_hope(self, in_a_row: int, refused: list[Refusal]) -> None:
+    def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
         """An endless stream that refuses every row would read for ever."""
         if in_a_row > 2 * self._config.rows:
             reasons = ", ".join(
@@ -307,7 +309,7 @@ class Packer(BaseNode[Pack]):
         if not self._config.shuffle:
             return packs
         order = shuffled(len(packs), "window", self._config.seed, self._stream, self.state.windows)
-        return [packs[place] for place in order]
+        return [packs[position] for position in order]
 
 
 def _position(rows: dict[str, Any]) -> dict[str, Any]:

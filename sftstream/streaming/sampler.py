@@ -11,8 +11,8 @@ from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
 from sftstream.records import Ref, Refused
-from sftstream.sources import Reading, Tape
-from sftstream.state import Position, ShardPlace
+from sftstream.sources import CorpusReader, ShardReader
+from sftstream.state import Position, ShardPosition
 from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream, next_source
 
 X = TypeVar("X")
@@ -23,7 +23,7 @@ AHEAD = 512
 """Rows whose order is computed at once."""
 
 
-class Drawn(NamedTuple, Generic[X]):
+class RowBatch(NamedTuple, Generic[X]):
     """What a stage made of rows that were drawn together, or why they are not trained on."""
 
     refs: list[Ref]
@@ -34,13 +34,13 @@ EPOCHS_WITHOUT_A_ROW = 20
 """After which an endless stream stops looking for one."""
 
 
-class RowsState(Position, frozen=True, kw_only=True):
+class SamplerState(Position, frozen=True, kw_only=True):
     """What the node of the rows gives as its state."""
 
     exhausted: bool = False
 
 
-class ByNumber:
+class IndexedCursor:
     """One stream's way through a source whose rows can be read in any order."""
 
     def __init__(self, shards: Sequence[int], config: DataConfig, source: int, stream: int) -> None:
@@ -54,7 +54,7 @@ class ByNumber:
         self._ahead_from = self._epoch = 0
 
     @property
-    def ended(self) -> bool:
+    def exhausted(self) -> bool:
         return self._limit is not None and self.drawn >= self._limit
 
     def draw(self) -> Ref:
@@ -64,7 +64,7 @@ class ByNumber:
 
     def draws(self, most: int) -> list[Ref]:
         """The next ones, as many as are at hand: none where it has ended."""
-        if self.ended:
+        if self.exhausted:
             return []
         if self._limit is not None:
             most = min(most, self._limit - self.drawn)
@@ -83,7 +83,7 @@ class ByNumber:
         return at
 
 
-class ByShard:
+class StreamingCursor:
     """One stream's way through a source that can only be read forward.
 
     What streams take turns in are its shards, or where these are fewer than streams, parts of them: a part is every `n`-th
@@ -92,9 +92,9 @@ class ByShard:
 
     rows = None
 
-    def __init__(self, tape: Tape, config: DataConfig, source: int, stream: int) -> None:
+    def __init__(self, tape: ShardReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
-        self.place = ShardPlace()
+        self.position = ShardPosition()
         self._tape, self._source, self._stream, self._streams = tape, source, stream, config.streams
         self._found, self._found_at = (0, 0), -1
         self._parts = -(-config.streams // tape.source.shards)
@@ -109,46 +109,46 @@ class ByShard:
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
 
     @property
-    def ended(self) -> bool:
+    def exhausted(self) -> bool:
         """As far as was looked."""
-        return self._limit is not None and self.place.shards >= self._limit
+        return self._limit is not None and self.position.shards >= self._limit
 
     def look(self) -> None:
         """Go on to where a row is. How many a shard has is not known before its end."""
         empty = 0
-        while not self.ended and not self._tape.reaches(self._next()):
-            empty = 0 if self.place.rows else empty + 1
+        while not self.exhausted and not self._tape.reaches(self._next()):
+            empty = 0 if self.position.rows else empty + 1
             if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
                 raise ValueError(
                     f"stream {self._stream} finds no row in its parts of source {self._source}, which has "
                     f"{self._tape.source.shards} shards; shuffle the shards, or have fewer data.streams"
                 )
-            self.place = ShardPlace(self.place.shards + 1)
+            self.position = ShardPosition(self.position.shards + 1)
 
     def draw(self) -> Ref:
         ref = self._next()
         self.drawn += 1
-        self.place = ShardPlace(self.place.shards, self.place.rows + 1)
+        self.position = ShardPosition(self.position.shards, self.position.rows + 1)
         return ref
 
     def _next(self) -> Ref:
-        if self._found_at != self.place.shards:
-            self._found_at = self.place.shards
-            self._found = self._order.at(self._stream + self.place.shards * self._streams)
+        if self._found_at != self.position.shards:
+            self._found_at = self.position.shards
+            self._found = self._order.at(self._stream + self.position.shards * self._streams)
         part, epoch = self._found
         first, shard = divmod(part, self._tape.source.shards)
-        return Ref(self._source, self._tape.source.number(shard, first + self.place.rows * self._parts), epoch)
+        return Ref(self._source, self._tape.source.number(shard, first + self.position.rows * self._parts), epoch)
 
 
-Cursor = ByNumber | ByShard
+Cursor = IndexedCursor | StreamingCursor
 
 
-def open_cursors(config: DataConfig, reading: Reading, stream: int) -> list[Cursor]:
+def open_cursors(config: DataConfig, reading: CorpusReader, stream: int) -> list[Cursor]:
     """A stream's place in each source, at the beginning."""
     return [
-        ByShard(opened, config, source, stream)
-        if isinstance(opened, Tape)
-        else ByNumber(opened.shards, config, source, stream)
+        StreamingCursor(opened, config, source, stream)
+        if isinstance(opened, ShardReader)
+        else IndexedCursor(opened.shards, config, source, stream)
         for source, opened in enumerate(reading.sources)
     ]
 
@@ -158,7 +158,7 @@ def _draws(config: DataConfig, source: int, count: int) -> int | None:
     return None if config.epochs is None else draws_of_source(count, config.sources[source].repeat, config.epochs)
 
 
-class Rows(BaseNode[Drawn[Ref]]):
+class RowSampler(BaseNode[RowBatch[Ref]]):
     """The rows of one logical stream in their order, mixed by counters.
 
     `wanted` is how many are to be drawn before it is asked for its state. They come several at a time; one by one where what
@@ -169,7 +169,7 @@ class Rows(BaseNode[Drawn[Ref]]):
         super().__init__()
         self._config = config
         self._cursors = cursors
-        self._unsure = [cursor for cursor in cursors if isinstance(cursor, ByShard)]
+        self._unsure = [cursor for cursor in cursors if isinstance(cursor, StreamingCursor)]
         self._alone = _alone(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
         self.wanted = 1
@@ -177,21 +177,23 @@ class Rows(BaseNode[Drawn[Ref]]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
         zeros = (0,) * len(self._cursors)
-        state = msgspec.convert(initial_state, RowsState) if initial_state else RowsState(drawn=zeros, mixed=zeros)
+        state = (
+            msgspec.convert(initial_state, SamplerState) if initial_state else SamplerState(drawn=zeros, mixed=zeros)
+        )
         self._mixed, self._stage = list(state.mixed), state.stage
         for source, cursor in enumerate(self._cursors):
             cursor.drawn = state.drawn[source]
-            if isinstance(cursor, ByShard):
-                cursor.place = state.places.get(source, ShardPlace())
+            if isinstance(cursor, StreamingCursor):
+                cursor.position = state.shard_positions.get(source, ShardPosition())
 
-    def next(self) -> Drawn[Ref]:
+    def next(self) -> RowBatch[Ref]:
         most = min(self.wanted, TOGETHER) if self._config.mix_by == "conversations" else 1
         refs = self._all_of(self._alone, most) if self._alone else list(islice(self._refs(), most))
         if not refs:
             raise StopIteration
-        return Drawn(refs, list(refs))
+        return RowBatch(refs, list(refs))
 
-    def _all_of(self, cursor: ByNumber, most: int) -> list[Ref]:
+    def _all_of(self, cursor: IndexedCursor, most: int) -> list[Ref]:
         refs = cursor.draws(most)
         self._mixed[0] += len(refs)
         return refs
@@ -216,10 +218,12 @@ class Rows(BaseNode[Drawn[Ref]]):
             self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
 
     def get_state(self) -> dict[str, Any]:
-        state = RowsState(
+        state = SamplerState(
             drawn=tuple(cursor.drawn for cursor in self._cursors),
             mixed=tuple(self._mixed),
-            places={i: cursor.place for i, cursor in enumerate(self._cursors) if isinstance(cursor, ByShard)},
+            shard_positions={
+                i: cursor.position for i, cursor in enumerate(self._cursors) if isinstance(cursor, StreamingCursor)
+            },
             stage=self._stage,
             exhausted=self._next_source() is None,
         )
@@ -234,21 +238,21 @@ class Rows(BaseNode[Drawn[Ref]]):
 
     def _next_source(self) -> int | None:
         if len(self._cursors) == 1:
-            return None if self._cursors[0].ended else 0
-        ended = [cursor.ended for cursor in self._cursors]
-        if self._config.ends_with == "first" and any(ended):
+            return None if self._cursors[0].exhausted else 0
+        exhausted = [cursor.exhausted for cursor in self._cursors]
+        if self._config.ends_with == "first" and any(exhausted):
             return None
-        open_sources = [source for source, end in enumerate(ended) if not end]
+        open_sources = [source for source, end in enumerate(exhausted) if not end]
         if len(open_sources) < 2:
             return next(iter(open_sources), None)
         return next_source(self._mixed, self._weights[self._stage], open_sources)
 
 
-def _alone(config: DataConfig, cursors: Sequence[Cursor]) -> ByNumber | None:
+def _alone(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor | None:
     """The one source of which all rows come, if nothing else is to be looked at between them."""
     if len(cursors) > 1 or config.stages or config.mix_by != "conversations":
         return None
-    return next((cursor for cursor in cursors if isinstance(cursor, ByNumber)), None)
+    return next((cursor for cursor in cursors if isinstance(cursor, IndexedCursor)), None)
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:

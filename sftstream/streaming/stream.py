@@ -9,11 +9,11 @@ from typing import Any, Generic, TypeVar
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig, SourceConfig
-from sftstream.formats import conversation, row_of
+from sftstream.formats import decode_row, parse_row
 from sftstream.records import Conversation, Example, Ref, Refused
-from sftstream.sources import BrokenRow, Corpus, FileSet, Reading
+from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet
 from sftstream.streaming.packing import Packer, PackerConfig
-from sftstream.streaming.sampler import Drawn, Rows, open_cursors
+from sftstream.streaming.sampler import RowBatch, RowSampler, open_cursors
 from sftstream.tokenization.encoder import ChatEncoder
 
 X = TypeVar("X")
@@ -23,14 +23,14 @@ ROWS_OF_A_STREAMED_SOURCE = 1_000_000
 """Taken for those of a source that cannot say: a stream that refuses twice as many in a row is hopeless."""
 
 
-class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
+class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Applies a stage to what was drawn. What a stage refuses goes on as its refusal. Its state is its source's.
 
     A stage is given several at a time, so that its code and tables stay in the core's cache: conversation by conversation
     the same stages take twice as long.
     """
 
-    def __init__(self, source: BaseNode[Drawn[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+    def __init__(self, source: BaseNode[RowBatch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
         super().__init__()
         self.source = source
         self._stage = stage
@@ -39,12 +39,12 @@ class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
         super().reset(initial_state)
         self.source.reset(initial_state)
 
-    def next(self) -> Drawn[Y]:
+    def next(self) -> RowBatch[Y]:
         refs, values = next(self.source)
         if Refused not in set(map(type, values)):
-            return Drawn(refs, list(self._stage(values)))
+            return RowBatch(refs, list(self._stage(values)))
         results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
-        return Drawn(refs, [value if isinstance(value, Refused) else next(results) for value in values])
+        return RowBatch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.source.state_dict()
@@ -52,16 +52,16 @@ class Map(BaseNode[Drawn[Y]], Generic[X, Y]):
 
 
 @dataclass(frozen=True)
-class Stages:
+class ExampleReader:
     """The pure stages of one stream."""
 
-    reading: Reading
+    reading: CorpusReader
     encoder: ChatEncoder
 
     @classmethod
-    def of(cls, corpus: Corpus, encoder: ChatEncoder) -> Stages:
+    def of(cls, corpus: Corpus, encoder: ChatEncoder) -> ExampleReader:
         """With places of their own in what is streamed."""
-        return cls(Reading(corpus, row_of), encoder)
+        return cls(CorpusReader(corpus, decode_row), encoder)
 
     def expect(self, ref: Ref) -> None:
         """This conversation was read before the state was taken, and will be asked for."""
@@ -72,7 +72,7 @@ class Stages:
         read = self.reading.read
         for ref in refs:
             try:
-                yield conversation(read(ref))
+                yield parse_row(read(ref))
             except Refused as refused:
                 yield refused
             except BrokenRow as error:
@@ -83,7 +83,7 @@ class Stages:
         (loaded,) = self.load_all([ref])
         if isinstance(loaded, Refused):
             raise loaded
-        return self.encoder.tokenize(self.encoder.draft(loaded))
+        return self.encoder.tokenize(self.encoder.render_conversation(loaded))
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -91,9 +91,9 @@ def read_conversations(path: str) -> Iterator[Conversation]:
     rows = FileSet(SourceConfig(path=path))
     for row in range(len(rows)):
         try:
-            yield conversation(rows.read(row))
+            yield parse_row(rows.read(row))
         except (BrokenRow, Refused) as error:
-            raise ValueError(f"{rows.place(row)}: {error}") from None
+            raise ValueError(f"{rows.locate_row(row)}: {error}") from None
 
 
 Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
@@ -104,11 +104,11 @@ def build_stream(
     config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream: int, watch: Watch = lambda _, node: node
 ) -> Packer:
     """The graph of logical stream number `stream`, to be reset before it is read."""
-    stages = Stages.of(corpus, encoder)
-    rows = Rows(config, open_cursors(config, stages.reading, stream))
+    stages = ExampleReader.of(corpus, encoder)
+    rows = RowSampler(config, open_cursors(config, stages.reading, stream))
     drawn = watch("draw", rows)
     loaded = watch("load", Map(drawn, stages.load_all))
-    rendered = watch("template", Map(loaded, encoder.draft_all))
+    rendered = watch("template", Map(loaded, encoder.render_conversations))
     tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
     packer = PackerConfig(
         capacity=config.capacity,

@@ -15,11 +15,11 @@ Pair = tuple[int, int]
 Integers = NDArray[np.int64]
 
 
-Placed = tuple[Sequence[int], int]
+ByteBounds = tuple[Sequence[int], int]
 """The bounds of a text's spans in bytes of what is tokenized, and how many that has."""
 
 
-class Tiles(NamedTuple):
+class TokenAlignment(NamedTuple):
     """Of the tokens of several texts: which lie wholly inside a span; and for each text how many bytes its tokens hold, whether
     the first lies inside (0 or 1), how many do, and how many lie in a span just in part."""
 
@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     straddling: list[int]
 
 
-def measured(text: Rendered, normalize: Callable[[str], str]) -> Placed:
+def span_byte_bounds(text: Rendered, normalize: Callable[[str], str]) -> ByteBounds:
     """Its bounds in bytes of the normalized text; UnicodeEncodeError where it has none.
 
     What lies between two of them is normalized alone: spans begin and end at special tokens, which no character combines with.
@@ -44,7 +44,9 @@ def measured(text: Rendered, normalize: Callable[[str], str]) -> Placed:
     return bounds, size + len(normalize(text.text[at:]).encode())
 
 
-def tiled(lengths: NDArray[np.integer[Any]], offsets: Integers, placed: Sequence[Placed]) -> Tiles:
+def align_batch(
+    lengths: NDArray[np.integer[Any]], offsets: Integers, byte_bounds: Sequence[ByteBounds]
+) -> TokenAlignment:
     """Of tokens with these lengths in bytes that lie side by side; those of text `i` are `[offsets[i], offsets[i + 1])`.
 
     A text whose tokens hold other bytes than it has is to be refused; nothing of it is inside. All texts are one row, which is
@@ -53,14 +55,14 @@ def tiled(lengths: NDArray[np.integer[Any]], offsets: Integers, placed: Sequence
     ends = _running(lengths)
     borders = ends[offsets]
     sizes = np.diff(borders).tolist()
-    bounds = [own if size == whole else () for (own, whole), size in zip(placed, sizes, strict=True)]
+    bounds = [own if size == whole else () for (own, whole), size in zip(byte_bounds, sizes, strict=True)]
     counts = np.array(list(map(len, bounds)), np.int64)
     places = np.array(list(chain.from_iterable(bounds)), np.int64)
     first, last, straddling = _inside(ends[1:], places + borders[:-1].repeat(counts))
     last = np.maximum(first, last)
     inside = _ranges(first, last, len(lengths) + 1)  # one more, since a text without tokens may begin behind the last
     begins = inside[offsets[:-1]].astype(np.int64).tolist()
-    return Tiles(inside[:-1], sizes, begins, _sums(last - first, counts // 2), _sums(straddling, counts // 2))
+    return TokenAlignment(inside[:-1], sizes, begins, _sums(last - first, counts // 2), _sums(straddling, counts // 2))
 
 
 def _sums(values: Integers, counts: Integers) -> list[int]:
@@ -76,7 +78,7 @@ def _running(values: NDArray[np.integer[Any]]) -> Integers:
     return sums
 
 
-def apart(tokens: Iterable[Pair], spans: Sequence[Pair]) -> tuple[NDArray[np.bool_], int, int]:
+def align_by_offsets(tokens: Iterable[Pair], spans: Sequence[Pair]) -> tuple[NDArray[np.bool_], int, int]:
     """Which tokens lie inside a span, how many do, and how many lie in one in part. Anything can be between tokens."""
     places = np.array(list(tokens), np.int64).reshape(-1, 2)
     starts, ends = places[:, 0], places[:, 1]

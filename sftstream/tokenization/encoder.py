@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sftstream.config import Policy
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.records import Conversation, Example, Message, Refused, Rendered
-from sftstream.rendering.fast.render_cache import Planner
+from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole
-from sftstream.rendering.probe import Certificate, certify
+from sftstream.rendering.probe import TemplateReport, probe
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
 from sftstream.tokenization.tokenizer import Backend, Tokenizer
@@ -28,10 +28,10 @@ BETWEEN_CHECKS = 4096
 """Conversations rendered by plan, of which one is rendered by the template as well and compared."""
 
 
-class Draft(msgspec.Struct, frozen=True, gc=False):
+class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
     """A dialogue and the texts that are to become its examples."""
 
-    dialogue: Conversation
+    conversation: Conversation
     texts: tuple[Rendered, ...]
 
 
@@ -64,15 +64,15 @@ class ChatEncoder:
                 f'tokenizer {self.tokenizer.name!r} has no chat template; name one: template = "chat.jinja"'
             )
         self.template = ChatTemplate(text, vocabulary.variables, _parse_date(date) if date else None)
-        self.certificate: Certificate = certify(self.template, self.tokenizer.control)
-        self.planner = Planner(self.template, self.certificate.form, vocabulary.special)
+        self.report: TemplateReport = probe(self.template, self.tokenizer.control)
+        self.render_cache = RenderCache(self.template, self.report.turn_format, vocabulary.special)
         self.rendered = self.planned = 0
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens with which the assistant ends a turn."""
-        form = self.certificate.form
-        return sorted({self.tokenizer.ids(stop)[-1] for stop in form.stops + form.call_stops})
+        turn_format = self.report.turn_format
+        return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
@@ -81,45 +81,45 @@ class ChatEncoder:
 
         One, unless `history` or `overflow` makes more of it.
         """
-        return self.tokenize(self.draft(conversation({"messages": list(messages), "tools": tools})))
+        return self.tokenize(self.render_conversation(parse_row({"messages": list(messages), "tools": tools})))
 
-    def draft_all(self, dialogues: Iterable[Conversation]) -> Iterator[Draft | Refused]:
+    def render_conversations(self, conversations: Iterable[Conversation]) -> Iterator[RenderedConversation | Refused]:
         """The texts of several dialogues, or why not."""
-        for dialogue in dialogues:
+        for conversation in conversations:
             try:
-                yield self.draft(dialogue)
+                yield self.render_conversation(conversation)
             except Refused as refused:
                 yield refused
 
-    def draft(self, dialogue: Conversation) -> Draft:
+    def render_conversation(self, conversation: Conversation) -> RenderedConversation:
         """The texts of one dialogue, by the policy for rewritten history; raises `Refused`."""
-        whole = self.render(dialogue)
-        if self.policy.history == "as_rendered" or not self.certificate.rewrites_history:
-            return Draft(dialogue, (whole,))
-        turns = [self.render(part) for part in self._turn_by_turn(dialogue)]
+        whole = self.render(conversation)
+        if self.policy.history == "as_rendered" or not self.report.rewrites_history:
+            return RenderedConversation(conversation, (whole,))
+        turns = [self.render(part) for part in self._turn_by_turn(conversation)]
         if all(whole.text.startswith(turn.text[: turn.bounds[-1]]) for turn in turns):
-            return Draft(dialogue, (whole,))
+            return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
             raise Refused("history rewritten", "an earlier turn is printed otherwise than when it was said")
-        return Draft(dialogue, tuple(turns))
+        return RenderedConversation(conversation, tuple(turns))
 
-    def tokenize(self, draft: Draft) -> list[Example]:
+    def tokenize(self, rendered: RenderedConversation) -> list[Example]:
         """Examples of its texts, by the policy for those that are too long; raises `Refused`."""
-        (examples,) = self.tokenize_all([draft])
+        (examples,) = self.tokenize_all([rendered])
         if isinstance(examples, Refused):
             raise examples
         return examples
 
-    def tokenize_all(self, drafts: Sequence[Draft]) -> list[list[Example] | Refused]:
+    def tokenize_all(self, rendered: Sequence[RenderedConversation]) -> list[list[Example] | Refused]:
         """The same of several drafts at once, or why not."""
-        encoded = self.tokenizer.encode_all([text for draft in drafts for text in draft.texts])
-        if self.policy.overflow == "drop" and len(encoded) == len(drafts):
+        encoded = self.tokenizer.encode_all([text for rendered in rendered for text in rendered.texts])
+        if self.policy.overflow == "drop" and len(encoded) == len(rendered):
             # As most often: one of each, and nothing to fit.
             return [example if isinstance(example, Refused) else [example] for example in encoded]
         examples = iter(encoded)
-        return [self._fitted(draft, [next(examples) for _ in draft.texts]) for draft in drafts]
+        return [self._fitted(rendered, [next(examples) for _ in rendered.texts]) for rendered in rendered]
 
-    def _fitted(self, draft: Draft, encoded: list[Example | Refused]) -> list[Example] | Refused:
+    def _fitted(self, rendered: RenderedConversation, encoded: list[Example | Refused]) -> list[Example] | Refused:
         examples = []
         for example in encoded:
             if isinstance(example, Refused):
@@ -131,40 +131,44 @@ class ChatEncoder:
             return examples
         try:
             return (
-                [self._truncated(draft.dialogue)]
+                [self._truncated(rendered.conversation)]
                 if self.policy.overflow == "truncate"
-                else list(self._split(draft.dialogue))
+                else list(self._split(rendered.conversation))
             )
         except Refused as refused:
             return refused
 
-    def render(self, dialogue: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> Rendered:
         """Text and trained spans; raises `Refused`."""
         self.rendered += 1
-        planned = self.planner.render(dialogue)
+        planned = self.render_cache.render(conversation)
         if planned is not None:
             self.planned += 1
             if self.planned % BETWEEN_CHECKS:
                 return planned
-        rendered, turns = self.render_whole(dialogue)
+        rendered, turns = self.render_whole(conversation)
         if planned is None:
-            self.planner.learn(dialogue, rendered, turns)
+            self.render_cache.learn(conversation, rendered, turns)
         elif rendered != planned:
             raise RuntimeError(f"a plan of this chat template gave {planned} where the template gives {rendered}")
         return rendered
 
-    def render_whole(self, dialogue: Conversation) -> tuple[Rendered, list[Turn]]:
+    def render_whole(self, conversation: Conversation) -> tuple[Rendered, list[Turn]]:
         """The same by running the template on this very conversation, and its turns; raises `Refused`."""
-        messages = [template_message(message) for message in dialogue.messages]
-        control, form = self.tokenizer.control, self.certificate.form
-        self._refuse_typed_names(messages, dialogue.tools)
-        located = locate(self.template, messages, dialogue.tools)
-        prints_reasoning, prints_thoughts = self.certificate.prints_reasoning, self.certificate.prints_thoughts
+        messages = [template_message(message) for message in conversation.messages]
+        control, turn_format = self.tokenizer.control, self.report.turn_format
+        self._refuse_typed_names(messages, conversation.tools)
+        located = locate(self.template, messages, conversation.tools)
+        prints_reasoning, prints_thoughts = self.report.prints_reasoning, self.report.prints_thoughts
         require_whole(
-            dialogue.messages, located, self.policy, prints_reasoning=prints_reasoning, prints_thoughts=prints_thoughts
+            conversation.messages,
+            located,
+            self.policy,
+            prints_reasoning=prints_reasoning,
+            prints_thoughts=prints_thoughts,
         )
-        turns = find_turns(self.template, form, control, messages, dialogue.tools, located)
-        return rendered(dialogue.messages, located, turns, form, self.policy, control), turns
+        turns = find_turns(self.template, turn_format, control, messages, conversation.tools, located)
+        return rendered(conversation.messages, located, turns, turn_format, self.policy, control), turns
 
     def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
         """Special tokens' text where it cannot be followed: in names, ids, keys and the definitions of tools."""
@@ -176,37 +180,37 @@ class ChatEncoder:
             if found := self.tokenizer.control.search("\0".join(texts)):
                 raise Refused("control token in text", f"{place} contains {found[0]!r} in a name or key")
 
-    def _turn_by_turn(self, dialogue: Conversation) -> Iterator[Conversation]:
+    def _turn_by_turn(self, conversation: Conversation) -> Iterator[Conversation]:
         """The dialogue up to each of the assistant's messages, of which the last alone is trained."""
-        for index, message in enumerate(dialogue.messages):
+        for index, message in enumerate(conversation.messages):
             if message.role == "assistant" and message.train is not False:
-                earlier = tuple(msgspec.structs.replace(m, train=False) for m in dialogue.messages[:index])
-                yield Conversation((*earlier, message), dialogue.tools)
+                earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
+                yield Conversation((*earlier, message), conversation.tools)
 
-    def _truncated(self, dialogue: Conversation) -> Example:
-        _, example = self._longest_beginning(dialogue, "conversations truncated")
+    def _truncated(self, conversation: Conversation) -> Example:
+        _, example = self._longest_beginning(conversation, "conversations truncated")
         if example is None:
             raise Refused("nothing to train", "what fits into a pack holds no trained token")
         return example
 
-    def _split(self, dialogue: Conversation) -> Iterator[Example]:
+    def _split(self, conversation: Conversation) -> Iterator[Example]:
         """Examples that fit, each from a user's message on, with the system prompt in front."""
-        system = tuple(message for message in dialogue.messages if message.role == "system")
-        rest = tuple(message for message in dialogue.messages if message.role != "system")
+        system = tuple(message for message in conversation.messages if message.role == "system")
+        rest = tuple(message for message in conversation.messages if message.role != "system")
         while any(message.role == "assistant" for message in rest):
-            part = Conversation((*system, *rest), dialogue.tools)
+            part = Conversation((*system, *rest), conversation.tools)
             used, example = self._longest_beginning(part, "parts of split conversations", before_user=True)
             rest = rest[used - len(system) :]
             if example is not None:
                 yield example
 
     def _longest_beginning(
-        self, dialogue: Conversation, note: str, *, before_user: bool = False
+        self, conversation: Conversation, note: str, *, before_user: bool = False
     ) -> tuple[int, Example | None]:
         """The most messages, up to one of the assistant's, that fit into a pack; their example if anything is trained."""
-        for count in reversed(list(_ends(dialogue.messages, before_user))):
+        for count in reversed(list(_ends(conversation.messages, before_user))):
             try:
-                part = Conversation(dialogue.messages[:count], dialogue.tools)
+                part = Conversation(conversation.messages[:count], conversation.tools)
                 example = _noted(self.tokenizer.encode(self.render(part)), note)
             except Refused as refused:
                 if refused.reason != "nothing to train":

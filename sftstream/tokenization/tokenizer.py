@@ -15,7 +15,7 @@ from tokenizers.normalizers import NFC
 
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
-from sftstream.tokenization.alignment import Placed, apart, measured, tiled
+from sftstream.tokenization.alignment import ByteBounds, align_batch, align_by_offsets, span_byte_bounds
 from sftstream.tokenization.fast_tokenizer import FastTokenizer, Ids
 from sftstream.tokenization.vocabulary import load, open_vocabulary
 
@@ -86,24 +86,24 @@ class Tokenizer:
             return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
-        placed = self._placed(texts)
+        byte_bounds = self._byte_bounds(texts)
         tokens, borders = self._ids_of_all(texts)
-        inside, *tiles = tiled(lengths.take(tokens), borders, placed)
+        inside, *tiles = align_batch(lengths.take(tokens), borders, byte_bounds)
         return [
             Example(tokens[start:end], inside[start:end], trained - begins, _noted(straddling))
             if trained and size == whole
             else _refused(size, whole)
             for (start, end), (_, whole), size, begins, trained, straddling in zip(
-                pairwise(borders.tolist()), placed, *tiles, strict=True
+                pairwise(borders.tolist()), byte_bounds, *tiles, strict=True
             )
         ]
 
-    def _placed(self, texts: Sequence[Rendered]) -> list[Placed]:
+    def _byte_bounds(self, texts: Sequence[Rendered]) -> list[ByteBounds]:
         normalize = self._normalize
         return [
             (text.bounds, len(text.text))
             if normalize is None and text.text.isascii()
-            else measured(text, normalize or str)
+            else span_byte_bounds(text, normalize or str)
             for text in texts
         ]
 
@@ -115,7 +115,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             return _half_a_character(text.text, error)
         encoding = self._encoding(text.text)
-        inside, trained, cut = apart(encoding.offsets, text.spans)
+        inside, trained, cut = align_by_offsets(encoding.offsets, text.spans)
         targets = trained - int(inside[:1].sum())
         return Example(np.array(encoding.ids, np.int32), inside, targets, _noted(cut)) if trained else _refused()
 

@@ -161,7 +161,7 @@ HOSTILE = st.one_of(
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every container of a nested value with each of its keys."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place for key in keys for place in ((value, key), *places(value[key]))]
+    return [step_files for key in keys for step_files in ((value, key), *places(value[key]))]
 
 
 @patient
@@ -240,8 +240,8 @@ def test_any_plain_value_comes_back_as_it_was(value):
 
 @patient
 @given(PLAIN, st.integers(0, 10**6), st.integers(0, 7))
-def test_a_flipped_bit_in_a_value_is_still_plain_data_or_refused(value, place, bit):
+def test_a_flipped_bit_in_a_value_is_still_plain_data_or_refused(value, step_files, bit):
     data = bytearray(encode_value("key", value))
-    data[place % len(data)] ^= 1 << bit
+    data[step_files % len(data)] ^= 1 << bit
     with suppress(CorruptCheckpoint):
         assert_plain(decode_value("key", bytes(data)))

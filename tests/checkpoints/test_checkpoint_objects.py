@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
 from checkpoints.cli import app
-from checkpoints.object_store import Bucket
+from checkpoints.object_store import ObjectStore
 
 
 def state(step: int) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_a_run_is_told_that_another_has_saved_meanwhile(url):
 
 def test_of_two_runs_that_save_a_step_at_once_one_commits_it(url):
     save(CheckpointStore(url), 1)
-    first, second = Bucket(url), Bucket(url)
+    first, second = ObjectStore(url), ObjectStore(url)
     tokens = [bucket.open(2, ()) for bucket in (first, second)]
     first.commit(2, tokens[0], [], About())
     with pytest.raises(CheckpointError, match="another run has just saved step 2"):

@@ -196,7 +196,7 @@ def test_a_tensor_cut_along_many_dimensions_is_refused_before_its_corners_are_co
     with pytest.raises(CorruptCheckpoint, match="elements"):
         tiled((2,) * 60, [Chunk((0,) * 60, (1,) * 60, Span("rank00000.safetensors", 0, 4))]).check()
     corners = enumerate(itertools.product((0, 1), repeat=9))
-    chunks = [Chunk(place, (1,) * 9, Span("rank00000.safetensors", 4 * n, 4 * n + 4)) for n, place in corners]
+    chunks = [Chunk(step_files, (1,) * 9, Span("rank00000.safetensors", 4 * n, 4 * n + 4)) for n, step_files in corners]
     with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; 8 are the most"):
         tiled((2,) * 9, chunks).check()
 

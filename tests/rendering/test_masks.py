@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sftstream.rendering.template
 from sftstream import ChatEncoder, Message, PackLoader, Refused
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.rendering.markers import locate
 from sftstream.rendering.template import template_message
 from sftstream.rendering.turns import find_turns
@@ -261,11 +261,11 @@ def test_the_shortcut_finds_the_same_turns_as_the_whole_evidence(realdata: Any) 
     for path in sorted((realdata / "templates").glob("*.jinja")):
         encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text())
         for messages, tools in shapes.SHAPES.values():
-            dialogue = conversation({"messages": messages, "tools": tools})
-            given_ = [template_message(message) for message in dialogue.messages]
-            args = (encoder.template, encoder.certificate.form, encoder.tokenizer.control, given_, dialogue.tools)
+            conversation = parse_row({"messages": messages, "tools": tools})
+            given_ = [template_message(message) for message in conversation.messages]
+            args = (encoder.template, encoder.report.turn_format, encoder.tokenizer.control, given_, conversation.tools)
             try:
-                located = locate(encoder.template, given_, dialogue.tools)
+                located = locate(encoder.template, given_, conversation.tools)
                 quick = find_turns(*args, located)
             except Refused:
                 continue
@@ -296,15 +296,15 @@ def test_generation_tags_and_our_evidence_agree(realdata: Any, name: str) -> Non
         untagged = untagged.replace(spelling, spelling.replace("endgeneration", "endif"))
     tokenizer = str(realdata / "tokenizers" / "qwen")
     by_tags, by_evidence = ChatEncoder(tokenizer, tagged), ChatEncoder(tokenizer, untagged)
-    assert by_tags.certificate.has_generation_tags
-    assert not by_evidence.certificate.has_generation_tags
+    assert by_tags.report.has_generation_tags
+    assert not by_evidence.report.has_generation_tags
     for messages, tools in shapes.SHAPES.values():
-        dialogue = conversation({"messages": messages, "tools": tools})
+        conversation = parse_row({"messages": messages, "tools": tools})
         try:
-            expected = by_evidence.render(dialogue)
+            expected = by_evidence.render(conversation)
         except Refused:
             continue
-        assert by_tags.render(dialogue) == expected
+        assert by_tags.render(conversation) == expected
 
 
 @pytest.mark.parametrize(

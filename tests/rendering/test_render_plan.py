@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from sftstream import ChatEncoder, Refused
 from sftstream.config import Policy
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
 from sftstream.rendering.fast import render_cache as plan
-from sftstream.rendering.fast.symbolic import Leaf, Recorder, TracedTemplate, Word
+from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
 from sftstream.tokenization import encoder as encoder_module
 
@@ -38,20 +38,20 @@ def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer, template(body), policy=Policy(**policy))
 
 
-def whole(encoder: ChatEncoder, dialogue: Conversation) -> Rendered | str:
+def whole(encoder: ChatEncoder, conversation: Conversation) -> Rendered | str:
     try:
-        return encoder.render_whole(dialogue)[0]
+        return encoder.render_whole(conversation)[0]
     except Refused as refused:
         return refused.reason
 
 
-def learnt(encoder: ChatEncoder, dialogue: Conversation) -> None:
+def learnt(encoder: ChatEncoder, conversation: Conversation) -> None:
     with suppress(Refused):
-        encoder.planner.learn(dialogue, *encoder.render_whole(dialogue))
+        encoder.render_cache.learn(conversation, *encoder.render_whole(conversation))
 
 
 def said(*texts: str) -> Conversation:
-    return conversation(tiny.chat(*texts))
+    return parse_row(tiny.chat(*texts))
 
 
 def others(value: Any, numbers: Any) -> Any:
@@ -74,15 +74,15 @@ def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> N
     for path in sorted((realdata / "templates").glob("*.jinja")):
         encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text(), date="2025-01-31")
         for messages, tools in shapes.SHAPES.values():
-            first = conversation({"messages": messages, "tools": tools})
-            second = conversation({"messages": others(messages, itertools.count()), "tools": tools})
-            third = conversation(
+            first = parse_row({"messages": messages, "tools": tools})
+            second = parse_row({"messages": others(messages, itertools.count()), "tools": tools})
+            third = parse_row(
                 {"messages": others(messages, itertools.count()), "tools": others(tools, itertools.count())}
             )
             learnt(encoder, first)
-            for dialogue in (first, second, third):
-                found = encoder.planner.render(dialogue)
-                assert found is None or found == whole(encoder, dialogue), path.stem
+            for conversation in (first, second, third):
+                found = encoder.render_cache.render(conversation)
+                assert found is None or found == whole(encoder, conversation), path.stem
                 planned += found is not None
     assert planned > 1000
 
@@ -91,8 +91,8 @@ def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> N
 def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) -> None:
     encoder = ChatEncoder(tokenizer, policy=Policy(**policy))
     for row in tiny.rows(60, seed=4):
-        dialogue = conversation(row)
-        assert encoder.render(dialogue) == whole(encoder, dialogue)
+        conversation = parse_row(row)
+        assert encoder.render(conversation) == whole(encoder, conversation)
     assert encoder.planned > 50
 
 
@@ -172,12 +172,12 @@ CONTENTS = (
 def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: str) -> None:
     """Learnt from each of many conversations, tried on all the others."""
     encoder = opened(tokenizer, BODIES[body], train_on=("all",))
-    dialogues = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
-    expected = [whole(encoder, dialogue) for dialogue in dialogues]
-    for learner in dialogues:
+    conversations = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
+    expected = [whole(encoder, conversation) for conversation in conversations]
+    for learner in conversations:
         learnt(encoder, learner)
-        for dialogue, right in zip(dialogues, expected, strict=True):
-            assert (encoder.planner.render(dialogue) or right) == right
+        for conversation, right in zip(conversations, expected, strict=True):
+            assert (encoder.render_cache.render(conversation) or right) == right
 
 
 @pytest.mark.parametrize(
@@ -196,19 +196,19 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
 def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
     encoder = opened(tokenizer, BODIES[body], train_on=("all",))
     learnt(encoder, said("one", "two"))
-    assert encoder.planner.render(said("three", "four")) == whole(encoder, said("three", "four"))
-    assert encoder.planner.render(said("three", "four")) is not None
+    assert encoder.render_cache.render(said("three", "four")) == whole(encoder, said("three", "four"))
+    assert encoder.render_cache.render(said("three", "four")) is not None
 
 
 def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
     encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
     learnt(encoder, said("a", "b"))
-    assert encoder.planner.render(said("axy", "b")) is None
+    assert encoder.render_cache.render(said("axy", "b")) is None
     learnt(encoder, said("xy", "b"))
-    for dialogue in (said("axy", "q"), said("q", "a")):
-        found = encoder.planner.render(dialogue)
+    for conversation in (said("axy", "q"), said("q", "a")):
+        found = encoder.render_cache.render(conversation)
         assert found is not None
-        assert found == whole(encoder, dialogue)
+        assert found == whole(encoder, conversation)
 
 
 pieces = st.sampled_from([*"ab \n<|>", "<|eot_id|>", "<think>", "</think>", "ZqM0x1x0bZq", "é", "\ud800"])
@@ -220,9 +220,9 @@ words = st.lists(pieces, max_size=6).map("".join)
 def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turns: list[tuple[str, str]]) -> None:
     encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
     learnt(encoder, said(*(["a", "b"] * len(turns))))
-    dialogue = said(*itertools.chain(*turns))
-    found = encoder.planner.render(dialogue)
-    assert found is None or found == whole(encoder, dialogue)
+    conversation = said(*itertools.chain(*turns))
+    found = encoder.render_cache.render(conversation)
+    assert found is None or found == whole(encoder, conversation)
 
 
 CALLS = {
@@ -290,13 +290,13 @@ def test_what_a_plan_says_of_calls_is_what_the_template_says(
     tokenizer: str, call: str, offer: str, policy: dict[str, Any]
 ) -> None:
     encoder = ChatEncoder(tokenizer, offer + template(body(call)), policy=Policy(**policy))
-    right = [whole(encoder, dialogue) for dialogue in DIALOGUES]
+    right = [whole(encoder, conversation) for conversation in DIALOGUES]
     planned = 0
     for first in DIALOGUES:
-        encoder.planner.plans.clear()
+        encoder.render_cache.plans.clear()
         learnt(encoder, first)
         for second, expected in zip(DIALOGUES, right, strict=True):
-            found = encoder.planner.render(second)
+            found = encoder.render_cache.render(second)
             assert found is None or found == expected, (first, second)
             planned += found is not None and first is not second
     assert planned or (call in ("name alone", "attributes", "one argument"))
@@ -318,15 +318,15 @@ def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words
 ) -> None:
     encoder = opened(tokenizer, body("item by item"))
     for arguments in (first, first, second):
-        encoder.planner.render(calling(arguments)) or learnt(encoder, calling(arguments))
-    assert sum(map(len, encoder.planner.plans.values())) == 2 - alike
+        encoder.render_cache.render(calling(arguments)) or learnt(encoder, calling(arguments))
+    assert sum(map(len, encoder.render_cache.plans.values())) == 2 - alike
 
 
 def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
     encoder = ChatEncoder(tokenizer, TOOLS_APART + template("{{ message.content }}"))
     learnt(encoder, asked("finds", "north"))
-    assert encoder.planner.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
-    assert encoder.planner.render(asked("looks", "south")) is None
+    assert encoder.render_cache.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
+    assert encoder.render_cache.render(asked("looks", "south")) is None
 
 
 def asked(description: str, *texts: str) -> Conversation:
@@ -337,13 +337,13 @@ def asked(description: str, *texts: str) -> Conversation:
 def test_the_oldest_plans_are_forgotten(
     tokenizer: str, monkeypatch: pytest.MonkeyPatch, bound: str, least: int
 ) -> None:
-    dialogues = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
+    conversations = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
     for most, planned in ((least, [True, True, True]), (least - 1, [False, True, True])):
         monkeypatch.setattr(plan, bound, most)
         encoder = ChatEncoder(tokenizer)
-        for dialogue in dialogues:
-            encoder.render(dialogue)
-        assert [encoder.planner.render(dialogue) is not None for dialogue in dialogues] == planned
+        for conversation in conversations:
+            encoder.render(conversation)
+        assert [encoder.render_cache.render(conversation) is not None for conversation in conversations] == planned
 
 
 def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
@@ -357,10 +357,10 @@ def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) 
 def test_a_trace_holds_pieces_and_questions() -> None:
     text = "{% for m in messages %}[{% if 'x' in m.content %}!{% endif %}{{ m.content | trim }}]{% endfor %}"
     recorder = Recorder()
-    messages = [{"role": "user", "content": Word(recorder, Leaf(0), " ax ")}]
+    messages = [{"role": "user", "content": SymbolicStr(recorder, ValueRef(0), " ax ")}]
     trace = TracedTemplate(ChatTemplate(text, {})).trace(recorder, messages, ())
     assert trace is not None
-    assert trace.pieces == ("[!", Leaf(0, (("strip", (None,)),)), "]")
+    assert trace.pieces == ("[!", ValueRef(0, (("strip", (None,)),)), "]")
     assert [(guard.method, guard.arguments, guard.answer) for guard in trace.guards] == [("__contains__", ("x",), True)]
 
 
@@ -368,7 +368,7 @@ def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.M
     monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
     encoder = ChatEncoder(tokenizer)
     encoder.render(said("one", "two"))
-    (plans,) = encoder.planner.plans.values()
+    (plans,) = encoder.render_cache.plans.values()
     plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
     encoder.render(said("a", "b"))
     encoder.render(said("a", "b"))

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from sftstream import ChatEncoder, Conversation, Message, Refused, SourceConfig, ToolCall
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.sources.corpus import FileSet
 
 HEADER, STOP = "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
@@ -53,9 +53,9 @@ def test_the_text_is_the_templates_own_and_the_answers_are_its_spans() -> None:
 
 
 def test_header_and_stop_tokens_are_the_templates() -> None:
-    form = template().certificate.form
-    assert (form.header, form.core) == (HEADER, HEADER)
-    assert (form.stops, form.call_stops, form.open_end) == ((STOP,), (), False)
+    turn_format = template().report.turn_format
+    assert (turn_format.prompt, turn_format.role_marker) == (HEADER, HEADER)
+    assert (turn_format.stops, turn_format.call_stops, turn_format.open_end) == ((STOP,), (), False)
 
 
 def test_tool_calls_are_trained_and_tools_and_results_are_not() -> None:
@@ -247,7 +247,7 @@ BRACKETS = (
 
 def test_without_a_generation_prompt_the_answer_begins_where_the_question_ends() -> None:
     brackets = template(BRACKETS)
-    assert brackets.certificate.form.header == ""
+    assert brackets.report.turn_format.prompt == ""
     assert trained(brackets, HI, Message("assistant", "a"), HI, Message("assistant", "b")) == [" a" + STOP, " b" + STOP]
 
 
@@ -343,18 +343,18 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
     realdata: Path, name: str, stop: str, trims: bool
 ) -> None:
     encoder = ChatEncoder(str(realdata / "tokenizers" / name))
-    assert encoder.certificate.form.stops == (stop,)
+    assert encoder.report.turn_format.stops == (stop,)
     for file in REAL_FILES:
         source = FileSet(SourceConfig(path=str(realdata / "conversations" / file)))
         accepted = 0
         for row in range(0, len(source), max(1, len(source) // 40)):
-            dialogue = conversation(source.read(row))
+            conversation = parse_row(source.read(row))
             try:
-                (example,) = encoder.tokenize(encoder.draft(dialogue))
+                (example,) = encoder.tokenize(encoder.render_conversation(conversation))
             except Refused:
                 continue
             accepted += 1
-            answers = [message for message in dialogue.messages if message.role == "assistant"]
+            answers = [message for message in conversation.messages if message.role == "assistant"]
             turns = _turns_of(encoder, example.tokens, example.loss_mask)
             assert len(turns) == len(answers), source.place(row)
             for turn, answer in zip(turns, answers, strict=True):

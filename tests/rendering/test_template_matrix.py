@@ -13,7 +13,7 @@ import shapes
 from transformers import AutoTokenizer
 
 from sftstream import ChatEncoder, Refused, SourceConfig
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.sources.corpus import FileSet
 
 pytestmark = pytest.mark.realdata
@@ -48,15 +48,15 @@ def _judge(path: Path, tokenizer: Any) -> list[Case]:
 
 
 def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, tools: Any) -> str:
-    dialogue = conversation({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
+    conversation = parse_row({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
     try:
-        draft = encoder.draft(dialogue)
-        (example,) = encoder.tokenize(draft)
+        rendered = encoder.render_conversation(conversation)
+        (example,) = encoder.tokenize(rendered)
     except Refused as refused:
         if refused.reason == "template raises":
             return "raises"
         return "loss" if refused.reason.startswith("template drops") else f"refused: {refused}"
-    text, spans = draft.texts[0].text, draft.texts[0].spans
+    text, spans = rendered.texts[0].text, rendered.texts[0].spans
     if tuple(text[span.start : span.end] for span in spans) != tuple(_as_prompted(text, spans, template)):
         return f"WRONG: {[text[span.start : span.end] for span in spans]} of {text!r}"
     return _payloads_verdict(messages, encoder.tokenizer.hf.decode(example.tokens[example.loss_mask]))
@@ -140,13 +140,13 @@ def test_every_real_conversation_is_trained_on_what_the_assistant_said(
         rows = FileSet(SourceConfig(path=str(path)))
         for row in range(0, len(rows), max(1, len(rows) // rows_of_a_file)):
             try:
-                draft = encoder.draft(conversation(rows.read(row)))
+                rendered = encoder.render_conversation(parse_row(rows.read(row)))
             except Refused:
                 continue
-            text, spans = draft.texts[0].text, draft.texts[0].spans
+            text, spans = rendered.texts[0].text, rendered.texts[0].spans
             said = [text[span.start : span.end] for span in spans]
             assert said == _as_prompted(text, spans, template), rows.place(row)
-            (example,) = encoder.tokenize(draft)
+            (example,) = encoder.tokenize(rendered)
             trained = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
             normalizer = encoder.tokenizer.hf.backend_tokenizer.normalizer
             whole = "".join(normalizer.normalize_str(part) if normalizer else part for part in said)

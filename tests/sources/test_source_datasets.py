@@ -82,7 +82,7 @@ def repository(tmp_path: Path) -> Path:
 def test_a_saved_dataset_is_its_files_in_their_order(saved: Path) -> None:
     source = opened(saved)
     assert read_all(source) == TRAIN
-    assert source.place(9) == f"{saved}/data-00002-of-00003.arrow[2]"
+    assert source.locate_row(9) == f"{saved}/data-00002-of-00003.arrow[2]"
     assert [file.identity.name for file in source.files] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
 
 
@@ -174,7 +174,7 @@ def test_a_saved_dataset_may_move(saved: Path, tmp_path: Path) -> None:
 def test_a_directory_like_one_of_the_hub_is_read_by_split_and_subset(repository: Path) -> None:
     source = opened(repository, subset="whole", split="train")
     assert read_all(source) == TRAIN
-    assert source.place(7) == f"{repository}:train[7]"
+    assert source.locate_row(7) == f"{repository}:train[7]"
     assert read_all(pickle.loads(pickle.dumps(source))) == TRAIN
     assert read_all(opened(repository, subset="small")) == TEST
     assert read_all(opened(repository, subset="whole", split="train[2:4]+test")) == [*TRAIN[2:4], *TEST]

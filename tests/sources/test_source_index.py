@@ -101,9 +101,9 @@ def test_a_huge_file_that_changed_where_no_sample_looks_is_indexed_anew(
     opened(path)
     opened(path)
     content = bytearray(path.read_bytes())
-    place = content.index(b"500\n")
+    location = content.index(b"500\n")
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(location)
         file.write(b"5\n7")
     source = opened(path)
     assert [source.read(row) for row in (500, 501, 502)] == [5, 7, 501]
@@ -303,7 +303,7 @@ def test_rows_and_lines_of_random_files_are_those_of_a_plain_search(
     assert starts[-1] == len(content)
     if expected:
         source = opened(path)
-        assert [source.place(row) for row in range(len(source))] == [f"{path}:{line + 1}" for _, line in expected]
+        assert [source.locate_row(row) for row in range(len(source))] == [f"{path}:{line + 1}" for _, line in expected]
 
 
 @pytest.mark.slow

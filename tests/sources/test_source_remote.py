@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from sftstream import SourceConfig
 from sftstream.records import Ref
-from sftstream.sources import Streamed, Tape, compressed, remote
+from sftstream.sources import ShardReader, StreamedSource, compressed, remote
 from sftstream.sources.corpus import FileSet
 
 ROWS = [{"n": number, "text": "ä" * number} for number in range(50)]
@@ -102,7 +102,7 @@ def test_a_compressed_file_reads_like_the_plain_one(tmp_path: Path, suffix: str,
     packed.write_bytes(PACKERS[suffix](content))
     source = opened(packed)
     assert read_all(source) == read_all(opened(plain))
-    assert source.place(1).startswith(f"{packed}:2" if kind == "jsonl" else f"{packed}")
+    assert source.locate_row(1).startswith(f"{packed}:2" if kind == "jsonl" else f"{packed}")
     (file,) = source.files
     assert (file.identity.name, file.identity.size) == (packed.name, packed.stat().st_size)
 
@@ -188,7 +188,7 @@ def test_a_remote_file_is_fetched_once_and_keeps_its_name(bucket: Bucket) -> Non
         source = opened("bucket://data/a.jsonl")
         assert read_all(source) == ROWS
     assert bucket.opened == ["/data/a.jsonl"]
-    assert source.place(3) == "bucket:///data/a.jsonl:4"
+    assert source.locate_row(3) == "bucket:///data/a.jsonl:4"
     (file,) = source.files
     assert (file.identity.name, file.identity.size) == ("a.jsonl", len(PLAIN))
 
@@ -247,14 +247,14 @@ def test_a_remote_parquet_file_and_a_remote_saved_dataset_are_read(memory: Memor
     memory.put(str(tmp_path / "saved"), "/saved", recursive=True)
     source = FileSet(SourceConfig(path="memory://saved", split="train"))
     assert read_all(source) == rows
-    assert source.place(5) == "memory:///saved/train/data-00001-of-00002.arrow[2]"
+    assert source.locate_row(5) == "memory:///saved/train/data-00001-of-00002.arrow[2]"
 
 
 def test_a_file_url_is_read_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(PLAIN)
     source = opened(f"file://{tmp_path}/a.jsonl")
     assert read_all(source) == ROWS
-    assert source.place(0) == f"{tmp_path}/a.jsonl:1"
+    assert source.locate_row(0) == f"{tmp_path}/a.jsonl:1"
     assert read_all(opened(f"file://{tmp_path}/*.jsonl")) == ROWS
     assert not list((tmp_path / "cache").rglob("*.fetched"))
 
@@ -265,7 +265,9 @@ def test_a_remote_path_that_matches_nothing_is_refused(memory: MemoryFileSystem)
     )
 
 
-@pytest.mark.parametrize(("fields", "what"), [({"split": "a"}, "split = 'a'"), ({"subset": "b"}, "subset = 'b'")])
+@pytest.mark.parametrize(
+    ("fields", "what"), [({"split": "a"}, "split = 'a'"), ({"subset": "b"}, "subset = 'b'")]
+)
 def test_a_split_of_a_remote_directory_of_files_is_refused(
     memory: MemoryFileSystem, fields: dict[str, str], what: str
 ) -> None:
@@ -319,9 +321,9 @@ def test_a_connection_that_breaks_is_one_line_that_names_the_file(
     monkeypatch.setattr(tiny.WebFiles, "copyfile", lambda _, source, out: out.write(source.read(100)))
     assert refusal(f"{web}/a.jsonl").startswith(f"{web}/a.jsonl cannot be fetched: Response payload is not completed")
     with pytest.raises(ValueError, match=f"{web}/a.jsonl cannot be read: Response payload is not completed"):
-        Tape(Streamed(SourceConfig(path=f"{web}/a.jsonl", streaming=True))).read(Ref(0, 3, 0))
+        ShardReader(StreamedSource(SourceConfig(path=f"{web}/a.jsonl", streaming=True))).read(Ref(0, 3, 0))
 
 
 def test_a_url_with_a_query_is_of_the_kind_that_its_path_says() -> None:
-    place = remote.Remote(fsspec.filesystem("memory"), "/x/a.jsonl.gz?download=true")
-    assert place.name == "a.jsonl.gz"
+    location = remote.RemoteLocation(fsspec.filesystem("memory"), "/x/a.jsonl.gz?download=true")
+    assert location.name == "a.jsonl.gz"

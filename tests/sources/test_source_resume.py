@@ -221,7 +221,7 @@ def test_a_ragged_row_is_refused_alone_and_listed_by_its_place(source: Source) -
     refused = [refusal for pack in loader for refusal in pack.refused]
     assert [(refusal.row, refusal.reason) for refusal in refused] == [(24, "broken row")] * 2
     assert refused[0].detail == f"{source.local}:26 has 1 cells, and the header names 2"
-    assert loader.place(refused[0]) == f"{source.local}:26"
+    assert loader.locate_row(refused[0]) == f"{source.local}:26"
 
 
 @json_lines

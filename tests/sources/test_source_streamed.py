@@ -23,9 +23,9 @@ import tiny
 
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
 from sftstream.records import Ref
-from sftstream.sources import BrokenRow, Corpus, FileSet, Reading, Streamed, Tape
+from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
 from sftstream.sources.forward import Row, RowsFrom
-from sftstream.streaming.sampler import Rows, open_cursors
+from sftstream.streaming.sampler import RowSampler, open_cursors
 
 ROWS = tiny.rows(30)
 SIZES = (8, 1, 11, 4, 6)
@@ -136,7 +136,7 @@ def test_every_kind_gives_the_same_conversations_as_read_by_row(tmp_path: Path, 
 
 def order(config: DataConfig) -> list[tuple[int, int, int]]:
     """`(epoch, shard, row in it)` of what the first stream reads."""
-    rows = Rows(config, open_cursors(config, Reading(Corpus(config.sources)), 0))
+    rows = RowSampler(config, open_cursors(config, CorpusReader(Corpus(config.sources)), 0))
     return [(ref.epoch, ref.row % 5, ref.row // 5) for drawn in rows for ref in drawn.refs]
 
 
@@ -189,7 +189,7 @@ def test_workers_read_from_a_web_server_what_this_process_reads(tmp_path: Path, 
     assert len(drawn(config)) == 60
 
 
-class Watched(Streamed):
+class Watched(StreamedSource):
     """Counts what is read of each shard."""
 
     def __init__(self, path: str) -> None:
@@ -205,7 +205,7 @@ class Watched(Streamed):
             self.read.append((shard, number))
             yield row
 
-    def number_of(self, tape: Tape, shard: int, index: int) -> int:
+    def number_of(self, tape: ShardReader, shard: int, index: int) -> int:
         """The number that the conversation at this place begins with."""
         content = tape.read(Ref(0, self.number(shard, index), 0))["messages"][0]["content"]
         return int(content.split(":")[0])
@@ -213,7 +213,7 @@ class Watched(Streamed):
 
 def test_after_a_resume_a_shard_is_read_once_and_only_as_far_as_somebody_waits(path: str) -> None:
     source = Watched(path)
-    tape = Tape(source)
+    tape = ShardReader(source)
     waiting = [(0, 5), (2, 3), (0, 1), (2, 9), (0, 1)]
     for shard, index in waiting:
         tape.expect(Ref(0, source.number(shard, index), 0))
@@ -226,7 +226,7 @@ def test_after_a_resume_a_shard_is_read_once_and_only_as_far_as_somebody_waits(p
 
 def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str) -> None:
     source = Watched(path)
-    tape = Tape(source)
+    tape = ShardReader(source)
     tape.expect(Ref(0, source.number(3, 1), 0))
     assert tape.reaches(Ref(0, source.number(3, 1), 1))
     assert [tape.read(Ref(0, source.number(3, 1), epoch)) for epoch in (0, 1)] == [ROWS[21]] * 2
@@ -236,7 +236,7 @@ def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str)
 def test_of_parquet_a_resume_reads_no_row_group_that_nobody_waits_for(tmp_path: Path) -> None:
     """Groups of three rows."""
     source = Watched(write_parquet(tmp_path))
-    tape = Tape(source)
+    tape = ShardReader(source)
     for index in (10, 7):
         tape.expect(Ref(0, source.number(2, index), 0))
     assert [source.number_of(tape, 2, index) for index in (10, 7)] == [19, 16]
@@ -304,7 +304,7 @@ def test_a_bad_row_in_the_middle_is_refused_by_place(
     loader = PackLoader(configured(tokenizer, str(tmp_path), epochs=1, streams=1))
     packs = list(loader)
     (refused,) = (refusal for pack in packs for refusal in pack.refused)
-    assert (refused.reason, loader.place(refused)) == (reason, f"{tmp_path}/{name}[1]")
+    assert (refused.reason, loader.locate_row(refused)) == (reason, f"{tmp_path}/{name}[1]")
     assert [segment.row for pack in packs for segment in pack.segments] == [0, 2]
 
 
@@ -324,7 +324,7 @@ def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     by_number = FileSet(SourceConfig(path=str(tmp_path)))
-    tape = Tape(Streamed(SourceConfig(path=str(tmp_path), streaming=True)))
+    tape = ShardReader(StreamedSource(SourceConfig(path=str(tmp_path), streaming=True)))
     rows = [or_broken(partial(by_number.read, row)) for row in range(len(by_number))]
     assert [or_broken(partial(tape.read, Ref(0, row, 0))) for row in range(len(rows))] == rows
     assert not tape.reaches(Ref(0, len(rows), 0))

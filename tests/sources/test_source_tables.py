@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from sftstream import SourceConfig
-from sftstream.formats import conversation
+from sftstream.formats import parse_row
 from sftstream.sources import BrokenRow
 from sftstream.sources import arrow as arrow_module
 from sftstream.sources.corpus import FileSet
@@ -99,7 +99,7 @@ def test_every_table_gives_the_rows_that_were_written(tmp_path: Path, kind: str)
     write(tmp_path / name, pa.Table.from_pylist(rows))
     source = opened(tmp_path / name)
     assert read_all(source) == rows
-    assert source.place(29) == f"{tmp_path / name}[29]"
+    assert source.locate_row(29) == f"{tmp_path / name}[29]"
     assert read_all(pickle.loads(pickle.dumps(source))) == rows
     assert [file.identity.name for file in source.files] == [name]
 
@@ -113,7 +113,7 @@ def test_fields_that_a_row_lacks_are_stored_as_null_and_lacking_again_when_read(
     write(tmp_path / name, table)
     source = opened(tmp_path / name)
     assert read_all(source) == CALLS
-    assert [conversation(source.read(row)) for row in range(2)] == [conversation(row) for row in CALLS]
+    assert [parse_row(source.read(row)) for row in range(2)] == [parse_row(row) for row in CALLS]
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -159,8 +159,8 @@ def test_damage_is_refused_or_told_apart_by_row_and_never_a_crash(tmp_path: Path
     draw = random.Random(1)
     for _ in range(60):
         damaged = bytearray(content)
-        place = draw.randrange(len(content) - 8)
-        damaged[place : place + 8] = draw.randbytes(8)
+        location = draw.randrange(len(content) - 8)
+        damaged[location : location + 8] = draw.randbytes(8)
         path.write_bytes(damaged)
         try:
             source = opened(path)
@@ -325,7 +325,7 @@ def test_cells_are_text_and_empty_ones_lacking(tmp_path: Path) -> None:
 def test_a_quoted_cell_holds_line_breaks_commas_and_quotes(tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", 'q,a\n"two\nlines, ""quoted""\r\n\n",ä\n5" pipe,b\n'.encode())
     assert read_all(source) == [{"q": 'two\nlines, "quoted"\r\n\n', "a": "ä"}, {"q": '5" pipe', "a": "b"}]
-    assert [source.place(row) for row in range(2)] == [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:6"]
+    assert [source.locate_row(row) for row in range(2)] == [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:6"]
 
 
 def test_a_cell_may_be_longer_than_pythons_reader_allows(tmp_path: Path) -> None:

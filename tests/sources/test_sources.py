@@ -17,7 +17,7 @@ from sftstream import SourceConfig
 from sftstream.records import Ref
 from sftstream.sources import BrokenRow, Corpus, FileIdentity
 from sftstream.sources import rows as rows_module
-from sftstream.sources.corpus import FileSet, Reading
+from sftstream.sources.corpus import CorpusReader, FileSet
 from sftstream.sources.rows import identify
 
 A, B = {"messages": [{"role": "user", "content": "ä\u2028b"}]}, {"n": 1}
@@ -98,14 +98,14 @@ def test_a_broken_line_is_refused_by_its_place_and_its_neighbours_are_read(tmp_p
     with pytest.raises(BrokenRow, match=r"a.jsonl:3 is not JSON: .") as error:
         source.read(1)
     assert "\n" not in str(error.value)
-    assert [source.place(row).rpartition(":")[2] for row in range(3)] == ["1", "3", "4"]
+    assert [source.locate_row(row).rpartition(":")[2] for row in range(3)] == ["1", "3", "4"]
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}], ids=["one line", "pretty"])
 def test_a_json_array_is_read_by_element(tmp_path: Path, layout: dict[str, Any]) -> None:
     source = written(tmp_path / "a.json", b"\xef\xbb\xbf \n" + json.dumps([A, B], **layout).encode())
     assert read_all(source) == [A, B]
-    assert source.place(1) == f"{tmp_path}/a.json[1]"
+    assert source.locate_row(1) == f"{tmp_path}/a.json[1]"
 
 
 def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_parquet_gives_rows_whoever_wrote_it(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
         source = opened(tmp_path / name)
         assert read_all(source) == rows
-        assert source.place(3) == f"{tmp_path}/{name}[3]"
+        assert source.locate_row(3) == f"{tmp_path}/{name}[3]"
 
 
 def test_a_parquet_file_rewritten_within_the_same_instant_is_read_anew(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_glob_reads_its_files_in_sorted_order_as_one_source(tmp_path: Path) ->
     (tmp_path / "e.jsonl").mkdir()
     source = opened(f"{tmp_path}/*.json*")
     assert read_all(source) == [0, 1, 2, 3, 4]
-    assert [source.place(row) for row in (1, 2, 4)] == [
+    assert [source.locate_row(row) for row in (1, 2, 4)] == [
         f"{tmp_path}/a.json[1]",
         f"{tmp_path}/b.jsonl:1",
         f"{tmp_path}/d.jsonl:1",
@@ -236,7 +236,9 @@ def test_columns_are_renamed_and_the_others_left_out(tmp_path: Path) -> None:
     assert source.read(3) == [1]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")]
+)
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(lines(1))
     assert refusal(tmp_path / name) == (
@@ -258,9 +260,9 @@ def test_a_corpus_counts_reads_and_places_by_source(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"[2]")
     corpus = Corpus((SourceConfig(path=str(tmp_path / "a.jsonl")), SourceConfig(path=str(tmp_path / "b.json"))))
     assert corpus.sizes == (2, 1)
-    assert corpus.place(1, 0) == f"{tmp_path}/b.json[0]"
+    assert corpus.locate_row(1, 0) == f"{tmp_path}/b.json[0]"
     for one in (corpus, pickle.loads(pickle.dumps(corpus))):
-        reading = Reading(one)
+        reading = CorpusReader(one)
         assert [reading.read(Ref(*at, 0)) for at in ((0, 0), (0, 1), (1, 0))] == [0, 1, 2]
 
 
@@ -289,8 +291,8 @@ def test_a_huge_files_identity_is_taken_from_its_ends_and_even_places_between(
         return identify(path).sha256
 
     seen = {digest()}
-    for place in (0, 7, 9_992 * 64 // 127, 9_999):
-        content[place] = ord("b")
+    for location in (0, 7, 9_992 * 64 // 127, 9_999):
+        content[location] = ord("b")
         seen.add(digest())
     assert len(seen) == 5
     content[20] = ord("b")  # where no sample is taken

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import tiny
 
-from sftstream import DataConfig, Deal, Pack, PackLoader, Shard, merge
+from sftstream import DataConfig, Pack, PackAssignment, PackLoader, Shard, merge
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 DRAWS = 12
@@ -115,14 +115,14 @@ def _steps(
 ) -> tuple[list[list[str]], Any]:
     """The digests of `count` steps on a topology, in the order of the run, and the state after them."""
     loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
-    deal = Deal(config.streams, config.global_batch, shards)
+    assignment = PackAssignment(config.streams, config.global_batch, shards)
     result = []
     for step in range(first, first + count):
         packs = [loader.next_step() for loader in loaders]
-        assert {len(own) for own in packs} == {deal.micro_batches(step)}
+        assert {len(own) for own in packs} == {assignment.micro_batches(step)}
         taken: Counter[int] = Counter()
         digests = []
-        for shard in deal.step(step):
+        for shard in assignment.step(step):
             digests.append(packs[shard][taken[shard]].digest())
             taken[shard] += 1
         result.append(digests)

@@ -373,10 +373,10 @@ def test_a_pack_from_a_worker_is_the_same_as_one_made_here(wide: DataConfig) -> 
     here, there = PackLoader(wide), PackLoader(wide, workers=1)
     for ours, theirs in zip(tiny.take(here, 8), tiny.take(there, 8), strict=True):
         assert torch.equal(ours.input_ids, theirs.input_ids)
-        assert (ours.segments, ours.refused, ours.last, ours.max_seqlen) == (
+        assert (ours.segments, ours.refused, ours.exhausted, ours.max_seqlen) == (
             theirs.segments,
             theirs.refused,
-            theirs.last,
+            theirs.exhausted,
             theirs.max_seqlen,
         )
     there.close()
@@ -386,7 +386,7 @@ def test_a_refused_rows_place_can_be_asked(tokenizer: str, tmp_path: Path) -> No
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [*tiny.rows(3), {"a": 1}])
     loader = PackLoader(tiny.data_config(tokenizer, path, epochs=1))
     (refusal,) = [refusal for pack in loader for refusal in pack.refused]
-    assert loader.place(refusal) == f"{path}:4"
+    assert loader.locate_row(refusal) == f"{path}:4"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from sftstream import DataConfig, DataState, PackLoader, describe, merge
-from sftstream.streaming.sampler import ByNumber, Rows
+from sftstream.streaming.sampler import IndexedCursor, RowSampler
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def _drawn(config: DataConfig, draws: int) -> list[Counter[int]]:
     """What all streams together draw from each source in `draws` rows: shares alone, no conversation is read."""
     result = []
     for stream in range(config.streams):
-        rows = Rows(config, [ByNumber((size,), config, i, stream) for i, size in enumerate((40, 30, 20))])
+        rows = RowSampler(config, [IndexedCursor((size,), config, i, stream) for i, size in enumerate((40, 30, 20))])
         rows.reset()
         counts: Counter[int] = Counter()
         for _ in range(draws // config.streams):

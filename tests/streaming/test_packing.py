@@ -21,7 +21,7 @@ from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.records import Ref
 from sftstream.state import Leftover
 from sftstream.streaming.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
-from sftstream.streaming.sampler import Drawn
+from sftstream.streaming.sampler import RowBatch
 
 X = IGNORE_INDEX
 PAD = 9
@@ -42,7 +42,7 @@ def test_two_conversations_and_padding_make_these_arrays() -> None:
     assert pack.max_seqlen == 4
     assert pack.segments == tuple(segments)
     assert (pack.capacity, pack.tokens, pack.trained_tokens) == (10, 7, 3)
-    assert (pack.refused, pack.last) == ((), False)
+    assert (pack.refused, pack.exhausted) == ((), False)
     kinds = [tensor.dtype for tensor in (pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens)]
     assert kinds == [torch.int64, torch.int64, torch.int64, torch.int32]
 
@@ -61,12 +61,12 @@ def test_a_long_padding_counts_as_a_segment() -> None:
 
 
 def test_an_empty_pack_is_padding_alone() -> None:
-    pack = build_pack([], [], 4, PAD, last=True)
+    pack = build_pack([], [], 4, PAD, exhausted=True)
     assert pack.input_ids.tolist() == [9, 9, 9, 9]
     assert pack.labels.tolist() == [X, X, X, X]
     assert pack.position_ids.tolist() == [0, 1, 2, 3]
     assert pack.cu_seqlens.tolist() == [0, 4]
-    assert (pack.max_seqlen, pack.tokens, pack.trained_tokens, pack.last) == (4, 0, 0, True)
+    assert (pack.max_seqlen, pack.tokens, pack.trained_tokens, pack.exhausted) == (4, 0, 0, True)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), max_size=6), st.integers(0, 5))
@@ -95,7 +95,7 @@ def test_labels_are_the_next_trained_tokens_and_never_cross_a_segment(masks: lis
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_pack_through_a_queue_is_the_same_pack(asked: bool) -> None:
     pack = build_pack(
-        [example([1, 2, 3], [0, 1, 1])], [Segment(0, 5, 3, 1)], 6, PAD, [Refusal(0, 1, 0, "why", "because")], last=True
+        [example([1, 2, 3], [0, 1, 1])], [Segment(0, 5, 3, 1)], 6, PAD, [Refusal(0, 1, 0, "why", "because")], exhausted=True
     )
     if asked:  # what was made of it for a model stays behind
         assert pack.labels.tolist() == [2, 3, X, X, X, X]
@@ -104,7 +104,7 @@ def test_a_pack_through_a_queue_is_the_same_pack(asked: bool) -> None:
     for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
         assert torch.equal(getattr(copy, name), getattr(pack, name))
         assert getattr(copy, name).dtype == getattr(pack, name).dtype
-    assert (copy.max_seqlen, copy.segments, copy.refused, copy.last) == (3, pack.segments, pack.refused, True)
+    assert (copy.max_seqlen, copy.segments, copy.refused, copy.exhausted) == (3, pack.segments, pack.refused, True)
     assert copy.digest() == pack.digest()
 
 
@@ -132,7 +132,7 @@ def test_a_digest_tells_ids_labels_and_borders_apart_and_nothing_else() -> None:
     assert len(set(digests)) == 5
     assert digests[0] == "0ef111cfe9d11375f5d3598f3bbfeccd5139f831a96e79db27706c5b2c814471"
     other = Segment(0, 1, 4, 0)
-    again = build_pack([example([1, 2, 3, 4], [0, 1, 1, 1])], [other], 4, 0, [Refusal(0, 0, 0, "a", "b")], last=True)
+    again = build_pack([example([1, 2, 3, 4], [0, 1, 1, 1])], [other], 4, 0, [Refusal(0, 0, 0, "a", "b")], exhausted=True)
     assert again.digest() == digests[0]
 
 
@@ -197,7 +197,7 @@ class Lengths(BaseNode[Any]):
         row = self.at % len(self.lengths)
         self.at += 1
         ref = Ref(0, row, (self.at - 1) // len(self.lengths))
-        return Drawn([ref], [self.examples(ref)])
+        return RowBatch([ref], [self.examples(ref)])
 
     def get_state(self) -> dict[str, Any]:
         exhausted = not self.endless and self.at >= len(self.lengths)
@@ -236,7 +236,7 @@ def packer(
 
 def until_dry(node: Packer) -> list[Pack]:
     packs = []
-    while not node.state.dry:
+    while not node.state.exhausted:
         packs.append(next(node))
     return packs
 
@@ -245,7 +245,7 @@ def until_dry(node: Packer) -> list[Pack]:
 def test_every_conversation_leaves_in_one_pack(lengths: list[int], capacity: int, window: int) -> None:
     packs = until_dry(packer(lengths, capacity, window))
     assert sorted(segment.row for pack in packs for segment in pack.segments) == list(range(len(lengths)))
-    assert [pack.last for pack in packs] == [False] * (len(packs) - 1) + [True]
+    assert [pack.exhausted for pack in packs] == [False] * (len(packs) - 1) + [True]
     assert all(pack.segments for pack in packs)
     require_own_tokens(packs)
 
@@ -263,7 +263,7 @@ def test_a_leftover_that_is_drawn_again_has_its_own_tokens_in_both_packs() -> No
 def test_no_conversation_waits_longer_than_promised(lengths: list[int], capacity: int, window: int) -> None:
     node = packer(lengths, capacity, window)
     read_in = [w for w in range(len(lengths)) for _ in range(window_size(window, w, 0, 1))]
-    while not node.state.dry:
+    while not node.state.exhausted:
         pack = next(node)
         planned_in = node.state.windows - 1
         assert all(planned_in - read_in[segment.row] <= MAX_WAIT for segment in pack.segments)
@@ -340,8 +340,8 @@ def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
 def test_a_stream_with_nothing_to_train_is_dry_after_one_empty_pack() -> None:
     node = packer([50, 60], 40)
     pack = next(node)
-    assert (pack.segments, pack.last, len(pack.refused)) == ((), True, 2)
-    assert (node.state.dry, node.state.packs) == (True, 0)
+    assert (pack.segments, pack.exhausted, len(pack.refused)) == ((), True, 2)
+    assert (node.state.exhausted, node.state.packs) == (True, 0)
     assert next(node).segments == ()
 
 
@@ -351,7 +351,7 @@ def test_a_dry_stream_gives_empty_packs_for_ever_and_its_state_stands_still() ->
     state = node.state
     for _ in range(3):
         pack = next(node)
-        assert (pack.segments, pack.trained_tokens, pack.last) == ((), 0, True)
+        assert (pack.segments, pack.trained_tokens, pack.exhausted) == ((), 0, True)
     assert node.state == state
 
 
@@ -373,7 +373,7 @@ def test_a_planned_conversation_is_read_again_after_a_reset_and_must_be_the_same
 def test_an_unread_state_is_a_fresh_value_each_time() -> None:
     node = packer([10, 20, 30, 15, 5, 5], 40, 2)
     states = []
-    while not node.state.dry:
+    while not node.state.exhausted:
         states.append((node.get_state(), msgspec.json.encode(node.state)))
         next(node)
     assert all(msgspec.json.encode(state) == encoded for state, encoded in states)

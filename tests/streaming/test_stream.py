@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from sftstream import ChatEncoder, DataConfig, Pack, PackLoader, StreamState, describe, read_conversations
-from sftstream.sources import Corpus, Reading
+from sftstream.sources import Corpus, CorpusReader
 from sftstream.streaming.packing import Packer
-from sftstream.streaming.sampler import Rows, open_cursors
-from sftstream.streaming.stream import Stages, build_stream
+from sftstream.streaming.sampler import RowSampler, open_cursors
+from sftstream.streaming.stream import ExampleReader, build_stream
 
 
 def opened(config: DataConfig, encoder: ChatEncoder, stream: int, state: Any = None) -> Packer:
@@ -24,18 +24,18 @@ def opened(config: DataConfig, encoder: ChatEncoder, stream: int, state: Any = N
     return node
 
 
-def opened_rows(config: DataConfig, stream: int = 0) -> Rows:
-    return Rows(config, open_cursors(config, Reading(Corpus(config.sources)), stream))
+def opened_rows(config: DataConfig, stream: int = 0) -> RowSampler:
+    return RowSampler(config, open_cursors(config, CorpusReader(Corpus(config.sources)), stream))
 
 
 def tail(node: Packer) -> list[tuple[Any, ...]]:
     """All that can be seen of the packs to come, and the states after them, one empty pack included."""
     result = []
-    dry = False
-    while not dry:
-        dry = node.state.dry
+    exhausted = False
+    while not exhausted:
+        exhausted = node.state.exhausted
         pack = next(node)
-        result.append((pack.digest(), pack.segments, pack.refused, pack.last, node.state))
+        result.append((pack.digest(), pack.segments, pack.refused, pack.exhausted, node.state))
     return result
 
 
@@ -48,7 +48,7 @@ def every_stream(config: DataConfig, encoder: ChatEncoder) -> list[Pack]:
     packs = []
     for stream in range(config.streams):
         node = opened(config, encoder, stream)
-        while not node.state.dry:
+        while not node.state.exhausted:
             packs.append(next(node))
     return packs
 
@@ -131,7 +131,7 @@ def test_a_stream_resumed_after_every_single_pack_goes_on_as_if_it_never_stopped
     config = shapes["several sources"]
     node = opened(config, encoder, 1)
     state, packs = node.state, []
-    while not state.dry:
+    while not state.exhausted:
         resumed = opened(config, encoder, 1, stored(state))
         packs.append(next(resumed).digest())
         state = resumed.state
@@ -184,7 +184,7 @@ def test_refusals_are_listed_with_their_places_and_counted(
 def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
     node = opened(shapes["refused rows"], encoder, 0)
     packs = []
-    while not node.state.dry:
+    while not node.state.exhausted:
         packs.append(next(node))
         state = node.state
         assert state.packs == len(packs)
@@ -197,7 +197,7 @@ def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], en
 
 
 def test_a_segments_tokens_are_those_of_its_row(config: DataConfig, encoder: ChatEncoder) -> None:
-    stages = Stages(Reading(Corpus(config.sources)), encoder)
+    stages = ExampleReader(CorpusReader(Corpus(config.sources)), encoder)
     for pack in every_stream(config, encoder):
         borders = pack.cu_seqlens.tolist()
         for segment, start in zip(pack.segments, borders, strict=False):
@@ -331,7 +331,7 @@ def test_hostile_rows_are_refused_one_by_one_and_never_end_a_run(tokenizer: str,
 
 def test_all_conversations_of_a_file_can_be_read_in_order(tmp_path: Path, spoiled: str) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.rows(5))
-    assert [dialogue.messages[0].content for dialogue in read_conversations(path)] == [
+    assert [conversation.messages[0].content for conversation in read_conversations(path)] == [
         row["messages"][0]["content"] for row in tiny.rows(5)
     ]
     with pytest.raises(ValueError, match=r"rows.jsonl:1: unknown layout: columns \['text'\] match none of"):

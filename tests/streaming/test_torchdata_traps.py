@@ -68,10 +68,10 @@ def test_dcp_cannot_restore_a_loader_behind_its_back(config: DataConfig, tmp_pat
 
 
 def test_trap_a_nodes_loader_repeats_an_end_of_epoch_state_for_the_whole_next_epoch() -> None:
-    ended = Loader(IterableWrapper(range(5)))
-    assert list(ended) == [0, 1, 2, 3, 4]
+    exhausted = Loader(IterableWrapper(range(5)))
+    assert list(exhausted) == [0, 1, 2, 3, 4]
     next_epoch = Loader(IterableWrapper(range(5)))
-    next_epoch.load_state_dict(ended.state_dict())
+    next_epoch.load_state_dict(exhausted.state_dict())
     assert first(iter(next_epoch), 3) == [0, 1, 2]
     assert next_epoch.state_dict()["num_yielded"] == 5  # 3 would be right
     resumed = Loader(IterableWrapper(range(5)))

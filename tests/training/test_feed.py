@@ -12,23 +12,25 @@ import tiny
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from sftstream import DataConfig, Deal, PackLoader, batch_digest
+from sftstream import DataConfig, PackAssignment, PackLoader, batch_digest
 from trainer.distributed.mesh import Topology
-from trainer.training.step_reader import Feed, Tally, gather_refusals, tally
+from trainer.training.step_reader import StepReader, StepTotals, gather_refusals, reduce_totals
 
 STEPS = 3
 
 
-def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[str], Tally, int]]:
+def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[str], StepTotals, int]]:
     """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
-    feed = Feed(loader, Deal(config.streams, config.global_batch, dp), config.capacity, topology.tp_group)
+    step_reader = StepReader(
+        loader, PackAssignment(config.streams, config.global_batch, dp), config.capacity, topology.tp_group
+    )
     result = []
     for step in range(STEPS):
-        packs = feed.packs(step)
-        count = tally(step, packs, feed, topology, stop=rank == 1)
-        result.append((tiny.digests(packs), count, len(gather_refusals(packs, feed, topology))))
+        packs = step_reader.packs(step)
+        count = reduce_totals(step, packs, step_reader, topology, stop=rank == 1)
+        result.append((tiny.digests(packs), count, len(gather_refusals(packs, step_reader, topology))))
     return result
 
 
@@ -46,28 +48,28 @@ def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(con
                 assert count.tokens == sum(pack.tokens for pack in packs)
                 assert count.trained_tokens == sum(pack.trained_tokens for pack in packs)
                 assert count.rows == sum(len(pack.segments) + len(pack.refused) for pack in packs)
-                assert count.live == dp
+                assert count.unexhausted_shards == dp
                 assert count.stop == 1  # rank 1 asked, all know
 
 
 def _beside_a_loader(config: DataConfig, steps: int) -> str:
     """What ended the steps of a feed that reads ahead, each of which was that of a loader which does not."""
-    deal = Deal(config.streams, config.global_batch, 1)
+    assignment = PackAssignment(config.streams, config.global_batch, 1)
     alone = PackLoader(config, workers=0)
-    feed = Feed(PackLoader(config), deal, config.capacity, ahead=True)
+    step_reader = StepReader(PackLoader(config), assignment, config.capacity, ahead=True)
     end = "enough"
     for step in range(steps):
         try:
-            packs = feed.packs(step)
+            packs = step_reader.packs(step)
         except ValueError as error:
             end = str(error)
             break
         assert tiny.digests(packs) == tiny.digests(alone.next_step())
-        feed.read_ahead()
-        assert feed.state == alone.state
+        step_reader.read_ahead()
+        assert step_reader.state == alone.state
         time.sleep(0.002)  # so that it does read ahead
-    feed.close()
-    assert feed.state == alone.state
+    step_reader.close()
+    assert step_reader.state == alone.state
     return end
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sftstream import Refusal
 from trainer.reporting.metrics import Curves, RunLog, StepMetrics
-from trainer.training.step_reader import PlacedRefusal
+from trainer.training.step_reader import LocatedRefusal
 
 STEP = StepMetrics(
     step=1,
@@ -37,7 +37,7 @@ def _write(directory: Path, after: int, steps: list[int]) -> None:
     with RunLog(directory, after) as log:
         for step in steps:
             log.step(msgspec.structs.replace(STEP, step=step, loss=step + after / 100))
-            log.refused(step, [PlacedRefusal(Refusal(0, step, 0, "reason", "detail"), f"rows.jsonl:{step}")])
+            log.refused(step, [LocatedRefusal(Refusal(0, step, 0, "reason", "detail"), f"rows.jsonl:{step}")])
 
 
 def _lines(path: Path) -> list[dict[str, object]]:

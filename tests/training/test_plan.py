@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import TrainConfig, parse_config
-from trainer.estimate import activations, plan
+from trainer.estimate import activations, estimate
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.model import LlamaConfig
 from trainer.main import main
@@ -51,7 +51,7 @@ def config(**changes: dict[str, Any]) -> TrainConfig:
 
 
 def test_a_70b_is_planned_without_a_gpu_a_weight_or_a_row() -> None:
-    found = plan(config(), LLAMA_70B, 32)
+    found = estimate(config(), LLAMA_70B, 32)
     assert found.parameters == 70_553_706_496
     assert (found.dp, found.packs_per_rank, found.tokens_per_step, found.steps) == (4, 16, 524_288, 1000)
     # Norms, 161 times 8192, are split over dp alone.
@@ -82,7 +82,7 @@ def test_the_examples_fit_gpus_of_80_gib() -> None:
             num_attention_heads=heads,
             tie_word_embeddings=gpus == 1,
         )
-        memory = plan(parse_config(table), shape, gpus).memory
+        memory = estimate(parse_config(table), shape, gpus).memory
         assert 20 * GIB < sum(memory.values()) < 70 * GIB, name
 
 
@@ -104,7 +104,7 @@ def test_the_examples_fit_gpus_of_80_gib() -> None:
 def test_each_setting_changes_the_part_that_it_is_about(
     changes: dict[str, dict[str, Any]], part: str, factor: float
 ) -> None:
-    before, after = plan(config(), SHORT, 32), plan(config(**changes), SHORT, 32)
+    before, after = estimate(config(), SHORT, 32), estimate(config(**changes), SHORT, 32)
     assert after.memory[part] == pytest.approx(factor * before.memory[part])
 
 
@@ -119,17 +119,17 @@ def test_each_setting_changes_the_part_that_it_is_about(
     ],
 )
 def test_the_packs_of_a_rank_are_those_of_its_fullest_step(streams: int, global_batch: int, packs: int) -> None:
-    found = plan(config(data={"streams": streams, "global_batch": global_batch}), SHORT, 32)
+    found = estimate(config(data={"streams": streams, "global_batch": global_batch}), SHORT, 32)
     assert found.packs_per_rank == packs
-    assert found.seconds_per_step == pytest.approx(plan(config(), SHORT, 32).seconds_per_step * packs / 16)
+    assert found.seconds_per_step == pytest.approx(estimate(config(), SHORT, 32).seconds_per_step * packs / 16)
 
 
 def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
-    kept = plan(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
+    kept = estimate(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
     # All weights of a tensor-parallel share in bfloat16.
     assert kept.memory["gathered weights"] == kept.memory["gradients"] // 2
-    assert kept.memory["gathered weights"] > 10 * plan(config(), LLAMA_70B, 32).memory["gathered weights"]
-    ways = [plan(config(run={"recompute": way}), LLAMA_70B, 32) for way in ("none", "selective", "full")]
+    assert kept.memory["gathered weights"] > 10 * estimate(config(), LLAMA_70B, 32).memory["gathered weights"]
+    ways = [estimate(config(run={"recompute": way}), LLAMA_70B, 32) for way in ("none", "selective", "full")]
     assert [way.memory["activations"] for way in ways] == sorted((w.memory["activations"] for w in ways), reverse=True)
     assert [way.seconds_per_step for way in ways] == sorted(way.seconds_per_step for way in ways)
     assert ways[2].seconds_per_step / ways[0].seconds_per_step == pytest.approx(4 / 3, rel=0.02)
@@ -176,7 +176,7 @@ def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: st
     steps = len(runs.metrics(tmp_path))
     planned = parse_config(tables)
     assert planned.model.shape is not None
-    assert plan(planned, planned.model.shape, 1).steps == pytest.approx(steps, rel=0.1)
+    assert estimate(planned, planned.model.shape, 1).steps == pytest.approx(steps, rel=0.1)
 
 
 @pytest.fixture
@@ -224,9 +224,9 @@ def test_a_number_of_gpus_that_is_none_is_refused(flag: str, capsys: pytest.Capt
 
 def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tp = 8 does not divide the 12 processes"):
-        plan(config(), LLAMA_70B, 12)
+        estimate(config(), LLAMA_70B, 12)
     with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
-        plan(config(parallel={"tp": 16}), LLAMA_70B, 32)
+        estimate(config(parallel={"tp": 16}), LLAMA_70B, 32)
     with pytest.raises(ValueError, match="streams = 64 cannot be shared by 128 shards, of which each needs one"):
-        plan(config(), LLAMA_70B, 1024)
+        estimate(config(), LLAMA_70B, 1024)
     assert not torch.distributed.is_initialized()

@@ -44,21 +44,21 @@ class Saves:
 
         `last`: nothing comes later that could tell of a failure, so it is waited for, and raised under any policy.
         """
-        with self._bearing_errors():
+        with self._tolerate_save_errors():
             self.store.wait()
-        with nullcontext() if last else self._bearing_errors():
+        with nullcontext() if last else self._tolerate_save_errors():
             _sync(log)
             capture(self.store.save if last or not self.config.background else self.store.save_later)
 
     def failed(self) -> bool:
         """A save in the background has failed, as this rank knows, and the run must stop; its last save raises why."""
         if self.store.failed and self.config.on_save_error == "continue":
-            with self._bearing_errors():
+            with self._tolerate_save_errors():
                 self.store.wait()
         return self.store.failed
 
     @contextmanager
-    def _bearing_errors(self) -> Iterator[None]:
+    def _tolerate_save_errors(self) -> Iterator[None]:
         try:
             yield
         except LostRank:

@@ -99,17 +99,17 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
 
     `device` is "cpu", "cuda" or "auto": a GPU where there is one.
     """
-    place = _device(device)
+    torch_device = _device(device)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     alone = "MASTER_PORT" not in os.environ
     # gloo beside NCCL: counts and packs of a step are agreed on between CPUs, without waiting for the device.
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
         backend
     )
     try:
-        yield Topology(data_and_tensor_mesh(place.type, parallel), place, parallel)
+        yield Topology(data_and_tensor_mesh(torch_device.type, parallel), torch_device, parallel)
     finally:
         dist.destroy_process_group()
 
@@ -149,7 +149,7 @@ def named_dtype(name: str, device: torch.device) -> torch.dtype:
     return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def tell(error: Exception) -> int:
+def print_error(error: Exception) -> int:
     """One line, once: what all ranks run into, the first tells, and torchrun then ends the others. Returns the exit code."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)
@@ -158,7 +158,7 @@ def tell(error: Exception) -> int:
     return 1
 
 
-def leave(code: int) -> Never:
+def exit_process(code: int) -> Never:
     """End the process.
 
     gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts the

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainer.training.step_reader import PlacedRefusal
+from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class RunLog:
         self._metrics.add(msgspec.to_builtins(metrics))
         self._curves.add(metrics)
 
-    def refused(self, step: int, refusals: list[PlacedRefusal]) -> None:
+    def refused(self, step: int, refusals: list[LocatedRefusal]) -> None:
         """Append the rows that were refused for a step."""
         for refusal, place in refusals:
             names = ("source", "row", "epoch", "reason", "detail")

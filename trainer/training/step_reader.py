@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import DataConfig, DataState, Deal, Mark, Pack, PackLoader, Refusal, batch_digest
+from sftstream import DataConfig, DataState, LoaderPosition, Pack, PackAssignment, PackLoader, Refusal, batch_digest
 from trainer.distributed.mesh import Topology
 
 
@@ -29,7 +29,7 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     return loader
 
 
-class Step(NamedTuple):
+class LocalStep(NamedTuple):
     """A step as one rank's loader gives it."""
 
     packs: list[Pack]
@@ -37,11 +37,11 @@ class Step(NamedTuple):
     """Trained tokens, tokens, rows, refused rows, and 1 where there is more to read."""
     digests: list[int]
     """Four words a pack."""
-    mark: Mark
+    position: LoaderPosition
     """The loader's place behind it."""
 
 
-class Feed:
+class StepReader:
     """Steps of packs from `loader`, which is None on ranks that do not read but are given them by the first of their `group`.
 
     `ahead`: where there are workers, `read_ahead` has a thread take the next step's packs from them while this one is computed;
@@ -51,20 +51,20 @@ class Feed:
     def __init__(
         self,
         loader: PackLoader | None,
-        deal: Deal,
+        assignment: PackAssignment,
         capacity: int,
         group: dist.ProcessGroup | None = None,
         *,
         ahead: bool = False,
     ) -> None:
         self.loader = loader
-        self.deal = deal
-        self.step: Step | None = None
+        self.assignment = assignment
+        self.step: LocalStep | None = None
         """What `packs` gave last; None on ranks that do not read."""
         self._group = group
         self._capacity = capacity
         self._thread = ThreadPoolExecutor(1, "feed") if ahead and loader and loader.workers else None
-        self._next: Future[Step] | None = None
+        self._next: Future[LocalStep] | None = None
 
     def packs(self, step: int) -> list[Pack]:
         """This data-parallel coordinate's packs of a step, counted from 0; the loader must stand there."""
@@ -75,7 +75,7 @@ class Feed:
             assert self.step is not None
             return self.step.packs
         # All packs at once: for each by itself the ranks would have to meet again.
-        shape = self.deal.micro_batches(step), 3 * self._capacity + 2
+        shape = self.assignment.micro_batches(step), 3 * self._capacity + 2
         sent = _encode(self.step.packs, shape) if self.step else torch.empty(shape, dtype=torch.int32)
         dist.broadcast(sent, group=self._group, group_src=0)
         return self.step.packs if self.step else [_decode(row, self._capacity) for row in sent]
@@ -89,7 +89,7 @@ class Feed:
     @property
     def state(self) -> DataState | None:
         """Where the run goes on behind the step that was given last; None on ranks that do not read."""
-        return self.step.mark.state if self.step else None
+        return self.step.position.state if self.step else None
 
     def close(self) -> None:
         """Stop reading."""
@@ -99,7 +99,7 @@ class Feed:
             self.loader.close()
 
 
-def _read(loader: PackLoader) -> Step:
+def _read(loader: PackLoader) -> LocalStep:
     packs = loader.next_step()
     refused = sum(len(pack.refused) for pack in packs)
     numbers = [
@@ -109,7 +109,7 @@ def _read(loader: PackLoader) -> Step:
         refused,
         int(not loader.exhausted),
     ]
-    return Step(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.mark())
+    return LocalStep(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.position())
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -127,7 +127,7 @@ def _decode(row: Tensor, capacity: int) -> Pack:
     return Pack(ids.copy(), trained.astype(bool), borders.copy())
 
 
-class Tally(NamedTuple):
+class StepTotals(NamedTuple):
     """A step's packs counted over all ranks, the same on each."""
 
     trained_tokens: int
@@ -135,7 +135,7 @@ class Tally(NamedTuple):
     rows: int
     """Conversations given and refused."""
     refused: int
-    live: int
+    unexhausted_shards: int
     """Shards with something left to read."""
     stop: int
     """Ranks that were asked to stop."""
@@ -143,9 +143,13 @@ class Tally(NamedTuple):
     """Hash of the packs of all shards in the order of the run."""
 
 
-def tally(step: int, packs: list[Pack], feed: Feed, topology: Topology, *, stop: bool) -> Tally:
+def reduce_totals(
+    step: int, packs: list[Pack], step_reader: StepReader, topology: Topology, *, stop: bool
+) -> StepTotals:
     """One small collective between CPUs, so that every decision about a step is the same on every rank."""
-    numbers, digests = (feed.step.numbers, feed.step.digests) if feed.step else ([0] * 5, [0] * 4 * len(packs))
+    numbers, digests = (
+        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
+    )
     row = torch.tensor([*numbers, int(stop), *digests])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
@@ -154,12 +158,12 @@ def tally(step: int, packs: list[Pack], feed: Feed, topology: Topology, *, stop:
     words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()
     in_order = []
-    for shard in feed.deal.step(step):
+    for shard in step_reader.assignment.step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, live, stopping = totals
+    trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
     digest = batch_digest(map(_hex, in_order))
-    return Tally(trained_tokens, tokens, conversations, refused, live, stopping, digest)
+    return StepTotals(trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest)
 
 
 def _words(digest: str) -> list[int]:
@@ -171,17 +175,17 @@ def _hex(words: Tensor) -> str:
     return b"".join(word.to_bytes(8, "big", signed=True) for word in words.tolist()).hex()
 
 
-class PlacedRefusal(NamedTuple):
+class LocatedRefusal(NamedTuple):
     """A refusal and where an editor finds its row."""
 
     refusal: Refusal
-    place: str
+    locate_row: str
 
 
-def gather_refusals(packs: list[Pack], feed: Feed, topology: Topology) -> list[PlacedRefusal]:
+def gather_refusals(packs: list[Pack], step_reader: StepReader, topology: Topology) -> list[LocatedRefusal]:
     """The rows that any rank refused for this step, in the order of shards, on the first rank (elsewhere nothing)."""
-    loader = feed.loader
-    mine = [PlacedRefusal(r, loader.place(r)) for pack in packs for r in pack.refused] if loader else []
-    everyone: list[list[PlacedRefusal]] | None = [[]] * dist.get_world_size() if topology.first else None
+    loader = step_reader.loader
+    mine = [LocatedRefusal(r, loader.locate_row(r)) for pack in packs for r in pack.refused] if loader else []
+    everyone: list[list[LocatedRefusal]] | None = [[]] * dist.get_world_size() if topology.first else None
     dist.gather_object(mine, everyone)
     return [refusal for refusals in everyone or () for refusal in refusals]

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoints import About
-from sftstream import ChatEncoder, DataConfig, Deal, Pack, PackLoader, batch_digest
+from sftstream import ChatEncoder, DataConfig, Pack, PackAssignment, PackLoader, batch_digest
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
 from trainer.training.step import pack_loss
-from trainer.training.step_reader import Feed, gather_refusals, tally
+from trainer.training.step_reader import StepReader, gather_refusals, reduce_totals
 
 HELD_OUT = "held-out data"
 """Name of the held-out packs' digest in a checkpoint's manifest."""
@@ -40,10 +40,10 @@ class Validation:
         self._digests: list[str] = []
         data = config.held_out(config.validation.sources)
         loader = PackLoader(_of_the_same_day(data, encoder), shard=topology.shard) if encoder else None
-        deal = Deal(data.streams, data.global_batch, topology.dp)
-        feed = Feed(loader, deal, data.capacity, topology.tp_group)
-        self._read(feed, config.validation.global_batches)
-        feed.close()
+        assignment = PackAssignment(data.streams, data.global_batch, topology.dp)
+        step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group)
+        self._read(step_reader, config.validation.global_batches)
+        step_reader.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold nothing to train on: {self.describe()}")
 
@@ -90,18 +90,20 @@ class Validation:
         dist.all_reduce(total, group=self._topology.mesh["dp"].get_group())
         return total.item() / self.trained_tokens
 
-    def _read(self, feed: Feed, limit: int | None) -> None:
+    def _read(self, step_reader: StepReader, limit: int | None) -> None:
         for step in itertools.count() if limit is None else range(limit):
-            packs = feed.packs(step)
-            count = tally(step, packs, feed, self._topology, stop=False)
+            packs = step_reader.packs(step)
+            count = reduce_totals(step, packs, step_reader, self._topology, stop=False)
             if count.refused:
-                self.refused.update(refusal.reason for refusal, _ in gather_refusals(packs, feed, self._topology))
+                self.refused.update(
+                    refusal.reason for refusal, _ in gather_refusals(packs, step_reader, self._topology)
+                )
             if count.tokens:
                 self._packs += packs
                 self._digests.append(count.digest)
             self.conversations += count.rows - count.refused
             self.trained_tokens += count.trained_tokens
-            if not count.live:
+            if not count.unexhausted_shards:
                 break
 
 

@@ -18,9 +18,9 @@ from operator import methodcaller
 from typing import Any, NamedTuple
 
 from sftstream.records import Conversation, Message, Rendered
-from sftstream.rendering.fast.symbolic import Leaf, Op, Recorder, Trace, TracedTemplate, Value, Word
+from sftstream.rendering.fast.symbolic import Op, Recorder, SymbolicJson, SymbolicStr, Trace, TracedTemplate, ValueRef
 from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, exact_key, template_message
-from sftstream.rendering.turns import CALLED, SAID, TOOL, USER, Form, Turn
+from sftstream.rendering.turns import CALLED, SAID, TOOL, USER, Turn, TurnFormat
 
 STRIPPED: Op = ("strip", (None,))
 
@@ -36,7 +36,7 @@ Shape = tuple[Any, ...]
 Printer = Callable[[Any], Any]
 
 
-class Place(NamedTuple):
+class Offset(NamedTuple):
     """A character of the text: so many behind the first values, which are printed before it."""
 
     values: int
@@ -61,20 +61,20 @@ class Condition(NamedTuple):
     answer: bool
 
 
-class Plan(NamedTuple):
+class RenderPlan(NamedTuple):
     """How conversations of one shape are printed, and what of them is trained."""
 
     pieces: list[str]
     """What the template prints around the values, and between them nothing, where these go."""
     slots: tuple[Slot, ...]
-    loose: tuple[int, ...]
+    untrimmed: tuple[int, ...]
     """Slots whose value would be printed with the white space at its ends."""
-    verbatim: tuple[int, ...]
+    must_be_verbatim: tuple[int, ...]
     """Those of which more than white space at both ends could be taken: they would not be its words any more."""
-    silent: tuple[int, ...]
+    unprinted: tuple[int, ...]
     """Values that are not printed: ids in most templates, earlier thoughts in some."""
     conditions: tuple[Condition, ...]
-    bounds: tuple[Place, ...]
+    bounds: tuple[Offset, ...]
 
 
 class TakenApart(NamedTuple):
@@ -86,15 +86,15 @@ class TakenApart(NamedTuple):
     """The arguments of calls. Of their own strings plans know no more than of other words."""
 
 
-class Planner:
+class RenderCache:
     """The plans of one template under one policy."""
 
-    def __init__(self, template: ChatTemplate, form: Form, special: Sequence[str]) -> None:
+    def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
         self._to_json: Any = template.environment.filters["tojson"]
-        self._marks = {*special, *_marks_of_turns(form), "<think", "</think", "ZqM"}
+        self._marks = {*special, *_marks_of_turns(turn_format), "<think", "</think", "ZqM"}
         self._beginnings = {first: _beginning(first, self._marks) for first in {text[0] for text in self._marks}}
-        self.plans: dict[Shape, list[Plan]] = {}
+        self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
 
     @cached_property
@@ -102,10 +102,10 @@ class Planner:
         """Matches what could be taken for a part of the template. Few texts ask for it, and hundreds of tokens take long."""
         return re.compile("|".join(map(re.escape, sorted(self._marks))))
 
-    def render(self, dialogue: Conversation) -> Rendered | None:
+    def render(self, conversation: Conversation) -> Rendered | None:
         """The text and its trained spans; None where no plan holds."""
         try:
-            shape, values = _take_apart(dialogue, self._taken_apart)
+            shape, values = _take_apart(conversation, self._taken_apart)
             for plan in self.plans.get(shape, ()):
                 if _holds(plan, values):
                     printed = self._printed(plan, values)
@@ -114,12 +114,12 @@ class Planner:
             pass  # the template is to say so
         return None
 
-    def learn(self, dialogue: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
+    def learn(self, conversation: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Keep how a conversation was rendered, where others can be rendered alike."""
         try:
-            shape, values = _take_apart(dialogue, self._taken_apart)
+            shape, values = _take_apart(conversation, self._taken_apart)
             known = self.plans.get(shape, [])
-            plan = self._plan(dialogue, values, rendered, turns) if len(known) < PLANS else None
+            plan = self._plan(conversation, values, rendered, turns) if len(known) < PLANS else None
         except NOT_JSON:
             return
         if plan is None:
@@ -135,27 +135,25 @@ class Planner:
         return _probed(self._traced)
 
     def _plan(
-        self, dialogue: Conversation, values: Sequence[Any], rendered: Rendered, turns: Sequence[Turn]
-    ) -> Plan | None:
-        trace = self._trace(dialogue, values, turns)
+        self, conversation: Conversation, values: Sequence[Any], rendered: Rendered, turns: Sequence[Turn]
+    ) -> RenderPlan | None:
+        trace = self._trace(conversation, values, turns)
         if trace is None:
             return None
-        texts, leaves = _divided(trace.pieces)
-        slots = tuple(Slot(*self._printer(leaf)) for leaf in leaves)
+        texts, refs = _divided(trace.pieces)
+        slots = tuple(Slot(*self._printer(ref)) for ref in refs)
         conditions = tuple(
-            Condition(*self._printer(guard.leaf), methodcaller(guard.method, *guard.arguments), guard.answer)
+            Condition(*self._printer(guard.ref), methodcaller(guard.method, *guard.arguments), guard.answer)
             for guard in trace.guards
         )
-        plan = Plan(
+        plan = RenderPlan(
             pieces=[piece for text in texts for piece in (text, "")][:-1],
             slots=slots,
-            loose=tuple(
-                slot
-                for slot, leaf in enumerate(leaves)
-                if STRIPPED not in leaf.ops and isinstance(values[leaf.number], str)
+            untrimmed=tuple(
+                slot for slot, ref in enumerate(refs) if STRIPPED not in ref.ops and isinstance(values[ref.number], str)
             ),
-            verbatim=tuple(slot for slot, leaf in enumerate(leaves) if any(map(_takes_letters, leaf.ops))),
-            silent=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
+            must_be_verbatim=tuple(slot for slot, ref in enumerate(refs) if any(map(_takes_letters, ref.ops))),
+            unprinted=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
             conditions=conditions,
             bounds=(),
         )
@@ -165,25 +163,25 @@ class Planner:
         plan = plan._replace(bounds=tuple(_places(rendered.bounds, texts, printed)))
         return plan if _assembled(plan, printed) == rendered else None
 
-    def _trace(self, dialogue: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
+    def _trace(self, conversation: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
         recorder = Recorder()
-        messages, tools = _unknown(recorder, dialogue, values, self._taken_apart)
+        messages, tools = _unknown(recorder, conversation, values, self._taken_apart)
         for turn in turns:
             if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
                 return None
         return self._traced.trace(recorder, messages, tools)
 
-    def _printed(self, plan: Plan, values: Sequence[Any]) -> list[str] | None:
+    def _printed(self, plan: RenderPlan, values: Sequence[Any]) -> list[str] | None:
         """The values as they are printed; None where one is not inert."""
         printed = [values[number] if printer is None else printer(values[number]) for number, printer in plan.slots]
-        for slot in plan.verbatim:
+        for slot in plan.must_be_verbatim:
             if printed[slot] != values[plan.slots[slot].number]:
                 return None
-        for slot in plan.loose:
+        for slot in plan.untrimmed:
             value = printed[slot]
             if value and (value[0].isspace() or value[-1].isspace()):
                 return None
-        words = [*printed, *[str(values[number]) for number in plan.silent]] if plan.silent else printed
+        words = [*printed, *[str(values[number]) for number in plan.unprinted]] if plan.unprinted else printed
         return printed if self._inert("\0".join(words)) else None
 
     def _inert(self, words: str) -> bool:
@@ -193,12 +191,12 @@ class Planner:
                 return not self._alien.search(words)
         return True
 
-    def _printer(self, leaf: Leaf) -> tuple[int, Printer | None]:
+    def _printer(self, ref: ValueRef) -> tuple[int, Printer | None]:
         """The number of a value, and what makes of it what is printed."""
-        steps = [self._step(op) for op in leaf.ops]
+        steps = [self._step(op) for op in ref.ops]
         if len(steps) < 2:
-            return leaf.number, next(iter(steps), None)
-        return leaf.number, lambda value: reduce(lambda result, step: step(result), steps, value)
+            return ref.number, next(iter(steps), None)
+        return ref.number, lambda value: reduce(lambda result, step: step(result), steps, value)
 
     def _step(self, op: Op) -> Printer:
         method, arguments = op
@@ -208,7 +206,7 @@ class Planner:
         return str.strip if op == STRIPPED else methodcaller(method, *arguments)
 
 
-def _holds(plan: Plan, values: Sequence[Any]) -> bool:
+def _holds(plan: RenderPlan, values: Sequence[Any]) -> bool:
     for number, printed, ask, answer in plan.conditions:
         value = values[number] if printed is None else printed(values[number])
         if bool(ask(value)) is not answer:
@@ -222,9 +220,9 @@ def _beginning(first: str, texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"{re.escape(first)}(?:{'|'.join(sorted(seconds))})")
 
 
-def _marks_of_turns(form: Form) -> set[str]:
+def _marks_of_turns(turn_format: TurnFormat) -> set[str]:
     """What the search for turns looks for."""
-    return {text for text in (form.core.strip(), *form.stops, *form.call_stops) if text}
+    return {text for text in (turn_format.role_marker.strip(), *turn_format.stops, *turn_format.call_stops) if text}
 
 
 def _probed(traced: TracedTemplate) -> TakenApart:
@@ -238,22 +236,23 @@ def _probed(traced: TracedTemplate) -> TakenApart:
         (call,) = CALLED["tool_calls"]
         return {**CALLED, "tool_calls": [{**call, "function": {**call["function"], "arguments": arguments}}]}
 
-    words = {"key": Word(recorder, Leaf(0), SAID)}
+    words = {"key": SymbolicStr(recorder, ValueRef(0), SAID)}
     return TakenApart(
-        tools=prints(TOOL) and not prints(Value(recorder, Leaf(0), TOOL)),
-        arguments=prints(TOOL, calling(words)) and not prints(TOOL, calling(Value(recorder, Leaf(0), {"key": SAID}))),
+        tools=prints(TOOL) and not prints(SymbolicJson(recorder, ValueRef(0), TOOL)),
+        arguments=prints(TOOL, calling(words))
+        and not prints(TOOL, calling(SymbolicJson(recorder, ValueRef(0), {"key": SAID}))),
     )
 
 
-def _take_apart(dialogue: Conversation, apart: TakenApart) -> tuple[Shape, list[Any]]:
+def _take_apart(conversation: Conversation, apart: TakenApart) -> tuple[Shape, list[Any]]:
     """What decides how a conversation is printed and masked, its values apart; and these, in a fixed order.
 
     ValueError where it holds what JSON cannot, and that has to be told from other values.
     """
-    tools = dialogue.tools
+    tools = conversation.tools
     shape: list[Any] = [sha256(exact_key(tools)).digest() if tools and apart.tools else len(tools)]
     values: list[Any] = [] if apart.tools else list(tools)
-    for message in dialogue.messages:
+    for message in conversation.messages:
         content = message.content or ""
         values.append(content)
         shape += (message.role, message.train, bool(content) and not content.isspace())
@@ -291,61 +290,61 @@ def _says_something(value: Any) -> bool:
 
 
 def _unknown(
-    recorder: Recorder, dialogue: Conversation, values: Sequence[Any], apart: TakenApart
+    recorder: Recorder, conversation: Conversation, values: Sequence[Any], apart: TakenApart
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The conversation as the template gets it, its values unknown."""
     numbers = iter(range(len(values)))
 
-    def unknown(kind: type[Word] | type[Value]) -> Any:
+    def unknown(kind: type[SymbolicStr] | type[SymbolicJson]) -> Any:
         number = next(numbers)
-        return kind(recorder, Leaf(number), values[number])
+        return kind(recorder, ValueRef(number), values[number])
 
-    tools = list(dialogue.tools) if apart.tools else [unknown(Value) for _ in dialogue.tools]
+    tools = list(conversation.tools) if apart.tools else [unknown(SymbolicJson) for _ in conversation.tools]
     messages = []
-    for message in dialogue.messages:
+    for message in conversation.messages:
         plain = template_message(message)
-        plain["content"] = unknown(Word)
+        plain["content"] = unknown(SymbolicStr)
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
-            reasoning, name, call_id = (unknown(Word) for _ in range(3))
+            reasoning, name, call_id = (unknown(SymbolicStr) for _ in range(3))
             plain |= {key: reasoning for key in plain if key in REASONING_KEYS}
             plain |= {key: value for key, value in (("name", name), ("tool_call_id", call_id)) if key in plain}
             for call, own in zip(plain.get("tool_calls", ()), message.tool_calls, strict=True):
-                given, function = unknown(Word), unknown(Word)
+                given, function = unknown(SymbolicStr), unknown(SymbolicStr)
                 call["id"] = given if own.id else call["id"]
                 arguments: Any = (
-                    {k: unknown(Word) if isinstance(v, str) else v for k, v in own.arguments.items()}
+                    {k: unknown(SymbolicStr) if isinstance(v, str) else v for k, v in own.arguments.items()}
                     if apart.arguments
-                    else unknown(Value)
+                    else unknown(SymbolicJson)
                 )
                 call["function"] = {"name": function, "arguments": arguments}
         messages.append(plain)
     return messages, tools
 
 
-def _divided(pieces: Iterable[str | Leaf]) -> tuple[list[str], list[Leaf]]:
+def _divided(pieces: Iterable[str | ValueRef]) -> tuple[list[str], list[ValueRef]]:
     """What the template prints, and the values between it: nothing where two of them meet."""
-    texts, leaves = [""], []
+    texts, refs = [""], []
     for piece in pieces:
         if isinstance(piece, str):
             texts[-1] += piece
         else:
-            leaves.append(piece)
+            refs.append(piece)
             texts.append("")
-    return texts, leaves
+    return texts, refs
 
 
 def _takes_letters(op: Op) -> bool:
     return op[0] in ("strip", "lstrip", "rstrip") and op != STRIPPED
 
 
-def _assembled(plan: Plan, printed: Sequence[str]) -> Rendered:
+def _assembled(plan: RenderPlan, printed: Sequence[str]) -> Rendered:
     pieces = plan.pieces.copy()
     pieces[1::2] = printed
     ends = list(accumulate(map(len, printed), initial=0))
     return Rendered("".join(pieces), tuple([offset + ends[values] for values, offset in plan.bounds]))
 
 
-def _places(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Place]:
+def _places(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Offset]:
     """Of characters of the text; one within a value, or between two, has none."""
     offsets = [0, *accumulate(map(len, texts))]
     values = [0, *accumulate(map(len, printed))]
@@ -356,5 +355,5 @@ def _places(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str])
             if offset < offsets[number]:
                 break
             if texts[number] or number == len(printed):
-                yield Place(number, offset)
+                yield Offset(number, offset)
                 break

@@ -20,7 +20,7 @@ Op = tuple[str, tuple[Any, ...]]
 """A method of `str` and its arguments, or `tojson` and its keywords' items."""
 
 
-class Leaf(NamedTuple):
+class ValueRef(NamedTuple):
     """A value of a conversation as it is printed: its number, and what was done to it."""
 
     number: int
@@ -30,7 +30,7 @@ class Leaf(NamedTuple):
 class Guard(NamedTuple):
     """A question, and the answer on which the template went on. `method` is one of `bool` or of `str`."""
 
-    leaf: Leaf
+    ref: ValueRef
     method: str
     arguments: tuple[Any, ...]
     answer: bool
@@ -39,7 +39,7 @@ class Guard(NamedTuple):
 class Trace(NamedTuple):
     """What a template printed, and on which conditions it always prints that."""
 
-    pieces: tuple[str | Leaf, ...]
+    pieces: tuple[str | ValueRef, ...]
     guards: tuple[Guard, ...]
 
 
@@ -66,18 +66,18 @@ class _Unknown:
         raise Untraceable
 
 
-class Word(_Unknown):
+class SymbolicStr(_Unknown):
     """A string, known to be one and no more."""
 
-    def __init__(self, recorder: Recorder, leaf: Leaf, value: str) -> None:
-        self._recorder, self._leaf, self._value = recorder, leaf, value
+    def __init__(self, recorder: Recorder, ref: ValueRef, value: str) -> None:
+        self._recorder, self._ref, self._value = recorder, ref, value
 
     def _asked(self, method: str, *arguments: Any) -> bool:
-        return self._recorder.ask(self._leaf, self._value, method, arguments)
+        return self._recorder.ask(self._ref, self._value, method, arguments)
 
-    def _changed(self, method: str, *arguments: Any) -> Word:
-        leaf = Leaf(self._leaf.number, (*self._leaf.ops, (method, arguments)))
-        return Word(self._recorder, leaf, getattr(self._value, method)(*arguments))
+    def _changed(self, method: str, *arguments: Any) -> SymbolicStr:
+        ref = ValueRef(self._ref.number, (*self._ref.ops, (method, arguments)))
+        return SymbolicStr(self._recorder, ref, getattr(self._value, method)(*arguments))
 
     def __bool__(self) -> bool:
         return self._asked("__len__")
@@ -93,11 +93,11 @@ class Word(_Unknown):
     def __contains__(self, part: object) -> bool:
         return self._asked("__contains__", part) if isinstance(part, str) else self._refuse()
 
-    def __add__(self, other: object) -> Text:
-        return Text([self]) + other
+    def __add__(self, other: object) -> SymbolicConcat:
+        return SymbolicConcat([self]) + other
 
-    def __radd__(self, other: object) -> Text:
-        return other + Text([self])
+    def __radd__(self, other: object) -> SymbolicConcat:
+        return other + SymbolicConcat([self])
 
     def startswith(self, part: str | tuple[str, ...]) -> bool:
         return self._asked("startswith", part)
@@ -105,55 +105,55 @@ class Word(_Unknown):
     def endswith(self, part: str | tuple[str, ...]) -> bool:
         return self._asked("endswith", part)
 
-    def strip(self, characters: str | None = None) -> Word:
+    def strip(self, characters: str | None = None) -> SymbolicStr:
         return self._changed("strip", characters)
 
-    def lstrip(self, characters: str | None = None) -> Word:
+    def lstrip(self, characters: str | None = None) -> SymbolicStr:
         return self._changed("lstrip", characters)
 
-    def rstrip(self, characters: str | None = None) -> Word:
+    def rstrip(self, characters: str | None = None) -> SymbolicStr:
         return self._changed("rstrip", characters)
 
-    def split(self, separator: str, _most: int = -1) -> list[Word]:
+    def split(self, separator: str, _most: int = -1) -> list[SymbolicStr]:
         """Where the separator is not in it."""
         return [self] if isinstance(separator, str) and separator not in self else self._refuse()
 
     rsplit = split
 
-    def replace(self, old: str, _new: str) -> Word:
+    def replace(self, old: str, _new: str) -> SymbolicStr:
         """Where there is nothing to replace."""
         return self if isinstance(old, str) and old not in self else self._refuse()
 
 
-class Text(_Unknown):
+class SymbolicConcat(_Unknown):
     """Strings and words side by side: what a template puts together to print it."""
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._parts = list(parts)
 
-    def __add__(self, other: object) -> Text:
-        return Text([*self._parts, *_parts(other)])
+    def __add__(self, other: object) -> SymbolicConcat:
+        return SymbolicConcat([*self._parts, *_parts(other)])
 
-    def __radd__(self, other: object) -> Text:
-        return Text([*_parts(other), *self._parts])
+    def __radd__(self, other: object) -> SymbolicConcat:
+        return SymbolicConcat([*_parts(other), *self._parts])
 
     def __bool__(self) -> bool:
         return any(isinstance(part, str) and part for part in self._parts) or any(map(bool, self._parts))
 
-    def strip(self, characters: str | None = None) -> Text:
+    def strip(self, characters: str | None = None) -> SymbolicConcat:
         return self.lstrip(characters).rstrip(characters)
 
-    def lstrip(self, characters: str | None = None) -> Text:
-        return Text(_without_blank_beginning(self._parts, lambda part: part.lstrip(characters)))
+    def lstrip(self, characters: str | None = None) -> SymbolicConcat:
+        return SymbolicConcat(_without_blank_beginning(self._parts, lambda part: part.lstrip(characters)))
 
-    def rstrip(self, characters: str | None = None) -> Text:
-        return Text(_without_blank_beginning(self._parts[::-1], lambda part: part.rstrip(characters))[::-1])
+    def rstrip(self, characters: str | None = None) -> SymbolicConcat:
+        return SymbolicConcat(_without_blank_beginning(self._parts[::-1], lambda part: part.rstrip(characters))[::-1])
 
 
-class Length(_Unknown):
+class SymbolicLength(_Unknown):
     """How many characters a word has: known to be none, or some."""
 
-    def __init__(self, word: Word) -> None:
+    def __init__(self, word: SymbolicStr) -> None:
         self._word = word
 
     def __bool__(self) -> bool:
@@ -171,14 +171,14 @@ class Length(_Unknown):
     __hash__ = _Unknown.__hash__
 
 
-class Value(_Unknown):
+class SymbolicJson(_Unknown):
     """A tool's definition or a call's arguments: an object that is printed as JSON or not at all."""
 
-    def __init__(self, recorder: Recorder, leaf: Leaf, value: Any) -> None:
-        self._recorder, self._leaf, self._value = recorder, leaf, value
+    def __init__(self, recorder: Recorder, ref: ValueRef, value: Any) -> None:
+        self._recorder, self._ref, self._value = recorder, ref, value
 
     def __bool__(self) -> bool:
-        return self._recorder.ask(self._leaf, self._value, "__len__", ())
+        return self._recorder.ask(self._ref, self._value, "__len__", ())
 
 
 class Recorder:
@@ -187,9 +187,9 @@ class Recorder:
     def __init__(self) -> None:
         self.guards: dict[Guard, None] = {}
 
-    def ask(self, leaf: Leaf, value: Any, method: str, arguments: tuple[Any, ...]) -> bool:
+    def ask(self, ref: ValueRef, value: Any, method: str, arguments: tuple[Any, ...]) -> bool:
         answer = bool(getattr(value, method)(*arguments))
-        self.guards[Guard(leaf, method, arguments, answer)] = None
+        self.guards[Guard(ref, method, arguments, answer)] = None
         return answer
 
 
@@ -229,9 +229,9 @@ class TracedTemplate:
 
 
 def _parts(item: object) -> list[Any]:
-    if isinstance(item, Text):
+    if isinstance(item, SymbolicConcat):
         return item._parts
-    if isinstance(item, str | Word):
+    if isinstance(item, str | SymbolicStr):
         return [item]
     raise Untraceable
 
@@ -244,12 +244,12 @@ def _without_blank_beginning(parts: Sequence[Any], strip: Callable[[Any], Any]) 
     return []
 
 
-def _merged(parts: Iterable[Any]) -> list[str | Leaf]:
+def _merged(parts: Iterable[Any]) -> list[str | ValueRef]:
     """Strings that follow one another as one, words by their leaves."""
-    result: list[str | Leaf] = []
+    result: list[str | ValueRef] = []
     for part in parts:
-        if isinstance(part, Word):
-            result.append(part._leaf)
+        if isinstance(part, SymbolicStr):
+            result.append(part._ref)
         elif result and isinstance(result[-1], str):
             result[-1] += part
         else:
@@ -265,14 +265,14 @@ def _no_word(other: object) -> bool:
 
 
 def _shown(value: object = "") -> Any:
-    return value if isinstance(value, Word | Text) else str(value)
+    return value if isinstance(value, SymbolicStr | SymbolicConcat) else str(value)
 
 
 def _joined(items: Iterable[Any]) -> Any:
     parts = [part for item in items for part in _parts(_shown(item)) if not isinstance(part, str) or part]
     if len(parts) == 1:  # what a macro makes of a word alone can be asked like that word
         return parts[0]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else Text(parts)
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else SymbolicConcat(parts)
 
 
 def _trim(value: Any, characters: str | None = None) -> Any:
@@ -280,24 +280,24 @@ def _trim(value: Any, characters: str | None = None) -> Any:
 
 
 def _length(value: Any) -> Any:
-    return Length(value) if isinstance(value, Word) else len(value)
+    return SymbolicLength(value) if isinstance(value, SymbolicStr) else len(value)
 
 
 def _to_json(environment: Any) -> Callable[..., Any]:
     plain = environment.filters["tojson"]
 
     def to_json(value: Any, **options: Any) -> Any:
-        if not isinstance(value, Word | Value):
+        if not isinstance(value, SymbolicStr | SymbolicJson):
             return plain(value, **options)
-        leaf = Leaf(value._leaf.number, (*value._leaf.ops, ("tojson", tuple(options.items()))))
-        return Word(value._recorder, leaf, plain(value._value, **options))
+        ref = ValueRef(value._ref.number, (*value._ref.ops, ("tojson", tuple(options.items()))))
+        return SymbolicStr(value._recorder, ref, plain(value._value, **options))
 
     return to_json
 
 
 def _is(name: str, environment: Any) -> Callable[..., bool]:
     plain = environment.tests[name]
-    kind = (Word, Text) if name == "string" else Value
+    kind = (SymbolicStr, SymbolicConcat) if name == "string" else SymbolicJson
     return lambda value: isinstance(value, kind) if isinstance(value, _Unknown) else plain(value)
 
 
