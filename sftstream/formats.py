@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from sftstream.excerpt import excerpt
 from sftstream.records import Conversation, Message, Refused, Role, ToolCall, ToolCalls
 
 Row = Mapping[str, Any]
@@ -175,7 +176,7 @@ def _alpaca(row: Row) -> Iterable[Message]:
     history = row.get("history") or []
     for pair in history if _is_list(history) else [history]:
         if not _is_list(pair) or len(pair) != 2:
-            raise Refused("bad history", f"{_excerpt(pair)} is not a pair of question and answer")
+            raise Refused("bad history", f"{excerpt(pair)} is not a pair of question and answer")
         yield Message("user", _text(pair[0], "history"))
         yield Message("assistant", _text(pair[1], "history"))
     question = _text(row["instruction"], "instruction")
@@ -267,7 +268,7 @@ def _train(turn: Mapping[str, Any], path: str) -> bool | None:
     flag = _first(turn, "train", "weight")
     if flag is not None and flag not in (0, 1):
         raise Refused(
-            "bad weight", f"{path} is to be trained {_excerpt(flag)} times; train and weight say no or yes, 0 or 1"
+            "bad weight", f"{path} is to be trained {excerpt(flag)} times; train and weight say no or yes, 0 or 1"
         )
     return None if flag is None else bool(flag)
 
@@ -280,7 +281,7 @@ def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, 
         # Tool results are stored as objects here and there; a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     if not _is_list(content):
-        raise Refused("not text", f"{path} has content {_excerpt(content)}, neither text nor a list of parts")
+        raise Refused("not text", f"{path} has content {excerpt(content)}, neither text nor a list of parts")
     texts, reasonings = [], []
     calls: list[ToolCall] = []
     for part in content:
@@ -293,7 +294,7 @@ def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, 
             reasonings.append(_text(_first(part, kind, "text", "value"), path))
         else:
             raise Refused(
-                "unknown content part", f"{path} has a part {_excerpt(part)}; text, reasoning, tool_call are known"
+                "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
             )
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 
@@ -315,7 +316,7 @@ def _call(call: Any, path: str) -> ToolCall:
             arguments = _decoded(_first(function, "arguments", "parameters") or {})
             if isinstance(arguments, Mapping):
                 return ToolCall(function["name"], dict(arguments), _optional_text(call, path, "id"))
-    raise Refused("bad tool call", f"{path}: {_excerpt(call)} has no name and arguments")
+    raise Refused("bad tool call", f"{path}: {excerpt(call)} has no name and arguments")
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -323,7 +324,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
         return ()
     tools = [_decoded(tool) for tool in (value if _is_list(value) else [value])]
     if not all(isinstance(tool, Mapping) for tool in tools):
-        raise Refused("bad tools", f"{_excerpt(value)} is not a list of tool definitions")
+        raise Refused("bad tools", f"{excerpt(value)} is not a list of tool definitions")
     return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
 
 
@@ -385,10 +386,5 @@ def _optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | N
 
 def _text(value: Any, path: str) -> str:
     if not isinstance(value, str):
-        raise Refused("not text", f"{path} is a {type(value).__name__}: {_excerpt(value)}")
+        raise Refused("not text", f"{path} is a {type(value).__name__}: {excerpt(value)}")
     return value
-
-
-def _excerpt(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
+from sftstream.excerpt import excerpt
 from sftstream.rendering.turns import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
@@ -100,7 +101,7 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     if isinstance(before, list | tuple) and isinstance(after, list | tuple):
         pairs = itertools.zip_longest(before, after)
         return _flat(differences(b, a, f"{path}[{i}]") for i, (b, a) in enumerate(pairs))
-    return [] if before == after else [f"{path}: {_short(before)} -> {_short(after)}"]
+    return [] if before == after else [f"{path}: {excerpt(before, 72)} -> {excerpt(after, 72)}"]
 
 
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
@@ -124,11 +125,6 @@ def _is_named(difference: str, name: str) -> bool:
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:
     return [item for part in lists for item in part]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 72 else f"{text[:69]}..."
 
 
 def _sha256(text: str) -> str:

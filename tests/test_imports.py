@@ -15,6 +15,7 @@ ORDER = {
     "sftstream": [
         "records",
         "config",
+        "excerpt",
         "cache",
         "sources.rows",
         "sources.row_index",

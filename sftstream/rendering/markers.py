@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sftstream.excerpt import excerpt
 from sftstream.records import Refused
 from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage
 
@@ -197,8 +198,3 @@ def _check_verbatim(printed: str, words: str, payload: Payload) -> None:
         raise Refused(
             "template alters text", f"message {payload.message}: {excerpt(words)} is printed as {excerpt(printed)}"
         )
-
-
-def excerpt(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

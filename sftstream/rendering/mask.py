@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from sftstream.config import Policy
+from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
-from sftstream.rendering.markers import Located, Payload, excerpt
+from sftstream.rendering.markers import Located, Payload
 from sftstream.rendering.turns import Turn, TurnFormat
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.excerpt import excerpt
+
 REMEDY = "set data.tokenizer.backend = 'huggingface'"
 
 Reference = Callable[[str], Sequence[int]]
@@ -115,8 +117,7 @@ def _give_back_memory() -> None:
 
 
 def _difference(text: str) -> str:
-    shown = repr(text if len(text) <= 200 else f"{text[:200]}...")
-    return f"{version()} gives other ids than tokenizers for {shown}; {REMEDY}"
+    return f"{version()} gives other ids than tokenizers for {excerpt(text, 200)}; {REMEDY}"
 
 
 def probes(special: Sequence[str]) -> Iterator[str]:

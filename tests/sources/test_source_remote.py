@@ -265,9 +265,7 @@ def test_a_remote_path_that_matches_nothing_is_refused(memory: MemoryFileSystem)
     )
 
 
-@pytest.mark.parametrize(
-    ("fields", "what"), [({"split": "a"}, "split = 'a'"), ({"subset": "b"}, "subset = 'b'")]
-)
+@pytest.mark.parametrize(("fields", "what"), [({"split": "a"}, "split = 'a'"), ({"subset": "b"}, "subset = 'b'")])
 def test_a_split_of_a_remote_directory_of_files_is_refused(
     memory: MemoryFileSystem, fields: dict[str, str], what: str
 ) -> None:

@@ -236,9 +236,7 @@ def test_columns_are_renamed_and_the_others_left_out(tmp_path: Path) -> None:
     assert source.read(3) == [1]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")])
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(lines(1))
     assert refusal(tmp_path / name) == (

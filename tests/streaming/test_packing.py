@@ -95,7 +95,12 @@ def test_labels_are_the_next_trained_tokens_and_never_cross_a_segment(masks: lis
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_pack_through_a_queue_is_the_same_pack(asked: bool) -> None:
     pack = build_pack(
-        [example([1, 2, 3], [0, 1, 1])], [Segment(0, 5, 3, 1)], 6, PAD, [Refusal(0, 1, 0, "why", "because")], exhausted=True
+        [example([1, 2, 3], [0, 1, 1])],
+        [Segment(0, 5, 3, 1)],
+        6,
+        PAD,
+        [Refusal(0, 1, 0, "why", "because")],
+        exhausted=True,
     )
     if asked:  # what was made of it for a model stays behind
         assert pack.labels.tolist() == [2, 3, X, X, X, X]
@@ -132,7 +137,9 @@ def test_a_digest_tells_ids_labels_and_borders_apart_and_nothing_else() -> None:
     assert len(set(digests)) == 5
     assert digests[0] == "0ef111cfe9d11375f5d3598f3bbfeccd5139f831a96e79db27706c5b2c814471"
     other = Segment(0, 1, 4, 0)
-    again = build_pack([example([1, 2, 3, 4], [0, 1, 1, 1])], [other], 4, 0, [Refusal(0, 0, 0, "a", "b")], exhausted=True)
+    again = build_pack(
+        [example([1, 2, 3, 4], [0, 1, 1, 1])], [other], 4, 0, [Refusal(0, 0, 0, "a", "b")], exhausted=True
+    )
     assert again.digest() == digests[0]
 
 
