@@ -26,7 +26,7 @@ format: .venv/dev
 
 # Real conversations where SFTSTREAM_REALDATA or ../shared/data has them, else the demo's; BENCH="--rows 2000" and the like.
 bench: .venv/bench
-	$(BIN)/python benchmarks/pipeline.py $(BENCH)
+	$(BIN)/python benchmarks/pipeline/pipeline.py $(BENCH)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,7 @@ from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.stream import read_conversations
 from sftstream.tokenization.encoder import ChatEncoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",

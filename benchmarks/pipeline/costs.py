@@ -21,7 +21,7 @@ from corpus import DAY, Job
 
 from sftstream import DataConfig, PackAssignment, PackLoader
 from sftstream.state import DataState
-from trainer.training.step_reader import Feed
+from trainer.training.step_reader import StepReader
 
 PACE = 100_000
 """Tokens a second that the consumer takes."""
@@ -131,25 +131,25 @@ def waiting(request: Request) -> dict[str, float]:
     It takes its packs as the trainer does: those of a step together, read while it sleeps away the step before.
     """
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
-    feed = Feed(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
-    feed.packs(0)
-    feed.read_ahead()
+    reader = StepReader(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
+    reader.packs(0)
+    reader.read_ahead()
     steps = itertools.count(1)
-    first, soon = waited(feed, steps, request, max(request.job.patience, request.seconds / 4))
-    later, packs = waited(feed, steps, request, request.seconds)
-    feed.close()
+    first, soon = waited(reader, steps, request, max(request.job.patience, request.seconds / 4))
+    later, packs = waited(reader, steps, request, request.seconds)
+    reader.close()
     return {"first": first, "soon": soon, "later": later, "packs": packs}
 
 
-def waited(feed: Feed, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
+def waited(reader: StepReader, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
     """The share of so many seconds, and the packs taken in them."""
     waited, packs, began = 0.0, 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         time.sleep(STEP * request.job.capacity / PACE)
         asked = time.perf_counter()
-        packs += len(feed.packs(next(steps)))
+        packs += len(reader.packs(next(steps)))
         waited += time.perf_counter() - asked
-        feed.read_ahead()
+        reader.read_ahead()
     return waited / (time.perf_counter() - began), packs
 
 

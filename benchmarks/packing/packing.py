@@ -1,8 +1,9 @@
-"""How full packs are: ours against next-fit and first-fit into 8 open packs, on the same lengths in the same run.
+"""Compare how full packs become: our planner, next-fit and first-fit into 8 open packs, on equal lengths in one run.
 
-    python benchmarks/packing.py            # lengths of real conversations where SFTSTREAM_REALDATA has them, else log-normal
+    python benchmarks/packing/packing.py
 
-Prints one table: the share of slots that conversations take, in percent, and microseconds a conversation.
+Reads lengths of real conversations if SFTSTREAM_REALDATA names a directory with them, else draws log-normal lengths.
+Prints one table: the share of slots filled by conversations, in percent, and microseconds a conversation.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def real_lengths(root: Path) -> list[int]:
 
 def main() -> None:
     """Print the table."""
-    root = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).parents[2] / "shared" / "data")
+    root = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
     draw = random.Random(0)
     lengths = real_lengths(root) if root.is_dir() else [int(draw.lognormvariate(5.7, 0.9)) + 8 for _ in range(ROWS)]
     draw.shuffle(lengths)

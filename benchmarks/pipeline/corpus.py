@@ -21,6 +21,7 @@ from sftstream.rendering.template import template_message
 from sftstream.sources import BrokenRow, FileSet
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 DAY = "2024-07-26"
 """What Llama 3.1's template prints where it is not told the day, as peers do not tell it."""
 SEED = 0
@@ -86,7 +87,7 @@ class Job(msgspec.Struct, frozen=True):
 
 def find_data(directory: Path | None, capacity: int) -> Data:
     """Real conversations where there are any, else those of the demo."""
-    beside = HERE.parents[1] / "shared" / "data"
+    beside = ROOT.parent / "shared" / "data"
     root = directory or Path(os.environ.get("SFTSTREAM_REALDATA") or beside)
     if root.is_dir():
         llama = root / "tokenizers" / "llama3"
@@ -94,7 +95,7 @@ def find_data(directory: Path | None, capacity: int) -> Data:
         return Data(files, str(llama), str(llama / "chat_template_training.jinja"), capacity)
     if directory:
         raise SystemExit(f"{directory} is no directory")
-    demo = HERE.parent / "examples" / "demo"
+    demo = ROOT / "examples" / "demo"
     files = tuple(
         str(demo / "data" / name) for name in ("messages.jsonl", "sharegpt.json", "alpaca.jsonl", "pairs.parquet")
     )

@@ -1,4 +1,4 @@
-"""How near to transformers, and at what price, as Markdown: `python benchmarks/parity.py > benchmarks/parity.md`.
+"""How near to transformers, and at what price, as Markdown: `python benchmarks/gpu/parity.py > benchmarks/gpu/parity.md`.
 
 Families over ranks on a CPU with gloo. Then, where there is a GPU, a Llama of 1B on it: parity in bfloat16, compiled layers over
 50 packs of different divisions, the price of determinism, and what a plan says against what the device held.
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 import transformers
+from packs import random_packs
 
-from sftstream import Pack, Segment
+from sftstream import Pack
 from trainer.config import parse_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, distributed
-from trainer.estimate import plan
+from trainer.estimate import estimate
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.hf_config import read_config
 from trainer.llama.model import Llama, LlamaConfig, init_weights
@@ -143,19 +143,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def random_packs(shape: LlamaConfig, capacity: int, count: int) -> list[Pack]:
-    """Packs of 1 to 64 conversations, 60 % of the tokens trained, none like another."""
-    draw = np.random.default_rng(0)
-    packs = []
-    for number in range(count):
-        cuts = np.sort(draw.permutation(capacity - 1)[: number % 64]) + 1
-        borders = np.array([0, *cuts, capacity], np.int32)
-        segments = tuple(Segment(0, row, length, 0) for row, length in enumerate(np.diff(borders).tolist()))
-        ids = draw.integers(shape.vocab_size, size=capacity, dtype=np.int32)
-        packs.append(Pack(ids, draw.random(capacity) < 0.6, borders, segments))
-    return packs
-
-
 class Trial:
     """A model that steps over packs, one a step."""
 
@@ -243,7 +230,7 @@ def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: in
 def _planned(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
     data = {"sources": [{"path": "none"}], "tokenizer": {"path": "none"}, "capacity": capacity, "global_batch": 1}
     tables = {"run": {"steps": 1, **ways}, "data": data | {"streams": 1}, "model": msgspec.to_builtins(shape)}
-    return sum(plan(parse_config(tables), shape, 1).memory.values()) / 2**30
+    return sum(estimate(parse_config(tables), shape, 1).memory.values()) / 2**30
 
 
 def _alone(_: int, work: Callable[..., None], arguments: list[float]) -> None:
@@ -271,7 +258,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPUs"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     print("# How near to transformers\n")
-    print(f"`python benchmarks/parity.py`, {time.strftime('%Y-%m-%d')}; {where}; {versions}.\n")
+    print(f"`python benchmarks/gpu/parity.py`, {time.strftime('%Y-%m-%d')}; {where}; {versions}.\n")
     print("## Over ranks, on a CPU\n")
     families_on_a_cpu()
     if not gpu:

@@ -1,6 +1,6 @@
 """From conversations to packs: ours, the bare tokenizers and other systems on the same rows. Prints Markdown tables.
 
-    python benchmarks/pipeline.py [--rows 20000] [--rounds 5] [--data DIRECTORY] [--gigabytes 1] [--no-peers]
+    python benchmarks/pipeline/pipeline.py [--rows 20000] [--rounds 5] [--data DIRECTORY] [--gigabytes 1] [--no-peers]
 
 DIRECTORY holds `conversations/*/*` and `tokenizers/llama3`; by default SFTSTREAM_REALDATA, else the demo's conversations are
 read. Ids and masks of every conversation are compared with those of the reference before anything is measured. pipeline.md

@@ -37,17 +37,17 @@ def compared(job: Job, truth: Truth, rounds: int, *, with_peers: bool) -> Iterat
     """The table's rows. AssertionError where a system has other ids than ours."""
     systems = [*TOKENIZERS, *OURS, *(PEERS if with_peers else ())]
     once = {system.name: read_once(system, job, truth) for system in systems if system.present}
-    span_byte_bounds: dict[str, list[Measured]] = {name: [] for name, found in once.items() if found}
+    measurements: dict[str, list[Measured]] = {name: [] for name, found in once.items() if found}
     for _ in range(rounds):
         for system in systems:
-            if system.name in span_byte_bounds:
-                span_byte_bounds[system.name].append(measure(system, job))
-    raw = median(span_byte_bounds[RAW.name], -1)
+            if system.name in measurements:
+                measurements[system.name].append(measure(system, job))
+    raw = median(measurements[RAW.name], -1)
     for system in systems:
         if not system.present:
             yield system.name, "absent", *[""] * (len(COLUMNS) - 2)
         elif found := once[system.name]:
-            yield from cells(system, span_byte_bounds[system.name], found, raw)
+            yield from cells(system, measurements[system.name], found, raw)
         else:
             yield system.name, "failed", *[""] * (len(COLUMNS) - 2)
 
@@ -72,18 +72,17 @@ def read_once(system: System, job: Job, truth: Truth) -> Once | None:
     return Once(found.seconds, other)
 
 
-def cells(system: System, span_byte_bounds: list[Measured], once: Once, raw: float) -> Iterator[Sequence[str]]:
+def cells(system: System, measurements: list[Measured], once: Once, raw: float) -> Iterator[Sequence[str]]:
     """One row; of a system that goes on in one process two, its first pass and what it comes to."""
     passes: tuple[tuple[str, int], ...] = (("", -1),)
     if system.endless and not system.workers:
         passes = ((", rows that it never saw", 0), (", second pass", -1))
-    first = statistics.median(one.first for one in span_byte_bounds)
+    first = statistics.median(one.first for one in measurements)
     peak, imported = (
-        statistics.median(values) / 1e6
-        for values in zip(*[(m.peak, m.imported) for m in span_byte_bounds], strict=True)
+        statistics.median(values) / 1e6 for values in zip(*[(m.peak, m.imported) for m in measurements], strict=True)
     )
     for name, number in passes:
-        rate = median(span_byte_bounds, number)
+        rate = median(measurements, number)
         yield (
             f"{system.name}{name}",
             f"{rate / 1e6:.2f}",
@@ -96,6 +95,6 @@ def cells(system: System, span_byte_bounds: list[Measured], once: Once, raw: flo
         )
 
 
-def median(span_byte_bounds: list[Measured], number: int) -> float:
+def median(measurements: list[Measured], number: int) -> float:
     """Tokens a second of a pass."""
-    return statistics.median(one.rates[number] for one in span_byte_bounds)
+    return statistics.median(one.rates[number] for one in measurements)

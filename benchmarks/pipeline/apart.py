@@ -74,11 +74,11 @@ def respond(encoded: bytes) -> Checked | Measured:
     for module in system.imports:
         importlib.import_module(module)
     job = msgspec.structs.replace(request.job, workers=system.workers, backend=system.backend, once=request.check)
-    return checked(system, job) if request.check else span_byte_bounds(system, job)
+    return check_here(system, job) if request.check else measure_here(system, job)
 
 
 @dataclass
-class CorpusReader:
+class PackReader:
     """Takes packs of one system and looks at its memory now and then."""
 
     system: System
@@ -100,7 +100,7 @@ class CorpusReader:
         return tokens
 
 
-def span_byte_bounds(system: System, job: Job) -> Measured:
+def measure_here(system: System, job: Job) -> Measured:
     """In this process."""
     imported = high_water()
     clock = time.perf_counter if system.workers else time.process_time
@@ -111,7 +111,7 @@ def span_byte_bounds(system: System, job: Job) -> Measured:
     first = next(packs)
     seconds = time.perf_counter() - began
     after_first = clock()
-    reading = CorpusReader(system, chain([first], packs))
+    reading = PackReader(system, chain([first], packs))
     if system.counted == "until the first pack":
         rates = [reading.tokens() / (after_first - opened)]
     elif system.counted == "all":
@@ -123,7 +123,7 @@ def span_byte_bounds(system: System, job: Job) -> Measured:
     return Measured(seconds, rates, high_water() + reading.private, imported)
 
 
-def _passes(reading: CorpusReader, job: Job, clock: Callable[[], float]) -> list[float]:
+def _passes(reading: PackReader, job: Job, clock: Callable[[], float]) -> list[float]:
     """One, or where it goes on two."""
     if not reading.system.endless:
         return [_rate(reading.tokens, clock, clock())]
@@ -137,7 +137,7 @@ def _rate(run: Callable[[], int], clock: Callable[[], float], began: float) -> f
     return tokens / (clock() - began)
 
 
-def checked(system: System, job: Job) -> Checked:
+def check_here(system: System, job: Job) -> Checked:
     """In this process."""
     assert system.sequences
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Tokens a second of a model on several GPUs, without data to wait for, as rows of Markdown.
 
-    torchrun --nproc-per-node RANKS benchmarks/spread.py [--tp 1] [--shapes small 8b] [--layers plain compiled]
+    torchrun --nproc-per-node RANKS benchmarks/gpu/spread.py [--tp 1] [--shapes small 8b] [--layers plain compiled]
         [--capacity 8192] [--steps 5]
 
 Steps of `PACKS` random packs for each data-parallel rank, each of some 40 conversations, deterministic, in bfloat16 on GPUs; the
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from parity import random_packs
+from packs import random_packs
 
 from sftstream import Pack
 from trainer.distributed.determinism import determinism

@@ -1,6 +1,6 @@
 """How long the real trainer waits for its data, by default on one GPU with two workers.
 
-    python benchmarks/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2]
+    python benchmarks/gpu/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2]
                                    [--dp 1] [--tp 1]
 
 Models of several depths go through the data at several speeds, `--dp` times `--tp` processes each. Prints for each the tokens a
@@ -97,7 +97,7 @@ def row(layers: int, steps: Sequence[StepMetrics]) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = Path(__file__).resolve().parents[1] / "examples" / "demo"
+    demo = Path(__file__).resolve().parents[2] / "examples" / "demo"
     parser.add_argument("--rows", nargs="+", default=[str(demo / "data" / "messages.jsonl")])
     parser.add_argument("--tokenizer", default=str(demo / "tokenizer"))
     parser.add_argument("--vocabulary", type=int, default=128_256)

@@ -38,7 +38,7 @@ def rates_of_files(data: Data, rows: int, rounds: int) -> Iterator[tuple[str, fl
         conversations = [conversation for conversation, _ in found]
         variants = stages(conversations, quick, slow) | {"packs": packs(path, data, found)}
         tokens = sum(len(example.tokens) for _, example in found) / len(found)
-        yield Path(path).name, tokens, span_byte_bounds(variants, rounds)
+        yield Path(path).name, tokens, median_rates(variants, rounds)
 
 
 def stages(conversations: Sequence[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> Variants:
@@ -99,7 +99,7 @@ def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) 
     return run
 
 
-def span_byte_bounds(variants: Variants, rounds: int) -> dict[str, float]:
+def median_rates(variants: Variants, rounds: int) -> dict[str, float]:
     """Tokens a CPU-second of each: the median of rounds, in each of which all have a turn."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):

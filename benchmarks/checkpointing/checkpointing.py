@@ -1,6 +1,6 @@
 """What safety costs: save and load against plain safetensors with fsync, and what a save in the background costs a step.
 
-    python benchmarks/checkpointing.py [--gib 2] [--rounds 5] [--ranks 1 2] [--device cpu] [--directory /tmp]
+    python benchmarks/checkpointing/checkpointing.py [--gib 2] [--rounds 5] [--ranks 1 2] [--device cpu] [--directory /tmp]
 
 Both sides write and read the same tensors, as many bytes a rank, and force them to the disk; ours hashes all of them as well,
 commits, and verifies before it loads. Rounds take turns; prints medians and the fastest of seconds, and the ratios of both.
