@@ -1,11 +1,13 @@
-"""What safety costs: save and load against plain safetensors with fsync, and what a save in the background costs a step.
+"""Measure the cost of safety: save and load against plain safetensors with fsync, and the wait for
+a background save.
 
-    python benchmarks/checkpointing/checkpointing.py [--gib 2] [--rounds 5] [--ranks 1 2] [--device cpu] [--directory /tmp]
+    python benchmarks/checkpointing/checkpointing.py [--gib 2] [--rounds 5] [--ranks 1 2]
+        [--device cpu] [--directory DIRECTORY]
 
-Both sides write and read the same tensors, as many bytes a rank, and force them to the disk; ours hashes all of them as well,
-commits, and verifies before it loads. Rounds take turns; prints medians and the fastest of seconds, and the ratios of both.
-Files are read twice: as after a restart on another machine, with nothing of them in the page cache ("cold"), and with all of
-them there ("warm").
+Both sides write and read equal tensors, a fixed number of bytes per rank, with fsync; ours also
+hashes every byte, commits, and verifies before loading. Sides take turns; prints medians and minima
+of seconds and the ratios of both. Files are read twice: with an empty page cache ("cold"), as after
+a restart on another machine, and with everything cached ("warm").
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from checkpoints import CheckpointStore
 
 ROW = 4096
-"""Elements; a tensor has as many rows, like a matrix of a small language model."""
+"""Rows and columns of a tensor, like a matrix of a small language model."""
 
 
 class Rank:
-    """One process, its share of the tensors, and both ways to save and load them."""
+    """One process, its share of the tensors, and both ways to save and load."""
 
     def __init__(self, directory: Path, gib: float, device: str) -> None:
         self.directory = directory
@@ -49,12 +51,13 @@ class Rank:
         self.step = 0
 
     def save(self) -> None:
-        """Ours: hashed, forced, committed, known to all."""
+        """Save by `CheckpointStore`: hashed, fsynced, committed on all ranks."""
         self.step += 1
         self.store.save(self.step, self.state)
 
     def plain_save(self) -> None:
-        """The same bytes, a file a rank, under new names each time, forced; the old ones deleted."""
+        """Save equal bytes by safetensors, a file per rank under a new name, with fsync; delete
+        older files."""
         self.step += 1
         path = self.directory / f"plain-{self.step}-{self.index}"
         save_file({name: tensor.cpu() for name, tensor in self.local.items()}, path)
@@ -67,7 +70,7 @@ class Rank:
                 old.unlink()
 
     def forget(self) -> None:
-        """Takes the files out of the page cache."""
+        """Drop the files from the page cache."""
         for path in self.directory.glob("**/*"):
             if path.is_file():
                 descriptor = os.open(path, os.O_RDONLY)
@@ -75,30 +78,30 @@ class Rank:
                 os.close(descriptor)
 
     def load(self) -> None:
-        """Ours: verified, then read into the tensors that are there."""
+        """Load by `CheckpointStore`: verify, then read into the existing tensors."""
         step = self.store.latest()
         assert step is not None
         self.store.load(step, self.state)
 
     def plain_load(self) -> None:
-        """Into the tensors that are there."""
+        """Load by safetensors into the existing tensors."""
         (path,) = self.directory.glob(f"plain-*-{self.index}")
         for name, tensor in load_file(path).items():
             self.local[name].copy_(tensor)
 
     def copy(self) -> None:
-        """Device to host memory, pinned for a GPU, that was there before."""
+        """Copy from the device to existing host memory, pinned for a GPU."""
         for name, tensor in self.local.items():
             self.buffers[name].copy_(tensor, non_blocking=True)
         self._wait()
 
     def stall(self) -> None:
-        """What a step waits for a save in the background, once the one before it is done."""
+        """Start a background save after the previous one is done; a step waits for this call."""
         self.step += 1
         self.store.save_later(self.step, self.state)
 
     def prepare_copies(self) -> None:
-        """Both sides keep their host memory between saves."""
+        """Run both sides once, to allocate the host memory kept between saves."""
         pin = next(iter(self.local.values())).is_cuda
         self.buffers = {name: torch.empty_like(t, device="cpu", pin_memory=pin) for name, t in self.local.items()}
         self.copy()
@@ -111,7 +114,7 @@ class Rank:
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Until the last rank is done."""
+    """Return the seconds until the last rank is done."""
     dist.barrier()
     began = time.perf_counter()
     work()
@@ -120,7 +123,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def measure(index: int, ranks: int, meeting: str, options: argparse.Namespace, results: Any) -> None:
-    """On one rank; the first puts its medians and minima into `results`."""
+    """Measure on one rank; rank 0 puts medians and minima into `results`."""
     torch.set_num_threads(1)
     if options.device == "cuda":
         torch.cuda.set_device(index)

@@ -1,11 +1,11 @@
-"""How long the real trainer waits for its data, by default on one GPU with two workers.
+"""Measure how long the real trainer waits for its data, by default on one GPU with two workers.
 
-    python benchmarks/gpu/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16] [--steps 60] [--workers 2]
-                                   [--dp 1] [--tp 1]
+    python benchmarks/gpu/data_wait.py [--rows FILES] [--tokenizer DIR] [--layers 4 8 16]
+        [--steps 60] [--workers 2] [--dp 1] [--tp 1]
 
-Models of several depths go through the data at several speeds, `--dp` times `--tp` processes each. Prints for each the tokens a
-second, and the share of time in which the trainer waited for its packs: of the median step, and of all. The first 20 steps do
-not count: kernels are chosen and fastokens is loaded meanwhile.
+Models of several depths consume data at several speeds, in `--dp` times `--tp` processes each.
+Prints tokens per second and the share of time spent waiting for packs, for the median step and over
+all steps. The first 20 steps do not count: kernels are chosen and fastokens is loaded meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 from trainer.reporting.metrics import StepMetrics
 
 WARM_UP = 20
-"""Steps."""
+"""Steps before the measurement."""
 
 
 CONFIG = """
@@ -55,11 +55,11 @@ tp = {tp}
 every = 1000000000
 """
 PACKS = 8
-"""Of a step, for each that reads."""
+"""Packs of a step per data-parallel rank."""
 
 
 def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
-    """The steps after the warm-up of a run in a process of its own."""
+    """Run the trainer in new processes; return the metrics of the steps after the warm-up."""
     sources = ", ".join(f'{{ path = "{Path(path).resolve()}" }}' for path in arguments.rows)
     config = CONFIG.format(
         steps=WARM_UP + arguments.steps,
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
 
 
 def row(layers: int, steps: Sequence[StepMetrics]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     seconds, waited = sum(step.seconds for step in steps), sum(step.data_wait for step in steps)
     median = statistics.median(step.data_wait / step.seconds for step in steps)
     pack = statistics.median(step.data_wait for step in steps) / PACKS

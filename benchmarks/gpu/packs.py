@@ -9,7 +9,7 @@ from trainer.llama.model import LlamaConfig
 
 
 def random_packs(shape: LlamaConfig, capacity: int, count: int) -> list[Pack]:
-    """Packs of 1 to 64 conversations, 60 % of the tokens trained, none like another."""
+    """Return different packs of 1 to 64 conversations, 60 % of the tokens trained."""
     draw = np.random.default_rng(0)
     packs = []
     for number in range(count):

@@ -1,7 +1,10 @@
-"""How near to transformers, and at what price, as Markdown: `python benchmarks/gpu/parity.py > benchmarks/gpu/parity.md`.
+"""Measure parity with transformers and its price, as Markdown.
 
-Families over ranks on a CPU with gloo. Then, where there is a GPU, a Llama of 1B on it: parity in bfloat16, compiled layers over
-50 packs of different divisions, the price of determinism, and what a plan says against what the device held.
+    python benchmarks/gpu/parity.py > benchmarks/gpu/parity.md
+
+Model families over ranks on a CPU with gloo. Then, with a GPU, a Llama of 1B: parity in bfloat16,
+compiled layers over 50 packs with different segments, the price of determinism, and estimated
+against measured memory.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ SPREADS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2)]}
 
 
 def save_public(directory: Path, **keys: Any) -> Path:
-    """A model of transformers with random weights, norms and biases among them."""
+    """Save a transformers model with random weights, including norms and biases; return its
+    directory."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys))
     for parameter in model.parameters():
@@ -110,9 +114,9 @@ def on_a_rank(rank: int, ranks: int, port: int, tp: int, jobs: list[tuple[str, s
 def families_on_a_cpu() -> None:
     spreads = [(dp, tp) for spreads in SPREADS.values() for dp, tp in spreads]
     print(
-        "Errors of logits / loss / gradients, of the tensor that is nearest to its limit (`trainer/parity.py`); in float32 the"
+        "Errors of logits / loss / gradients, for the tensor nearest to its limit (`trainer/parity.py`); in float32 the"
     )
-    print("greedy tokens are the same too.\n")
+    print("greedy tokens are equal too.\n")
     print("| family | computed in | " + " | ".join(f"dp {dp} x tp {tp}" for dp, tp in spreads) + " |")
     print("|---|---|" + "---|" * len(spreads))
     with tempfile.TemporaryDirectory() as root:
@@ -144,7 +148,7 @@ def _free_port() -> int:
 
 
 class Trial:
-    """A model that steps over packs, one a step."""
+    """A model that steps over packs, one pack per step."""
 
     def __init__(self, shape: LlamaConfig, topology: Topology, capacity: int, **ways: Any) -> None:
         dtype = torch.bfloat16 if topology.device.type == "cuda" else torch.float32
@@ -162,7 +166,7 @@ class Trial:
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
 
     def step(self, pack: Pack) -> float:
-        """Seconds, the device's work included."""
+        """Run one step; return seconds, including the device's work."""
         began = time.perf_counter()
         train_step(  # waits for the device at its end
             self.model,
@@ -185,10 +189,8 @@ def compiled_without_recompiles(shape: LlamaConfig, topology: Topology, capacity
     plain = Trial(shape, topology, capacity)
     before = [plain.step(pack) for pack in (first, second, *packs)][2:]
     faster = statistics.median(before) / statistics.median(seconds)
-    print(
-        f"Compiled: 0 recompiles over {len(packs)} packs of 3 to 52 conversations (a recompile would be an error); warm-up "
-    )
-    print(f"{warm_up:.0f} s; a step takes 1/{faster:.2f} of the time of one that is not compiled (medians).\n")
+    print(f"Compiled: 0 recompiles over {len(packs)} packs of 3 to 52 conversations (a recompile would be an error);")
+    print(f"warm-up {warm_up:.0f} s; a step takes 1/{faster:.2f} of the time of a plain step (medians).\n")
 
 
 def price_of_determinism(shape: LlamaConfig, topology: Topology, capacity: int) -> None:
@@ -202,17 +204,17 @@ def price_of_determinism(shape: LlamaConfig, topology: Topology, capacity: int) 
         gc.collect()  # modules and hooks hold one another
     equal = all(torch.equal(a, b) for a, b in zip(ends[1], ends[2], strict=True))
     print(
-        f"Deterministic: {len(packs)} steps twice give {'the same' if equal else 'OTHER'} bits, at "
-        f"{medians[True] / medians[False]:.3f} times the time of steps that need not be (medians).\n"
+        f"Deterministic: {len(packs)} steps twice give {'equal' if equal else 'DIFFERENT'} bits, at "
+        f"{medians[True] / medians[False]:.3f} times the time of non-deterministic steps (medians).\n"
     )
 
 
 WAYS = [{"weights_dtype": w, "recompute": r} for w in ("float32", "bfloat16") for r in ("none", "selective", "full")]
 
 
-def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: int, *planned: float) -> None:
-    """`planned`: GiB in each of `WAYS`."""
-    print("| weights | recompute | planned, GiB | held at most, GiB | step, relative |")
+def estimated_and_measured_memory(shape: LlamaConfig, topology: Topology, capacity: int, *planned: float) -> None:
+    """Print estimated and measured memory; `planned` is GiB for each of `WAYS`."""
+    print("| weights | recompute | estimated, GiB | held at most, GiB | step, relative |")
     print("|---|---|---|---|---|")
     packs, first = random_packs(shape, capacity, 8), 0.0
     for way, size in zip(WAYS, planned, strict=True):
@@ -227,7 +229,7 @@ def plans_and_what_was_held(shape: LlamaConfig, topology: Topology, capacity: in
         gc.collect()  # modules and hooks hold one another
 
 
-def _planned(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
+def _estimated(shape: LlamaConfig, capacity: int, ways: dict[str, str]) -> float:
     data = {"sources": [{"path": "none"}], "tokenizer": {"path": "none"}, "capacity": capacity, "global_batch": 1}
     tables = {"run": {"steps": 1, **ways}, "data": data | {"streams": 1}, "model": msgspec.to_builtins(shape)}
     return sum(estimate(parse_config(tables), shape, 1).memory.values()) / 2**30
@@ -257,7 +259,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPUs"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print("# How near to transformers\n")
+    print("# Parity with transformers\n")
     print(f"`python benchmarks/gpu/parity.py`, {time.strftime('%Y-%m-%d')}; {where}; {versions}.\n")
     print("## Over ranks, on a CPU\n")
     families_on_a_cpu()
@@ -268,11 +270,17 @@ def main() -> None:
         (one_b_parity,),
         (compiled_without_recompiles, CAPACITY_OF_A_GPU),
         (price_of_determinism, CAPACITY_OF_A_GPU),
-        # Planned here: a plan pretends to be of a process group, and a trial is of one.
-        (plans_and_what_was_held, CAPACITY_OF_A_GPU, *(_planned(ONE_B, CAPACITY_OF_A_GPU, way) for way in WAYS)),
+        # Estimated here: an estimate uses a fake process group, a trial a real one.
+        (
+            estimated_and_measured_memory,
+            CAPACITY_OF_A_GPU,
+            *(_estimated(ONE_B, CAPACITY_OF_A_GPU, way) for way in WAYS),
+        ),
     ):
         print(flush=True)
-        mp.spawn(_alone, (work, arguments), nprocs=1)  # by itself: what one holds or compiles is not the next one's
+        mp.spawn(
+            _alone, (work, arguments), nprocs=1
+        )  # in a new process: memory and compiled code must not leak into the next work
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tokens a second of a model on several GPUs, without data to wait for, as rows of Markdown.
+"""Measure tokens per second of a model over several GPUs, on packs in memory, as rows of Markdown.
 
-    torchrun --nproc-per-node RANKS benchmarks/gpu/spread.py [--tp 1] [--shapes small 8b] [--layers plain compiled]
-        [--capacity 8192] [--steps 5]
+    torchrun --nproc-per-node RANKS benchmarks/gpu/spread.py [--tp 1] [--shapes small 8b]
+        [--layers plain compiled] [--capacity 8192] [--steps 5]
 
-Steps of `PACKS` random packs for each data-parallel rank, each of some 40 conversations, deterministic, in bfloat16 on GPUs; the
-median step counts. "small" is what `data_wait.py` trains, "8b" four of the layers and both ends of Llama 3.1 8B.
+Steps of `PACKS` random packs per data-parallel rank, about 40 conversations each, deterministic, in
+bfloat16 on GPUs; the median step counts. "small" is the model of `data_wait.py`, "8b" four layers
+and both ends of Llama 3.1 8B.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
 
 WARM_UP = 2
-"""Steps."""
+"""Steps before the measurement."""
 PACKS = 8
 
 
@@ -53,7 +54,7 @@ SHAPES = {
 
 @torch.no_grad()
 def built(shape: LlamaConfig, topology: Topology, capacity: int, *, compiled: bool) -> Llama:
-    """A model with random weights, drawn where they are: what `init_weights` draws on the CPU takes its time."""
+    """Build a model with random weights drawn on the device: faster than drawing on the CPU."""
     dtype = named_dtype("auto", topology.device)
     model = build(shape, topology.mesh, topology.device, capacity=capacity, compute_dtype=dtype)
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def built(shape: LlamaConfig, topology: Topology, capacity: int, *, compiled: bo
 
 
 def seconds(model: Llama, topology: Topology, packs: list[Pack]) -> Iterator[float]:
-    """Of one step after the other."""
+    """Train step after step; yield the seconds of each."""
     optimizer = build_optimizer(model, OptimizerConfig())
     mine = packs[topology.shard.index :: topology.shard.count]
     trained = sum(pack.trained_tokens for pack in packs)
@@ -76,7 +77,7 @@ def seconds(model: Llama, topology: Topology, packs: list[Pack]) -> Iterator[flo
 
 
 def row(name: str, topology: Topology, capacity: int, steps: int, layers: str) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     shape = SHAPES[name]
     packs = random_packs(shape, capacity, 32 + PACKS * topology.dp)[32:]  # the first have few conversations
     step = seconds(built(shape, topology, capacity, compiled=layers == "compiled"), topology, packs)

@@ -1,9 +1,11 @@
-"""Compare how full packs become: our planner, next-fit and first-fit into 8 open packs, on equal lengths in one run.
+"""Compare how full packs become: our planner, next-fit and first-fit into 8 open packs, on equal
+lengths in one run.
 
     python benchmarks/packing/packing.py
 
-Reads lengths of real conversations if SFTSTREAM_REALDATA names a directory with them, else draws log-normal lengths.
-Prints one table: the share of slots filled by conversations, in percent, and microseconds a conversation.
+Reads lengths of real conversations if SFTSTREAM_REALDATA names a directory with them, else draws
+log-normal lengths. Prints one table: the share of slots filled by conversations, in percent, and
+microseconds a conversation.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ROWS = 20_000
 
 
 class Lengths:
-    """Examples of given lengths, once, as a source that the packer reads."""
+    """Examples of given lengths as a source for the packer."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -45,10 +47,10 @@ class Lengths:
     wanted = 1
 
     def account(self, source: int, tokens: int, trained_tokens: int) -> None:
-        """It is not mixed."""
+        """Ignore the counts: this source is not mixed."""
 
     def expect(self, ref: Ref) -> None:
-        """Nothing waits at the beginning."""
+        """Do nothing: no conversation waits at the start."""
 
     def examples(self, ref: Ref) -> list[Example]:
         return [_example(self.lengths[ref.row])]
@@ -62,7 +64,7 @@ def _example(length: int) -> Example:
 
 
 def ours(lengths: list[int], capacity: int) -> int:
-    """Packs that one stream plans in windows of 256."""
+    """Return the packs of one stream with windows of 256."""
     config = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
     rows = Lengths(lengths)
     packer = Packer(rows, rows, rows, 0, config)
@@ -75,7 +77,7 @@ def ours(lengths: list[int], capacity: int) -> int:
 
 
 def next_fit(lengths: list[int], capacity: int) -> int:
-    """What does not fit begins a new pack."""
+    """Fill one pack after another; a conversation that does not fit begins a new pack."""
     packs, room = 1, capacity
     for length in lengths:
         if length > room:
@@ -85,7 +87,8 @@ def next_fit(lengths: list[int], capacity: int) -> int:
 
 
 def first_fit_of_eight(lengths: list[int], capacity: int) -> int:
-    """The first of eight open packs that has room; where none has, the fullest is closed."""
+    """Put each conversation into the first of eight open packs with room; without room, close the
+    fullest."""
     packs, rooms = 0, [capacity] * 8
     for length in lengths:
         at = next((i for i, room in enumerate(rooms) if room >= length), None)
@@ -97,7 +100,7 @@ def first_fit_of_eight(lengths: list[int], capacity: int) -> int:
 
 
 def real_lengths(root: Path) -> list[int]:
-    """Tokens of real conversations under the Llama 3 tokenizer."""
+    """Return the token counts of real conversations under the Llama 3 tokenizer."""
     encoder = ChatEncoder(str(root / "tokenizers" / "llama3"))
     lengths = []
     for path in sorted((root / "conversations").glob("*/*.json*")):

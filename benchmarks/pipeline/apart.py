@@ -1,4 +1,4 @@
-"""One system in a process of its own, so that neither caches nor memory of another are in the way."""
+"""Measure one system in a separate process, without caches or memory of another system."""
 
 from __future__ import annotations
 
@@ -21,54 +21,54 @@ X = TypeVar("X")
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a process is to do."""
+    """A measurement for a process to make."""
 
     system: str
     job: Job
     check: bool
-    """Read all rows once, without a stop, and say what became of each."""
+    """Read all rows once and return digests instead of rates."""
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What a process found."""
+    """Figures of one process."""
 
     first: float
-    """Seconds to the first pack, from where everything is imported and nothing opened."""
+    """Seconds to the first pack, from everything imported and nothing opened."""
     rates: list[float]
-    """Tokens a second of each pass: of CPU time where all is done in one process, else of wall time."""
+    """Tokens per second of each pass: of CPU time without workers, of wall time with workers."""
     peak: int
-    """Bytes: the most that the process held at once, and with it the private memory of its workers."""
+    """Peak bytes of the process, plus the private memory of its workers."""
     imported: int
-    """Bytes of it that were there before anything was opened."""
+    """Peak bytes before anything was opened."""
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """What a process made of the rows."""
+    """Digests of all rows as packed by one system."""
 
     seconds: float
-    """From where nothing was opened to the last pack."""
+    """Wall time from nothing opened to the last pack."""
     digests: list[tuple[bytes, bytes]]
 
 
 def measure(system: System, job: Job) -> Measured:
-    """In a new process."""
+    """Measure the system in a new process."""
     return _ask(system, job, Measured)
 
 
 def check(system: System, job: Job) -> Checked:
-    """In a new process."""
+    """Read all rows by the system in a new process."""
     return _ask(system, job, Checked)
 
 
 def _ask(system: System, job: Job, answer: type[X]) -> X:
-    """With caches that are empty and deleted afterwards."""
+    """Ask a new process, with an empty cache directory that is deleted afterwards."""
     request = Request(system.name, job, check=answer is Checked)
     with tempfile.TemporaryDirectory(prefix="cache-", dir=job.directory) as cache:
         return ask("apart", request, answer, cache, cpus=None if system.workers else 1, here=job.here)
 
 
 def respond(encoded: bytes) -> Checked | Measured:
-    """The new process's side."""
+    """Answer an encoded `Request` in the new process."""
     request = msgspec.json.decode(encoded, type=Request)
     system = SYSTEMS[request.system]
     for module in system.imports:
@@ -79,21 +79,22 @@ def respond(encoded: bytes) -> Checked | Measured:
 
 @dataclass
 class PackReader:
-    """Takes packs of one system and looks at its memory now and then."""
+    """The packs of one system, with its workers' memory sampled now and then."""
 
     system: System
     packs: Iterator[Any]
     taken: int = 0
     private: int = 0
-    """The most that workers were seen to hold."""
+    """Largest private memory of the workers seen so far, bytes."""
 
     def tokens(self, at_least: int | None = None, until: float = 0.0) -> int:
-        """Takes packs until there are so many tokens and it is so late, or all; says how many tokens there were."""
+        """Take packs until `at_least` tokens and the time `until` (perf_counter) are reached, or
+        all; return the tokens."""
         tokens = 0
         for pack in self.packs:
             tokens += self.system.tokens(pack)
             self.taken += 1
-            if self.taken.bit_count() == 1:  # after 1, 2, 4, 8, ... packs: looking is not free
+            if self.taken.bit_count() == 1:  # after 1, 2, 4, 8, ... packs: reading smaps costs time
                 self.private = max(self.private, workers_private())
             if at_least is not None and tokens >= at_least and time.perf_counter() >= until:
                 break
@@ -101,7 +102,7 @@ class PackReader:
 
 
 def measure_here(system: System, job: Job) -> Measured:
-    """In this process."""
+    """Measure the system in this process."""
     imported = high_water()
     clock = time.perf_counter if system.workers else time.process_time
     began = time.perf_counter()
@@ -124,7 +125,7 @@ def measure_here(system: System, job: Job) -> Measured:
 
 
 def _passes(reading: PackReader, job: Job, clock: Callable[[], float]) -> list[float]:
-    """One, or where it goes on two."""
+    """Return the rate of one pass, or of two if the system is endless."""
     if not reading.system.endless:
         return [_rate(reading.tokens, clock, clock())]
     first = _rate(lambda: reading.tokens(job.tokens), clock, clock())
@@ -138,7 +139,7 @@ def _rate(run: Callable[[], int], clock: Callable[[], float], began: float) -> f
 
 
 def check_here(system: System, job: Job) -> Checked:
-    """In this process."""
+    """Read all rows in this process and return their digests."""
     assert system.sequences
     began = time.perf_counter()
     packs = list(system.open(job)())

@@ -1,4 +1,7 @@
-"""Processes of their own, one thread each, and what they hold in memory: `python child.py MODULE CPUS < request`."""
+"""Run a request in a separate single-threaded process, and read memory figures.
+
+python child.py MODULE CPUS < request
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,15 @@ X = TypeVar("X")
 
 
 class Failed(RuntimeError):
-    """A process ended with an error, whose traceback this is."""
+    """A process ended with an error; the message is its traceback."""
 
 
 def ask(module: str, request: msgspec.Struct, answer: type[X], cache: str, *, cpus: int | None, here: bool) -> X:
-    """What the module's `respond` says to a request; whatever it caches goes into that directory.
+    """Return the answer of the module's `respond` to a request, with caches under the directory
+    `cache`.
 
-    In a process of its own, on so many CPUs; or `here`, which is quicker, to see whether it works.
+    Runs in a new process on `cpus` CPUs (None: all), or in this process if `here`, as a quick
+    trial. Raises Failed if the process ends with an error.
     """
     caches = {"SFTSTREAM_CACHE": f"{cache}/sftstream", "HF_DATASETS_CACHE": f"{cache}/datasets"}
     encoded = msgspec.json.encode(request)
@@ -50,22 +55,22 @@ def ask(module: str, request: msgspec.Struct, answer: type[X], cache: str, *, cp
 
 
 def respond(module: str, request: bytes) -> bytes:
-    """The module's answer."""
+    """Return the encoded answer of the module's `respond`."""
     return msgspec.json.encode(importlib.import_module(module).respond(request))
 
 
 def high_water() -> int:
-    """Bytes: the most of this process that was in memory at once (VmHWM), shared libraries included."""
+    """Return the peak resident bytes of this process (VmHWM), shared libraries included."""
     return _bytes("/proc/self/status", "VmHWM")
 
 
 def workers_private() -> int:
-    """Bytes that this process's children share with nobody (Private_* of smaps_rollup)."""
+    """Return the private bytes of all child processes (Private_* of smaps_rollup)."""
     return sum(private(child.pid) for child in multiprocessing.active_children() if child.pid)
 
 
 def private(pid: int) -> int:
-    """Bytes that a process shares with nobody; 0 where it has just ended."""
+    """Return the private bytes of a process; 0 if the process has just ended."""
     rollup = f"/proc/{pid}/smaps_rollup"
     try:
         return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
@@ -79,7 +84,7 @@ def _bytes(path: str, field: str) -> int:
 
 
 def main() -> None:
-    """Answer one request, in a line of its own, since libraries print too."""
+    """Answer the request on stdin in a separate line, since libraries print to stdout too."""
     module, cpus = sys.argv[1:]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(cpus) :])
     print("\n" + respond(module, sys.stdin.buffer.read()).decode(), flush=True)

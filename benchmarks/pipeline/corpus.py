@@ -1,4 +1,5 @@
-"""The conversations that all systems read: one file of JSON lines, their rendered texts, and what must become of them."""
+"""Prepare the conversations for all systems: a file of JSON lines, rendered texts, and expected ids
+and masks."""
 
 from __future__ import annotations
 
@@ -23,61 +24,63 @@ from sftstream.sources import BrokenRow, FileSet
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DAY = "2024-07-26"
-"""What Llama 3.1's template prints where it is not told the day, as peers do not tell it."""
+"""The date that Llama 3.1's template prints without a date argument; peers pass none."""
 SEED = 0
 
 
 class Truth(NamedTuple):
-    """What must become of the rows."""
+    """Expected ids and masks of the rows."""
 
     digests: Counter[tuple[bytes, bytes]]
-    """How often a pair of ids and loss mask occurs, each as a digest."""
+    """Count of each pair (digest of ids, digest of loss mask)."""
     typed: frozenset[bytes]
-    """Digests of the ids of conversations in which somebody typed a special token's text: words to us, a token to others."""
+    """Digests of ids of conversations with a typed special token's text: words to us, a token to
+    peers."""
 
 
 class Data(msgspec.Struct, frozen=True):
-    """Where conversations, tokenizer and chat template lie."""
+    """Paths of conversations, tokenizer and chat template."""
 
     files: tuple[str, ...]
     tokenizer: str
     tagged: str
-    """A template that prints the same text, with `{% generation %}` around what the assistant says."""
+    """A template with equal output and `{% generation %}` tags around the assistant's turns."""
     capacity: int
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What each system is given. All of it lies in one directory, which is deleted in the end."""
+    """The input of a system: files in one directory, deleted at the end, and settings."""
 
     directory: str
     tokenizer: str
     tagged: str
     capacity: int
     tokens: int
-    """Of all rows."""
+    """Tokens of all rows."""
     conversations: int
     workers: int = 0
     backend: str = "auto"
     once: bool = False
-    """Read all rows once and stop."""
+    """Read all rows once, then stop."""
     patience: float = 6.0
-    """Seconds that workers are given to settle before they are measured; a third of it is the least that is measured of a run
-    that goes on. 0 for a trial."""
+    """Seconds for workers to settle before a measurement; an endless run is measured for at least a
+    third. 0 for a trial."""
     here: bool = False
-    """In one process, for a trial."""
+    """Run in this process, as a trial."""
 
     @property
     def rows(self) -> Path:
-        """JSON lines with `messages`, and `tools` where there are any."""
+        """Path of the JSON lines with `messages` and optional `tools`."""
         return Path(self.directory) / "rows.jsonl"
 
     @property
     def texts(self) -> Path:
-        """The same as the chat template prints them: a JSON list."""
+        """Path of the rendered texts, a JSON list."""
         return Path(self.directory) / "texts.json"
 
     def parts(self, count: int) -> list[str]:
-        """The rows dealt out to as many files, for systems whose workers share files and not rows."""
+        """Split the rows over `count` files, for systems that give each worker a file; return the
+        paths."""
         lines = self.rows.read_bytes().splitlines(keepends=True)
         paths = [Path(self.directory) / f"part{part}of{count}.jsonl" for part in range(count)]
         for part, path in enumerate(paths):
@@ -86,7 +89,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def find_data(directory: Path | None, capacity: int) -> Data:
-    """Real conversations where there are any, else those of the demo."""
+    """Return the real conversations if present, else the demo's."""
     beside = ROOT.parent / "shared" / "data"
     root = directory or Path(os.environ.get("SFTSTREAM_REALDATA") or beside)
     if root.is_dir():
@@ -103,7 +106,7 @@ def find_data(directory: Path | None, capacity: int) -> Data:
 
 
 def accepted(path: str, limit: int, encoder: ChatEncoder) -> Iterator[tuple[Conversation, Example]]:
-    """The first of a file's conversations that the encoder takes."""
+    """Yield those of a file's first `limit` conversations accepted by the encoder."""
     rows = FileSet(SourceConfig(path=path))
     for row in range(min(len(rows), limit)):
         try:
@@ -116,9 +119,11 @@ def accepted(path: str, limit: int, encoder: ChatEncoder) -> Iterator[tuple[Conv
 
 
 def prepare(data: Data, rows: int, directory: str) -> tuple[Job, Truth]:
-    """Some of all files' conversations in any order, written down; and what our encoder makes of them.
+    """Write `rows` conversations of all files in random order; return the job and the expected ids
+    and masks.
 
-    Each is compared with the template run on it and `tokenizers`; and its text with that of the template with tags.
+    Every example is compared with the template run on the conversation alone and `tokenizers`, and
+    every text with the output of the template with tags.
     """
     quick = ChatEncoder(data.tokenizer, date=DAY, capacity=data.capacity)
     if quick.tokenizer.fast_tokenizer:
@@ -137,7 +142,7 @@ def prepare(data: Data, rows: int, directory: str) -> tuple[Job, Truth]:
 
 
 def verified(found: Sequence[tuple[Conversation, Example]], data: Data) -> list[Rendered]:
-    """The texts, every example having been compared with the reference."""
+    """Compare every example with the reference and return the rendered texts."""
     slow = ChatEncoder(data.tokenizer, date=DAY, backend="huggingface")
     tagged = Path(data.tagged).read_text(encoding="utf-8")
     texts = []
@@ -154,19 +159,19 @@ def verified(found: Sequence[tuple[Conversation, Example]], data: Data) -> list[
 
 
 def require_same(reference: Example, example: Example) -> None:
-    """AssertionError where ids or mask are not those of the reference."""
+    """Raise AssertionError if ids or mask differ from the reference."""
     assert np.array_equal(example.tokens, reference.tokens)
     assert np.array_equal(example.loss_mask, reference.loss_mask)
 
 
 def row(conversation: Conversation) -> dict[str, Any]:
-    """As a file holds it: what the chat template is given, without empty fields."""
+    """Return the conversation as a row: the chat template's input without empty fields."""
     messages = [template_message(message) for message in conversation.messages]
     return {"messages": messages} | ({"tools": list(conversation.tools)} if conversation.tools else {})
 
 
 def digest(tokens: NDArray[Any], mask: NDArray[Any]) -> tuple[bytes, bytes]:
-    """Of the ids; of the mask but for the first token, which follows nothing."""
+    """Return digests of the ids and of the mask without the first token, never a target."""
     ids = np.ascontiguousarray(tokens, np.int32).tobytes()
     trained = np.ascontiguousarray(mask[1:], bool).tobytes()
     return hashlib.blake2b(ids, digest_size=16).digest(), hashlib.blake2b(trained, digest_size=16).digest()

@@ -1,4 +1,5 @@
-"""What it costs to keep a state, to cross to the trainer's process, to start, and to wait for packs."""
+"""Measure the costs of keeping a state, crossing to the trainer's process, starting, and waiting
+for packs."""
 
 from __future__ import annotations
 
@@ -24,36 +25,36 @@ from sftstream.state import DataState
 from trainer.training.step_reader import StepReader
 
 PACE = 100_000
-"""Tokens a second that the consumer takes."""
+"""Tokens per second taken by the consumer."""
 STEP = 8
-"""Packs that it takes together."""
+"""Packs taken together by the consumer."""
 REPEATS = 200
-"""Times that something short is done to be timed."""
+"""Repetitions for timing a short operation."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Which of `TASKS` a process is to do."""
+    """One of `TASKS` for a process to run."""
 
     task: str
     job: Job
     path: str
     workers: int
     asked: float
-    """When, in seconds since 1970."""
+    """Time of the request, seconds since 1970."""
     seconds: float
-    """How long something is watched."""
+    """Duration of a measurement, seconds."""
     half: bool = False
-    """Start where half of the rows have been drawn."""
+    """Start from a state with half of the rows drawn."""
 
 
 class Numbers(msgspec.Struct, frozen=True):
-    """What a process found."""
+    """Figures of one process, by name."""
 
     values: dict[str, float]
 
 
 def config_of(request: Request) -> DataConfig:
-    """As many streams as a run has by default, endless, on a machine's share of it."""
+    """Return an endless config with the default number of streams."""
     return msgspec.convert(
         {
             "sources": [{"path": request.path}],
@@ -66,7 +67,8 @@ def config_of(request: Request) -> DataConfig:
 
 
 def start(request: Request) -> dict[str, float]:
-    """Seconds to the first pack: since the process was asked for, and since it had imported everything."""
+    """Measure seconds to the first pack, from the request for the process and from the end of all
+    imports."""
     config = config_of(request)
     prepared = time.time()
     state = half_way(config, request) if request.half else None
@@ -79,9 +81,9 @@ def start(request: Request) -> dict[str, float]:
 
 
 def half_way(config: DataConfig, request: Request) -> DataState:
-    """A state that was saved a few packs after the beginning, moved on to where half of the rows have been drawn.
+    """Return a state saved after a few packs, moved forward to half of the rows drawn.
 
-    What the streams hold open stays as it was: a state is a position and references, however it was come by.
+    Planned packs and leftovers stay unchanged.
     """
     saved = msgspec.msgpack.decode(Path(request.job.directory, "state").read_bytes(), type=DataState)
     with Path(request.path).open("rb") as file:
@@ -92,7 +94,7 @@ def half_way(config: DataConfig, request: Request) -> DataState:
 
 
 def state(request: Request) -> dict[str, float]:
-    """The cost of encoding the state of a pack's stream, as is done for each pack, and of the whole loader's."""
+    """Measure encoding a stream's state, done once per pack, and `loader.state` of all streams."""
     loader = PackLoader(config_of(request))
     settle(loader, request)
     seconds, packs = taken(loader, request)
@@ -108,8 +110,8 @@ def state(request: Request) -> dict[str, float]:
 
 
 def crossing(request: Request) -> dict[str, float]:
-    """A pack's way to the trainer: pickled by the worker, unpickled; all that this process does for one, in CPU time; and bytes
-    that the worker shares with nobody."""
+    """Measure pickling and unpickling of a pack, CPU time of this process per pack, and the
+    worker's private bytes."""
     loader = PackLoader(config_of(request))
     settle(loader, request)
     pack = next(loader)
@@ -126,9 +128,11 @@ def crossing(request: Request) -> dict[str, float]:
 
 
 def waiting(request: Request) -> dict[str, float]:
-    """The share of its time that a consumer of `PACE` tokens a second waits: from the first step on, and once workers settled.
+    """Measure the share of time that a consumer of `PACE` tokens per second waits: from the start,
+    and after workers settled.
 
-    It takes its packs as the trainer does: those of a step together, read while it sleeps away the step before.
+    Like the trainer, the consumer takes the packs of a step together, read while it sleeps for the
+    previous step.
     """
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
     reader = StepReader(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
@@ -142,7 +146,7 @@ def waiting(request: Request) -> dict[str, float]:
 
 
 def waited(reader: StepReader, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
-    """The share of so many seconds, and the packs taken in them."""
+    """Return the share of `seconds` spent waiting and the packs taken."""
     waited, packs, began = 0.0, 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         time.sleep(STEP * request.job.capacity / PACE)
@@ -154,14 +158,14 @@ def waited(reader: StepReader, steps: Iterator[int], request: Request, seconds: 
 
 
 def settle(loader: PackLoader, request: Request) -> None:
-    """Read until every stream is past its first, smaller windows and what computes the ids is loaded."""
+    """Read until every stream is past its first, smaller windows and fastokens is loaded."""
     until = time.perf_counter() + request.job.patience
     while time.perf_counter() < until or loader.packs < 2 * loader.config.streams:
         next(loader)
 
 
 def taken(loader: PackLoader, request: Request) -> tuple[float, int]:
-    """Seconds, and packs taken in them."""
+    """Return seconds elapsed and packs taken."""
     began, packs = time.perf_counter(), 0
     while packs < 2 * loader.config.streams or time.perf_counter() - began < request.seconds / 4:
         next(loader)
@@ -170,7 +174,7 @@ def taken(loader: PackLoader, request: Request) -> tuple[float, int]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one run."""
+    """Return the mean seconds of a call."""
     began = time.perf_counter()
     for _ in range(REPEATS):
         run()
@@ -181,13 +185,13 @@ TASKS = {task.__name__: task for task in (start, state, crossing, waiting)}
 
 
 def respond(encoded: bytes) -> Numbers:
-    """The new process's side."""
+    """Answer an encoded `Request` in the new process."""
     request = msgspec.json.decode(encoded, type=Request)
     return Numbers(TASKS[request.task](request))
 
 
 def costs(job: Job, gigabytes: float, seconds: float, rounds: int) -> Iterator[tuple[str, str]]:
-    """Rows of the table: what, and how much; of starts the median."""
+    """Yield the rows of the table: cost and amount; medians for starts."""
     path = f"{job.directory}/large.jsonl"
     size = enlarge(job.rows, Path(path), gigabytes)
     with tempfile.TemporaryDirectory(prefix="cache-", dir=job.directory) as cache:
@@ -207,7 +211,7 @@ def _starts(find: Callable[..., dict[str, float]], cache: str, size: str, rounds
             shutil.rmtree(f"{cache}/sftstream", ignore_errors=True)
             first.append(find("start", workers))
             second.append(find("start", workers))
-        yield f"first pack of {size} never seen, {workers} workers", _seconds(first)
+        yield f"first pack of {size} new to the machine, {workers} workers", _seconds(first)
         yield f"first pack, second start, {workers} workers", _seconds(second)
 
 
@@ -215,7 +219,7 @@ def _running(find: Callable[..., dict[str, float]], rounds: int) -> Iterator[tup
     found = find("state", 0)
     yield "a pack from file, in one process", f"{found['pack'] * 1e3:.2f} ms"
     share, size = found["encode"] / found["pack"], found["bytes"] / 1e3
-    yield "of it, encoding the state", f"{found['encode'] * 1e6:.0f} us ({share:.2%}), {size:.1f} kB"
+    yield "encoding the state, part of the former", f"{found['encode'] * 1e6:.0f} us ({share:.2%}), {size:.1f} kB"
     yield "`loader.state`, all streams", f"{found['state'] * 1e3:.2f} ms"
     resumed = [find("start", 0, half=True) for _ in range(rounds)]
     yield "first pack on resume, half of the rows drawn", _seconds(resumed)
@@ -224,14 +228,14 @@ def _running(find: Callable[..., dict[str, float]], rounds: int) -> Iterator[tup
         "a pack pickled and unpickled",
         f"{found['pickle'] * 1e3:.2f} + {found['unpickle'] * 1e3:.2f} ms, {found['bytes'] / 1e3:.0f} kB",
     )
-    yield "what the main process spends on a pack, 1 worker", f"{found['main'] * 1e3:.2f} ms of CPU"
+    yield "CPU time of the main process per pack, 1 worker", f"{found['main'] * 1e3:.2f} ms of CPU"
     yield "private memory of a worker", f"{found['private'] / 1e6:.0f} MB"
     found = find("waiting", 2)
     yield (
-        f"waiting at {PACE:,} tokens/s, 2 workers, from the first step on",
+        f"waiting at {PACE:,} tokens/s, 2 workers, from the first step",
         f"{found['first']:.2%} of the time of {found['soon']:.0f} packs",
     )
-    yield "the same, later on", f"{found['later']:.2%} of the time of {found['packs']:.0f} packs"
+    yield "the former, after workers have settled", f"{found['later']:.2%} of the time of {found['packs']:.0f} packs"
 
 
 def _seconds(found: Sequence[dict[str, float]]) -> str:
@@ -240,11 +244,11 @@ def _seconds(found: Sequence[dict[str, float]]) -> str:
 
 
 def enlarge(rows: Path, path: Path, gigabytes: float) -> int:
-    """The rows again and again, whole; the bytes there are then."""
+    """Write the rows repeatedly until the file has about `gigabytes`; return its bytes."""
     block = rows.read_bytes()
     with path.open("wb") as file:
         for _ in range(max(1, round(gigabytes * 1e9 / len(block)))):
             file.write(block)
         file.flush()
-        os.fsync(file.fileno())  # lest what is measured waits for this
+        os.fsync(file.fileno())  # a measurement must not wait for this write
     return path.stat().st_size

@@ -1,4 +1,5 @@
-"""All systems by turns on the same rows, each in processes of its own; first of all, what each makes of every row."""
+"""Run all systems in turns on equal rows, each in separate processes; first check every system's
+ids."""
 
 from __future__ import annotations
 
@@ -21,20 +22,20 @@ COLUMNS = (
     "first pack, s",
     "all rows once, s",
     "memory, MB (imports)",
-    "masks other than ours",
+    "masks unlike ours",
     "resumes",
 )
 
 
 class Once(NamedTuple):
-    """All rows read once."""
+    """Result of reading all rows once."""
 
     seconds: float | None = None
     other_masks: int | None = None
 
 
 def compared(job: Job, truth: Truth, rounds: int, *, with_peers: bool) -> Iterator[Sequence[str]]:
-    """The table's rows. AssertionError where a system has other ids than ours."""
+    """Yield the rows of the table. Raises AssertionError if a system's ids differ from ours."""
     systems = [*TOKENIZERS, *OURS, *(PEERS if with_peers else ())]
     once = {system.name: read_once(system, job, truth) for system in systems if system.present}
     measurements: dict[str, list[Measured]] = {name: [] for name, found in once.items() if found}
@@ -53,7 +54,8 @@ def compared(job: Job, truth: Truth, rounds: int, *, with_peers: bool) -> Iterat
 
 
 def read_once(system: System, job: Job, truth: Truth) -> Once | None:
-    """None where the system breaks, be it for this installation: then the others are compared without it."""
+    """Read all rows by the system; None if a peer fails, so that the comparison continues without
+    the peer."""
     if not system.sequences:
         return Once()
     try:
@@ -73,10 +75,10 @@ def read_once(system: System, job: Job, truth: Truth) -> Once | None:
 
 
 def cells(system: System, measurements: list[Measured], once: Once, raw: float) -> Iterator[Sequence[str]]:
-    """One row; of a system that goes on in one process two, its first pass and what it comes to."""
+    """Yield one row, or two (first and second pass) for an endless system in one process."""
     passes: tuple[tuple[str, int], ...] = (("", -1),)
     if system.endless and not system.workers:
-        passes = ((", rows that it never saw", 0), (", second pass", -1))
+        passes = ((", new rows", 0), (", second pass", -1))
     first = statistics.median(one.first for one in measurements)
     peak, imported = (
         statistics.median(values) / 1e6 for values in zip(*[(m.peak, m.imported) for m in measurements], strict=True)
@@ -96,5 +98,5 @@ def cells(system: System, measurements: list[Measured], once: Once, raw: float) 
 
 
 def median(measurements: list[Measured], number: int) -> float:
-    """Tokens a second of a pass."""
+    """Return the median tokens per second of a pass."""
     return statistics.median(one.rates[number] for one in measurements)

@@ -1,4 +1,5 @@
-"""Each file of conversations by itself, stage by stage: tokens a CPU-second of this process."""
+"""Measure each file of conversations alone, stage by stage, in tokens per CPU-second of this
+process."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ from sftstream.records import Conversation, Example
 from sftstream.streaming.sampler import TOGETHER
 
 SAMPLE = 200
-"""Conversations on each of which the template is run: that is slow."""
+"""Conversations to run the template on; few, because running is slow."""
 
 X = TypeVar("X")
 Variants = dict[str, Callable[[], int]]
-"""Name -> what is run, which gives the tokens it made."""
+"""Name -> function that returns the number of tokens produced."""
 
 
 def rates_of_files(data: Data, rows: int, rounds: int) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """The file's name, tokens of a conversation, and each variant's tokens a second. Ids and masks are compared first."""
+    """Yield file name, mean tokens per conversation, and tokens per second by variant; ids and
+    masks are compared first."""
     quick = ChatEncoder(data.tokenizer, date=DAY, capacity=data.capacity)
     slow = ChatEncoder(data.tokenizer, date=DAY, backend="huggingface")
     if quick.tokenizer.fast_tokenizer:
@@ -42,7 +44,8 @@ def rates_of_files(data: Data, rows: int, rounds: int) -> Iterator[tuple[str, fl
 
 
 def stages(conversations: Sequence[Conversation], quick: ChatEncoder, slow: ChatEncoder) -> Variants:
-    """`tokenizers` alone, the template run on each of some conversations, and the stages of a stream."""
+    """Return the variants: `tokenizers` alone, the template run on a sample, and the stages of a
+    stream."""
     backend = slow.tokenizer.hf.backend_tokenizer
     some = conversations[:: max(1, len(conversations) // SAMPLE)]
     texts = [batch(slow, conversations) for conversations in in_batches(conversations)]
@@ -54,23 +57,23 @@ def stages(conversations: Sequence[Conversation], quick: ChatEncoder, slow: Chat
 
 
 def batch(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> list[str]:
-    """Their texts."""
+    """Return the rendered texts."""
     return [encoder.render_whole(conversation)[0].text for conversation in conversations]
 
 
 def encoded(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> int:
-    """Tokens of conversations that are rendered, tokenized and masked as a stream does it."""
+    """Render, tokenize and mask conversations as a stream does; return the tokens."""
     examples = encoder.tokenize_all([encoder.render_conversation(conversation) for conversation in conversations])
     return sum(len(example.tokens) for several in examples if isinstance(several, list) for example in several)
 
 
 def in_batches(values: Sequence[X]) -> Iterator[Sequence[X]]:
-    """As many as a stream takes through its stages at once."""
+    """Return slices of the batch size of a stream's stages."""
     return (values[at : at + TOGETHER] for at in range(0, len(values), TOGETHER))
 
 
 def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) -> Callable[[], int]:
-    """From file to packs, of a run that is under way."""
+    """Return a function that reads packs of a running loader from the file."""
     config = msgspec.convert(
         {
             "sources": [{"path": path}],
@@ -100,7 +103,8 @@ def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) 
 
 
 def median_rates(variants: Variants, rounds: int) -> dict[str, float]:
-    """Tokens a CPU-second of each: the median of rounds, in each of which all have a turn."""
+    """Return each variant's tokens per CPU-second, the median over rounds with one turn per
+    variant."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():

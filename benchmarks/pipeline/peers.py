@@ -1,4 +1,5 @@
-"""Other ways from the same rows to packs, written as their documentation shows: TRL, Hugging Face datasets, Grain."""
+"""Peers from equal rows to packs, written as in their documentation: TRL, Hugging Face datasets,
+Grain."""
 
 from __future__ import annotations
 
@@ -18,18 +19,18 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer
 
 GRAIN_BINS = 8
-"""Packs that Grain fills at a time."""
+"""Packs that Grain keeps open."""
 
 
 def tokenizer_of(job: Job) -> Any:
-    """With the template that marks what the assistant says."""
+    """Load the tokenizer with the template that tags the assistant's turns."""
     tokenizer: Any = AutoTokenizer.from_pretrained(job.tokenizer)
     tokenizer.chat_template = Path(job.tagged).read_text(encoding="utf-8")
     return tokenizer
 
 
 class Templated:
-    """A row -> its ids and mask by `apply_chat_template`."""
+    """Maps a row to ids and mask by `apply_chat_template`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -46,7 +47,7 @@ class Templated:
 
 
 def trl(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
-    """`SFTTrainer` on a model of next to no size: its dataset is prepared when it is constructed."""
+    """Open `SFTTrainer` on a minimal model; construction prepares the dataset."""
     from datasets import load_dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -77,7 +78,7 @@ def trl(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
 
 
 def unpadded(batch: dict[str, Any]) -> Sequences:
-    """What a collator without padding gives: positions that restart with each conversation."""
+    """Yield the conversations of a batch collated without padding, cut at restarting positions."""
     ids, trained = batch["input_ids"][0], batch["labels"][0] != -100
     borders = [*torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist(), len(ids)]
     for start, end in pairwise(borders):
@@ -85,7 +86,7 @@ def unpadded(batch: dict[str, Any]) -> Sequences:
 
 
 class NextFit(IterableDataset[dict[str, Any]]):
-    """Conversations side by side as they come; what does not fit begins a new pack."""
+    """Next-fit packing: a conversation that does not fit begins a new pack."""
 
     def __init__(self, rows: Any, capacity: int, pad_id: int) -> None:
         self.rows = rows
@@ -120,7 +121,8 @@ class NextFit(IterableDataset[dict[str, Any]]):
 
 
 def datasets(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
-    """A streamed dataset, mapped and packed inside torch's DataLoader. Its workers share files, so each gets one of its own."""
+    """Open a streamed dataset, mapped and packed inside torch's DataLoader, with a file for each
+    worker."""
     from datasets import load_dataset
 
     tokenizer = tokenizer_of(job)
@@ -136,7 +138,7 @@ def datasets(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
 
 
 def by_lengths(pack: dict[str, Any]) -> Sequences:
-    """What `NextFit` gives."""
+    """Yield the conversations of a `NextFit` pack."""
     ids, trained = pack["input_ids"].numpy(), (pack["labels"] != -100).numpy()
     at = 0
     for length in pack["lengths"]:
@@ -145,7 +147,7 @@ def by_lengths(pack: dict[str, Any]) -> Sequences:
 
 
 class Encoded:
-    """A line -> arrays, as Grain packs them."""
+    """Maps a line to arrays for Grain's packing."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.templated = Templated(tokenizer)
@@ -156,9 +158,10 @@ class Encoded:
 
 
 def grain(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
-    """Lines in memory, a map, first-fit packing; with workers all of it in each of them, on its share of the lines.
+    """Open lines in memory, a map and first-fit packing; every worker runs all stages on its share
+    of the lines.
 
-    It makes no labels of ids and mask.
+    Builds no labels.
     """
     import grain
     from grain.experimental import FirstFitPackIterDataset
@@ -179,7 +182,7 @@ def grain(job: Job) -> Callable[[], Iterator[dict[str, Any]]]:
 
 
 def by_segment_ids(pack: dict[str, NDArray[Any]]) -> Sequences:
-    """Segments count from 1; 0 is padding."""
+    """Yield the conversations of a pack; segments count from 1, and 0 is padding."""
     segments = pack["input_ids_segment_ids"]
     for segment in range(1, int(segments.max()) + 1):
         inside = segments == segment

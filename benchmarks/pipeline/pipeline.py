@@ -1,10 +1,12 @@
-"""From conversations to packs: ours, the bare tokenizers and other systems on the same rows. Prints Markdown tables.
+"""Compare sftstream, bare tokenizers and peers from conversations to packs, on equal rows. Prints
+Markdown tables.
 
-    python benchmarks/pipeline/pipeline.py [--rows 20000] [--rounds 5] [--data DIRECTORY] [--gigabytes 1] [--no-peers]
+    python benchmarks/pipeline/pipeline.py [--rows 20000] [--rounds 5] [--data DIRECTORY]
+        [--gigabytes 1] [--no-peers]
 
-DIRECTORY holds `conversations/*/*` and `tokenizers/llama3`; by default SFTSTREAM_REALDATA, else the demo's conversations are
-read. Ids and masks of every conversation are compared with those of the reference before anything is measured. pipeline.md
-says what is measured, and how.
+DIRECTORY holds `conversations/*/*` and `tokenizers/llama3`; by default SFTSTREAM_REALDATA, else the
+demo's conversations. Ids and masks of every conversation are compared with the reference before any
+measurement. README.md describes the method.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 import msgspec
 from child import ONE_THREAD, QUIET
 
-os.environ |= ONE_THREAD | QUIET  # before the libraries are imported: they read these once
+os.environ |= ONE_THREAD | QUIET  # before importing the libraries: each reads its variables once
 
 from corpus import Data, find_data, prepare
 from costs import costs
@@ -32,7 +34,7 @@ PACKAGES = ("torch", "tokenizers", "fastokens", "transformers", "datasets", "trl
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print all tables."""
     options = arguments()
     data = find_data(options.data, options.capacity)
     print(heading(), flush=True)
@@ -56,35 +58,33 @@ def main() -> None:
             file_rows(data, options.rows_of_a_file, options.rounds),
         )
         print("\n## Around it")
-        table(("what", "how much"), costs(job, options.gigabytes, options.seconds, options.rounds))
+        table(("Cost", "Amount"), costs(job, options.gigabytes, options.seconds, options.rounds))
 
 
 def arguments() -> argparse.Namespace:
-    """Of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--rows", type=int, default=20_000, help="conversations that all systems read")
-    parser.add_argument("--rows-of-a-file", type=int, default=3000, help="conversations of each file by itself")
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations read by all systems")
+    parser.add_argument("--rows-of-a-file", type=int, default=3000, help="conversations per file in the second table")
     parser.add_argument("--capacity", type=int, default=8192, help="tokens of a pack")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the file that is started on")
-    parser.add_argument("--patience", type=float, default=12.0, help="seconds in which workers settle")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for which the consumer is watched")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the file for measuring starts")
+    parser.add_argument("--patience", type=float, default=12.0, help="seconds for workers to settle")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the waiting measurement")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--here", action="store_true", help="in one process, to see whether it works; the numbers mean nothing"
-    )
+    parser.add_argument("--here", action="store_true", help="run in one process as a trial; the figures mean nothing")
     return parser.parse_args()
 
 
 def heading() -> str:
-    """When, where and with what."""
+    """Return date, machine and versions."""
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
     return f"{date.today()}; {machine}; {', '.join(map(installed, PACKAGES))}."
 
 
 def installed(package: str) -> str:
-    """Its name and version."""
+    """Return the package's name and version."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -92,14 +92,14 @@ def installed(package: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Row by row, as soon as each is known."""
+    """Print a Markdown table, each row as soon as it is known."""
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
 def file_rows(data: Data, rows: int, rounds: int) -> Iterator[Sequence[str]]:
-    """Cells of the second table."""
+    """Yield the rows of the table of single files."""
     for name, tokens, rate in rates_of_files(data, rows, rounds):
         cells = [f"{rate[stage] / 1e6:.2f} ({rate[stage] / rate['raw']:.1f}x)" for stage in ("whole", "quick", "packs")]
         yield name, f"{tokens:.0f}", f"{rate['raw'] / 1e6:.2f}", *cells

@@ -1,4 +1,5 @@
-"""What is compared from end to end: each opens the same rows and gives packs. Here ours and the bare tokenizers."""
+"""The compared systems, each opening equal rows and returning packs: here sftstream and the bare
+tokenizers."""
 
 from __future__ import annotations
 
@@ -20,44 +21,46 @@ from sftstream.records import IGNORE_INDEX, Pack
 Sequences = Iterator[tuple[NDArray[Any], NDArray[Any]]]
 """Ids and loss mask of each conversation."""
 Open = Callable[[Job], Callable[[], Iterator[Any]]]
-"""Loads what is no work on rows, the tokenizer above all; what it returns begins with that work."""
+"""Load everything but rows, above all the tokenizer; return a function that starts the work on
+rows."""
 
 TEXTS = 128
-"""That are encoded at a time: as many as in a batch of ours; more are no faster."""
+"""Texts per call of a tokenizer: the batch size of our stages; more are no faster."""
 
 
 @dataclass(frozen=True)
 class System:
-    """One row of the table, and how it is measured."""
+    """One row of the table and the way of measuring it."""
 
     name: str
     open: Open
     tokens: Callable[[Any], int]
     sequences: Callable[[Any], Sequences] | None = None
     requires: str = "sftstream"
-    """A package without which there is no such system."""
+    """Package that the system needs."""
     imports: tuple[str, ...] = ()
-    """Modules that are imported before any clock runs."""
+    """Modules imported before any clock runs."""
     counted: Literal["after the first pack", "until the first pack", "all"] = "all"
-    """What tokens a second are counted of, opening excluded: of what starts workers or loads more while it reads, what comes
-    after the first pack; of what has done its work by the time of its first, the time until then and all tokens."""
+    """Period of counting tokens per second, opening excluded: after the first pack for systems that
+    start workers or load while reading; until the first pack (with all tokens) for systems that
+    finish their work before the first pack."""
     workers: int = 0
     settle: Callable[[Iterator[Any], Job], None] = lambda _packs, _job: None
-    """What is waited for after the first pack."""
+    """Wait after the first pack, before the measurement."""
     endless: bool = False
-    """Goes on with a second pass, which is measured too."""
+    """Continues with a second pass, measured too."""
     backend: str = "auto"
     resumes: str = ""
-    """What becomes of the place it had reached, in a few words."""
+    """Ability to resume, in a few words."""
 
     @property
     def present(self) -> bool:
-        """Its package is installed."""
+        """Whether the package is installed."""
         return util.find_spec(self.requires) is not None
 
 
 def data_config(job: Job, rows: str, *, epochs: int | None) -> DataConfig:
-    """A stream for each worker."""
+    """Return a config with one stream per worker."""
     return msgspec.convert(
         {
             "sources": [{"path": rows}],
@@ -73,12 +76,13 @@ def data_config(job: Job, rows: str, *, epochs: int | None) -> DataConfig:
 
 
 def ours(job: Job) -> Callable[[], Iterator[Pack]]:
-    """The loader as a trainer uses it."""
+    """Open the loader as a trainer does."""
     return lambda: PackLoader(data_config(job, str(job.rows), epochs=1 if job.once else None))
 
 
 def conversations_of(pack: Pack) -> Sequences:
-    """Labels are the next token's: a position's mask is that of the label before it."""
+    """Yield ids and mask of each conversation; a token's mask is read from the label one position
+    earlier."""
     trained = np.roll((pack.labels != IGNORE_INDEX).numpy(), 1)
     ids, at = pack.input_ids.numpy(), 0
     for segment in pack.segments:
@@ -87,13 +91,13 @@ def conversations_of(pack: Pack) -> Sequences:
 
 
 def tokens_of(pack: Pack) -> int:
-    """All of it is asked for, as a trainer does."""
+    """Ask for all tensors, as a trainer does, and return the tokens."""
     assert pack.input_ids.shape == pack.labels.shape == pack.position_ids.shape
     return pack.tokens
 
 
 def fastokens_loaded(loader: Any, _job: Job) -> None:
-    """Until it is, this process encodes with `tokenizers`, as the first pack was."""
+    """Wait for fastokens; until then this process encodes with `tokenizers`."""
     loading = [thread for thread in threading.enumerate() if thread.name == "fastokens"]
     for thread in loading:
         thread.join()
@@ -102,14 +106,15 @@ def fastokens_loaded(loader: Any, _job: Job) -> None:
 
 
 def workers_settled(packs: Iterator[Any], job: Job) -> None:
-    """Reads on until workers have loaded what computes the ids, and read as they will all day."""
+    """Read for `job.patience` seconds, until workers have loaded fastokens and reached their steady
+    speed."""
     until = time.perf_counter() + job.patience
     while time.perf_counter() < until:
         next(packs)
 
 
 def huggingface(job: Job) -> Callable[[], Iterator[int]]:
-    """`tokenizers.encode_batch`, the unit of all ratios. Gives numbers of tokens."""
+    """Open `tokenizers.encode_batch`, the unit of all ratios; yields numbers of tokens."""
     from tokenizers import Tokenizer
 
     backend, texts = Tokenizer.from_file(f"{job.tokenizer}/tokenizer.json"), batches(job)
@@ -117,7 +122,7 @@ def huggingface(job: Job) -> Callable[[], Iterator[int]]:
 
 
 def huggingface_fast(job: Job) -> Callable[[], Iterator[int]]:
-    """The same without offsets."""
+    """Open `tokenizers.encode_batch_fast`, without offsets."""
     from tokenizers import Tokenizer
 
     backend, texts = Tokenizer.from_file(f"{job.tokenizer}/tokenizer.json"), batches(job)
@@ -125,7 +130,7 @@ def huggingface_fast(job: Job) -> Callable[[], Iterator[int]]:
 
 
 def fastokens(job: Job) -> Callable[[], Iterator[int]]:
-    """fastokens alone."""
+    """Open fastokens alone."""
     from fastokens import Tokenizer
     from tokenizers import Tokenizer as HuggingFace
 
@@ -135,7 +140,7 @@ def fastokens(job: Job) -> Callable[[], Iterator[int]]:
 
 
 def batches(job: Job) -> list[list[str]]:
-    """The rendered texts."""
+    """Return the rendered texts in batches."""
     texts = msgspec.json.decode(job.texts.read_bytes(), type=list[str])
     return [texts[at : at + TEXTS] for at in range(0, len(texts), TEXTS)]
 
