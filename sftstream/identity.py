@@ -1,4 +1,7 @@
-"""The identity of a stream: everything that decides its packs. A state resumes on an equal identity only."""
+"""The identity of a stream: all data and settings with an effect on packs.
+
+A state resumes on an equal identity only.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,24 @@ from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 3
-"""Version of the state and of all code that decides packs. Raise it with a change that alters the
-packs of a config or the meaning of a state."""
+"""Version of the state and of the code that decides packs. Raise the number with a change of a
+config's packs or of a state's meaning."""
 
 IN_OTHER_FORM = {
     DataConfig: {"sources", "tokenizer"},
     SourceConfig: {"path", "split", "subset", "revision", "streaming"},
 }
-"""Config fields with an effect on packs that the identity holds as digests or sizes instead."""
+"""Config fields with an effect on packs, held by the identity as digests or sizes instead."""
 
 WITHOUT_EFFECT = {
     DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
     SourceConfig: {"digest"},
 }
-"""Config fields that never change a pack. Every other field is compared by a resume."""
+"""Config fields without an effect on any pack. A resume compares all remaining fields."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """A source's files in order, its size, and its settings."""
+    """A source's files in order, size, and settings."""
 
     files: tuple[FileIdentity, ...]
     rows: int | None
@@ -47,13 +50,13 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Identity(Policy, frozen=True, kw_only=True):
-    """Everything that decides the packs of a stream. Locations of files and readers are left out."""
+    """All data and settings with an effect on a stream's packs, without locations of files."""
 
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name and version of the library that may replace `tokenizers`."""
+    """Name and version of a library in place of `tokenizers`."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
@@ -71,7 +74,7 @@ class Identity(Policy, frozen=True, kw_only=True):
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """Return the identity of a config with its opened sources and tokenizer."""
+    """Return the identity of a config with opened sources and tokenizer."""
     date = encoder.template.date
     return Identity(
         format=FORMAT,
@@ -95,7 +98,7 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
 
 
 def _compared_fields(config: DataConfig | SourceConfig) -> dict[str, Any]:
-    """Return the config fields that the identity holds under the same name."""
+    """Return the config fields compared by a resume, by name."""
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
     names = [name for name in config.__struct_fields__ if name not in left_out]
     return {name: getattr(config, name) for name in names}
@@ -117,7 +120,7 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
 
 
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
-    """Return the differences between two identities, all of them accepted by path.
+    """Return the differences between two identities, all accepted by path.
 
     Raises ValueError naming the first ten differences not covered by `accepted`.
     """

@@ -1,4 +1,4 @@
-"""Logical streams -> the packs of one shard. The only file that knows workers and StatefulDataLoader."""
+"""Logical streams -> the packs of a shard. Only this file knows workers and StatefulDataLoader."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MIN_ROWS_TO_JUDGE = 100
 """Rows read before the share of refused rows is compared with `max_refused`."""
 
 EncodedStreams = Mapping[int, bytes]
-"""Logical stream -> its `StreamState` as MessagePack: encoded once, by the process that reads the
-stream, and stored in a checkpoint as it is."""
+"""Logical stream -> `StreamState` as MessagePack: encoded once, by the reading process, and stored
+unchanged in a checkpoint."""
 
 
 class Failed(NamedTuple):
-    """An error on its way out of a worker: raised there, it would arrive inside a traceback."""
+    """An error on the way out of a worker: raised there, the error would arrive in a traceback."""
 
     message: str
 
@@ -62,7 +62,7 @@ class LoaderPosition(NamedTuple):
 
 
 class PackStreams(IterableDataset[Pack | Failed]):
-    """Some of a shard's streams as read by one process: packs in the order of the run.
+    """Some of a shard's streams, read by a single process: packs in the order of the run.
 
     `start` holds the streams' states, `packs` the number of the run's next pack.
     """
@@ -100,7 +100,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
             yield pack
 
     def state_dict(self) -> dict[int, bytes]:
-        """Return the states of the streams that gave a pack, encoded.
+        """Return the encoded states of all streams with a pack.
 
         A worker is asked with each pack; a loader without workers only for a state.
         """
@@ -112,7 +112,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
         return dict(self._encoded)
 
     def load_state_dict(self, _state: dict[int, bytes]) -> None:
-        """Raise RuntimeError: StatefulDataLoader requires the method, and a state has one door."""
+        """Raise RuntimeError: StatefulDataLoader requires the method; use the constructor."""
         raise RuntimeError("resume by constructing PackLoader(config, state=...)")
 
     def _open(self, stream: int) -> Packer:
@@ -122,7 +122,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
 
 
 class Reader:
-    """One process that reads some streams ahead; with `prefetch = None`, this process."""
+    """A process for reading streams ahead; with `prefetch = None`, the calling process."""
 
     def __init__(self, dataset: PackStreams, prefetch: int | None) -> None:
         with warnings.catch_warnings():
@@ -155,11 +155,11 @@ class Reader:
         return pack
 
     def close(self) -> None:
-        """End the worker at once. The garbage collector might wait for an exception to be handled."""
+        """End the worker at once: the garbage collector might wait for an exception to be handled."""
         del self._packs, self._loader
 
     def states(self) -> dict[int, bytes]:
-        """Return the encoded states of the streams that gave packs, as of the last pack given.
+        """Return the encoded states of all streams with a pack, as of the last pack.
 
         Reads StatefulDataLoader's private layout (torchdata 0.11).
         """
@@ -196,7 +196,7 @@ class RefusalLimit:
 
 
 class PackLoader:
-    """The packs of one shard, in order, from the beginning or from a state. An iterator.
+    """The packs of a shard, in order, from the beginning or from a state. An iterator.
 
     `workers` processes load ahead (default: `config.workers`; 0 loads in this process). `state` is
     a state dict of this class, also from another topology; `merge` combines the shards' state
@@ -204,10 +204,10 @@ class PackLoader:
     Several shards may end at different steps.
 
     Any number of shards and workers gives the same packs. If the shards do not share the streams
-    and a step's packs evenly, they have different numbers of packs in a step, and a state can be
+    and a step's packs evenly, the numbers of packs in a step differ, and a state can be
     taken at a step's border only.
 
-    Raises ValueError if the topology cannot read the config, or if `state` is of other data.
+    Raises ValueError if the topology cannot read the config, or if `state` was taken from different data.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class PackLoader:
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._at = start.packs
-        """Number of the run's next pack, as far as this shard has come."""
+        """Number of the run's next pack, as far as the shard has come."""
         self._streams = {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()}
         """Encoded stream states: at the start, or when the workers were last closed."""
         self._exhausted = {number for number, stream in start.streams.items() if stream.exhausted}
@@ -252,10 +252,10 @@ class PackLoader:
         return pack
 
     def next_step(self) -> list[Pack]:
-        """Return this shard's packs of the run's next step, as many as every other shard returns.
+        """Return the shard's packs of the run's next step: an equal number on all shards.
 
-        Empty packs fill up the number. After the end of its own streams a shard returns empty packs
-        only, so that it takes part in the steps of shards that end later.
+        Empty packs fill up the number. A shard with exhausted streams returns empty packs only, to
+        take part in the steps of shards with a later end.
         """
         step, unfinished = divmod(self.packs, self.config.global_batch)
         assert not unfinished, "a step is begun by next_step or by next, not by both"
@@ -269,7 +269,7 @@ class PackLoader:
 
     @property
     def packs(self) -> int:
-        """Packs of the whole run consumed so far, if the other shards have come as far.
+        """Packs of the whole run consumed, if all shards have come equally far.
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
@@ -295,7 +295,7 @@ class PackLoader:
 
     @property
     def exhausted(self) -> bool:
-        """All streams of this shard are exhausted."""
+        """All streams of the shard are exhausted."""
         return len(self._exhausted) == len(self._streams)
 
     @property
@@ -322,7 +322,7 @@ class PackLoader:
         )
 
     def locate_row(self, refusal: Refusal) -> str:
-        """Return the location of a refused row for an editor, such as `chats.jsonl:17`."""
+        """Return the location of a refused row for an editor: `chats.jsonl:17`."""
         return self.corpus.locate_row(refusal.source, refusal.row)
 
     def close(self) -> None:
@@ -334,12 +334,12 @@ class PackLoader:
 
     @property
     def _next(self) -> int:
-        """The number of this shard's next pack."""
+        """The number of the shard's next pack."""
         return self._assignment.next_pack(self.shard.index, self._at)
 
     @property
     def _at_border(self) -> bool:
-        """This shard has no pack left in the current step."""
+        """The shard has no pack left in the current step."""
         batch = self.config.global_batch
         return self._at % batch == 0 or self._next // batch > self._at // batch
 
@@ -400,7 +400,7 @@ class PackLoader:
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date` the date is that of the first start."""
+    """Open tokenizer and template. Without `tokenizer.date` the date is the day of the first start."""
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
     with _without_collector():
@@ -409,8 +409,8 @@ def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Suspend the garbage collector: a tokenizer's objects stay, and looking through them several
-    times takes a tenth of a second."""
+    """Suspend the garbage collector: searching a tokenizer's lasting objects several times takes a
+    tenth of a second."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """Carry a state over to changed data or settings, accepted by name and recorded in the state.
 
-Packs given before the change stay given, and their conversations are not given again. Conversations
-that were read and are still waiting are read again under the new settings. If the number of
+Conversations given before the change are not given again. Conversations read and still waiting are
+read again under the new settings. If the number of
 streams changes, the draws are divided anew: see `_divide_streams`. Nothing is lost or repeated.
 """
 
@@ -25,12 +25,12 @@ from sftstream.streaming.sampler import RowSampler, open_cursors
 from sftstream.tokenization.encoder import ChatEncoder
 
 FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
-"""Paths of settings that decide the order of rows: after a change nobody could tell which rows are
+"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
 still to come."""
 
 
 class Waiting(NamedTuple):
-    """A conversation that was drawn and not yet given, or the parts of it not yet given."""
+    """A conversation drawn and not yet given, or the parts not yet given."""
 
     ref: Ref
     parts: tuple[int, ...] | None
@@ -111,8 +111,8 @@ def _divide_streams(
 ) -> dict[int, tuple[StreamState, list[Waiting]]]:
     """Divide the draws of each source over another number of streams.
 
-    Draws below the highest draw made so far count as drawn; those not made by their old stream wait
-    like leftovers. Two streams of a source made the draws 0, 2, 4 and 1: the end is 5, the draw 3
+    Draws below the highest draw count as drawn; draws skipped by the old streams wait like
+    leftovers. Two streams of a source made the draws 0, 2, 4 and 1: the end is 5, the draw 3
     waits, and three new streams have made 2, 2 and 1 draws.
     """
     olds = [_add_sources(saved.streams[number], identity) for number in sorted(saved.streams)]
@@ -145,7 +145,7 @@ def _end(olds: Sequence[StreamState], source: int) -> int:
 def _undrawn_rows(
     olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus
 ) -> Iterator[Waiting]:
-    """Yield the draws below each source's end that no stream has made."""
+    """Yield the draws below each source's end, skipped by the old streams."""
     for source, end in enumerate(ends):
         files = corpus.sources[source]
         assert isinstance(files, FileSet)

@@ -1,7 +1,8 @@
-"""Positions of streams as frozen values: counters and references, never tokens. A few kilobytes a stream.
+"""Positions of streams as frozen values: counters and references, never tokens.
 
-Stored names differ from field names where `msgspec.field(name=...)` says so: states written by
-earlier versions stay readable.
+A few kilobytes a stream.
+
+A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from sftstream.records import Amount, Refusal, Segment
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True):
-    """An example that was read and fitted no full pack yet."""
+    """An example without a full pack yet."""
 
     segment: Segment
     waited: int
-    """Windows that the example has waited."""
+    """Windows waited."""
 
 
 class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
@@ -34,10 +35,10 @@ class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):
-    """The position of one logical stream's rows."""
+    """The position of a logical stream's rows."""
 
     drawn: tuple[int, ...]
-    """Rows drawn from each source by this stream, over all epochs."""
+    """Rows drawn from each source by the stream, over all epochs."""
     mixed: tuple[int, ...] = ()
     """Amounts counted by the mixture for each source, since the current stage began."""
     shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
@@ -46,7 +47,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StreamState(Position, frozen=True, kw_only=True):
-    """One logical stream after a pack."""
+    """A logical stream after a pack."""
 
     accepted: tuple[Amount, ...] = ()
     """Amounts read from each source and not refused."""
@@ -66,7 +67,7 @@ class StreamState(Position, frozen=True, kw_only=True):
     refused: dict[str, int] = {}
     """Rows refused, by reason."""
     unlisted: tuple[Refusal, ...] = ()
-    """Rows refused by an accepted change of settings; the next pack lists them."""
+    """Rows refused by an accepted change of settings; listed by the next pack."""
     notes: dict[str, int] = {}
     """Counts of modified conversations: truncated, split, tokens across a span's border."""
 
@@ -88,7 +89,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of a loader after some packs: identity, position in the run, and streams by number."""
+    """A loader after some packs: identity, position in the run, and streams by number."""
 
     identity: Identity
     packs: int
@@ -118,7 +119,7 @@ StateDict = Mapping[str, Any]
 
 
 def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
-    """Combine the state dicts of all shards, taken after the same step, into one.
+    """Combine the state dicts of all shards, taken after an equal number of steps.
 
     A shard whose streams are all exhausted may stand at an earlier pack. Raises ValueError if the
     states differ in identity or pack number, or share a stream.
@@ -212,6 +213,6 @@ def _count_lines(data: DataState) -> list[str]:
 
 
 def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
-    """Return each field that differs between two states, as `path: in a -> in b`."""
+    """Return the differences between two states, as `path: in a -> in b`."""
     first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
     return differences(first, second, "state")

@@ -22,12 +22,11 @@ WHOLE = Shard(0, 1)
 class PackAssignment:
     """The division of a run's packs over `shards`, each with `workers` processes.
 
-    Pack `g` comes from stream `g % streams`. Shard `s % shards` reads stream `s`, in its worker
-    `s // shards % workers`. A stream is read by a single worker also if the numbers do not divide
-    each other.
+    Pack `g` comes from stream `g % streams`. Worker `s // shards % workers` of shard
+    `s % shards` reads stream `s`: always a single worker, also if the numbers do not divide evenly.
 
     With 4 streams, a global batch of 4, 2 shards and 1 worker, step 0 consists of the packs
-    0, 1, 2, 3 of the streams 0, 1, 2, 3; shard 0 reads the packs 0 and 2, shard 1 the packs 1 and 3.
+    0, 1, 2, 3 of the streams 0, 1, 2, 3; shard 0 reads packs 0 and 2, shard 1 packs 1 and 3.
 
     Raises ValueError for fewer streams than shards.
     """
@@ -45,7 +44,7 @@ class PackAssignment:
             )
 
     def shard(self, pack: int) -> int:
-        """Return the shard that reads a pack."""
+        """Return the shard of a pack."""
         return pack % self.streams % self.shards
 
     def streams_of(self, shard: int) -> range:
@@ -53,7 +52,7 @@ class PackAssignment:
         return range(shard, self.streams, self.shards)
 
     def worker(self, stream: int) -> int:
-        """Return the worker of the stream's shard that reads the stream."""
+        """Return the number of a stream's worker within the shard."""
         return stream // self.shards % self.workers
 
     def step(self, number: int) -> list[int]:
@@ -77,5 +76,5 @@ class PackAssignment:
 
     @property
     def even(self) -> bool:
-        """Shards that have taken equally many turns have taken equally many packs."""
+        """After equally many turns all shards have taken equally many packs."""
         return self.streams % self.shards == 0 and self.global_batch % self.shards == 0

@@ -14,7 +14,7 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 @dataclass(frozen=True)
 class ExampleReader:
-    """Reads, renders and tokenizes the rows of one logical stream."""
+    """Reads, renders and tokenizes the rows of a logical stream."""
 
     corpus: CorpusReader
     encoder: ChatEncoder
@@ -25,11 +25,11 @@ class ExampleReader:
         return cls(CorpusReader(corpus, decode_row), encoder)
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row that was read before a state was taken and will be read again."""
+        """Announce a row read before a state was taken: the row will be read again."""
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or the reason for its refusal."""
+        """Yield the conversation of each row, or the reason for a refusal."""
         read = self.corpus.read
         for ref in refs:
             try:
@@ -40,7 +40,7 @@ class ExampleReader:
                 yield Refused("broken row", str(error))
 
     def examples(self, ref: Ref) -> list[Example]:
-        """Return the examples of one row; raises `Refused`."""
+        """Return the examples of a row; raises `Refused`."""
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded

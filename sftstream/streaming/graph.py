@@ -1,4 +1,4 @@
-"""One logical stream as a graph of nodes: draw -> load -> template -> tokenize -> pack."""
+"""A logical stream as a graph of nodes: draw -> load -> template -> tokenize -> pack."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ROWS_OF_A_STREAMED_SOURCE = 1_000_000
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Applies a pure stage to batches of rows. Refusals of earlier stages pass through unchanged.
 
-    A stage gets a batch at once, which keeps its code and tables in the core's cache: row by row the
-    stages take twice as long. The node has no state of its own.
+    A stage gets a batch at once, which keeps code and tables in the core's cache: row by row the
+    stages take twice as long. The node has no state.
     """
 
     def __init__(self, source: BaseNode[RowBatch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
@@ -51,7 +51,7 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
 
 
 Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
-"""Wraps a node of the graph, given its name: for measurements."""
+"""Wraps a node of the graph, given by name: for measurements."""
 
 
 def build_stream(

@@ -1,6 +1,6 @@
 """The order of rows as pure functions of counters: no generator state, random access to any draw.
 
-Words: a *draw* is one taking of a row from a source. Draws of a source are numbered from 0 over
+A *draw* is the taking of a row from a source. Draws of a source are numbered from 0 over
 all logical streams and epochs; stream `s` of `S` makes the draws `s, s + S, s + 2S, ...`.
 """
 
@@ -92,13 +92,13 @@ def permutation_of_few(size: int, keys: tuple[int, ...]) -> Integers:
 def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: Iterable[int]) -> int | None:
     """Return the source to draw from next, or None if `open_sources` is empty.
 
-    `amounts` counts the draws of each source so far. Sainte-Lague's method: the source with the
+    `amounts` counts the past draws of each source. Sainte-Lague's method: the source with the
     largest `weight / (2 * amount + 1)` is next. With conversations as amounts and sizes as weights
-    all sources end an epoch together, and after any number of draws each source is within one
-    conversation of its share. A source of weight 0 is drawn after all others are exhausted.
+    all sources end an epoch together, and each source is always within a conversation of the exact
+    share. A source of weight 0 is drawn last.
 
     With weights 2 and 1 the order is 0, 1, 0, 0, 1, 0, ...: 2/1 against 1/1 gives source 0, then
-    2/3 against 1/1 gives source 1, then 2/3 against 1/3 gives source 0. Ties go to the lower number.
+    2/3 against 1/1 gives source 1, then 2/3 against 1/3 gives source 0. Ties: the lower number.
     """
     found, most = None, -1.0
     for source in open_sources:
@@ -111,7 +111,7 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
 def draws_of_source(rows: int, repeat: float, epochs: int) -> int:
     """Return the number of draws of a source of `rows` rows in all epochs.
 
-    `repeat` counts as its decimal notation: in binary floating point `100 * 0.57` is below 57.
+    `repeat` counts as a decimal number: in binary floating point `100 * 0.57` is below 57.
     """
     return int(rows * epochs * Fraction(str(repeat)))
 
@@ -122,9 +122,9 @@ def draws_of_stream(draws: int, stream: int, streams: int) -> int:
 
 
 class RowOrder:
-    """The row and epoch of each draw of one source.
+    """The row and epoch of each draw of a source.
 
-    Each logical stream passes from epoch to epoch on its own, without waiting for other streams,
+    Logical streams pass from epoch to epoch without waiting for each other,
     and a source with fewer rows than streams still reaches every stream. `shards` holds the number
     of rows of each of the source's files, in order.
     """

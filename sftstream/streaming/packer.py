@@ -17,11 +17,12 @@ from sftstream.streaming.packing import build_pack, joined, plan_packs, window_s
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
-"""Most windows that a leftover waits. No limit fills packs no better, and some waited 41 windows."""
+"""Most windows for a leftover to wait. Without a limit packs are no fuller, and some leftovers
+waited 41 windows."""
 
 
 class PackerConfig(NamedTuple):
-    """The part of a run's settings that packing depends on."""
+    """The settings of a run with an effect on packing."""
 
     capacity: int
     window: int
@@ -34,7 +35,7 @@ class PackerConfig(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Rows read for one window: segments, examples in the same order, and refusals."""
+    """Rows read for a window: segments, examples in equal order, and refusals."""
 
     segments: list[Segment]
     examples: list[Example]
@@ -46,9 +47,9 @@ class Window(NamedTuple):
 
 
 class Packer(BaseNode[Pack]):
-    """Reads a window of examples, plans packs on lengths alone, and returns the packs one by one.
+    """Reads a window of examples, plans packs on lengths alone, and returns a pack at a time.
 
-    The emptiest pack of a window is dissolved: its examples are planned again with the next window
+    The emptiest pack of a window is dissolved: the examples are planned again with the next window
     (`MAX_WAIT` times at most). With a window of 4, capacity 100 and lengths 60, 30, 50, 40 the
     packs are 60 + 40 and 50 + 30; the second is dissolved, and 50 and 30 are leftovers.
 
@@ -65,7 +66,7 @@ class Packer(BaseNode[Pack]):
         stream: int,
         config: PackerConfig,
     ) -> None:
-        """Make the node behind `source`, a chain of stages that begins at `sampler`."""
+        """Make the node behind `source`, a chain of stages beginning at `sampler`."""
         super().__init__()
         self.source = source
         self._sampler = sampler
@@ -131,7 +132,7 @@ class Packer(BaseNode[Pack]):
         return [self._read_again(segment) for segment in segments]
 
     def _read_again(self, segment: Segment) -> Example:
-        """Return the example of a leftover or of a pack that was planned before a reset.
+        """Return the example of a leftover, or of a pack planned before a reset.
 
         Raises ValueError if the source no longer gives the planned example.
         """
@@ -152,7 +153,7 @@ class Packer(BaseNode[Pack]):
         return example
 
     def _plan_window(self) -> list[Refusal]:
-        """Read the next window, plan it together with the leftovers, and return its refusals."""
+        """Read the next window, plan packs from window and leftovers, and return the refusals."""
         state = self.state
         window, streams = self._config.window, self._config.streams
         read = self._read(window_size(window, state.windows, self._stream, streams))
@@ -255,7 +256,7 @@ class Packer(BaseNode[Pack]):
         return self._ordered(packs), left
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
-        """Order packs by their first example, then shuffle: else long examples always come first."""
+        """Sort packs by first example, then shuffle: long examples would always come first."""
         packs = sorted(packs)
         if not self._config.shuffle:
             return packs

@@ -1,4 +1,4 @@
-"""Plan packs from lengths alone, and build a pack from its examples: pure functions."""
+"""Plan packs from lengths alone, and build a pack from examples: pure functions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_pack(
 ) -> Pack:
     """Concatenate `examples` and fill the rest of `capacity` with a padding segment of `pad_id`.
 
-    The examples hold the tokens of `segments` in order; one example may hold several segments.
+    The examples hold the tokens of `segments` in order; an example may hold several segments.
 
     For segments of 3 and 2 tokens and capacity 8 the borders are `[0, 3, 5, 8]`.
     """
@@ -75,8 +75,8 @@ def build_pack(
 def window_size(window: int, windows: int, stream: int, streams: int) -> int:
     """Return the number of examples in a stream's next window, after `windows` planned windows.
 
-    The first window is an eighth of `window`, so that the first packs come soon. The second window
-    differs from stream to stream, so that the streams do not all read a window in the same step.
+    The first window is an eighth of `window`, for an early first pack. The second window differs
+    from stream to stream: otherwise all streams would read a window during a single step.
     """
     if windows == 0:
         return max(1, window // 8)

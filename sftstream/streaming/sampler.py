@@ -1,4 +1,4 @@
-"""The rows of one logical stream in order: a cursor in each source, and a mixture by counters."""
+"""The rows of a logical stream in order: a cursor in each source, and a mixture by counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream
 X = TypeVar("X")
 
 BATCH_ROWS = 128
-"""Most rows of a batch that passes through the stages: a few hundred kilobytes."""
+"""Most rows of a batch on the way through the stages: a few hundred kilobytes."""
 LOOKAHEAD = 512
 """Rows of an order computed at once."""
 EPOCHS_WITHOUT_A_ROW = 20
@@ -26,19 +26,19 @@ EPOCHS_WITHOUT_A_ROW = 20
 
 
 class RowBatch(NamedTuple, Generic[X]):
-    """Rows that pass through a stage together: references, and the stage's result for each row."""
+    """Rows on the way through the stages: references, and a stage's result for each row."""
 
     refs: list[Ref]
     values: list[X | Refused]
 
 
 class IndexedCursor:
-    """One stream's position in a source with random access to rows."""
+    """A stream's position in a source with random access to rows."""
 
     def __init__(self, shards: Sequence[int], config: DataConfig, source: int, stream: int) -> None:
         self.rows = sum(shards)
         self.drawn = 0
-        """Draws of this stream so far, over all epochs."""
+        """Past draws of the stream, over all epochs."""
         self._source, self._stream, self._streams = source, stream, config.streams
         shuffle = config.shuffle_of(config.sources[source])
         self._order = RowOrder(shards, config.seed, source, shuffle)
@@ -57,7 +57,7 @@ class IndexedCursor:
         return Ref(self._source, self._ahead[index], self._epoch)
 
     def draw_many(self, most: int) -> list[Ref]:
-        """Return up to `most` references, all of one epoch; an empty list if exhausted."""
+        """Return up to `most` references, all of a single epoch; an empty list if exhausted."""
         if self.exhausted:
             return []
         if self._limit is not None:
@@ -78,11 +78,11 @@ class IndexedCursor:
 
 
 class StreamingCursor:
-    """One stream's position in a source without random access: shards are read forward.
+    """A stream's position in a source without random access: shards are read forward.
 
     Streams take turns in whole shards. If a source has fewer shards than the run has streams, a
-    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and each
-    of the `n` streams reads the whole shard.
+    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and each of
+    the `n` streams reads the whole shard.
     """
 
     rows = None
@@ -110,7 +110,7 @@ class StreamingCursor:
         return self._limit is not None and self.position.shards >= self._limit
 
     def skip_empty(self) -> None:
-        """Move to the next part with a row. The number of rows of a shard is unknown before its end.
+        """Move to the next part with a row. The size of a shard is unknown before the end.
 
         Raises ValueError if an endless stream meets no row for `EPOCHS_WITHOUT_A_ROW` epochs.
         """
@@ -146,7 +146,7 @@ Cursor = IndexedCursor | StreamingCursor
 
 
 def open_cursors(config: DataConfig, reader: CorpusReader, stream: int) -> list[Cursor]:
-    """Return a cursor at the beginning of each source, for one logical stream."""
+    """Return a cursor at the beginning of each source, for a logical stream."""
     return [
         StreamingCursor(opened, config, source, stream)
         if isinstance(opened, ShardReader)
@@ -163,7 +163,7 @@ def draws_of(config: DataConfig, source: int, count: int) -> int | None:
 
 
 def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | None:
-    """Return the draws of one logical stream in all epochs; None for an endless stream."""
+    """Return the draws of a logical stream in all epochs; None for an endless stream."""
     draws = draws_of(config, source, count)
     return None if draws is None else draws_of_stream(draws, stream, config.streams)
 
@@ -171,9 +171,9 @@ def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | No
 class RowSampler(BaseNode[RowBatch[Ref]]):
     """The first node of a stream's graph: row references in order, mixed by counters.
 
-    The packer asks for a number of rows by `request`, so that no row is drawn beyond a window, and
-    reports the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches;
-    one by one if a row's content or a shard's end decides the next draw.
+    The packer asks for a number of rows by `request`, to draw no row beyond a window, and reports
+    the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches, or
+    singly if a row's content or a shard's end decides the next draw.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
@@ -214,7 +214,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
 
     @property
     def position(self) -> Position:
-        """The position after the rows drawn so far."""
+        """The position after the rows drawn."""
         return Position(
             drawn=tuple([cursor.drawn for cursor in self._cursors]),
             mixed=tuple(self._mixed),
@@ -281,9 +281,9 @@ def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
-    """Return the sources' weights; without weights the sizes, so that all end an epoch together.
+    """Return the sources' weights; without weights the sizes: all sources end an epoch together.
 
-    A source of unknown size without a weight is the only source, so any weight will do.
+    A source of unknown size without a weight is the only source: any weight will do.
     """
     return [
         (cursor.rows or 1) * source.repeat if source.weight is None else source.weight
