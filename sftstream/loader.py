@@ -131,8 +131,8 @@ class Reader:
             self._loader: StatefulDataLoader[Pack | Failed] = StatefulDataLoader(
                 dataset,
                 batch_size=None,
-                # One worker a loader: a loader of several workers takes packs from them in turn, and
-                # the next pack's stream may belong to another worker.
+                # One worker a loader: a loader of several workers takes their packs in turn, and the
+                # next pack's stream may belong to another worker.
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_unchanged,
                 prefetch_factor=prefetch,
@@ -155,7 +155,7 @@ class Reader:
         return pack
 
     def close(self) -> None:
-        """End the worker at once: the garbage collector might wait for an exception to be handled."""
+        """End the worker now: the garbage collector might wait for an exception to be handled."""
         del self._packs, self._loader
 
     def states(self) -> dict[int, bytes]:
@@ -207,7 +207,7 @@ class PackLoader:
     and a step's packs evenly, the numbers of packs in a step differ, and a state can be
     taken at a step's border only.
 
-    Raises ValueError if the topology cannot read the config, or if `state` was taken from different data.
+    Raises ValueError if the topology cannot read the config, or if `state` is of different data.
     """
 
     def __init__(
@@ -400,7 +400,7 @@ class PackLoader:
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date` the date is the day of the first start."""
+    """Open tokenizer and template. Without `tokenizer.date` the date is the first start's day."""
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
     with _without_collector():

@@ -81,8 +81,8 @@ class StreamingCursor:
     """A stream's position in a source without random access: shards are read forward.
 
     Streams take turns in whole shards. If a source has fewer shards than the run has streams, a
-    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and each of
-    the `n` streams reads the whole shard.
+    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and
+    each of the `n` streams reads the whole shard.
     """
 
     rows = None

@@ -204,17 +204,11 @@ def test_files_may_move_and_be_touched(workspace: Workspace, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("settings", [{"workers": 2}, {"prefetch": 1}])
-def test_who_reads_is_no_part_of_the_identity(workspace: Workspace, settings: dict[str, Any]) -> None:
+def test_workers_and_prefetch_are_no_part_of_the_identity(workspace: Workspace, settings: dict[str, Any]) -> None:
     state = state_of(workspace)
     expected = workspace.load(state)
     workspace.settings = settings
     assert tiny.digests(workspace.load(state)) == tiny.digests(expected)
-
-
-def test_every_setting_of_the_config_is_either_in_the_identity_or_about_who_reads() -> None:
-    settings = {field.name for field in msgspec.structs.fields(DataConfig)}
-    decisive = {field.name for field in msgspec.structs.fields(identity_module.Identity)}
-    assert settings - decisive == {"tokenizer", "workers", "prefetch", "max_refused", "accept_changed"}
 
 
 def test_differences_are_named_by_their_paths() -> None:

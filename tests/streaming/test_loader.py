@@ -72,7 +72,7 @@ def test_the_packs_of_a_run_never_change_by_accident(tokenizer: str, corpus_path
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 8])
-def test_a_state_is_what_was_consumed_whatever_was_loaded_ahead(wide: DataConfig, prefetch: int) -> None:
+def test_a_state_covers_consumed_packs_and_no_pack_loaded_ahead(wide: DataConfig, prefetch: int) -> None:
     ahead = PackLoader(msgspec.structs.replace(wide, prefetch=prefetch), workers=2)
     plain = PackLoader(wide)
     for _ in range(20):
@@ -386,7 +386,7 @@ def test_a_pack_from_a_worker_is_the_same_as_one_made_here(wide: DataConfig) -> 
     there.close()
 
 
-def test_a_refused_rows_place_can_be_asked(tokenizer: str, tmp_path: Path) -> None:
+def test_a_refused_row_is_located_for_an_editor(tokenizer: str, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [*tiny.rows(3), {"a": 1}])
     loader = PackLoader(tiny.data_config(tokenizer, path, epochs=1))
     (refusal,) = [refusal for pack in loader for refusal in pack.refused]

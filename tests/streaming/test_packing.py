@@ -165,7 +165,7 @@ def test_a_plan_holds_each_conversation_once_and_no_pack_over_capacity(
 
 
 @given(lengths_and_urgency())
-def test_urgent_ones_fill_the_first_packs_as_if_they_were_alone(case: tuple[int, list[tuple[int, bool]]]) -> None:
+def test_urgent_examples_fill_the_first_packs_as_if_they_were_alone(case: tuple[int, list[tuple[int, bool]]]) -> None:
     capacity, items = case
     lengths, urgent = [length for length, _ in items], [urgency for _, urgency in items]
     alone = [length for length, urgency in items if urgency]
@@ -326,7 +326,7 @@ def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
     assert node.state.refused == {"longer than capacity": 1}
 
 
-def test_a_stream_with_nothing_to_train_is_dry_after_one_empty_pack() -> None:
+def test_a_stream_with_nothing_to_train_is_exhausted_after_one_empty_pack() -> None:
     node = packer([50, 60], 40)
     pack = next(node)
     assert (pack.segments, pack.exhausted, len(pack.refused)) == ((), True, 2)
@@ -334,7 +334,7 @@ def test_a_stream_with_nothing_to_train_is_dry_after_one_empty_pack() -> None:
     assert next(node).segments == ()
 
 
-def test_a_dry_stream_gives_empty_packs_for_ever_and_its_state_stands_still() -> None:
+def test_an_exhausted_stream_gives_empty_packs_for_ever_and_its_state_stands_still() -> None:
     node = packer([10, 20], 40)
     until_exhausted(node)
     state = node.state

@@ -91,7 +91,7 @@ def test_a_step_stays_a_step_under_another_global_batch(config: DataConfig) -> N
     assert len(loader.next_step()) == 12
 
 
-def test_only_what_is_named_is_accepted(config: DataConfig) -> None:
+def test_only_named_changes_are_accepted(config: DataConfig) -> None:
     _, state = _taken(config, 16)
     with pytest.raises(
         ValueError, match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.streams'\] accepts"
@@ -114,7 +114,7 @@ def test_a_changed_source_can_be_accepted_by_its_number(config: DataConfig) -> N
     assert len(list(loader)) > 0
 
 
-def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path: Path) -> None:
+def test_a_source_can_be_added_but_not_removed(config: DataConfig, tmp_path: Path) -> None:
     _, state = _taken(config, 16)
     more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.rows(10, seed=5))
     sources = (*config.sources, msgspec.structs.replace(config.sources[0], path=more))
@@ -134,7 +134,7 @@ def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path:
         ({"streaming": True}, r"rows.jsonl\[\d+\] is no longer there"),
     ],
 )
-def test_what_waits_cannot_be_taken_away(config: DataConfig, changes: dict[str, Any], said: str) -> None:
+def test_a_waiting_conversation_cannot_be_removed(config: DataConfig, changes: dict[str, Any], said: str) -> None:
     source = msgspec.structs.replace(config.sources[0], shuffle=False, **changes)
     config = msgspec.structs.replace(config, sources=(source,))
     _, state = _taken(config, 4)
@@ -160,7 +160,7 @@ def test_a_streamed_source_is_not_added_together_with_another_number_of_streams(
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 5), ("shuffle", False)])
-def test_what_the_order_hangs_on_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
+def test_a_change_of_the_order_of_rows_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
     _, state = _taken(config, 16)
     with pytest.raises(
         ValueError, match=f"a change of data.{field} cannot be accepted, since it decides the order of rows"

@@ -107,7 +107,7 @@ def test_merge_refuses_states_of_other_data_and_names_the_difference(states: lis
         merge([states[0], other])
 
 
-def test_a_shard_that_ran_dry_earlier_merges_with_one_that_goes_on(config: DataConfig) -> None:
+def test_an_exhausted_shard_merges_with_a_shard_that_goes_on(config: DataConfig) -> None:
     loaders = [PackLoader(config, shard=Shard(index, 4)) for index in range(4)]
     for loader in loaders:
         list(loader)

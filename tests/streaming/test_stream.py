@@ -182,7 +182,7 @@ def test_refusals_are_listed_with_their_places_and_counted(
     assert broken == f"{spoiled}:41 is not JSON: Input data was truncated"
 
 
-def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
+def test_a_state_counts_exactly_the_given_packs(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
     node = opened(shapes["refused rows"], encoder, 0)
     packs = []
     while not node.state.exhausted:
