@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sftstream import IGNORE_INDEX
 from trainer.llama.attention import Segments
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.model import Llama
 
 CONFIG = LlamaConfig(
     vocab_size=64,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.llama import attention
-from trainer.llama.attention import attend, repeat_heads
+from trainer.llama.attention import KERNELS, attend, repeat_heads
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -73,10 +73,10 @@ def test_a_pack_of_many_segments_makes_no_square_of_its_length() -> None:
     ("device", "dtype", "size", "message"),
     [
         ("meta", torch.float32, 8, "kernels for cpu and cuda, not for meta"),
-        ("cpu", torch.float16, 8, "CPU computes in float32, float64, bfloat16, not in torch.float16"),
-        ("cuda", torch.float32, 8, "GPU computes in bfloat16, float16, not in torch.float32"),
-        ("cuda", torch.bfloat16, 12, "multiple of 8 up to 256, not 12"),
-        ("cuda", torch.bfloat16, 264, "multiple of 8 up to 256, not 264"),
+        ("cpu", torch.float16, 8, "attention on cpu computes in float32, float64, bfloat16, not in float16"),
+        ("cuda", torch.float32, 8, "attention on cuda computes in bfloat16, float16, not in float32"),
+        ("cuda", torch.bfloat16, 12, "head sizes 8, 16, ..., 256, not 12"),
+        ("cuda", torch.bfloat16, 264, "head sizes 8, 16, ..., 256, not 264"),
     ],
 )
 def test_what_no_kernel_isolates_is_refused(device: str, dtype: torch.dtype, size: int, message: str) -> None:
@@ -96,7 +96,8 @@ def test_on_a_gpu_grouped_heads_reach_the_kernel_whether_it_groups_or_not(
         seen.append((tuple(k.shape), borders[2:], window_size, options))
         return q
 
-    monkeypatch.setattr(attention, "_HAS_FLASH_ATTN", False)
+    varlen = KERNELS["cuda"]._replace(run=attention._torch_varlen)
+    monkeypatch.setitem(KERNELS, "cuda", varlen)
     monkeypatch.setattr(attention, "_VARLEN_TAKES_GROUPS", takes_groups)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     with FakeTensorMode():

@@ -11,8 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh
 from trainer.llama.blocks import Recompute, prepare_blocks
-from trainer.llama.model import Llama, init_weights, local
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
+from trainer.llama.sharding import local
 
 PACK = (9, 14, 9)
 

@@ -14,8 +14,9 @@ import transformers
 from tiny_llama import LLAMA3
 
 from trainer.llama import hf_config
+from trainer.llama.config import LinearScaling, Llama3Scaling
 from trainer.llama.hf_config import find_model, read_config
-from trainer.llama.model import LinearScaling, Llama, Llama3Scaling
+from trainer.llama.model import Llama
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

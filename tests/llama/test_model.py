@@ -8,9 +8,12 @@ import torch
 from tiny_llama import CONFIG, FAMILIES, LLAMA3, TIED, built, gradients, loss_of, public_llama, row, segments
 from torch.nn import functional as F
 
+from trainer.llama.config import LinearScaling, Llama3Scaling, LlamaConfig
 from trainer.llama.hf_config import read_config
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import LinearScaling, Llama, Llama3Scaling, LlamaConfig, init_weights, inverse_frequencies
+from trainer.llama.model import Llama
+from trainer.llama.rotary import inverse_frequencies
 from trainer.llama.weights import layout, load_weights
 
 

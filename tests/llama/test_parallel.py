@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftstream import IGNORE_INDEX
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.attention import Segments
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build, check_divisible, parallelize
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY as PARITY_CAPACITY

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.distributed.mesh import Topology
 from trainer.llama.hf_config import read_config
-from trainer.llama.model import local
 from trainer.llama.parallel import build
+from trainer.llama.sharding import local
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY, Check, compare, report
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainer.config import TrainConfig, parse_config
 from trainer.estimate import activations, estimate
 from trainer.llama.blocks import Recompute, prepare_blocks
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 from trainer.main import main
 
 GIB = 2**30

@@ -12,20 +12,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 
 StrPath = str | os.PathLike[str]
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_READ = (
-    *_SIZES,
-    "num_key_value_heads",
-    "model_type",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "initializer_range",
+_ROPE_FIELDS = {"rope_theta", "rope_scaling"}
+_READ = tuple(name for name in LlamaConfig.__struct_fields__ if name not in _ROPE_FIELDS)
+"""Keys of `config.json` with the name and meaning of a field of LlamaConfig."""
+_REQUIRED = tuple(
+    field.name
+    for field in msgspec.structs.fields(LlamaConfig)
+    if field.required and field.name != "num_key_value_heads"  # transformers has a default for it: one per query head
 )
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
@@ -98,7 +95,7 @@ def _config(keys: dict[str, Any]) -> LlamaConfig:
 
 
 def _require_known(keys: dict[str, Any], known: set[str]) -> None:
-    missing = [key for key in _SIZES if key not in keys]
+    missing = [key for key in _REQUIRED if key not in keys]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given")
     unknown = [key for key in keys if key not in known and not key.startswith("_")]

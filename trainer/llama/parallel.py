@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 
 
 def build(

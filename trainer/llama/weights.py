@@ -11,10 +11,11 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
+from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
-from trainer.llama.model import Llama, LlamaConfig, local, window
+from trainer.llama.model import Llama
+from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -179,20 +180,9 @@ def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tupl
     every rank must go on to the end.
     """
     for name, pieces in layout(config).items():
-        full = _gathered(tensors[name])
+        full = gather_full(tensors[name])
         by_tensor: dict[str, list[Tensor]] = {}
         for piece, rows in zip(pieces, full.split_with_sizes([piece.rows for piece in pieces]), strict=True):
             by_tensor.setdefault(piece.tensor, []).append(rows)
         for theirs, parts in by_tensor.items():
             yield theirs, torch.cat(parts)
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = list(tensor.placements)
-    for dim in range(len(placements)):
-        # Data parallelism, the first dimensions, cut what tensor parallelism had cut before, and so is undone first.
-        placements[dim] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()

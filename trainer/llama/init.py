@@ -1,0 +1,29 @@
+"""Initial weights, the same bits on any topology."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from trainer.llama.model import Llama
+from trainer.llama.sharding import local, window
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """Set every weight from `(seed, its name)` alone: norms to 1, biases to 0, matrices normal(0, initializer_range).
+
+    The full tensor is drawn on the CPU and each rank keeps its share, so the bits are the same on any topology and any
+    device. Costs one full tensor of host memory at a time.
+    """
+    for name, parameter in model.named_parameters():
+        full = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
+        if parameter.ndim > 1:
+            full.normal_(0.0, model.config.initializer_range, generator=_generator(seed, name))
+        local(parameter).copy_(full[window(parameter)])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
