@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import runs
 import torch
-from tiny_llama import CONFIG, TIED, built, loss_of, row
+from tiny_llama import CONFIG, TIED, built, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -151,7 +151,7 @@ def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = loss_of(model, row(tokens))
+            loss = loss_of(model, pack_of(tokens))
         kept.append(sum(storages.values()))
         del loss
     return kept[1] - kept[0]

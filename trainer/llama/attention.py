@@ -1,24 +1,24 @@
 """Causal attention inside each segment of a pack; the only file that knows attention kernels.
 
-`attend` checks its inputs and calls the one kernel that `KERNELS` holds for their device:
+`attend` checks the inputs and calls the kernel in `KERNELS` for the device:
 
-| device | kernel                                                   | dtypes           | head sizes       |
-|--------|----------------------------------------------------------|------------------|------------------|
-| cpu    | torch's scaled_dot_product_attention, once per segment   | fp32, fp64, bf16 | any              |
-| cuda   | flash-attn's varlen function if installed, else torch's  | bf16, fp16       | 8, 16, ..., 256  |
+| device | kernel                                             | dtypes           | head sizes     |
+|--------|----------------------------------------------------|------------------|----------------|
+| cpu    | torch scaled_dot_product_attention on each segment | fp32, fp64, bf16 | any            |
+| cuda   | flash-attn's varlen function if installed          | bf16, fp16       | 8, 16, ... 256 |
+| cuda   | torch varlen_attn otherwise                        | bf16, fp16       | 8, 16, ... 256 |
 
-To add a kernel, write a function `(q, k, v, segments) -> out` with the shapes of `attend`, and enter
-it in `KERNELS`. A kernel must guarantee:
+To add a kernel, write a function `(q, k, v, segments) -> out` with the shapes of `attend`, and
+enter the function in `KERNELS`. A kernel must guarantee:
 
-- Segments are isolated: a token attends to itself and to earlier tokens of its segment, and no bit of
-  an output or gradient depends on another segment. Example: for `cu_seqlens = [0, 3, 5]` query 4 reads
-  keys 3 and 4, and query 3 reads key 3 only.
+- Segments are isolated: no bit of an output or gradient depends on another segment, and a query
+  reads no later key. For `cu_seqlens = [0, 3, 5]` query 4 reads keys 3 and 4, query 3 reads key 3.
 - The backward pass is deterministic when `torch.use_deterministic_algorithms(True)` is set: equal
   inputs give equal bits.
 - Query head `h` reads key and value head `h // (Hq / Hkv)`; scores are scaled by `1 / sqrt(D)`.
-- Memory grows with the pack, not with its square: no `(T, T)` mask.
-- The entry in `KERNELS` states every supported dtype and head size, so that `attend` raises
-  ValueError for the rest. There is no fallback to a slower kernel.
+- Memory grows with the pack, not with the square of the pack: no `(T, T)` mask.
+- The entry in `KERNELS` states every supported dtype and head size: `attend` raises ValueError for
+  the rest, without a fallback to a slower kernel.
 
 tests/llama/test_attention.py checks these guarantees on a CPU, tests/training/test_gpu.py on a GPU.
 """
@@ -81,11 +81,11 @@ class Kernel(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Return causal attention computed within each segment, `(T, Hq, D)`.
 
-    `q` is `(T, Hq, D)`, `k` and `v` are `(T, Hkv, D)` with `Hq` a multiple of `Hkv`. The cost is the
-    sum of the squared segment lengths.
+    `q` is `(T, Hq, D)`, `k` and `v` are `(T, Hkv, D)` with `Hq` a multiple of `Hkv`. The cost is
+    the sum of the squared segment lengths.
 
-    Raises ValueError if the device has no kernel, or if the kernel does not support the dtype or the
-    head size.
+    Raises ValueError if the device has no kernel, or if the kernel does not support the dtype or
+    the head size.
     """
     device, head_size = q.device.type, q.shape[-1]
     if device not in KERNELS:
@@ -100,14 +100,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         sizes = kernel.head_sizes
         raise ValueError(
             f"attention on {device} takes head sizes {sizes[0]}, {sizes[1]}, ..., {sizes[-1]}, not {head_size}: "
-            f"train this model on a CPU"
+            "train this model on a CPU"
         )
     return kernel.run(q, k, v, segments)
 
 
 def _sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    # split, not slicing: the backward pass of split is one concatenation, that of a slice fills a zero
-    # tensor of the whole pack for every segment.
+    # split, not slicing: the backward pass of split is one concatenation, while each slice would
+    # fill a zero tensor of the size of the pack.
     by_segment = zip(*(t.split_with_sizes(segments.lengths) for t in (q, k, v)), strict=True)
     return torch.cat([_sdpa(*heads) for heads in by_segment])
 
@@ -133,7 +133,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
 
 
 def _borders(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
-    """Return the borders of queries and keys, and the longest segment of each, as varlen kernels take them."""
+    """Return borders and longest segment of queries and keys, the arguments of varlen kernels."""
     return segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen
 
 

@@ -1,4 +1,8 @@
-"""The sizes and settings of a Llama, and the checks of them."""
+"""The sizes and settings of a Llama, and their checks.
+
+The field names are the keys of Hugging Face's `config.json`. Code elsewhere derives its lists of
+keys from the fields of `LlamaConfig`: a new size is entered here only.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,19 @@ import msgspec
 class Llama3Scaling(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="llama3"
 ):
-    """Llama 3.1's stretching of the context: long wavelengths by `factor`, short ones not, those between smoothly."""
+    """Llama 3.1's context extension.
+
+    A pair of channels with a long wavelength turns `factor` times slower, a pair with a short
+    wavelength keeps its frequency, and the scale changes smoothly between the two limits.
+    """
 
     factor: float
     low_freq_factor: float
+    """Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled fully."""
     high_freq_factor: float
+    """Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept."""
     original_max_position_embeddings: int
+    """Context length in tokens before the extension."""
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
@@ -26,7 +37,7 @@ class Llama3Scaling(
 class LinearScaling(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="linear"
 ):
-    """All wavelengths stretched by `factor`."""
+    """Context extension with every frequency divided by `factor`."""
 
     factor: float
 
@@ -36,7 +47,7 @@ class LinearScaling(
 
 
 class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The shape of a Llama, in Hugging Face's words; defaults are Llama 3's."""
+    """Sizes and settings of a Llama, named as in `config.json`; the defaults are Llama 3's."""
 
     vocab_size: int
     hidden_size: int
@@ -45,16 +56,18 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_attention_heads: int
     num_key_value_heads: int
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    """qwen2 has biases on queries, keys and values, qwen3 a norm on each head's query and key; mistral is a llama by name."""
+    """The architecture. qwen2 adds biases to queries, keys and values; qwen3 adds a norm to the
+    query and key of each head; mistral computes exactly as llama does."""
     head_dim: int | None = None
-    """None: hidden_size / num_attention_heads."""
+    """Channels of one head; None means hidden_size / num_attention_heads."""
     rope_theta: float = 500000.0
     rope_scaling: Llama3Scaling | LinearScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 8192
-    """The longest conversation in tokens that the positions are meant for."""
+    """Longest conversation, in tokens, supported by the model."""
     initializer_range: float = 0.02
+    """Standard deviation of the initial matrices."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -63,12 +76,12 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads} where no head_dim is given"
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads} if head_dim is not given"
             )
         if heads % groups:
             raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}")
         if self.head_size < 2 or self.head_size % 2:
-            raise ValueError(f"head_dim {self.head_size} must be even: rotary positions turn its halves together")
+            raise ValueError(f"head_dim {self.head_size} must be even: rotary positions pair the channels of a head")
         if not (
             0 < self.rope_theta < math.inf and 0 < self.rms_norm_eps < 1 and 0 <= self.initializer_range < math.inf
         ):
@@ -84,28 +97,31 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def qkv_bias(self) -> bool:
-        """Queries, keys and values have biases."""
+        """True if queries, keys and values have biases."""
         return self.model_type == "qwen2"
 
     @property
     def head_norms(self) -> bool:
-        """Each head's query and key is normed before it is turned."""
+        """True if the query and key of each head are normed before the rotation."""
         return self.model_type == "qwen3"
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that read one key-value head."""
+        """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def gate_block(self) -> int:
         """Channels of one block of the fused gate and up projection.
 
-        There are as many blocks as every tensor-parallel size that divides both the intermediate size and the key-value
-        heads allows, so that any such size gets whole blocks and the stored layout knows no topology.
+        The number of blocks is the greatest common divisor of intermediate_size and
+        num_key_value_heads. Every tensor-parallel size that divides both sizes also divides the
+        number of blocks, so each rank gets whole blocks and the stored layout does not depend on
+        the topology. Example: intermediate_size 48 and 4 key-value heads make 4 blocks of 12
+        channels, which suits tp 1, 2 and 4.
         """
         return self.intermediate_size // math.gcd(self.intermediate_size, self.num_key_value_heads)
 
 
 _SIZES = tuple(field.name for field in msgspec.structs.fields(LlamaConfig) if field.type is int)
-"""Fields that must be at least 1: every plain integer."""
+"""Names of the integer fields, each at least 1."""

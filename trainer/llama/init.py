@@ -1,4 +1,4 @@
-"""Initial weights, the same bits on any topology."""
+"""Initial weights with equal bits on every topology and device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from trainer.llama.sharding import local, window
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """Set every weight from `(seed, its name)` alone: norms to 1, biases to 0, matrices normal(0, initializer_range).
+    """Set norms to 1, biases to 0, and matrices to draws from normal(0, initializer_range).
 
-    The full tensor is drawn on the CPU and each rank keeps its share, so the bits are the same on any topology and any
-    device. Costs one full tensor of host memory at a time.
+    The draws of a matrix depend only on `seed` and on the name of the parameter. Each rank draws
+    the full tensor on the CPU and keeps its shard, so the bits do not depend on topology or
+    device. The cost is host memory for one full tensor at a time.
     """
     for name, parameter in model.named_parameters():
         full = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)

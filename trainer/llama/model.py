@@ -1,4 +1,9 @@
-"""Llama and its close relatives, as Hugging Face computes them, on one pack: no batch dimension, no cache, no mask."""
+"""Llama, Mistral, Qwen2 and Qwen3 as Hugging Face computes them, on one pack.
+
+Activations are `(T, hidden_size)`, with `T` the tokens of the pack: no batch dimension, no
+key-value cache, no mask. The same layers run on one process and under tensor parallelism;
+hooks set by parallel.py exchange tokens between ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,11 @@ from trainer.llama.sharding import local_weight
 
 
 class Embedding(nn.Embedding):
-    """Zeros for tokens of other ranks' parts of the vocabulary, where the weight is split over it: the sum is whole."""
+    """Embedding lookup, int64 `(T,)` to `(T, hidden_size)`.
+
+    With a weight split over the vocabulary, ids on other ranks give zeros: the sum over the ranks
+    is the full result.
+    """
 
     def forward(self, ids: Tensor) -> Tensor:
         if not isinstance(self.weight, DTensor):
@@ -26,23 +35,25 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """Multiplies with this rank's part of the weight."""
+    """Linear layer with the part of the weight on this rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local_weight(self.weight), None if self.bias is None else local_weight(self.bias))
 
 
 class Norm(nn.RMSNorm):
-    """Norms this rank's tokens or heads."""
+    """Root-mean-square norm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, local_weight(self.weight), self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. The rows of `qkv` go by key-value head, `[its queries..., key, value]`.
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-    So a contiguous share of the rows is a set of whole groups, which is what a tensor-parallel rank needs.
+    The rows of `qkv` are ordered by key-value head: the query heads of a group, then the key, then
+    the value. With 4 query and 2 key-value heads the order is `[q0, q1, k0, v0, q2, q3, k1, v1]`,
+    so the first half of the rows is a complete group for the first of two tensor-parallel ranks.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -56,7 +67,7 @@ class Attention(nn.Module):
         self.output = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        # (T, groups of this rank, queries + 2, D): the groups are counted from the rows there are.
+        # (T, groups on this rank, queries + 2, D)
         qkv = self.qkv(x).unflatten(1, (-1, self.queries + 2, self.head_size))
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
@@ -69,7 +80,12 @@ def _head_norm(config: LlamaConfig) -> nn.Module:
 
 
 class SwiGLU(nn.Module):
-    """The gated feed-forward. The rows of `gate_up` go by block, `[gate, up]`, for the same reason as those of `qkv`."""
+    """Gated feed-forward, `down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202).
+
+    The rows of `gate_up` alternate by block of `config.gate_block` channels, `[gate, up, gate, up,
+    ...]`: a contiguous share of whole blocks is complete for a tensor-parallel rank, as in
+    `Attention.qkv`.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -83,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -98,14 +114,20 @@ class Block(nn.Module):
 
 
 class Select(nn.Module):
-    """The rows that go on to the vocabulary; a module so that a sharded sequence can be gathered before it."""
+    """Selection of the hidden states to project to the vocabulary; None selects all.
+
+    A separate module, because parallel.py hooks a gather of the tokens before the selection.
+    """
 
     def forward(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
         return hidden if positions is None else hidden[positions]
 
 
 class Head(Linear):
-    """Hidden states to logits: a DTensor where the weight is split over the vocabulary, as they are."""
+    """Projection `(n, hidden_size)` to logits `(n, vocabulary)`.
+
+    With a weight split over the vocabulary the result is a DTensor, split over dimension 1.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
@@ -115,7 +137,7 @@ class Head(Linear):
 
 
 class Llama(nn.Module):
-    """The model. Its weights are arbitrary until `init_weights` or `load_weights` has set them."""
+    """The complete model. `init_weights` or `load_weights` must set the weights before use."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -126,27 +148,34 @@ class Llama(nn.Module):
         self.select = Select()
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        # Not a buffer: a cast of the model to bf16 would ruin it, and a model made on "meta" would lose it.
+        # Not a buffer: a cast of the model to bf16 would round the frequencies, and a model made on
+        # "meta" would have none.
         self.frequencies = inverse_frequencies(config)
 
     def tie(self) -> None:
-        """Make the head's weight the embedding's where the config says so; again after a parameter was replaced."""
+        """Share the embedding's weight with the head if the config ties them.
+
+        Call again after replacing parameters.
+        """
         if self.config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None
     ) -> Tensor:
-        """Logits `(T, vocabulary)` of a pack, or `(n, vocabulary)` of those of its `positions`.
+        """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
 
-        `input_ids` and `position_ids` are int64 `(T,)`, `positions` int64 `(n,)` indices into the pack, each at most
-        once. Under tensor parallelism every rank of the group passes the same, and the logits are a DTensor sharded
-        over the vocabulary.
+        `input_ids` and `position_ids` are int64 `(T,)`; `positions` holds int64 indices `(n,)`
+        into the pack, without duplicates. Under tensor parallelism every rank of the group passes
+        equal inputs, and the logits are a DTensor split over the vocabulary.
         """
         return self.head(self.select(self.hidden(input_ids, position_ids, segments), positions))  # type: ignore[no-any-return]
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
-        """The normed hidden states `(T, hidden_size)`; under tensor parallelism those of this rank's tokens."""
+        """Return the normed hidden states, `(T, hidden_size)`.
+
+        Under tensor parallelism rank `r` gets slice `r` of `tp` equal slices of the tokens.
+        """
         x = self.embedding(input_ids)
         rotation = self.rotation(position_ids, x.dtype)
         for block in self.blocks:
@@ -154,7 +183,7 @@ class Llama(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
-        """Angles in fp32, cosines and sines in `dtype`, as Hugging Face has them."""
+        """Return cosines and sines for `position_ids`, on the device of `position_ids`."""
         if self.frequencies.device != position_ids.device:
             self.frequencies = self.frequencies.to(position_ids.device)
         return rotation_at(position_ids, self.frequencies, dtype)

@@ -1,4 +1,7 @@
-"""The share of a tensor that one rank holds."""
+"""The part of a DTensor on this rank, and the gathering of the full tensor.
+
+A plain tensor counts as full: each function here accepts plain tensors too.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,26 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, sharing its storage."""
+    """Return the part of `tensor` on this rank, sharing storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def window(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the full tensor."""
+    """Return the slice of each dimension of the full tensor held by this rank."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    # What distributed checkpoints ask a sharded tensor; it knows the strided shards of two mesh dimensions as well.
-    (part,) = tensor.__create_chunk_list__()
-    return tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))
+    # Distributed checkpoints call this method too: it handles the strided parts that two mesh
+    # dimensions cut from one tensor dimension.
+    (chunk,) = tensor.__create_chunk_list__()
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def local_weight(weight: Tensor) -> Tensor:
-    """What this rank computes with of a weight, as a plain tensor.
+    """Return the part of `weight` on this rank as a plain tensor through which gradients flow.
 
-    Layers compute on plain tensors: for DTensors torch goes through Python at each operation, and works out anew for each
-    shape who holds what. A weight that all ranks hold meets the tokens of each by themselves, and so gets partial sums as
-    its gradient.
+    Layers compute on plain tensors because DTensor operations go through Python and derive their
+    placements again for each new shape. A replicated weight sees only the tokens of this rank, so
+    the gradient is marked as a partial sum.
     """
     if not isinstance(weight, DTensor):
         return weight
@@ -33,11 +37,13 @@ def local_weight(weight: Tensor) -> Tensor:
 
 
 def gather_full(tensor: Tensor) -> Tensor:
+    """Return the full tensor on every rank; every rank must call."""
     if not isinstance(tensor, DTensor):
         return tensor
     placements = list(tensor.placements)
     for dim in range(len(placements)):
-        # Data parallelism, the first dimensions, cut what tensor parallelism had cut before, and so is undone first.
+        # Data parallelism, the first mesh dimensions, cut the parts made by tensor parallelism, and
+        # is gathered first.
         placements[dim] = Replicate()
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local()
