@@ -91,9 +91,9 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_window is 64"),
         (
             {"logit_scale": 0.5},
-            "logit_scale unknown for model_type llama: remove from config.json if the model computes the same",
+            "unknown keys for model_type llama: logit_scale; remove the keys if the model computes the same",
         ),
-        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map unknown for model_type llama"),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "unknown keys for model_type llama: auto_map"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -107,10 +107,10 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', but only default, linear"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "twist": 1}}, "twist"),
-        ({"rope_scaling": {"factor": 4.0}}, "factor unknown for rope_type 'default': set the rope_type of these keys"),
+        ({"rope_scaling": {"factor": 4.0}}, "unknown keys for rope_type 'default': factor; set the rope_type"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
-            "full_attention unknown for rope_type 'default'",
+            "unknown keys for rope_type 'default': full_attention",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys in .*low_freq_factor"),
         ({"vocab_size": "many"}, "vocab_size"),
@@ -132,7 +132,7 @@ def test_the_dtype_in_config_json_is_ignored(tmp_path: Path) -> None:
 def test_missing_sizes_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64}))
     with pytest.raises(
-        ValueError, match="hidden_size, intermediate_size, num_hidden_layers, num_attention_heads missing: add"
+        ValueError, match="missing hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: add"
     ):
         read_config(tmp_path)
 
@@ -219,7 +219,7 @@ def test_every_config_key_of_transformers_is_read_or_checked_or_harmless(kind: s
     generic = transformers.PreTrainedConfig().to_dict()
     harmless = {"use_cache", "pretraining_tp", "use_sliding_window", "max_window_layers", "layer_types"}
     harmless |= {"bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"}
-    known = generic.keys() | harmless | set(hf_config._READ) | hf_config._ONLY_SUPPORTED.keys()
+    known = generic.keys() | harmless | set(hf_config._FIELD_KEYS) | hf_config._ONLY_SUPPORTED.keys()
     assert set(transformers.AutoConfig.for_model(kind).to_dict()) <= known
 
 

@@ -17,7 +17,7 @@ from trainer.llama.config import LlamaConfig
 StrPath = str | os.PathLike[str]
 
 _ROPE_FIELDS = {"rope_theta", "rope_scaling"}
-_READ = tuple(name for name in LlamaConfig.__struct_fields__ if name not in _ROPE_FIELDS)
+_FIELD_KEYS = tuple(name for name in LlamaConfig.__struct_fields__ if name not in _ROPE_FIELDS)
 """Keys of `config.json` with the name and meaning of a field of LlamaConfig."""
 _REQUIRED = tuple(
     field.name
@@ -97,19 +97,19 @@ def _config(keys: dict[str, Any]) -> LlamaConfig:
     typeless = {key: value for key, value in keys.items() if key not in ("dtype", "torch_dtype")}
     read = keys | public.from_dict(typeless).to_dict()
     _check_supported(read, architectures=[_architecture(model_type)])
-    fields = {key: read.get(key) for key in _READ}
+    fields = {key: read.get(key) for key in _FIELD_KEYS}
     return msgspec.convert(fields | _rope(read["rope_parameters"]), LlamaConfig)
 
 
 def _check_keys(keys: dict[str, Any], accepted: set[str]) -> None:
     missing = [key for key in _REQUIRED if key not in keys]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing: add to config.json")
+        raise ValueError(f"missing {', '.join(missing)}: add the sizes of the model")
     unknown = [key for key in keys if key not in accepted and not key.startswith("_")]
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)} unknown for model_type {keys['model_type']}: remove from config.json if the "
-            "model computes the same without"
+            f"unknown keys for model_type {keys['model_type']}: {', '.join(unknown)}; remove the keys if the model "
+            "computes the same without"
         )
 
 
@@ -143,7 +143,7 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
         )
     if rope_type == "default" and settings:
         raise ValueError(
-            f"{', '.join(settings)} unknown for rope_type 'default': set the rope_type of these keys, or remove them"
+            f"unknown keys for rope_type 'default': {', '.join(settings)}; set the rope_type of the keys, or remove them"
         )
     scaling = None if rope_type == "default" else {"rope_type": rope_type, **settings}
     return {"rope_theta": theta, "rope_scaling": scaling}
