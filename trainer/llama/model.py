@@ -82,9 +82,9 @@ def _head_norm(config: LlamaConfig) -> nn.Module:
 class SwiGLU(nn.Module):
     """Gated feed-forward, `down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202).
 
-    The rows of `gate_up` alternate by block of `config.gate_block` channels, `[gate, up, gate, up,
-    ...]`: a contiguous share of whole blocks is complete for a tensor-parallel rank, as in
-    `Attention.qkv`.
+    The rows of `gate_up` alternate between gate and up by block of `config.gate_block` channels: a
+    contiguous share of whole blocks is complete for a tensor-parallel rank, as in `Attention.qkv`.
+    With 2 blocks the order is `[gate0, up0, gate1, up1]`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -93,8 +93,7 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
-    """Raise ValueError if `tp` does not divide a size that TP splits, and list the possible
-    `tp`."""
+    """Raise ValueError, with the possible sizes, if `tp` does not divide a size split by TP."""
     split = {
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
