@@ -13,7 +13,7 @@ import msgspec
 from sftstream import DataConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
 from trainer.llama.blocks import Recompute
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 

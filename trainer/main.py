@@ -31,9 +31,11 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import Topology, distributed, exit_process, named_dtype, print_error
 from trainer.estimate import estimate, show
 from trainer.llama.blocks import prepare_blocks
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export, require_replaceable
 from trainer.llama.hf_config import find_model, read_config
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.recipe import recipe
 from trainer.llama.weights import load_weights

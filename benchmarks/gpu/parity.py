@@ -32,8 +32,10 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, distributed
 from trainer.estimate import estimate
 from trainer.llama.blocks import prepare_blocks
+from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import read_config
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY, Check, compare

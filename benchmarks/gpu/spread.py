@@ -23,8 +23,10 @@ from sftstream import Pack
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, distributed, named_dtype
 from trainer.llama.blocks import prepare_blocks
-from trainer.llama.model import Llama, LlamaConfig, local
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
+from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
 

@@ -17,7 +17,7 @@ from torchdata.nodes import BaseNode
 from sftstream.config import DataConfig
 from sftstream.loader import PackLoader
 from sftstream.records import Pack
-from sftstream.streaming.stream import build_stream
+from sftstream.streaming.graph import build_stream
 
 DOES = {
     "draw": "which row comes next",

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from checkpoints import CheckpointStore
 from trainer.checkpointing.snapshot import _tensors
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.config import LlamaConfig
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import parallelize
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 

@@ -20,7 +20,8 @@ from checkpoints import RECIPE, About, CheckpointStore, Recipe
 from sftstream import DataState, StreamState, differences
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
-from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 

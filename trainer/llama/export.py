@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
-from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.model import Llama
 from trainer.llama.weights import INDEX, shapes, unfused
 
 FILE_BYTES = 5_000_000_000

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from checkpoints import Recipe, Rows
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import Tokenizer, describe
 from trainer.llama.hf_config import StrPath
-from trainer.llama.model import LlamaConfig
 from trainer.llama.weights import layout
 
 MODEL = "model"
