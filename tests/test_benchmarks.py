@@ -67,3 +67,16 @@ def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"| tiny | plain | dp 1 x tp {tp} | ")
+
+
+def test_the_packing_benchmark_prints_a_row_for_each_capacity(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "packing" / "packing.py", "--conversations=300"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SFTSTREAM_REALDATA": str(tmp_path / "nothing")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if "us" in line]
+    assert rows == ["| 2048", "| 4096", "| 8192"]

@@ -1,7 +1,7 @@
 """Compare how full packs become: our planner, next-fit and first-fit into 8 open packs, on equal
 lengths in one run.
 
-    python benchmarks/packing/packing.py
+    python benchmarks/packing/packing.py [--conversations 20000]
 
 Reads lengths of real conversations if SFTSTREAM_REALDATA names a directory with them, else draws
 log-normal lengths. Prints one table: the share of slots filled by conversations, in percent, and
@@ -10,64 +10,53 @@ microseconds a conversation.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
-from sftstream import ChatEncoder, Example, Refused, SourceConfig
+from sftstream import ChatEncoder, DataConfig, Example, Refused, SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import Ref
 from sftstream.sources.corpus import FileSet
-from sftstream.streaming.packing import Packer, PackerConfig
-from sftstream.streaming.sampler import RowBatch
+from sftstream.streaming.graph import Map
+from sftstream.streaming.packer import Packer, PackerConfig
+from sftstream.streaming.sampler import IndexedCursor, RowSampler
 
 CAPACITIES = (2048, 4096, 8192)
-ROWS = 20_000
+ROWS_OF_A_FILE = 2500
 
 
-class Lengths:
-    """Examples of given lengths as a source for the packer."""
+class LengthReader:
+    """Examples of given lengths, by row number."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
 
-    def reset(self, _state: object = None) -> None:
-        self.at = 0
-
-    def __next__(self) -> RowBatch[list[Example]]:
-        if self.at == len(self.lengths):
-            raise StopIteration
-        self.at += 1
-        return RowBatch([Ref(0, self.at - 1, 0)], [[_example(self.lengths[self.at - 1])]])
-
-    wanted = 1
-
-    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
-        """Ignore the counts: this source is not mixed."""
-
     def expect(self, ref: Ref) -> None:
-        """Do nothing: no conversation waits at the start."""
+        """Do nothing: every row can be read again at any time."""
 
     def examples(self, ref: Ref) -> list[Example]:
-        return [_example(self.lengths[ref.row])]
-
-    def state_dict(self) -> dict[str, object]:
-        return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": self.at == len(self.lengths)}
-
-
-def _example(length: int) -> Example:
-    return Example(np.broadcast_to(np.int32(1), length), np.broadcast_to(np.True_, length), length - 1)
+        """Return the row's example, with constant tokens."""
+        length = self.lengths[ref.row]
+        return [Example(np.broadcast_to(np.int32(1), length), np.broadcast_to(np.True_, length), length - 1)]
 
 
 def ours(lengths: list[int], capacity: int) -> int:
     """Return the packs of one stream with windows of 256."""
-    config = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
-    rows = Lengths(lengths)
-    packer = Packer(rows, rows, rows, 0, config)
+    table = {"sources": [{"path": "none"}], "tokenizer": {"path": "none"}, "streams": 1, "epochs": 1, "shuffle": False}
+    data = msgspec.convert(table, DataConfig)
+    sampler = RowSampler(data, [IndexedCursor((len(lengths),), data, 0, 0)])
+    reader: Any = LengthReader(lengths)
+    source = Map(sampler, lambda refs: [reader.examples(ref) for ref in refs])
+    settings = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
+    packer = Packer(source, sampler, reader, 0, settings)
     packer.reset()
     packs = 0
     while not packer.state.exhausted:
@@ -105,7 +94,7 @@ def real_lengths(root: Path) -> list[int]:
     lengths = []
     for path in sorted((root / "conversations").glob("*/*.json*")):
         rows = FileSet(SourceConfig(path=str(path)))
-        for row in range(min(len(rows), ROWS // 8)):
+        for row in range(min(len(rows), ROWS_OF_A_FILE)):
             try:
                 lengths.append(len(encoder.tokenize(encoder.render_conversation(parse_row(rows.read(row))))[0].tokens))
             except Refused:
@@ -115,9 +104,12 @@ def real_lengths(root: Path) -> list[int]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=20_000, help="number of drawn lengths, without real data")
+    count = parser.parse_args().conversations
     root = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
     draw = random.Random(0)
-    lengths = real_lengths(root) if root.is_dir() else [int(draw.lognormvariate(5.7, 0.9)) + 8 for _ in range(ROWS)]
+    lengths = real_lengths(root) if root.is_dir() else [int(draw.lognormvariate(5.7, 0.9)) + 8 for _ in range(count)]
     draw.shuffle(lengths)
     kind = "real" if root.is_dir() else "log-normal"
     print(f"{len(lengths):,} conversations ({kind}), mean {sum(lengths) / len(lengths):.0f} tokens\n")

@@ -14,7 +14,7 @@ from corpus import DAY, Data, accepted, require_same
 
 from sftstream import ChatEncoder, DataConfig, PackLoader
 from sftstream.records import Conversation, Example
-from sftstream.streaming.sampler import TOGETHER
+from sftstream.streaming.sampler import BATCH_ROWS
 
 SAMPLE = 200
 """Conversations to run the template on; few, because running is slow."""
@@ -69,7 +69,7 @@ def encoded(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> int:
 
 def in_batches(values: Sequence[X]) -> Iterator[Sequence[X]]:
     """Return slices of the batch size of a stream's stages."""
-    return (values[at : at + TOGETHER] for at in range(0, len(values), TOGETHER))
+    return (values[at : at + BATCH_ROWS] for at in range(0, len(values), BATCH_ROWS))
 
 
 def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) -> Callable[[], int]:
