@@ -19,7 +19,7 @@ from sftstream import ChatEncoder, Refused
 from sftstream.config import Policy
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
-from sftstream.rendering.fast import render_cache as plan
+from sftstream.rendering.fast import render_cache
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
 from sftstream.tokenization import encoder as encoder_module
@@ -271,7 +271,7 @@ def calling(arguments: dict[str, Any], description: Any = "finds", name: str = "
     return Conversation(messages, ({"type": "function", "function": {"name": "f", "description": description}},))
 
 
-DIALOGUES = [
+CONVERSATIONS = [
     *map(calling, ARGUMENTS),
     *(
         calling({"a": "x"}, d)
@@ -290,12 +290,12 @@ def test_what_a_plan_says_of_calls_is_what_the_template_says(
     tokenizer: str, call: str, offer: str, policy: dict[str, Any]
 ) -> None:
     encoder = ChatEncoder(tokenizer, offer + template(body(call)), policy=Policy(**policy))
-    right = [whole(encoder, conversation) for conversation in DIALOGUES]
+    right = [whole(encoder, conversation) for conversation in CONVERSATIONS]
     planned = 0
-    for first in DIALOGUES:
+    for first in CONVERSATIONS:
         encoder.render_cache.plans.clear()
         learnt(encoder, first)
-        for second, expected in zip(DIALOGUES, right, strict=True):
+        for second, expected in zip(CONVERSATIONS, right, strict=True):
             found = encoder.render_cache.render(second)
             assert found is None or found == expected, (first, second)
             planned += found is not None and first is not second
@@ -339,7 +339,7 @@ def test_the_oldest_plans_are_forgotten(
 ) -> None:
     conversations = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
     for most, planned in ((least, [True, True, True]), (least - 1, [False, True, True])):
-        monkeypatch.setattr(plan, bound, most)
+        monkeypatch.setattr(render_cache, bound, most)
         encoder = ChatEncoder(tokenizer)
         for conversation in conversations:
             encoder.render(conversation)

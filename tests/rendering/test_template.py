@@ -255,7 +255,7 @@ def test_a_history_that_changes_when_an_answer_follows_is_refused() -> None:
     last_user = "(message.content + '!' if loop.last else message.content)"
     text = BRACKETS.replace("message.content + '[/INST]'", f"{last_user} + '[/INST]'")
     assert refusal(template(text), HI, ANSWER).startswith(
-        "no header: what the template prints where the model is to speak"
+        "no header: the template's text before an assistant message does not stand before message 1"
     )
 
 
