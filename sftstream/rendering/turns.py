@@ -68,14 +68,14 @@ class TurnFormat(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """An assistant message in the text; `span` runs from after the prompt to after the stop token."""
+    """An assistant message's span, from after the prompt to after the stop token."""
 
     message: int
     """Index of the message in the conversation."""
     span: Span
     payloads: tuple[Payload, ...]
     by_prompt: bool = False
-    """True if the search rendered the generation prompt of the earlier messages to find the start."""
+    """True if the start was searched by a render of the generation prompt."""
 
 
 def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
@@ -157,8 +157,11 @@ class _TurnSearch(NamedTuple):
     shortcut: bool
 
     def turn(self, index: int, earliest: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> Turn:
-        """Return the turn of assistant message `index`; raises `Refused` if it starts before `earliest`."""
-        # Some templates print earlier messages again, later: count only payloads before the message.
+        """Return the turn of assistant message `index`, at or after `earliest`.
+
+        Raises `Refused` if start or end are not found.
+        """
+        # Some templates repeat earlier messages later: count only payloads before the message.
         first = min((p.start for p in self.payloads if p.message == index), default=len(self.text))
         before = max((p.end for p in self.payloads if p.message < index and p.end <= first), default=0)
         payloads = self._first_prints(index, max(before, earliest))
@@ -179,12 +182,12 @@ class _TurnSearch(NamedTuple):
         return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
-        """Return the start of the first later message's payload from `offset` on, or the text's end."""
+        """Return the first start at or after `offset` of a later message, or the text's end."""
         starts = (p.start for p in self.payloads if p.message > index and p.start >= offset)
         return min(starts, default=len(self.text))
 
     def _start(self, index: int, before: int, limit: int, *, empty: bool) -> tuple[int, bool]:
-        """Return the turn's start in `[before, limit]`, and whether the prompt was rendered to find it."""
+        """Return a start in `[before, limit]`, and True if the prompt was rendered."""
         gap = self.text[before:limit]
         prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
         if self.shortcut and prompt and not empty and gap.endswith(prompt):
@@ -194,11 +197,11 @@ class _TurnSearch(NamedTuple):
             start = self._start_by_role_marker(gap)
         if start is None:
             missing = repr(role_marker) if role_marker else "the template's text before an assistant message"
-            raise Refused("no header", f"{missing} does not stand before message {index}")
+            raise Refused("no header", f"{missing} is missing before message {index}")
         return before + start, True
 
     def _start_by_prompt(self, index: int, gap: str) -> int | None:
-        """Return the length of the rendered prompt's tail in `gap`; None if the role marker is cut off.
+        """Return the length of the prompt's tail in `gap`; None if the role marker is cut off.
 
         A prompt that opens a thought counts as far as the gap follows the prompt.
         """
@@ -211,7 +214,7 @@ class _TurnSearch(NamedTuple):
         return cut if cut >= needed else None
 
     def _start_by_role_marker(self, gap: str) -> int | None:
-        """Return the end of the gap's only role marker, or of the prompt as far as the gap follows it."""
+        """Return the end of the gap's only role marker and of the prompt's matching rest."""
         prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
             return None
@@ -219,7 +222,7 @@ class _TurnSearch(NamedTuple):
         return at + max(_cut(_common_prefix(gap[at:], prompt), prompt, self.control), len(role_marker))
 
     def _end(self, index: int, last: int, following: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> int:
-        """Return the end of the first stop in `[last, following)`; `stops` in groups, first group first."""
+        """Return the end of the first stop in `[last, following)`; an earlier group wins."""
         rest = self.text[last:following]
         for group in stops:
             ends = [at + len(stop) for stop in group if (at := rest.find(stop)) >= 0]
@@ -231,7 +234,10 @@ class _TurnSearch(NamedTuple):
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
-    """Narrow each turn to the `{% generation %}` tag around its payloads; no turns if one lacks a tag."""
+    """Narrow each turn to the `{% generation %}` tag around the payloads.
+
+    Return no turns if a turn's payloads lie in no tag.
+    """
     result = []
     for turn in turns:
         start = min((p.start for p in turn.payloads), default=turn.span.start)
@@ -282,11 +288,13 @@ def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str 
 def _stops(
     at_end: str | None, in_middle: str | None, control: re.Pattern[str], turn_stops: Iterable[str] = ()
 ) -> frozenset[str]:
-    """Return the texts that end a turn, given the text behind its payload at a conversation's end and before a message.
+    """Return the texts that end a turn.
 
-    The last special token of the common beginning; without special tokens the common beginning;
-    without a common beginning the first special token of each text. With `turn_stops`, look for
-    further stops of tool calls: none if a text already holds one of `turn_stops`.
+    `at_end` and `in_middle` are the texts behind the turn's payload at a conversation's end and
+    before another message. The result is the last special token of the common beginning; without
+    special tokens, the common beginning; without a common beginning, the first special token of
+    each text. `turn_stops` asks for additional stops of tool calls: none if a text already contains
+    a turn stop.
 
         at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
     """
@@ -317,7 +325,7 @@ def _common_prefix(left: str, right: str) -> str:
 
 
 def _cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
-    """Return the length of the longest part of `prefix` that ends at a token, tag or line of `text`.
+    """Return the length of `prefix` up to the last token, tag or line end of `text`.
 
     `prefix` is a beginning of `text`; a prefix equal to the text is not cut.
     """

@@ -44,7 +44,7 @@ NOT_JSON = TypeError, ValueError, RecursionError
 
 
 class RenderCache:
-    """The render plans of one template under one policy.
+    """The render plans of a template under a policy.
 
     `special` are the texts of the tokenizer's special tokens.
     """

@@ -77,19 +77,19 @@ class RenderPlan(NamedTuple):
     """How to print conversations of one shape, and the trained bounds in the printed text."""
 
     pieces: list[str]
-    """Template text at even indices; empty strings at odd indices, to be replaced by the slots' prints."""
+    """Template texts at even indices; empty strings at odd indices, filled by the slots."""
     slots: tuple[Slot, ...]
     """Printed values in order of print; slot `i` goes to piece `2 * i + 1`."""
     untrimmed: tuple[int, ...]
-    """Indices of slots that print a string with its outer white space, `{{ m.content }}` without `trim`.
+    """Indices of slots that print outer white space: `{{ m.content }}` without `trim`.
 
     The plan does not hold for a string with white space at an end: the search for turns counts
     outer white space as template text, so the bounds would be wrong.
     """
     must_be_verbatim: tuple[int, ...]
-    """Indices of slots with a strip that may remove letters or one end only, `m.content.strip('xy')`.
+    """Indices of slots with a partial strip: `m.content.strip('xy')`, `m.content.lstrip()`.
 
-    The plan holds only if the strip changes nothing: on a changed text the full path could refuse.
+    The plan holds only if the strip changes nothing; a shortened text is left to the full path.
     """
     unprinted: tuple[int, ...]
     """Indices of values without a slot: ids in most templates, earlier reasoning in some.
@@ -125,7 +125,7 @@ class MarkupSearch:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """A pattern for all markup. Compiled late: hundreds of special tokens take long, few texts ask."""
+        """A pattern for all markup, compiled on demand: hundreds of special tokens take long."""
         return re.compile("|".join(map(re.escape, self._markup)))
 
 
@@ -141,7 +141,7 @@ def build_plan(
         untrimmed=tuple(
             slot for slot, ref in enumerate(refs) if STRIP not in ref.ops and isinstance(values[ref.number], str)
         ),
-        must_be_verbatim=tuple(slot for slot, ref in enumerate(refs) if any(map(_may_remove_letters, ref.ops))),
+        must_be_verbatim=tuple(slot for slot, ref in enumerate(refs) if any(map(_is_partial_strip, ref.ops))),
         unprinted=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
         conditions=tuple(
             Condition(
@@ -226,12 +226,13 @@ def _step(op: Op, to_json: Callable[..., str]) -> Convert:
     return str.strip if op == STRIP else methodcaller(method, *arguments)
 
 
-def _may_remove_letters(op: Op) -> bool:
+def _is_partial_strip(op: Op) -> bool:
+    """Return True for a strip of one end or of given characters, `lstrip()` for example."""
     return op[0] in ("strip", "lstrip", "rstrip") and op != STRIP
 
 
 def _offsets(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Offset]:
-    """Convert text offsets into plan offsets; an offset inside a value or between two values is left out."""
+    """Convert text offsets to plan offsets; skip offsets inside a value or between two values."""
     template_ends = [0, *accumulate(map(len, texts))]
     value_ends = [0, *accumulate(map(len, printed))]
     # The end of each template text within the rendered text.

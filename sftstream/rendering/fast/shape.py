@@ -27,7 +27,7 @@ Shape = tuple[Any, ...]
 
 
 class ReadsInside(NamedTuple):
-    """The JSON-like inputs that a template reads field by field instead of printing whole by `tojson`.
+    """The inputs that a template reads field by field instead of printing whole by `tojson`.
 
     A field-by-field input belongs to the shape, a whole input is a value.
     """
@@ -42,7 +42,7 @@ class ReadsInside(NamedTuple):
 
 
 def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
-    """Trace a tool call with symbolic tools, then with symbolic arguments; a failed trace reads inside."""
+    """Trace a call with tools, then arguments, as one object; a failed trace means True."""
     recorder = Recorder()
 
     def can_trace(tool: Any, *messages: TemplateMessage) -> bool:

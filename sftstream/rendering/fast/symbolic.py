@@ -53,7 +53,7 @@ Examples: `("strip", (None,))`, `("tojson", (("indent", 2),))`.
 
 
 class ValueRef(NamedTuple):
-    """A value of the conversation after some operations: `ValueRef(0, (STRIP,))` is value 0 stripped."""
+    """A conversation's value after some operations, value 0 stripped for example."""
 
     number: int
     """Index into the conversation's list of values."""
@@ -62,7 +62,7 @@ class ValueRef(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """A question that the template asked, and the answer: `bool(value.method(*arguments)) is answer`."""
+    """A question and its answer: `bool(value.method(*arguments)) is answer`."""
 
     ref: ValueRef
     method: str
@@ -71,7 +71,7 @@ class Guard(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The output of one run: printed pieces, valid for all values that fulfil the guards."""
+    """The pieces printed in one run, valid for all values that fulfil the guards."""
 
     pieces: tuple[str | ValueRef, ...]
     guards: tuple[Guard, ...]
@@ -105,7 +105,7 @@ class _Symbolic:
 
 
 class SymbolicStr(_Symbolic):
-    """A string with unknown characters; `value` is the traced conversation's and answers questions."""
+    """A string unknown to the template; questions are answered from the traced `value`."""
 
     def __init__(self, recorder: Recorder, ref: ValueRef, value: str) -> None:
         self._recorder, self._ref, self._value = recorder, ref, value
