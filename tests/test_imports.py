@@ -45,6 +45,8 @@ ORDER = {
         "rendering.mask",
         "rendering.fast",
         "rendering.fast.symbolic",
+        "rendering.fast.shape",
+        "rendering.fast.render_plan",
         "rendering.fast.render_cache",
         "tokenization",
         "tokenization.alignment",
