@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +12,16 @@ from rich.console import Console
 
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.local_store import step_of
+from checkpoints.retention import Retention
 from checkpoints.show import show_step, show_steps
 from checkpoints.store import CheckpointStore
 
-app = typer.Typer(add_completion=False, help="Looks at checkpoints, takes them apart and tidies them up.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # Brackets in a help text stay as they are.
+    pretty_exceptions_enable=False,  # `main` prints errors.
+    help="Looks at checkpoints, takes them apart and tidies them up.",
+)
 
 Root = Annotated[str, typer.Argument(help="A directory of steps, such as runs/my-run/checkpoints, or its URL.")]
 Step = Annotated[str, typer.Argument(help="A step's directory, such as runs/my-run/checkpoints/step-00000100.")]
@@ -24,16 +30,14 @@ Step = Annotated[str, typer.Argument(help="A step's directory, such as runs/my-r
 @app.command("list")
 def list_(root: Root) -> None:
     """List the steps by what their manifests say."""
-    with _one_line_errors():
-        show_steps(_opened(root), Console(highlight=False, markup=False))
+    show_steps(_opened(root), Console(highlight=False, markup=False))
 
 
 @app.command()
 def verify(path: Annotated[str, typer.Argument(help="A directory of steps, or one step's.")]) -> None:
     """Read every byte of one step or of all; the exit code is 1 where any is damaged."""
-    with _one_line_errors():
-        store, steps = _steps(path)
-        verdicts = [_is_whole(store, step) for step in steps]
+    store, steps = _steps(path)
+    verdicts = [_is_whole(store, step) for step in steps]
     raise typer.Exit(not all(verdicts))
 
 
@@ -50,8 +54,7 @@ def _is_whole(store: CheckpointStore, step: int) -> bool:
 @app.command()
 def inspect(step: Step) -> None:
     """Say what a step holds: tensors, sizes, and every value that is short."""
-    with _one_line_errors():
-        show_step(*_one(step), Console(highlight=False, markup=False))
+    show_step(*_one(step), Console(highlight=False, markup=False))
 
 
 @app.command()
@@ -62,11 +65,9 @@ def prune(
     keep_best: Annotated[int | None, typer.Option(help="As many of the lowest validation loss do, too.", min=1)] = None,
 ) -> None:
     """Delete old steps. The newest one that is whole always stays, and nothing happens while a run has the directory."""
-    with _one_line_errors():
-        store = CheckpointStore(_existing(root), keep=keep, keep_every=keep_every, keep_best=keep_best)
-        with store:
-            gone = store.prune()
-        typer.echo(f"deleted {gone or 'nothing'}; {store.steps()} stay")
+    with CheckpointStore(_existing(root), Retention(keep, keep_every, keep_best)) as store:
+        gone = store.prune()
+    typer.echo(f"deleted {gone or 'nothing'}; {store.steps()} stay")
 
 
 @app.command()
@@ -74,10 +75,9 @@ def export(
     step: Step, out: Annotated[Path, typer.Argument(help="The model directory to make; it must not exist.")]
 ) -> None:
     """Write a step's model as a Hugging Face directory: weights, config, tokenizer, chat template."""
-    with _one_line_errors():
-        store, number = _one(step)
-        store.export(number, out)
-        typer.echo(f"exported step {number} to {out}")
+    store, number = _one(step)
+    store.export(number, out)
+    typer.echo(f"exported step {number} to {out}")
 
 
 def _opened(root: str) -> CheckpointStore:
@@ -106,10 +106,9 @@ def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
     return store, [step]
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit. An error is one line on stderr, with exit code 1."""
     try:
-        yield
+        app(arguments, prog_name="python -m checkpoints")
     except (CheckpointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        sys.exit(f"error: {error}")

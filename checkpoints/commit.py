@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints.digest import digesting, file_digest, threads
+from checkpoints.digest import Digest, digesting, file_digest, threads
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
 
@@ -46,7 +46,7 @@ class StepFiles(Protocol):
     def readers(self) -> int:
         """Threads that may read here at once."""
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         """A file's place in words."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
@@ -59,7 +59,7 @@ class StepFiles(Protocol):
         """Of a whole file, which it opens likewise."""
 
 
-class Folder:
+class LocalFiles:
     """A place on a file system."""
 
     def __init__(self, path: Path) -> None:
@@ -69,11 +69,11 @@ class Folder:
     def readers(self) -> int:
         return threads()
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path / name)
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
-        return write_file(self.path / name, parts)
+        return write_hashed(self.path / name, parts)
 
     def open(self, name: str, size: int) -> AbstractContextManager[FileIO]:
         return open_file(self.path / name, size)
@@ -100,30 +100,63 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> File:
-    """Writes a new file part by part and forces it to the disk, while it is hashed."""
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
+    """Write a new file part by part, force its bytes to the disk, and return its size."""
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with digesting() as digest:
-            for part in parts:
-                size += len(part)
-                digest.update(part)
-                _write_all(descriptor, part)
-            os.fsync(descriptor)
-            return File(size, digest.hexdigest())
+        for part in parts:
+            size += len(part)
+            _write_all(descriptor, part)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return size
+
+
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> File:
+    """Write a new file like `write_file`, and hash the bytes on the way."""
+    with digesting() as digest:
+        size = write_file(path, _digested(parts, digest))
+        return File(size, digest.hexdigest())
+
+
+def _digested(parts: Iterable[bytes | memoryview], digest: Digest) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        digest.update(part)
+        yield part
 
 
 def publish(attempt: Path, final: Path) -> None:
-    """Commits a finished attempt under its final name in the same directory: from here on it survives anything."""
+    """Rename a complete directory to its final name beside it, and force the new name to the disk.
+
+    Raises OSError if a name cannot be forced; the directory then has its old name again.
+    """
     sync(attempt)
+    _switch(attempt, final)
+
+
+def replace(attempt: Path, final: Path, old: Path) -> None:
+    """Publish a complete directory under a name that is taken, and move its holder to `old`.
+
+    A kill between the two renames leaves no `final`. Raises OSError if a name cannot be forced;
+    `final` then is again what it was.
+    """
+    sync(attempt)
+    os.rename(final, old)
+    try:
+        _switch(attempt, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+
+
+def _switch(attempt: Path, final: Path) -> None:
     os.rename(attempt, final)
     try:
         sync(final.parent)
     except OSError:
-        os.rename(final, attempt)  # A step that may not be on the disk must not look committed.
+        os.rename(final, attempt)  # A name that may not be on the disk must not look committed.
         raise
 
 

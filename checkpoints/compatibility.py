@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from checkpoints.errors import CheckpointError
-from checkpoints.manifest import DTYPES, Manifest
+from checkpoints.manifest import Manifest
 from checkpoints.state import FlatState
+from checkpoints.tensor_file import DTYPES
 
 
 class Misfit(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,18 +10,16 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from msgspec import Meta, Struct
-from safetensors.torch import save_file
 
-from checkpoints.commit import StepFiles, make_directory, publish, sync, write_file
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPES, Count, Manifest
+from checkpoints.commit import StepFiles
+from checkpoints.errors import CorruptCheckpoint
+from checkpoints.manifest import Count, Manifest
+from checkpoints.model_directory import write_model
 from checkpoints.storage import read_tensors
+from checkpoints.tensor_file import DTYPES, TensorSpec
 
 RECIPE = "export"
 """The key under which a run saves its recipe, among the values."""
-
-SHARD = 4 << 30
-"""Bytes of tensors in one file, which is also what is held in memory."""
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 # What is written beside the weights is data: no code, no pickle, nothing outside the directory.
@@ -57,46 +54,19 @@ def parse_recipe(value: Any) -> Recipe:
         raise CorruptCheckpoint(f"not a recipe of an export: {error}") from error
 
 
-def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path) -> None:
-    """Writes the directory `out` from a verified step in `place`: whole or not at all, a shard in memory at a time."""
-    if out.exists():
-        raise CheckpointError(f"{out} is there already; export to another directory, or move it away")
-    shards = _shards(recipe, manifest)
-    make_directory(out.absolute().parent)
-    attempt = out.absolute().with_name(f".{out.name}.partial-{secrets.token_hex(8)}")
-    attempt.mkdir()
-    try:
-        for name, data in recipe.files.items():
-            make_directory((attempt / name).parent)
-            write_file(attempt / name, [data])
-        for name, tensors in shards.items():
-            _write_shard(attempt / name, step_files, manifest, {tensor: recipe.tensors[tensor] for tensor in tensors})
-        if len(shards) > 1:
-            write_file(attempt / "model.safetensors.index.json", [_index(shards, recipe, manifest)])
-        publish(attempt, out.absolute())
-    except BaseException:
-        shutil.rmtree(attempt, ignore_errors=True)
-        raise
+def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path, file_bytes: int) -> None:
+    """Write the model directory of a verified step with `write_model`, one tensor in memory at a time.
+
+    Raises CorruptCheckpoint if the recipe asks for tensors that the step does not hold.
+    """
+    specs = {name: _spec(name, rows, manifest) for name, rows in recipe.tensors.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
+    tensors = _tensors(step_files, manifest, {name: recipe.tensors[name] for name in specs})
+    write_model(out, specs, tensors, recipe.files, file_bytes=file_bytes)
 
 
-def _shards(recipe: Recipe, manifest: Manifest) -> dict[str, list[str]]:
-    """Names of files and the tensors in each, as Hugging Face names them."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, rows in recipe.tensors.items():
-        more = _size(name, rows, manifest)
-        if groups[-1] and size + more > SHARD:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += more
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
-
-
-def _size(name: str, rows: list[Rows], manifest: Manifest) -> int:
-    """Bytes of a tensor, once its rows are found to be there and to fit together."""
+def _spec(name: str, rows: list[Rows], manifest: Manifest) -> TensorSpec:
+    """Return the type and shape of the tensor that `rows` make, once the step is known to hold them."""
     forms = set()
     for part in rows:
         tensor = manifest.tensors.get(part.key)
@@ -106,27 +76,19 @@ def _size(name: str, rows: list[Rows], manifest: Manifest) -> int:
     if len(forms) != 1:
         raise CorruptCheckpoint(f"{name!r} is to be made of rows that do not fit together")
     ((dtype, columns),) = forms
-    return sum(part.count for part in rows) * torch.Size(columns).numel() * DTYPES[dtype].itemsize
+    return TensorSpec(DTYPES[dtype], (sum(part.count for part in rows), *columns))
 
 
-def _write_shard(path: Path, step_files: StepFiles, manifest: Manifest, tensors: dict[str, list[Rows]]) -> None:
-    # Neighbours in a model directory are often rows of one tensor of ours.
+def _tensors(
+    step_files: StepFiles, manifest: Manifest, tensors: dict[str, list[Rows]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    # Neighbours in a model directory are often rows of one tensor of the step.
     read = lru_cache(maxsize=1)(lambda key: _read(step_files, manifest, key))
-    joined = {
-        name: torch.cat([read(part.key)[part.start : part.start + part.count] for part in rows])
-        for name, rows in tensors.items()
-    }
-    save_file(joined, path, metadata={"format": "pt"})
-    sync(path)
+    for name, rows in tensors.items():
+        yield name, torch.cat([read(part.key)[part.start : part.start + part.count] for part in rows])
 
 
 def _read(step_files: StepFiles, manifest: Manifest, key: str) -> torch.Tensor:
     tensor = torch.empty(manifest.tensors[key].shape, dtype=DTYPES[manifest.tensors[key].dtype])
     read_tensors(step_files, manifest, {key: tensor})
     return tensor
-
-
-def _index(shards: dict[str, list[str]], recipe: Recipe, manifest: Manifest) -> bytes:
-    total = sum(_size(name, rows, manifest) for name, rows in recipe.tensors.items())
-    places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    return msgspec.json.format(msgspec.json.encode({"metadata": {"total_size": total}, "weight_map": places}))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 
-from checkpoints.commit import Folder, discard, make_directory, open_file, publish, sync, write_file
+from checkpoints.commit import LocalFiles, discard, make_directory, open_file, publish, sync, write_file
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.lock import Lock
 from checkpoints.manifest import FILE_NAME, MANIFEST, About, Manifest, Part, decode, encode, merge
@@ -70,13 +70,13 @@ class LocalStore:
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def step_files(self, step: int, _manifest: Manifest) -> Folder:
+    def step_files(self, step: int, _manifest: Manifest) -> LocalFiles:
         """Where a committed step is read."""
-        return Folder(self.path(step))
+        return LocalFiles(self.path(step))
 
-    def attempt(self, step: int, token: str) -> Folder:
+    def attempt(self, step: int, token: str) -> LocalFiles:
         """Where a step is written before it is committed."""
-        return Folder(self.root / f".{self.path(step).name}.tmp-{token}")
+        return LocalFiles(self.root / f".{self.path(step).name}.tmp-{token}")
 
     def saved(self, step: int) -> datetime:
         """When a step was committed, in local time."""
@@ -114,7 +114,7 @@ class LocalStore:
     def release(self) -> None:
         self._lock.release()
 
-    def open(self, step: int, rejected: Collection[int]) -> str:
+    def begin(self, step: int, rejected: Collection[int]) -> str:
         """Makes the directory of an attempt and returns its token. Moves steps aside that were found damaged."""
         self.claim()
         require_growth(self.root, step, [other for other in self.steps() if other not in rejected])

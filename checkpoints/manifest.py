@@ -14,6 +14,7 @@ import torch
 from msgspec import Meta, Struct
 
 from checkpoints.errors import CorruptCheckpoint
+from checkpoints.tensor_file import DTYPES
 
 _CUTS = 8
 """Dimensions that one tensor may be cut along; of others a chunk is as wide as the tensor."""
@@ -21,27 +22,6 @@ _CUTS = 8
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"
 VALUES = ".values"
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""The names that the safetensors format gives to element types."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]

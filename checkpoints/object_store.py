@@ -33,22 +33,22 @@ def open_root(root: Path | str) -> LocalStore | ObjectStore:
     return ObjectStore(root) if isinstance(root, str) and "://" in root else LocalStore(Path(root).absolute())
 
 
-class Objects:
+class ObjectFiles:
     """A place in an object store."""
 
     readers = 1  # Some of fsspec's stores give all who open a file the same one.
 
-    def __init__(self, store: Any, prefix: str) -> None:
-        self._store = store
+    def __init__(self, filesystem: Any, prefix: str) -> None:
+        self._filesystem = filesystem
         self._prefix = prefix
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self._prefix}/{name}"
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
         size = 0
         with digesting() as digest:
-            with self._store.open(self.where(name), "wb") as file:
+            with self._filesystem.open(self.location(name), "wb") as file:
                 for part in parts:
                     size += len(part)
                     digest.update(part)
@@ -58,15 +58,15 @@ class Objects:
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[Readable]:
-        where = self.where(name)
+        location = self.location(name)
         try:
-            found = self._store.size(where)
+            found = self._filesystem.size(location)
             if found != size:
-                raise CorruptCheckpoint(f"{where} has {found} bytes, {size} were committed")
-            with self._store.open(where, "rb") as file:
+                raise CorruptCheckpoint(f"{location} has {found} bytes, {size} were committed")
+            with self._filesystem.open(location, "rb") as file:
                 yield file
         except (FileNotFoundError, IsADirectoryError, EOFError) as error:
-            raise CorruptCheckpoint(f"{where} cannot be read: {error!r}") from error
+            raise CorruptCheckpoint(f"{location} cannot be read: {error!r}") from error
 
     def digest(self, name: str, size: int) -> str:
         with self.open(name, size) as file, digesting() as digest:
@@ -80,35 +80,35 @@ class ObjectStore:
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
-        self._store, self._prefix = fsspec.url_to_fs(self.root)
+        self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
         self._known: set[int] | None = None
 
     def path(self, step: int) -> str:
         return f"{self.root}/step-{step:08d}"
 
-    def step_files(self, step: int, manifest: Manifest) -> Objects:
+    def step_files(self, step: int, manifest: Manifest) -> ObjectFiles:
         """Where a committed step is read."""
         return self.attempt(step, manifest.token)
 
-    def attempt(self, step: int, token: str) -> Objects:
+    def attempt(self, step: int, token: str) -> ObjectFiles:
         """Where a step is written, before it is committed and after."""
-        return Objects(self._store, f"{self._step(step)}/{token}")
+        return ObjectFiles(self._filesystem, f"{self._step(step)}/{token}")
 
     def saved(self, step: int) -> datetime:
         """When a step was committed, in local time."""
-        saved: datetime = self._store.modified(self._manifest(step))
+        saved: datetime = self._filesystem.modified(self._manifest(step))
         return saved.astimezone().replace(tzinfo=None)
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first."""
-        return [step for step in self._begun() if self._store.exists(self._manifest(step))]
+        return [step for step in self._begun() if self._filesystem.exists(self._manifest(step))]
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a committed step, checked; raises `CorruptCheckpoint` if it is not this step's."""
         path = self._manifest(step)
         try:
-            require_short(path, self._store.size(path))
-            data = self._store.cat_file(path)
+            require_short(path, self._filesystem.size(path))
+            data = self._filesystem.cat_file(path)
         except FileNotFoundError:
             raise CheckpointError(f"{self.root} holds no step {step}; it holds {self.steps() or 'no steps'}") from None
         return check_manifest(path, data, step)
@@ -123,7 +123,7 @@ class ObjectStore:
     def release(self) -> None:
         self._known = None
 
-    def open(self, step: int, rejected: Collection[int]) -> str:
+    def begin(self, step: int, rejected: Collection[int]) -> str:
         """The token of an attempt. Takes damaged steps out of the way by renaming their manifests."""
         self.claim()
         assert self._known is not None
@@ -136,8 +136,8 @@ class ObjectStore:
         require_growth(self.root, step, [other for other in steps if other not in rejected])
         token = secrets.token_hex(8)
         for other in set(rejected).intersection(steps):
-            self._store.cp_file(self._manifest(other), f"{self._manifest(other)}.rejected-{token}")
-            self._store.rm_file(self._manifest(other))
+            self._filesystem.cp_file(self._manifest(other), f"{self._manifest(other)}.rejected-{token}")
+            self._filesystem.rm_file(self._manifest(other))
             logger.warning("step %d was damaged and its manifest is now %s.rejected-%s", other, MANIFEST, token)
         return token
 
@@ -152,7 +152,7 @@ class ObjectStore:
         assert self._known is not None
         self._known.add(step)
         try:
-            self._store.pipe_file(self._manifest(step), encode(manifest), mode="create")
+            self._filesystem.pipe_file(self._manifest(step), encode(manifest), mode="create")
         except FileExistsError:
             self._known.remove(step)
             raise CheckpointError(f"another run has just saved step {step} to {self.root}") from None
@@ -161,37 +161,37 @@ class ObjectStore:
         """Takes back a failed attempt, and its manifest where it is not known whether that was put."""
         with suppress(CheckpointError, OSError):
             if self.manifest(step).token == token:
-                self._store.rm_file(self._manifest(step))
+                self._filesystem.rm_file(self._manifest(step))
         self._remove(f"{self._step(step)}/{token}")
 
     def delete(self, steps: Iterable[int]) -> None:
         """Deletes committed steps, their manifests first."""
         for step in steps:
-            self._store.rm_file(self._manifest(step))
+            self._filesystem.rm_file(self._manifest(step))
             self._sweep(step)
 
     def _sweep(self, step: int) -> None:
         """Deletes a step that is not committed. Where a damaged one was put aside, all stays: some of it is that one's."""
-        self._store.invalidate_cache()
+        self._filesystem.invalidate_cache()
         if not any(name.startswith(MANIFEST) for name in self._names(self._step(step))):
             self._remove(self._step(step))
 
     def _begun(self) -> list[int]:
         """The steps of which anything is there, oldest first."""
-        self._store.invalidate_cache()
+        self._filesystem.invalidate_cache()
         return sorted(step for step in map(step_of, self._names(self._prefix)) if step is not None)
 
     def _names(self, path: str) -> list[str]:
         try:
-            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._store.ls(path, detail=False)]
+            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._filesystem.ls(path, detail=False)]
         except FileNotFoundError:
             return []
 
     def _remove(self, path: str) -> None:
-        self._store.invalidate_cache()
+        self._filesystem.invalidate_cache()
         try:
-            for found in self._store.find(path):
-                self._store.rm_file(found)  # Other ways to delete take brackets in a name for a pattern.
+            for found in self._filesystem.find(path):
+                self._filesystem.rm_file(found)  # Other ways to delete take brackets in a name for a pattern.
         except OSError as error:
             logger.warning("%s could not be removed (%s); the next run tries again", path, error)
 

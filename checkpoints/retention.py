@@ -18,11 +18,9 @@ class Retention:
     """As many of those with the lowest validation loss stay as well; of equal ones the older."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"keep is {self.keep}; at least 1 step must stay")
-        for name in ("keep_every", "keep_best"):
+        for name in ("keep", "keep_every", "keep_best"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise ValueError(f"{name} = {value} must be at least 1")
 
     def surplus(self, steps: Sequence[int], good: int, loss: Callable[[int], float | None]) -> list[int]:
         """What of `steps`, oldest first, may go: nothing from `good` on, the newest that is known to be whole.

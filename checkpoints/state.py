@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from checkpoints.errors import CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES
+from checkpoints.tensor_file import DTYPE_NAMES
 
 _SCALARS = (type(None), bool, float, str, bytes)
 

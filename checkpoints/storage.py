@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
-import msgspec
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -28,8 +27,9 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from checkpoints.commit import Readable, StepFiles, read_into
 from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
+from checkpoints.manifest import TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
+from checkpoints.tensor_file import DTYPE_NAMES, DTYPES, TensorSpec, header, memory
 
 _PIECE = 1 << 24
 """Bytes that are read at once; as much memory a thread is what a load needs besides the state, or a row where that is more."""
@@ -108,21 +108,22 @@ class StepWriter:
     def _write_tensors(self, step_files: StepFiles, name: str, items: list[WriteItem], part: Part) -> None:
         # Wide elements first: then every tensor starts at a multiple of its element's size.
         items = sorted(items, key=lambda item: -_data(item).properties.dtype.itemsize)
-        ends = list(accumulate((_bytes_in(_data(item)) for item in items), initial=0))
-        header = _header(items, ends)
-        part.files[name] = step_files.write(name, self._tensor_parts(header, items))
+        specs = _specs(items)
+        head = header(specs)
+        part.files[name] = step_files.write(name, self._tensor_parts(head, items))
+        ends = accumulate((spec.nbytes for spec in specs.values()), initial=len(head))
         for item, (begin, end) in zip(items, pairwise(ends), strict=True):
             data = _data(item)
-            span = Span(name, len(header) + begin, len(header) + end)
+            span = Span(name, begin, end)
             tensor = Tensor(DTYPE_NAMES[data.properties.dtype], tuple(data.size), [])
             chunk = Chunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes), span)
             part.tensors.setdefault(item.index.fqn, tensor).chunks.append(chunk)
 
-    def _tensor_parts(self, header: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
-        yield header
+    def _tensor_parts(self, head: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
+        yield head
         for item in items:
             # Free of a copy for what lies contiguous in host memory; else one tensor's copy at a time.
-            yield _bytes_of(self._local(item).cpu().contiguous())
+            yield memory(self._local(item).cpu().contiguous())
 
     def _local(self, item: WriteItem) -> torch.Tensor:
         if item.index in self._staged:
@@ -146,7 +147,7 @@ def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> N
     for name in names:
         file = manifest.files[name]
         if step_files.digest(name, file.size) != file.sha256:
-            raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
+            raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
 
 
 def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
@@ -157,7 +158,7 @@ def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, S
             files[name] = file.read()
             digest.update(files[name])
             if digest.hexdigest() != manifest.files[name].sha256:
-                raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
+                raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
@@ -244,9 +245,9 @@ def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) ->
 
 def _read_box(file: Readable, box: _Box, buffer: torch.Tensor) -> None:
     if box.direct:
-        read_into(file, box.span.begin, _bytes_of(box.target))
+        read_into(file, box.span.begin, memory(box.target))
         return
-    read_into(file, box.span.begin, _bytes_of(buffer))
+    read_into(file, box.span.begin, memory(buffer))
     box.target.copy_(buffer.view(box.target.dtype).view(box.shape)[box.columns])
 
 
@@ -264,31 +265,19 @@ def _metadata(manifest: Manifest) -> Metadata:
     )
 
 
-def _header(items: list[WriteItem], ends: list[int]) -> bytes:
-    """The head of a safetensors file: its length as 8 bytes, then JSON padded to a multiple of 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for item, (begin, end) in zip(items, pairwise(ends), strict=True):
+def _specs(items: list[WriteItem]) -> dict[str, TensorSpec]:
+    """The tensors of a file by their names in its header: a part of a tensor is called `key@offsets`."""
+    specs: dict[str, TensorSpec] = {}
+    for item in items:
         data = _data(item)
         whole = data.chunk.sizes == data.size
         name = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
-        if name in entries:
+        if name in specs:
             raise ValueError(f"two tensors would be called {name!r} in one file; rename one of them")
-        dtype, shape = DTYPE_NAMES[data.properties.dtype], list(data.chunk.sizes)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = msgspec.json.encode(entries)
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        specs[name] = TensorSpec(data.properties.dtype, tuple(data.chunk.sizes))
+    return specs
 
 
 def _data(item: WriteItem) -> TensorWriteData:
     assert item.tensor_data is not None
     return item.tensor_data
-
-
-def _bytes_in(data: TensorWriteData) -> int:
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the host, not a copy of it."""
-    return tensor.view(-1).view(torch.uint8).numpy().data

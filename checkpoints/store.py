@@ -15,6 +15,7 @@ from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.manifest import About, Manifest, Span
+from checkpoints.model_directory import MODEL_FILE_BYTES
 from checkpoints.object_store import open_root
 from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention
@@ -23,6 +24,8 @@ from checkpoints.state import decode_value, encode_value, flatten, restore_tuple
 from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT_RETENTION = Retention()
 
 
 class CheckpointStore:
@@ -40,24 +43,20 @@ class CheckpointStore:
     Args:
         root: A directory, or the URL of one that fsspec knows (`s3://`, `gs://`, ...). Created at the first save. Whatever
             in it has another name than ours is left alone.
-        keep: Committed steps that stay; older ones are deleted after a save.
-        keep_every: Steps that are multiples of it stay as well.
-        keep_best: As many of those with the lowest validation loss stay as well.
+        retention: Steps that stay; others are deleted after a save.
         timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
     """
 
     def __init__(
         self,
         root: Path | str,
+        retention: Retention = _DEFAULT_RETENTION,
         *,
-        keep: int = 3,
-        keep_every: int | None = None,
-        keep_best: int | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        self._retention = Retention(keep, keep_every, keep_best)
-        self._directory = open_root(root)
-        self.root = self._directory.root
+        self._retention = retention
+        self._backend = open_root(root)
+        self.root = self._backend.root
         self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
@@ -86,7 +85,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The committed steps by their directories' names, oldest first. Their content is not looked at."""
-        return self._directory.steps()
+        return self._backend.steps()
 
     def claim(self) -> None:
         """Makes this run the only one that may save here.
@@ -95,14 +94,14 @@ class CheckpointStore:
             CheckpointError: Another run has the root, which is named, or it cannot be made or locked.
         """
         self.wait()
-        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
+        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._backend.claim())
 
     def close(self) -> None:
         """Waits like `wait`, then lets another run have the root."""
         try:
             self.wait()
         finally:
-            self._directory.release()
+            self._backend.release()
 
     def latest(self) -> int | None:
         """The newest step whose every byte is as it was committed, or None where no step was ever committed.
@@ -151,7 +150,7 @@ class CheckpointStore:
         """
         self.wait()
         self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)), about)
-        return self._directory.path(step)
+        return self._backend.path(step)
 
     def save_later(
         self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
@@ -192,7 +191,7 @@ class CheckpointStore:
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._directory.step_files(step, manifest), manifest, flat.tensors))
+        ranks.agree(task, lambda: read_tensors(self._backend.step_files(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
@@ -213,18 +212,18 @@ class CheckpointStore:
             CorruptCheckpoint: A file is not what was committed.
         """
         manifest = self.manifest(step)
-        verify(self._directory.step_files(step, manifest), manifest, list(manifest.files))
+        verify(self._backend.step_files(step, manifest), manifest, list(manifest.files))
         return manifest
 
     def saved(self, step: int) -> datetime:
         """When a step was committed, in local time. Any rank, alone."""
-        return self._directory.saved(step)
+        return self._backend.saved(step)
 
     def manifest(self, step: int) -> Manifest:
         """What a step says it holds, without a look at its other files. Any rank, alone."""
-        return self._directory.manifest(step)
+        return self._backend.manifest(step)
 
-    def export(self, step: int, out: Path | str) -> None:
+    def export(self, step: int, out: Path | str, *, file_bytes: int = MODEL_FILE_BYTES) -> None:
         """Writes a model directory by the recipe that the run saved among the values, after verifying the step. Alone.
 
         Raises:
@@ -234,7 +233,7 @@ class CheckpointStore:
         if RECIPE not in manifest.values:
             raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._directory.step_files(step, manifest), manifest, recipe, Path(out))
+        export(self._backend.step_files(step, manifest), manifest, recipe, Path(out), file_bytes)
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
@@ -248,18 +247,18 @@ class CheckpointStore:
     def _commit(self, step: int, writer: StepWriter, about: About | None) -> None:
         task, ranks = _saving(step), self._ranks
         self._losses.pop(step, None)  # A damaged step of this number may have had one.
-        token = ranks.lead(task, step, self._open)
+        token = ranks.lead(task, step, self._begin)
         self.rejected = {}
-        attempt = self._directory.attempt(step, token)
+        attempt = self._backend.attempt(step, token)
         try:
             share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
             part = ranks.agree(task, lambda: writer.write(attempt, share))
-            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts, about or About()))
+            ranks.lead(task, part, lambda parts: self._backend.commit(step, token, parts, about or About()))
         except LostRank:
             raise  # Another rank may have seen it committed. The next run sweeps what was not.
         except CheckpointError:
             if ranks.rank == 0:
-                self._directory.abandon(step, token)
+                self._backend.abandon(step, token)
             raise
         ranks.lead(f"deleting steps after step {step}", None, lambda _: self._retain(step))
 
@@ -285,17 +284,17 @@ class CheckpointStore:
         manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._directory.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
+            verify(self._backend.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
         return manifest
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._directory.step_files(step, manifest), manifest, spans)
+        blobs = read_values(self._backend.step_files(step, manifest), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
     def _retain(self, good: int) -> list[int]:
         """Deletes what is not to stay, given that `good` is whole."""
         surplus = self._retention.surplus(self.steps(), good, self._loss)
-        self._directory.delete(surplus)
+        self._backend.delete(surplus)
         return surplus
 
     def _loss(self, step: int) -> float | None:
@@ -307,10 +306,10 @@ class CheckpointStore:
                 return None
         return self._losses[step]
 
-    def _open(self, steps: list[int]) -> str:
+    def _begin(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:
             raise CheckpointError(f"the ranks save different steps, {steps}")
-        return self._directory.open(steps[0], self.rejected)
+        return self._backend.begin(steps[0], self.rejected)
 
 
 def _saving(step: int) -> str:

@@ -71,9 +71,11 @@ ORDER = {
     ],
     "checkpoints": [
         "errors",
+        "tensor_file",
         "manifest",
         "digest",
         "commit",
+        "model_directory",
         "lock",
         "ranks",
         "retention",

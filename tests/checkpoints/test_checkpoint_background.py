@@ -20,7 +20,7 @@ from gloo_ranks import join, processes, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from checkpoints import CheckpointError, CheckpointStore, LostRank
+from checkpoints import CheckpointError, CheckpointStore, LostRank, Retention
 from checkpoints.manifest import decode
 
 
@@ -126,7 +126,7 @@ def save_beside_collectives(rank: int, root: Path) -> list[float]:
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.arange(2_000_000.0).view(1000, 2000)
     sums, total = [], torch.ones(1)
-    with CheckpointStore(root, keep=100) as store:
+    with CheckpointStore(root, Retention(keep=100)) as store:
         for step in range(1, 6):
             sharded = distribute_tensor(whole + step, mesh, [Shard(0)])
             store.save_later(step, {"w": sharded, "same": torch.full((3,), float(step))}, {f"rank{rank}": step})

@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint, Retention
 from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
@@ -56,7 +56,7 @@ def frozen(value: Any) -> Any:
 
 
 def saved(root: Path, *steps: int) -> CheckpointStore:
-    store = CheckpointStore(root, keep=100)
+    store = CheckpointStore(root, Retention(keep=100))
     for step in steps:
         store.save(step, state(step), {"data/stream/0003": f"{step}".encode()})
     return store
@@ -261,7 +261,7 @@ def test_many_unfit_keys_are_counted_and_some_of_them_named(tmp_path):
 
 
 def test_old_steps_are_deleted_and_foreign_files_left_alone(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path, Retention(keep=2))
     foreign = ["step-00000001.backup", "step-1", "best", ".step-00000001.tmp", "step-000000001"]
     for name in foreign:
         (tmp_path / name).mkdir()
@@ -281,7 +281,7 @@ def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
 
 
 def test_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1, keep_every=20)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_every=20))
     for step in (0, 10, 20, 30, 40, 50):
         store.save(step, state(step))
     assert store.steps() == [0, 20, 40, 50]
@@ -291,18 +291,18 @@ def test_the_steps_of_the_lowest_validation_loss_stay_besides_the_newest(tmp_pat
     losses = {0: 3.0, 10: 1.5, 20: None, 30: 1.0, 40: 1.5, 50: 2.0, 60: None}
     for step, loss in losses.items():
         # A store that did not see the others saved: after a restart.
-        store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+        store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=2))
         store.save(step, state(step), about=About(validation_loss=loss))
     assert store.steps() == [10, 30, 60]
     assert store.manifest(30).about.validation_loss == 1.0
     flip(tmp_path / "step-00000030" / "manifest.json")
-    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=1))
     store.save(70, state(70))
     assert store.steps() == [10, 70]
 
 
 def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_again(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=2))
     for step, loss in ((1, 2.0), (2, 1.0)):
         store.save(step, state(step), about=About(validation_loss=loss))
     flip(tmp_path / "step-00000002" / "rank00000.values")
@@ -313,9 +313,9 @@ def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_
 
 
 @pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}, {"keep_best": 0}])
-def test_keeping_no_step_is_refused(tmp_path, limits):
-    with pytest.raises(ValueError, match=f"{next(iter(limits))} is 0"):
-        CheckpointStore(tmp_path, **limits)
+def test_keeping_no_step_is_refused(limits):
+    with pytest.raises(ValueError, match=f"^{next(iter(limits))} = 0 must be at least 1$"):
+        Retention(**limits)
 
 
 # Damage

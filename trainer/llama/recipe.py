@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from checkpoints import Recipe, Rows
-from trainer.llama.export import Tokenizer, describe
+from trainer.llama.export import Tokenizer, config_files
 from trainer.llama.hf_config import StrPath
 from trainer.llama.model import LlamaConfig
 from trainer.llama.weights import layout
@@ -32,7 +30,4 @@ def recipe(
         for piece in pieces:
             tensors.setdefault(piece.tensor, []).append(Rows(f"{MODEL}.{name}", start, piece.rows))
             start += piece.rows
-    with tempfile.TemporaryDirectory() as directory:
-        describe(Path(directory), config, dtype, tokenizer, stop_token_ids, init_from)
-        paths = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-        return Recipe(tensors, {str(path.relative_to(directory)): path.read_bytes() for path in paths})
+    return Recipe(tensors, config_files(config, dtype, tokenizer, stop_token_ids, init_from))
