@@ -1,4 +1,4 @@
-"""Crash-safe directories of tensors and plain values. Knows neither models nor data."""
+"""Save and load crash-safe directories of tensors and plain values, without models or data."""
 
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, Recipe, Rows

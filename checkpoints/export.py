@@ -1,4 +1,11 @@
-"""A step as a model directory that others load. The step says itself how: it keeps a recipe, and this knows no model."""
+"""A step as a Hugging Face model directory, by the recipe saved in the step.
+
+A recipe names the rows for each tensor of the directory. Knows no model.
+
+Example: the run stacks queries and keys in a parameter `model.qk` of shape (8, 4). The recipe
+`{"q_proj": [Rows("model.qk", 0, 4)], "k_proj": [Rows("model.qk", 4, 4)]}` makes two tensors of
+shape (4, 4).
+"""
 
 from __future__ import annotations
 
@@ -19,15 +26,15 @@ from checkpoints.storage import read_tensors
 from checkpoints.tensor_file import DTYPES, TensorSpec
 
 RECIPE = "export"
-"""The key under which a run saves its recipe, among the values."""
+"""The key of the recipe among the values of a step."""
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-# What is written beside the weights is data: no code, no pickle, nothing outside the directory.
-OtherFile = Annotated[str, Meta(pattern=rf"\A({_WORD}/)?{_WORD}\.(json|jinja|txt|model)\Z")]
+# Files beside the weights are data: no code, no pickle, no path outside the directory.
+FileName = Annotated[str, Meta(pattern=rf"\A({_WORD}/)?{_WORD}\.(json|jinja|txt|model)\Z")]
 
 
 class Rows(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Rows `[start, start + count)` of a tensor of the step."""
+    """Rows `[start, start + count)` of the tensor `key` of a step."""
 
     key: str
     start: Count
@@ -35,29 +42,35 @@ class Rows(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """The tensors of a model directory by name, each the rows of which it is made, in order; and its other files."""
+    """The content of a model directory.
+
+    `tensors` gives the rows of each tensor by name, to be concatenated in order; `files` the
+    content of the files beside the weights, by relative path.
+    """
 
     tensors: dict[str, list[Rows]]
-    files: dict[OtherFile, bytes]
+    files: dict[FileName, bytes]
 
     def builtins(self) -> dict[str, Any]:
-        """As a value that a store saves."""
+        """Return the recipe as a plain value for `CheckpointStore.save`."""
         value: dict[str, Any] = msgspec.to_builtins(self, builtin_types=(bytes,))
         return value
 
 
 def parse_recipe(value: Any) -> Recipe:
-    """What `Recipe.builtins` made; raises `CorruptCheckpoint` for anything else."""
+    """Return the recipe in a value made by `Recipe.builtins`, or raise CorruptCheckpoint."""
     try:
         return msgspec.convert(value, Recipe)
     except msgspec.ValidationError as error:
-        raise CorruptCheckpoint(f"not a recipe of an export: {error}") from error
+        raise CorruptCheckpoint(f"the value {RECIPE!r} is not a recipe of an export: {error}") from error
 
 
 def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path, file_bytes: int) -> None:
-    """Write the model directory of a verified step with `write_model`, one tensor in memory at a time.
+    """Write the model directory of a verified step with `write_model`, tensor by tensor.
 
-    Raises CorruptCheckpoint if the recipe asks for tensors that the step does not hold.
+    Raises:
+        CorruptCheckpoint: The step lacks rows of the recipe.
+        CheckpointError: `out` exists.
     """
     specs = {name: _spec(name, rows, manifest) for name, rows in recipe.tensors.items()}
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -66,15 +79,18 @@ def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path,
 
 
 def _spec(name: str, rows: list[Rows], manifest: Manifest) -> TensorSpec:
-    """Return the type and shape of the tensor that `rows` make, once the step is known to hold them."""
+    """Return the type and shape of the tensor made of `rows`.
+
+    Raises CorruptCheckpoint if the step lacks rows.
+    """
     forms = set()
     for part in rows:
         tensor = manifest.tensors.get(part.key)
         if tensor is None or not tensor.shape or part.start + part.count > tensor.shape[0]:
-            raise CorruptCheckpoint(f"{name!r} is to be made of {part}, which the step does not hold")
+            raise CorruptCheckpoint(f"the recipe makes {name!r} of {part}, but the step does not hold these rows")
         forms.add((tensor.dtype, tensor.shape[1:]))
     if len(forms) != 1:
-        raise CorruptCheckpoint(f"{name!r} is to be made of rows that do not fit together")
+        raise CorruptCheckpoint(f"the recipe makes {name!r} of rows that differ in type or columns, or of none")
     ((dtype, columns),) = forms
     return TensorSpec(DTYPES[dtype], (sum(part.count for part in rows), *columns))
 
@@ -82,7 +98,7 @@ def _spec(name: str, rows: list[Rows], manifest: Manifest) -> TensorSpec:
 def _tensors(
     step_files: StepFiles, manifest: Manifest, tensors: dict[str, list[Rows]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    # Neighbours in a model directory are often rows of one tensor of the step.
+    # Successive tensors of a model are often rows of the same tensor of the step.
     read = lru_cache(maxsize=1)(lambda key: _read(step_files, manifest, key))
     for name, rows in tensors.items():
         yield name, torch.cat([read(part.key)[part.start : part.start + part.count] for part in rows])

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: written aside one tensor at a time, forced to the disk, renamed.
+"""A Hugging Face model directory: written aside tensor by tensor, forced to the disk, renamed.
 
 Example: `write_model("out", ...)` of 12 GB of weights with the default of 5 GB a file makes
 
@@ -29,7 +29,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.tensor_file import TensorSpec, header, memory
 
 MODEL_FILE_BYTES = 5_000_000_000
-"""Bytes of tensors in one file of a model directory, by default. A larger tensor has its own file."""
+"""Default limit on the bytes of tensors per file of a model directory."""
 
 
 def write_model(
@@ -41,24 +41,25 @@ def write_model(
     file_bytes: int = MODEL_FILE_BYTES,
     replacing: bool = False,
 ) -> None:
-    """Write a model directory that survives a power cut, holding one tensor in memory at a time.
+    """Write a model directory tensor by tensor. On return the directory survives a power cut.
 
-    A kill or an error leaves the old directory, the new directory or none, never a part of one.
-    Leftovers of a killed export are deleted by the next export to `out`. Of two exports to `out`
-    at a time, the earlier fails.
+    A kill or an error leaves the old directory, the new directory or none, never a part. Leftovers
+    of a killed export are deleted by the next export to `out`. Of two exports to `out` at a time,
+    the earlier fails.
 
     Args:
         out: The directory to make. Missing parents are made.
-        specs: Type and shape of every tensor by name. Tensors of wider types come first, so that
-            every tensor starts at a multiple of its element size.
-        tensors: Name and values of every tensor, in the order of `specs`, on any device.
+        specs: Type and shape of every tensor by name, wider types first: a tensor then starts at a
+            multiple of the element size.
+        tensors: Name and values of every tensor, in the order of `specs`, on any device. Only the
+            current tensor is held in memory.
         files: Content of the files beside the weights, by relative path.
-        file_bytes: Bytes of tensors in one file, at most, unless one tensor is larger.
-        replacing: Replace an existing `out`, whatever it holds.
+        file_bytes: Limit on the bytes of tensors per file. A larger tensor has a file alone.
+        replacing: Replace an existing `out`, whatever the content.
 
     Raises:
         CheckpointError: `out` exists and `replacing` is False.
-        ValueError: A tensor is missing, or its name, type or shape is not the one of `specs`.
+        ValueError: A tensor is missing, or name, type or shape differ from `specs`.
         OSError: The disk is full or broken. An old `out` is unchanged.
     """
     out = Path(out).absolute()
@@ -83,13 +84,13 @@ def write_model(
 
 
 def _leftovers(out: Path, kind: str) -> list[Path]:
-    """Return the directories beside `out` that killed exports left: `partial` or `old`."""
+    """Return the `partial` or `old` directories left beside `out` by killed exports."""
     name = re.compile(rf"\.{re.escape(out.name)}\.{kind}-[0-9a-f]{{16}}")
     return [out.with_name(entry) for entry in os.listdir(out.parent) if name.fullmatch(entry)]
 
 
 def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write files and their folders; the names in `directory` itself are not forced yet."""
+    """Write files and folders; the names in `directory` itself are not forced yet."""
     folders = {directory / parent for name in files for parent in Path(name).parents[:-1]}
     for folder in sorted(folders):  # Parents come before children.
         folder.mkdir()
@@ -100,7 +101,7 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _split(specs: Mapping[str, TensorSpec], file_bytes: int) -> dict[str, dict[str, TensorSpec]]:
-    """Return the tensors of each file, by the names that Hugging Face gives to files of a model."""
+    """Return the tensors of each file, with file names as in Hugging Face models."""
     groups: list[dict[str, TensorSpec]] = [{}]
     room = file_bytes
     for name, spec in specs.items():
@@ -135,7 +136,7 @@ def _file_parts(
         name, tensor = next(tensors, (None, torch.empty(0)))
         if name != expected or spec != (tensor.dtype, tuple(tensor.shape)):
             raise ValueError(
-                f"a model's tensor {name!r} of {tensor.dtype} {list(tensor.shape)} comes where "
-                f"{expected!r} of {spec.dtype} {list(spec.shape)} was announced"
+                f"tensor {name!r} of {tensor.dtype} {list(tensor.shape)} was given, "
+                f"but {expected!r} of {spec.dtype} {list(spec.shape)} was announced"
             )
         yield memory(tensor.detach().cpu().contiguous())

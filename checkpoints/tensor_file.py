@@ -3,7 +3,7 @@
 A file is the length of the header (8 bytes, little-endian), the header as JSON padded with spaces
 to a multiple of 8 bytes, and the bytes of all tensors, row-major and without gaps
 (https://github.com/huggingface/safetensors). The library's own writer takes all tensors of a file
-at once. Here the header is made from types and shapes, and the tensors follow one at a time.
+at once. Here the header is made from types and shapes, and the tensors follow, each in turn.
 
 Example: `header({"w": TensorSpec(torch.bfloat16, (2, 3))})` returns 104 bytes:
 
@@ -39,7 +39,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""Element types by their names in the safetensors format."""
+"""Element types by name in the safetensors format."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

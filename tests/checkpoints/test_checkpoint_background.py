@@ -182,7 +182,7 @@ def test_a_rank_that_ends_or_stops_during_a_save_is_one_clear_error_and_no_step(
         assert pipes[0].poll(60)
         kind, message = pipes[0].recv()
         assert kind is LostRank
-        assert message.startswith("saving step 2: a rank has ended or does not answer, so this one gives up (")
+        assert message.startswith("saving step 2: a rank has ended or does not answer, so this rank gives up (")
         ranks[0].join()
         store = CheckpointStore(root)
         assert (store.latest(), store.steps()) == (1, [1])

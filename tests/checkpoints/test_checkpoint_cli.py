@@ -160,7 +160,10 @@ def test_a_damaged_step_is_not_exported(root, tmp_path):
     ("words", "message"),
     [
         (("list", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
-        (("inspect", "runs"), "error: runs is no step; name a directory such as runs/my-run/checkpoints/step-00000100"),
+        (
+            ("inspect", "runs"),
+            "error: runs is not a step; name a directory such as runs/my-run/checkpoints/step-00000100",
+        ),
         (("verify", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
     ],
 )
@@ -209,7 +212,8 @@ def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name
     store = CheckpointStore(tmp_path / "store")
     store.save(1, {"w": torch.ones(4, 2)}, {RECIPE: value})
     code, lines = call("export", store.root / "step-00000001", tmp_path / "out")
-    assert (code, lines[0][:25]) == (1, "error: not a recipe of an")
+    assert code == 1
+    assert lines[0].startswith("error: the value 'export' is not a recipe of an export: ")
     assert os.listdir(tmp_path) == ["store"]
 
 
@@ -220,8 +224,8 @@ def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name
         ([Rows("w", 3, 2)], "does not hold"),
         ([Rows("w", 2**62, 2**62)], "does not hold"),
         ([Rows("scalar", 0, 1)], "does not hold"),
-        ([Rows("w", 0, 1), Rows("wide", 0, 1)], "do not fit together"),
-        ([], "do not fit together"),
+        ([Rows("w", 0, 1), Rows("wide", 0, 1)], "differ in type or columns"),
+        ([], "differ in type or columns"),
     ],
 )
 def test_a_recipe_of_rows_that_are_not_there_is_refused(tmp_path, rows, message):
@@ -248,5 +252,5 @@ def test_rows_are_joined_in_the_recipes_order(tmp_path):
 def test_a_step_without_a_recipe_is_not_exported(tmp_path):
     CheckpointStore(tmp_path).save(1, {"w": torch.ones(1)})
     assert call("export", tmp_path / "step-00000001", tmp_path / "out")[1][0].endswith(
-        "saved without a recipe for an export"
+        "saved without a recipe for an export; give save() the value 'export'"
     )

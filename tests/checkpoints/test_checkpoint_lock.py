@@ -51,7 +51,7 @@ def test_a_second_run_is_told_who_has_the_directory(tmp_path, holder):
         assert str(caught.value).startswith(
             f"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename} (since 20"
         )
-        assert "two runs cannot share it" in str(caught.value)
+        assert "two runs cannot share a directory" in str(caught.value)
     assert store.steps() == []
 
 
@@ -95,7 +95,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(CheckpointError, match=r"has no locks .*mount it with them"):
+    with pytest.raises(CheckpointError, match=r"has no locks .*mount it with locks"):
         CheckpointStore(tmp_path).claim()
 
 

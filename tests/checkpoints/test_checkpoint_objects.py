@@ -152,7 +152,7 @@ def test_a_run_is_told_that_another_has_saved_meanwhile(url):
     ours, theirs = CheckpointStore(url), CheckpointStore(url)
     save(ours, 1)
     save(theirs, 2)
-    with pytest.raises(CheckpointError, match=r"another run has saved steps \[2\] to .* since this one began"):
+    with pytest.raises(CheckpointError, match=r"another run has saved steps \[2\] to .* since this run began"):
         save(ours, 3)
     save(theirs, 3)
     assert theirs.steps() == [1, 2, 3]

@@ -264,7 +264,7 @@ def load_different_steps(rank: int, store: CheckpointStore) -> None:
     ("act", "message"),
     [
         (save_what_one_rank_cannot_encode, "saving step 3 failed on rank 1: TypeError: 'a' holds a builtins.object"),
-        (save_different_steps, "the ranks save different steps, [3, 4]"),
+        (save_different_steps, "the ranks save different steps, [3, 4]; all ranks must save the same step"),
         (load_unfit_on_one_rank, "step 2 does not fit this state: 1 changed (w is torch.float32 [2]"),
         (load_different_steps, "the ranks see different directories as step"),
     ],

@@ -204,9 +204,9 @@ def test_a_tensor_that_cannot_be_stored_is_refused_by_name(tmp_path, tensor, mes
 
 
 def test_two_entries_under_one_key_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"both called 'a\.b'"):
+    with pytest.raises(CheckpointError, match=r"have the key 'a\.b'"):
         CheckpointStore(tmp_path).save(1, {"a": {"b": 1}, "a.b": 2})
-    with pytest.raises(CheckpointError, match="both called '0'"):
+    with pytest.raises(CheckpointError, match="have the key '0'"):
         CheckpointStore(tmp_path).save(1, {0: 1, "0": 2})
 
 
@@ -396,7 +396,7 @@ def test_a_file_under_one_of_our_names_that_the_manifest_does_not_list_rejects_t
     store = saved(tmp_path, 10, 20)
     shutil.copy(tmp_path / "step-00000020" / "rank00000.values", tmp_path / "step-00000020" / "rank00001.values")
     assert store.latest() == 10
-    assert "rank00001.values is not in its manifest" in store.rejected[20]
+    assert "rank00001.values is not in the manifest of step 20" in store.rejected[20]
 
 
 def test_files_under_foreign_names_are_never_read(tmp_path):
@@ -411,7 +411,7 @@ def test_steps_that_are_all_damaged_are_an_error_and_never_a_fresh_start(tmp_pat
     store = saved(tmp_path, 10, 20)
     for step in (10, 20):
         flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
-    with pytest.raises(CorruptCheckpoint, match=r"no step in .* is whole .*step 20: .*; step 10: "):
+    with pytest.raises(CorruptCheckpoint, match=r"every step in .* is damaged .*step 20: .*; step 10: "):
         store.latest()
 
 
@@ -563,7 +563,9 @@ def test_dcp_casts_to_the_type_of_the_target_and_we_refuse(tmp_path):
     assert target["w"].item() == 1
 
     CheckpointStore(tmp_path / "ours").save(1, {"w": torch.tensor([1.0001])})
-    with pytest.raises(CheckpointError, match=r"w is torch\.float32 \[1\] and torch\.bfloat16 \[1\]"):
+    with pytest.raises(
+        CheckpointError, match=r"w is torch\.float32 \[1\] in the step and torch\.bfloat16 \[1\] in the state"
+    ):
         CheckpointStore(tmp_path / "ours").load(1, target)
 
 

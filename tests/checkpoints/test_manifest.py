@@ -126,10 +126,19 @@ HOSTILE = {
     "a chunk twice": (lambda m: m["tensors"]["w"]["chunks"].append(first_chunk(m)), "elements"),
     "a missing chunk": (lambda m: m["tensors"]["w"]["chunks"].pop(), "elements"),
     "overlapping chunks": (lambda m: first_chunk(m).update(offsets=[0, 1]), "overlap"),
-    "a span past the end": (lambda m: first_chunk(m)["span"].update(begin=120, end=152), "behind its file"),
-    "a span backwards": (lambda m: m["plain"]["step"].update(begin=1, end=0), "lies in no file"),
-    "a span of a file that is not listed": (lambda m: m["plain"]["step"].update(file="rank00001.values"), "no file"),
-    "a tensor in a values file": (lambda m: m["plain"]["step"].update(file="rank00000.safetensors"), "no file"),
+    "a span past the end": (
+        lambda m: first_chunk(m)["span"].update(begin=120, end=152),
+        "after the 136 bytes of the file",
+    ),
+    "a span backwards": (lambda m: m["plain"]["step"].update(begin=1, end=0), "lies in no .values file"),
+    "a span of a file that is not listed": (
+        lambda m: m["plain"]["step"].update(file="rank00001.values"),
+        "in no .values file",
+    ),
+    "a tensor in a values file": (
+        lambda m: m["plain"]["step"].update(file="rank00000.safetensors"),
+        "in no .values file",
+    ),
     "two values in the same bytes": (lambda m: m["plain"]["step"].update(end=2), "overlaps"),
     "nothing about it": (lambda m: m.pop("about"), "about"),
     "an unknown field about it": (lambda m: m["about"].update(code=1), "unknown field"),
@@ -197,7 +206,7 @@ def test_a_tensor_cut_along_many_dimensions_is_refused_before_its_corners_are_co
         tiled((2,) * 60, [Chunk((0,) * 60, (1,) * 60, Span("rank00000.safetensors", 0, 4))]).check()
     corners = enumerate(itertools.product((0, 1), repeat=9))
     chunks = [Chunk(step_files, (1,) * 9, Span("rank00000.safetensors", 4 * n, 4 * n + 4)) for n, step_files in corners]
-    with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; 8 are the most"):
+    with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; at most 8 are allowed"):
         tiled((2,) * 9, chunks).check()
 
 

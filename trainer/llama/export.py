@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory: the weights one tensor at a time, configs, tokenizer."""
+"""A model as a Hugging Face directory: weights tensor by tensor, configs, tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.llama.weights import shapes, unfused
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that an export needs."""
+    """The methods and ids of a transformers tokenizer used by an export."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -41,20 +41,21 @@ def export(
     dtype: torch.dtype | None = None,
     file_bytes: int = MODEL_FILE_BYTES,
 ) -> None:
-    """Write a directory that `transformers` loads; every rank calls, rank 0 writes.
+    """Write a model directory for `transformers`; every rank calls, rank 0 writes.
 
     Tensors are gathered, converted and written one at a time. The directory is made aside and then
-    replaces `out_dir`: a kill leaves the old export, the new export or none, never a part of one.
+    replaces `out_dir`: a kill leaves the old export, the new export or none, never a part.
 
     Args:
         model: The model, possibly sharded over ranks.
         config: The shape of the model, for `config.json`.
         out_dir: The directory to make, or an older export to replace.
-        tokenizer: Tokenizer to write beside the weights; its ids go into the configs.
-        stop_token_ids: Tokens that end a generation, besides the tokenizer's end token.
-        init_from: Directory of the starting weights. Its generation settings are kept.
+        tokenizer: Tokenizer to write beside the weights, with ids for the configs.
+        stop_token_ids: Further tokens that end a generation, besides the end token of the
+            tokenizer.
+        init_from: Directory of the starting weights. The generation settings are kept.
         dtype: Type of the stored weights; by default the type of the parameters.
-        file_bytes: Bytes of weights in one file, at most, unless one tensor is larger.
+        file_bytes: Limit on the bytes of weights per file. A larger tensor has a file alone.
 
     Raises:
         ValueError: `out_dir` holds files but no model, or the settings in `init_from` are broken.
@@ -74,7 +75,7 @@ def export(
 
 
 def require_replaceable(out_dir: Path) -> None:
-    """Raise ValueError if a directory holds files, but no model that an export may replace."""
+    """Raise ValueError if a directory holds files but no model."""
     if out_dir.exists() and not (out_dir / "config.json").exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} holds other files than a model's: move them, or export to another directory")
 

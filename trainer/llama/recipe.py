@@ -1,4 +1,4 @@
-"""How a checkpoint of a run becomes a Hugging Face directory: kept in it, so that nothing else is needed for that."""
+"""The recipe for the export of a checkpoint, saved in the checkpoint: an export needs no run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.llama.model import LlamaConfig
 from trainer.llama.weights import layout
 
 MODEL = "model"
-"""Where the parameters are in a checkpoint's tensors."""
+"""The key of the parameters in the state of a checkpoint."""
 
 
 def recipe(
@@ -23,7 +23,10 @@ def recipe(
     stop_token_ids: Iterable[int],
     init_from: StrPath | None = None,
 ) -> Recipe:
-    """For parameters of `dtype`, under the names that the model gives them."""
+    """Return the recipe for the export of a checkpoint with parameters of `dtype`.
+
+    The exported files equal the files of `trainer.llama.export.export` for the model.
+    """
     tensors: dict[str, list[Rows]] = {}
     for name, pieces in layout(config).items():
         start = 0
