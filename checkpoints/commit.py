@@ -152,7 +152,7 @@ def publish(attempt: Path, final: Path) -> None:
     _switch(attempt, final)
 
 
-def replace(attempt: Path, final: Path, old: Path) -> None:
+def publish_over(attempt: Path, final: Path, old: Path) -> None:
     """Publish a complete directory under an existing name; the old directory moves to `old`.
 
     A kill between the two renames leaves no `final`. Raises OSError if a name cannot be forced;

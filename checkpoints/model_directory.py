@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.commit import discard, make_directory, publish, replace, sync, write_file
+from checkpoints.commit import discard, make_directory, publish, publish_over, sync, write_file
 from checkpoints.errors import CheckpointError
 from checkpoints.tensor_file import TensorSpec, header, memory
 
@@ -39,7 +39,7 @@ def write_model(
     files: Mapping[str, bytes],
     *,
     file_bytes: int = MODEL_FILE_BYTES,
-    replacing: bool = False,
+    replace: bool = False,
 ) -> None:
     """Write a model directory tensor by tensor. On return the directory survives a power cut.
 
@@ -55,15 +55,15 @@ def write_model(
             current tensor is held in memory.
         files: Content of the files beside the weights, by relative path.
         file_bytes: Limit on the bytes of tensors per file. A larger tensor has a file alone.
-        replacing: Replace an existing `out`, whatever the content.
+        replace: Replace an existing `out`, whatever the content.
 
     Raises:
-        CheckpointError: `out` exists and `replacing` is False.
+        CheckpointError: `out` exists and `replace` is False.
         ValueError: A tensor is missing, or name, type or shape differ from `specs`.
         OSError: The disk is full or broken. An old `out` is unchanged.
     """
     out = Path(out).absolute()
-    if out.exists() and not replacing:
+    if out.exists() and not replace:
         raise CheckpointError(f"{out} exists already; export to another directory, or move it away")
     make_directory(out.parent)
     discard(_leftovers(out, "partial"))
@@ -74,7 +74,7 @@ def write_model(
         _write_files(attempt, files)
         _write_weights(attempt, _split(specs, file_bytes), iter(tensors))
         if out.exists():
-            replace(attempt, out, out.with_name(f".{out.name}.old-{token}"))
+            publish_over(attempt, out, out.with_name(f".{out.name}.old-{token}"))
         else:
             publish(attempt, out)
     except BaseException:

@@ -1,4 +1,4 @@
-"""A file system in memory that loses everything a power cut may lose."""
+"""A file system in memory: a power cut loses all that POSIX allows to be lost."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 Tree = dict[str, bytes | None]
-"""Paths with their content; None for a directory."""
+"""Content of files by path; None for a directory."""
 
 
 class Disk:
-    """A strict POSIX file system. Until forced, any part of the changed names and data may be lost, in any order."""
+    """A strict POSIX file system.
+
+    Until forced, any part of the changed names and data may be lost, in any order.
+    """
 
     def __init__(self, top: str) -> None:
         self.inodes = itertools.count()
@@ -57,7 +60,10 @@ class Disk:
                 self.names[directory][come] = inode
 
     def crashes(self, choice: random.Random, limit: int = 60) -> Iterator[Tree]:
-        """What may be found after a power cut now: all combinations if `limit` covers them, else so many at random."""
+        """Yield possible states after a power cut now.
+
+        All combinations if at most `limit`, else `limit` random combinations and the two extremes.
+        """
         dirty = [inode for inode, data in self.data.items() if data != self.forced[inode]]
         options = [(False, True)] * len(self.loose) + [("old", "half", "zeros", "new")] * len(dirty)
         combinations = itertools.product(*options)

@@ -1,4 +1,4 @@
-"""`python -m checkpoints`, as a person types it, on the checkpoints of a run."""
+"""The command line `python -m checkpoints`, on the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sftstream import __version__
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
-    """The directory of a run on two tensor-parallel ranks, with its checkpoints of steps 2, 4 and 6."""
+    """The directory of a run on two tensor-parallel ranks, with checkpoints of steps 2, 4 and 6."""
     directory = tmp_path_factory.mktemp("run")
     config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 6}, parallel={"tp": 2})
     runs.run(directory, config, 2)
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
 
 @pytest.fixture
 def root(run: Path, tmp_path: Path) -> Path:
-    """A copy of its checkpoints."""
+    """A copy of the checkpoints of the run."""
     return Path(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
 
 
@@ -98,13 +98,13 @@ def test_inspect_says_how_far_the_run_was_and_what_is_in_the_step(run):
     assert any(line.startswith("export ") for line in lines)
 
 
-def test_prune_keeps_the_newest_whole_step_whatever_it_is_told(root):
+def test_prune_keeps_the_newest_undamaged_step(root):
     for newest in (4, 6):
         damage(root / f"step-0000000{newest}" / "rank00000.safetensors")
     assert call("prune", root, "--keep", 1)[1][-1] == "deleted nothing; [2, 4, 6] stay"
 
 
-def test_prune_keeps_as_many_as_it_is_told_and_every_nth(root):
+def test_prune_keeps_the_newest_steps_and_multiples(root):
     assert call("prune", root, "--keep", 1, "--keep-every", 4)[1] == ["deleted [2]; [4, 6] stay"]
     assert call("prune", root, "--keep", 1)[1] == ["deleted [4]; [6] stay"]
 
@@ -167,12 +167,12 @@ def test_a_damaged_step_is_not_exported(root, tmp_path):
         (("verify", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
     ],
 )
-def test_what_is_wrong_is_one_line(words, message):
+def test_an_error_is_one_line(words, message):
     assert call(*words) == (1, [message])
 
 
 def python_m(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run `python -m checkpoints` in a process of its own."""
+    """Run `python -m checkpoints` in a child process."""
     command = [sys.executable, "-m", "checkpoints", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -228,7 +228,7 @@ def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name
         ([], "differ in type or columns"),
     ],
 )
-def test_a_recipe_of_rows_that_are_not_there_is_refused(tmp_path, rows, message):
+def test_a_recipe_of_missing_rows_is_refused(tmp_path, rows, message):
     state = {"w": torch.ones(4, 2), "wide": torch.ones(4, 3), "scalar": torch.ones(())}
     store = CheckpointStore(tmp_path / "store")
     store.save(1, state, {RECIPE: Recipe({"x": rows}, {}).builtins()})

@@ -1,7 +1,8 @@
-"""A save that is cut short anywhere, by a kill, a power cut or a failing disk, leaves the step before it or itself.
+"""A save cut short by a kill, a power cut or a failing disk leaves the older step or the new step.
 
-A kill leaves what the kernel has taken, so it cannot show a missing fsync. Power cuts are therefore computed: one run's
-file operations are logged, and every state is built that a strict file system may be found in after any of them.
+A kill keeps all data in the kernel, and so cannot reveal a missing fsync. Power cuts are computed:
+the file operations of a run are logged, and all states are built in which a strict file system may
+be after any operation.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def blob(step: int) -> dict[str, bytes]:
 
 
 def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
-    """The step is whole: its tensors, its plain values and its streams' values."""
+    """Assert the tensors, plain values and values of a step."""
     target = state(-1, size)
     store.load(step, target)
     assert target["step"] == step
@@ -48,7 +49,7 @@ def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
 
 
 def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[str, str, Any]]:
-    """The operations of `steps` first saves, with a mark ("saved", step, None) where each returned."""
+    """Return the operations of `steps` saves, with ("saved", step, None) after each return."""
     log: list[tuple[str, str, Any]] = []
     top.mkdir(parents=True)
     store = CheckpointStore(top / "runs" / "checkpoints", Retention(keep=keep))
@@ -67,7 +68,7 @@ def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[
 
 
 def violations(top: Path, log: list[tuple[str, str, Any]], replay: Path) -> Iterator[str]:
-    """Every state after a power cut from which the newest acknowledged step, or the one begun after it, is not loaded."""
+    """Yield the states after a power cut without the newest acknowledged step or the step after."""
     disk, acknowledged = Disk(str(top)), 0
     choice, seen = random.Random(0), set()
     for number, (operation, path, detail) in enumerate(log):
@@ -87,7 +88,7 @@ def violations(top: Path, log: list[tuple[str, str, Any]], replay: Path) -> Iter
 
 
 def recover(tree: Tree, top: Path, acknowledged: int) -> str | None:
-    """What is wrong with a restart from `tree`, if anything."""
+    """Return the fault of a restart from `tree`, or None."""
     top.mkdir(parents=True)
     for path, content in tree.items():
         if content is None:
@@ -151,7 +152,10 @@ def test_a_disk_that_fails_one_rank_at_any_operation_costs_that_save_and_nothing
 
 
 def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool) -> int:
-    """A second save with a failure of the n-th operation of `victim`, for every n; returns how many there are."""
+    """Save a second step with the n-th operation of `victim` failing, for every n.
+
+    Returns the number of operations.
+    """
 
     def all_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {f"own{rank}": torch.full((4,), float(step))}, {f"value{rank}": step}
@@ -182,7 +186,7 @@ def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool
 
 
 def from_rank(rank: int, value: Any) -> Any:
-    """One rank's value, on all."""
+    """Return the value of one rank on all ranks."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=rank)
@@ -192,13 +196,13 @@ def from_rank(rank: int, value: Any) -> Any:
 # Kills
 
 SIZE = 512
-"""1 MiB of tensor, so that a save takes some ten milliseconds and most kills hit one."""
+"""Side of a tensor of 1 MiB: a save takes tens of milliseconds, and most kills hit a save."""
 
 
 def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection, later: bool) -> None:
-    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins.
+    """Save step after step and send each acknowledged step; first 0, before the first save.
 
-    Every third step is loaded; `later` saves in the background, where a step is acknowledged when the next one begins.
+    Every third step is loaded. `later` saves in the background; the next save acknowledges a step.
     """
     if size > 1:
         join(rank, size, meeting)
@@ -213,7 +217,7 @@ def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connecti
 
 
 def last(pipe: Connection) -> int:
-    """The last number that a killed process sent."""
+    """Return the last number sent by a killed process."""
     number = 0
     try:
         while pipe.poll():
@@ -224,9 +228,10 @@ def last(pipe: Connection) -> int:
 
 
 def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int = 1, only: int | None = None) -> None:
-    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks.
+    """Start ranks in a loop of saves, kill all at a random moment, and check the newest step.
 
-    Every other start saves in the background.
+    With `only`, that rank is killed first, the rest 50 ms later. Every second start saves in the
+    background.
     """
     torn = 0
     for number in range(kills):

@@ -1,4 +1,4 @@
-"""In an object store, where nothing is renamed and nothing locked, a step is there if and only if its manifest is."""
+"""In an object store, without renames and locks, the manifest alone commits a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(store: CheckpointStore, *steps: int) -> None:
 
 
 def keys(url: str) -> list[str]:
-    """All objects, with tokens left out."""
+    """Return the names of all objects without tokens."""
     files, root = fsspec.url_to_fs(url)
     files.invalidate_cache()
     paths = [path.removeprefix(root).split("/")[1:] for path in files.find(root)]
@@ -54,7 +54,7 @@ def whole(*steps: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    """The environment of a process that finds a server with a bucket."""
+    """Environment of a process for an S3 server with a bucket."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -158,7 +158,7 @@ def test_a_run_is_told_that_another_has_saved_meanwhile(url):
     assert theirs.steps() == [1, 2, 3]
 
 
-def test_of_two_runs_that_save_a_step_at_once_one_commits_it(url):
+def test_only_one_of_two_runs_commits_a_step_saved_at_once(url):
     save(CheckpointStore(url), 1)
     first, second = ObjectStore(url), ObjectStore(url)
     tokens = [bucket.begin(2, ()) for bucket in (first, second)]
@@ -187,11 +187,11 @@ def test_the_commands_take_urls(url, capsys):
 
 
 class Killed(BaseException):
-    """Nothing that a process does in answer to this reaches the store."""
+    """The end of a process: no call in answer reaches the store."""
 
 
 class Counted:
-    """Every call that changes the store, from the n-th on, is one of a process that is dead or a network that is gone."""
+    """From call n on, every change of the store fails, as for a dead process or network."""
 
     def __init__(self, patch: pytest.MonkeyPatch, end: int | None, error: BaseException) -> None:
         self.calls = 0

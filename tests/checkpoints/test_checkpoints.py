@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, to the bit and on any topology; what is damaged, foreign or unfit is refused aloud."""
+"""A load returns the saved state to the bit; damaged, foreign and unfit steps are refused."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def state(seed: int) -> dict[str, Any]:
 
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
-    """Everything about a tensor that can be compared."""
+    """Return all comparable properties of a tensor."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     return str(tensor.dtype), tuple(tensor.shape), flat.numpy().tobytes()
 
 
 def frozen(value: Any) -> Any:
-    """A nested state with tensors as `bits`, so that `==` means equal to the bit."""
+    """Return a nested state with tensors as `bits`: `==` then compares bits."""
     if isinstance(value, torch.Tensor):
         return bits(value)
     if isinstance(value, dict):
@@ -211,7 +211,7 @@ def test_two_entries_under_one_key_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "1", 2**63])
-def test_a_step_that_is_no_count_is_refused(tmp_path, step):
+def test_a_step_that_is_not_a_count_is_refused(tmp_path, step):
     with pytest.raises(CheckpointError, match="the step is"):
         CheckpointStore(tmp_path).save(step, {})
 
@@ -224,7 +224,7 @@ def test_steps_only_grow(tmp_path):
     assert frozen(loaded(store, 20)) == frozen(state(20))
 
 
-def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
+def test_a_missing_step_is_named_with_the_existing_steps(tmp_path):
     store = saved(tmp_path, 10, 20)
     for read in (store.values, lambda step: store.load(step, state(0))):
         with pytest.raises(CheckpointError, match=r"holds no step 30; it holds \[10, 20\]"):
@@ -236,10 +236,16 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
     [
         (lambda s: s["model"].pop("b"), r"1 only in the step \(model\.b\)"),
         (lambda s: s.update(extra=1), r"1 not in the step \(extra\)"),
-        (lambda s: s["model"].update(b=torch.zeros(4)), r"model\.b is torch\.float32 \[3\] and torch\.float32 \[4\]"),
-        (lambda s: s["model"].update(b=torch.zeros(3).bfloat16()), r"float32 \[3\] and torch\.bfloat16 \[3\]"),
-        (lambda s: s["model"].update(b=0), r"model\.b is torch\.float32 \[3\] and a plain value"),
-        (lambda s: s.update(step=torch.zeros(())), r"step is a plain value and torch\.float32 \[\]"),
+        (
+            lambda s: s["model"].update(b=torch.zeros(4)),
+            r"model\.b is torch\.float32 \[3\] in the step and torch\.float32 \[4\]",
+        ),
+        (
+            lambda s: s["model"].update(b=torch.zeros(3).bfloat16()),
+            r"float32 \[3\] in the step and torch\.bfloat16 \[3\]",
+        ),
+        (lambda s: s["model"].update(b=0), r"model\.b is torch\.float32 \[3\] in the step and a plain value"),
+        (lambda s: s.update(step=torch.zeros(())), r"step is a plain value in the step and torch\.float32 \[\]"),
         (lambda s: s.update(step=[{}]), r"1 only in the step \(step\)"),
     ],
 )
@@ -313,7 +319,7 @@ def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_
 
 
 @pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}, {"keep_best": 0}])
-def test_keeping_no_step_is_refused(limits):
+def test_a_retention_limit_below_1_is_refused(limits):
     with pytest.raises(ValueError, match=f"^{next(iter(limits))} = 0 must be at least 1$"):
         Retention(**limits)
 
@@ -415,7 +421,7 @@ def test_steps_that_are_all_damaged_are_an_error_and_never_a_fresh_start(tmp_pat
         store.latest()
 
 
-def test_a_save_after_that_is_the_explicit_fresh_start_and_leaves_them_aside(tmp_path):
+def test_a_save_over_damaged_steps_is_the_explicit_fresh_start_and_renames_them(tmp_path):
     store = saved(tmp_path, 10, 20)
     for step in (10, 20):
         flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
@@ -491,7 +497,7 @@ def test_a_files_digest_is_that_of_the_digests_of_its_blocks(tmp_path, monkeypat
 
 
 class Payload:
-    """Unpickling it writes a file."""
+    """An object that writes a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -526,7 +532,10 @@ def test_a_planted_pickle_never_runs(tmp_path):
     "blob", [pickle.dumps(Payload(Path("code ran"))), b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b""]
 )
 def test_a_sealed_step_with_a_hostile_value_is_refused_in_bounded_memory_and_runs_nothing(tmp_path, monkeypatch, blob):
-    """The seal finds damage, not an attacker: whoever can write here can seal. What they write is still only data."""
+    """The seal finds damage, not attackers: write access is enough for a valid seal.
+
+    A hostile step is still only data.
+    """
     monkeypatch.chdir(tmp_path)
     store = CheckpointStore(tmp_path / "store")
     path = store.save(10, {"a": 1}, {"b": 2})

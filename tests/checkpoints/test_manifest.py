@@ -1,4 +1,4 @@
-"""A manifest is believed whole or not at all: damaged, inconsistent and hostile ones are refused before a file is read."""
+"""A damaged, inconsistent or hostile manifest is refused before any file is read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def manifest() -> Manifest:
 
 
 def seal(body: bytes) -> bytes:
-    """What an attacker does who knows the format: any body with its right digest."""
+    """Return any body with a matching digest, as an attacker would."""
     return b'{"sha256":"%s","manifest":%s}' % (hashlib.sha256(body).hexdigest().encode(), body)
 
 
@@ -183,7 +183,7 @@ def test_nesting_of_any_depth_is_refused_without_exhausting_the_stack():
 
 
 def comb(teeth: int) -> Tensor:
-    """Strips along one dimension over strips along the other: whichever is swept, half of them are open at once."""
+    """Strips along one dimension over strips along the other: any sweep has half open at once."""
     boxes = [((0, i), (teeth, 1)) for i in range(teeth)] + [((teeth + i, 0), (1, teeth)) for i in range(teeth)]
     spans = [Span("rank00000.safetensors", 4 * teeth * n, 4 * teeth * (n + 1)) for n in range(2 * teeth)]
     chunks = [Chunk(offsets, sizes, span) for (offsets, sizes), span in zip(boxes, spans, strict=True)]
@@ -191,7 +191,7 @@ def comb(teeth: int) -> Tensor:
 
 
 def test_a_hundred_thousand_chunks_that_share_every_line_are_checked_in_linear_time():
-    """By pairs these would be billions of comparisons: hours."""
+    """A check of all pairs would take hours."""
     tensor = comb(50_000)
     found = tiled(tensor.shape, tensor.chunks)
     found.check()
@@ -212,7 +212,7 @@ def test_a_tensor_cut_along_many_dimensions_is_refused_before_its_corners_are_co
 
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Chunk]]:
-    """A shape and the chunks of a grid laid over it, some of them empty, in any order."""
+    """A shape and the chunks of a grid over the shape, in any order, with some empty chunks."""
     shape = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
     cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=3))}) for n in shape]
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]

@@ -1,4 +1,4 @@
-"""A model directory is written tensor by tensor, and a kill, a power cut or an error never leaves a part of one."""
+"""A kill, a power cut or an error never leaves a part of a model directory."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def tensors(value: float, dtype: torch.dtype = torch.float32) -> Iterator[tuple[
     return ((name, torch.full(shape, value, dtype=dtype)) for name, shape in SHAPES.items())
 
 
-def write(out: Path, value: float = 1.0, replacing: bool = False) -> None:
-    write_model(out, specs(), tensors(value), FILES, file_bytes=20, replacing=replacing)
+def write(out: Path, value: float = 1.0, replace: bool = False) -> None:
+    write_model(out, specs(), tensors(value), FILES, file_bytes=20, replace=replace)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -80,7 +80,7 @@ def test_an_existing_directory_is_replaced_only_on_request(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="exists already; export to another directory, or move it away"):
         write(tmp_path / "out", 2.0)
     assert content(tmp_path / "out") == before
-    write(tmp_path / "out", 2.0, replacing=True)
+    write(tmp_path / "out", 2.0, replace=True)
     assert load_file(tmp_path / "out" / "model-00001-of-00002.safetensors")["a"].eq(2).all()
     assert os.listdir(tmp_path) == ["out"]
 
@@ -103,24 +103,24 @@ def test_a_tensor_that_was_not_announced_is_refused(tmp_path: Path, wrong: list[
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["no space", "broken"])
-@pytest.mark.parametrize("replacing", [False, True])
-def test_a_disk_that_fails_at_any_operation_leaves_the_old_model(tmp_path: Path, replacing: bool, code: int) -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_disk_that_fails_at_any_operation_leaves_the_old_model(tmp_path: Path, replace: bool, code: int) -> None:
     for number in itertools.count():
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
-        if replacing:
+        if replace:
             write(out)
         before = content(out)
         with failing(number, code) as failed:
             errors = []
             try:
-                write(out, 2.0, replacing)
+                write(out, 2.0, replace)
             except OSError as error:
                 errors.append(error.errno)
         if errors:
             assert errors == [code]
             assert content(out) == before
-            write(out, 2.0, replacing)
+            write(out, 2.0, replace)
         assert load_file(out / "model-00001-of-00002.safetensors")["a"].eq(2).all()
         if not failed():
             assert number > 20
@@ -138,7 +138,7 @@ def write_until_killed(out: Path, number: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, see)
-        write(out, 2.0, replacing=True)
+        write(out, 2.0, replace=True)
 
 
 def test_a_kill_at_any_operation_leaves_the_old_model_the_new_one_or_none(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_kill_at_any_operation_leaves_the_old_model_the_new_one_or_none(tmp_pa
         process.start()
         process.join()
         seen.append(versions.index(content(out)))
-        write(out, 3.0, replacing=True)
+        write(out, 3.0, replace=True)
         assert os.listdir(out.parent) == ["out"]
         if process.exitcode == 0:
             break
@@ -171,16 +171,16 @@ def files_under(tree: Tree, directory: str) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-def test_a_power_cut_at_any_operation_leaves_the_old_model_the_new_one_or_none(tmp_path: Path, replacing: bool) -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_power_cut_at_any_operation_leaves_the_old_model_the_new_one_or_none(tmp_path: Path, replace: bool) -> None:
     top, log = tmp_path / "disk", []
     top.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, lambda *operation: log.append(operation))
-        if replacing:
+        if replace:
             write(top / "out")
         begun, before = len(log), content(top / "out")
-        write(top / "out", 2.0, replacing)
+        write(top / "out", 2.0, replace)
     after = content(top / "out")
     assert lost(top, log, begun, [before, after, {}]) == []
     for number, (operation, path, _) in enumerate(log):
@@ -191,7 +191,10 @@ def test_a_power_cut_at_any_operation_leaves_the_old_model_the_new_one_or_none(t
 
 
 def lost(top: Path, log: list[tuple[str, str, Any]], begun: int, allowed: list[dict[str, bytes]]) -> list[str]:
-    """Return the operations after which a power cut leaves a part of a model, or not the new model at the end."""
+    """Return the operations after which a power cut leaves a directory not in `allowed`.
+
+    Ends with "at the end" if the new model, `allowed[1]`, can be lost after the last operation.
+    """
     disk, choice, faults = Disk(str(top)), random.Random(0), []
     for number, operation in enumerate(log):
         disk.apply(*operation)

@@ -1,4 +1,4 @@
-"""An export is whole or not there, and has all that a user of the model needs."""
+"""An export is complete or absent, and holds all files that a user of the model needs."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_without_a_tokenizer_no_token_ends_a_generation(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """An end that no code of the export handles."""
+    """The end of a process; no code of the export handles this exception."""
 
 
 @pytest.mark.parametrize("number", range(4))

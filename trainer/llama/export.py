@@ -66,7 +66,7 @@ def export(
         require_replaceable(out_dir := Path(out_dir))
         specs = {name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes(model).items()}
         files = config_files(config, dtype, tokenizer, stop_token_ids, init_from)
-        write_model(out_dir, specs, tensors, files, file_bytes=file_bytes, replacing=True)
+        write_model(out_dir, specs, tensors, files, file_bytes=file_bytes, replace=True)
     else:
         for _ in tensors:
             pass  # Takes part in the gathering.
