@@ -75,9 +75,11 @@ ORDER = {
     ],
     "checkpoints": [
         "errors",
+        "tensor_file",
         "manifest",
         "digest",
         "commit",
+        "model_directory",
         "lock",
         "ranks",
         "retention",
