@@ -110,7 +110,7 @@ def _by_stage(config: DataConfig, seconds: float) -> ExampleReader:
     return ExampleReader(
         {name: spent[name] for name in DOES},
         conversations,
-        encoder.planned / max(encoder.rendered, 1),
+        encoder.renderer.planned / max(encoder.renderer.rendered, 1),
         node.state.refused,
         encoder.tokenizer.fast or "tokenizers",
     )

@@ -83,7 +83,7 @@ class ExampleReader:
         (loaded,) = self.load_all([ref])
         if isinstance(loaded, Refused):
             raise loaded
-        return self.encoder.tokenize(self.encoder.render_conversation(loaded))
+        return self.encoder.encode_conversation(loaded)
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -108,7 +108,7 @@ def build_stream(
     rows = RowSampler(config, open_cursors(config, stages.reading, stream))
     drawn = watch("draw", rows)
     loaded = watch("load", Map(drawn, stages.load_all))
-    rendered = watch("template", Map(loaded, encoder.render_conversations))
+    rendered = watch("template", Map(loaded, encoder.renderer.render_conversations))
     tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
     packer = PackerConfig(
         capacity=config.capacity,

@@ -19,10 +19,10 @@ from sftstream import ChatEncoder, Refused
 from sftstream.config import Policy
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
+from sftstream.rendering import renderer
 from sftstream.rendering.fast import render_cache as plan
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
-from sftstream.tokenization import encoder as encoder_module
 
 LOOP = (
     "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
@@ -40,14 +40,14 @@ def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
 
 def whole(encoder: ChatEncoder, conversation: Conversation) -> Rendered | str:
     try:
-        return encoder.render_whole(conversation)[0]
+        return encoder.renderer.render_whole(conversation)[0]
     except Refused as refused:
         return refused.reason
 
 
 def learnt(encoder: ChatEncoder, conversation: Conversation) -> None:
     with suppress(Refused):
-        encoder.render_cache.learn(conversation, *encoder.render_whole(conversation))
+        encoder.renderer.render_cache.learn(conversation, *encoder.renderer.render_whole(conversation))
 
 
 def said(*texts: str) -> Conversation:
@@ -81,7 +81,7 @@ def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> N
             )
             learnt(encoder, first)
             for conversation in (first, second, third):
-                found = encoder.render_cache.render(conversation)
+                found = encoder.renderer.render_cache.render(conversation)
                 assert found is None or found == whole(encoder, conversation), path.stem
                 planned += found is not None
     assert planned > 1000
@@ -93,7 +93,7 @@ def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) 
     for row in tiny.rows(60, seed=4):
         conversation = parse_row(row)
         assert encoder.render(conversation) == whole(encoder, conversation)
-    assert encoder.planned > 50
+    assert encoder.renderer.planned > 50
 
 
 BODIES = {
@@ -177,7 +177,7 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
     for learner in conversations:
         learnt(encoder, learner)
         for conversation, right in zip(conversations, expected, strict=True):
-            assert (encoder.render_cache.render(conversation) or right) == right
+            assert (encoder.renderer.render_cache.render(conversation) or right) == right
 
 
 @pytest.mark.parametrize(
@@ -196,17 +196,17 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
 def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
     encoder = opened(tokenizer, BODIES[body], train_on=("all",))
     learnt(encoder, said("one", "two"))
-    assert encoder.render_cache.render(said("three", "four")) == whole(encoder, said("three", "four"))
-    assert encoder.render_cache.render(said("three", "four")) is not None
+    assert encoder.renderer.render_cache.render(said("three", "four")) == whole(encoder, said("three", "four"))
+    assert encoder.renderer.render_cache.render(said("three", "four")) is not None
 
 
 def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
     encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
     learnt(encoder, said("a", "b"))
-    assert encoder.render_cache.render(said("axy", "b")) is None
+    assert encoder.renderer.render_cache.render(said("axy", "b")) is None
     learnt(encoder, said("xy", "b"))
     for conversation in (said("axy", "q"), said("q", "a")):
-        found = encoder.render_cache.render(conversation)
+        found = encoder.renderer.render_cache.render(conversation)
         assert found is not None
         assert found == whole(encoder, conversation)
 
@@ -221,7 +221,7 @@ def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turn
     encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
     learnt(encoder, said(*(["a", "b"] * len(turns))))
     conversation = said(*itertools.chain(*turns))
-    found = encoder.render_cache.render(conversation)
+    found = encoder.renderer.render_cache.render(conversation)
     assert found is None or found == whole(encoder, conversation)
 
 
@@ -293,10 +293,10 @@ def test_what_a_plan_says_of_calls_is_what_the_template_says(
     right = [whole(encoder, conversation) for conversation in DIALOGUES]
     planned = 0
     for first in DIALOGUES:
-        encoder.render_cache.plans.clear()
+        encoder.renderer.render_cache.plans.clear()
         learnt(encoder, first)
         for second, expected in zip(DIALOGUES, right, strict=True):
-            found = encoder.render_cache.render(second)
+            found = encoder.renderer.render_cache.render(second)
             assert found is None or found == expected, (first, second)
             planned += found is not None and first is not second
     assert planned or (call in ("name alone", "attributes", "one argument"))
@@ -318,15 +318,15 @@ def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words
 ) -> None:
     encoder = opened(tokenizer, body("item by item"))
     for arguments in (first, first, second):
-        encoder.render_cache.render(calling(arguments)) or learnt(encoder, calling(arguments))
-    assert sum(map(len, encoder.render_cache.plans.values())) == 2 - alike
+        encoder.renderer.render_cache.render(calling(arguments)) or learnt(encoder, calling(arguments))
+    assert sum(map(len, encoder.renderer.render_cache.plans.values())) == 2 - alike
 
 
 def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
     encoder = ChatEncoder(tokenizer, TOOLS_APART + template("{{ message.content }}"))
     learnt(encoder, asked("finds", "north"))
-    assert encoder.render_cache.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
-    assert encoder.render_cache.render(asked("looks", "south")) is None
+    assert encoder.renderer.render_cache.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
+    assert encoder.renderer.render_cache.render(asked("looks", "south")) is None
 
 
 def asked(description: str, *texts: str) -> Conversation:
@@ -343,7 +343,9 @@ def test_the_oldest_plans_are_forgotten(
         encoder = ChatEncoder(tokenizer)
         for conversation in conversations:
             encoder.render(conversation)
-        assert [encoder.render_cache.render(conversation) is not None for conversation in conversations] == planned
+        assert [
+            encoder.renderer.render_cache.render(conversation) is not None for conversation in conversations
+        ] == planned
 
 
 def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
@@ -365,10 +367,10 @@ def test_a_trace_holds_pieces_and_questions() -> None:
 
 
 def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
+    monkeypatch.setattr(renderer, "CHECK_INTERVAL", 3)
     encoder = ChatEncoder(tokenizer)
     encoder.render(said("one", "two"))
-    (plans,) = encoder.render_cache.plans.values()
+    (plans,) = encoder.renderer.render_cache.plans.values()
     plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
     encoder.render(said("a", "b"))
     encoder.render(said("a", "b"))
