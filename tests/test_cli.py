@@ -21,8 +21,8 @@ def test_a_template_is_reported_in_one_table(tokenizer: str) -> None:
     result = run(main, "template", tokenizer)
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert "it ends with <|eot_id|>" in lines
-    assert "earlier turns stay as they are" in lines
+    assert "a turn ends with <|eot_id|>" in lines
+    assert "earlier turns printed unchanged" in lines
     assert "two tool calls printed whole" in lines
     assert "reasoning drops assistant reasoning" in lines
 
@@ -61,6 +61,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, arguments: tuple[st
     result = run(main, *(argument.format(tmp_path) for argument in arguments))
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == message.format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[run]\n", "error: {} has no [data] table; name the TOML file of a run\n"),
+        ("run\n", "error: {} is not a TOML file: "),
+        ("[data]\nstreams = '2'\n", "error: the [data] table of {} is not valid: "),
+    ],
+)
+def test_a_config_without_a_valid_data_table_is_named(tmp_path: Path, toml: str, message: str) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(toml)
+    assert run(main, "bench", config).stderr.startswith(message.format(config))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -26,7 +26,7 @@ STAGES = {
     "tokenize": "compute token ids and the loss mask",
     "pack": "plan windows of conversations, build packs",
 }
-"""Stages of a stream in order, and their work."""
+"""Stages of a stream in order, and the work of each."""
 
 EPOCHS = 1_000_000
 """Epochs of the measured stream: enough never to end, since a run under way is measured."""
@@ -43,7 +43,7 @@ class Speed(NamedTuple):
     conversations: float
     """Conversations a second once warm."""
     fill: float
-    """Share of the slots of packs that hold tokens, 0 to 1."""
+    """Share of packs' slots filled with tokens, 0 to 1."""
     private: int
     """Largest private memory of a worker in bytes; 0 without workers or without `/proc`."""
 
@@ -58,11 +58,11 @@ class StageTimes(NamedTuple):
     refused: dict[str, int]
     """Refused conversations by reason."""
     tokenizer: str
-    """Library that computes the ids, such as "tokenizers"."""
+    """Library used to compute the ids, for example "tokenizers"."""
 
 
 class Stopwatch(BaseNode[Any]):
-    """Node that adds its own time to `seconds[name]`, excluding the time of nodes before it.
+    """Node that adds its own time to `seconds[name]`, without the time of earlier nodes.
 
     `running` is a stack shared by all stopwatches of a graph: an entry per call under way, holding
     the seconds spent in nested calls. If "load" takes 5 s and waits 2 s of them for "draw",

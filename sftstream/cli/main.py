@@ -40,14 +40,14 @@ def template(
         typer.Option(help="Day that the template prints as today, as YYYY-MM-DD. Default: today.", show_default=False),
     ] = None,
 ) -> None:
-    """Print how an assistant's turns begin and end in a chat template, and which shapes of
-    conversation are printed whole."""
+    """Print how an assistant's turns begin and end in a chat template, and the shapes of
+    conversation that are printed whole or not."""
     show_report(ChatEncoder(tokenizer, path, date=date))
 
 
 @app.command()
 def inspect(state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")]) -> None:
-    """Print how far a state has come, from what data it was made, and why rows were refused."""
+    """Print the progress of a state, its data and settings, and the reasons of refused rows."""
     typer.echo(describe(read_state(state)))
 
 
@@ -56,7 +56,8 @@ def diff(
     before: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")],
     after: Annotated[Path, typer.Argument(help="JSON file with the state dict to compare it with.")],
 ) -> None:
-    """Print each field in which two states differ. The exit code is 0 if the states are equal, else 1."""
+    """Print each field in which two states differ. The exit code is 0 if the states are equal,
+    else 1."""
     differences = differing(read_state(before), read_state(after))
     for line in differences:
         typer.echo(line)

@@ -69,7 +69,7 @@ class Renderer:
         if all(whole.text.startswith(turn.text[: turn.bounds[-1]]) for turn in turns):
             return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
-            raise Refused("history rewritten", "an earlier turn is printed otherwise than when it was said")
+            raise Refused("history rewritten", "an earlier turn is printed differently once the conversation goes on")
         return RenderedConversation(conversation, tuple(turns))
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -122,7 +122,7 @@ class Renderer:
 
 
 def _up_to_each_turn(conversation: Conversation) -> Iterator[Conversation]:
-    """Yield, for each trained assistant message, the conversation up to it; only it is trained."""
+    """Yield the conversation up to each trained assistant message, earlier messages untrained."""
     for index, message in enumerate(conversation.messages):
         if message.role == "assistant" and message.train is not False:
             earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])

@@ -1,4 +1,4 @@
-"""Character spans of texts -> loss masks of their tokens. A token is trained if it lies wholly inside a span.
+"""Spans of texts -> loss masks of tokens. A token wholly inside a span is trained.
 
 The tokens of a byte-level tokenizer, put side by side, hold exactly the bytes of the text. Token
 lengths alone then give the position of each token: with lengths `[1, 3, 2, 4]` the tokens lie
@@ -31,7 +31,7 @@ class TokenAlignment(NamedTuple):
     inside: NDArray[np.bool_]
     """True for tokens wholly inside a span, `(tokens of all texts,)`."""
     sizes: list[int]
-    """Bytes that the tokens of each text hold."""
+    """Bytes held by the tokens of each text."""
     begins: list[int]
     """1 for each text whose first token is inside, else 0."""
     trained: list[int]
@@ -90,7 +90,7 @@ def align_batch(
     span_bounds = np.array(list(chain.from_iterable(bounds)), np.int64) + text_bounds[:-1].repeat(counts)
     first, last, straddling = _tokens_inside(token_bounds[1:], span_bounds)
     last = np.maximum(first, last)
-    inside = _mask(first, last, len(lengths) + 1)  # an extra entry: a last text without tokens begins behind the end
+    inside = _mask(first, last, len(lengths) + 1)  # a last text without tokens begins behind the end
     begins = inside[offsets[:-1]].astype(np.int64).tolist()
     return TokenAlignment(inside[:-1], sizes, begins, _sums(last - first, counts // 2), _sums(straddling, counts // 2))
 
@@ -116,24 +116,24 @@ def align_by_offsets(tokens: Iterable[Pair], spans: Sequence[Pair]) -> tuple[NDA
 
 
 def _sums(values: Integers, counts: Integers) -> list[int]:
-    """Return the sums of consecutive groups: of `[1, 2, 3]` with counts `[2, 0, 1]`, `[3, 0, 3]`."""
+    """Return sums of consecutive groups: `[1, 2, 3]` in groups of `[2, 0, 1]` gives `[3, 0, 3]`."""
     result: list[int] = np.diff(_running_sums(values)[_running_sums(counts)]).tolist()
     return result
 
 
 def _running_sums(values: NDArray[np.integer[Any]]) -> Integers:
-    """Return the sums of the first 0, 1, 2, ... values: of `[1, 3, 2]`, `[0, 1, 4, 6]`."""
+    """Return the sums of the first 0, 1, 2, ... values: `[1, 3, 2]` gives `[0, 1, 4, 6]`."""
     sums = np.zeros(len(values) + 1, np.int64)
     values.cumsum(dtype=np.int64, out=sums[1:])
     return sums
 
 
 def _tokens_inside(ends: Integers, span_bounds: Integers) -> tuple[Integers, Integers, Integers]:
-    """Return each span's first token inside, the token after the last inside, and straddling tokens.
+    """Return, for each span, the range of tokens inside and the count of straddling tokens.
 
-    `ends` holds the byte offset at which each token ends; token `i` begins at `ends[i - 1]`, and
-    token 0 at 0. `span_bounds` is `[start, end, start, end, ...]`. A span inside a single token has
-    `first > last`.
+    The range is `[first, last)`. `ends` holds the byte offset at which each token ends; token `i`
+    begins at `ends[i - 1]`, and token 0 at 0. `span_bounds` is `[start, end, start, end, ...]`. A
+    span inside a single token has `first > last`.
 
     For `ends = [1, 4, 6, 10]` and the spans `[1, 6)`, `[2, 6)`, `[7, 8)` the result is
     `([1, 2, 4], [3, 3, 3], [0, 1, 1])`.
@@ -148,7 +148,7 @@ def _tokens_inside(ends: Integers, span_bounds: Integers) -> tuple[Integers, Int
 
 
 def _mask(first: Integers, last: Integers, size: int) -> NDArray[np.bool_]:
-    """Return a mask that is True in the ascending ranges `[first[i], last[i])`, `(size,)`."""
+    """Return a mask, True in the ascending ranges `[first[i], last[i])`, `(size,)`."""
     cuts = np.full(2 * len(first) + 2, size)
     cuts[0] = 0
     cuts[1:-1:2], cuts[2:-1:2] = first, last

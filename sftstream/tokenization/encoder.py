@@ -57,17 +57,17 @@ class ChatEncoder:
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, with the date it prints as today."""
+        """The chat template, and the date printed as today."""
         return self.renderer.template
 
     @property
     def report(self) -> TemplateReport:
-        """The format of turns in the template, and the shapes of conversation it prints whole."""
+        """The format of turns in the template, and the shapes of conversation printed whole."""
         return self.renderer.report
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids of the tokens that end an assistant's turn, sorted."""
+        """Ids of the tokens at the end of an assistant's turn, sorted."""
         turn_format = self.report.turn_format
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
@@ -105,19 +105,19 @@ class ChatEncoder:
         return [self._shortened(*pair) for pair in zip(rendered, examples, strict=True)]
 
     def _shortened(self, rendered: RenderedConversation, examples: list[Example] | Refused) -> list[Example] | Refused:
-        """Replace a single example that is too long by examples that fit.
+        """Replace a single too long example by examples within the capacity.
 
-        Examples of single turns stay as long as they are: the packer drops those that do not fit.
+        Examples of single turns are kept at any length; the packer drops too long ones.
         """
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
         try:
-            return shorten(rendered.conversation, self.policy, self._encode_whole)
+            return shorten(rendered.conversation, self.policy, self._encode_part)
         except Refused as refused:
             return refused
 
-    def _encode_whole(self, conversation: Conversation) -> Example:
-        return self.tokenizer.encode(self.renderer.render(conversation))
+    def _encode_part(self, conversation: Conversation) -> Example:
+        return self.tokenizer.encode(self.render(conversation))
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:
@@ -133,7 +133,7 @@ def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refuse
 
 
 def _template_text(template: str) -> str:
-    """Return the Jinja text given itself or as a file; raises ValueError if there is no such file."""
+    """Return Jinja text, given itself or by the path of a file (ValueError if there is no file)."""
     if "{%" in template or "{{" in template:
         return template
     try:

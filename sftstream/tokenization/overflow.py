@@ -21,9 +21,10 @@ Encode = Callable[[Conversation], Example]
 
 
 def shorten(conversation: Conversation, policy: Policy, encode: Encode) -> list[Example]:
-    """Return examples of at most `policy.capacity` tokens by `policy.overflow`, "truncate" or "split".
+    """Truncate or split a conversation by `policy.overflow`.
 
-    Each example's notes count the policy. Raises `Refused` if the first answer does not fit.
+    Return examples of at most `policy.capacity` tokens, with a note of the policy. Raises `Refused`
+    if the first answer does not fit.
     """
     if policy.overflow == "truncate":
         return [truncate(conversation, policy.capacity, encode)]
@@ -31,10 +32,10 @@ def shorten(conversation: Conversation, policy: Policy, encode: Encode) -> list[
 
 
 def truncate(conversation: Conversation, capacity: int, encode: Encode) -> Example:
-    """Return the example of the longest beginning that ends with an answer and fits."""
+    """Return the example of the longest beginning within `capacity` with an answer at its end."""
     _, example = _longest_beginning(conversation, _ends(conversation.messages), capacity, encode)
     if example is None:
-        raise Refused("nothing to train", "what fits into a pack holds no trained token")
+        raise Refused("nothing to train", "the part that fits into a pack holds no trained token")
     return _noted(example, "conversations truncated")
 
 
@@ -56,9 +57,9 @@ def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator
 def _longest_beginning(
     conversation: Conversation, ends: Sequence[int], capacity: int, encode: Encode
 ) -> tuple[int, Example | None]:
-    """Return the largest of `ends`, counts of messages, that fits, and its example.
+    """Return the largest count of messages in `ends` within `capacity` tokens, and the example.
 
-    The example is None if no token of the beginning is trained. Raises `Refused` if none fits.
+    The example is None if no token of the beginning is trained. Raises `Refused` if no count fits.
     """
     for count in reversed(ends):
         try:
@@ -69,16 +70,19 @@ def _longest_beginning(
             return count, None
         if len(example.tokens) <= capacity:
             return count, example
-    raise Refused("longer than capacity", f"not even its first answer fits into a pack of {capacity}")
+    raise Refused(
+        "longer than capacity",
+        f"the messages up to its first answer do not fit into {capacity} tokens; raise data.capacity",
+    )
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:
-    """Return the counts of messages after which the last message is an answer."""
+    """Return counts of messages that end with an answer, `[2, 4]` for two answered questions."""
     return [count for count, message in enumerate(messages, 1) if message.role == "assistant"]
 
 
 def _ends_before_user(messages: Sequence[Message]) -> list[int]:
-    """Return the counts of `_ends` at which a user's message or nothing follows."""
+    """Return counts of `_ends` before a user's message or at the end of the conversation."""
     return [count for count in _ends(messages) if count == len(messages) or messages[count].role == "user"]
 
 
