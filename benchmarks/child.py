@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
+from sftstream.cli.bench import private_memory
+
 ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
@@ -55,27 +57,14 @@ def respond(module: str, request: bytes) -> bytes:
 
 
 def high_water() -> int:
-    """Bytes: the most of this process that was in memory at once (VmHWM), shared libraries included."""
-    return _bytes("/proc/self/status", "VmHWM")
+    """Return the peak resident memory of this process in bytes (VmHWM), shared libraries included."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) << 10 for words in lines if words[0] == "VmHWM:")
 
 
 def workers_private() -> int:
-    """Bytes that this process's children share with nobody (Private_* of smaps_rollup)."""
-    return sum(private(child.pid) for child in multiprocessing.active_children() if child.pid)
-
-
-def private(pid: int) -> int:
-    """Bytes that a process shares with nobody; 0 where it has just ended."""
-    rollup = f"/proc/{pid}/smaps_rollup"
-    try:
-        return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def _bytes(path: str, field: str) -> int:
-    lines = (line.split() for line in Path(path).read_text().splitlines())
-    return next(int(words[1]) << 10 for words in lines if words[0] == f"{field}:")
+    """Return the bytes of memory that each of this process's children alone holds, summed."""
+    return sum(private_memory(child.pid) for child in multiprocessing.active_children() if child.pid)
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from child import ask, private
+from child import ask
 from corpus import DAY, Job
 
 from sftstream import DataConfig, PackAssignment, PackLoader
+from sftstream.cli.bench import private_memory
 from sftstream.state import DataState
-from trainer.training.step_reader import Feed
+from trainer.training.step_reader import StepReader
 
 PACE = 100_000
 """Tokens a second that the consumer takes."""
@@ -118,7 +119,7 @@ def crossing(request: Request) -> dict[str, float]:
     _, packs = taken(loader, request)
     return {
         "main": (time.process_time() - began) / packs,
-        "private": max(private(child.pid) for child in multiprocessing.active_children() if child.pid),
+        "private": max(private_memory(child.pid) for child in multiprocessing.active_children() if child.pid),
         "pickle": timed(lambda: ForkingPickler.dumps(pack)),
         "unpickle": timed(lambda: pickle.loads(pickled)),
         "bytes": len(pickled),
@@ -131,7 +132,7 @@ def waiting(request: Request) -> dict[str, float]:
     It takes its packs as the trainer does: those of a step together, read while it sleeps away the step before.
     """
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
-    feed = Feed(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
+    feed = StepReader(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
     feed.packs(0)
     feed.read_ahead()
     steps = itertools.count(1)
@@ -141,7 +142,7 @@ def waiting(request: Request) -> dict[str, float]:
     return {"first": first, "soon": soon, "later": later, "packs": packs}
 
 
-def waited(feed: Feed, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
+def waited(feed: StepReader, steps: Iterator[int], request: Request, seconds: float) -> tuple[float, int]:
     """The share of so many seconds, and the packs taken in them."""
     waited, packs, began = 0.0, 0, time.perf_counter()
     while time.perf_counter() - began < seconds:

@@ -19,13 +19,13 @@ from sftstream import ChatEncoder, Refused
 from sftstream.config import Policy
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
+from sftstream.rendering import renderer
 from sftstream.rendering.fast import render_cache
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.fast.render_plan import Offset, Slot
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
 from sftstream.rendering.turns import TurnFormat
-from sftstream.tokenization import encoder as encoder_module
 
 LOOP = (
     "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
@@ -43,14 +43,14 @@ def open_encoder(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
 
 def full_path(encoder: ChatEncoder, conversation: Conversation) -> Rendered | str:
     try:
-        return encoder.render_whole(conversation)[0]
+        return encoder.renderer.render_whole(conversation)[0]
     except Refused as refused:
         return refused.reason
 
 
 def learn(encoder: ChatEncoder, conversation: Conversation) -> None:
     with suppress(Refused):
-        encoder.render_cache.learn(conversation, *encoder.render_whole(conversation))
+        encoder.renderer.render_cache.learn(conversation, *encoder.renderer.render_whole(conversation))
 
 
 def said(*texts: str) -> Conversation:
@@ -87,7 +87,7 @@ def test_every_published_template_prints_every_shape_as_planned(realdata: Path) 
             )
             learn(encoder, first)
             for conversation in (first, second, third):
-                found = encoder.render_cache.render(conversation)
+                found = encoder.renderer.render_cache.render(conversation)
                 assert found is None or found == full_path(encoder, conversation), path.stem
                 planned += found is not None
     assert planned > 1000
@@ -99,7 +99,7 @@ def test_a_plan_trains_what_the_policy_trains(tokenizer: str, policy: dict[str, 
     for row in tiny.rows(60, seed=4):
         conversation = parse_row(row)
         assert encoder.render(conversation) == full_path(encoder, conversation)
-    assert encoder.planned > 50
+    assert encoder.renderer.planned > 50
 
 
 BODIES = {
@@ -183,7 +183,7 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
     for learner in conversations:
         learn(encoder, learner)
         for conversation, right in zip(conversations, expected, strict=True):
-            assert (encoder.render_cache.render(conversation) or right) == right
+            assert (encoder.renderer.render_cache.render(conversation) or right) == right
 
 
 @pytest.mark.parametrize(
@@ -202,17 +202,17 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
 def test_common_templates_get_plans(tokenizer: str, body: str) -> None:
     encoder = open_encoder(tokenizer, BODIES[body], train_on=("all",))
     learn(encoder, said("one", "two"))
-    assert encoder.render_cache.render(said("three", "four")) == full_path(encoder, said("three", "four"))
-    assert encoder.render_cache.render(said("three", "four")) is not None
+    assert encoder.renderer.render_cache.render(said("three", "four")) == full_path(encoder, said("three", "four"))
+    assert encoder.renderer.render_cache.render(said("three", "four")) is not None
 
 
 def test_a_conversation_with_other_answers_gets_another_plan(tokenizer: str) -> None:
     encoder = open_encoder(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
     learn(encoder, said("a", "b"))
-    assert encoder.render_cache.render(said("axy", "b")) is None
+    assert encoder.renderer.render_cache.render(said("axy", "b")) is None
     learn(encoder, said("xy", "b"))
     for conversation in (said("axy", "q"), said("q", "a")):
-        found = encoder.render_cache.render(conversation)
+        found = encoder.renderer.render_cache.render(conversation)
         assert found is not None
         assert found == full_path(encoder, conversation)
 
@@ -227,7 +227,7 @@ def test_text_that_looks_like_the_template_takes_the_full_path(tokenizer: str, t
     encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
     learn(encoder, said(*(["a", "b"] * len(turns))))
     conversation = said(*itertools.chain(*turns))
-    found = encoder.render_cache.render(conversation)
+    found = encoder.renderer.render_cache.render(conversation)
     assert found is None or found == full_path(encoder, conversation)
 
 
@@ -299,10 +299,10 @@ def test_a_plan_prints_calls_as_the_template_does(
     right = [full_path(encoder, conversation) for conversation in CONVERSATIONS]
     planned = 0
     for first in CONVERSATIONS:
-        encoder.render_cache.plans.clear()
+        encoder.renderer.render_cache.plans.clear()
         learn(encoder, first)
         for second, expected in zip(CONVERSATIONS, right, strict=True):
-            found = encoder.render_cache.render(second)
+            found = encoder.renderer.render_cache.render(second)
             assert found is None or found == expected, (first, second)
             planned += found is not None and first is not second
     assert planned or (call in ("name alone", "attributes", "one argument"))
@@ -324,15 +324,15 @@ def test_arguments_read_field_by_field_belong_to_the_shape_except_their_strings(
 ) -> None:
     encoder = open_encoder(tokenizer, body("item by item"))
     for arguments in (first, first, second):
-        encoder.render_cache.render(calling(arguments)) or learn(encoder, calling(arguments))
-    assert sum(map(len, encoder.render_cache.plans.values())) == 2 - alike
+        encoder.renderer.render_cache.render(calling(arguments)) or learn(encoder, calling(arguments))
+    assert sum(map(len, encoder.renderer.render_cache.plans.values())) == 2 - alike
 
 
 def test_tools_read_field_by_field_belong_to_the_shape(tokenizer: str) -> None:
     encoder = ChatEncoder(tokenizer, TOOL_FIELDS + template("{{ message.content }}"))
     learn(encoder, asked("finds", "north"))
-    assert encoder.render_cache.render(asked("finds", "south")) == full_path(encoder, asked("finds", "south"))
-    assert encoder.render_cache.render(asked("looks", "south")) is None
+    assert encoder.renderer.render_cache.render(asked("finds", "south")) == full_path(encoder, asked("finds", "south"))
+    assert encoder.renderer.render_cache.render(asked("looks", "south")) is None
 
 
 def asked(description: str, *texts: str) -> Conversation:
@@ -349,7 +349,9 @@ def test_the_oldest_plans_are_forgotten(
         encoder = ChatEncoder(tokenizer)
         for conversation in conversations:
             encoder.render(conversation)
-        assert [encoder.render_cache.render(conversation) is not None for conversation in conversations] == planned
+        assert [
+            encoder.renderer.render_cache.render(conversation) is not None for conversation in conversations
+        ] == planned
 
 
 def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
@@ -384,10 +386,10 @@ def test_a_trace_records_pieces_and_guards() -> None:
 
 
 def test_a_wrong_plan_is_an_error(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
+    monkeypatch.setattr(renderer, "CHECK_INTERVAL", 3)
     encoder = ChatEncoder(tokenizer)
     encoder.render(said("one", "two"))
-    (plans,) = encoder.render_cache.plans.values()
+    (plans,) = encoder.renderer.render_cache.plans.values()
     plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
     encoder.render(said("a", "b"))
     encoder.render(said("a", "b"))

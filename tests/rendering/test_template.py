@@ -350,7 +350,7 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
         for row in range(0, len(source), max(1, len(source) // 40)):
             conversation = parse_row(source.read(row))
             try:
-                (example,) = encoder.tokenize(encoder.render_conversation(conversation))
+                (example,) = encoder.encode_conversation(conversation)
             except Refused:
                 continue
             accepted += 1

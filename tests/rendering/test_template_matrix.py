@@ -50,8 +50,8 @@ def _judge(path: Path, tokenizer: Any) -> list[Case]:
 def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, tools: Any) -> str:
     conversation = parse_row({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
     try:
-        rendered = encoder.render_conversation(conversation)
-        (example,) = encoder.tokenize(rendered)
+        rendered = encoder.renderer.render_conversation(conversation)
+        example = encoder.tokenizer.encode(rendered.texts[0])
     except Refused as refused:
         if refused.reason == "template raises":
             return "raises"
@@ -138,17 +138,17 @@ def test_every_real_conversation_is_trained_on_what_the_assistant_said(
         rows = FileSet(SourceConfig(path=str(path)))
         for row in range(0, len(rows), max(1, len(rows) // rows_of_a_file)):
             try:
-                rendered = encoder.render_conversation(parse_row(rows.read(row)))
+                rendered = encoder.renderer.render_conversation(parse_row(rows.read(row)))
             except Refused:
                 continue
             text, spans = rendered.texts[0].text, rendered.texts[0].spans
             said = [text[span.start : span.end] for span in spans]
-            assert said == _as_prompted(text, spans, template), rows.place(row)
-            (example,) = encoder.tokenize(rendered)
+            assert said == _as_prompted(text, spans, template), rows.locate_row(row)
+            example = encoder.tokenizer.encode(rendered.texts[0])
             trained = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
             normalizer = encoder.tokenizer.hf.backend_tokenizer.normalizer
             whole = "".join(normalizer.normalize_str(part) if normalizer else part for part in said)
-            assert trained == whole, rows.place(row)
+            assert trained == whole, rows.locate_row(row)
             accepted += 1
     print(f"{template}: {accepted:,} conversations")
     assert accepted
