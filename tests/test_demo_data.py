@@ -172,7 +172,7 @@ def test_the_demos_model_has_a_row_for_every_token_and_its_packs_hold_every_conv
     assert len(words) <= config.model.shape.vocab_size
     encoder = ChatEncoder(DEMO / "tokenizer")
     longest = max(trained, key=lambda conversation: len(str(conversation)))
-    (example,) = encoder.tokenize(encoder.render_conversation(longest))
+    (example,) = encoder.encode_conversation(longest)
     assert len(example.tokens) <= config.data.capacity
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from checkpoints import Retention
 from sftstream import DataConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
 from trainer.llama.blocks import Recompute
@@ -79,11 +80,11 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """A directory, or a URL such as `s3://bucket/my-run`, of this run alone; by default `runs/<name>/checkpoints`."""
     every: int = 100
     """Steps between checkpoints; the end of a run is saved as well."""
-    keep: int = 3
+    keep: int = Retention.keep
     """Newest checkpoints that stay."""
-    keep_every: int | None = None
+    keep_every: int | None = Retention.keep_every
     """Those of steps that are multiples of it stay as well."""
-    keep_best: int | None = None
+    keep_best: int | None = Retention.keep_best
     """As many of those with the lowest validation loss stay as well."""
     fresh_start: bool = False
     """Begin anew where all checkpoints are damaged, and leave them aside. Where any is whole the run goes on from it."""
@@ -93,9 +94,14 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """continue: say what went wrong and try again at the next checkpoint, except after the last step."""
 
     def __post_init__(self) -> None:
-        for field in ("every", "keep", "keep_every", "keep_best"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{field} = {value} must be at least 1")
+        if self.every < 1:
+            raise ValueError(f"every = {self.every} must be at least 1")
+        _ = self.retention
+
+    @property
+    def retention(self) -> Retention:
+        """The steps that stay; ValueError if a limit is below 1."""
+        return Retention(self.keep, self.keep_every, self.keep_best)
 
 
 class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

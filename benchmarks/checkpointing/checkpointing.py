@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from checkpoints import CheckpointStore
+from checkpoints import CheckpointStore, Retention
 
 ROW = 4096
 """Rows and columns of a tensor, like a matrix of a small language model."""
@@ -47,7 +47,7 @@ class Rank:
             f"layer{n}": distribute_tensor(torch.randn(ROW, ROW, device=device), mesh, [Shard(0)]) for n in range(count)
         }
         self.local = {name: tensor.to_local() for name, tensor in self.state.items()}
-        self.store = CheckpointStore(directory / "ours", keep=1)
+        self.store = CheckpointStore(directory / "ours", Retention(keep=1))
         self.step = 0
 
     def save(self) -> None:

@@ -96,7 +96,7 @@ def real_lengths(root: Path) -> list[int]:
         rows = FileSet(SourceConfig(path=str(path)))
         for row in range(min(len(rows), ROWS_OF_A_FILE)):
             try:
-                lengths.append(len(encoder.tokenize(encoder.render_conversation(parse_row(rows.read(row))))[0].tokens))
+                lengths.append(len(encoder.encode_conversation(parse_row(rows.read(row)))[0].tokens))
             except Refused:
                 continue
     return lengths

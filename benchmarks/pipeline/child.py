@@ -14,14 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from environment import ONE_THREAD, QUIET
 
-ONE_THREAD = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+from sftstream.cli.bench import private_memory
 
 X = TypeVar("X")
 
@@ -61,26 +56,13 @@ def respond(module: str, request: bytes) -> bytes:
 
 def high_water() -> int:
     """Return the peak resident bytes of this process (VmHWM), shared libraries included."""
-    return _bytes("/proc/self/status", "VmHWM")
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) << 10 for words in lines if words[0] == "VmHWM:")
 
 
 def workers_private() -> int:
-    """Return the private bytes of all child processes (Private_* of smaps_rollup)."""
-    return sum(private(child.pid) for child in multiprocessing.active_children() if child.pid)
-
-
-def private(pid: int) -> int:
-    """Return the private bytes of a process; 0 if the process has just ended."""
-    rollup = f"/proc/{pid}/smaps_rollup"
-    try:
-        return _bytes(rollup, "Private_Clean") + _bytes(rollup, "Private_Dirty")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def _bytes(path: str, field: str) -> int:
-    lines = (line.split() for line in Path(path).read_text().splitlines())
-    return next(int(words[1]) << 10 for words in lines if words[0] == f"{field}:")
+    """Return the private bytes of all child processes."""
+    return sum(private_memory(child.pid) for child in multiprocessing.active_children() if child.pid)
 
 
 def main() -> None:

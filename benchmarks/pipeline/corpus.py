@@ -111,7 +111,7 @@ def accepted(path: str, limit: int, encoder: ChatEncoder) -> Iterator[tuple[Conv
     for row in range(min(len(rows), limit)):
         try:
             conversation = parse_row(rows.read(row))
-            (example,) = encoder.tokenize(encoder.render_conversation(conversation))
+            (example,) = encoder.encode_conversation(conversation)
         except (BrokenRow, Refused):
             continue
         if len(example.tokens) <= encoder.policy.capacity:
@@ -147,7 +147,7 @@ def verified(found: Sequence[tuple[Conversation, Example]], data: Data) -> list[
     tagged = Path(data.tagged).read_text(encoding="utf-8")
     texts = []
     for conversation, example in found:
-        rendered, _ = slow.render_whole(conversation)
+        rendered, _ = slow.renderer.render_whole(conversation)
         require_same(slow.tokenizer.encode(rendered), example)
         plain = row(conversation)
         printed = slow.tokenizer.hf.apply_chat_template(

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from child import ask, private
+from child import ask
 from corpus import DAY, Job
 
 from sftstream import DataConfig, PackAssignment, PackLoader
+from sftstream.cli.bench import private_memory
 from sftstream.state import DataState
 from trainer.training.step_reader import StepReader
 
@@ -120,7 +121,7 @@ def crossing(request: Request) -> dict[str, float]:
     _, packs = taken(loader, request)
     return {
         "main": (time.process_time() - began) / packs,
-        "private": max(private(child.pid) for child in multiprocessing.active_children() if child.pid),
+        "private": max(private_memory(child.pid) for child in multiprocessing.active_children() if child.pid),
         "pickle": timed(lambda: ForkingPickler.dumps(pack)),
         "unpickle": timed(lambda: pickle.loads(pickled)),
         "bytes": len(pickled),

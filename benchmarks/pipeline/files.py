@@ -36,7 +36,7 @@ def rates_of_files(data: Data, rows: int, rounds: int) -> Iterator[tuple[str, fl
         if not found:
             continue
         for conversation, example in found:
-            require_same(slow.tokenizer.encode(slow.render_whole(conversation)[0]), example)
+            require_same(slow.tokenizer.encode(slow.renderer.render_whole(conversation)[0]), example)
         conversations = [conversation for conversation, _ in found]
         variants = stages(conversations, quick, slow) | {"packs": packs(path, data, found)}
         tokens = sum(len(example.tokens) for _, example in found) / len(found)
@@ -51,19 +51,21 @@ def stages(conversations: Sequence[Conversation], quick: ChatEncoder, slow: Chat
     texts = [batch(slow, conversations) for conversations in in_batches(conversations)]
     return {
         "raw": lambda: sum(len(e) for t in texts for e in backend.encode_batch(t, add_special_tokens=False)),
-        "whole": lambda: sum(len(slow.tokenizer.encode(slow.render_whole(d)[0]).tokens) for d in some),
+        "whole": lambda: sum(len(slow.tokenizer.encode(slow.renderer.render_whole(d)[0]).tokens) for d in some),
         "quick": lambda: sum(encoded(quick, batch) for batch in in_batches(conversations)),
     }
 
 
 def batch(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> list[str]:
     """Return the rendered texts."""
-    return [encoder.render_whole(conversation)[0].text for conversation in conversations]
+    return [encoder.renderer.render_whole(conversation)[0].text for conversation in conversations]
 
 
 def encoded(encoder: ChatEncoder, conversations: Sequence[Conversation]) -> int:
     """Render, tokenize and mask conversations as a stream does; return the tokens."""
-    examples = encoder.tokenize_all([encoder.render_conversation(conversation) for conversation in conversations])
+    examples = encoder.tokenize_all(
+        [encoder.renderer.render_conversation(conversation) for conversation in conversations]
+    )
     return sum(len(example.tokens) for several in examples if isinstance(several, list) for example in several)
 
 

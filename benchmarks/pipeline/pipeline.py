@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
-from child import ONE_THREAD, QUIET
+from environment import ONE_THREAD, QUIET
 
 os.environ |= ONE_THREAD | QUIET  # before importing the libraries: each reads its variables once
 

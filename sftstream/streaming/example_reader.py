@@ -44,7 +44,7 @@ class ExampleReader:
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
-        return self.encoder.tokenize(self.encoder.render_conversation(loaded))
+        return self.encoder.encode_conversation(loaded)
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:

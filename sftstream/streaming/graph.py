@@ -66,7 +66,7 @@ def build_stream(
     sampler = RowSampler(config, open_cursors(config, reader.corpus, stream))
     drawn = watch("draw", sampler)
     loaded = watch("load", Map(drawn, reader.load))
-    rendered = watch("template", Map(loaded, encoder.render_conversations))
+    rendered = watch("template", Map(loaded, encoder.renderer.render_conversations))
     tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
     packer = PackerConfig(
         capacity=config.capacity,

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 import tiny
-from typer.testing import CliRunner
+from commands import run
 
 from sftstream import DataConfig, PackLoader, describe
-from sftstream.cli.main import app
+from sftstream.cli.main import main
 
 ROWS = 70
 
@@ -191,16 +191,15 @@ def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(conf
         f"[run]\nepochs = 2\n[data]\nstreams = 2\ncapacity = 256\nglobal_batch = 4\nwindow = 8\n[data.tokenizer]\n"
         f'path = "{config.tokenizer.path}"\n[[data.sources]]\npath = "{config.sources[0].path}"\n'
     )
-    run = CliRunner().invoke
-    refused = run(app, ["rebase", str(old), str(toml), str(new)])
+    refused = run(main, "rebase", old, toml, new)
     assert refused.exit_code == 1
-    assert "data.streams: 4 -> 2" in refused.output
-    assert run(app, ["rebase", str(old), str(toml), str(new), "--accept", "data.streams"]).exit_code == 0
-    assert "accepted at pack 16: data.streams: 4 -> 2" in run(app, ["inspect", str(new)]).output
-    compared = run(app, ["diff", str(old), str(new)])
+    assert "data.streams: 4 -> 2" in refused.stderr
+    assert run(main, "rebase", old, toml, new, "--accept", "data.streams").exit_code == 0
+    assert "accepted at pack 16: data.streams: 4 -> 2" in run(main, "inspect", new).stdout
+    compared = run(main, "diff", old, new)
     assert compared.exit_code == 1
-    assert "state.identity.streams: 4 -> 2" in compared.output.splitlines()
-    assert run(app, ["diff", str(old), str(old)]).exit_code == 0
+    assert "state.identity.streams: 4 -> 2" in compared.stdout.splitlines()
+    assert run(main, "diff", old, old).exit_code == 0
     loader = PackLoader(msgspec.structs.replace(config, streams=2), state=json.loads(new.read_text()))
     counts = before + Counter(row for pack in loader for row in _rows(pack))
     assert set(counts.values()) == {1}
