@@ -1,5 +1,5 @@
 """`python -m checkpoints`."""
 
-from checkpoints.cli import main
+from checkpoints.cli.main import main
 
 main()

@@ -94,8 +94,9 @@ ORDER = {
         "export",
         "store",
         "",
-        "show",
         "cli",
+        "cli.show",
+        "cli.main",
         "__main__",
     ],
     "trainer": [

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import RECIPE, About, CheckpointStore, CorruptCheckpoint, Recipe, Retention, Rows
-from checkpoints.cli import main
+from checkpoints.cli.main import main
 from checkpoints.export import parse_recipe
 from sftstream import __version__
 

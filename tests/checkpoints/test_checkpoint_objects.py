@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint, Retention
-from checkpoints.cli import main
+from checkpoints.cli.main import main
 from checkpoints.object_store import ObjectStore
 
 

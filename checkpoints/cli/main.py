@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from checkpoints.cli.show import show_step, show_steps
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.local_store import step_of
 from checkpoints.retention import Retention
-from checkpoints.show import show_step, show_steps
 from checkpoints.store import CheckpointStore
 
 app = typer.Typer(
