@@ -10,7 +10,18 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.records import Conversation, Message, Refused, Role, ToolCall, ToolCalls
+from sftstream.records import (
+    REASONING_KEYS,
+    UNDECODABLE,
+    BrokenRow,
+    Conversation,
+    Message,
+    RawRow,
+    Refused,
+    Role,
+    ToolCall,
+    ToolCalls,
+)
 
 Row = Mapping[str, Any]
 
@@ -38,31 +49,58 @@ NESTING = 64
 """Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
 
 
-def parse_row(row: Any) -> Conversation:
-    """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
-    if isinstance(row, Conversation):
-        return row
-    if not isinstance(row, Mapping):
-        raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
-    messages = _typed(row) or _any(row)
+def parse_row(row: RawRow, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Return the conversation that a stored row holds.
+
+    `columns` renames a source's own columns: {"instruction": "q"} reads column `q` as `instruction`.
+    Raises BrokenRow if the row is not JSON or has none of the columns, and Refused, naming the
+    field, if the layout is not understood.
+    """
+    if columns is None and isinstance(row, bytes) and (conversation := _typed_json(row)):
+        return conversation
+    decoded = decode_row(row)
+    if not isinstance(decoded, Mapping):
+        raise Refused("unknown layout", f"the row is a {type(decoded).__name__}, not an object with columns")
+    fields = decoded if columns is None else _renamed(decoded, columns)
+    messages = _typed(fields) or _any(fields)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    return Conversation(messages, _tools(row.get("tools")))
+    return Conversation(messages, _tools(fields.get("tools")))
 
 
-def decode_row(text: bytes) -> Conversation | Any:
-    """A row of its JSON text: at once the conversation that it is if it is written as most are, else plain objects."""
-    if text.startswith(_BEGINNING):
-        try:
-            typed = _TYPED.decode(text)
-            tools = _known_tools(bytes(typed.tools)) if typed.tools else ()
-        except (msgspec.ValidationError, Refused):
-            return msgspec.json.decode(text)
-        if _answered(typed.messages):
-            return Conversation(typed.messages, tools)
-    return msgspec.json.decode(text)
+def decode_row(row: RawRow) -> Any:
+    """Return the value of a row's JSON text, or a table's row unchanged.
+
+    Raises BrokenRow if the text is not JSON.
+    """
+    if not isinstance(row, bytes):
+        return row
+    try:
+        return msgspec.json.decode(row)
+    except UNDECODABLE as error:
+        raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the columns that `columns` names, under the names that a layout knows."""
+    result = {name: row[column] for name, column in columns.items() if column in row}
+    if not result:
+        raise BrokenRow(f"has none of the columns {sorted(columns.values())}; it has {sorted(map(str, row))}")
+    return result
+
+
+def _typed_json(text: bytes) -> Conversation | None:
+    """Return the conversation of JSON text that is a `_TypedJson`; None of any other text."""
+    if not text.startswith(_BEGINNING):
+        return None
+    try:
+        typed = _TYPED.decode(text)
+        tools = _known_tools(bytes(typed.tools)) if typed.tools else ()
+    except (*UNDECODABLE, Refused):
+        return None
+    return Conversation(typed.messages, tools) if _answered(typed.messages) else None
 
 
 class _Typed(msgspec.Struct, gc=False):
@@ -255,7 +293,7 @@ def _message(turn: Any, path: str) -> Message:
     return Message(
         role=role,
         content=text,
-        reasoning=reasoning or _optional_text(turn, path, "reasoning_content", "reasoning", "thinking"),
+        reasoning=reasoning or _optional_text(turn, path, *REASONING_KEYS),
         tool_calls=calls,
         name=_optional_text(turn, path, "name"),
         tool_call_id=_optional_text(turn, path, "tool_call_id"),

@@ -30,6 +30,20 @@ class Refused(ValueError):
         self.detail = detail
 
 
+class BrokenRow(ValueError):
+    """A stored row that cannot be read or decoded; the rows around it can.
+
+    The message names the fault and begins with a verb, so that it follows the row's location: "is not JSON: ...".
+    """
+
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""Errors of `msgspec.json.decode` on bytes that are not JSON, or on JSON nested deeper than Python follows."""
+
+RawRow = bytes | Mapping[str, Any]
+"""A row as its file stores it: JSON text, not yet decoded, or the columns of a table's row."""
+
+
 class Ref(NamedTuple):
     """Where a conversation stands: `row` of the config's `source`-th source, drawn in its `epoch`-th pass."""
 
@@ -54,6 +68,10 @@ class ToolCalls(tuple[ToolCall, ...]):
 
 Role = Literal["system", "user", "assistant", "tool"]
 """Who says a message, as chat templates know it."""
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of a message's reasoning in datasets, in order of precedence, and in chat templates, each of which knows one."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

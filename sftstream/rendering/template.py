@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from sftstream.records import Message, Refused, Span
+from sftstream.records import REASONING_KEYS, Message, Refused, Span
 
 TemplateMessage = dict[str, Any]
 
@@ -29,9 +29,6 @@ MEMORY = 256 << 20
 
 REMEMBERED = 2048
 """Values whose JSON is kept."""
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""What templates call it; each knows one of them."""
 
 _ERRORS = (
     jinja2.TemplateError,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from io import BytesIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from io import BufferedReader, BytesIO
 from itertools import accumulate, islice
 from typing import Any
 
@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.cache import cached
+from sftstream.records import UNDECODABLE, BrokenRow
 from sftstream.sources.rows import (
     OPEN_FILES,
-    PLAIN,
-    UNDECODABLE,
-    BrokenRow,
-    Decode,
     FileIdentity,
+    ReadRow,
+    RowsFrom,
     Stored,
     copy_of,
     derived,
@@ -40,12 +39,9 @@ class Batches:
     """The rows of record batches, as Python values.
 
     Columns hold null for what a row lacks, in structs at any depth; here a row lacks it again. `Json` text is decoded.
-    `first` is the number of the first row, for messages.
     """
 
-    def __init__(self, display_name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], first: int = 0) -> None:
-        self._display_name = display_name
-        self._first = first
+    def __init__(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
         self._batches = [batch for batch in batches if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._plain = _struct(schema)
@@ -54,7 +50,7 @@ class Batches:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         index = bisect_right(self._ends, row)
         batch = self._batches[index]
         try:
@@ -63,12 +59,9 @@ class Batches:
                 self._valid.add(index)
             return self._plain(batch.slice(row - self._ends[index] + batch.num_rows, 1).to_pylist()[0])
         except pa.ArrowInvalid as error:
-            raise BrokenRow(f"{self.locate_row(row)} is in a damaged record batch: {error}") from None
+            raise BrokenRow(f"is in a damaged record batch: {error}") from None
         except UNDECODABLE as error:
-            raise BrokenRow(f"{self.locate_row(row)} cannot be decoded: {error}") from None
-
-    def locate_row(self, row: int) -> str:
-        return f"{self._display_name}[{self._first + row}]"
+            raise BrokenRow(f"cannot be decoded: {error}") from None
 
 
 class Arrow:
@@ -85,7 +78,7 @@ class Arrow:
     def __len__(self) -> int:
         return self._rows
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         batches, mapped = _opened(self._stored)
         if mapped.size() < len(mapped):  # to touch what was cut off would be a bus error
             raise RuntimeError(
@@ -95,6 +88,9 @@ class Arrow:
 
     def locate_row(self, row: int) -> str:
         return f"{self._stored.display_name}[{row}]"
+
+    def require_intact(self, row: int) -> None:
+        """Do nothing: a table has no row index."""
 
 
 def arrow(stored: Stored) -> Arrow:
@@ -116,6 +112,25 @@ def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:
     return Arrow(copy_of(original, copy, key))
 
 
+def arrow_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
+    """Read the rows of an Arrow file of either format from its beginning."""
+    _, batches = _source_of(name, pa.PythonFile(seekable(file), "r"))
+    return RowsFrom(0, rows_of(batches))
+
+
+def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[ReadRow]:
+    """Read the rows of record batches, one batch after the other."""
+    for batch in batches:
+        rows = Batches(batch.schema, [batch])
+        for row in range(len(rows)):
+            yield partial(rows.read, row)
+
+
+def seekable(file: BufferedReader) -> Any:
+    """Return `file`, or its content in memory if it can only be read forward."""
+    return file if file.seekable() else BytesIO(file.read())
+
+
 def _blocks(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
     """The streaming format, a batch at a time."""
     sink = BytesIO()
@@ -135,7 +150,7 @@ def _mapped(stored: Stored) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def source_of(display_name: str, file: pa.NativeFile) -> Source:
+def _source_of(display_name: str, file: pa.NativeFile) -> Source:
     """The batches of an open file of either format; raises ValueError where it was cut."""
     if file.read_at(len(_FILE), 0) == _FILE:
         reader = pa.ipc.open_file(file)
@@ -149,7 +164,7 @@ def source_of(display_name: str, file: pa.NativeFile) -> Source:
 
 
 def _source(stored: Stored, mapped: mmap.mmap) -> Source:
-    return source_of(stored.display_name, pa.BufferReader(pa.py_buffer(mapped)))
+    return _source_of(stored.display_name, pa.BufferReader(pa.py_buffer(mapped)))
 
 
 def _checked(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Source:
@@ -170,7 +185,7 @@ def _lies_in(mapped: mmap.mmap, batch: pa.RecordBatch) -> bool:
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
     mapped = _mapped(stored)
-    return Batches(stored.display_name, *_source(stored, mapped)), mapped
+    return Batches(*_source(stored, mapped)), mapped
 
 
 def _validate(batch: pa.RecordBatch) -> None:
@@ -193,7 +208,7 @@ def _untexted(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _struct(fields: Iterable[pa.Field]) -> Decoder:
+def _struct(fields: Iterable[pa.Field]) -> Callable[[Any], dict[str, Any]]:
     decoders = {}
     for field in fields:
         if field.name in decoders:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any
 
 from sftstream.config import SourceConfig
-from sftstream.records import Ref
+from sftstream.records import RawRow, Ref
 from sftstream.sources.resolve import open_source
-from sftstream.sources.rows import PLAIN, Decode, FileIdentity, RowFile, renamed
+from sftstream.sources.rows import FileIdentity, RowFile
 from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
 
@@ -21,7 +20,7 @@ class FileSet:
         self.files = open_source(source)
         self.shards = tuple(len(file) for file in self.files)
         self._path = source.path
-        self._columns = source.columns
+        self.columns = source.columns
         self._ends = list(accumulate(self.shards))
         if not len(self):
             raise ValueError(f"source {source.path!r} holds no row; remove it or name a file with conversations")
@@ -34,16 +33,19 @@ class FileSet:
         """What the files held when they were opened."""
         return tuple(file.identity for file in self.files)
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        """The row, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
+    def read(self, row: int) -> RawRow:
+        """Return a row as stored; raises BrokenRow if it cannot be read."""
         file, local = self._file_and_row(row)
-        if self._columns is None:
-            return file.read(local, decode)
-        return renamed(file.read(local), self._columns, file, local)
+        return file.read(local)
 
     def locate_row(self, row: int) -> str:
         file, local = self._file_and_row(row)
         return file.locate_row(local)
+
+    def require_intact(self, row: int) -> None:
+        """Raise RuntimeError if a broken row is the fault of a damaged row index or a changed file."""
+        file, local = self._file_and_row(row)
+        file.require_intact(local)
 
     def _file_and_row(self, row: int) -> tuple[RowFile, int]:
         index = bisect_right(self._ends, row)
@@ -69,21 +71,32 @@ class Corpus:
 
 
 class CorpusReader:
-    """A corpus as one stream reads it: where sources are streamed, with a place in each. `decode` makes rows of JSON."""
+    """A corpus as one logical stream reads it, with a position of its own in each streamed source."""
 
-    def __init__(self, corpus: Corpus, decode: Decode = PLAIN) -> None:
+    def __init__(self, corpus: Corpus) -> None:
         self.sources: list[FileSet | ShardReader] = [
-            ShardReader(source, decode) if isinstance(source, StreamedSource) else source for source in corpus.sources
+            ShardReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
         ]
-        self._decode = decode
+        self.columns = [source.columns for source in corpus.sources]
+        self._corpus = corpus
 
     def expect(self, ref: Ref) -> None:
-        """This row was read before the state was taken, and will be read again."""
+        """Announce a row that was read before the state was taken, and will be read again."""
         source = self.sources[ref.source]
         if isinstance(source, ShardReader):
             source.expect(ref)
 
-    def read(self, ref: Ref) -> Any:
-        """The decoded row, of a streamed source once; raises `BrokenRow`."""
+    def read(self, ref: Ref) -> RawRow:
+        """Return a row as stored, of a streamed source once; raises BrokenRow if it cannot be read."""
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row, self._decode)
+        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
+
+    def locate_broken(self, ref: Ref) -> str:
+        """Return the location of a row that is broken.
+
+        Raises RuntimeError if a damaged row index or a changed file is at fault, and not the row.
+        """
+        source = self.sources[ref.source]
+        if isinstance(source, FileSet):
+            source.require_intact(ref.row)
+        return self._corpus.locate_row(ref.source, ref.row)

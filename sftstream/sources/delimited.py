@@ -6,14 +6,15 @@ import csv
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from io import FileIO
+from functools import partial
+from io import BufferedReader, FileIO
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
-from sftstream.sources.row_index import Integers, RowIndex
-from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, LocatesRows, Stored
+from sftstream.records import BrokenRow
+from sftstream.sources.row_index import IndexedFile, Integers
+from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
 
 _CELL = 64 << 20
 """Characters of a cell. Python's own limit of 131,072 is less than a long conversation has."""
@@ -21,37 +22,26 @@ _PART = 1 << 16
 csv.field_size_limit(_CELL)
 
 
-class Delimited:
-    """Cells are text. Of an empty one a file cannot say whether it means nothing or a text of nothing; the row lacks it."""
+class Delimited(IndexedFile):
+    """The records of a file. Cells are text; the row lacks a column whose cell is empty."""
 
     def __init__(self, stored: Stored, delimiter: str) -> None:
-        self._stored = stored
+        super().__init__(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
         self._delimiter = delimiter
-        self._index = RowIndex(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
-        self._columns = header(self._index.head().removeprefix(BOM), delimiter, stored.display_name)
+        self._columns = _header(self._index.head().removeprefix(BOM), delimiter, stored.display_name)
 
-    @property
-    def identity(self) -> FileIdentity:
-        return self._stored.identity
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def read(self, row: int, _decode: Decode = PLAIN) -> dict[str, str]:
-        try:
-            return record(self._index.read(row), self._delimiter, self._columns, self, row)
-        except BrokenRow:
-            self._index.require_lines(row)
-            raise
-
-    def locate_row(self, row: int) -> str:
-        return self._index.locate_row(row)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Delimited, (self._stored, self._delimiter)
+    def read(self, row: int) -> dict[str, str]:
+        return _record(self._index.read(row), self._delimiter, self._columns)
 
 
-def header(text: bytes, delimiter: str, display_name: str) -> list[str]:
+def records_forward(file: BufferedReader, name: str, _start: int, *, delimiter: str) -> RowsFrom:
+    """Read the records of a file from its beginning; raises ValueError if the header is unusable."""
+    texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in _divided(skip_bom(file), delimiter)))
+    columns = _header(next(texts, b""), delimiter, name)
+    return RowsFrom(0, (partial(_record, text, delimiter, columns) for text in texts))
+
+
+def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     """The names of the columns; raises ValueError where they are none."""
     try:
         columns = _cells(text, delimiter)
@@ -62,14 +52,14 @@ def header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     return columns
 
 
-def record(text: bytes, delimiter: str, columns: list[str], file: LocatesRows, row: int) -> dict[str, str]:
+def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
     """Raises `BrokenRow`, also where there are more cells than columns, or fewer."""
     try:
         cells = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BrokenRow(f"{file.locate_row(row)} is not CSV: {error}") from None
+        raise BrokenRow(f"is not CSV: {error}") from None
     if len(cells) != len(columns):
-        raise BrokenRow(f"{file.locate_row(row)} has {len(cells)} cells, and the header names {len(columns)}")
+        raise BrokenRow(f"has {len(cells)} cells, and the header names {len(columns)}")
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
 
 
@@ -95,14 +85,14 @@ def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]
 def _records(file: FileIO, delimiter: str) -> Iterator[tuple[int, int]]:
     """First byte and line of each record, and last the file's end."""
     position, number = file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0), 0
-    for lines in divided(open(file.fileno(), "rb", closefd=False), delimiter):  # noqa: SIM115
+    for lines in _divided(open(file.fileno(), "rb", closefd=False), delimiter):  # noqa: SIM115
         if lines[0].strip(b"\r\n"):
             yield position, number
         position, number = position + sum(map(len, lines)), number + len(lines)
     yield position, number
 
 
-def divided(lines: Iterable[bytes], delimiter: str) -> Iterator[list[bytes]]:
+def _divided(lines: Iterable[bytes], delimiter: str) -> Iterator[list[bytes]]:
     """The lines of each record as Python's own reader finds them; one of nothing is a blank line."""
     taken: list[bytes] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 from sftstream.config import SourceConfig
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
-from sftstream.sources.rows import PLAIN, SAMPLED_ABOVE, Decode, FileIdentity, derived, stored
+from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
 from sftstream.sources.saved import choose
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,18 +33,21 @@ class Loaded:
         self._source = source
         split = source.split or _only_split(source)
         table = _load(source, split)
-        label = f"{source.path}:{split}"
-        self._batches = Batches(label, table.schema, table.to_batches())
-        self.identity = _identify(label.rpartition("/")[2], table, full=source.digest == "full")
+        self._display_name = f"{source.path}:{split}"
+        self._batches = Batches(table.schema, table.to_batches())
+        self.identity = _identify(self._display_name.rpartition("/")[2], table, full=source.digest == "full")
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         return self._batches.read(row)
 
     def locate_row(self, row: int) -> str:
-        return self._batches.locate_row(row)
+        return f"{self._display_name}[{row}]"
+
+    def require_intact(self, row: int) -> None:
+        """Do nothing: a table has no row index."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, (self._source,)

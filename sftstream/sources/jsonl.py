@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from io import FileIO
-from typing import Any
+from functools import partial
+from io import BufferedReader, FileIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.row_index import Integers, RowIndex
-from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Stored, decoded_json
+from sftstream.sources.row_index import IndexedFile, Integers
+from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
 
 _CHUNK = 1 << 20
 """Bytes searched at a time: what fits a core's cache is searched at memory speed."""
 
 
-class JsonLines:
-    """Rows are the lines that hold anything; blank ones are none."""
+class JsonLines(IndexedFile):
+    """The lines of a file but blank ones."""
 
     def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._index = RowIndex(stored, "lines", divide)
+        super().__init__(stored, "lines", divide)
 
-    @property
-    def identity(self) -> FileIdentity:
-        return self._stored.identity
+    def read(self, row: int) -> bytes:
+        return self._index.read(row)
 
-    def __len__(self) -> int:
-        return len(self._index)
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        try:
-            return decoded_json(self._index.read(row), self, row, decode)
-        except BrokenRow:
-            self._index.require_lines(row)
-            raise
-
-    def locate_row(self, row: int) -> str:
-        return self._index.locate_row(row)
+def lines_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
+    """Read the lines of a file from its beginning."""
+    return RowsFrom(0, (partial(bytes, line) for line in skip_bom(file) if line.strip()))
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BufferedReader
+from itertools import accumulate
 
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns
-from sftstream.sources.rows import Stored
+from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns, rows_of, seekable
+from sftstream.sources.rows import RowsFrom, Stored
 
 _BATCH = 1000
 """Rows decoded and copied at a time: memory is a row group's compressed pages and these."""
@@ -20,6 +22,16 @@ def parquet(stored: Stored) -> Arrow:
         return in_columns(stored, lambda: _source(stored))
     except UNREADABLE as error:
         raise ValueError(f"{stored.display_name} is not a readable Parquet file: {error}") from None
+
+
+def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
+    """Read the rows of a Parquet file but row groups that end before row `start`."""
+    opened = ParquetFile(seekable(file), page_checksum_verification=True)
+    groups = range(opened.num_row_groups)
+    ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
+    wanted = [group for group in groups if ends[group + 1] > start]
+    batches = opened.iter_batches(_BATCH, row_groups=wanted) if wanted else ()
+    return RowsFrom(ends[wanted[0]] if wanted else ends[-1], rows_of(batches))
 
 
 def _source(stored: Stored) -> Source:

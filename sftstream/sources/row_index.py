@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.cache import cached
-from sftstream.sources.rows import BOM, OPEN_FILES, Stored, derived
+from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, Stored, derived
 
 Integers = NDArray[np.int64]
 Divider = Callable[[FileIO, int], Iterable[tuple[Integers, Integers]]]
@@ -94,6 +94,27 @@ class RowIndex:
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         numbers = mapped[: 8 * (borders + shifts)].cast("q")
         return Opened(self._stored.open(), numbers[:borders], numbers[borders:])
+
+
+class IndexedFile:
+    """A file whose rows are ranges of bytes; a kind of file adds `read`."""
+
+    def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
+        self._stored = stored
+        self._index = RowIndex(stored, layout, divide)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return self._stored.identity
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def locate_row(self, row: int) -> str:
+        return self._index.locate_row(row)
+
+    def require_intact(self, row: int) -> None:
+        self._index.require_lines(row)
 
 
 def _index(stored: Stored, key: str, divide: Divider) -> Iterator[bytes]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
+
+from sftstream.records import RawRow
 
 SAMPLED_ABOVE = 256 << 20
 """Bytes above which a file's digest samples it: SHA-256 of 256 MB takes 0.2 s, of 1 TB a quarter of an hour."""
@@ -20,21 +22,6 @@ OPEN_FILES = 1 << 16 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, _DES
 """Files of a kind that a process keeps open: a source may have more shards than a process may have descriptors."""
 BOM = b"\xef\xbb\xbf"
 _BLOCK, _BLOCKS = 1 << 20, 128
-
-
-class BrokenRow(ValueError):
-    """This row cannot be read; the rows around it can."""
-
-
-UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What `msgspec.json.decode` raises on bytes that are no JSON, or JSON nested deeper than Python follows."""
-
-
-Decode = Callable[[bytes], Any]
-"""Makes a row of its JSON text; raises what is `UNDECODABLE`."""
-
-PLAIN: Decode = msgspec.json.decode
-"""Objects as dicts."""
 
 
 class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,42 +34,43 @@ class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """The digest is of a part of the content."""
 
 
-class LocatesRows(Protocol):
-    """Rows that have places."""
-
-    def locate_row(self, row: int) -> str:
-        """Where an editor finds the row, for messages."""
-
-
-class RowFile(LocatesRows, Protocol):
-    """One file of rows."""
+class RowFile(Protocol):
+    """The rows of one file, by number."""
 
     @property
     def identity(self) -> FileIdentity: ...
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        """The decoded row, by `decode` where it is JSON; raises `BrokenRow`, or RuntimeError where the file has changed."""
+    def read(self, row: int) -> RawRow:
+        """Return a row as stored.
+
+        Raises BrokenRow if the row cannot be read, and RuntimeError if the file has changed.
+        """
+
+    def locate_row(self, row: int) -> str:
+        """Return the row's location for messages and editors: `path:line` or `path[index]`."""
+
+    def require_intact(self, row: int) -> None:
+        """Raise RuntimeError if a broken row is the fault of a damaged row index or a changed file."""
 
 
-def decoded_json(text: bytes, file: LocatesRows, row: int, decode: Decode = PLAIN) -> Any:
-    """Raises `BrokenRow`."""
-    try:
-        return decode(text)
-    except UNDECODABLE as error:
-        raise BrokenRow(f"{file.locate_row(row)} is not JSON: {error}") from None
+ReadRow = Callable[[], RawRow]
+"""Reads a row that a forward reader has reached; raises BrokenRow. A row that is skipped costs no decoding."""
 
 
-def renamed(content: Any, columns: Mapping[str, str], file: LocatesRows, row: int) -> Any:
-    """A row with the columns that a source's `columns` names; raises `BrokenRow` where it has none of them."""
-    if not isinstance(content, Mapping):
-        return content
-    result = {name: content[column] for name, column in columns.items() if column in content}
-    if not result:
-        wanted, found = sorted(columns.values()), sorted(map(str, content))
-        raise BrokenRow(f"{file.locate_row(row)} has none of the columns {wanted}; it has {found}")
-    return result
+class RowsFrom(NamedTuple):
+    """Rows in file order, and the number of the first."""
+
+    first: int
+    rows: Iterator[ReadRow]
+
+
+def skip_bom(file: BufferedReader) -> BufferedReader:
+    """Return `file`, read past a UTF-8 byte order mark if there is one."""
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    return file
 
 
 Seal = tuple[int, int, int]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from sftstream.records import Ref
-from sftstream.sources.forward import Row
-from sftstream.sources.rows import PLAIN, BrokenRow, Decode
+from sftstream.records import BrokenRow, RawRow, Ref
+from sftstream.sources.rows import ReadRow
 from sftstream.sources.streamed import StreamedSource
 
 
@@ -18,12 +16,11 @@ class ShardReader:
     reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
     """
 
-    def __init__(self, source: StreamedSource, decode: Decode = PLAIN) -> None:
+    def __init__(self, source: StreamedSource) -> None:
         self.source = source
-        self._decode = decode
-        self._rows: Iterator[Row] = iter(())
+        self._rows: Iterator[ReadRow] = iter(())
         self._shard = self._next = -1
-        self._kept: dict[Ref, list[Any]] = {}
+        self._kept: dict[Ref, list[RawRow | BrokenRow]] = {}
         self._expected: dict[int, dict[int, list[Ref]]] = {}  # by shard, there by place
 
     def expect(self, ref: Ref) -> None:
@@ -37,7 +34,7 @@ class ShardReader:
             self._wind(ref)
         return ref in self._kept
 
-    def read(self, ref: Ref) -> Any:
+    def read(self, ref: Ref) -> RawRow:
         """The decoded row; raises `BrokenRow`, or RuntimeError where the source is no longer what it was."""
         if not self.reaches(ref):
             raise RuntimeError(f"{self.source.locate_row(ref.row)} is no longer there: the source changed; restore it")
@@ -60,13 +57,14 @@ class ShardReader:
             if self._next == index and ref not in wanted:  # those may be of another epoch
                 wanted.append(ref)
             if wanted:
-                content = self._decoded(self.source.number(shard, self._next), row)
+                content = _read(row)
                 for one in wanted:
                     self._kept.setdefault(one, []).append(content)
             self._next += 1
 
-    def _decoded(self, number: int, row: Row) -> Any:
-        try:
-            return self.source.decode(number, row, self._decode)
-        except BrokenRow as broken:
-            return broken
+
+def _read(row: ReadRow) -> RawRow | BrokenRow:
+    try:
+        return row()
+    except BrokenRow as broken:
+        return broken

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sftstream.config import SourceConfig
-from sftstream.sources.forward import Row, RowsFrom, failures, read_forward
+from sftstream.sources.arrow import UNREADABLE
 from sftstream.sources.hub import data_files
-from sftstream.sources.kinds import KNOWN, is_known
+from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import lost, remote
 from sftstream.sources.resolve import Dataset, resolve
-from sftstream.sources.rows import PLAIN, Decode, FileIdentity, renamed
+from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
@@ -24,7 +23,7 @@ class StreamedSource:
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        self._source = source
+        self.columns = source.columns
         self._locations = _locations(source)
         known = [location.fingerprint() for location in self._locations]
         self._markers = [marker for marker, _ in known]
@@ -54,19 +53,14 @@ class StreamedSource:
         location = self._locations[shard]
         try:
             first, rows = read_forward(location, at)
-        except failures() as error:
+        except _failures() as error:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         return RowsFrom(first, self._to_the_end(shard, rows))
 
-    def decode(self, number: int, row: Row, decode: Decode = PLAIN) -> Any:
-        """The row of this number, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
-        columns = self._source.columns
-        return row(decode) if columns is None else renamed(row(PLAIN), columns, self, number)
-
-    def _to_the_end(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+    def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         try:
             yield from rows
-        except failures() as error:
+        except _failures() as error:
             raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
         self._require_unchanged(shard)  # a file that was cut at a row's border reads like a shorter one
 
@@ -78,6 +72,11 @@ class StreamedSource:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         if marker != self._markers[shard]:
             raise RuntimeError(f"{location.display_name} changed while it was read; restore it, or start again")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the errors that reading on raises if a file is damaged or out of reach."""
+    return *UNREADABLE, *lost(), ValueError
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:

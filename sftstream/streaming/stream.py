@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig, SourceConfig
-from sftstream.formats import decode_row, parse_row
-from sftstream.records import Conversation, Example, Ref, Refused
-from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet
+from sftstream.formats import parse_row
+from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
+from sftstream.sources import Corpus, CorpusReader, FileSet
 from sftstream.streaming.packing import Packer, PackerConfig
 from sftstream.streaming.sampler import RowBatch, RowSampler, open_cursors
 from sftstream.tokenization.encoder import ChatEncoder
@@ -61,7 +61,7 @@ class ExampleReader:
     @classmethod
     def of(cls, corpus: Corpus, encoder: ChatEncoder) -> ExampleReader:
         """With places of their own in what is streamed."""
-        return cls(CorpusReader(corpus, decode_row), encoder)
+        return cls(CorpusReader(corpus), encoder)
 
     def expect(self, ref: Ref) -> None:
         """This conversation was read before the state was taken, and will be asked for."""
@@ -69,14 +69,14 @@ class ExampleReader:
 
     def load_all(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
         """The conversations at `refs`, or why not."""
-        read = self.reading.read
+        read, columns = self.reading.read, self.reading.columns
         for ref in refs:
             try:
-                yield parse_row(read(ref))
+                yield parse_row(read(ref), columns[ref.source])
             except Refused as refused:
                 yield refused
-            except BrokenRow as error:
-                yield Refused("broken row", str(error))
+            except BrokenRow as broken:
+                yield Refused("broken row", f"{self.reading.locate_broken(ref)} {broken}")
 
     def examples(self, ref: Ref) -> list[Example]:
         """All stages at once; raises `Refused`."""
@@ -92,8 +92,11 @@ def read_conversations(path: str) -> Iterator[Conversation]:
     for row in range(len(rows)):
         try:
             yield parse_row(rows.read(row))
-        except (BrokenRow, Refused) as error:
-            raise ValueError(f"{rows.locate_row(row)}: {error}") from None
+        except BrokenRow as broken:
+            rows.require_intact(row)
+            raise ValueError(f"{rows.locate_row(row)} {broken}") from None
+        except Refused as refused:
+            raise ValueError(f"{rows.locate_row(row)}: {refused}") from None
 
 
 Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.sources import hub
 from sftstream.sources.corpus import FileSet
 
@@ -41,7 +42,7 @@ def opened(path: Path | str, **fields: Any) -> FileSet:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def refusal(path: Path | str, **fields: Any) -> str:

@@ -19,6 +19,7 @@ import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.records import Ref
 from sftstream.sources import ShardReader, StreamedSource, compressed, remote
 from sftstream.sources.corpus import FileSet
@@ -82,7 +83,7 @@ def opened(path: Path | str) -> FileSet:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def refusal(path: Path | str, **fields: Any) -> str:

@@ -22,9 +22,10 @@ import pytest
 import tiny
 
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
-from sftstream.records import Ref
-from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
-from sftstream.sources.forward import Row, RowsFrom
+from sftstream.formats import decode_row
+from sftstream.records import BrokenRow, RawRow, Ref
+from sftstream.sources import Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
+from sftstream.sources.rows import ReadRow, RowsFrom
 from sftstream.streaming.sampler import RowSampler, open_cursors
 
 ROWS = tiny.rows(30)
@@ -200,14 +201,14 @@ class Watched(StreamedSource):
         first, rows = super().open(shard, at)
         return RowsFrom(first, self._watched(shard, first, rows))
 
-    def _watched(self, shard: int, first: int, rows: Iterator[Row]) -> Iterator[Row]:
+    def _watched(self, shard: int, first: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         for number, row in enumerate(rows, first):
             self.read.append((shard, number))
             yield row
 
     def number_of(self, tape: ShardReader, shard: int, index: int) -> int:
         """The number that the conversation at this place begins with."""
-        content = tape.read(Ref(0, self.number(shard, index), 0))["messages"][0]["content"]
+        content = decode_row(tape.read(Ref(0, self.number(shard, index), 0)))["messages"][0]["content"]
         return int(content.split(":")[0])
 
 
@@ -229,7 +230,7 @@ def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str)
     tape = ShardReader(source)
     tape.expect(Ref(0, source.number(3, 1), 0))
     assert tape.reaches(Ref(0, source.number(3, 1), 1))
-    assert [tape.read(Ref(0, source.number(3, 1), epoch)) for epoch in (0, 1)] == [ROWS[21]] * 2
+    assert [decode_row(tape.read(Ref(0, source.number(3, 1), epoch))) for epoch in (0, 1)] == [ROWS[21]] * 2
     assert source.read == [(3, 0), (3, 1)]
 
 
@@ -330,9 +331,9 @@ def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
     assert not tape.reaches(Ref(0, len(rows), 0))
 
 
-def or_broken(read: Callable[[], Any]) -> Any:
+def or_broken(read: Callable[[], RawRow]) -> Any:
     try:
-        return read()
+        return decode_row(read())
     except BrokenRow:
         return BrokenRow
 

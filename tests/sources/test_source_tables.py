@@ -20,7 +20,7 @@ import tiny
 
 from sftstream import SourceConfig
 from sftstream.formats import parse_row
-from sftstream.sources import BrokenRow
+from sftstream.records import BrokenRow
 from sftstream.sources import arrow as arrow_module
 from sftstream.sources.corpus import FileSet
 
@@ -50,7 +50,7 @@ def refusal(path: Path) -> str:
 def broken(source: FileSet, row: int) -> str:
     with pytest.raises(BrokenRow) as error:
         source.read(row)
-    return str(error.value)
+    return f"{source.locate_row(row)} {error.value}"
 
 
 def ipc_file(path: Path, table: pa.Table, **options: Any) -> None:

@@ -17,9 +17,9 @@ from itertools import accumulate
 from operator import methodcaller
 from typing import Any, NamedTuple
 
-from sftstream.records import Conversation, Message, Rendered
+from sftstream.records import REASONING_KEYS, Conversation, Message, Rendered
 from sftstream.rendering.fast.symbolic import Op, Recorder, SymbolicJson, SymbolicStr, Trace, TracedTemplate, ValueRef
-from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, exact_key, template_message
+from sftstream.rendering.template import ChatTemplate, TemplateMessage, exact_key, template_message
 from sftstream.rendering.turns import CALLED, SAID, TOOL, USER, Turn, TurnFormat
 
 STRIPPED: Op = ("strip", (None,))
