@@ -381,15 +381,15 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
             PackLoader(configured(tokenizer, path, source, **changes))
         return str(error.value)
 
-    assert 'shuffle = "shards" shuffles its shards, false nothing' in said(path, shuffle=True)
-    assert 'shuffle = "shards" shuffles its shards' in said(path, {"shuffle": True})
+    assert 'set shuffle = "shards" to shuffle its shards, or false' in said(path, shuffle=True)
+    assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
     assert "notes.txt is of a kind that is not streamed; known are .jsonl, " in said(f"{path}/*")
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
     assert "lacks 1 of 2 shards, a-00001-of-00002.jsonl the first" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
-    with pytest.raises(ValueError, match="is streamed, so that its size is not known; give weights to all sources"):
+    with pytest.raises(ValueError, match="is streamed, so its size is unknown; give weights to all sources"):
         tiny.data_config(tokenizer, sources=two, shuffle=False)
 
 
