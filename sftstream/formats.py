@@ -1,4 +1,13 @@
-"""A row of any known dataset layout -> Conversation. The layout is recognised row by row, since mixtures differ."""
+"""A stored row of any known dataset layout -> Conversation.
+
+The layout is recognised for each row, since rows of one file may differ. All of these rows become
+Conversation((Message("user", "hi"), Message("assistant", "hello"))):
+
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    {"instruction": "hi", "output": "hello"}
+    {"prompt": "hi", "completion": "hello"}
+"""
 
 from __future__ import annotations
 
@@ -24,6 +33,7 @@ from sftstream.records import (
 )
 
 Row = Mapping[str, Any]
+"""A decoded row: column -> value."""
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -41,20 +51,23 @@ ROLES: dict[str, Role] = {
     "observation": "tool",
     "ipython": "tool",
 }
-"""Every name of a role that datasets use -> the one that chat templates know."""
+"""Name of a role in datasets -> role in chat templates."""
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 NESTING = 64
-"""Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
+"""Largest depth of nested lists and objects in a row.
+
+A fixed limit: Python's own recursion limit would depend on the depth of the caller.
+"""
 
 
 def parse_row(row: RawRow, columns: Mapping[str, str] | None = None) -> Conversation:
     """Return the conversation that a stored row holds.
 
-    `columns` renames a source's own columns: {"instruction": "q"} reads column `q` as `instruction`.
-    Raises BrokenRow if the row is not JSON or has none of the columns, and Refused, naming the
-    field, if the layout is not understood.
+    `columns` renames a source's own columns: {"instruction": "q"} reads column `q` as
+    `instruction`. Raises BrokenRow if the row is not JSON or has none of the columns, and Refused,
+    naming the field, if the layout is not understood.
     """
     if columns is None and isinstance(row, bytes) and (conversation := _typed_json(row)):
         return conversation
@@ -104,7 +117,7 @@ def _typed_json(text: bytes) -> Conversation | None:
 
 
 class _Typed(msgspec.Struct, gc=False):
-    """A row under the names that `Message` has, of which `_any` would say the same in ten times the time."""
+    """A row in the field names of `Message`; msgspec converts it in a tenth of the time of `_any`."""
 
     messages: tuple[Message, ...]
     system: None = None
@@ -112,22 +125,23 @@ class _Typed(msgspec.Struct, gc=False):
 
 
 class _TypedJson(_Typed, forbid_unknown_fields=True, gc=False):
-    """One that has no other columns, in which anything could be nested."""
+    """A `_Typed` row without further columns, since msgspec would not check their nesting."""
 
     tools: msgspec.Raw = msgspec.Raw()
 
 
 def _tool_calls(_type: type, value: Any) -> ToolCalls:
-    _refuse_deep([[[value]]])  # as deep as it lies in the row
+    _refuse_deep([[[value]]])  # wrapped as deep as in the row
     return _calls(value, "tool_calls")
 
 
 _TYPED = msgspec.json.Decoder(_TypedJson, dec_hook=_tool_calls)
 _BEGINNING = b'{"messages"'
+"""First bytes of JSON rows worth a try with `_TYPED`: most rows of other layouts begin otherwise."""
 
 
 def _typed(row: Row) -> tuple[Message, ...] | None:
-    """The messages of such a row; None of another."""
+    """Return the messages of a `_Typed` row; None of any other row."""
     try:
         messages = msgspec.convert(row, _Typed, dec_hook=_tool_calls).messages
     except msgspec.ValidationError:
@@ -140,7 +154,7 @@ def _typed(row: Row) -> tuple[Message, ...] | None:
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """All say or do something, and one of them is the assistant's."""
+    """Return True if each message has content or tool calls and the assistant has a message."""
     answered = False
     for message in messages:
         if message.content is None and not message.tool_calls:
@@ -151,7 +165,7 @@ def _answered(messages: Sequence[Message]) -> bool:
 
 @lru_cache(maxsize=128)
 def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
-    """Tools of their JSON text, which many conversations share."""
+    """Return the tools of JSON text; cached, since many conversations share tools."""
     tools = msgspec.json.decode(text)
     _refuse_deep([tools])
     return _tools(tools)
@@ -176,30 +190,30 @@ def _present(row: Row, key: str) -> bool:
 
 
 def _openai(row: Row) -> Iterable[Message]:
-    """`messages`: role/content, as the OpenAI API has them. Some sets keep from/value under this name."""
+    """Read `messages`: role/content as in the OpenAI API, or from/value."""
     return _turns(row, "messages")
 
 
 def _sharegpt(row: Row) -> Iterable[Message]:
-    """`conversations`: from/value, the system prompt sometimes in a column of its own. Some keep role/content under this name."""
+    """Read `conversations`: from/value, or role/content; the system prompt may have a column."""
     return _turns(row, "conversations")
 
 
 def _rounds(row: Row) -> Iterable[Message]:
-    """`conversation`: a list of input and output, the first with a system prompt if any; some keep messages under this name."""
+    """Read `conversation`: pairs of input and output with optional system prompts, or messages."""
     rounds = _decoded(row["conversation"])
-    if not _is_list(rounds) or not all(isinstance(one, Mapping) and "input" in one for one in rounds):
+    if not _is_list(rounds) or not all(isinstance(pair, Mapping) and "input" in pair for pair in rounds):
         yield from _turns(row, "conversation")
         return
     yield from _system(row)
-    for index, one in enumerate(rounds):
-        yield from _system(one)
-        yield Message("user", _text(one["input"], f"conversation[{index}].input"))
-        yield Message("assistant", _text(one.get("output"), f"conversation[{index}].output"))
+    for index, pair in enumerate(rounds):
+        yield from _system(pair)
+        yield Message("user", _text(pair["input"], f"conversation[{index}].input"))
+        yield Message("assistant", _text(pair.get("output"), f"conversation[{index}].output"))
 
 
 def _by_turns(row: Row) -> Iterable[Message]:
-    """`data`: texts, the user's and the assistant's by turns (UltraChat as it was first published)."""
+    """Read `data`: texts of the user and the assistant in turn, as first published by UltraChat."""
     texts = _decoded(row["data"])
     if not _is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
@@ -209,7 +223,10 @@ def _by_turns(row: Row) -> Iterable[Message]:
 
 
 def _alpaca(row: Row) -> Iterable[Message]:
-    """instruction, optional input, output or response, optional system and history of [question, answer] pairs."""
+    """Read `instruction` with `output` or `response`, and optional `input`, `system`, `history`.
+
+    `history` holds [question, answer] pairs from before the instruction.
+    """
     yield from _system(row)
     history = row.get("history") or []
     for pair in history if _is_list(history) else [history]:
@@ -226,7 +243,7 @@ def _alpaca(row: Row) -> Iterable[Message]:
 
 
 def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
-    """Two columns of text, or of messages."""
+    """Return a layout of two columns, each of text or of messages."""
 
     columns: tuple[tuple[str, Role], ...] = ((question, "user"), (answer, "assistant"))
 
@@ -252,7 +269,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] 
     (("question", "answer"), _pair("question", "answer")),
     (("data",), _by_turns),
 )
-"""Columns that must be there -> how to read the row; the first that matches."""
+"""Required columns -> reader of the row; the first match counts."""
 
 
 def _turns(row: Row, column: str) -> Iterable[Message]:
@@ -265,7 +282,10 @@ def _turns(row: Row, column: str) -> Iterable[Message]:
 
 
 def _plain(turn: Any) -> Message | None:
-    """A turn that is a role and a text and no more, as most are; `_message` would say the same of it, in ten times the time."""
+    """Return the message of a turn with just a role and a text; None of any other turn.
+
+    Most turns are plain; `_message` would give the same message in ten times the time.
+    """
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
@@ -283,11 +303,11 @@ def _message(turn: Any, path: str) -> Message:
         raise Refused("unknown role", f"{path} has role {named!r}; known are {', '.join(ROLES)}")
     content = _first(turn, "content", "value")
     if named == "function_call":
-        text, reasoning, said = None, None, _calls(content, path)
+        text, reasoning, calls = None, None, _calls(content, path)
     else:
-        text, reasoning, said = _parts(content, role, path)
-    more = [_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
-    calls = ToolCalls(chain(said, *more))
+        text, reasoning, calls = _parts(content, role, path)
+    fields = [_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
+    calls = ToolCalls(chain(calls, *fields))
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     return Message(
@@ -302,21 +322,19 @@ def _message(turn: Any, path: str) -> Message:
 
 
 def _train(turn: Mapping[str, Any], path: str) -> bool | None:
-    """What the data says of training a message: `train` as a boolean, or `weight` as 0 or 1."""
+    """Return a turn's `train` (a boolean) or `weight` (0 or 1) as a boolean, or None."""
     flag = _first(turn, "train", "weight")
     if flag is not None and flag not in (0, 1):
-        raise Refused(
-            "bad weight", f"{path} is to be trained {excerpt(flag)} times; train and weight say no or yes, 0 or 1"
-        )
+        raise Refused("bad weight", f"{path} has train or weight {excerpt(flag)}; use true or false, 1 or 0")
     return None if flag is None else bool(flag)
 
 
 def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, ToolCalls]:
-    """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
+    """Return text, reasoning and tool calls of content: a text, or a list of typed parts."""
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
     if role == "tool" and isinstance(content, Mapping):
-        # Tool results are stored as objects here and there; a template prints text.
+        # Some datasets store tool results as objects, but a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     if not _is_list(content):
         raise Refused("not text", f"{path} has content {excerpt(content)}, neither text nor a list of parts")
@@ -338,7 +356,10 @@ def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, 
 
 
 def _calls(value: Any, path: str) -> ToolCalls:
-    """Tool calls in any spelling: one or a list, encoded as JSON or not, wrapped in `function` or not."""
+    """Return tool calls of any spelling.
+
+    Accepts a single call or a list, JSON text or objects, with or without a `function` wrapper.
+    """
     value = _decoded(value)
     if not value:
         return ToolCalls()
@@ -367,14 +388,14 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _system(row: Row) -> Iterable[Message]:
-    """A system prompt in a column of its own."""
+    """Yield the message of a system prompt in a separate column, if any."""
     prompt = row.get("system") or row.get("system_prompt")
     if prompt:
         yield Message("system", _text(prompt, "system"))
 
 
 def _decoded(value: Any) -> Any:
-    """Lists and objects that a dataset keeps as JSON text, decoded; any other text as it is."""
+    """Return the list or object that JSON text holds; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
@@ -387,7 +408,7 @@ def _decoded(value: Any) -> Any:
 
 def _refuse_deep(value: Any) -> None:
     if not isinstance(value, str) and not _nested_within(NESTING, value):
-        raise Refused("nested too deep", f"it has lists and objects in more than {NESTING} levels")
+        raise Refused("nested too deep", f"the row nests lists and objects more than {NESTING} levels deep; flatten it")
 
 
 def _nested_within(levels: int, value: Any) -> bool:
@@ -400,7 +421,7 @@ def _nested_within(levels: int, value: Any) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, (dict, Mapping)):  # a dict is told at once, any other mapping slowly
+    if isinstance(value, (dict, Mapping)):  # the check for dict is fast, the check for Mapping slow
         return value.values()
     return value if _is_list(value) else ()
 
@@ -410,7 +431,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of the fields that holds something: tables store a field that a row lacks as None."""
+    """Return the first named field that is not None: tables store missing fields as None."""
     for name in names:
         if (value := fields.get(name)) is not None:
             return value

@@ -300,7 +300,7 @@ def nested(levels: int) -> Any:
 
 @pytest.mark.parametrize("levels", [64, 900])
 def test_a_row_nested_too_deep_is_refused_wherever_the_depth_is(levels: int) -> None:
-    deep = "nested too deep: it has lists and objects in more than 64 levels"
+    deep = "nested too deep: the row nests lists and objects more than 64 levels deep; flatten it"
     call = {"name": "f", "arguments": json.dumps({"a": nested(levels)})}
     assert refusal({"messages": [HI, ANSWERED], "note": nested(levels)}) == deep
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}) == deep

@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
     with pytest.raises(ValueError, match=r".") as error:
         opened(path)
     assert str(error.value) == (
-        f"the cache {tmp_path}/file cannot be written: Not a directory; SFTSTREAM_CACHE names another place"
+        f"the cache {tmp_path}/file cannot be written: Not a directory; set SFTSTREAM_CACHE to another directory"
     )
 
 
