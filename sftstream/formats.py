@@ -117,7 +117,7 @@ def _typed_json(text: bytes) -> Conversation | None:
 
 
 class _Typed(msgspec.Struct, gc=False):
-    """A row in the field names of `Message`; msgspec converts it in a tenth of the time of `_any`."""
+    """A row in the field names of `Message`; msgspec takes a tenth of the time of `_any`."""
 
     messages: tuple[Message, ...]
     system: None = None
@@ -137,7 +137,7 @@ def _tool_calls(_type: type, value: Any) -> ToolCalls:
 
 _TYPED = msgspec.json.Decoder(_TypedJson, dec_hook=_tool_calls)
 _BEGINNING = b'{"messages"'
-"""First bytes of JSON rows worth a try with `_TYPED`: most rows of other layouts begin otherwise."""
+"""First bytes of most JSON rows that `_TYPED` decodes; other rows skip the attempt."""
 
 
 def _typed(row: Row) -> tuple[Message, ...] | None:

@@ -104,8 +104,7 @@ class Conversation(msgspec.Struct, frozen=True, gc=False):
 
 
 class Span(NamedTuple):
-    """Range of characters `[start, end)` in a rendered text, with the stop token of a trained
-    turn."""
+    """Range of characters `[start, end)` in a rendered text, stop token included."""
 
     start: int
     end: int
@@ -132,8 +131,7 @@ NO_NOTES: Mapping[str, int] = MappingProxyType({})
 
 
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, True for trained
-    tokens.
+    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, True if trained.
 
     `targets` is the number of trained tokens that have a predecessor. `notes` counts treatments of
     the conversation by name, for example truncations.
@@ -235,8 +233,7 @@ class Pack:
 
     @cached_property
     def labels(self) -> torch.Tensor:
-        """Targets, int64 `(T,)`: the next token of the same segment if trained, else
-        `IGNORE_INDEX`.
+        """Targets, int64 `(T,)`: the segment's next token if trained, else `IGNORE_INDEX`.
 
         Labels are already shifted by one; a loss must not shift again.
         """
@@ -279,8 +276,7 @@ class Pack:
 
     @property
     def conversations(self) -> int:
-        """Number of conversations that begin in this pack; a split conversation counts by its
-        first part."""
+        """Number of conversations; a split conversation counts in its first part's pack."""
         return [segment.part for segment in self.segments].count(0)
 
     def digest(self) -> str:
@@ -304,8 +300,7 @@ class Pack:
 
 
 def batch_digest(digests: Iterable[str]) -> str:
-    """Return the SHA-256 (hex) of a global batch, from the packs' digests in the order of the
-    run."""
+    """Return the SHA-256 (hex) of a global batch, from its packs' digests in run order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

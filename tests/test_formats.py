@@ -1,4 +1,4 @@
-"""A row of any known layout becomes one dialogue, or is refused with the field that is not as it should be."""
+"""A row of any known layout becomes one conversation, or is refused with the field that is not as it should be."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def refusal(row: Any) -> str:
         },
     ],
 )
-def test_every_layout_gives_the_same_dialogue(row: dict[str, Any]) -> None:
+def test_every_layout_gives_the_same_conversation(row: dict[str, Any]) -> None:
     assert parse_row(row) == Conversation((USER, ANSWER))
 
 
@@ -285,7 +285,7 @@ ANSWERED = {"role": "assistant", "content": "hello"}
         ),
     ],
 )
-def test_a_row_that_is_no_dialogue_is_refused_with_its_place(row: Any, message: str) -> None:
+def test_a_row_that_is_no_conversation_is_refused_with_its_path(row: Any, message: str) -> None:
     text = refusal(row)
     assert text.startswith(message)
     assert len(text) < 300
@@ -376,7 +376,7 @@ def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}).startswith("bad tool call: messages[1]")
 
 
-def test_rounds_of_input_and_output_are_a_dialogue() -> None:
+def test_rounds_of_input_and_output_are_a_conversation() -> None:
     row = {"conversation": [{"system": "be brief", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
     assert parse_row(row).messages == (
         Message("system", "be brief"),
@@ -391,7 +391,7 @@ def test_rounds_of_input_and_output_are_a_dialogue() -> None:
         parse_row({"conversation": [{"input": "a"}]})
 
 
-def test_texts_by_turns_are_a_dialogue() -> None:
+def test_texts_by_turns_are_a_conversation() -> None:
     assert parse_row({"id": "7", "data": ["a", "b", "c"]}).messages == (
         Message("user", "a"),
         Message("assistant", "b"),

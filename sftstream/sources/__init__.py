@@ -1,4 +1,4 @@
-"""Where conversations come from: rows of files, any of them by number, or one after the other where a source is streamed."""
+"""Rows of files: by number in any order, or read forward from streamed sources."""
 
 from sftstream.sources.corpus import Corpus, CorpusReader, FileSet
 from sftstream.sources.rows import FileIdentity, RowFile

@@ -1,4 +1,4 @@
-"""All sources of a config as numbered rows."""
+"""All sources of a config, and the reader of one logical stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sftstream.sources.streamed import StreamedSource
 
 
 class FileSet:
-    """The files of one source, one after the other: any row at any time."""
+    """Rows of one source by number, through all files in order.
+
+    `shards` holds the number of rows of each file. Raises ValueError if the source holds no row.
+    """
 
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
@@ -23,55 +26,64 @@ class FileSet:
         self.columns = source.columns
         self._ends = list(accumulate(self.shards))
         if not len(self):
-            raise ValueError(f"source {source.path!r} holds no row; remove it or name a file with conversations")
+            raise ValueError(
+                f"source {source.path!r} holds no row; remove the source or name a file with conversations"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """What the files held when they were opened."""
+        """Identities of the files at the time of opening."""
         return tuple(file.identity for file in self.files)
 
     def read(self, row: int) -> RawRow:
-        """Return a row as stored; raises BrokenRow if it cannot be read."""
+        """Return a row as stored; raises BrokenRow if unreadable."""
         file, local = self._file_and_row(row)
         return file.read(local)
 
     def locate_row(self, row: int) -> str:
+        """Return the row's location for messages and editors: `path:line` or `path[index]`."""
         file, local = self._file_and_row(row)
         return file.locate_row(local)
 
     def require_intact(self, row: int) -> None:
-        """Raise RuntimeError if a broken row is the fault of a damaged row index or a changed file."""
+        """Raise RuntimeError if a row is broken by a damaged row index or a changed file."""
         file, local = self._file_and_row(row)
         file.require_intact(local)
 
     def _file_and_row(self, row: int) -> tuple[RowFile, int]:
         index = bisect_right(self._ends, row)
         if index == len(self.files):
-            raise RuntimeError(f"row {row} of {self._path!r} is no longer there: it has {len(self)} rows; restore it")
+            raise RuntimeError(
+                f"row {row} of {self._path!r} is no longer there: the source has {len(self)} rows; restore the source"
+            )
         return self.files[index], row - (self._ends[index - 1] if index else 0)
 
 
 class Corpus:
-    """Every source of a config, opened once for all streams of a process."""
+    """All sources of a config, opened once for all streams of a process."""
 
     def __init__(self, sources: tuple[SourceConfig, ...]) -> None:
         self.sources = [StreamedSource(source) if source.streaming else FileSet(source) for source in sources]
 
     @property
     def sizes(self) -> tuple[int | None, ...]:
-        """Rows of each source, None of one that is streamed."""
+        """Number of rows of each source; None if streamed."""
         return tuple(len(source) if isinstance(source, FileSet) else None for source in self.sources)
 
     def locate_row(self, source: int, row: int) -> str:
-        """Where an editor finds the row."""
+        """Return a row's location for messages and editors."""
         return self.sources[source].locate_row(row)
 
 
 class CorpusReader:
-    """A corpus as one logical stream reads it, with a position of its own in each streamed source."""
+    """Reads the rows of all sources for one logical stream.
+
+    Each reader has separate positions in streamed sources. `columns` holds the `columns` setting of
+    each source, for `formats.parse_row`.
+    """
 
     def __init__(self, corpus: Corpus) -> None:
         self.sources: list[FileSet | ShardReader] = [
@@ -81,20 +93,23 @@ class CorpusReader:
         self._corpus = corpus
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row that was read before the state was taken, and will be read again."""
+        """Announce a row that will be read again, having been read before the state was taken."""
         source = self.sources[ref.source]
         if isinstance(source, ShardReader):
             source.expect(ref)
 
     def read(self, ref: Ref) -> RawRow:
-        """Return a row as stored, of a streamed source once; raises BrokenRow if it cannot be read."""
+        """Return a row as stored; raises BrokenRow if unreadable.
+
+        A streamed source gives each row once, or as often as announced.
+        """
         source = self.sources[ref.source]
         return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
 
     def locate_broken(self, ref: Ref) -> str:
-        """Return the location of a row that is broken.
+        """Return the location of a broken row.
 
-        Raises RuntimeError if a damaged row index or a changed file is at fault, and not the row.
+        Raises RuntimeError if the row is broken by a damaged row index or a changed file.
         """
         source = self.sources[ref.source]
         if isinstance(source, FileSet):

@@ -1,4 +1,4 @@
-"""One JSON array of objects, as many published datasets are stored."""
+"""Files that hold one JSON array of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 
 
 class JsonArray(IndexedFile):
-    """The elements of a JSON array. Dividing the array takes memory of the file's size, once."""
+    """Elements of a JSON array by number.
+
+    Building the index needs memory of the file's size.
+    """
 
     def __init__(self, stored: Stored) -> None:
         super().__init__(stored, "array", lambda file, _size: _divide(file, stored.display_name))
@@ -31,20 +34,20 @@ class JsonArray(IndexedFile):
         return f"{self._stored.display_name}[{row}]"
 
     def require_intact(self, row: int) -> None:
-        """Do nothing: elements need not begin on a line of their own."""
+        """Do nothing: elements may begin anywhere in a line."""
 
 
 def begins_array(head: bytes) -> bool:
-    """Return whether a file with these first bytes holds a JSON array rather than JSON lines."""
+    """Return True if the first bytes of a file begin a JSON array, False for JSON lines."""
     return head.removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def elements_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
-    """Read the elements of a JSON array; raises ValueError if the file is none."""
+    """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
     try:
         elements = _ELEMENTS.decode(skip_bom(file).read())
     except UNDECODABLE as error:
-        raise ValueError(f"it is not a JSON array of conversations: {error}") from None
+        raise ValueError(f"not a JSON array of conversations: {error}") from None
     return RowsFrom(0, (partial(bytes, element) for element in elements))
 
 

@@ -1,4 +1,4 @@
-"""Which kind of storage a file is, by its name."""
+"""The kinds of files, by suffix, and the two readers of each kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sftstream.sources.parquet import parquet, parquet_forward
 from sftstream.sources.rows import RowFile, RowsFrom, Stored
 
 _HEAD = 4096
-"""First bytes of a .json file that are looked at to tell an array from lines."""
+"""First bytes of a .json file, read to tell a JSON array from JSON lines."""
 
 
 class FileKind(NamedTuple):
@@ -27,7 +27,7 @@ class FileKind(NamedTuple):
     by_number: Callable[[Stored], RowFile]
     """Opens a file on a local disk for random access."""
     forward: Callable[[BufferedReader, str, int], RowsFrom]
-    """Reads an open file of some name from its beginning, or from a later row up to the wanted one."""
+    """Reads an open file, given its name, from a start row or any earlier row to the end."""
 
 
 def _json_by_number(stored: Stored) -> RowFile:
@@ -55,27 +55,32 @@ KINDS = {
     ".parquet": FileKind(parquet, parquet_forward),
     ".arrow": FileKind(arrow, arrow_forward),
 }
-"""Suffix -> readers."""
+"""Suffix of a file name -> readers."""
 KNOWN = f"{', '.join(KINDS)}, and these with {' or '.join(CODECS)}"
+"""The known suffixes, for messages."""
 
 
 def is_known(name: str) -> bool:
+    """Return True if a file name has a known suffix."""
     return _suffixes(name)[0] in KINDS
 
 
 def open_file(location: FileLocation) -> RowFile:
-    """Raises ValueError where the file is of no known kind, or not what its name says."""
+    """Open a file for reading by row number.
+
+    Raises ValueError if the suffix is unknown, or the content does not fit the suffix.
+    """
     kind, packed = _suffixes(location.name)
     if kind not in KINDS:
-        raise ValueError(f"{location.display_name} is of no known kind {kind + packed!r}; known are {KNOWN}")
+        raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     return KINDS[kind].by_number(unpacked(stored, packed) if packed else stored)
 
 
 def read_forward(location: FileLocation, start: int) -> RowsFrom:
-    """Read the rows of a file from row `start`, or an earlier one, to the end.
+    """Read the rows of a file from row `start`, or any earlier row, to the end.
 
-    Raises ValueError, also later, if the file is not what its name says.
+    Raises ValueError, now or during reading, if the content does not fit the suffix.
     """
     kind, packed = _suffixes(location.name)
     file = unpacking(location.open(), packed) if packed else location.open()
@@ -83,7 +88,7 @@ def read_forward(location: FileLocation, start: int) -> RowsFrom:
 
 
 def _suffixes(name: str) -> tuple[str, str]:
-    """The kind's suffix, and the compression's or none."""
+    """Return the suffixes of kind and compression: "a.jsonl.gz" -> (".jsonl", ".gz")."""
     path = PurePath(name)
     packed = path.suffix if path.suffix in CODECS else ""
     return PurePath(name.removesuffix(packed)).suffix, packed

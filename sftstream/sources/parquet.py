@@ -1,4 +1,7 @@
-"""Parquet encodes rows in groups, so they are decoded once into an Arrow file in the cache, which has any of them at hand."""
+"""Parquet files: copied once into Arrow files in the cache for reading by row, or read forward.
+
+Parquet encodes rows in groups, so reading a single row would decode a whole group.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns, rows_
 from sftstream.sources.rows import RowsFrom, Stored
 
 _BATCH = 1000
-"""Rows decoded and copied at a time: memory is a row group's compressed pages and these."""
+"""Rows decoded at a time: memory is these rows and a row group's compressed pages."""
 
 
 def parquet(stored: Stored) -> Arrow:
-    """Its rows; raises ValueError where the file is no Parquet, or is damaged anywhere."""
+    """Return the rows of a Parquet file; raises ValueError if damaged or not a Parquet file."""
     try:
         return in_columns(stored, lambda: _source(stored))
     except UNREADABLE as error:
@@ -25,7 +28,7 @@ def parquet(stored: Stored) -> Arrow:
 
 
 def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
-    """Read the rows of a Parquet file but row groups that end before row `start`."""
+    """Read the rows of a Parquet file from the row group of row `start` on."""
     opened = ParquetFile(seekable(file), page_checksum_verification=True)
     groups = range(opened.num_row_groups)
     ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
@@ -41,5 +44,5 @@ def _source(stored: Stored) -> Source:
 
 def _batches(stored: Stored, file: ParquetFile) -> Iterator[pa.RecordBatch]:
     yield from file.iter_batches(_BATCH)
-    with stored.open():  # else what was decoded has another digest
+    with stored.open():  # raises if the file changed: the identity would not fit the rows
         pass

@@ -154,7 +154,7 @@ def test_an_index_with_a_wrong_border_is_an_error_and_no_refused_row(path: Path,
             source.require_intact(row)
         assert str(error.value) == (
             f"{path}:{row + 1} does not begin where its index says; "
-            f"the file changed while it was read, or {index} is damaged: delete that"
+            f"the file changed while it was read, or {index} is damaged: delete the index and start again"
         )
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_is_opened_again_must_be_the_same(path: Path) -> None:
     path.write_text(path.read_text())
     with pytest.raises(RuntimeError) as error:
         source.read(1)
-    assert str(error.value) == f"{path} changed while it was read; restore it, or start again"
+    assert str(error.value) == f"{path} changed while it was read; restore the file, or start again"
 
 
 def slow_divide(content: bytes) -> list[tuple[int, int]]:

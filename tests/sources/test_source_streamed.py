@@ -359,7 +359,7 @@ def test_a_shard_that_changes_in_the_middle_of_a_run_stops_it_by_name(path: str,
     loader = PackLoader(configured(tokenizer, path, streams=1, shuffle=False, window=2))
     next(loader)
     (Path(path) / "4.jsonl").write_bytes(tiny.json_lines(ROWS[:6]))
-    with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore it, or start again"):
+    with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore the file, or start again"):
         list(loader)
 
 
@@ -371,7 +371,7 @@ def test_a_shard_that_is_cut_at_a_rows_border_while_it_is_read_stops_the_run_by_
     loader = PackLoader(configured(tokenizer, str(tmp_path), streams=1, epochs=1))
     next(loader)
     os.truncate(shard, len(tiny.json_lines(tiny.rows(400)[:200])))
-    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore it, or start again"):
+    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore the file, or start again"):
         list(loader)
 
 
@@ -385,9 +385,9 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
-    assert "notes.txt is of a kind that is not streamed; known are .jsonl, " in said(f"{path}/*")
+    assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
-    assert "lacks 1 of 2 shards, a-00001-of-00002.jsonl the first" in said(path)
+    assert "lacks 1 of 2 shards, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
     with pytest.raises(ValueError, match="is streamed, so its size is unknown; give weights to all sources"):
         tiny.data_config(tokenizer, sources=two, shuffle=False)
@@ -397,7 +397,8 @@ def test_a_remote_file_that_nothing_tells_from_another_version_is_not_streamed(t
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.jsonl", tiny.json_lines(ROWS))
     with pytest.raises(
-        ValueError, match=r"nothing tells zip://a.jsonl from another version of it, .* leave out streaming"
+        ValueError,
+        match=r"zip://a.jsonl has no size or version on its server, .*; leave out streaming, or copy the file",
     ):
         drawn(configured(tokenizer, f"zip://a.jsonl::{tmp_path}/a.zip"))
 
@@ -406,7 +407,7 @@ def test_of_several_splits_one_must_be_named(tmp_path: Path, tokenizer: str) -> 
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_bytes(tiny.json_lines(ROWS[:4] if split == "train" else ROWS[4:5]))
     assert len(drawn(configured(tokenizer, str(tmp_path), {"split": "train"}))) == 8
-    with pytest.raises(ValueError, match="no split 'dev'; split = one of 'train', 'test'"):
+    with pytest.raises(ValueError, match="no split 'dev'; set split to one of 'train', 'test'"):
         drawn(configured(tokenizer, str(tmp_path), {"split": "dev"}))
 
 

@@ -69,7 +69,7 @@ def test_a_file_of_one_row_without_a_line_break_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n", b" \n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_row_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"source '.*a.jsonl' holds no row; remove it or name a file"):
+    with pytest.raises(ValueError, match=r"source '.*a.jsonl' holds no row; remove the source or name a file"):
         written(tmp_path / "a.jsonl", content)
 
 
@@ -202,9 +202,9 @@ def test_a_directory_is_its_own_files_of_known_kinds_in_sorted_order(tmp_path: P
 def test_a_directory_without_files_of_known_kinds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(lines(1))
     assert refusal(tmp_path) == (
-        f"source '{tmp_path}' is a directory without a file of a known kind "
+        f"source '{tmp_path}' is a directory without a file of a known suffix "
         "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz or .zst); "
-        "name files deeper in it by a glob, or a split if it is laid out like a dataset of the hub"
+        "name files in subdirectories by a glob, or set split if the directory has the layout of a hub dataset"
     )
 
 
@@ -213,8 +213,8 @@ def test_a_missing_shard_of_a_directory_is_refused_by_name(tmp_path: Path) -> No
         (tmp_path / f"train-{number:05}-of-00005.jsonl").write_bytes(lines(number))
     (tmp_path / "test-00000-of-00001.jsonl").write_bytes(lines(9))
     assert refusal(tmp_path) == (
-        f"{tmp_path} lacks 2 of 5 shards, train-00001-of-00005.jsonl the first; "
-        "restore them, or name the files that are there by a glob"
+        f"{tmp_path} lacks 2 of 5 shards, first train-00001-of-00005.jsonl; "
+        "restore the shards, or name the present files by a glob"
     )
     assert read_all(opened(f"{tmp_path}/train-*")) == [0, 2, 3]
 
@@ -224,7 +224,7 @@ def test_a_split_subset_or_revision_of_a_file_is_refused(tmp_path: Path, field: 
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(1))
     assert refusal(path, **{field: "x"}) == (
-        f"source '{path}' is a file or a glob, for which {field} = 'x' has no meaning; leave it out"
+        f"source '{path}' is a file or a glob, for which {field} = 'x' has no meaning; leave {field} out"
     )
 
 
@@ -250,7 +250,7 @@ def test_a_broken_row_is_located_by_file_and_line(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(lines(1))
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name} is of no known kind '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
+        f"{tmp_path / name} has the unknown suffix '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
         "and these with .gz or .zst"
     )
 
@@ -259,7 +259,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_refusal(tmp_pat
     source = written(tmp_path / "a.jsonl", lines(A, B))
     os.truncate(tmp_path / "a.jsonl", 10)
     for row in range(2):
-        with pytest.raises(RuntimeError, match=rf"a.jsonl:{row + 1} is no longer there: the file shrank .* restore it"):
+        with pytest.raises(
+            RuntimeError, match=rf"a.jsonl:{row + 1} is no longer there: the file shrank .* restore the file"
+        ):
             source.read(row)
 
 
