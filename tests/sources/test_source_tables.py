@@ -323,6 +323,7 @@ def test_csv_in_every_spelling_gives_the_same_rows(tmp_path: Path, content: byte
 def test_cells_are_text_and_empty_ones_lacking(tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", b'q,a,b\n007,,true\n"",NULL," "\n')
     assert read_all(source) == [{"q": "007", "b": "true"}, {"a": "NULL", "b": " "}]
+    assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
 
 
 def test_a_quoted_cell_holds_line_breaks_commas_and_quotes(tmp_path: Path) -> None:
