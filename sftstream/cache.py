@@ -1,4 +1,7 @@
-"""Files that are made once on a machine: row indexes, and copies that can be read by row. Nothing is lost by deleting them."""
+"""The machine's cache of derived files: row indexes, and copies in formats with random access.
+
+Deleting the cache loses nothing: missing files are made again.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 
 
 class Unwritable(ValueError):
-    """The cache cannot be written."""
+    """The cache directory cannot be written."""
 
 
 Blocks = Callable[[], Iterable[bytes]]
@@ -21,29 +24,30 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def directory() -> Path:
-    """`$SFTSTREAM_CACHE`, else `sftstream/` in the user's cache directory."""
+    """Return `$SFTSTREAM_CACHE` if set, else `sftstream/` in the user's cache directory."""
     if given := os.environ.get("SFTSTREAM_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftstream"
 
 
 def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] = lambda _: True) -> Path:
-    """The file that holds what `blocks` yields for `key`, made by whichever process asks first while the others wait.
+    """Return the file with the bytes that `blocks()` yields for `key`; make the file if missing.
 
-    It is named by its size, so that a file which was cut is not taken for whole, and made anew where it does not `fit`.
-    Raises `Unwritable`, and what `blocks` raises.
+    The first process to ask makes the file while all other processes wait. The file's name is its
+    size, so a truncated file is recognised; a file is also made again if `fits(path)` is False.
+    Raises Unwritable, and any error of `blocks`.
     """
     folder = _folder(key)
     if made := _find(folder, suffix, fits):
         return made
     with _lock(folder) as lock:
-        alone = _alone(lock)
-        # Another process may have made it while this one waited.
-        return _find(folder, suffix, fits) or _make(folder, suffix, blocks, alone)
+        locked = _locked(lock)
+        # Another process may have made the file during the wait.
+        return _find(folder, suffix, fits) or _make(folder, suffix, blocks, locked)
 
 
 def found(key: str, suffix: str) -> Path | None:
-    """The file of `cached`, where it was made before."""
+    """Return the file of `cached` if already made, else None."""
     return _find(_folder(key), suffix, lambda _: True)
 
 
@@ -56,9 +60,9 @@ def _find(folder: Path, suffix: str, fits: Callable[[Path], bool]) -> Path | Non
     return next((file for file in files if fits(file)), None)
 
 
-def _make(folder: Path, suffix: str, blocks: Blocks, alone: bool) -> Path:
-    for left in folder.glob("*.partial") if alone else ():
-        left.unlink()  # of a process that was killed
+def _make(folder: Path, suffix: str, blocks: Blocks, locked: bool) -> Path:
+    for left in folder.glob("*.partial") if locked else ():
+        left.unlink()  # left by a killed process
     partial = folder / f"{secrets.token_hex(8)}.partial"
     try:
         with _create(partial) as file:
@@ -75,7 +79,7 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise Unwritable(
-            f"the cache {directory()} cannot be written: {error.strerror or error}; SFTSTREAM_CACHE names another place"
+            f"the cache {directory()} cannot be written: {error.strerror or error}; set SFTSTREAM_CACHE to another directory"
         ) from None
 
 
@@ -86,8 +90,11 @@ def _lock(folder: Path) -> FileIO:
 
 
 @_writing()
-def _alone(lock: FileIO) -> bool:
-    """Waits for the lock. Some network filesystems have none, and there the same file may be made twice, which harms nothing."""
+def _locked(lock: FileIO) -> bool:
+    """Wait for the lock; return False on a filesystem without locks.
+
+    Without locks, as on some network filesystems, a file may be made twice, which is harmless.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:

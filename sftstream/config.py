@@ -1,4 +1,4 @@
-"""What a stream is made of: the `[data]` table of a run's config."""
+"""The `[data]` table of a run's config: sources, tokenizer, policy, packing, order."""
 
 from __future__ import annotations
 
@@ -8,45 +8,61 @@ from typing import Literal
 import msgspec
 
 Shuffle = bool | Literal["shards"]
+"""true: all rows in a new order each epoch; "shards": shards in a new order; false: stored
+order."""
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conversations from one place."""
+    """One source of conversations."""
 
     path: str
-    """What is there on this machine comes first: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; compressed as .gz or
-    .zst too), a glob of files or a directory (read in sorted order), a dataset that `save_to_disk` wrote, a directory laid
-    out like a dataset of the Hugging Face hub. Else a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
-    is fetched once; else a hub name, `organisation/name`."""
+    """Location of the source. A local path comes first: a file (.jsonl, .ndjson, .json, .csv, .tsv,
+    .parquet, .arrow, each also compressed as .gz or .zst), a glob or a directory (files in sorted
+    order), a dataset written by `save_to_disk`, or a directory laid out like a dataset of the
+    Hugging Face hub. If no local path matches: a remote path with a scheme (hf://, s3://, gs://,
+    https://, ...), fetched once into the cache, or the name of a hub dataset,
+    `organisation/name`."""
     split: str | None = None
-    """Of a dataset of the hub or one laid out like it, as `datasets` writes it ("train", "train[:10%]"), or of a saved
-    dataset. May be left out where there is only one."""
+    """Split of a hub dataset, of a directory laid out like a hub dataset (both in the syntax of
+    `datasets`: "train", "train[:10%]") or of a saved dataset. Default: the only split."""
     subset: str | None = None
-    """Of a dataset of the hub or one laid out like it, where it has several."""
+    """Subset (configuration name) of a hub dataset, or of a directory laid out like a hub dataset.
+    Default: the only subset, or the subset that `datasets` loads by default."""
     revision: str | None = None
-    """Of a dataset of the hub: a branch, tag or commit."""
+    """Branch, tag or commit of a hub dataset. Default: the main branch."""
     columns: dict[str, str] | None = None
-    """For layouts that are not known: the name that is -> the name of the column here. The row then has these columns and no
-    others."""
+    """Renamed columns, for layouts that are not recognised: name in a known layout -> name of the
+    column in the files. `{instruction = "q", output = "a"}` reads columns `q` and `a` as an
+    instruction and an output. All other columns are ignored. Default: columns as stored."""
     weight: float | None = None
-    """Share that is drawn from here, relative to the other weights. Without weights sources are drawn in proportion to
-    their size, so that they end an epoch together. Weights are given for all sources or for none."""
+    """Share of the draws from this source, relative to the weights of all sources; a positive
+    number. `data.mix_by` is the unit. Give weights to all sources or to none. Default: draws in
+    proportion to the sources' sizes, so that all sources end an epoch together."""
     repeat: float = 1.0
-    """Passes over this source in an epoch of the whole; 0.5 takes half of its rows, another half in the next epoch. Where it is
-    streamed, half of its shards."""
+    """Passes over this source in one epoch; a positive number. 0.5 takes half of the rows in one
+    epoch and the other half in the next. Counts shards instead of rows if the source is streamed.
+    A value other than 1 needs `data.epochs`."""
     shuffle: Shuffle | None = None
-    """For this source other than `data.shuffle`."""
+    """Shuffling of this source: true, "shards" or false, as in `data.shuffle`. Default: the
+    value of `data.shuffle`."""
     streaming: bool = False
-    """Read forward, shard by shard, for what is too large to be fetched or indexed. Rows come in the order of their shard; a
-    resume reads the open shards again up to its place. Mixed with others it needs a weight."""
+    """true: read shards forward, without fetching or indexing the files; for sources too large for
+    the local disk. Rows keep the order of their shard, so `shuffle` must be "shards" or false. A
+    resume reads each open shard again from the shard's beginning up to the saved position. Beside
+    other sources a streamed source needs a weight. false: fetch remote files, index all files, and
+    read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """What a resume knows of files above 256 MB: 128 evenly spread megabytes, or every byte, at 0.8 s a GB."""
+    """Content that identifies a file above 256 MiB to a resume. "sampled": 128 evenly spread slices
+    of 1 MiB. "full": every byte, at 0.8 s a GB. Smaller files are always identified by every
+    byte."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; name a file, a glob, a directory or a dataset")
         if self.columns is not None and not self.columns:
-            raise ValueError("columns is empty, so that no column would be read; name some, or leave it out")
+            raise ValueError(
+                "columns is empty, so no column would be read; name at least one column, or leave columns out"
+            )
         for field in ("weight", "repeat"):
             value = getattr(self, field)
             if value is not None and not 0 < value < float("inf"):
@@ -54,54 +70,65 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Other weights from a point of the run on."""
+    """New weights of the sources from some point of the run on."""
 
     after: int
-    """Rows of the whole run that are drawn before."""
+    """Rows drawn in the whole run, over all streams, before the weights hold; at least 1."""
     weights: tuple[float, ...]
-    """One for each source, in their order; 0 rests a source."""
+    """One weight for each source, in the order of `sources`; 0 or more, not all 0. A source of
+    weight 0 is not drawn from."""
 
     def __post_init__(self) -> None:
         if self.after < 1:
             raise ValueError(
-                f"after = {self.after} must be at least 1; the sources' own weights hold from the beginning"
+                f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
         if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
-            raise ValueError(f"weights = {list(self.weights)} must not be negative, and not all be 0")
+            raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The tokenizer and the chat template, as the model has them."""
+    """The tokenizer and the chat template."""
 
     path: str
-    """A Hugging Face tokenizer's directory or hub name."""
+    """Directory or hub name of a Hugging Face tokenizer."""
     template: str | None = None
-    """A Jinja chat template: a file's path or the text itself. Default: the tokenizer's own."""
+    """Jinja chat template: the path of a file, or the template's text. Default: the tokenizer's own
+    template."""
     backend: Literal["auto", "huggingface", "fastokens"] = "auto"
-    """What computes the ids: Hugging Face's `tokenizers`, or fastokens once it has proved to give the same; "auto" does so where
-    it is installed. A resume wants the same again."""
+    """Implementation that computes token ids. "huggingface": the `tokenizers` library. "fastokens":
+    the fastokens library, after a check that both libraries give the same ids. "auto": fastokens if
+    the library is installed and passes the check, else `tokenizers`. A resume needs the same
+    implementation."""
     date: str | None = None
-    """The day (YYYY-MM-DD) that a template prints as today. Default: the day on which the stream first starts; a resume
-    keeps it."""
+    """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day on which the
+    stream first starts. A resume keeps the day."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What of a conversation is trained, and what becomes of one that does not fit."""
+    """The trained parts of a conversation, and the treatment of long conversations."""
 
     train_on: tuple[Literal["assistant", "user", "system", "tool", "all"], ...] = ("assistant",)
-    """Whose words are trained. A message with `train: false` or `weight: 0` never is."""
+    """Roles whose messages are trained; at least one, "all" for every role. A message with
+    `train: false` or `weight: 0` in the data is never trained."""
     train_turns: Literal["all", "last"] = "all"
-    """last: only the last message of those."""
+    """Trained messages among the messages of `train_on`: "all", or only the "last"."""
     train_reasoning: bool = True
+    """true: train the reasoning of trained messages. false: train only their text and calls."""
     train_tool_calls: bool = True
+    """true: train the tool calls of trained messages. false: train only their text and
+    reasoning."""
     history: Literal["as_rendered", "per_turn", "error"] = "as_rendered"
-    """Where a template prints earlier turns otherwise than when they were said (thoughts are forgotten): train what is
-    printed, or make one example a turn as inference sees it, or refuse the conversation."""
+    """Treatment of conversations for which the template prints an earlier turn differently from the
+    time of the turn's own generation (for example without the reasoning). "as_rendered": train the
+    text as printed. "per_turn": make one example for each trained turn, with the text as at
+    inference. "error": refuse the conversation."""
     overflow: Literal["drop", "truncate", "split"] = "drop"
-    """A conversation longer than `capacity`: refuse it, cut it after the last answer that fits, or make several of it, cut
-    before a user's message and each with the system prompt again."""
+    """Treatment of conversations longer than `capacity`. "drop": refuse the conversation.
+    "truncate": cut after the last answer that fits. "split": make several examples, cut before a
+    user message; each example repeats the system prompt."""
     capacity: int = 8192
-    """Tokens of a pack."""
+    """Tokens of a pack; at least 1."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -111,45 +138,59 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A deterministic sequence of packs, whatever hardware reads it."""
+    """Everything that determines the packs of a run, on any number of ranks and workers."""
 
     sources: tuple[SourceConfig, ...]
+    """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
+    """The tokenizer and the chat template."""
     streams: int = 64
-    """Logical streams. Fixed for a run; shards x workers must divide it. Few for little data: a stream should hold several
-    windows of conversations."""
+    """Logical streams, each with a fixed part of every epoch's rows; at least 1, fixed for a
+    run. Any number of data-parallel shards and workers can read the streams. If shards x workers
+    divides `streams` and shards divides `global_batch`, all shards have the same number of packs
+    in each step; otherwise some shards run empty packs. Choose few streams for little data: a
+    stream should hold several windows of conversations."""
     global_batch: int = 64
-    """Packs of an optimizer step over all shards."""
+    """Packs of an optimizer step, over all shards; at least 1."""
     shuffle: Shuffle = True
-    """A new order of rows each epoch, drawn from `seed`. "shards" orders a source's files or shards and leaves the rows of each
-    as they lie, as a source that is streamed needs it; false takes everything as it lies."""
+    """true: a new order of all rows each epoch, drawn from `seed`. "shards": a new order of
+    files or shards each epoch, rows in stored order inside each; the shuffle for streamed
+    sources. false: the stored order."""
     window: int = 256
-    """Conversations that a stream plans into packs at a time. More fills better and reorders more."""
+    """Conversations that a stream plans into packs at a time; at least 1. A larger window fills
+    packs better and reorders conversations more."""
     workers: int = 1
-    """Loader processes of a shard; 0 loads in the training process. Never changes what is trained on."""
+    """Loader processes of a data-parallel shard; 0 loads in the training process. Does not affect
+    the packs."""
     prefetch: int = 16
-    """Packs that each worker keeps ready. With more than a window gives it need not wait while another worker reads its own.
-    Never changes what is trained on."""
+    """Packs that each worker keeps ready; at least 1. Does not affect the packs. A worker reads a
+    whole window before the window's first pack, so with more packs ready than a window yields no
+    worker waits for another worker's read."""
     seed: int = 0
-    """Keys the order of rows."""
+    """Key of the order of rows."""
     epochs: int | None = None
-    """Passes over all conversations; None goes on for ever."""
+    """Passes over all conversations; at least 1. Default: the stream never ends."""
     mix_by: Literal["conversations", "tokens", "trained_tokens"] = "conversations"
-    """What weights are shares of."""
+    """Unit of the sources' weights: weight 2 beside weight 1 gives two thirds of the conversations,
+    of the tokens, or of the trained tokens."""
     stages: tuple[StageConfig, ...] = ()
-    """Weights that hold later in the run, by rising `after`."""
+    """Changes of weights during the run, by rising `after`. Needs weights of all sources.
+    Default: no changes."""
     ends_with: Literal["all", "first"] = "all"
-    """With weights and epochs: the stream ends when every source has ended, or the first."""
+    """End of a run with weights and `epochs`: the exhaustion of "all" sources, or of the "first"
+    source to be exhausted. Applies to each logical stream."""
     accept_changed: tuple[str, ...] = ()
-    """Differences from the state's data and settings that a resume takes as they are, by name: "data.sources[2]",
-    "data.capacity". Each is put on record in the state."""
+    """Differences from the checkpoint's data and settings that a resume accepts, by name:
+    "data.sources[2]", "data.capacity". The state records each accepted difference. Default: a
+    resume stops at any difference."""
     max_refused: float = 1.0
-    """Share of rows that may be refused, from 0 to 1; a run that refuses more stops."""
+    """Largest share of refused rows, from 0 to 1. A run above the share stops, after at least 100
+    rows. Default: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.max_refused <= 1:
-            raise ValueError(f"max_refused = {self.max_refused} is a share, from 0 to 1")
+            raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
@@ -166,34 +207,34 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if any(weighted) and not all(weighted):
             missing = self.sources[weighted.index(False)].path
             raise ValueError(
-                f"source {missing!r} has no weight but another has; give weights to all sources or to none"
+                f"source {missing!r} has no weight but another source has; give weights to all sources or to none"
             )
         for source in self.sources:
             if source.streaming:
                 self._check_streaming(source)
         if self.epochs is None and any(source.repeat != 1 for source in self.sources):
-            raise ValueError("repeat counts passes in an epoch and needs epochs; an endless stream is mixed by weights")
+            raise ValueError("repeat needs data.epochs; set data.epochs, or mix an endless stream by weights")
         if self.stages and not all(weighted):
-            raise ValueError("stages change weights, so the sources need weights for the beginning")
+            raise ValueError("stages change weights; give each source a weight for the beginning of the run")
         for before, stage in itertools.pairwise((None, *self.stages)):
             if stage is not None and len(stage.weights) != len(self.sources):
                 raise ValueError(
                     f"a stage has {len(stage.weights)} weights for {len(self.sources)} sources; give one for each"
                 )
             if before is not None and stage is not None and stage.after <= before.after:
-                raise ValueError(f"stages come by rising after, but {stage.after} follows {before.after}")
+                raise ValueError(
+                    f"stage after = {stage.after} follows {before.after}; order the stages by rising after"
+                )
 
     def _check_streaming(self, source: SourceConfig) -> None:
         if self.shuffle_of(source) is True:
             raise ValueError(
-                f"source {source.path!r} is streamed, and its rows cannot be reached in any order; "
-                'shuffle = "shards" shuffles its shards, false nothing'
+                f"source {source.path!r} is streamed, so its rows cannot be shuffled; "
+                'set shuffle = "shards" to shuffle its shards, or false'
             )
         if len(self.sources) > 1 and source.weight is None:
-            raise ValueError(
-                f"source {source.path!r} is streamed, so that its size is not known; give weights to all sources"
-            )
+            raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
-        """What holds for this source."""
+        """Return the shuffling of a source: the source's own value, or else `shuffle`."""
         return self.shuffle if source.shuffle is None else source.shuffle

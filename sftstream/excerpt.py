@@ -1,4 +1,4 @@
-"""Values in messages."""
+"""Short forms of values for error messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 
 def excerpt(value: Any, limit: int = 80) -> str:
-    """Return `repr(value)`, cut to `limit` characters: `excerpt("abcdefghij", 9)` is `'abcde...`."""
+    """Return `repr(value)`, cut to `limit` characters: `excerpt("abcdefghij", 9)` is
+    `'abcde...`."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

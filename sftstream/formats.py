@@ -1,4 +1,13 @@
-"""A row of any known dataset layout -> Conversation. The layout is recognised row by row, since mixtures differ."""
+"""A stored row of any known dataset layout -> Conversation.
+
+The layout is recognised for each row, since rows of one file may differ. All of these rows become
+Conversation((Message("user", "hi"), Message("assistant", "hello"))):
+
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    {"instruction": "hi", "output": "hello"}
+    {"prompt": "hi", "completion": "hello"}
+"""
 
 from __future__ import annotations
 
@@ -10,9 +19,21 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.records import Conversation, Message, Refused, Role, ToolCall, ToolCalls
+from sftstream.records import (
+    REASONING_KEYS,
+    UNDECODABLE,
+    BrokenRow,
+    Conversation,
+    Message,
+    RawRow,
+    Refused,
+    Role,
+    ToolCall,
+    ToolCalls,
+)
 
 Row = Mapping[str, Any]
+"""A decoded row: column -> value."""
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -30,43 +51,73 @@ ROLES: dict[str, Role] = {
     "observation": "tool",
     "ipython": "tool",
 }
-"""Every name of a role that datasets use -> the one that chat templates know."""
+"""Name of a role in datasets -> role in chat templates."""
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 NESTING = 64
-"""Levels of lists and objects in a row. A fixed number, since how deep Python itself can follow depends on who calls."""
+"""Largest depth of nested lists and objects in a row.
+
+A fixed limit: Python's own recursion limit would depend on the depth of the caller.
+"""
 
 
-def parse_row(row: Any) -> Conversation:
-    """The row's dialogue; raises `Refused` naming the field that is not as it should be."""
-    if isinstance(row, Conversation):
-        return row
-    if not isinstance(row, Mapping):
-        raise Refused("unknown layout", f"the row is a {type(row).__name__}, not an object with columns")
-    messages = _typed(row) or _any(row)
+def parse_row(row: RawRow, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Return the conversation that a stored row holds.
+
+    `columns` renames a source's own columns: {"instruction": "q"} reads column `q` as
+    `instruction`. Raises BrokenRow if the row is not JSON or has none of the columns, and Refused,
+    naming the field, if the layout is not understood.
+    """
+    if columns is None and isinstance(row, bytes) and (conversation := _typed_json(row)):
+        return conversation
+    decoded = decode_row(row)
+    if not isinstance(decoded, Mapping):
+        raise Refused("unknown layout", f"the row is a {type(decoded).__name__}, not an object with columns")
+    fields = decoded if columns is None else _renamed(decoded, columns)
+    messages = _typed(fields) or _any(fields)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    return Conversation(messages, _tools(row.get("tools")))
+    return Conversation(messages, _tools(fields.get("tools")))
 
 
-def decode_row(text: bytes) -> Conversation | Any:
-    """A row of its JSON text: at once the conversation that it is if it is written as most are, else plain objects."""
-    if text.startswith(_BEGINNING):
-        try:
-            typed = _TYPED.decode(text)
-            tools = _known_tools(bytes(typed.tools)) if typed.tools else ()
-        except (msgspec.ValidationError, Refused):
-            return msgspec.json.decode(text)
-        if _answered(typed.messages):
-            return Conversation(typed.messages, tools)
-    return msgspec.json.decode(text)
+def decode_row(row: RawRow) -> Any:
+    """Return the value of a row's JSON text, or a table's row unchanged.
+
+    Raises BrokenRow if the text is not JSON.
+    """
+    if not isinstance(row, bytes):
+        return row
+    try:
+        return msgspec.json.decode(row)
+    except UNDECODABLE as error:
+        raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the columns that `columns` names, under the names that a layout knows."""
+    result = {name: row[column] for name, column in columns.items() if column in row}
+    if not result:
+        raise BrokenRow(f"has none of the columns {sorted(columns.values())}; it has {sorted(map(str, row))}")
+    return result
+
+
+def _typed_json(text: bytes) -> Conversation | None:
+    """Return the conversation of JSON text that is a `_TypedJson`; None of any other text."""
+    if not text.startswith(_BEGINNING):
+        return None
+    try:
+        typed = _TYPED.decode(text)
+        tools = _known_tools(bytes(typed.tools)) if typed.tools else ()
+    except (*UNDECODABLE, Refused):
+        return None
+    return Conversation(typed.messages, tools) if _answered(typed.messages) else None
 
 
 class _Typed(msgspec.Struct, gc=False):
-    """A row under the names that `Message` has, of which `_any` would say the same in ten times the time."""
+    """A row in the field names of `Message`; msgspec takes a tenth of the time of `_any`."""
 
     messages: tuple[Message, ...]
     system: None = None
@@ -74,22 +125,23 @@ class _Typed(msgspec.Struct, gc=False):
 
 
 class _TypedJson(_Typed, forbid_unknown_fields=True, gc=False):
-    """One that has no other columns, in which anything could be nested."""
+    """A `_Typed` row without further columns, since msgspec would not check their nesting."""
 
     tools: msgspec.Raw = msgspec.Raw()
 
 
 def _tool_calls(_type: type, value: Any) -> ToolCalls:
-    _refuse_deep([[[value]]])  # as deep as it lies in the row
+    _refuse_deep([[[value]]])  # wrapped as deep as in the row
     return _calls(value, "tool_calls")
 
 
 _TYPED = msgspec.json.Decoder(_TypedJson, dec_hook=_tool_calls)
 _BEGINNING = b'{"messages"'
+"""First bytes of most JSON rows that `_TYPED` decodes; other rows skip the attempt."""
 
 
 def _typed(row: Row) -> tuple[Message, ...] | None:
-    """The messages of such a row; None of another."""
+    """Return the messages of a `_Typed` row; None of any other row."""
     try:
         messages = msgspec.convert(row, _Typed, dec_hook=_tool_calls).messages
     except msgspec.ValidationError:
@@ -102,7 +154,7 @@ def _typed(row: Row) -> tuple[Message, ...] | None:
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """All say or do something, and one of them is the assistant's."""
+    """Return True if each message has content or tool calls and the assistant has a message."""
     answered = False
     for message in messages:
         if message.content is None and not message.tool_calls:
@@ -113,7 +165,7 @@ def _answered(messages: Sequence[Message]) -> bool:
 
 @lru_cache(maxsize=128)
 def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
-    """Tools of their JSON text, which many conversations share."""
+    """Return the tools of JSON text; cached, since many conversations share tools."""
     tools = msgspec.json.decode(text)
     _refuse_deep([tools])
     return _tools(tools)
@@ -138,30 +190,30 @@ def _present(row: Row, key: str) -> bool:
 
 
 def _openai(row: Row) -> Iterable[Message]:
-    """`messages`: role/content, as the OpenAI API has them. Some sets keep from/value under this name."""
+    """Read `messages`: role/content as in the OpenAI API, or from/value."""
     return _turns(row, "messages")
 
 
 def _sharegpt(row: Row) -> Iterable[Message]:
-    """`conversations`: from/value, the system prompt sometimes in a column of its own. Some keep role/content under this name."""
+    """Read `conversations`: from/value, or role/content; the system prompt may have a column."""
     return _turns(row, "conversations")
 
 
 def _rounds(row: Row) -> Iterable[Message]:
-    """`conversation`: a list of input and output, the first with a system prompt if any; some keep messages under this name."""
+    """Read `conversation`: pairs of input and output with optional system prompts, or messages."""
     rounds = _decoded(row["conversation"])
-    if not _is_list(rounds) or not all(isinstance(one, Mapping) and "input" in one for one in rounds):
+    if not _is_list(rounds) or not all(isinstance(pair, Mapping) and "input" in pair for pair in rounds):
         yield from _turns(row, "conversation")
         return
     yield from _system(row)
-    for index, one in enumerate(rounds):
-        yield from _system(one)
-        yield Message("user", _text(one["input"], f"conversation[{index}].input"))
-        yield Message("assistant", _text(one.get("output"), f"conversation[{index}].output"))
+    for index, pair in enumerate(rounds):
+        yield from _system(pair)
+        yield Message("user", _text(pair["input"], f"conversation[{index}].input"))
+        yield Message("assistant", _text(pair.get("output"), f"conversation[{index}].output"))
 
 
 def _by_turns(row: Row) -> Iterable[Message]:
-    """`data`: texts, the user's and the assistant's by turns (UltraChat as it was first published)."""
+    """Read `data`: texts of the user and the assistant in turn, as first published by UltraChat."""
     texts = _decoded(row["data"])
     if not _is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
@@ -171,7 +223,10 @@ def _by_turns(row: Row) -> Iterable[Message]:
 
 
 def _alpaca(row: Row) -> Iterable[Message]:
-    """instruction, optional input, output or response, optional system and history of [question, answer] pairs."""
+    """Read `instruction` with `output` or `response`, and optional `input`, `system`, `history`.
+
+    `history` holds [question, answer] pairs from before the instruction.
+    """
     yield from _system(row)
     history = row.get("history") or []
     for pair in history if _is_list(history) else [history]:
@@ -188,7 +243,7 @@ def _alpaca(row: Row) -> Iterable[Message]:
 
 
 def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
-    """Two columns of text, or of messages."""
+    """Return a layout of two columns, each of text or of messages."""
 
     columns: tuple[tuple[str, Role], ...] = ((question, "user"), (answer, "assistant"))
 
@@ -214,7 +269,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] 
     (("question", "answer"), _pair("question", "answer")),
     (("data",), _by_turns),
 )
-"""Columns that must be there -> how to read the row; the first that matches."""
+"""Required columns -> reader of the row; the first match counts."""
 
 
 def _turns(row: Row, column: str) -> Iterable[Message]:
@@ -227,7 +282,10 @@ def _turns(row: Row, column: str) -> Iterable[Message]:
 
 
 def _plain(turn: Any) -> Message | None:
-    """A turn that is a role and a text and no more, as most are; `_message` would say the same of it, in ten times the time."""
+    """Return the message of a turn with just a role and a text; None of any other turn.
+
+    Most turns are plain; `_message` would give the same message in ten times the time.
+    """
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
@@ -245,17 +303,17 @@ def _message(turn: Any, path: str) -> Message:
         raise Refused("unknown role", f"{path} has role {named!r}; known are {', '.join(ROLES)}")
     content = _first(turn, "content", "value")
     if named == "function_call":
-        text, reasoning, said = None, None, _calls(content, path)
+        text, reasoning, calls = None, None, _calls(content, path)
     else:
-        text, reasoning, said = _parts(content, role, path)
-    more = [_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
-    calls = ToolCalls(chain(said, *more))
+        text, reasoning, calls = _parts(content, role, path)
+    fields = [_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
+    calls = ToolCalls(chain(calls, *fields))
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     return Message(
         role=role,
         content=text,
-        reasoning=reasoning or _optional_text(turn, path, "reasoning_content", "reasoning", "thinking"),
+        reasoning=reasoning or _optional_text(turn, path, *REASONING_KEYS),
         tool_calls=calls,
         name=_optional_text(turn, path, "name"),
         tool_call_id=_optional_text(turn, path, "tool_call_id"),
@@ -264,21 +322,19 @@ def _message(turn: Any, path: str) -> Message:
 
 
 def _train(turn: Mapping[str, Any], path: str) -> bool | None:
-    """What the data says of training a message: `train` as a boolean, or `weight` as 0 or 1."""
+    """Return a turn's `train` (a boolean) or `weight` (0 or 1) as a boolean, or None."""
     flag = _first(turn, "train", "weight")
     if flag is not None and flag not in (0, 1):
-        raise Refused(
-            "bad weight", f"{path} is to be trained {excerpt(flag)} times; train and weight say no or yes, 0 or 1"
-        )
+        raise Refused("bad weight", f"{path} has train or weight {excerpt(flag)}; use true or false, 1 or 0")
     return None if flag is None else bool(flag)
 
 
 def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, ToolCalls]:
-    """Text, reasoning and tool calls of a content that is text or a list of typed parts."""
+    """Return text, reasoning and tool calls of content: a text, or a list of typed parts."""
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
     if role == "tool" and isinstance(content, Mapping):
-        # Tool results are stored as objects here and there; a template prints text.
+        # Some datasets store tool results as objects, but a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     if not _is_list(content):
         raise Refused("not text", f"{path} has content {excerpt(content)}, neither text nor a list of parts")
@@ -300,7 +356,10 @@ def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, 
 
 
 def _calls(value: Any, path: str) -> ToolCalls:
-    """Tool calls in any spelling: one or a list, encoded as JSON or not, wrapped in `function` or not."""
+    """Return tool calls of any spelling.
+
+    Accepts a single call or a list, JSON text or objects, with or without a `function` wrapper.
+    """
     value = _decoded(value)
     if not value:
         return ToolCalls()
@@ -329,14 +388,14 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _system(row: Row) -> Iterable[Message]:
-    """A system prompt in a column of its own."""
+    """Yield the message of a system prompt in a separate column, if any."""
     prompt = row.get("system") or row.get("system_prompt")
     if prompt:
         yield Message("system", _text(prompt, "system"))
 
 
 def _decoded(value: Any) -> Any:
-    """Lists and objects that a dataset keeps as JSON text, decoded; any other text as it is."""
+    """Return the list or object that JSON text holds; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
@@ -349,7 +408,7 @@ def _decoded(value: Any) -> Any:
 
 def _refuse_deep(value: Any) -> None:
     if not isinstance(value, str) and not _nested_within(NESTING, value):
-        raise Refused("nested too deep", f"it has lists and objects in more than {NESTING} levels")
+        raise Refused("nested too deep", f"the row nests lists and objects more than {NESTING} levels deep; flatten it")
 
 
 def _nested_within(levels: int, value: Any) -> bool:
@@ -362,7 +421,7 @@ def _nested_within(levels: int, value: Any) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, (dict, Mapping)):  # a dict is told at once, any other mapping slowly
+    if isinstance(value, (dict, Mapping)):  # the check for dict is fast, the check for Mapping slow
         return value.values()
     return value if _is_list(value) else ()
 
@@ -372,7 +431,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of the fields that holds something: tables store a field that a row lacks as None."""
+    """Return the first named field that is not None: tables store missing fields as None."""
     for name in names:
         if (value := fields.get(name)) is not None:
             return value

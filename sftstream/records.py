@@ -1,6 +1,7 @@
-"""Everything that flows from a row to a pack. Records only: nothing here reads, decides or acts.
+"""Records of each stage from a row to a pack: RawRow, Conversation, Rendered, Example, Pack.
 
-`gc=False`: they hold values that hold nothing in turn, and a collector that looks through tens of thousands of them is slow.
+Records only: nothing here reads, decides or acts. `gc=False` keeps tens of thousands of live
+records out of the garbage collector's scans; the records hold no reference cycles.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
-"""The label of a token that is not trained, as `torch.nn.functional.cross_entropy` expects it."""
+"""Label of an untrained token, as `torch.nn.functional.cross_entropy` expects."""
 
 
 class Refused(ValueError):
-    """This one conversation cannot be trained truly. `reason` is a few words to count by, `detail` is for people."""
+    """A conversation that cannot be trained correctly.
+
+    `reason` is a short phrase to count by, `detail` an explanation for people.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -30,8 +34,23 @@ class Refused(ValueError):
         self.detail = detail
 
 
+class BrokenRow(ValueError):
+    """A stored row that cannot be read or decoded, between rows that can.
+
+    The message follows the row's location: "is not JSON: ..." becomes "a.jsonl:3 is not JSON: ...".
+    """
+
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""Errors of `msgspec.json.decode` on bytes that are not JSON, or on JSON nested deeper than
+Python follows."""
+
+RawRow = bytes | Mapping[str, Any]
+"""A stored row: JSON text, not yet decoded, or the columns of a table's row as Python values."""
+
+
 class Ref(NamedTuple):
-    """Where a conversation stands: `row` of the config's `source`-th source, drawn in its `epoch`-th pass."""
+    """Reference to a drawn row: the source's index, the row's number in the source, the pass."""
 
     source: int
     row: int
@@ -39,7 +58,7 @@ class Ref(NamedTuple):
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
-    """One function call of an assistant message."""
+    """A function call of an assistant message."""
 
     name: str
     arguments: dict[str, Any]
@@ -47,17 +66,25 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
 
 
 class ToolCalls(tuple[ToolCall, ...]):
-    """Those of one message. A type of its own, since datasets spell them in ways that need a hand to decode."""
+    """Tool calls of a message.
+
+    A separate type, so that msgspec hands tool calls to a hook that knows their many spellings.
+    """
 
     __slots__ = ()
 
 
 Role = Literal["system", "user", "assistant", "tool"]
-"""Who says a message, as chat templates know it."""
+"""Author of a message, as chat templates name roles."""
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of a message's reasoning. Datasets: the first name present counts. Chat templates: each
+template reads one name."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """One turn. `content` is None only where the assistant just calls tools."""
+    """A turn of a conversation. `content` is None only if the assistant just calls tools."""
 
     role: Role
     content: str | None = None
@@ -66,27 +93,28 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False)
     name: str | None = None
     tool_call_id: str | None = None
     train: bool | None = None
-    """What the data says of training this message; None leaves it to its role."""
+    """Choice by the data to train this message or not; None leaves the choice to the role."""
 
 
 class Conversation(msgspec.Struct, frozen=True, gc=False):
-    """One dialogue, whatever layout it was stored in."""
+    """Messages and tool definitions, in one form for all dataset layouts."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
 
 class Span(NamedTuple):
-    """Characters `[start, end)` of a rendered text that the assistant said, stop token included."""
+    """Range of characters `[start, end)` in a rendered text, stop token included."""
 
     start: int
     end: int
 
 
 class Rendered(msgspec.Struct, frozen=True, gc=False):
-    """A conversation as the chat template prints it, and where the spans of it that are trained begin and end, by turns.
+    """A conversation as printed by the chat template, with the trained spans.
 
-    `typed` are special tokens' text that somebody typed: words, not tokens.
+    `bounds` alternates the spans' starts and ends: `(3, 8, 20, 24)` is spans 3-8 and 20-24. `typed`
+    are ranges of message content that spell a special token, to be tokenized as plain words.
     """
 
     text: str
@@ -95,7 +123,7 @@ class Rendered(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The spans that are trained, in order."""
+        """Trained spans, in text order."""
         return tuple(map(Span, self.bounds[::2], self.bounds[1::2]))
 
 
@@ -103,10 +131,10 @@ NO_NOTES: Mapping[str, int] = MappingProxyType({})
 
 
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, true where the token is trained.
+    """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, True if trained.
 
-    `targets` is how many of these something comes before, so that they can be. `notes` counts what was done to get there, by
-    what it was.
+    `targets` is the number of trained tokens that have a predecessor. `notes` counts treatments of
+    the conversation by name, for example truncations.
     """
 
     tokens: NDArray[np.int32]
@@ -116,7 +144,7 @@ class Example(msgspec.Struct, frozen=True, gc=False):
 
 
 class Amount(msgspec.Struct, frozen=True, array_like=True):
-    """How much of something there is."""
+    """Counts of conversations, tokens and trained tokens."""
 
     conversations: int = 0
     tokens: int = 0
@@ -131,10 +159,10 @@ class Amount(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One conversation's stretch inside a pack, named by where it came from.
+    """An example's part of a pack, named by the row.
 
-    The same record is the reference that a state keeps instead of tokens: reading `row` of `source`
-    again gives the segment's tokens again.
+    A state keeps segments instead of tokens: reading `row` of `source` again gives the segment's
+    `length` tokens again.
     """
 
     source: int
@@ -142,16 +170,20 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     length: int
     epoch: int
     part: int = 0
-    """Which of the conversation's examples, where a policy makes several of one."""
+    """Index of the example among the examples of its conversation; 0 unless a policy makes
+    several."""
 
     @property
     def ref(self) -> Ref:
-        """Where the conversation stands."""
+        """Reference to the segment's row."""
         return Ref(self.source, self.row, self.epoch)
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """A row that is not trained on, and why. `reason` is one of a few words to count by, `detail` is for people."""
+    """A row that is not trained.
+
+    `reason` is a short phrase to count by, `detail` an explanation for people.
+    """
 
     source: int
     row: int
@@ -161,39 +193,50 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def at(cls, ref: Ref, reason: str, detail: str) -> Refusal:
-        """The refusal of the row at `ref`."""
+        """Return the refusal of row `ref`."""
         return cls(ref.source, ref.row, ref.epoch, reason, detail)
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One micro-batch: whole conversations side by side in a row of fixed capacity `T`.
+    """A micro-batch: whole segments side by side, padded to the capacity of `T` tokens.
 
-    `ids` int32 `(T,)`; `trained` bool `(T,)`, true for tokens that are to be learnt, which of a segment's first says nothing;
-    `borders` int32, where segments begin and end: `[0, l1, l1+l2, ..., T]`. Where conversations leave a tail free, the padding
-    is the last of these segments and is never trained. `segments` names the conversations, padding not among them. `refused`
-    are the rows that were read for this pack and not taken. `last` says that the pack's logical stream has run dry: whatever
-    comes from it later is empty.
+    Two segments of 3 and 2 trained tokens in a capacity of 6:
 
-    What a model takes is made of these when it is first asked for, and not sent from one process to another.
+        ids          = [7, 8, 9, 4, 5, 0]
+        trained      = [0, 1, 1, 0, 1, 0]
+        borders      = [0, 3, 5, 6]
+        labels       = [8, 9, -100, 5, -100, -100]
+        position_ids = [0, 1, 2, 0, 1, 0]
+
+    The tensors of a model's input are computed on first use, and not sent between processes.
     """
 
     ids: NDArray[np.int32]
+    """Token ids, int32 `(T,)`."""
     trained: NDArray[np.bool_]
+    """True where the token is a target, bool `(T,)`; ignored at a segment's first token."""
     borders: NDArray[np.int32]
+    """Borders of the segments, int32: `[0, l1, l1 + l2, ..., T]`. Padding, if any, is the last
+    segment, and is never trained."""
     segments: tuple[Segment, ...] = ()
+    """Segments of conversations, without padding."""
     refused: tuple[Refusal, ...] = ()
+    """Rows that were read for this pack and refused."""
     exhausted: bool = False
+    """True if the pack's logical stream has ended: all later packs of the stream are empty."""
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
-        """int64 `(T,)`."""
+        """Token ids, int64 `(T,)`."""
         return torch.from_numpy(self.ids.astype(np.int64))
 
     @cached_property
     def labels(self) -> torch.Tensor:
-        """int64 `(T,)`: the token that follows in the same conversation where that one is trained, else `IGNORE_INDEX`. The shift
-        by one has been done, here and nowhere else."""
+        """Targets, int64 `(T,)`: the segment's next token if trained, else `IGNORE_INDEX`.
+
+        Labels are already shifted by one; a loss must not shift again.
+        """
         labels = np.full(self.capacity, IGNORE_INDEX, np.int64)
         np.copyto(labels[:-1], self.ids[1:], where=self.trained[1:])
         labels[self.borders[1:] - 1] = IGNORE_INDEX  # nothing follows the last token of a segment
@@ -201,51 +244,51 @@ class Pack:
 
     @cached_property
     def position_ids(self) -> torch.Tensor:
-        """int64 `(T,)`: restart at 0 with every segment."""
-        places = np.arange(self.capacity, dtype=np.int32)
-        places -= self.borders[:-1].repeat(np.diff(self.borders))
-        return torch.from_numpy(places.astype(np.int64))
+        """Positions, int64 `(T,)`, from 0 in each segment."""
+        positions = np.arange(self.capacity, dtype=np.int32)
+        positions -= self.borders[:-1].repeat(np.diff(self.borders))
+        return torch.from_numpy(positions.astype(np.int64))
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
-        """int32: `borders`, as variable-length attention takes them."""
+        """Borders of the segments, int32 `(segments + 1,)`, for variable-length attention."""
         return torch.from_numpy(self.borders)
 
     @property
     def max_seqlen(self) -> int:
-        """Tokens of the longest segment."""
+        """Number of tokens of the longest segment."""
         return int(np.diff(self.borders).max())
 
     @property
     def trained_tokens(self) -> int:
-        """Labels that count in the loss."""
+        """Number of labels that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @property
     def capacity(self) -> int:
-        """Slots of the pack, padding included."""
+        """Number of tokens, padding included."""
         return len(self.ids)
 
     @property
     def tokens(self) -> int:
-        """Tokens of conversations, padding excluded."""
+        """Number of tokens, padding excluded."""
         return sum([segment.length for segment in self.segments])
 
     @property
     def conversations(self) -> int:
-        """Conversations that begin here: of one that was split, the first part counts."""
+        """Number of conversations; a split conversation counts in its first part's pack."""
         return [segment.part for segment in self.segments].count(0)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what the trainer computes with: ids, labels, positions and borders."""
+        """Return the SHA-256 (hex) of ids, labels, positions and borders."""
         digest = hashlib.sha256()
         for tensor in (self.input_ids, self.labels, self.position_ids, self.cu_seqlens):
             digest.update(_narrow(tensor).tobytes())
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A tensor through a worker's queue costs a file descriptor and 3-4 ms a pack. A pipe takes 64 KB at once, and the rest of
-        # a larger pack waits until its worker has a moment for it.
+        # A tensor in a worker's queue costs a file descriptor and 3-4 ms a pack. A pipe takes 64 KB
+        # at once; the rest of a larger pack would wait for its worker: send the mask as bits.
         return _unpacked, (
             self.ids,
             np.packbits(self.trained),
@@ -257,7 +300,7 @@ class Pack:
 
 
 def batch_digest(digests: Iterable[str]) -> str:
-    """SHA-256 (hex) of a step's packs, given their digests in the order of the run."""
+    """Return the SHA-256 (hex) of a global batch, from its packs' digests in run order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

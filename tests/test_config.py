@@ -98,7 +98,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"sources": [{"path": "a", "columns": {}}]},
-            "columns is empty, so that no column would be read; name some, or leave it out - at `$.sources[0]`",
+            "columns is empty, so no column would be read; name at least one column, or leave columns out - at `$.sources[0]`",
         ),
         ({"sources": [{"path": "a", "weight": 0}]}, "weight = 0.0 must be a positive number - at `$.sources[0]`"),
         ({"sources": [{"path": "a", "weight": -2}]}, "weight = -2.0 must be a positive number - at `$.sources[0]`"),
@@ -112,24 +112,24 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
-            "source 'b' has no weight but another has; give weights to all sources or to none",
+            "source 'b' has no weight but another source has; give weights to all sources or to none",
         ),
         ({"sources": [{"path": "a", "repeat": 0}]}, "repeat = 0.0 must be a positive number - at `$.sources[0]`"),
         (
             {"sources": [{"path": "a", "repeat": 2}], "epochs": None},
-            "repeat counts passes in an epoch and needs epochs; an endless stream is mixed by weights",
+            "repeat needs data.epochs; set data.epochs, or mix an endless stream by weights",
         ),
         (
             {"stages": [{"after": 5, "weights": [1]}]},
-            "stages change weights, so the sources need weights for the beginning",
+            "stages change weights; give each source a weight for the beginning of the run",
         ),
         (
             {"stages": [{"after": 0, "weights": [1]}]},
-            "after = 0 must be at least 1; the sources' own weights hold from the beginning - at `$.stages[0]`",
+            "after = 0 must be at least 1; give the weights of the run's beginning in the sources - at `$.stages[0]`",
         ),
         (
             {"stages": [{"after": 5, "weights": [0]}]},
-            "weights = [0.0] must not be negative, and not all be 0 - at `$.stages[0]`",
+            "weights = [0.0] must be 0 or more, with at least one above 0 - at `$.stages[0]`",
         ),
         (
             {"sources": [{"path": "a", "weight": 1}], "stages": [{"after": 5, "weights": [1, 2]}]},
@@ -140,7 +140,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
                 "sources": [{"path": "a", "weight": 1}],
                 "stages": [{"after": 5, "weights": [1]}, {"after": 5, "weights": [2]}],
             },
-            "stages come by rising after, but 5 follows 5",
+            "stage after = 5 follows 5; order the stages by rising after",
         ),
     ],
 )

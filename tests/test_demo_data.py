@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sftstream import ChatEncoder, Conversation, Message, SourceConfig, ToolCall, read_conversations
+from sftstream.formats import decode_row
 from sftstream.sources import FileSet
 from trainer.config import load_config
 
@@ -63,7 +64,7 @@ def test_every_layout_has_a_good_part_of_the_conversations() -> None:
     for name, columns in COLUMNS.items():
         rows = FileSet(SourceConfig(path=str(DEMO / "data" / name)))
         assert len(rows) > 1000
-        assert all(columns <= set(rows.read(row)) for row in range(len(rows)))
+        assert all(columns <= set(decode_row(rows.read(row))) for row in range(len(rows)))
 
 
 def test_the_layouts_together_are_nine_thousand_conversations_of_all_kinds(trained: list[Conversation]) -> None:

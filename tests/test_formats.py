@@ -1,4 +1,4 @@
-"""A row of any known layout becomes one dialogue, or is refused with the field that is not as it should be."""
+"""A row of any known layout becomes one conversation, or is refused with the field that is not as it should be."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftstream import Conversation, Message, Refused, ToolCall, formats
-from sftstream.formats import LAYOUTS, ROLES, decode_row, parse_row
-from sftstream.records import ToolCalls
+from sftstream.formats import LAYOUTS, ROLES, parse_row
+from sftstream.records import BrokenRow, ToolCalls
 
 USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
 HI = {"role": "user", "content": "hi"}
@@ -63,7 +63,7 @@ def refusal(row: Any) -> str:
         },
     ],
 )
-def test_every_layout_gives_the_same_dialogue(row: dict[str, Any]) -> None:
+def test_every_layout_gives_the_same_conversation(row: dict[str, Any]) -> None:
     assert parse_row(row) == Conversation((USER, ANSWER))
 
 
@@ -191,9 +191,9 @@ ANSWERED = {"role": "assistant", "content": "hello"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (["hi"], "unknown layout: the row is a list, not an object with columns"),
-        (5, "unknown layout: the row is a int, not an object with columns"),
-        (None, "unknown layout: the row is a NoneType, not an object with columns"),
+        (b'["hi"]', "unknown layout: the row is a list, not an object with columns"),
+        (b"5", "unknown layout: the row is a int, not an object with columns"),
+        (b"null", "unknown layout: the row is a NoneType, not an object with columns"),
         ({"messages": []}, "empty conversation: it has no messages"),
         ({"messages": [HI]}, "no assistant message: its roles are ['user']"),
         ({"messages": "hi"}, "bad messages: messages is a str, not a list of messages"),
@@ -285,7 +285,7 @@ ANSWERED = {"role": "assistant", "content": "hello"}
         ),
     ],
 )
-def test_a_row_that_is_no_dialogue_is_refused_with_its_place(row: Any, message: str) -> None:
+def test_a_row_that_is_no_conversation_is_refused_with_its_path(row: Any, message: str) -> None:
     text = refusal(row)
     assert text.startswith(message)
     assert len(text) < 300
@@ -300,7 +300,7 @@ def nested(levels: int) -> Any:
 
 @pytest.mark.parametrize("levels", [64, 900])
 def test_a_row_nested_too_deep_is_refused_wherever_the_depth_is(levels: int) -> None:
-    deep = "nested too deep: it has lists and objects in more than 64 levels"
+    deep = "nested too deep: the row nests lists and objects more than 64 levels deep; flatten it"
     call = {"name": "f", "arguments": json.dumps({"a": nested(levels)})}
     assert refusal({"messages": [HI, ANSWERED], "note": nested(levels)}) == deep
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}) == deep
@@ -340,7 +340,7 @@ def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
     row = {"messages": messages, **columns}
     found = read(formats._typed, row)
     assert found is None or found == read(formats._any, row)
-    assert read(lambda text: parse_row(decode_row(text)), msgspec.json.encode(row)) == read(parse_row, row)
+    assert read(parse_row, msgspec.json.encode(row)) == read(parse_row, row)
 
 
 def test_messages_are_recognised_by_their_types() -> None:
@@ -348,9 +348,9 @@ def test_messages_are_recognised_by_their_types() -> None:
     calling = Message("assistant", tool_calls=ToolCalls([ToolCall("f", {"a": 1})]))
     assert formats._typed({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
     row = {"messages": [HI, called, ANSWERED], "tools": [{"name": "f"}]}
-    found = decode_row(msgspec.json.encode(row))
+    found = formats._typed_json(msgspec.json.encode(row))
     assert found == Conversation((USER, calling, ANSWER), ({"type": "function", "function": {"name": "f"}},))
-    assert isinstance(decode_row(msgspec.json.encode(row | {"id": 3})), dict)
+    assert formats._typed_json(msgspec.json.encode(row | {"id": 3})) is None
 
 
 @pytest.mark.parametrize("levels", range(57, 66))
@@ -363,7 +363,7 @@ def test_nesting_counts_alike_in_json_and_in_objects(levels: int) -> None:
     for row in rows:
         general = read(formats._any, row)
         assert isinstance(general[0], str) == isinstance(read(parse_row, row), tuple)
-        assert read(lambda text: parse_row(decode_row(text)), msgspec.json.encode(row)) == read(parse_row, row)
+        assert read(parse_row, msgspec.json.encode(row)) == read(parse_row, row)
 
 
 def test_nesting_within_the_limit_is_kept() -> None:
@@ -376,7 +376,7 @@ def test_text_that_looks_like_json_too_deep_to_decode_is_no_tool_call() -> None:
     assert refusal({"messages": [HI, {**ANSWERED, "tool_calls": [call]}]}).startswith("bad tool call: messages[1]")
 
 
-def test_rounds_of_input_and_output_are_a_dialogue() -> None:
+def test_rounds_of_input_and_output_are_a_conversation() -> None:
     row = {"conversation": [{"system": "be brief", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
     assert parse_row(row).messages == (
         Message("system", "be brief"),
@@ -391,7 +391,7 @@ def test_rounds_of_input_and_output_are_a_dialogue() -> None:
         parse_row({"conversation": [{"input": "a"}]})
 
 
-def test_texts_by_turns_are_a_dialogue() -> None:
+def test_texts_by_turns_are_a_conversation() -> None:
     assert parse_row({"id": "7", "data": ["a", "b", "c"]}).messages == (
         Message("user", "a"),
         Message("assistant", "b"),
@@ -412,3 +412,30 @@ def test_a_message_says_whether_it_is_trained(flag: dict[str, Any], train: bool 
 def test_a_message_cannot_be_trained_half() -> None:
     with pytest.raises(Refused, match="bad weight"):
         parse_row({"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]})
+
+
+def test_columns_are_renamed_and_the_others_left_out() -> None:
+    columns = {"instruction": "q", "output": "r"}
+    for row in ({"q": "hi", "r": "hello", "messages": 5}, b'{"messages": 5, "r": "hello", "q": "hi"}'):
+        assert parse_row(row, columns) == Conversation((USER, ANSWER))
+    typed = {"messages": [HI, ANSWERED], "q": "a", "r": "b"}
+    for row in (typed, msgspec.json.encode(typed)):
+        assert parse_row(row, columns).messages == (Message("user", "a"), Message("assistant", "b"))
+    with pytest.raises(Refused, match=r"^unknown layout: columns \['output'\] match none of"):
+        parse_row({"r": None}, columns)
+    with pytest.raises(BrokenRow) as error:
+        parse_row({"s": 1, "messages": 2}, columns)
+    assert str(error.value) == "has none of the columns ['q', 'r']; it has ['messages', 's']"
+    with pytest.raises(Refused, match="unknown layout: the row is a list, not an object"):
+        parse_row(b"[1]", columns)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b'{"messages": [', b'{"messages": [{"role": "\xff"}]}', b'{"messages": ' + b"[" * 100_000, b"x"],
+    ids=["nothing", "cut off", "cut off after messages", "no UTF-8", "deep", "no JSON"],
+)
+def test_a_row_that_is_not_json_is_broken(text: bytes) -> None:
+    with pytest.raises(BrokenRow, match=r"^is not JSON: .") as error:
+        parse_row(text)
+    assert "\n" not in str(error.value)

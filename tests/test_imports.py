@@ -28,7 +28,6 @@ ORDER = {
         "sources.location",
         "sources.remote",
         "sources.kinds",
-        "sources.forward",
         "sources.saved",
         "sources.hub",
         "sources.resolve",

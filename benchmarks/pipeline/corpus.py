@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from sftstream import ChatEncoder, Refused, SourceConfig
 from sftstream.formats import parse_row
-from sftstream.records import Conversation, Example, Rendered
+from sftstream.records import BrokenRow, Conversation, Example, Rendered
 from sftstream.rendering.template import template_message
-from sftstream.sources import BrokenRow, FileSet
+from sftstream.sources import FileSet
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

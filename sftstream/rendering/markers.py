@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sftstream.excerpt import excerpt
-from sftstream.records import Refused
-from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage
+from sftstream.records import REASONING_KEYS, Refused
+from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 MARK = re.compile(r"ZqM(\d{1,9})x([012])x(\d{1,9})([be])Zq")
 """A marker: message, index of the kind, payload number, b(egin) or e(nd).

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from sftstream.records import Refused
+from sftstream.records import REASONING_KEYS, Refused
 from sftstream.rendering.markers import locate
-from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, bounded_memory
+from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded_memory
 from sftstream.rendering.turns import ANSWER, CALLED, RESULT, SAID, TOOL, USER, TurnFormat, probe_turn_format
 
 SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}

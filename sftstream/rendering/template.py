@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from sftstream.records import Message, Refused, Span
+from sftstream.records import REASONING_KEYS, Message, Refused, Span
 
 TemplateMessage = dict[str, Any]
 
@@ -29,9 +29,6 @@ MEMORY = 256 << 20
 
 REMEMBERED = 2048
 """Results in one generation of the JSON cache; two generations are kept."""
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning; each template reads one of the three."""
 
 # A template is a program and may add None to a string, split by "", divide by 0 or never return.
 _ERRORS = (

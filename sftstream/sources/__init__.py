@@ -1,8 +1,8 @@
-"""Where conversations come from: rows of files, any of them by number, or one after the other where a source is streamed."""
+"""Rows of files: by number in any order, or read forward from streamed sources."""
 
 from sftstream.sources.corpus import Corpus, CorpusReader, FileSet
-from sftstream.sources.rows import BrokenRow, FileIdentity, RowFile
+from sftstream.sources.rows import FileIdentity, RowFile
 from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
 
-__all__ = ["BrokenRow", "Corpus", "CorpusReader", "FileIdentity", "FileSet", "RowFile", "ShardReader", "StreamedSource"]
+__all__ = ["Corpus", "CorpusReader", "FileIdentity", "FileSet", "RowFile", "ShardReader", "StreamedSource"]

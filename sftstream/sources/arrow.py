@@ -1,12 +1,12 @@
-"""Arrow record batches, mapped from a file. What is stored in columns of another kind is copied into such a file once."""
+"""Arrow record batches, mapped into memory; Parquet is copied once into Arrow files."""
 
 from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from io import BytesIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from io import BufferedReader, BytesIO
 from itertools import accumulate, islice
 from typing import Any
 
@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.cache import cached
+from sftstream.records import UNDECODABLE, BrokenRow
 from sftstream.sources.rows import (
     OPEN_FILES,
-    PLAIN,
-    UNDECODABLE,
-    BrokenRow,
-    Decode,
     FileIdentity,
+    ReadRow,
+    RowsFrom,
     Stored,
     copy_of,
     derived,
@@ -30,22 +29,20 @@ from sftstream.sources.rows import (
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
 UNREADABLE = (pa.ArrowException, OSError)
-"""What Arrow raises on a file that is none, or is damaged."""
+"""Errors of Arrow on files that are damaged or not Arrow files."""
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 _FILE, _END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
-"""How the format for random access begins, and how the one for streams ends."""
+"""First bytes of Arrow's file format, and last bytes of Arrow's stream format."""
 
 
 class Batches:
-    """The rows of record batches, as Python values.
+    """Rows of record batches by number, as Python values.
 
-    Columns hold null for what a row lacks, in structs at any depth; here a row lacks it again. `Json` text is decoded.
-    `first` is the number of the first row, for messages.
+    A table stores the missing fields of a row as null, in structs at any depth; `read` leaves the
+    fields out again. Text of the type `arrow.json` is decoded.
     """
 
-    def __init__(self, display_name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], first: int = 0) -> None:
-        self._display_name = display_name
-        self._first = first
+    def __init__(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
         self._batches = [batch for batch in batches if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._plain = _struct(schema)
@@ -54,7 +51,7 @@ class Batches:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         index = bisect_right(self._ends, row)
         batch = self._batches[index]
         try:
@@ -63,16 +60,13 @@ class Batches:
                 self._valid.add(index)
             return self._plain(batch.slice(row - self._ends[index] + batch.num_rows, 1).to_pylist()[0])
         except pa.ArrowInvalid as error:
-            raise BrokenRow(f"{self.locate_row(row)} is in a damaged record batch: {error}") from None
+            raise BrokenRow(f"is in a damaged record batch: {error}") from None
         except UNDECODABLE as error:
-            raise BrokenRow(f"{self.locate_row(row)} cannot be decoded: {error}") from None
-
-    def locate_row(self, row: int) -> str:
-        return f"{self._display_name}[{self._first + row}]"
+            raise BrokenRow(f"cannot be decoded: {error}") from None
 
 
 class Arrow:
-    """An Arrow file of either format, whose pages lie in memory once for all processes."""
+    """Rows of an Arrow file by number; all processes share the mapped pages."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
@@ -85,20 +79,27 @@ class Arrow:
     def __len__(self) -> int:
         return self._rows
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         batches, mapped = _opened(self._stored)
-        if mapped.size() < len(mapped):  # to touch what was cut off would be a bus error
+        if mapped.size() < len(mapped):  # touching a page that was cut off would be a bus error
             raise RuntimeError(
-                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore it"
+                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore the file"
             )
         return batches.read(row)
 
     def locate_row(self, row: int) -> str:
         return f"{self._stored.display_name}[{row}]"
 
+    def require_intact(self, row: int) -> None:
+        """Do nothing: an Arrow file has no row index."""
+
 
 def arrow(stored: Stored) -> Arrow:
-    """The rows of an Arrow file; of a compressed one by way of a copy, since its batches cannot be mapped."""
+    """Return the rows of an Arrow file.
+
+    A compressed file is copied, since compressed batches cannot be mapped. Raises ValueError if the
+    file is not a readable Arrow file.
+    """
     try:
         mapped = _mapped(stored)
         filled = (batch for batch in _source(stored, mapped)[1] if batch.num_rows)
@@ -110,14 +111,33 @@ def arrow(stored: Stored) -> Arrow:
 
 
 def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:
-    """The rows of `source`, copied once into an Arrow file in the cache."""
+    """Return the rows of `source()`, copied once into an Arrow file in the cache."""
     key = derived("arrow", original.key)
     copy = cached(key, ".arrow", lambda: _blocks(*source()))
     return Arrow(copy_of(original, copy, key))
 
 
+def arrow_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
+    """Read the rows of an Arrow file, of the file or the stream format, from the first row."""
+    _, batches = _source_of(name, pa.PythonFile(seekable(file), "r"))
+    return RowsFrom(0, rows_of(batches))
+
+
+def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[ReadRow]:
+    """Yield readers of the rows of record batches."""
+    for batch in batches:
+        rows = Batches(batch.schema, [batch])
+        for row in range(len(rows)):
+            yield partial(rows.read, row)
+
+
+def seekable(file: BufferedReader) -> Any:
+    """Return `file` if seekable, else its content in memory."""
+    return file if file.seekable() else BytesIO(file.read())
+
+
 def _blocks(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
-    """The streaming format, a batch at a time."""
+    """Yield the bytes of an Arrow stream, a batch at a time."""
     sink = BytesIO()
     with pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
@@ -131,55 +151,63 @@ def _blocks(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[by
 def _mapped(stored: Stored) -> mmap.mmap:
     with stored.open() as file:
         if not stored.seal[0]:
-            raise ValueError(f"{stored.display_name} is empty; remove it or write it again")
+            raise ValueError(f"{stored.display_name} is empty; remove the file or write it again")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def source_of(display_name: str, file: pa.NativeFile) -> Source:
-    """The batches of an open file of either format; raises ValueError where it was cut."""
+def _source_of(display_name: str, file: pa.NativeFile) -> Source:
+    """Return schema and batches of an open file, of either format.
+
+    Raises ValueError if the file was truncated.
+    """
     if file.read_at(len(_FILE), 0) == _FILE:
         reader = pa.ipc.open_file(file)
         return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
-    # A stream that is cut between two batches reads like a shorter one.
+    # A stream that is truncated between two batches would read like a shorter stream.
     if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
-        raise ValueError(f"{display_name} lacks the mark at its end: the file was cut, or is still being written")
+        raise ValueError(
+            f"{display_name} lacks the end mark of an Arrow stream: the file was truncated, or is still being written"
+        )
     file.seek(0)
     reader = pa.ipc.open_stream(file)
     return reader.schema, reader
 
 
 def _source(stored: Stored, mapped: mmap.mmap) -> Source:
-    return source_of(stored.display_name, pa.BufferReader(pa.py_buffer(mapped)))
+    return _source_of(stored.display_name, pa.BufferReader(pa.py_buffer(mapped)))
 
 
 def _checked(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Source:
     def checked() -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            _validate(batch)  # Arrow aborts the process where it writes one that is damaged
+            _validate(batch)  # Arrow aborts the process if it writes a damaged batch
             yield batch
 
     return schema, checked()
 
 
 def _lies_in(mapped: mmap.mmap, batch: pa.RecordBatch) -> bool:
-    whole = pa.py_buffer(mapped)
+    mapping = pa.py_buffer(mapped)
     buffers = (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None)
-    return all(whole.address <= buffer.address <= whole.address + whole.size for buffer in buffers)
+    return all(mapping.address <= buffer.address <= mapping.address + mapping.size for buffer in buffers)
 
 
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
     mapped = _mapped(stored)
-    return Batches(stored.display_name, *_source(stored, mapped)), mapped
+    return Batches(*_source(stored, mapped)), mapped
 
 
 def _validate(batch: pa.RecordBatch) -> None:
-    """Raises ArrowInvalid where offsets point anywhere, at memory speed. That text is UTF-8 is left to its row."""
+    """Raise ArrowInvalid if the batch's offsets are invalid.
+
+    Text is checked for valid UTF-8 when a row is read.
+    """
     batch.to_struct_array().view(_untexted(pa.struct(batch.schema))).validate(full=True)
 
 
 def _untexted(kind: pa.DataType) -> pa.DataType:
-    """The type with the same layout and bytes for text."""
+    """Return the type with all text types replaced by binary types of equal layout."""
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
@@ -193,7 +221,7 @@ def _untexted(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _struct(fields: Iterable[pa.Field]) -> Decoder:
+def _struct(fields: Iterable[pa.Field]) -> Callable[[Any], dict[str, Any]]:
     decoders = {}
     for field in fields:
         if field.name in decoders:
@@ -203,7 +231,7 @@ def _struct(fields: Iterable[pa.Field]) -> Decoder:
 
 
 def _decoder(kind: pa.DataType) -> Decoder:
-    """What makes a plain value of one that Arrow gives for this type."""
+    """Return a function from a value in `to_pylist` form to a plain value, for an Arrow type."""
     if pa.types.is_struct(kind):
         return _struct(kind)
     if pa.types.is_map(kind):

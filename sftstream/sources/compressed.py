@@ -1,4 +1,4 @@
-"""Compressed files, which cannot be read by row: unpacked once into the cache."""
+"""Compressed files: unpacked once into the cache for reading by row, or while read forward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from sftstream.cache import cached
 from sftstream.sources.rows import Stored, copy_of, derived
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""Suffix -> Arrow's name of the codec."""
+"""Suffix -> Arrow's name for the codec."""
 _BLOCK = 4 << 20
+"""Bytes unpacked at a time."""
 
 
 def unpacked(packed: Stored, suffix: str) -> Stored:
-    """What a file of this suffix holds; raises ValueError where it is damaged or cut."""
+    """Return the unpacked copy of a file; raises ValueError if the file is damaged or truncated."""
     key = derived("unpacked", packed.key)
     return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, CODECS[suffix])), key)
 
 
 def unpacking(file: BufferedReader, suffix: str) -> BufferedReader:
-    """What an open file of this suffix holds, unpacked as it is read."""
+    """Return the content of an open file, unpacked during reading."""
     return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), CODECS[suffix]))
 
 
@@ -33,4 +34,4 @@ def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:
                 yield block
             packed.require_unchanged(file)
     except OSError as error:
-        raise ValueError(f"{packed.display_name} cannot be unpacked: {error}") from None
+        raise ValueError(f"{packed.display_name} cannot be unpacked: {error}; restore the file") from None

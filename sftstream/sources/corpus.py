@@ -1,89 +1,117 @@
-"""All sources of a config as numbered rows."""
+"""All sources of a config, and the reader of one logical stream."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any
 
 from sftstream.config import SourceConfig
-from sftstream.records import Ref
+from sftstream.records import RawRow, Ref
 from sftstream.sources.resolve import open_source
-from sftstream.sources.rows import PLAIN, Decode, FileIdentity, RowFile, renamed
+from sftstream.sources.rows import FileIdentity, RowFile
 from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
 
 
 class FileSet:
-    """The files of one source, one after the other: any row at any time."""
+    """Rows of one source by number, through all files in order.
+
+    `shards` holds the number of rows of each file. Raises ValueError if the source holds no row.
+    """
 
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
         self.shards = tuple(len(file) for file in self.files)
         self._path = source.path
-        self._columns = source.columns
+        self.columns = source.columns
         self._ends = list(accumulate(self.shards))
         if not len(self):
-            raise ValueError(f"source {source.path!r} holds no row; remove it or name a file with conversations")
+            raise ValueError(
+                f"source {source.path!r} holds no row; remove the source or name a file with conversations"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """What the files held when they were opened."""
+        """Identities of the files at the time of opening."""
         return tuple(file.identity for file in self.files)
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        """The row, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
+    def read(self, row: int) -> RawRow:
+        """Return a row as stored; raises BrokenRow if unreadable."""
         file, local = self._file_and_row(row)
-        if self._columns is None:
-            return file.read(local, decode)
-        return renamed(file.read(local), self._columns, file, local)
+        return file.read(local)
 
     def locate_row(self, row: int) -> str:
+        """Return the row's location for messages and editors: `path:line` or `path[index]`."""
         file, local = self._file_and_row(row)
         return file.locate_row(local)
+
+    def require_intact(self, row: int) -> None:
+        """Raise RuntimeError if a row is broken by a damaged row index or a changed file."""
+        file, local = self._file_and_row(row)
+        file.require_intact(local)
 
     def _file_and_row(self, row: int) -> tuple[RowFile, int]:
         index = bisect_right(self._ends, row)
         if index == len(self.files):
-            raise RuntimeError(f"row {row} of {self._path!r} is no longer there: it has {len(self)} rows; restore it")
+            raise RuntimeError(
+                f"row {row} of {self._path!r} is no longer there: the source has {len(self)} rows; restore the source"
+            )
         return self.files[index], row - (self._ends[index - 1] if index else 0)
 
 
 class Corpus:
-    """Every source of a config, opened once for all streams of a process."""
+    """All sources of a config, opened once for all streams of a process."""
 
     def __init__(self, sources: tuple[SourceConfig, ...]) -> None:
         self.sources = [StreamedSource(source) if source.streaming else FileSet(source) for source in sources]
 
     @property
     def sizes(self) -> tuple[int | None, ...]:
-        """Rows of each source, None of one that is streamed."""
+        """Number of rows of each source; None if streamed."""
         return tuple(len(source) if isinstance(source, FileSet) else None for source in self.sources)
 
     def locate_row(self, source: int, row: int) -> str:
-        """Where an editor finds the row."""
+        """Return a row's location for messages and editors."""
         return self.sources[source].locate_row(row)
 
 
 class CorpusReader:
-    """A corpus as one stream reads it: where sources are streamed, with a place in each. `decode` makes rows of JSON."""
+    """Reads the rows of all sources for one logical stream.
 
-    def __init__(self, corpus: Corpus, decode: Decode = PLAIN) -> None:
+    Each reader has separate positions in streamed sources. `columns` holds the `columns` setting of
+    each source, for `formats.parse_row`.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
         self.sources: list[FileSet | ShardReader] = [
-            ShardReader(source, decode) if isinstance(source, StreamedSource) else source for source in corpus.sources
+            ShardReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
         ]
-        self._decode = decode
+        self.columns = [source.columns for source in corpus.sources]
+        self._corpus = corpus
 
     def expect(self, ref: Ref) -> None:
-        """This row was read before the state was taken, and will be read again."""
+        """Announce a row that will be read again, having been read before the state was taken."""
         source = self.sources[ref.source]
         if isinstance(source, ShardReader):
             source.expect(ref)
 
-    def read(self, ref: Ref) -> Any:
-        """The decoded row, of a streamed source once; raises `BrokenRow`."""
+    def read(self, ref: Ref) -> RawRow:
+        """Return a row as stored; raises BrokenRow if unreadable.
+
+        A streamed source gives each row once, or as often as announced.
+        """
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row, self._decode)
+        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
+
+    def locate_broken(self, ref: Ref) -> str:
+        """Return the location of a broken row.
+
+        Raises RuntimeError if the row is broken by a damaged row index or a changed file.
+        """
+        source = self.sources[ref.source]
+        if isinstance(source, FileSet):
+            source.require_intact(ref.row)
+        return self._corpus.locate_row(ref.source, ref.row)

@@ -1,10 +1,10 @@
-"""Datasets of the Hugging Face hub, and local directories laid out like them, as `datasets.load_dataset` reads them."""
+"""Datasets of the Hugging Face hub, and local directories in the layout of hub datasets."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,54 +14,63 @@ import pyarrow as pa
 from sftstream.config import SourceConfig
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
-from sftstream.sources.rows import PLAIN, SAMPLED_ABOVE, Decode, FileIdentity, derived, stored
+from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
 from sftstream.sources.saved import choose
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DECLARED = re.compile(r"---\n(?:(?!---).*\n)*?(?:configs|dataset_info):")
 _SLICE, _SLICES = 1000, 128
+"""Rows of a digest's slice, and most slices of a sampled digest."""
 
 
 class Loaded:
-    """A split's rows, from the Arrow files that `datasets` maps from its own cache, once for all processes of a machine.
+    """Rows of a split by number, from the Arrow files in the cache of `datasets`.
 
-    That cache may divide the rows in one way here and in another there, so the identity is a digest of the rows as Arrow
-    writes them: of all, or above 256 MB of 128 evenly spread thousands.
+    The division of rows into files may differ between machines, so the identity is a digest of the
+    rows in Arrow's serialisation: of all rows, or above 256 MiB of 128 evenly spread slices of
+    1000.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         self._source = source
         split = source.split or _only_split(source)
         table = _load(source, split)
-        label = f"{source.path}:{split}"
-        self._batches = Batches(label, table.schema, table.to_batches())
-        self.identity = _identify(label.rpartition("/")[2], table, full=source.digest == "full")
+        self._display_name = f"{source.path}:{split}"
+        self._batches = Batches(table.schema, table.to_batches())
+        self.identity = _identify(self._display_name.rpartition("/")[2], table, full=source.digest == "full")
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def read(self, row: int, _decode: Decode = PLAIN) -> Any:
+    def read(self, row: int) -> Mapping[str, Any]:
         return self._batches.read(row)
 
     def locate_row(self, row: int) -> str:
-        return self._batches.locate_row(row)
+        return f"{self._display_name}[{row}]"
+
+    def require_intact(self, row: int) -> None:
+        """Do nothing: the cache of `datasets` has no row index."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, (self._source,)
 
 
 def is_hub_name(path: str) -> bool:
+    """Return True if a path has the form `organisation/name`."""
     return _NAME.fullmatch(path) is not None
 
 
 def is_repository(directory: Path) -> bool:
-    """Whether the directory's card says what its splits are."""
+    """Return True if the directory has a dataset card that declares splits."""
     card = directory / "README.md"
     return card.is_file() and _DECLARED.match(card.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def data_files(source: SourceConfig) -> list[str]:
-    """Paths or URLs of a split's files, in order, as `datasets` finds them; raises ValueError naming the splits there are."""
+    """Return paths or URLs of a split's files in the order of `datasets`.
+
+    Raises ValueError, naming the available splits, if the split does not exist.
+    """
     import datasets
 
     with _asking(source):
@@ -71,7 +80,7 @@ def data_files(source: SourceConfig) -> list[str]:
 
 
 def _only_split(source: SourceConfig) -> str:
-    import datasets  # takes a second to import, and most runs read files
+    import datasets  # here, since the import takes a second and most runs read files
 
     with _asking(source):
         names = datasets.get_dataset_split_names(source.path, source.subset, revision=source.revision)
@@ -83,12 +92,16 @@ def _load(source: SourceConfig, split: str) -> pa.Table:
 
     cache = _cache(Path(source.path))
     with _asking(source):
-        asked = {"name": source.subset, "split": split, "revision": source.revision, "cache_dir": cache}
-        return datasets.load_dataset(source.path, **asked).data.table
+        options = {"name": source.subset, "split": split, "revision": source.revision, "cache_dir": cache}
+        return datasets.load_dataset(source.path, **options).data.table
 
 
 def _cache(directory: Path) -> str | None:
-    """A place for what a local directory holds now: `datasets` would find it again by paths and times, which a copy can keep."""
+    """Return a cache directory for the present content of a local directory; None for a hub name.
+
+    `datasets` recognises files by paths and times of modification, and would read a stale cache
+    after a change that keeps both.
+    """
     if not directory.is_dir():
         return None
     import datasets
@@ -101,26 +114,29 @@ def _cache(directory: Path) -> str | None:
 
 @contextmanager
 def _asking(source: SourceConfig) -> Iterator[None]:
-    """`datasets` without its progress bars, and what it says of a failure in one line."""
+    """Silence the progress bars of `datasets`, and turn an error into a ValueError of one line."""
     import datasets
 
-    display_name = datasets.is_progress_bar_enabled()
+    had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        here = Path(source.path).is_dir()
-        tried = "" if here else f" is no file or directory here (looked from {Path.cwd()}), and as one of the hub"
-        asked = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
-        said = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"source {source.path!r}{tried} cannot be read as a dataset ({asked}): {said}") from None
+        is_local = Path(source.path).is_dir()
+        kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
+        request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"source {source.path!r} cannot be read as {kind} ({request}): {reason}") from None
     finally:
-        if display_name:
+        if had_progress_bars:
             datasets.enable_progress_bars()
 
 
 def _identify(name: str, table: pa.Table, *, full: bool) -> FileIdentity:
-    """Slices of a fixed number of rows, so that the borders of batches and files do not matter."""
+    """Return the identity of a table's rows.
+
+    Slices have a fixed number of rows, so that the borders of batches and files do not matter.
+    """
     starts: Sequence[int] = range(0, table.num_rows, _SLICE)
     sampled = table.nbytes > SAMPLED_ABOVE and len(starts) > _SLICES and not full
     if sampled:

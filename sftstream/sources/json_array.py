@@ -1,51 +1,65 @@
-"""One JSON array of objects, as many published datasets are stored."""
+"""Files that hold one JSON array of rows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from io import FileIO
-from typing import Any
+from functools import partial
+from io import BufferedReader, FileIO
 
 import msgspec
 import numpy as np
 
-from sftstream.sources.row_index import Integers, RowIndex
-from sftstream.sources.rows import BOM, PLAIN, UNDECODABLE, Decode, FileIdentity, Stored, decoded_json
+from sftstream.records import UNDECODABLE
+from sftstream.sources.row_index import IndexedFile, Integers
+from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
 
+_ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 
 
-class JsonArray:
-    """Dividing the array takes the file's size in memory, once; then its elements are read like lines."""
+class JsonArray(IndexedFile):
+    """Elements of a JSON array by number.
+
+    Building the index needs memory of the file's size.
+    """
 
     def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._index = RowIndex(stored, "array", self._divide)
+        super().__init__(stored, "array", lambda file, _size: _divide(file, stored.display_name))
 
-    @property
-    def identity(self) -> FileIdentity:
-        return self._stored.identity
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        # It can be broken: the array was divided without looking into its strings.
-        return decoded_json(self._index.read(row).rstrip(b" \t\r\n,"), self, row, decode)
+    def read(self, row: int) -> bytes:
+        return self._index.read(row).rstrip(b" \t\r\n,")
 
     def locate_row(self, row: int) -> str:
         return f"{self._stored.display_name}[{row}]"
 
-    def _divide(self, file: FileIO, _size: int) -> Iterator[tuple[Integers, Integers]]:
-        content = file.read()
-        lead = len(BOM) if content.startswith(BOM) else 0
-        try:
-            elements = msgspec.json.decode(memoryview(content)[lead:], type=list[msgspec.Raw])
-        except UNDECODABLE as error:
-            raise ValueError(f"{self._stored.display_name} is not a JSON array of conversations: {error}") from None
-        borders = np.fromiter(_borders(content, lead, elements), np.int64)
-        yield borders, np.arange(len(borders))
+    def require_intact(self, row: int) -> None:
+        """Do nothing: elements may begin anywhere in a line."""
+
+
+def begins_array(head: bytes) -> bool:
+    """Return True if the first bytes of a file begin a JSON array, False for JSON lines."""
+    return head.removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def elements_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
+    """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
+    try:
+        elements = _ELEMENTS.decode(skip_bom(file).read())
+    except UNDECODABLE as error:
+        raise ValueError(f"not a JSON array of conversations: {error}") from None
+    return RowsFrom(0, (partial(bytes, element) for element in elements))
+
+
+def _divide(file: FileIO, display_name: str) -> Iterator[tuple[Integers, Integers]]:
+    content = file.read()
+    lead = len(BOM) if content.startswith(BOM) else 0
+    try:
+        elements = _ELEMENTS.decode(memoryview(content)[lead:])
+    except UNDECODABLE as error:
+        raise ValueError(f"{display_name} is not a JSON array of conversations: {error}") from None
+    borders = np.fromiter(_borders(content, lead, elements), np.int64)
+    yield borders, np.arange(len(borders))
 
 
 def _borders(content: bytes, lead: int, elements: list[msgspec.Raw]) -> Iterator[int]:

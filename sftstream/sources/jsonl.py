@@ -1,49 +1,42 @@
-"""JSON lines: one object a line, reached by byte offset."""
+"""JSON lines: a row of JSON text on each line."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from io import FileIO
-from typing import Any
+from functools import partial
+from io import BufferedReader, FileIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.sources.row_index import Integers, RowIndex
-from sftstream.sources.rows import BOM, PLAIN, BrokenRow, Decode, FileIdentity, Stored, decoded_json
+from sftstream.sources.row_index import IndexedFile, Integers
+from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
 
 _CHUNK = 1 << 20
-"""Bytes searched at a time: what fits a core's cache is searched at memory speed."""
+"""Bytes searched for line breaks at a time: small enough for a core's cache."""
 
 
-class JsonLines:
-    """Rows are the lines that hold anything; blank ones are none."""
+class JsonLines(IndexedFile):
+    """Lines of a file by number; blank lines do not count."""
 
     def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._index = RowIndex(stored, "lines", divide)
+        super().__init__(stored, "lines", divide)
 
-    @property
-    def identity(self) -> FileIdentity:
-        return self._stored.identity
+    def read(self, row: int) -> bytes:
+        return self._index.read(row)
 
-    def __len__(self) -> int:
-        return len(self._index)
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        try:
-            return decoded_json(self._index.read(row), self, row, decode)
-        except BrokenRow:
-            self._index.require_lines(row)
-            raise
-
-    def locate_row(self, row: int) -> str:
-        return self._index.locate_row(row)
+def lines_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
+    """Read the lines of a file from the first line."""
+    return RowsFrom(0, (partial(bytes, line) for line in skip_bom(file) if line.strip()))
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:
-    """Where lines that hold anything begin, and their numbers. Memory is that of a chunk, whatever the file's size."""
+    """Yield the borders of lines that are not blank, and their numbers, in constant memory.
+
+    For the file b"1\\n\\n22\\n": borders [0, 3, 6], lines [0, 2, 3].
+    """
     buffer = bytearray(_CHUNK)
     chunk = np.frombuffer(buffer, np.uint8)
     start = len(BOM) if file.read(len(BOM)) == BOM else 0
@@ -61,10 +54,10 @@ def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:
 def _blank(
     file: FileIO, starts: Integers, ends: Integers, chunk: NDArray[np.uint8], position: int
 ) -> NDArray[np.bool_]:
-    """Lines of white space alone. Those that begin with any are looked at one by one; few do."""
+    """Return True for each line of white space alone, reading only lines that begin with any."""
     blank: NDArray[np.bool_] = starts == ends
     suspect = chunk[np.maximum(starts - position, 0)] <= ord(" ")
-    suspect[:1] |= starts[:1] < position  # it began in an earlier chunk
+    suspect[:1] |= starts[:1] < position  # begins in an earlier chunk
     for i in np.flatnonzero(suspect & ~blank):
         blank[i] = not os.pread(file.fileno(), int(ends[i] - starts[i]), int(starts[i])).strip()
     return blank

@@ -1,4 +1,4 @@
-"""Where files lie, and on this machine first."""
+"""Locations of files: the interface, and the implementation for local paths."""
 
 from __future__ import annotations
 
@@ -15,47 +15,55 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suff
 
 
 class FileLocation(Protocol):
-    """A file, a directory, or a glob."""
+    """A file, a directory or a glob, local or remote."""
 
     @property
     def display_name(self) -> str:
-        """As the user writes it."""
+        """The location in the user's spelling, for messages."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Last part of the path."""
 
     def is_file(self) -> bool: ...
 
     def is_directory(self) -> bool: ...
 
-    def child(self, name: str) -> FileLocation: ...
+    def child(self, name: str) -> FileLocation:
+        """Return the location of `name` in this directory."""
 
     def files(self) -> list[FileLocation]:
-        """A directory's own files but hidden ones, sorted."""
+        """Return the files of a directory, sorted, without hidden files and subdirectories."""
 
     def matches(self) -> list[FileLocation]:
-        """The files that a glob matches, sorted."""
+        """Return the files that match a glob, sorted."""
 
     def stored(self) -> Stored:
-        """The file on a local disk; raises ValueError where it cannot be read."""
+        """Return the file on a local disk, fetched if remote; raises ValueError if unreadable."""
 
     def open(self) -> BufferedReader:
-        """The file as it lies there; raises OSError."""
+        """Open the file in place; raises OSError."""
 
     def change_marker(self) -> object:
-        """What is another when the file has changed, and is had without reading it; raises OSError."""
+        """Return a cheap marker that changes when the file changes; raises OSError.
+
+        The marker is made without reading the file.
+        """
 
     def fingerprint(self) -> tuple[object, FileIdentity]:
-        """Its `mark`, and what tells its content from another, without fetching it; raises ValueError where nothing does."""
+        """Return the change marker and the identity, without fetching the file.
+
+        Raises ValueError if the server gives no version to identify the content.
+        """
 
 
 @dataclass(frozen=True)
 class LocalLocation:
-    """A path of this machine."""
+    """A local path."""
 
     path: Path
     full: bool = False
-    """Huge files are known by every byte."""
+    """True if digests cover every byte of huge files."""
 
     @property
     def display_name(self) -> str:
@@ -100,7 +108,7 @@ class LocalLocation:
 
 
 def require_whole(directory: str, names: list[str]) -> None:
-    """Raises ValueError where shards are missing of those that say in their names how many there are."""
+    """Raise ValueError if shards are missing among names such as `train-00001-of-00005.jsonl`."""
     shards: dict[tuple[str, int, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, names)):
         series = (match["stem"], int(match["count"]), match["suffix"] or "")
@@ -108,6 +116,6 @@ def require_whole(directory: str, names: list[str]) -> None:
     for (stem, count, suffix), numbers in shards.items():
         if missing := sorted(set(range(count)) - numbers):
             raise ValueError(
-                f"{directory} lacks {len(missing)} of {count} shards, {stem}-{missing[0]:05}-of-{count:05}{suffix} the first; "
-                "restore them, or name the files that are there by a glob"
+                f"{directory} lacks {len(missing)} of {count} shards, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "
+                "restore the shards, or name the present files by a glob"
             )

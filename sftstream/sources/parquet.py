@@ -1,25 +1,40 @@
-"""Parquet encodes rows in groups, so they are decoded once into an Arrow file in the cache, which has any of them at hand."""
+"""Parquet files: copied once into Arrow files in the cache for reading by row, or read forward.
+
+Parquet encodes rows in groups, so reading a single row would decode a whole group.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BufferedReader
+from itertools import accumulate
 
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns
-from sftstream.sources.rows import Stored
+from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns, rows_of, seekable
+from sftstream.sources.rows import RowsFrom, Stored
 
 _BATCH = 1000
-"""Rows decoded and copied at a time: memory is a row group's compressed pages and these."""
+"""Rows decoded at a time: memory is these rows and a row group's compressed pages."""
 
 
 def parquet(stored: Stored) -> Arrow:
-    """Its rows; raises ValueError where the file is no Parquet, or is damaged anywhere."""
+    """Return the rows of a Parquet file; raises ValueError if damaged or not a Parquet file."""
     try:
         return in_columns(stored, lambda: _source(stored))
     except UNREADABLE as error:
         raise ValueError(f"{stored.display_name} is not a readable Parquet file: {error}") from None
+
+
+def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
+    """Read the rows of a Parquet file from the row group of row `start` on."""
+    opened = ParquetFile(seekable(file), page_checksum_verification=True)
+    groups = range(opened.num_row_groups)
+    ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
+    wanted = [group for group in groups if ends[group + 1] > start]
+    batches = opened.iter_batches(_BATCH, row_groups=wanted) if wanted else ()
+    return RowsFrom(ends[wanted[0]] if wanted else ends[-1], rows_of(batches))
 
 
 def _source(stored: Stored) -> Source:
@@ -29,5 +44,5 @@ def _source(stored: Stored) -> Source:
 
 def _batches(stored: Stored, file: ParquetFile) -> Iterator[pa.RecordBatch]:
     yield from file.iter_batches(_BATCH)
-    with stored.open():  # else what was decoded has another digest
+    with stored.open():  # raises if the file changed: the identity would not fit the rows
         pass

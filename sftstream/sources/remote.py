@@ -1,4 +1,4 @@
-"""Files of other machines, by any scheme that fsspec knows: fetched once into the cache, and read there."""
+"""Remote files, of any scheme known to fsspec: fetched once into the cache, or read forward."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ _VERSIONS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "md5", "sha256", "blob_id", "xet_hash", "generation"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
-"""What filesystems call that which changes with a file's content."""
+"""Names of the fields that change with a file's content, among the file information of fsspec."""
 _BLOCK = 8 << 20
+"""Bytes fetched at a time."""
 
 
-def lost() -> tuple[type[Exception], ...]:
-    """What is raised where a file is out of reach."""
-    import aiohttp  # takes a while to import, and is needed when something was raised
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return the errors raised for a file that is out of reach."""
+    import aiohttp  # here, since the import is slow and only needed after an error
 
     return OSError, aiohttp.ClientError
 
 
 def remote(url: str, *, full: bool = False) -> FileLocation:
-    """Raises ValueError where the scheme is unknown, or its package is not installed."""
+    """Return the location of a URL; a `file://` URL gives a local location.
+
+    Raises ValueError if the scheme is unknown or the scheme's package is not installed.
+    """
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -46,17 +50,20 @@ def remote(url: str, *, full: bool = False) -> FileLocation:
 
 @dataclass(frozen=True)
 class RemoteLocation:
-    """A path of a filesystem."""
+    """A path in a filesystem of fsspec."""
 
     opened: Any
-    """The filesystem, as the process that resolved the path has it."""
+    """The filesystem object of the process that resolved the path."""
     path: str
     full: bool = False
-    """Huge files are known by every byte."""
+    """True if digests cover every byte of huge files."""
 
     @property
     def filesystem(self) -> Any:
-        """As this process has it, once: the threads that many of them read by do not survive a fork."""
+        """The filesystem object of this process (fsspec keeps one instance for each process).
+
+        Many filesystems read in threads, and threads do not survive a fork.
+        """
         return type(self.opened)(*self.opened.storage_args, **self.opened.storage_options)
 
     @property
@@ -83,8 +90,8 @@ class RemoteLocation:
         return self._files(self.filesystem.glob(self.path, detail=True).values())
 
     def stored(self) -> Stored:
-        size, version = self._told()
-        # Of a server that tells neither version nor size, the first answer is kept.
+        size, version = self._version()
+        # If the server gives neither version nor size, the first fetched content is kept.
         key = derived("fetched", self.display_name, size, *version)
         fetched = stored(cached(key, ".fetched", lambda: self._blocks(size)), self.display_name, full=self.full)
         return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
@@ -93,43 +100,45 @@ class RemoteLocation:
         return BufferedReader(self.filesystem.open(self.path, "rb"))
 
     def change_marker(self) -> tuple[int | None, list[Any]]:
-        """Size, and what changes with the content."""
+        """Return the size and the version fields of the file."""
         info = self.filesystem.info(self.path)
         return info.get("size"), [info.get(name) for name in _VERSIONS]
 
     def fingerprint(self) -> tuple[object, FileIdentity]:
-        size, version = marker = self._told()
+        size, version = marker = self._version()
         if size is None or not any(version):
             raise ValueError(
-                f"nothing tells {self.display_name} from another version of it, so that a resume "
-                "could not be exact; leave out streaming"
+                f"{self.display_name} has no size or version on its server, so a changed file would go "
+                "unnoticed; leave out streaming, or copy the file"
             )
         return marker, FileIdentity(name=self.name, size=size, sha256=derived(*version))
 
-    def _told(self) -> tuple[int | None, list[Any]]:
+    def _version(self) -> tuple[int | None, list[Any]]:
         try:
             return self.change_marker()
-        except lost() as error:
+        except connection_errors() as error:
             raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
 
     @property
-    def _whole(self) -> dict[str, int]:
-        # A web server need not know how to give a part of a file.
+    def _open_options(self) -> dict[str, int]:
+        # A web server may not support reading a part of a file.
         return {"block_size": 0} if self.display_name.startswith(("http://", "https://")) else {}
 
-    def _files(self, found: Any) -> list[FileLocation]:
-        paths = sorted(info["name"] for info in found if info["type"] == "file")
+    def _files(self, infos: Any) -> list[FileLocation]:
+        paths = sorted(info["name"] for info in infos if info["type"] == "file")
         locations = [replace(self, path=path) for path in paths]
         return [location for location in locations if location.name[:1] != "."]
 
     def _blocks(self, size: int | None) -> Iterator[bytes]:
         arrived = 0
         try:
-            with self.filesystem.open(self.path, "rb", **self._whole) as file:
+            with self.filesystem.open(self.path, "rb", **self._open_options) as file:
                 while block := file.read(_BLOCK):
                     arrived += len(block)
                     yield block
-        except lost() as error:
+        except connection_errors() as error:
             raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
         if size is not None and arrived != size:
-            raise ValueError(f"{self.display_name} arrived with {arrived:,} of {size:,} bytes; start again")
+            raise ValueError(
+                f"{self.display_name} arrived with {arrived:,} of {size:,} bytes; start again to fetch the file again"
+            )

@@ -1,4 +1,4 @@
-"""What the path of a source names: something on this machine first, then a remote path, then a dataset of the hub."""
+"""Resolution of a source's path: a local path first, then a remote path, then a hub dataset."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from sftstream.sources.saved import is_saved, saved_files
 
 
 class Dataset(NamedTuple):
-    """What `datasets` reads."""
+    """A source that the `datasets` library reads."""
 
     source: SourceConfig
 
 
-Named = list[FileLocation] | Dataset
+Resolved = list[FileLocation] | Dataset
 
 
-def resolve(source: SourceConfig) -> Named:
-    """The files that a source's path names, in order, or a dataset; raises ValueError saying what was tried."""
+def resolve(source: SourceConfig) -> Resolved:
+    """Return the files of a source's path in order, or the dataset.
+
+    Raises ValueError if the path matches nothing or a setting does not apply to the path.
+    """
     full = source.digest == "full"
     location: FileLocation = LocalLocation(Path(source.path).expanduser(), full)
     with _reading(source):
         if not location.is_file() and not location.is_directory() and "://" in source.path:
             location = remote(source.path, full=full)
-        if (
-            location.is_file()
-        ):  # asked first: of a file on a web server, whether it is a directory is found by reading it
+        # is_file first: a web server's file would be read to find out if it is a directory
+        if location.is_file():
             return _files(source, location, [location])
         if location.is_directory():
             return _directory(source, location)
@@ -44,10 +46,13 @@ def resolve(source: SourceConfig) -> Named:
 
 
 def open_source(source: SourceConfig) -> list[RowFile]:
-    """The files of a source, in order; raises ValueError naming what cannot be read by row."""
-    named = resolve(source)
+    """Open the files of a source for reading by row number, in order.
+
+    Raises ValueError if a file is unreadable.
+    """
+    resolved = resolve(source)
     with _reading(source):
-        return [Loaded(named.source)] if isinstance(named, Dataset) else [open_file(file) for file in named]
+        return [Loaded(resolved.source)] if isinstance(resolved, Dataset) else [open_file(file) for file in resolved]
 
 
 @contextmanager
@@ -58,21 +63,17 @@ def _reading(source: SourceConfig) -> Iterator[None]:
         raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
 
 
-def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Named:
+def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Resolved:
     if not files and is_hub_name(source.path) and not is_known(location.name):
         return Dataset(source)
     if not files:
-        looked = (
-            f"looked from {Path.cwd()}"
-            if isinstance(location, LocalLocation)
-            else f"looked for {location.display_name}"
-        )
-        raise ValueError(f"source {source.path!r} matches no file ({looked}); correct the path")
+        looked = f"from {Path.cwd()}" if isinstance(location, LocalLocation) else f"for {location.display_name}"
+        raise ValueError(f"source {source.path!r} matches no file (looked {looked}); correct the path")
     _refuse(source, "is a file or a glob", "split", "subset", "revision")
     return files
 
 
-def _directory(source: SourceConfig, location: FileLocation) -> Named:
+def _directory(source: SourceConfig, location: FileLocation) -> Resolved:
     if is_saved(location):
         _refuse(source, "was written by save_to_disk", "subset", "revision")
         return saved_files(location, source.split)
@@ -83,16 +84,16 @@ def _directory(source: SourceConfig, location: FileLocation) -> Named:
     files = [file for file in location.files() if is_known(file.name)]
     if not files:
         raise ValueError(
-            f"source {source.path!r} is a directory without a file of a known kind ({KNOWN}); name files deeper in it by a glob, "
-            "or a split if it is laid out like a dataset of the hub"
+            f"source {source.path!r} is a directory without a file of a known suffix ({KNOWN}); name files in "
+            "subdirectories by a glob, or set split if the directory has the layout of a hub dataset"
         )
     require_whole(source.path, [file.name for file in files])
     return files
 
 
-def _refuse(source: SourceConfig, what: str, *fields: str) -> None:
+def _refuse(source: SourceConfig, kind: str, *fields: str) -> None:
     for field in fields:
         if (value := getattr(source, field)) is not None:
             raise ValueError(
-                f"source {source.path!r} {what}, for which {field} = {value!r} has no meaning; leave it out"
+                f"source {source.path!r} {kind}, for which {field} = {value!r} has no meaning; leave {field} out"
             )

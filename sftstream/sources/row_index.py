@@ -1,4 +1,13 @@
-"""Rows that are stretches of a file's bytes: an index of where each begins, built once a machine and mapped by all processes."""
+"""An index of a file's rows by byte range, built once on a machine and mapped by all processes.
+
+An index file holds little-endian int64 numbers: `borders`, `shifts` and a trailer. Row `i` is bytes
+`borders[i]` to `borders[i + 1]`. `shifts` holds the next row's number for each line on which no row
+begins, so row `i` begins on line `1 + i + (number of shifts <= i)`. An example with a blank line:
+
+    content  b'{"a": 1}\\n\\n{"b": 2}\\n'
+    borders  [0, 10, 19]
+    shifts   [1]                         row 0 begins on line 1, row 1 on line 3
+"""
 
 from __future__ import annotations
 
@@ -16,20 +25,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.cache import cached
-from sftstream.sources.rows import BOM, OPEN_FILES, Stored, derived
+from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, Stored, derived
 
 Integers = NDArray[np.int64]
 Divider = Callable[[FileIO, int], Iterable[tuple[Integers, Integers]]]
-"""Divides an open file of some size: where rows begin and on which lines (from 0), in any number of parts. The last border is
-the last row's end."""
+"""`divide(file, size)` yields the borders of rows (byte offsets) and their lines (from 0), int64
+arrays in any number of parts; the last border is the end of the last row."""
 
 _MAGIC = b"rowspan1"
 _TRAILER = struct.Struct("<8s64sqq")
-"""Magic and version, key, rows, shifts. It comes last, so that an index without one was not written to its end."""
+"""Magic and version, key, number of rows, number of shifts. An index without trailer is
+incomplete."""
 
 
 class Opened(NamedTuple):
-    """A file, and its index as it is mapped."""
+    """An open file with its mapped index."""
 
     file: FileIO
     borders: memoryview[int]
@@ -37,7 +47,7 @@ class Opened(NamedTuple):
 
 
 class RowIndex:
-    """The rows of one file, at 8 bytes of index each."""
+    """Byte ranges of one file's rows; 8 bytes of index for each row."""
 
     def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
         self._stored = stored
@@ -54,41 +64,44 @@ class RowIndex:
         return self._rows
 
     def read(self, row: int) -> bytes:
-        """The row's bytes and what stands between it and the next; raises RuntimeError where they are no longer there."""
+        """Return a row's bytes, up to the next row's first byte.
+
+        Raises RuntimeError if the file has shrunk.
+        """
         file, borders, _ = _opened(self)
         start, end = borders[row], borders[row + 1]
-        # pread and not a memory map: a file truncated under the run is then an error here, not a bus error.
+        # pread instead of a memory map: reading a truncated file is then an error, not a bus error.
         span = os.pread(file.fileno(), end - start, start)
         if len(span) < end - start:
             raise RuntimeError(
-                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore it"
+                f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore the file"
             )
         return span
 
     def head(self) -> bytes:
-        """What stands before the first row."""
+        """Return the bytes before the first row."""
         file, borders, _ = _opened(self)
         return os.pread(file.fileno(), borders[0], 0)
 
     def locate_row(self, row: int) -> str:
-        """The row's first line, counted from 1."""
+        """Return `path:line` of the row's first line, counted from 1."""
         return f"{self._stored.display_name}:{row + bisect_right(_opened(self).shifts, row) + 1}"
 
     def require_lines(self, row: int) -> None:
-        """Asked of a row that makes no sense: raises RuntimeError if it is not the row's fault."""
+        """Raise RuntimeError if the row does not begin and end at line borders."""
         file, borders, _ = _opened(self)
         for border in borders[row : row + 2]:
             if border not in (0, len(BOM), self._stored.seal[0]) and os.pread(file.fileno(), 1, border - 1) != b"\n":
                 raise RuntimeError(
                     f"{self.locate_row(row)} does not begin where its index says; "
-                    f"the file changed while it was read, or {self._index} is damaged: delete that"
+                    f"the file changed while it was read, or {self._index} is damaged: delete the index and start again"
                 )
 
     def open(self) -> Opened:
-        """Raises RuntimeError where the file or its index is no longer what it was."""
+        """Open the file and map the index; raises RuntimeError if either has changed."""
         counts = _counts(self._index, self._key)
         if counts is None:
-            raise RuntimeError(f"{self._index} was damaged while it was used; start again, and it is made anew")
+            raise RuntimeError(f"{self._index} was damaged while it was used; start again to build the index again")
         borders, shifts = counts[0] + 1, counts[1]
         with self._index.open("rb") as file:
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -96,8 +109,29 @@ class RowIndex:
         return Opened(self._stored.open(), numbers[:borders], numbers[borders:])
 
 
+class IndexedFile:
+    """Base of the files whose rows are byte ranges; each kind of file adds `read`."""
+
+    def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
+        self._stored = stored
+        self._index = RowIndex(stored, layout, divide)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return self._stored.identity
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def locate_row(self, row: int) -> str:
+        return self._index.locate_row(row)
+
+    def require_intact(self, row: int) -> None:
+        self._index.require_lines(row)
+
+
 def _index(stored: Stored, key: str, divide: Divider) -> Iterator[bytes]:
-    """The borders; for each line on which no row begins, the row that it comes before or lies in, plus one; the trailer."""
+    """Yield the bytes of an index file: borders, shifts, trailer."""
     count, shift = 0, 0
     shifts = [np.empty(0, np.int64)]
     with stored.open() as file:
@@ -114,7 +148,7 @@ def _index(stored: Stored, key: str, divide: Divider) -> Iterator[bytes]:
 
 
 def _counts(path: Path, key: str) -> tuple[int, int] | None:
-    """Rows and shifts of an index; None where the file is none, or another's."""
+    """Return an index file's numbers of rows and shifts; None unless complete and of this key."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(size - _TRAILER.size, 0))

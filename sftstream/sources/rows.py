@@ -1,140 +1,133 @@
-"""What every kind of storage offers: rows by number, and an identity that changes when the content does."""
+"""The interface of stored files: rows by number or read forward, and an identity of the content."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
+from sftstream.records import RawRow
+
 SAMPLED_ABOVE = 256 << 20
-"""Bytes above which a file's digest samples it: SHA-256 of 256 MB takes 0.2 s, of 1 TB a quarter of an hour."""
+"""Bytes above which a digest samples a file: SHA-256 of 256 MB takes 0.2 s, of 1 TB 15 minutes."""
 _DESCRIPTORS, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 OPEN_FILES = 1 << 16 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, _DESCRIPTORS // 8)
-"""Files of a kind that a process keeps open: a source may have more shards than a process may have descriptors."""
+"""Files of a kind that a process keeps open; a source may have more files than descriptors."""
 BOM = b"\xef\xbb\xbf"
 _BLOCK, _BLOCKS = 1 << 20, 128
 
 
-class BrokenRow(ValueError):
-    """This row cannot be read; the rows around it can."""
-
-
-UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What `msgspec.json.decode` raises on bytes that are no JSON, or JSON nested deeper than Python follows."""
-
-
-Decode = Callable[[bytes], Any]
-"""Makes a row of its JSON text; raises what is `UNDECODABLE`."""
-
-PLAIN: Decode = msgspec.json.decode
-"""Objects as dicts."""
-
-
 class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds, wherever it lies and whenever it was written."""
+    """Identity of a file's content, independent of directory and modification time."""
 
     name: str
     size: int
     sha256: str
     sampled: bool = False
-    """The digest is of a part of the content."""
+    """True if `sha256` covers a sample of the content."""
 
 
-class LocatesRows(Protocol):
-    """Rows that have places."""
-
-    def locate_row(self, row: int) -> str:
-        """Where an editor finds the row, for messages."""
-
-
-class RowFile(LocatesRows, Protocol):
-    """One file of rows."""
+class RowFile(Protocol):
+    """The rows of one file, by number."""
 
     @property
     def identity(self) -> FileIdentity: ...
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int, decode: Decode = PLAIN) -> Any:
-        """The decoded row, by `decode` where it is JSON; raises `BrokenRow`, or RuntimeError where the file has changed."""
+    def read(self, row: int) -> RawRow:
+        """Return a row as stored.
+
+        Raises BrokenRow if the row cannot be read, and RuntimeError if the file has changed.
+        """
+
+    def locate_row(self, row: int) -> str:
+        """Return the row's location for messages and editors: `path:line` or `path[index]`."""
+
+    def require_intact(self, row: int) -> None:
+        """Raise RuntimeError if a row is broken by a damaged row index or a changed file."""
 
 
-def decoded_json(text: bytes, file: LocatesRows, row: int, decode: Decode = PLAIN) -> Any:
-    """Raises `BrokenRow`."""
-    try:
-        return decode(text)
-    except UNDECODABLE as error:
-        raise BrokenRow(f"{file.locate_row(row)} is not JSON: {error}") from None
+ReadRow = Callable[[], RawRow]
+"""Reads the row at a forward reader's position; raises BrokenRow. Skipped rows cost no decoding."""
 
 
-def renamed(content: Any, columns: Mapping[str, str], file: LocatesRows, row: int) -> Any:
-    """A row with the columns that a source's `columns` names; raises `BrokenRow` where it has none of them."""
-    if not isinstance(content, Mapping):
-        return content
-    result = {name: content[column] for name, column in columns.items() if column in content}
-    if not result:
-        wanted, found = sorted(columns.values()), sorted(map(str, content))
-        raise BrokenRow(f"{file.locate_row(row)} has none of the columns {wanted}; it has {found}")
-    return result
+class RowsFrom(NamedTuple):
+    """Rows in file order, and the number of the first."""
+
+    first: int
+    rows: Iterator[ReadRow]
+
+
+def skip_bom(file: BufferedReader) -> BufferedReader:
+    """Return `file`, read past a UTF-8 byte order mark if there is one."""
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    return file
 
 
 Seal = tuple[int, int, int]
-"""Size, time of modification in nanoseconds, inode."""
+"""Size in bytes, time of modification in nanoseconds, inode."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A file on a local disk whose content is known."""
+    """A file on a local disk, with the identity of its content."""
 
     path: Path
-    """Where its bytes lie: the user's own file, or a copy in the cache."""
+    """The user's file, or a copy in the cache."""
     display_name: str
-    """What the user calls it."""
+    """The file's name in messages."""
     identity: FileIdentity
-    """Of the user's file, whatever is read in its place."""
+    """Identity of the user's file, also if `path` is a copy."""
     key: str
-    """Names in the cache what is derived from the file."""
+    """Key of the content, from which keys of derived files in the cache are made."""
     seal: Seal
 
     def open(self) -> FileIO:
-        """The file, if it is still the one whose content is known; else RuntimeError."""
+        """Open the file; raises RuntimeError if the file has changed since `seal` was taken."""
         file = FileIO(self.path)
         self.require_unchanged(file)
         return file
 
     def require_unchanged(self, file: FileIO) -> None:
+        """Raise RuntimeError if the open file has changed since `seal` was taken."""
         if sealed(os.fstat(file.fileno())) != self.seal:
-            raise RuntimeError(f"{self.display_name} changed while it was read; restore it, or start again")
+            raise RuntimeError(f"{self.display_name} changed while it was read; restore the file, or start again")
 
 
 def stored(path: Path, display_name: str | None = None, *, full: bool = False) -> Stored:
-    """A file of the user's, read once for its digest."""
+    """Return a file of the user, after one read for the digest (every byte if `full`)."""
     seal = sealed(path.stat())
     identity = identify(path, full=full)
-    # What a sample does not see, a new time of modification or inode tells of.
+    # A change outside the sample shows in the time of modification or the inode.
     key = derived(identity.sha256, identity.size, *(seal if identity.sampled else ()))
     return Stored(path, display_name or str(path), identity, key, seal)
 
 
 def copy_of(original: Stored, path: Path, key: str) -> Stored:
-    """What is read in the place of `original`."""
+    """Return the copy at `path`, to be read in place of `original`."""
     return Stored(path, original.display_name, original.identity, key, sealed(path.stat()))
 
 
 def derived(*words: object) -> str:
-    """A name in the cache for what is made from `words`."""
+    """Return a cache key for a file that is made from `words`."""
     return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
 
 
 def identify(path: Path, *, full: bool = False) -> FileIdentity:
-    """Digest of the content: all of it, or 128 evenly spread megabytes of a huge file unless it is to be `full`."""
+    """Return the identity of a file's content.
+
+    The digest covers every byte if the file has up to `SAMPLED_ABOVE` bytes or `full` is True, else
+    128 evenly spread slices of 1 MiB.
+    """
     size = path.stat().st_size
     sampled = size > SAMPLED_ABOVE and not full
     digest = hashlib.sha256()
@@ -150,5 +143,5 @@ def identify(path: Path, *, full: bool = False) -> FileIdentity:
 
 
 def sealed(stat: os.stat_result) -> Seal:
-    """What is another when a file has changed."""
+    """Return a cheap marker that changes when the file changes."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -1,4 +1,4 @@
-"""What `save_to_disk` of a Hugging Face `Dataset` or `DatasetDict` writes: directories of Arrow files and a list of them."""
+"""Directories written by `save_to_disk` of a Hugging Face `Dataset` or `DatasetDict`."""
 
 from __future__ import annotations
 
@@ -26,39 +26,43 @@ class _State(msgspec.Struct):
 
 
 def is_saved(directory: FileLocation) -> bool:
+    """Return True if `save_to_disk` wrote the directory."""
     return directory.child(_SPLITS).is_file() or all(directory.child(name).is_file() for name in (_STATE, _INFO))
 
 
 def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation]:
-    """The Arrow files of a dataset, or of a split of several, in their order; raises ValueError where one is missing."""
+    """Return the Arrow files of a saved dataset or of a split, in order.
+
+    Raises ValueError if a file is missing, or `split` does not fit the directory.
+    """
     if directory.child(_SPLITS).is_file():
         splits = _read(directory.child(_SPLITS), _Splits).splits
         directory = directory.child(_named(directory, choose(directory.display_name, split, splits)))
     elif split is not None:
         raise ValueError(
-            f"source {directory.display_name!r} is one saved dataset, without splits; leave out split = {split!r}"
+            f"source {directory.display_name!r} is a saved dataset without splits; leave out split = {split!r}"
         )
     state = _read(directory.child(_STATE), _State)
     if state.indices:
         raise ValueError(
-            f"source {directory.display_name!r} keeps the order of its rows in a file of its own; save it again"
+            f"source {directory.display_name!r} keeps the rows' order in a separate file; save it again after flatten_indices()"
         )
     files = [directory.child(_named(directory, file.filename)) for file in state.data_files]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
-            f"source {directory.display_name!r} lacks {missing[0]}, one of the {len(files)} files that its {_STATE} lists; "
-            "restore it"
+            f"source {directory.display_name!r} lacks {missing[0]}, one of {len(files)} files in the list of {_STATE}; "
+            "restore the file"
         )
     return files
 
 
 def choose(display_name: str, split: str | None, splits: list[str]) -> str:
-    """The split that is asked for, or the only one."""
+    """Return `split`, or the only split if None; raises ValueError if there is no such split."""
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:
-        said = "several splits, and none is named" if split is None else f"no split {split!r}"
-        raise ValueError(f"source {display_name!r} has {said}; split = one of {', '.join(map(repr, splits))}")
+        reason = "several splits" if split is None else f"no split {split!r}"
+        raise ValueError(f"source {display_name!r} has {reason}; set split to one of {', '.join(map(repr, splits))}")
     return split
 
 
@@ -67,11 +71,13 @@ def _read(file: FileLocation, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(stored.path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{file.display_name} is not what save_to_disk writes: {error}") from None
+        raise ValueError(f"{file.display_name} is damaged or was not written by save_to_disk: {error}") from None
 
 
 def _named(directory: FileLocation, name: str) -> str:
-    """A name and no way out of the directory."""
+    """Return `name`; raises ValueError if `name` is not a plain file name."""
     if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"source {directory.display_name!r} lists {name!r}, which is no name of a file in it")
+        raise ValueError(
+            f"source {directory.display_name!r} lists {name!r}, not the name of a file in the directory; save the dataset again"
+        )
     return name

@@ -1,46 +1,49 @@
-"""A source that is streamed, as one logical stream reads it."""
+"""The reader of one logical stream for a streamed source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from sftstream.records import Ref
-from sftstream.sources.forward import Row
-from sftstream.sources.rows import PLAIN, BrokenRow, Decode
+from sftstream.records import BrokenRow, RawRow, Ref
+from sftstream.sources.rows import ReadRow
 from sftstream.sources.streamed import StreamedSource
 
 
 class ShardReader:
-    """Gives each row once. It is wound on to a row that lies ahead; a shard of which a row lies behind is begun again.
+    """Reads rows of shards in any order by reading forward; seeking backwards reopens the shard.
 
-    Rows that are expected are kept when the tape passes them. So after a resume all that waits in a shard is found in one
-    reading, whatever the order in which it is asked for; a second one may come where the stream itself goes on in it.
+    Announced rows (`expect`) are kept in memory when the reader passes. So after a resume one pass
+    over a shard finds all announced rows of the shard, in any order of `read`; a second pass may
+    follow if the stream continues in the shard. Rows are kept as stored, not decoded.
     """
 
-    def __init__(self, source: StreamedSource, decode: Decode = PLAIN) -> None:
+    def __init__(self, source: StreamedSource) -> None:
         self.source = source
-        self._decode = decode
-        self._rows: Iterator[Row] = iter(())
+        self._rows: Iterator[ReadRow] = iter(())
         self._shard = self._next = -1
-        self._kept: dict[Ref, list[Any]] = {}
-        self._expected: dict[int, dict[int, list[Ref]]] = {}  # by shard, there by place
+        self._kept: dict[Ref, list[RawRow | BrokenRow]] = {}
+        self._expected: dict[int, dict[int, list[Ref]]] = {}  # shard -> index -> references
 
     def expect(self, ref: Ref) -> None:
-        """This row was read before, and will be asked for again, as often as this says so."""
+        """Announce one later `read` of a row that was read before the state was taken."""
         shard, index = self.source.shard_and_index(ref.row)
         self._expected.setdefault(shard, {}).setdefault(index, []).append(ref)
 
     def reaches(self, ref: Ref) -> bool:
-        """Whether there is such a row: its shard may have ended before."""
+        """Return True if the row exists; False if the shard ends before the row."""
         if ref not in self._kept:
-            self._wind(ref)
+            self._seek(ref)
         return ref in self._kept
 
-    def read(self, ref: Ref) -> Any:
-        """The decoded row; raises `BrokenRow`, or RuntimeError where the source is no longer what it was."""
+    def read(self, ref: Ref) -> RawRow:
+        """Return a row as stored, once for each announcement or first read.
+
+        Raises BrokenRow if the row is unreadable, and RuntimeError if the source has changed.
+        """
         if not self.reaches(ref):
-            raise RuntimeError(f"{self.source.locate_row(ref.row)} is no longer there: the source changed; restore it")
+            raise RuntimeError(
+                f"{self.source.locate_row(ref.row)} is no longer there: the source changed; restore the source"
+            )
         content = self._kept[ref].pop()
         if not self._kept[ref]:
             del self._kept[ref]
@@ -48,7 +51,7 @@ class ShardReader:
             raise content
         return content
 
-    def _wind(self, ref: Ref) -> None:
+    def _seek(self, ref: Ref) -> None:
         shard, index = self.source.shard_and_index(ref.row)
         expected = self._expected.get(shard, {})
         first, last = min([index, *expected]), max([index, *expected])
@@ -57,16 +60,17 @@ class ShardReader:
             self._next, self._rows = self.source.open(shard, first)
         while self._next <= last and (row := next(self._rows, None)) is not None:
             wanted = expected.pop(self._next, [])
-            if self._next == index and ref not in wanted:  # those may be of another epoch
+            if self._next == index and ref not in wanted:  # an announcement may be of a different epoch
                 wanted.append(ref)
             if wanted:
-                content = self._decoded(self.source.number(shard, self._next), row)
-                for one in wanted:
-                    self._kept.setdefault(one, []).append(content)
+                content = _read(row)
+                for wanted_ref in wanted:
+                    self._kept.setdefault(wanted_ref, []).append(content)
             self._next += 1
 
-    def _decoded(self, number: int, row: Row) -> Any:
-        try:
-            return self.source.decode(number, row, self._decode)
-        except BrokenRow as broken:
-            return broken
+
+def _read(row: ReadRow) -> RawRow | BrokenRow:
+    try:
+        return row()
+    except BrokenRow as broken:
+        return broken

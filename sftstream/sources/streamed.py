@@ -1,94 +1,97 @@
-"""Sources that are neither fetched nor indexed: shards of rows, each read from its beginning on."""
+"""Streamed sources: shards of rows that are read forward, neither fetched nor indexed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sftstream.config import SourceConfig
-from sftstream.sources.forward import Row, RowsFrom, failures, read_forward
+from sftstream.sources.arrow import UNREADABLE
 from sftstream.sources.hub import data_files
-from sftstream.sources.kinds import KNOWN, is_known
+from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
-from sftstream.sources.remote import lost, remote
+from sftstream.sources.remote import connection_errors, remote
 from sftstream.sources.resolve import Dataset, resolve
-from sftstream.sources.rows import PLAIN, Decode, FileIdentity, renamed
+from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
-    """The files that a path names, or a dataset of the hub: its shards.
+    """The shards of a streamed source: the files of a path, or of a hub dataset.
 
-    Rows are numbered across the shards, so that a number says where to look without anybody knowing the shards' sizes: of `K`
-    shards, row `n` is the `n // K`-th of shard `n % K`.
+    Rows are numbered round-robin over `K` shards, since the shards' sizes are unknown: row `n` is
+    row `n // K` of shard `n % K`. With 5 shards, row 12 is row 2 of shard 2.
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        self._source = source
+        self.columns = source.columns
         self._locations = _locations(source)
-        known = [location.fingerprint() for location in self._locations]
-        self._markers = [marker for marker, _ in known]
-        self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in known)
+        fingerprints = [location.fingerprint() for location in self._locations]
+        self._markers = [marker for marker, _ in fingerprints]
+        self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return len(self._locations)
 
     def shard_and_index(self, row: int) -> tuple[int, int]:
-        """The shard that a row lies in, and its place there."""
+        """Return the shard of a row, and the row's index in the shard."""
         index, shard = divmod(row, self.shards)
         return shard, index
 
     def number(self, shard: int, index: int) -> int:
-        """The number of a shard's row."""
+        """Return the number of row `index` of a shard."""
         return index * self.shards + shard
 
     def locate_row(self, row: int) -> str:
-        """Where the row stands, for messages."""
+        """Return the row's location for messages: `shard[index]`."""
         shard, index = self.shard_and_index(row)
         return f"{self._locations[shard].display_name}[{index}]"
 
-    def open(self, shard: int, at: int) -> RowsFrom:
-        """The rows of a shard, from `at` or earlier on; raises ValueError, or RuntimeError where it is no longer what it was."""
+    def open(self, shard: int, start: int) -> RowsFrom:
+        """Read the rows of a shard, from index `start` or earlier.
+
+        Raises ValueError if the shard is unreadable, and RuntimeError if the shard has changed.
+        """
         self._require_unchanged(shard)
         location = self._locations[shard]
         try:
-            first, rows = read_forward(location, at)
-        except failures() as error:
+            first, rows = read_forward(location, start)
+        except _failures() as error:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         return RowsFrom(first, self._to_the_end(shard, rows))
 
-    def decode(self, number: int, row: Row, decode: Decode = PLAIN) -> Any:
-        """The row of this number, by `decode` where it is JSON and no column has another name; raises `BrokenRow`."""
-        columns = self._source.columns
-        return row(decode) if columns is None else renamed(row(PLAIN), columns, self, number)
-
-    def _to_the_end(self, shard: int, rows: Iterator[Row]) -> Iterator[Row]:
+    def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         try:
             yield from rows
-        except failures() as error:
+        except _failures() as error:
             raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
-        self._require_unchanged(shard)  # a file that was cut at a row's border reads like a shorter one
+        self._require_unchanged(shard)  # a file truncated at a row's border reads like a shorter file
 
     def _require_unchanged(self, shard: int) -> None:
         location = self._locations[shard]
         try:
             marker = location.change_marker()
-        except lost() as error:
+        except connection_errors() as error:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         if marker != self._markers[shard]:
-            raise RuntimeError(f"{location.display_name} changed while it was read; restore it, or start again")
+            raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the errors raised for a file that is damaged or out of reach."""
+    return *UNREADABLE, *connection_errors(), ValueError
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:
-    named = resolve(source)
-    if isinstance(named, Dataset):
-        locations = [_location(name, full=source.digest == "full") for name in data_files(named.source)]
+    resolved = resolve(source)
+    if isinstance(resolved, Dataset):
+        locations = [_location(name, full=source.digest == "full") for name in data_files(resolved.source)]
         require_whole(source.path, [location.name for location in locations])
     else:
-        locations = named
+        locations = resolved
     if unknown := [location.display_name for location in locations if not is_known(location.name)]:
-        raise ValueError(f"{unknown[0]} is of a kind that is not streamed; known are {KNOWN}")
+        raise ValueError(f"{unknown[0]} has a suffix that cannot be streamed; known are {KNOWN}")
     return locations
 
 

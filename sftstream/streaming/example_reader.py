@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sftstream.config import SourceConfig
-from sftstream.formats import decode_row, parse_row
-from sftstream.records import Conversation, Example, Ref, Refused
-from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet
+from sftstream.formats import parse_row
+from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
+from sftstream.sources import Corpus, CorpusReader, FileSet
 from sftstream.tokenization.encoder import ChatEncoder
 
 
@@ -22,7 +22,7 @@ class ExampleReader:
     @classmethod
     def of(cls, corpus: Corpus, encoder: ChatEncoder) -> ExampleReader:
         """Return a reader with its own position in each streamed source of `corpus`."""
-        return cls(CorpusReader(corpus, decode_row), encoder)
+        return cls(CorpusReader(corpus), encoder)
 
     def expect(self, ref: Ref) -> None:
         """Announce a row read before a state was taken: the row will be read again."""
@@ -30,14 +30,14 @@ class ExampleReader:
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
         """Yield the conversation of each row, or the reason for a refusal."""
-        read = self.corpus.read
+        read, columns = self.corpus.read, self.corpus.columns
         for ref in refs:
             try:
-                yield parse_row(read(ref))
+                yield parse_row(read(ref), columns[ref.source])
             except Refused as refused:
                 yield refused
-            except BrokenRow as error:
-                yield Refused("broken row", str(error))
+            except BrokenRow as broken:
+                yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
 
     def examples(self, ref: Ref) -> list[Example]:
         """Return the examples of a row; raises `Refused`."""
@@ -56,5 +56,8 @@ def read_conversations(path: str) -> Iterator[Conversation]:
     for row in range(len(rows)):
         try:
             yield parse_row(rows.read(row))
-        except (BrokenRow, Refused) as error:
-            raise ValueError(f"{rows.locate_row(row)}: {error}") from None
+        except BrokenRow as broken:
+            rows.require_intact(row)
+            raise ValueError(f"{rows.locate_row(row)} {broken}") from None
+        except Refused as refused:
+            raise ValueError(f"{rows.locate_row(row)}: {refused}") from None

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.sources import hub
 from sftstream.sources.corpus import FileSet
 
@@ -41,7 +42,7 @@ def opened(path: Path | str, **fields: Any) -> FileSet:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def refusal(path: Path | str, **fields: Any) -> str:
@@ -104,10 +105,8 @@ def test_mixed_tool_calls_of_a_saved_dataset_read_as_they_were(tmp_path: Path) -
 def test_a_split_of_a_saved_dictionary_is_named(splits: Path) -> None:
     assert read_all(opened(splits, split="train")) == TRAIN
     assert read_all(opened(splits, split="test")) == TEST
-    assert refusal(splits) == (
-        f"source '{splits}' has several splits, and none is named; split = one of 'train', 'test'"
-    )
-    assert refusal(splits, split="dev") == f"source '{splits}' has no split 'dev'; split = one of 'train', 'test'"
+    assert refusal(splits) == (f"source '{splits}' has several splits; set split to one of 'train', 'test'")
+    assert refusal(splits, split="dev") == f"source '{splits}' has no split 'dev'; set split to one of 'train', 'test'"
 
 
 def test_the_only_split_of_a_saved_dictionary_need_not_be_named(tmp_path: Path) -> None:
@@ -117,45 +116,51 @@ def test_the_only_split_of_a_saved_dictionary_need_not_be_named(tmp_path: Path) 
 
 def test_a_split_of_one_saved_dataset_is_refused(saved: Path) -> None:
     assert refusal(saved, split="train") == (
-        f"source '{saved}' is one saved dataset, without splits; leave out split = 'train'"
+        f"source '{saved}' is a saved dataset without splits; leave out split = 'train'"
     )
 
 
 @pytest.mark.parametrize("field", ["subset", "revision"])
 def test_a_subset_or_revision_of_a_saved_dataset_is_refused(saved: Path, field: str) -> None:
     assert refusal(saved, **{field: "x"}) == (
-        f"source '{saved}' was written by save_to_disk, for which {field} = 'x' has no meaning; leave it out"
+        f"source '{saved}' was written by save_to_disk, for which {field} = 'x' has no meaning; leave {field} out"
     )
 
 
 def test_a_missing_file_of_a_saved_dataset_is_refused_by_name(saved: Path) -> None:
     (saved / "data-00001-of-00003.arrow").unlink()
     assert refusal(saved) == (
-        f"source '{saved}' lacks data-00001-of-00003.arrow, one of the 3 files that its state.json lists; restore it"
+        f"source '{saved}' lacks data-00001-of-00003.arrow, one of 3 files in the list of state.json; restore the file"
     )
 
 
 def test_an_empty_file_of_a_saved_dataset_is_refused_by_name(saved: Path) -> None:
     os.truncate(saved / "data-00001-of-00003.arrow", 0)
-    assert refusal(saved) == f"{saved}/data-00001-of-00003.arrow is empty; remove it or write it again"
+    assert refusal(saved) == f"{saved}/data-00001-of-00003.arrow is empty; remove the file or write it again"
 
 
 @pytest.mark.parametrize("name", ["../data-00000-of-00003.arrow", "/etc/passwd", "..", ""])
 def test_a_saved_dataset_names_no_file_outside_of_it(saved: Path, name: str) -> None:
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    assert refusal(saved) == f"source '{saved}' lists {name!r}, which is no name of a file in it"
+    assert (
+        refusal(saved)
+        == f"source '{saved}' lists {name!r}, not the name of a file in the directory; save the dataset again"
+    )
 
 
 def test_a_saved_dataset_whose_order_lies_elsewhere_is_refused(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
-    assert refusal(saved) == f"source '{saved}' keeps the order of its rows in a file of its own; save it again"
+    assert (
+        refusal(saved)
+        == f"source '{saved}' keeps the rows' order in a separate file; save it again after flatten_indices()"
+    )
 
 
 def test_a_list_of_files_that_is_none_is_refused(saved: Path) -> None:
     (saved / "state.json").write_text("{}")
     assert refusal(saved) == (
-        f"{saved}/state.json is not what save_to_disk writes: Object missing required field `_data_files`"
+        f"{saved}/state.json is damaged or was not written by save_to_disk: Object missing required field `_data_files`"
     )
 
 
@@ -187,7 +192,7 @@ def test_a_directory_whose_card_has_splits_is_not_read_as_loose_files(repository
         "Config name is missing. Please pick one among the available configs: ['whole', 'small']"
     )
     assert refusal(repository, subset="whole") == (
-        f"source '{repository}' has several splits, and none is named; split = one of 'train', 'test'"
+        f"source '{repository}' has several splits; set split to one of 'train', 'test'"
     )
     (repository / "README.md").write_text("Dialogues.\n")
     assert read_all(opened(repository)) == TEST
@@ -222,8 +227,8 @@ def test_what_a_directory_holds_now_is_read_whatever_is_in_the_cache(repository:
 def test_a_missing_shard_of_a_directory_like_one_of_the_hub_is_refused_by_name(repository: Path) -> None:
     (repository / "data" / "train-00000-of-00002.parquet").unlink()
     assert refusal(repository, subset="whole", split="train") == (
-        f"{repository} lacks 1 of 2 shards, data/train-00000-of-00002.parquet the first; "
-        "restore them, or name the files that are there by a glob"
+        f"{repository} lacks 1 of 2 shards, first data/train-00000-of-00002.parquet; "
+        "restore the shards, or name the present files by a glob"
     )
 
 
@@ -236,7 +241,7 @@ def test_a_broken_shard_is_refused(repository: Path) -> None:
 
 def test_a_revision_of_a_local_directory_is_refused(repository: Path) -> None:
     assert refusal(repository, subset="whole", split="train", revision="main") == (
-        f"source '{repository}' is a directory, for which revision = 'main' has no meaning; leave it out"
+        f"source '{repository}' is a directory, for which revision = 'main' has no meaning; leave revision out"
     )
 
 
@@ -244,13 +249,13 @@ def test_a_hub_name_that_is_nothing_here_is_asked_of_the_hub(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     said = refusal("nobody/nothing", split="train", revision="v1", subset="x")
     assert said.startswith(
-        f"source 'nobody/nothing' is no file or directory here (looked from {tmp_path}), and as one of the hub "
-        "cannot be read as a dataset (subset = 'x', split = 'train', revision = 'v1'): "
+        "source 'nobody/nothing' cannot be read as a dataset of the hub, and matches no local path from "
+        f"{tmp_path} (subset = 'x', split = 'train', revision = 'v1'): "
         "Couldn't reach 'nobody/nothing' on the Hub"
     )
     (tmp_path / "nobody").mkdir()
     tiny.write_jsonl(tmp_path / "nobody" / "nothing", [])
-    assert refusal("nobody/nothing").startswith("nobody/nothing is of no known kind ''")
+    assert refusal("nobody/nothing").startswith("nobody/nothing has the unknown suffix ''")
 
 
 def test_a_missing_file_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sftstream.streaming.stream import ExampleReader
 
-from sftstream import SourceConfig, cache
-from sftstream.sources import jsonl, rows
+from sftstream import SourceConfig, cache, read_conversations
+from sftstream.formats import decode_row
+from sftstream.records import Ref
+from sftstream.sources import Corpus, CorpusReader, jsonl, rows
 from sftstream.sources import row_index as spans
 from sftstream.sources.corpus import FileSet
 
@@ -54,7 +57,7 @@ def opened(path: Path) -> FileSet:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def index_of(tmp_path: Path) -> Path:
@@ -72,7 +75,7 @@ def test_a_file_that_moved_keeps_its_index(path: Path, built: list[str]) -> None
     opened(path)
     moved = path.rename(path.with_name("b.jsonl"))
     os.utime(moved, (1, 1))
-    assert opened(moved).read(999) == 999
+    assert opened(moved).read(999) == b"999\n"
     assert built == ["a.jsonl"]
 
 
@@ -89,7 +92,7 @@ def test_a_file_that_changed_in_place_is_indexed_anew(path: Path, built: list[st
         before.st_ino,
     )
     source = opened(path)
-    assert (source.read(500), source.read(501)) == (50, 1501)
+    assert (source.read(500), source.read(501)) == (b"50\n", b"1501\n")
     assert built == ["a.jsonl"] * 2
 
 
@@ -106,7 +109,7 @@ def test_a_huge_file_that_changed_where_no_sample_looks_is_indexed_anew(
         file.seek(location)
         file.write(b"5\n7")
     source = opened(path)
-    assert [source.read(row) for row in (500, 501, 502)] == [5, 7, 501]
+    assert [decode_row(source.read(row)) for row in (500, 501, 502)] == [5, 7, 501]
     assert built == ["a.jsonl"] * 2
 
 
@@ -144,14 +147,32 @@ def test_an_index_with_a_wrong_border_is_an_error_and_no_refused_row(path: Path,
     content[8 * 500] += 1
     index.write_bytes(content)
     source = opened(path)
-    assert source.read(498) == 498
+    assert decode_row(source.read(498)) == 498
+    source.require_intact(498)
     for row in (499, 500):
         with pytest.raises(RuntimeError) as error:
-            source.read(row)
+            source.require_intact(row)
         assert str(error.value) == (
             f"{path}:{row + 1} does not begin where its index says; "
-            f"the file changed while it was read, or {index} is damaged: delete that"
+            f"the file changed while it was read, or {index} is damaged: delete the index and start again"
         )
+
+
+def test_a_row_that_is_broken_by_a_wrong_border_stops_the_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 10)
+    opened(path)
+    index = index_of(tmp_path)
+    content = bytearray(index.read_bytes())
+    content[8 * 5] += 1
+    index.write_bytes(content)
+    rows = read_conversations(str(path))
+    assert len([next(rows) for _ in range(4)]) == 4
+    with pytest.raises(RuntimeError, match=rf"^{path}:5 does not begin where its index says; "):
+        next(rows)
+    reader = ExampleReader(CorpusReader(Corpus((SourceConfig(path=str(path)),))), encoder=None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=rf"^{path}:6 does not begin where its index says; "):
+        list(reader.load_all([Ref(0, 5, 0)]))
 
 
 def test_what_a_killed_process_left_is_swept_and_harms_nothing(path: Path, tmp_path: Path) -> None:
@@ -197,7 +218,7 @@ def test_processes_killed_while_they_build_leave_no_false_index(path: Path, tmp_
         child.join()
     source = opened(path)
     assert len(source) == 2_000_000
-    assert source.read(1_999_999) == {"a": 1}
+    assert source.read(1_999_999) == b'{"a": 1}\n'
 
 
 def test_a_filesystem_without_locks_builds_all_the_same(
@@ -207,7 +228,7 @@ def test_a_filesystem_without_locks_builds_all_the_same(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(cache.fcntl, "flock", no_locks)
-    assert opened(path).read(3) == 3
+    assert opened(path).read(3) == b"3\n"
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
@@ -218,7 +239,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
     with pytest.raises(ValueError, match=r".") as error:
         opened(path)
     assert str(error.value) == (
-        f"the cache {tmp_path}/file cannot be written: Not a directory; SFTSTREAM_CACHE names another place"
+        f"the cache {tmp_path}/file cannot be written: Not a directory; set SFTSTREAM_CACHE to another directory"
     )
 
 
@@ -254,10 +275,11 @@ def test_a_source_of_more_files_than_descriptors_is_read(tmp_path: Path) -> None
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.sources import FileSet
 rows = FileSet(SourceConfig(path={str(tmp_path)!r}))
-assert [rows.read(2 * i) for i in range(150)] == list(range(150))
-assert [rows.read(2 * i + 1) for i in range(149, -1, -1)] == list(range(1149, 999, -1))
+assert [int(rows.read(2 * i)) for i in range(150)] == list(range(150))
+assert [int(rows.read(2 * i + 1)) for i in range(149, -1, -1)] == list(range(1149, 999, -1))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -266,12 +288,12 @@ assert [rows.read(2 * i + 1) for i in range(149, -1, -1)] == list(range(1149, 99
 def test_a_file_that_is_opened_again_must_be_the_same(path: Path) -> None:
     source = opened(path)
     spans._opened.cache_clear()
-    assert source.read(1) == 1
+    assert source.read(1) == b"1\n"
     spans._opened.cache_clear()
     path.write_text(path.read_text())
     with pytest.raises(RuntimeError) as error:
         source.read(1)
-    assert str(error.value) == f"{path} changed while it was read; restore it, or start again"
+    assert str(error.value) == f"{path} changed while it was read; restore the file, or start again"
 
 
 def slow_divide(content: bytes) -> list[tuple[int, int]]:
@@ -315,13 +337,14 @@ def test_ten_million_tiny_rows_are_indexed_in_seconds_and_little_memory(tmp_path
     program = f"""
 import json, resource, time
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.sources import FileSet
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 rows = FileSet(SourceConfig(path={str(path)!r}))
 seconds = time.perf_counter() - start
 assert len(rows) == 10_000_000
-assert [rows.read(row) for row in (0, 4_999_999, 9_999_999)] == [0, 4_999_999, 9_999_999]
-assert rows.place(9_999_999).endswith(":10000000")
+assert [int(rows.read(row)) for row in (0, 4_999_999, 9_999_999)] == [0, 4_999_999, 9_999_999]
+assert rows.locate_row(9_999_999).endswith(":10000000")
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

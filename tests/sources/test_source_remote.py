@@ -19,6 +19,7 @@ import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sftstream import SourceConfig
+from sftstream.formats import decode_row
 from sftstream.records import Ref
 from sftstream.sources import ShardReader, StreamedSource, compressed, remote
 from sftstream.sources.corpus import FileSet
@@ -82,7 +83,7 @@ def opened(path: Path | str) -> FileSet:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def refusal(path: Path | str, **fields: Any) -> str:
@@ -125,7 +126,7 @@ def test_members_of_a_compressed_file_are_one_after_the_other(tmp_path: Path) ->
 def test_a_compressed_file_of_nothing_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACKERS[suffix](content))
-    assert refusal(path) == f"source '{path}' holds no row; remove it or name a file with conversations"
+    assert refusal(path) == f"source '{path}' holds no row; remove the source or name a file with conversations"
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -133,14 +134,14 @@ def test_a_compressed_file_of_nothing_is_refused(tmp_path: Path, suffix: str, co
 def test_a_compressed_file_that_was_cut_is_refused_and_leaves_nothing(tmp_path: Path, suffix: str, length: int) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACKERS[suffix](PLAIN)[:length])
-    assert refusal(path) == f"{path} cannot be unpacked: Truncated compressed stream"
+    assert refusal(path) == f"{path} cannot be unpacked: Truncated compressed stream; restore the file"
     assert [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()] == ["lock"]
 
 
 def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(PLAIN)
     assert refusal(tmp_path / "a.jsonl.gz") == (
-        f"{tmp_path}/a.jsonl.gz cannot be unpacked: zlib inflate failed: incorrect header check"
+        f"{tmp_path}/a.jsonl.gz cannot be unpacked: zlib inflate failed: incorrect header check; restore the file"
     )
 
 
@@ -271,7 +272,7 @@ def test_a_split_of_a_remote_directory_of_files_is_refused(
 ) -> None:
     memory.pipe("/d/a.jsonl", b"1\n")
     assert refusal("memory://d", **fields) == (
-        f"source 'memory://d' is a remote directory, for which {what} has no meaning; leave it out"
+        f"source 'memory://d' is a remote directory, for which {what} has no meaning; leave {next(iter(fields))} out"
     )
 
 
@@ -291,7 +292,9 @@ def test_a_remote_file_that_arrives_in_part_is_refused_and_not_kept(
 ) -> None:
     bucket.pipe("/a.jsonl", PLAIN)
     monkeypatch.setattr(Bucket, "_open", lambda *_, **__: io.BytesIO(PLAIN[:100]))
-    assert refusal("bucket://a.jsonl") == (f"bucket:///a.jsonl arrived with 100 of {len(PLAIN):,} bytes; start again")
+    assert refusal("bucket://a.jsonl") == (
+        f"bucket:///a.jsonl arrived with 100 of {len(PLAIN):,} bytes; start again to fetch the file again"
+    )
     assert not list((tmp_path / "cache").rglob("*.fetched"))
 
 

@@ -201,7 +201,7 @@ def test_a_missing_file_of_a_saved_dataset_is_refused_at_a_resume_too(source: So
     state = source.state()
     (source.local / "data-00002-of-00003.arrow").unlink()
     assert source.refusal(state) == (
-        f"source '{source.local}' lacks data-00002-of-00003.arrow, one of the 3 files that its state.json lists; restore it"
+        f"source '{source.local}' lacks data-00002-of-00003.arrow, one of 3 files in the list of state.json; restore the file"
     )
 
 
@@ -220,7 +220,7 @@ def test_a_ragged_row_is_refused_alone_and_listed_by_its_place(source: Source) -
     loader = source.load()
     refused = [refusal for pack in loader for refusal in pack.refused]
     assert [(refusal.row, refusal.reason) for refusal in refused] == [(24, "broken row")] * 2
-    assert refused[0].detail == f"{source.local}:26 has 1 cells, and the header names 2"
+    assert refused[0].detail == f"{source.local}:26 has 1 cells for the 2 columns of the header"
     assert loader.locate_row(refused[0]) == f"{source.local}:26"
 
 

@@ -22,9 +22,10 @@ import pytest
 import tiny
 
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
-from sftstream.records import Ref
-from sftstream.sources import BrokenRow, Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
-from sftstream.sources.forward import Row, RowsFrom
+from sftstream.formats import decode_row
+from sftstream.records import BrokenRow, RawRow, Ref
+from sftstream.sources import Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
+from sftstream.sources.rows import ReadRow, RowsFrom
 from sftstream.streaming.sampler import RowSampler, open_cursors
 
 ROWS = tiny.rows(30)
@@ -200,14 +201,14 @@ class Watched(StreamedSource):
         first, rows = super().open(shard, at)
         return RowsFrom(first, self._watched(shard, first, rows))
 
-    def _watched(self, shard: int, first: int, rows: Iterator[Row]) -> Iterator[Row]:
+    def _watched(self, shard: int, first: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         for number, row in enumerate(rows, first):
             self.read.append((shard, number))
             yield row
 
     def number_of(self, tape: ShardReader, shard: int, index: int) -> int:
         """The number that the conversation at this place begins with."""
-        content = tape.read(Ref(0, self.number(shard, index), 0))["messages"][0]["content"]
+        content = decode_row(tape.read(Ref(0, self.number(shard, index), 0)))["messages"][0]["content"]
         return int(content.split(":")[0])
 
 
@@ -229,7 +230,7 @@ def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str)
     tape = ShardReader(source)
     tape.expect(Ref(0, source.number(3, 1), 0))
     assert tape.reaches(Ref(0, source.number(3, 1), 1))
-    assert [tape.read(Ref(0, source.number(3, 1), epoch)) for epoch in (0, 1)] == [ROWS[21]] * 2
+    assert [decode_row(tape.read(Ref(0, source.number(3, 1), epoch))) for epoch in (0, 1)] == [ROWS[21]] * 2
     assert source.read == [(3, 0), (3, 1)]
 
 
@@ -330,9 +331,9 @@ def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
     assert not tape.reaches(Ref(0, len(rows), 0))
 
 
-def or_broken(read: Callable[[], Any]) -> Any:
+def or_broken(read: Callable[[], RawRow]) -> Any:
     try:
-        return read()
+        return decode_row(read())
     except BrokenRow:
         return BrokenRow
 
@@ -358,7 +359,7 @@ def test_a_shard_that_changes_in_the_middle_of_a_run_stops_it_by_name(path: str,
     loader = PackLoader(configured(tokenizer, path, streams=1, shuffle=False, window=2))
     next(loader)
     (Path(path) / "4.jsonl").write_bytes(tiny.json_lines(ROWS[:6]))
-    with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore it, or start again"):
+    with pytest.raises(ValueError, match=r"4\.jsonl changed while it was read; restore the file, or start again"):
         list(loader)
 
 
@@ -370,7 +371,7 @@ def test_a_shard_that_is_cut_at_a_rows_border_while_it_is_read_stops_the_run_by_
     loader = PackLoader(configured(tokenizer, str(tmp_path), streams=1, epochs=1))
     next(loader)
     os.truncate(shard, len(tiny.json_lines(tiny.rows(400)[:200])))
-    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore it, or start again"):
+    with pytest.raises(ValueError, match=r"0\.jsonl changed while it was read; restore the file, or start again"):
         list(loader)
 
 
@@ -380,15 +381,15 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
             PackLoader(configured(tokenizer, path, source, **changes))
         return str(error.value)
 
-    assert 'shuffle = "shards" shuffles its shards, false nothing' in said(path, shuffle=True)
-    assert 'shuffle = "shards" shuffles its shards' in said(path, {"shuffle": True})
+    assert 'set shuffle = "shards" to shuffle its shards, or false' in said(path, shuffle=True)
+    assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
-    assert "notes.txt is of a kind that is not streamed; known are .jsonl, " in said(f"{path}/*")
+    assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
-    assert "lacks 1 of 2 shards, a-00001-of-00002.jsonl the first" in said(path)
+    assert "lacks 1 of 2 shards, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
-    with pytest.raises(ValueError, match="is streamed, so that its size is not known; give weights to all sources"):
+    with pytest.raises(ValueError, match="is streamed, so its size is unknown; give weights to all sources"):
         tiny.data_config(tokenizer, sources=two, shuffle=False)
 
 
@@ -396,7 +397,8 @@ def test_a_remote_file_that_nothing_tells_from_another_version_is_not_streamed(t
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.jsonl", tiny.json_lines(ROWS))
     with pytest.raises(
-        ValueError, match=r"nothing tells zip://a.jsonl from another version of it, .* leave out streaming"
+        ValueError,
+        match=r"zip://a.jsonl has no size or version on its server, .*; leave out streaming, or copy the file",
     ):
         drawn(configured(tokenizer, f"zip://a.jsonl::{tmp_path}/a.zip"))
 
@@ -405,7 +407,7 @@ def test_of_several_splits_one_must_be_named(tmp_path: Path, tokenizer: str) -> 
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_bytes(tiny.json_lines(ROWS[:4] if split == "train" else ROWS[4:5]))
     assert len(drawn(configured(tokenizer, str(tmp_path), {"split": "train"}))) == 8
-    with pytest.raises(ValueError, match="no split 'dev'; split = one of 'train', 'test'"):
+    with pytest.raises(ValueError, match="no split 'dev'; set split to one of 'train', 'test'"):
         drawn(configured(tokenizer, str(tmp_path), {"split": "dev"}))
 
 

@@ -20,7 +20,7 @@ import tiny
 
 from sftstream import SourceConfig
 from sftstream.formats import parse_row
-from sftstream.sources import BrokenRow
+from sftstream.records import BrokenRow
 from sftstream.sources import arrow as arrow_module
 from sftstream.sources.corpus import FileSet
 
@@ -50,7 +50,7 @@ def refusal(path: Path) -> str:
 def broken(source: FileSet, row: int) -> str:
     with pytest.raises(BrokenRow) as error:
         source.read(row)
-    return str(error.value)
+    return f"{source.locate_row(row)} {error.value}"
 
 
 def ipc_file(path: Path, table: pa.Table, **options: Any) -> None:
@@ -124,7 +124,7 @@ def test_a_table_of_one_row_is_read_and_one_of_none_refused(tmp_path: Path, kind
     assert read_all(opened(tmp_path / name)) == [{"a": "x"}]
     write(tmp_path / name, table.slice(0, 0))
     assert refusal(tmp_path / name) == (
-        f"source '{tmp_path / name}' holds no row; remove it or name a file with conversations"
+        f"source '{tmp_path / name}' holds no row; remove the source or name a file with conversations"
     )
 
 
@@ -138,7 +138,7 @@ def test_a_table_that_was_cut_anywhere_is_refused(tmp_path: Path, kind: str) -> 
         (tmp_path / name).write_bytes(content[:length])
         said = refusal(tmp_path / name)
         assert said.startswith(f"{tmp_path / name} ")
-        assert any(words in said for words in ("is not a readable", "is empty", "lacks the mark at its end")), said
+        assert any(words in said for words in ("is not a readable", "is empty", "lacks the end mark")), said
 
 
 def test_a_stream_that_was_cut_between_two_batches_is_no_shorter_table(tmp_path: Path) -> None:
@@ -147,7 +147,10 @@ def test_a_stream_that_was_cut_between_two_batches_is_no_shorter_table(tmp_path:
     content = path.read_bytes()
     batch = content.rindex(b"\xff\xff\xff\xff", 0, len(content) - 8)
     path.write_bytes(content[:batch])
-    assert refusal(path) == f"{path} lacks the mark at its end: the file was cut, or is still being written"
+    assert (
+        refusal(path)
+        == f"{path} lacks the end mark of an Arrow stream: the file was truncated, or is still being written"
+    )
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -207,7 +210,7 @@ def test_an_arrow_file_that_shrinks_while_it_is_read_is_an_error_and_no_crash(tm
     with pytest.raises(RuntimeError) as error:
         source.read(29)
     assert str(error.value) == (
-        f"{tmp_path / name}[29] is no longer there: the file shrank while it was read; restore it"
+        f"{tmp_path / name}[29] is no longer there: the file shrank while it was read; restore the file"
     )
 
 
@@ -294,7 +297,7 @@ def test_many_arrow_files_are_opened_again_as_they_are_asked_for(
     ipc_file(tmp_path / "1.arrow", pa.table({"a": [7]}))
     with pytest.raises(RuntimeError) as error:
         source.read(1)
-    assert str(error.value) == f"{tmp_path}/1.arrow changed while it was read; restore it, or start again"
+    assert str(error.value) == f"{tmp_path}/1.arrow changed while it was read; restore the file, or start again"
 
 
 @pytest.mark.parametrize(
@@ -320,6 +323,7 @@ def test_csv_in_every_spelling_gives_the_same_rows(tmp_path: Path, content: byte
 def test_cells_are_text_and_empty_ones_lacking(tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", b'q,a,b\n007,,true\n"",NULL," "\n')
     assert read_all(source) == [{"q": "007", "b": "true"}, {"a": "NULL", "b": " "}]
+    assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
 
 
 def test_a_quoted_cell_holds_line_breaks_commas_and_quotes(tmp_path: Path) -> None:
@@ -335,8 +339,8 @@ def test_a_cell_may_be_longer_than_pythons_reader_allows(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        (b"1", "has 1 cells, and the header names 2"),
-        (b"1,2,3", "has 3 cells, and the header names 2"),
+        (b"1", "has 1 cells for the 2 columns of the header"),
+        (b"1,2,3", "has 3 cells for the 2 columns of the header"),
         (b'"1"x,2', "is not CSV: ',' expected after '\"'"),
         (b"\xff,2", "is not CSV: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b"1\r2,3", "is not CSV: new-line character seen in unquoted field"),
@@ -361,15 +365,15 @@ def test_a_quote_that_is_never_closed_breaks_the_last_row(tmp_path: Path) -> Non
 def test_a_csv_file_without_a_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     assert refusal(tmp_path / "a.csv") == (
-        f"source '{tmp_path}/a.csv' holds no row; remove it or name a file with conversations"
+        f"source '{tmp_path}/a.csv' holds no row; remove the source or name a file with conversations"
     )
 
 
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (b"q,q", "has a header ['q', 'q'], in which a name is missing or comes twice"),
-        (b"q,", "has a header ['q', ''], in which a name is missing or comes twice"),
+        (b"q,q", "has the header ['q', 'q']; give each column a name of its own"),
+        (b"q,", "has the header ['q', '']; give each column a name of its own"),
         (b"\xff", "has no readable header: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
 )
@@ -383,7 +387,10 @@ def test_a_csv_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) ->
     os.truncate(tmp_path / "a.csv", 9)
     with pytest.raises(RuntimeError) as error:
         source.read(1)
-    assert str(error.value) == f"{tmp_path}/a.csv:3 is no longer there: the file shrank while it was read; restore it"
+    assert (
+        str(error.value)
+        == f"{tmp_path}/a.csv:3 is no longer there: the file shrank while it was read; restore the file"
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

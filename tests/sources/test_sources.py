@@ -13,9 +13,10 @@ import datasets
 import pytest
 import tiny
 
-from sftstream import SourceConfig
-from sftstream.records import Ref
-from sftstream.sources import BrokenRow, Corpus, FileIdentity
+from sftstream import SourceConfig, read_conversations
+from sftstream.formats import decode_row, parse_row
+from sftstream.records import BrokenRow, Ref
+from sftstream.sources import Corpus, FileIdentity
 from sftstream.sources import rows as rows_module
 from sftstream.sources.corpus import CorpusReader, FileSet
 from sftstream.sources.rows import identify
@@ -39,7 +40,7 @@ def refusal(path: Path | str, **fields: Any) -> str:
 
 
 def read_all(source: FileSet) -> list[Any]:
-    return [source.read(row) for row in range(len(source))]
+    return [decode_row(source.read(row)) for row in range(len(source))]
 
 
 def lines(*values: Any, end: str = "\n") -> bytes:
@@ -68,7 +69,7 @@ def test_a_file_of_one_row_without_a_line_break_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n", b" \n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_row_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"source '.*a.jsonl' holds no row; remove it or name a file"):
+    with pytest.raises(ValueError, match=r"source '.*a.jsonl' holds no row; remove the source or name a file"):
         written(tmp_path / "a.jsonl", content)
 
 
@@ -94,10 +95,11 @@ def test_rows_behind_chunk_borders_are_found(tmp_path: Path, name: str, monkeypa
 )
 def test_a_broken_line_is_refused_by_its_place_and_its_neighbours_are_read(tmp_path: Path, broken: bytes) -> None:
     source = written(tmp_path / "a.jsonl", lines(A) + b"\n" + broken + b"\n" + lines(B))
-    assert (source.read(0), source.read(2)) == (A, B)
-    with pytest.raises(BrokenRow, match=r"a.jsonl:3 is not JSON: .") as error:
-        source.read(1)
+    assert [decode_row(source.read(row)) for row in (0, 2)] == [A, B]
+    with pytest.raises(BrokenRow, match=r"^is not JSON: .") as error:
+        decode_row(source.read(1))
     assert "\n" not in str(error.value)
+    source.require_intact(1)
     assert [source.locate_row(row).rpartition(":")[2] for row in range(3)] == ["1", "3", "4"]
 
 
@@ -114,9 +116,11 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
 
 def test_a_broken_element_of_an_array_is_refused_by_its_place(tmp_path: Path) -> None:
     source = written(tmp_path / "a.json", b'[{"a": 1}, {"a": "\xff"}, 2]')
-    assert (source.read(0), source.read(2)) == ({"a": 1}, 2)
-    with pytest.raises(BrokenRow, match=r"a.json\[1\] is not JSON: .*utf-8"):
-        source.read(1)
+    assert [decode_row(source.read(row)) for row in (0, 2)] == [{"a": 1}, 2]
+    with pytest.raises(BrokenRow, match=r"^is not JSON: .*utf-8"):
+        decode_row(source.read(1))
+    assert source.locate_row(1) == f"{tmp_path}/a.json[1]"
+    source.require_intact(1)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +202,9 @@ def test_a_directory_is_its_own_files_of_known_kinds_in_sorted_order(tmp_path: P
 def test_a_directory_without_files_of_known_kinds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(lines(1))
     assert refusal(tmp_path) == (
-        f"source '{tmp_path}' is a directory without a file of a known kind "
+        f"source '{tmp_path}' is a directory without a file of a known suffix "
         "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz or .zst); "
-        "name files deeper in it by a glob, or a split if it is laid out like a dataset of the hub"
+        "name files in subdirectories by a glob, or set split if the directory has the layout of a hub dataset"
     )
 
 
@@ -209,8 +213,8 @@ def test_a_missing_shard_of_a_directory_is_refused_by_name(tmp_path: Path) -> No
         (tmp_path / f"train-{number:05}-of-00005.jsonl").write_bytes(lines(number))
     (tmp_path / "test-00000-of-00001.jsonl").write_bytes(lines(9))
     assert refusal(tmp_path) == (
-        f"{tmp_path} lacks 2 of 5 shards, train-00001-of-00005.jsonl the first; "
-        "restore them, or name the files that are there by a glob"
+        f"{tmp_path} lacks 2 of 5 shards, first train-00001-of-00005.jsonl; "
+        "restore the shards, or name the present files by a glob"
     )
     assert read_all(opened(f"{tmp_path}/train-*")) == [0, 2, 3]
 
@@ -220,27 +224,33 @@ def test_a_split_subset_or_revision_of_a_file_is_refused(tmp_path: Path, field: 
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(1))
     assert refusal(path, **{field: "x"}) == (
-        f"source '{path}' is a file or a glob, for which {field} = 'x' has no meaning; leave it out"
+        f"source '{path}' is a file or a glob, for which {field} = 'x' has no meaning; leave {field} out"
     )
 
 
-def test_columns_are_renamed_and_the_others_left_out(tmp_path: Path) -> None:
+def test_a_broken_row_is_located_by_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"q": "a", "r": "b", "messages": 5}, {"r": None}, {"s": 1, "messages": 2}, [1]))
-    source = opened(path, columns={"instruction": "q", "output": "r"})
-    assert source.read(0) == {"instruction": "a", "output": "b"}
-    assert source.read(1) == {"output": None}
+    path.write_bytes(lines({"q": "a"}) + b"\n{\n" + lines({"s": 1, "messages": 2}))
+    source = SourceConfig(path=str(path), columns={"instruction": "q", "output": "r"})
+    reading = CorpusReader(Corpus((source,)))
+    assert reading.columns == [source.columns]
     with pytest.raises(BrokenRow) as error:
-        source.read(2)
-    assert str(error.value) == f"{path}:3 has none of the columns ['q', 'r']; it has ['messages', 's']"
-    assert source.read(3) == [1]
+        parse_row(reading.read(Ref(0, 2, 0)), reading.columns[0])
+    assert f"{reading.locate_broken(Ref(0, 2, 0))} {error.value}" == (
+        f"{path}:4 has none of the columns ['q', 'r']; it has ['messages', 's']"
+    )
+    path.write_bytes(lines({"prompt": "a", "completion": "b"}) + b"\n{\n")
+    rows = read_conversations(str(path))
+    assert next(rows).messages[1].content == "b"
+    with pytest.raises(ValueError, match=rf"^{path}:3 is not JSON: Input data was truncated$"):
+        next(rows)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")])
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(lines(1))
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name} is of no known kind '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
+        f"{tmp_path / name} has the unknown suffix '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
         "and these with .gz or .zst"
     )
 
@@ -249,7 +259,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_refusal(tmp_pat
     source = written(tmp_path / "a.jsonl", lines(A, B))
     os.truncate(tmp_path / "a.jsonl", 10)
     for row in range(2):
-        with pytest.raises(RuntimeError, match=rf"a.jsonl:{row + 1} is no longer there: the file shrank .* restore it"):
+        with pytest.raises(
+            RuntimeError, match=rf"a.jsonl:{row + 1} is no longer there: the file shrank .* restore the file"
+        ):
             source.read(row)
 
 
@@ -261,7 +273,7 @@ def test_a_corpus_counts_reads_and_places_by_source(tmp_path: Path) -> None:
     assert corpus.locate_row(1, 0) == f"{tmp_path}/b.json[0]"
     for one in (corpus, pickle.loads(pickle.dumps(corpus))):
         reading = CorpusReader(one)
-        assert [reading.read(Ref(*at, 0)) for at in ((0, 0), (0, 1), (1, 0))] == [0, 1, 2]
+        assert [decode_row(reading.read(Ref(*at, 0))) for at in ((0, 0), (0, 1), (1, 0))] == [0, 1, 2]
 
 
 def test_a_files_identity_is_its_name_size_and_content(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_an_error_in_a_stream_arrives_in_one_line_after_the_packs_before_it(
     os.truncate(path, 3000)
     packs = []
     with pytest.raises(
-        ValueError, match=r"a.jsonl:\d+ is no longer there: the file shrank while it was read; restore it"
+        ValueError, match=r"a.jsonl:\d+ is no longer there: the file shrank while it was read; restore the file"
     ) as error:
         packs.extend(tiny.digests(loader))
     assert "\n" not in str(error.value)

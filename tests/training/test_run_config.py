@@ -72,7 +72,10 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("validation={sources=[]}", "sources is empty; name at least one [[validation.sources]]"),
         ('validation={sources=[{path="a"}], every=0}', "every = 0 must be at least 1 - at `$.validation`"),
         ('validation={sources=[{path="a"}], global_batches=0}', "global_batches = 0 must be at least 1"),
-        ('validation={sources=[{path="a", weight=1.0}, {path="b"}]}', "source 'b' has no weight but another has"),
+        (
+            'validation={sources=[{path="a", weight=1.0}, {path="b"}]}',
+            "source 'b' has no weight but another source has",
+        ),
         ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
         ("steps", "'steps' is no override; write section.key=value"),
         ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),

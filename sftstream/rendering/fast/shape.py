@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from sftstream.records import Conversation, Message
+from sftstream.records import REASONING_KEYS, Conversation, Message
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicJson, SymbolicStr, TracedTemplate, ValueRef
-from sftstream.rendering.template import REASONING_KEYS, TemplateMessage, exact_key, template_message
+from sftstream.rendering.template import TemplateMessage, exact_key, template_message
 from sftstream.rendering.turns import CALLED, SAID, TOOL, USER
 
 Shape = tuple[Any, ...]
