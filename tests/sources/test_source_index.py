@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sftstream.streaming.stream import ExampleReader
+from sftstream.streaming.example_reader import ExampleReader
 
 from sftstream import SourceConfig, cache, read_conversations
 from sftstream.formats import decode_row
@@ -172,7 +172,7 @@ def test_a_row_that_is_broken_by_a_wrong_border_stops_the_reader(tmp_path: Path)
         next(rows)
     reader = ExampleReader(CorpusReader(Corpus((SourceConfig(path=str(path)),))), encoder=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=rf"^{path}:6 does not begin where its index says; "):
-        list(reader.load_all([Ref(0, 5, 0)]))
+        list(reader.load([Ref(0, 5, 0)]))
 
 
 def test_what_a_killed_process_left_is_swept_and_harms_nothing(path: Path, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise it"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise repeat"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
 
