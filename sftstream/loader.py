@@ -52,6 +52,18 @@ class LoaderPosition(NamedTuple):
         moved = {int(stream): msgspec.msgpack.decode(state, type=StreamState) for stream, state in self.moved.items()}
         return msgspec.structs.replace(self.start, packs=self.packs, streams=self.start.streams | moved)
 
+    @property
+    def run(self) -> DataState:
+        """The state without its streams: identity, packs and history."""
+        return msgspec.structs.replace(self.start, packs=self.packs, streams={})
+
+    def encoded_streams(self) -> dict[int, bytes]:
+        """Return each logical stream's StreamState as MessagePack, in the order of `start`."""
+        return {
+            number: self.moved.get(str(number)) or msgspec.msgpack.encode(stream)
+            for number, stream in self.start.streams.items()
+        }
+
 
 class PackStreams(IterableDataset[Pack | Failed]):
     """Some of a shard's streams, as one process reads them: their packs in the order of the run."""

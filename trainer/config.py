@@ -60,6 +60,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Where everything of this run goes."""
         return Path("runs") / self.name
 
+    @property
+    def export_directory(self) -> Path:
+        """Directory of the finished model, in the Hugging Face layout."""
+        return self.directory / "export"
+
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A Hugging Face directory or hub name to start from, or the shape of a new Llama."""
@@ -158,12 +163,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 'schedule.over = "data" needs the number of conversations, which a streamed source does not tell; use "steps"'
             )
-        fades = self.schedule.kind != "constant" and self.schedule.over == "steps"
-        if fades and self.schedule.steps is None and self.run.steps is None:
-            raise ValueError(
-                f"a {self.schedule.kind} schedule needs its length: the number of steps of {self.run.epochs} epochs is not known "
-                'before they end; set schedule.over = "data" or schedule.steps'
-            )
+        if self.schedule.decays_to_run_end:
+            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -21,6 +22,7 @@ from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh, named
 from trainer.llama.blocks import Recompute
 from trainer.llama.model import Llama, LlamaConfig, local
 from trainer.llama.parallel import parallelize
+from trainer.training.model import find_source
 
 GPU = torch.device("cuda")
 PEAK_FLOPS = 989e12
@@ -161,6 +163,15 @@ def _steps_of_epochs(config: TrainConfig) -> int | None:
     packs = list(islice(loader, SAMPLED_PACKS))
     rows = sum(pack.conversations + len(pack.refused) for pack in packs)
     return math.ceil(loader.total_rows / (rows / len(packs) * config.data.global_batch))
+
+
+def print_estimate(config: TrainConfig, gpus: int) -> None:
+    """Print the estimate of a run on `gpus` GPUs, from rank 0 only.
+
+    Raises ValueError if the run would refuse to start.
+    """
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    show(estimate(config, find_source(config.model).shape, gpus), config, console)
 
 
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:

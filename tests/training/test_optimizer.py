@@ -49,7 +49,10 @@ def test_a_decay_over_data_follows_the_data() -> None:
 
 
 def test_a_decay_over_steps_without_an_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set schedule.steps or run.steps"):
+    with pytest.raises(
+        ValueError,
+        match=r'a cosine schedule over steps needs its last step, .* set schedule.over = "data" or schedule.steps',
+    ):
         rates(2, None, kind="cosine")
 
 

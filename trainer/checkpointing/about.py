@@ -18,14 +18,15 @@ LIBRARIES = ("torchdata", "transformers", "tokenizers")
 """What decides tokens, packs and weights beside torch."""
 
 
-def about(
-    config: TrainConfig, topology: Topology, data: DataState, held_out: str | None, validation_loss: float | None
-) -> About:
-    """Sizes, versions, digests of the whole config and of what `data` was made from; `held_out` is that of the held-out packs."""
+def about(config: TrainConfig, topology: Topology, data: DataState, held_out: str | None) -> About:
+    """Return the manifest's entry for every checkpoint of a run, still without a validation loss.
+
+    Holds the mesh sizes, library versions, and SHA-256 digests: of the config, of the data's identity, and `held_out`,
+    the digest of the held-out packs, None in a run without validation.
+    """
     digests = {"config": _sha256(config), "data": _sha256(data.identity)}
     return About(
         mesh=topology.sizes,
-        validation_loss=validation_loss,
         digests=digests if held_out is None else digests | {HELD_OUT: held_out},
         versions={
             "sftstream": __version__,

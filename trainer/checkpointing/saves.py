@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
-from trainer.checkpointing.snapshot import Save
+from trainer.checkpointing.snapshot import Snapshot
 from trainer.config import TrainConfig
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import RunLog
@@ -39,16 +39,18 @@ class Saves:
                 ) from error
         return None
 
-    def save(self, capture: Callable[[Save], None], log: RunLog | None, *, last: bool) -> None:
-        """Commit what `capture` gives to a save of the store, after the lines of its steps.
+    def save(self, snapshot: Snapshot, log: RunLog | None, *, last: bool) -> None:
+        """Force the log's lines to the disk, then commit `snapshot`.
 
-        `last`: nothing comes later that could tell of a failure, so it is waited for, and raised under any policy.
+        Waits for the save under way first, so that no more than one copy of a snapshot's tensors is held. `last`: the run
+        ends after this save, so that its error is raised under any policy, and the save is not left to the background.
         """
         with self._tolerate_save_errors():
             self.store.wait()
         with nullcontext() if last else self._tolerate_save_errors():
             _sync(log)
-            capture(self.store.save if last or not self.config.background else self.store.save_later)
+            save = self.store.save if last or not self.config.background else self.store.save_later
+            save(snapshot.step, snapshot.tensors, snapshot.values, snapshot.about)
 
     def failed(self) -> bool:
         """A save in the background has failed, as this rank knows, and the run must stop; its last save raises why."""

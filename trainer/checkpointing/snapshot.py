@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +16,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoints import RECIPE, About, CheckpointStore, Recipe
-from sftstream import DataState, StreamState, differences
+from sftstream import DataState, LoaderPosition, StreamState, differences
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama, LlamaConfig
 from trainer.llama.recipe import MODEL
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.training.progress import Progress
 
 STREAM, RNG = "data/stream/", "rng/"
-
-Save = Callable[[int, dict[str, Any], dict[str, Any], About | None], Any]
-"""One of a store's ways to save: takes a step, tensors, values, what the manifest says about them."""
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a run is."""
-
-    step: int = 0
-    """Steps finished."""
-    rows: int = 0
-    """Conversations given or refused."""
-    tokens: int = 0
-    trained_tokens: int = 0
-    loss: float | None = None
-    """Of the last step."""
-    finished: bool = False
-    """The data has ended."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,55 +42,83 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: TrainConfig, model: LlamaConfig, compute_dtype: torch.dtype) -> Settings:
-        schedule = config.schedule
-        fades = schedule.kind != "constant" and schedule.over == "steps" and schedule.steps is None
         return cls(
             seed=config.run.seed,
             model=model,
             optimizer=config.optimizer,
-            schedule=schedule,
+            schedule=config.schedule,
             compute_dtype=str(compute_dtype).removeprefix("torch."),
             weights_dtype=config.run.weights_dtype,
             compile=config.run.compile,
-            steps=config.run.steps if fades else None,
+            steps=config.run.steps if config.schedule.decays_to_run_end else None,
         )
 
 
 @dataclass(frozen=True)
+class RunDescription:
+    """The part of a snapshot that is equal in all snapshots of a run."""
+
+    settings: Settings
+    topology: Topology
+    recipe: Recipe | None
+    """Recipe of the model's export; None on all ranks but the first."""
+    about: About | None
+    """Entry in the manifest, without a validation loss; None on ranks that do not read."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a run after a step, in the form that `CheckpointStore.save` takes.
+
+    `tensors` refers to the live parameters and optimizer state: save it before the next step.
+    """
+
+    step: int
+    tensors: dict[str, Any]
+    values: dict[str, Any]
+    about: About | None
+
+
+@dataclass(frozen=True)
 class Restored:
-    """A run as its newest checkpoint has it; a new run where there is none."""
+    """A run as its newest checkpoint holds it, or a new run."""
 
     progress: Progress
-    data: DataState | None
+    data: DataState | None = None
     reseeded: bool = False
-    """The random generators start anew from seed, step and rank, since those saved belong to another topology."""
+    """True if the random generators were seeded from seed, step and rank, since the topology changed."""
+
+    @property
+    def resumed(self) -> bool:
+        """True if there was a checkpoint."""
+        return self.data is not None
 
 
-def capture(
-    save: Save,
+def take_snapshot(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    data: DataState | None,
-    settings: Settings,
-    recipe: Recipe | None,
-    topology: Topology,
-    about: About | None,
-) -> None:
-    """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read,
-    `recipe` and `about` on all but the first."""
-    values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
-    if data is not None:
-        # One value a logical stream: any other topology finds its own among them.
-        values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
-    if topology.first:
-        assert data is not None
-        assert recipe is not None
-        values[RECIPE] = recipe.builtins()
-        values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
+    position: LoaderPosition | None,
+    run: RunDescription,
+    validation_loss: float | None,
+) -> Snapshot:
+    """Return the run after `progress.step` steps, without a copy of a tensor. Collective.
+
+    `position` is None on ranks that do not read.
+    """
+    values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(run.topology)}
+    if position is not None:
+        # One value per logical stream: on another topology, each rank finds its own streams among them.
+        values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams().items()}
+    if run.topology.first:
+        assert position is not None
+        assert run.recipe is not None
+        values[RECIPE] = run.recipe.builtins()
+        values["data/run"] = msgspec.to_builtins(position.run)
         values["progress"] = msgspec.to_builtins(progress)
-        values["settings"] = msgspec.to_builtins(settings)
-    save(progress.step, _tensors(model, optimizer), values, about)
+        values["settings"] = msgspec.to_builtins(run.settings)
+    about = run.about and msgspec.structs.replace(run.about, validation_loss=validation_loss)
+    return Snapshot(progress.step, _tensors(model, optimizer), values, about)
 
 
 def restore(

@@ -79,9 +79,9 @@ class RunLog:
 
     def refused(self, step: int, refusals: list[LocatedRefusal]) -> None:
         """Append the rows that were refused for a step."""
-        for refusal, place in refusals:
+        for refusal, location in refusals:
             names = ("source", "row", "epoch", "reason", "detail")
-            self._refused.add({"step": step, "place": place} | {name: getattr(refusal, name) for name in names})
+            self._refused.add({"step": step, "place": location} | {name: getattr(refusal, name) for name in names})
 
     def refused_by_reason(self) -> Counter[str]:
         """Rows refused since the run's beginning."""

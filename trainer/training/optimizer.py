@@ -61,6 +61,24 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.steps is not None and self.over == "data":
             raise ValueError(f"steps {self.steps} has no meaning with over = 'data': leave one of them out")
 
+    @property
+    def decays_to_run_end(self) -> bool:
+        """True if the decay ends at the run's last step, so that the rate of every step depends on the run's length."""
+        return self.kind != "constant" and self.over == "steps" and self.steps is None
+
+    def decay_end(self, run_steps: int | None) -> int:
+        """Return the step at which a decay over steps ends: `steps`, else the run's last step `run_steps`.
+
+        Raises ValueError if neither is known.
+        """
+        end = run_steps if self.steps is None else self.steps
+        if end is None:
+            raise ValueError(
+                f"a {self.kind} schedule over steps needs its last step, and a run over epochs does not know its number of "
+                'steps before its end; set schedule.over = "data" or schedule.steps'
+            )
+        return end
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the model's parameters, sharded as they are, in one fused kernel a step on CPU and GPU alike."""
@@ -88,10 +106,8 @@ def _share(schedule: ScheduleConfig, step: int, progress: float, total_steps: in
         return 0.0
     if schedule.over == "data":
         return min(1.0, max(0.0, progress))
-    end = total_steps if schedule.steps is None else schedule.steps
-    if end is None:
-        raise ValueError("a decay over steps needs its end: set schedule.steps or run.steps, or schedule.over = 'data'")
-    return min(1.0, max(0.0, (step - schedule.warmup) / max(1, end - schedule.warmup)))
+    decay_steps = max(1, schedule.decay_end(total_steps) - schedule.warmup)
+    return min(1.0, max(0.0, (step - schedule.warmup) / decay_steps))
 
 
 def _decay(schedule: ScheduleConfig, share: float) -> float:

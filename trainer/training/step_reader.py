@@ -87,9 +87,9 @@ class StepReader:
             self._next = self._thread.submit(_read, self.loader)
 
     @property
-    def state(self) -> DataState | None:
-        """Where the run goes on behind the step that was given last; None on ranks that do not read."""
-        return self.step.position.state if self.step else None
+    def position(self) -> LoaderPosition | None:
+        """Position after the last step given by `packs`; None on ranks that do not read."""
+        return self.step.position if self.step else None
 
     def close(self) -> None:
         """Stop reading."""
@@ -179,7 +179,7 @@ class LocatedRefusal(NamedTuple):
     """A refusal and where an editor finds its row."""
 
     refusal: Refusal
-    locate_row: str
+    location: str
 
 
 def gather_refusals(packs: list[Pack], step_reader: StepReader, topology: Topology) -> list[LocatedRefusal]:

@@ -66,10 +66,12 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
             break
         assert tiny.digests(packs) == tiny.digests(alone.next_step())
         step_reader.read_ahead()
-        assert step_reader.state == alone.state
+        assert step_reader.position is not None
+        assert step_reader.position.state == alone.state
         time.sleep(0.002)  # so that it does read ahead
     step_reader.close()
-    assert step_reader.state == alone.state
+    assert step_reader.position is not None
+    assert step_reader.position.state == alone.state
     return end
 
 

@@ -1,0 +1,56 @@
+"""The model of a run: its shape, its weights at the start, and its Hugging Face origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import ModelConfig, TrainConfig
+from trainer.distributed.mesh import Topology, named_dtype
+from trainer.llama.blocks import prepare_blocks
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.parallel import build
+from trainer.llama.weights import load_weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The shape of a model, and the Hugging Face directory of its first weights."""
+
+    shape: LlamaConfig
+    init_from: Path | None
+    """None for a new model, whose weights are drawn at random."""
+
+
+def find_source(config: ModelConfig) -> ModelSource:
+    """Return the source that the `[model]` table names; downloads a model of the hub if it is not cached.
+
+    Raises ValueError if `init_from` is no Llama.
+    """
+    if config.init_from:
+        directory = find_model(config.init_from)
+        return ModelSource(read_config(directory), directory)
+    assert config.shape is not None
+    return ModelSource(config.shape, None)
+
+
+def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
+    """Build the sharded model. `initialize` fills its weights; without, a checkpoint must be loaded into them."""
+    model = build(
+        source.shape,
+        topology.mesh,
+        topology.device,
+        capacity=config.data.capacity,
+        compute_dtype=named_dtype(config.run.compute_dtype, topology.device),
+        weights_dtype=named_dtype(config.run.weights_dtype, topology.device),
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile)
+    if not initialize:
+        return model
+    if source.init_from:
+        load_weights(model, source.init_from)
+    else:
+        init_weights(model, config.run.seed)
+    return model
