@@ -20,12 +20,12 @@ def test_a_kernel_without_a_deterministic_form_is_named() -> None:
         overwritten_twice()
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="must match the size"), determinism(True):
         torch.zeros(2) + torch.zeros(3)
 
 
-def test_what_is_not_asked_to_be_deterministic_runs_with_any_kernel_and_nothing_is_left_behind() -> None:
+def test_determinism_is_off_unless_wanted_and_is_reset_at_the_end() -> None:
     with determinism(False):
         assert overwritten_twice()[1] in (1.0, 2.0)
     with determinism(True):

@@ -70,7 +70,7 @@ def test_another_conversation_changes_no_bit_of_a_segment(segments: Segments) ->
     assert not torch.equal(before[133:140], after[133:140])
 
 
-def test_attention_equals_that_of_each_segment_alone_in_double_precision(segments: Segments) -> None:
+def test_packed_attention_equals_each_segment_alone_in_double_precision(segments: Segments) -> None:
     q, k, v = _qkv(1)
     grouped = attend(q, k, v, segments).double().cpu()
     exact = [t.detach().cpu().double() for t in (q, k, v)]
@@ -129,7 +129,7 @@ def test_compiled_layers_give_the_same_bits_each_time() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_activations_that_are_computed_twice_change_no_bit(recompute: Recompute) -> None:
+def test_recomputed_activations_change_no_bit(recompute: Recompute) -> None:
     with determinism(True):
         found = []
         for way in ("none", recompute):
@@ -139,7 +139,7 @@ def test_activations_that_are_computed_twice_change_no_bit(recompute: Recompute)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_model_on_a_gpu_is_that_of_transformers_to_the_rounding_of_bfloat16(tmp_path: Path) -> None:
+def test_a_model_on_a_gpu_equals_transformers_up_to_bfloat16_rounding(tmp_path: Path) -> None:
     for number, keys in enumerate(FAMILIES):
         directory = tmp_path / str(number)
         public_llama(**(keys | {"hidden_size": 128, "head_dim": 32})).save_pretrained(directory)
@@ -150,7 +150,7 @@ def test_a_model_on_a_gpu_is_that_of_transformers_to_the_rounding_of_bfloat16(tm
         assert "torch.bfloat16" in result.stdout
 
 
-def test_float32_attention_is_an_error_and_no_fallback(segments: Segments) -> None:
+def test_float32_attention_on_a_gpu_is_an_error(segments: Segments) -> None:
     with pytest.raises(ValueError, match=r"attention on a GPU computes in bfloat16, float16, not in torch.float32"):
         attend(*(t.float() for t in _qkv(4)), segments)
 

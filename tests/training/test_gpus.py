@@ -52,7 +52,7 @@ def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, tmp_path: Path, 
     compare(tmp_path, config, processes=dp * tp, draw=random.Random(dp), kills=2)
 
 
-def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_gpus(tmp_path: Path, tokenizer: str) -> None:
+def test_other_numbers_of_gpus_take_the_same_global_batches(tmp_path: Path, tokenizer: str) -> None:
     hops = [(dp, tp) for dp, tp in HOPS if dp * tp <= GPUS]
     run = {"device": "cuda", "steps": 2 * len(hops)}
     # A low rate: at a high one roundings grow from step to step.
@@ -75,7 +75,7 @@ def test_sums_over_gpus_have_the_same_bits_each_time() -> None:
 
 
 @each_topology
-def test_a_model_on_several_gpus_is_that_of_transformers(dp: int, tp: int, tmp_path: Path) -> None:
+def test_a_model_on_several_gpus_equals_transformers(dp: int, tp: int, tmp_path: Path) -> None:
     public_llama(**WEIGHTS).save_pretrained(tmp_path)
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(dp * tp)]
     command = [sys.executable, *ranks, "-m", "trainer.parity", str(tmp_path), "--device=cuda", f"--tp={tp}"]

@@ -33,7 +33,7 @@ def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: 
     assert runs.outcome(broken) == whole
 
 
-def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str) -> None:
+def test_kills_leave_no_trace_in_a_run_over_epochs(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(
         tokenizer, runs.sources(tmp_path), schedule={"kind": "cosine", "over": "data", "warmup": 2}
     )
@@ -42,7 +42,7 @@ def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str
     compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
 
 
-def test_kills_leave_no_trace_where_the_source_is_streamed(tmp_path: Path, tokenizer: str) -> None:
+def test_kills_leave_no_trace_with_a_streamed_source(tmp_path: Path, tokenizer: str) -> None:
     for number in range(3):
         tiny.write_jsonl(tmp_path / f"{number}.jsonl", tiny.rows(20, seed=number))
     source = {"path": f"{tmp_path}/*.jsonl", "streaming": True, "shuffle": "shards"}

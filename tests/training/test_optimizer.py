@@ -65,7 +65,7 @@ def test_a_decay_over_steps_without_an_end_is_refused() -> None:
         ({"eps": 0.0}, "eps 0.0"),
     ],
 )
-def test_an_optimizer_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+def test_an_invalid_optimizer_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**table)
 
@@ -79,7 +79,7 @@ def test_an_optimizer_that_cannot_be_is_refused(table: dict[str, object], messag
         ({"over": "data", "steps": 10}, "steps 10 has no meaning"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+def test_an_invalid_schedule_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**table)
 
@@ -88,7 +88,7 @@ def test_a_clip_of_infinity_can_be_written_in_a_file() -> None:
     assert msgspec.toml.decode("clip = inf", type=OptimizerConfig).clip == math.inf
 
 
-def test_one_step_is_that_of_the_paper_and_decays_matrices_only() -> None:
+def test_one_step_follows_the_adamw_paper_and_decays_matrices_only() -> None:
     model = Llama(CONFIG)
     for parameter in model.parameters():
         parameter.data.fill_(2.0)
@@ -123,7 +123,7 @@ def test_a_gradient_within_the_limit_keeps_its_bits(limit: float | None) -> None
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_norm_that_is_not_finite_is_told_and_scales_nothing(value: float) -> None:
+def test_a_norm_that_is_not_finite_is_returned_and_scales_nothing(value: float) -> None:
     parameters = with_gradients([3.0], [value])
     assert not math.isfinite(clip_by_global_norm(parameters, 1.0))
     assert parameters[0].grad.tolist() == [3.0]

@@ -29,7 +29,7 @@ def test_the_newest_and_every_nth_checkpoint_stay(tmp_path: Path, config: dict[s
     assert _store(tmp_path).steps() == [4, 8, 9, 10]
 
 
-def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_checkpoints_go_to_another_root_if_configured(tmp_path: Path, config: dict[str, Any]) -> None:
     elsewhere = tmp_path / "elsewhere"
     config["checkpoint"]["root"] = str(elsewhere)
     runs.run(tmp_path, config)
@@ -39,9 +39,7 @@ def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -
     assert "resuming after step 10" in runs.run(tmp_path, config).output()
 
 
-def test_a_run_that_is_started_twice_is_refused_the_second_time_by_every_rank(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_the_second_start_of_a_running_run_is_refused_by_every_rank(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"]["steps"] = 10_000
     first = runs.Job(tmp_path, config)
     runs.wait_for(lambda: _store(tmp_path).steps() != [], first)
@@ -81,7 +79,7 @@ def test_a_full_disk_stops_a_run_with_one_error_and_loses_nothing(
 
 
 @pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
-def test_a_run_goes_on_over_a_full_disk_where_it_may_and_saves_again_when_there_is_room(
+def test_a_run_that_may_continue_over_a_full_disk_saves_again_once_there_is_room(
     tmp_path: Path, config: dict[str, Any], background: bool
 ) -> None:
     config["run"]["steps"] = 60
@@ -101,7 +99,7 @@ def test_a_run_goes_on_over_a_full_disk_where_it_may_and_saves_again_when_there_
     assert job.output().count("Traceback") == 0
 
 
-def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_failed_last_checkpoint_is_an_error_under_any_policy(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"]["steps"] = 10_000
     config["checkpoint"] |= {"every": 10_000, "on_save_error": "continue"}
     job = runs.Job(tmp_path, config)
@@ -113,7 +111,7 @@ def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Pat
     assert "File too large" in job.output()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_on_request_only_and_leaves_them_aside(
+def test_a_run_restarts_over_damaged_checkpoints_on_request_only_and_keeps_their_files(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     config["run"]["steps"] = 4
@@ -150,9 +148,7 @@ def _files(root: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in root.glob("step-*")}
 
 
-def test_on_another_topology_the_generators_start_anew_and_the_run_says_so(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_another_topology_reseeds_the_generators_and_the_run_says_so(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"] |= {"steps": 2, "seed": 5}
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4

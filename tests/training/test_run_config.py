@@ -109,7 +109,7 @@ def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: s
     ("saves", "validates", "steps", "meet"),
     [(2, 2, 10, None), (4, 2, 10, None), (2, 6, 10, None), (4, 6, 100, 12), (2, 20, 10, 20), (20, 2, 10, 20)],
 )
-def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
+def test_keep_best_needs_steps_that_are_saved_and_validated(
     saves: int, validates: int, steps: int, meet: int | None
 ) -> None:
     tables = _tables(
@@ -125,7 +125,7 @@ def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
         parse_config(tables)
 
 
-def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
+def test_a_decay_over_steps_in_a_run_over_epochs_is_refused() -> None:
     tables = _tables(schedule={"kind": "cosine"})
     del tables["run"]["steps"]
     tables["run"]["epochs"] = 1
@@ -133,7 +133,7 @@ def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
         parse_config(tables)
 
 
-def test_a_decay_over_the_data_needs_to_know_how_much_there_is() -> None:
+def test_a_decay_over_data_of_unknown_size_is_refused() -> None:
     source = {"path": "rows.jsonl", "streaming": True, "shuffle": "shards"}
     tables = _tables(schedule={"over": "data"}, data={"sources": [source]})
     del tables["run"]["steps"]

@@ -76,19 +76,19 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
 
 
 @pytest.mark.parametrize("epochs", [1, None])
-def test_the_state_is_that_of_the_step_given_however_far_was_read(config: DataConfig, epochs: int | None) -> None:
+def test_reading_ahead_does_not_move_the_position(config: DataConfig, epochs: int | None) -> None:
     ahead = msgspec.structs.replace(config, epochs=epochs, workers=2)
     assert _beside_a_loader(ahead, 30) == "enough"
 
 
-def test_an_error_of_a_step_is_raised_by_that_step(tokenizer: str, tmp_path: Path) -> None:
+def test_reading_ahead_raises_an_error_at_its_own_step(tokenizer: str, tmp_path: Path) -> None:
     rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
     assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
 
 
-def test_refused_rows_reach_the_first_rank_wherever_they_were_read(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+def test_refused_rows_of_all_ranks_reach_the_first_rank(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     rows = [*tiny.rows(12), *[{"text": str(number)} for number in range(12)]]
     path = tiny.write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1)

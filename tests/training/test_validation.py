@@ -51,7 +51,7 @@ def packs_digest(directory: Path) -> str:
     return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
 
 
-def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validated: Path, tokenizer: str) -> None:
+def test_the_loss_equals_transformers_on_each_conversation_alone(validated: Path, tokenizer: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(validated / "runs" / "run" / "export")
     encoder, total, count = ChatEncoder(tokenizer), 0.0, 0
     for row in HELD_OUT:
@@ -68,9 +68,7 @@ def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validat
     assert f"step 6 | validation loss {total / count:.4f}" in output
 
 
-def test_a_run_that_validates_trains_to_the_bit_like_one_that_does_not(
-    validated: Path, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_validation_changes_no_bit_of_the_training(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
     runs.run(tmp_path, {name: table for name, table in config.items() if name != "validation"}, 2)
     plain, found = runs.outcome(tmp_path), runs.outcome(validated)
     for line in found["metrics"]:
@@ -78,7 +76,7 @@ def test_a_run_that_validates_trains_to_the_bit_like_one_that_does_not(
     assert found == plain
 
 
-def test_a_run_that_is_killed_and_resumed_validates_to_the_bit_as_before(
+def test_a_killed_and_resumed_run_validates_with_the_same_bits(
     validated: Path, config: dict[str, Any], tmp_path: Path
 ) -> None:
     job = runs.Job(tmp_path, config, 2)
@@ -90,7 +88,7 @@ def test_a_run_that_is_killed_and_resumed_validates_to_the_bit_as_before(
 
 
 @pytest.mark.parametrize(("processes", "tp"), [(1, 1), (2, 2)])
-def test_on_another_topology_it_is_the_same_but_for_rounding(
+def test_the_loss_on_another_topology_differs_by_rounding_only(
     validated: Path, config: dict[str, Any], tmp_path: Path, processes: int, tp: int
 ) -> None:
     runs.run(tmp_path, config | {"parallel": {"tp": tp}}, processes)
@@ -98,7 +96,9 @@ def test_on_another_topology_it_is_the_same_but_for_rounding(
     assert packs_digest(tmp_path) == packs_digest(validated)
 
 
-def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
+def test_global_batches_limits_validation_to_the_first_packs(
+    validated: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
     config = config | {"validation": config["validation"] | {"global_batches": 1}, "run": config["run"] | {"steps": 2}}
     output = runs.run(tmp_path, config).output()
     (count,) = (int(line.split()[0]) for line in output.splitlines() if "are held out" in line)
@@ -107,9 +107,7 @@ def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any]
     assert losses(tmp_path)[2] != pytest.approx(losses(validated)[2], rel=1e-3)
 
 
-def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, Any], tmp_path: Path) -> None:
     """The rate is so high that the loss rises."""
     config = config | {
         "optimizer": {"learning_rate": 3.0},
@@ -130,7 +128,7 @@ def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
     ]
 
 
-def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
+def test_held_out_conversations_print_the_date_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
     dated = tiny.save_tokenizer(tmp_path / "dated", tiny.DATED_TEMPLATE)
     digests = []
     for steps, tokenizer in ((2, {"path": dated, "date": "2020-02-02"}), (4, {"path": dated})):
@@ -140,7 +138,7 @@ def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], t
     assert digests[0] == digests[1]
 
 
-def test_sources_of_which_nothing_can_be_trained_are_an_error(config: dict[str, Any], tmp_path: Path) -> None:
+def test_held_out_sources_without_a_trainable_token_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     source = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
     job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
     assert job.finish() == 1
