@@ -1,4 +1,4 @@
-"""The end of a complete run: export the model, then let the exported model answer questions."""
+"""Finish a complete run: export the model, and evaluate the export."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from trainer.training.progress import Progress
 
 
 def finish(run: Run, progress: Progress) -> None:
-    """Export the trained model to `runs/<name>/export` and evaluate the export. Collective.
+    """Export the model to `runs/<name>/export`, then evaluate the export. Collective.
 
     Raises ValueError if no token was trained.
     """
     if not progress.trained_tokens:
-        raise ValueError(f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl")
+        raise ValueError(
+            f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl for the reasons"
+        )
     _export(run)
     run.display.say(f"exported to {run.config.run.export_directory}")
     if run.questions:
@@ -36,9 +38,9 @@ def _export(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Generate and print answers on the first rank only.
+    """Generate and print answers, on rank 0 only.
 
-    The other ranks exit meanwhile: a rank that waits in NCCL is ended after ten minutes.
+    The other ranks exit meanwhile, since NCCL ends a waiting rank after ten minutes.
     """
     config, encoder = run.config.evaluation, run.encoder
     assert config is not None

@@ -1,11 +1,13 @@
-"""Train a Llama on conversations: torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]]
+"""Train a Llama on conversations.
+
+Command: torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]]
 
 run.toml           the config; without a config, examples/demo.toml
 section.key=value  a value that replaces the config's, for example optimizer.learning_rate=1e-5
 --plan[=GPUS]      print the memory, steps and hours of the run on GPUS GPUs (default: the processes
                    that torchrun started), then exit without training
 
-A run that was killed or stopped continues from its last checkpoint when the same command is repeated.
+Repeat the command of a killed or stopped run to continue from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 
 
 class CommandLine(NamedTuple):
-    """The words of the command, sorted by meaning."""
+    """The parts of the command line."""
 
     config: Path
     overrides: list[str]
@@ -36,7 +38,10 @@ class CommandLine(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; print an error that a user can cause in one line."""
+    """Run the command of `arguments` (default: the process's) and return the exit code.
+
+    A user's error is printed in one line, and the exit code is 1.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)  # noqa: T201

@@ -1,4 +1,5 @@
-"""The training loop: step until the data or the steps end, save on the way, then export and evaluate."""
+"""The training loop: take steps until the data is exhausted or `run.steps` are taken; save, export,
+evaluate."""
 
 from __future__ import annotations
 
@@ -28,30 +29,30 @@ from trainer.training.stop import StopRequest
 
 
 class GlobalBatch(NamedTuple):
-    """The packs of a step."""
+    """The packs of a step on one rank."""
 
     packs: list[Pack]
-    """This rank's share: one pack for each micro-batch."""
+    """Packs of the rank, a pack per micro-batch."""
     totals: StepTotals
     """Counts over all ranks."""
     waited: float
-    """Seconds that this rank waited for its packs."""
+    """Seconds spent waiting for the packs."""
 
 
 class FinishedStep(NamedTuple):
-    """A step and its results."""
+    """A step after the update, with results."""
 
     progress: Progress
-    """The run after the step."""
+    """Progress of the run, the step included."""
     batch: GlobalBatch
     result: StepResult
     learning_rate: float
     refusals: list[LocatedRefusal]
-    """Rows of all ranks that were refused for the step; empty on all ranks but the first."""
+    """Rows refused for the step on all ranks; empty on all ranks but the first."""
     seconds: float
-    """From the wait for the packs to the update, validation excluded."""
+    """Time from the wait for packs to the update, without validation."""
     validation_loss: float | None
-    """None after a step without validation."""
+    """Mean loss of the held-out packs, in nats; None after a step without validation."""
 
     @property
     def stopped(self) -> bool:
@@ -60,9 +61,9 @@ class FinishedStep(NamedTuple):
 
 
 def run(config: TrainConfig) -> None:
-    """Train, export and evaluate the model of `config` on the processes that torchrun started.
+    """Train, export and evaluate the model of `config` on all ranks. Collective.
 
-    Collective. Raises ValueError, OSError or CheckpointError with a message for the user.
+    Raises ValueError, OSError or CheckpointError, with a message for the user.
     """
     with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
         display = Display(quiet=not topology.first)
@@ -86,7 +87,7 @@ def _train_and_finish(config: TrainConfig, topology: Topology, saves: Saves, dis
 
 
 def _train(run: Run, progress: Progress) -> Progress:
-    """Take steps until the run is complete or asked to stop; return the progress after the last step."""
+    """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
     with StopRequest() as stop, _open_log(run, progress) as log, run.display:
         while not done:
@@ -129,7 +130,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest) -> FinishedStep:
 
 
 def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
-    """Wait for the packs of the next step, agree on their counts, and begin to read the step after."""
+    """Read the next step's packs, agree on the totals, and begin to read the step after."""
     began = time.perf_counter()
     packs = run.step_reader.packs(progress.step)
     waited = time.perf_counter() - began

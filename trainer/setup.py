@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: model, optimizer, data, restored state."""
+"""Prepare a run for the first step: build the model, restore a checkpoint, open the data."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class Run:
     optimizer: torch.optim.AdamW
     step_reader: StepReader
     total_rows: int | None
-    """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is streamed."""
+    """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
+    streamed."""
     validation: Validation | None
-    """None without a `[validation]` table, and in a run that is complete at its start."""
+    """None without a `[validation]` table, and in a run complete at the start."""
     questions: list[Question]
     """Questions for the finished model; empty on all ranks but the first."""
     description: RunDescription
@@ -49,7 +50,7 @@ class Run:
 
     @property
     def encoder(self) -> ChatEncoder | None:
-        """The template and tokenizer; None on ranks that do not read."""
+        """The template and tokenizer; None on ranks without a loader."""
         return self.step_reader.loader.encoder if self.step_reader.loader else None
 
     def is_complete(self, progress: Progress) -> bool:
@@ -64,8 +65,8 @@ class Run:
 def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: Display) -> tuple[Run, Restored]:
     """Build the parts of a run and restore the newest checkpoint into them. Collective.
 
-    Raises ValueError, OSError or CheckpointError for anything in the config or the checkpoint that cannot be used, so
-    that a run fails here rather than after hours of training.
+    Also reads the evaluation's questions and checks the export directory, so that errors appear
+    before the first step. Raises ValueError, OSError or CheckpointError.
     """
     source = find_source(config.model)
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
@@ -104,7 +105,7 @@ def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: 
 
 
 def say_start(run: Run, restored: Restored) -> None:
-    """Tell the user what will be trained, and from which step on."""
+    """Print the model, the data, damaged checkpoints and the step of a resume."""
     directory, rejected = run.config.run.directory, run.saves.store.rejected
     run.display.say(model_message(directory, run.model, run.total_rows, run.topology))
     if run.validation:
@@ -115,7 +116,7 @@ def say_start(run: Run, restored: Restored) -> None:
         run.display.say(line)
     if restored.reseeded:
         run.display.say(
-            "the random generators start anew from seed, step and rank: the checkpoint is of another topology"
+            "the random generators are seeded from seed, step and rank, since the checkpoint has another topology"
         )
 
 

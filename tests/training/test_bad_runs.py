@@ -1,4 +1,4 @@
-"""What a user can get wrong in a run: one line that names the place, the value and the remedy, and exit code 1."""
+"""A user's mistake ends a run with one line (key, value, remedy) and exit code 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from checkpoints import CheckpointStore
 
 
 def _fails(directory: Path, config: dict[str, Any], processes: int = 1) -> str:
-    """The run's error line."""
+    """Run to the end, expect exit code 1, and return the error line."""
     job = runs.Job(directory, config, processes)
     assert job.finish() == 1, job.output()
     lines = [line for line in job.output().splitlines() if line.startswith("error: ")]
@@ -44,7 +44,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused_with_both_sizes(
 ) -> None:
     config["model"]["vocab_size"] = 256
     assert re.search(
-        r"the tokenizer has (\d+) tokens, model.vocab_size is 256; raise it to \1 or more, or where .* its own tokenizer",
+        r"the tokenizer has (\d+) tokens, but model.vocab_size is 256; set model.vocab_size = \1 or more, or with ",
         _fails(tmp_path, config),
     )
 
@@ -138,7 +138,8 @@ def test_a_longer_run_is_refused_if_the_schedule_depends_on_the_length(tmp_path:
     config["schedule"] = {"kind": "linear"}
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
-    assert "steps: 2 -> 4. Restore them, or give the run another name, or keep the schedule" in _fails(tmp_path, config)
+    line = _fails(tmp_path, config)
+    assert "steps: 2 -> 4. Restore the settings, or give the run another name; a decay to the last step fixes" in line
 
 
 def test_a_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, config: dict[str, Any]) -> None:

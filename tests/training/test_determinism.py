@@ -1,4 +1,4 @@
-"""A run is deterministic or says which kernel is not."""
+"""A run is deterministic, or its error names the kernel without a deterministic form."""
 
 import re
 
@@ -15,7 +15,7 @@ def overwritten_twice() -> torch.Tensor:
 
 
 def test_a_kernel_without_a_deterministic_form_is_named() -> None:
-    message = f"the kernel put_ has no deterministic form in torch {torch.__version__}; with run.deterministic = false"
+    message = f"the kernel put_ has no deterministic form in torch {torch.__version__}; set run.deterministic = false"
     with pytest.raises(ValueError, match=re.escape(message)), determinism(True):
         overwritten_twice()
 

@@ -1,4 +1,4 @@
-"""A plan is what the run then holds and does, to the byte where it can be counted."""
+"""An estimate equals the memory, packs and steps of the run, exactly for countable parts."""
 
 import math
 import subprocess
@@ -31,7 +31,7 @@ LLAMA_70B = LlamaConfig(
     num_key_value_heads=8,
 )
 SHORT = msgspec.structs.replace(LLAMA_70B, num_hidden_layers=4)
-"""The same layers, fewer of them: each is wrapped one by one."""
+"""A model with fewer layers, since wrapping takes time per layer."""
 
 
 def config(**changes: dict[str, Any]) -> TrainConfig:
@@ -54,12 +54,12 @@ def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
     found = estimate(config(), LLAMA_70B, 32)
     assert found.parameters == 70_553_706_496
     assert (found.dp, found.packs_per_rank, found.tokens_per_step, found.steps) == (4, 16, 524_288, 1000)
-    # Norms, 161 times 8192, are split over dp alone.
+    # The 161 norms of 8192 weights are sharded over dp only.
     held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
     assert found.memory["weights"] == 4 * held
     assert found.memory["optimizer"] == 8 * held
     assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
-    # 6 a weight and token, but for the embedding, which is no product.
+    # 6 operations per weight and token, except for the embedding, which is a lookup.
     flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)
     assert found.seconds_per_step == pytest.approx(flops / (32 * 0.45 * 989e12))
 
@@ -136,7 +136,8 @@ def test_gathered_weights_and_recomputed_activations_change_the_estimate() -> No
 
 
 def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int:
-    """Elements that a forward pass of all layers but the first keeps for the backward pass."""
+    """Count the elements that the forward pass of all layers but the first keeps for the backward
+    pass."""
     kept = []
     for layers in (1, shape.num_hidden_layers):
         model = built(msgspec.structs.replace(shape, num_hidden_layers=layers))
@@ -163,7 +164,8 @@ def test_activations_equal_the_elements_that_autograd_keeps(shape: LlamaConfig, 
     deep = msgspec.structs.replace(shape, num_hidden_layers=5)
     expected = activations(deep, 64, 1, recompute)
     expected -= activations(msgspec.structs.replace(shape, num_hidden_layers=1), 64, 1, recompute)
-    # Besides, on a CPU: each norm's scale and what it scaled, attention's result before it was put together, softmax's sums.
+    # A CPU also keeps each norm's scale and scaled input, attention's output per head, and
+    # softmax's sums.
     besides = 2 * (shape.hidden_size + 1) + shape.num_attention_heads * (shape.head_size + 1)
     assert kept_by_layers(deep, recompute, 64) == expected + (0 if recompute == "full" else 4 * 64 * besides)
 
@@ -181,7 +183,7 @@ def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: st
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A directory with a run's config and nothing that it names."""
+    """A directory with only a run's config, without data or tokenizer."""
     tables = runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2})
     (tmp_path / "run.toml").write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in tables.items()))
     return tmp_path
@@ -189,7 +191,7 @@ def written(tmp_path: Path) -> Path:
 
 def assert_shown(output: str, gpus: int) -> None:
     assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
-    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "in all"):
+    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "total"):
         assert part in output
     assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
     assert "10 steps, 10,240 tokens: about" in output

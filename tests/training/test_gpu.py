@@ -1,4 +1,4 @@
-"""What a GPU decides: isolation, determinism and exact resume with its kernels. Skipped where there is none."""
+"""Isolation, determinism and exact resume with GPU kernels. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _built(*, recompute: Recompute, compiled: bool) -> Llama:
 
 
 def _backward(model: Llama, lengths: list[int]) -> float:
-    """The loss of a pack, its gradients added to the model's."""
+    """Add the gradients of a random pack to the model's; return the pack's loss."""
     draw = torch.Generator("cuda").manual_seed(sum(lengths[:1]))
     ids = torch.randint(512, (512,), device="cuda", generator=draw)
     positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])

@@ -1,4 +1,4 @@
-"""Promise 1: a run that is killed at any moment and started again is, to the last bit, the run that was never killed."""
+"""Promise 1: a run killed at any moment and resumed equals an unkilled run, bit for bit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str
 
 
 def compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random.Random, kills: int) -> None:
-    """A run that is never killed, and one that is so many times."""
+    """Assert that a run after `kills` kills equals an unkilled run."""
     began = time.monotonic()
     whole = _whole(tmp_path / "whole", config, processes)
     duration = time.monotonic() - began
@@ -83,7 +83,7 @@ def compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random
 
 
 def _killed(directory: Path, config: dict[str, Any], processes: int, draw: random.Random, duration: float) -> None:
-    """A start that is killed while a checkpoint is written, or after a line of metrics, or just some time."""
+    """Start the run; kill it during a save, after some lines of metrics, or after a random time."""
     job = runs.Job(directory, config, processes)
     match draw.choice(["saving", "step", "time"]):
         case "saving":
@@ -114,5 +114,5 @@ def _lines(directory: Path) -> int:
 
 
 def _attempts(directory: Path) -> list[str]:
-    """Checkpoints that are being written."""
+    """Return the checkpoint directories under way."""
     return [path.name for path in (directory / "runs" / "run" / "checkpoints").glob(".step-*")]

@@ -1,4 +1,4 @@
-"""The files of a run have each step once, whenever the run was killed."""
+"""The files of a run hold each step once, after any kill."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_foreign_line_is_refused_by_its_number_and_stays(line: str, tmp_path: 
     path = tmp_path / "metrics.jsonl"
     path.write_text(before := path.read_text() + line + "\n")
     with pytest.raises(
-        ValueError, match=r"metrics.jsonl:2 is no line of a run: .*; take it out, or move the file away"
+        ValueError, match=r"metrics.jsonl:2 was not written by a run: .*; remove the line, or move the file away"
     ):
         RunLog(tmp_path, 1)
     assert path.read_text() == before
@@ -120,7 +120,7 @@ def test_the_curves_end_at_a_full_disk_with_one_warning_and_the_run_goes_on(
     curves.add(msgspec.structs.replace(STEP, step=30))
     curves.close()
     assert caplog.messages == ["the curves in tensorboard/ end here: [Errno 27] File too large"]
-    assert threading.active_count() == threads  # One of a writer would end with a traceback.
+    assert threading.active_count() == threads  # a writer's thread would end with a traceback
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate of every step, and the norm that gradients are cut to."""
+"""AdamW, the learning rate of every step, and gradient clipping."""
 
 import math
 
@@ -95,7 +95,8 @@ def test_one_step_follows_the_adamw_paper_and_decays_matrices_only() -> None:
         parameter.grad = torch.full_like(parameter, 0.5)
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01)
     build_optimizer(model, config).step()
-    # After one step both moments, corrected, are the gradient and its square: a move of learning_rate * 0.5 / 0.5.
+    # After one step the corrected moments are the gradient and its square: a change of
+    # learning_rate * 0.5 / 0.5.
     for name, parameter in model.named_parameters():
         decayed = 2.0 if "norm" in name else 2.0 * (1 - 0.1 * 0.01)
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, decayed - 0.1), rtol=1e-6, atol=0)
@@ -130,7 +131,7 @@ def test_a_norm_that_is_not_finite_is_returned_and_scales_nothing(value: float) 
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_fp32() -> None:
-    # In bfloat16 there is no number between 64 and 64.5.
+    # bfloat16 has no number between 64 and 64.5.
     parameters = with_gradients([1.0] * 4128, dtype=torch.bfloat16)
     assert clip_by_global_norm(parameters, None) == pytest.approx(math.sqrt(4128), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""What a run does with its checkpoints beyond going on from them."""
+"""A run keeps, places, refuses and restarts checkpoints by its config, also on a full disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_second_start_of_a_running_run_is_refused_by_every_rank(tmp_path: Pa
 
 
 def _limit(job: runs.Job, size: int) -> None:
-    """From here on no process of the run can write a file beyond `size` bytes, as on a full disk."""
+    """Let no process of the run write a file beyond `size` bytes, as on a full disk."""
     for pid in job.pids:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -125,16 +125,19 @@ def test_a_run_restarts_over_damaged_checkpoints_on_request_only_and_keeps_their
 
     job = runs.Job(job.directory, config | whole)
     assert job.finish() == 1
-    assert "or here by checkpoint.fresh_start = true, which leaves them aside" in job.output()
+    assert "or set checkpoint.fresh_start = true to start from step 0 and keep the damaged ones aside" in job.output()
     config["checkpoint"]["fresh_start"] = True
     endless = {"run": config["run"] | {"steps": 10_000}, "checkpoint": {"every": 10_000, "fresh_start": True}}
     job = runs.Job(job.directory, config | endless)
     runs.wait_for(lambda: "step 1 |" in job.output(), job)
     job.kill()
-    assert _files(root) == damaged  # Until a step of the new run is there.
+    assert _files(root) == damaged  # renamed by the first save of the new run only
 
     job = runs.run(job.directory, config | whole)
-    assert "no checkpoint is whole, so the run begins anew; the damaged ones are left aside" in job.output()
+    assert (
+        "all checkpoints are damaged, so the run starts from step 0; their files are kept under other names"
+        in job.output()
+    )
     assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
     assert _store(job.directory).steps() == [2, 4, 6]
     aside = {name.partition(".rejected-")[0]: files for name, files in _files(root).items() if ".rejected-" in name}
@@ -144,7 +147,7 @@ def test_a_run_restarts_over_damaged_checkpoints_on_request_only_and_keeps_their
 
 
 def _files(root: Path) -> dict[str, dict[str, bytes]]:
-    """The files of each directory of steps, damaged ones and those put aside included."""
+    """Return the files of each step directory, renamed directories included."""
     return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in root.glob("step-*")}
 
 
@@ -153,13 +156,13 @@ def test_another_topology_reseeds_the_generators_and_the_run_says_so(tmp_path: P
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
     job = runs.run(tmp_path, config, 2)
-    assert "the random generators start anew from seed, step and rank" in job.output()
+    assert "the random generators are seeded from seed, step and rank" in job.output()
     values = _store(tmp_path).values(4, "rng/")
     for rank in range(2):
         generator = torch.Generator().manual_seed((5 * 1_000_003 + 2) * 65_537 + rank)
         assert values[f"rng/{rank:05d}"]["cpu"] == generator.get_state().numpy().tobytes()
     config["run"]["steps"] = 6
-    assert "start anew" not in runs.run(tmp_path, config, 2).output()
+    assert "random generators" not in runs.run(tmp_path, config, 2).output()
 
 
 def _directory(path: Path) -> Path:

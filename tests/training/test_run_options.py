@@ -1,4 +1,4 @@
-"""Every way of computing a run trains the same model: to the last bit where only memory or traffic differ, else to rounding."""
+"""Options change no bit of a run if they change memory or traffic only, and else rounding only."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tiny_llama import public_llama
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run on two processes: its config and what came out."""
+    """Config and outcome of a run on two processes."""
     directory = tmp_path_factory.mktemp("plain")
     config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 4})
     runs.run(directory, config, processes=2)

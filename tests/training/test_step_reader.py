@@ -1,4 +1,4 @@
-"""Ranks that share layers get the same bytes from one loader, and all ranks agree on what a step holds."""
+"""Tensor-parallel ranks get equal packs from one loader, and all ranks agree on a step's totals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ STEPS = 3
 
 
 def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[str], StepTotals, int]]:
-    """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
+    """Return per step: digests of this rank's packs, the totals, the number of gathered
+    refusals."""
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
     step_reader = StepReader(
@@ -49,11 +50,12 @@ def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(con
                 assert count.trained_tokens == sum(pack.trained_tokens for pack in packs)
                 assert count.rows == sum(len(pack.segments) + len(pack.refused) for pack in packs)
                 assert count.unexhausted_shards == dp
-                assert count.stop == 1  # rank 1 asked, all know
+                assert count.stop == 1  # rank 1 was asked to stop
 
 
 def _beside_a_loader(config: DataConfig, steps: int) -> str:
-    """What ended the steps of a feed that reads ahead, each of which was that of a loader which does not."""
+    """Compare a StepReader that reads ahead with a plain loader; return the error that ended it, or
+    "enough"."""
     assignment = PackAssignment(config.streams, config.global_batch, 1)
     alone = PackLoader(config, workers=0)
     step_reader = StepReader(PackLoader(config), assignment, config.capacity, ahead=True)
@@ -68,7 +70,7 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
         step_reader.read_ahead()
         assert step_reader.position is not None
         assert step_reader.position.state == alone.state
-        time.sleep(0.002)  # so that it does read ahead
+        time.sleep(0.002)  # lets the thread read ahead
     step_reader.close()
     assert step_reader.position is not None
     assert step_reader.position.state == alone.state

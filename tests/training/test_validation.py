@@ -1,4 +1,5 @@
-"""The loss on held-out conversations: right, the same on any topology and after any kill, and without a trace in the run."""
+"""The validation loss is right, equal on any topology and after any kill, and changes no
+training."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ HELD_OUT = tiny.rows(20, seed=9)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[str, Any]:
-    """Six steps, validated after each second one on 20 conversations and one that is too long."""
+    """Six steps, with validation after every second step on 20 conversations and a too long one."""
     directory = tmp_path_factory.mktemp("data")
     too_long = tiny.chat("a question", " ".join(tiny.WORDS * 8))
     held_out = tiny.write_jsonl(directory / "held_out.jsonl", [*HELD_OUT, too_long])
@@ -33,12 +34,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[str
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
-    """The directory of that run on two data-parallel ranks."""
+    """The directory of a run of `config` on two data-parallel ranks."""
     return runs.run(tmp_path_factory.mktemp("validated"), config, 2).directory
 
 
 def losses(directory: Path) -> dict[int, float]:
-    """The validation losses, by step."""
+    """Return the validation losses by step."""
     return {line["step"]: line["validation_loss"] for line in runs.metrics(directory) if "validation_loss" in line}
 
 
@@ -47,7 +48,7 @@ def store(directory: Path) -> CheckpointStore:
 
 
 def packs_digest(directory: Path) -> str:
-    """Of the packs that were validated, as the last step's manifest has it."""
+    """Return the digest of the held-out packs in the last manifest."""
     return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
 
 
@@ -108,7 +109,7 @@ def test_global_batches_limits_validation_to_the_first_packs(
 
 
 def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, Any], tmp_path: Path) -> None:
-    """The rate is so high that the loss rises."""
+    """Train at a learning rate so high that the loss rises."""
     config = config | {
         "optimizer": {"learning_rate": 3.0},
         "validation": config["validation"] | {"every": 1},
@@ -122,7 +123,7 @@ def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, A
     changed = config["validation"] | {"sources": config["data"]["sources"]}
     job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
     assert job.finish() == 1
-    assert "the checkpoint's were taken on other held-out conversations; restore validation.sources" in job.output()
+    assert "the checkpoint's losses come from other held-out conversations; restore validation.sources" in job.output()
     assert [store(tmp_path).manifest(step).about.validation_loss for step in (1, 2, 6)] == [
         found[step] for step in (1, 2, 6)
     ]
@@ -142,5 +143,8 @@ def test_held_out_sources_without_a_trainable_token_are_refused(config: dict[str
     source = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
     job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
     assert job.finish() == 1
-    assert "error: validation.sources hold nothing to train on: 0 conversations are held out" in job.output()
+    assert (
+        "error: validation.sources hold no trained token; use other sources (0 conversations are held out"
+        in job.output()
+    )
     assert "unknown layout: 1" in job.output()

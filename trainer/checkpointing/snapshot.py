@@ -1,4 +1,16 @@
-"""What a checkpoint of a run holds, and how a run goes on from it: exactly, or not at all."""
+"""Take a snapshot of a run for a checkpoint, and restore a run from a checkpoint.
+
+A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`:
+
+    data/stream/00000   StreamState of logical stream 0 (MessagePack), one key per stream
+    data/run            DataState without streams: identity, packs, history
+    rng/rank00000       states of the random generators of rank 0, one key per rank
+    progress            Progress
+    settings            Settings, compared on a resume
+    export              Recipe of the model's export
+
+A resume on other numbers of ranks reads the streams of its own shards from the keys.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +40,7 @@ STREAM, RNG = "data/stream/", "rng/"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the numbers of a run depend on besides its data and its hardware."""
+    """Settings that decide the numbers of a run; a resume needs equal settings."""
 
     seed: int
     model: LlamaConfig
@@ -38,10 +50,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     weights_dtype: str = "float32"
     compile: bool = False
     steps: int | None = None
-    """The run's length where the schedule depends on it."""
+    """The run's length if the schedule decays to the run's end, else None."""
 
     @classmethod
     def of(cls, config: TrainConfig, model: LlamaConfig, compute_dtype: torch.dtype) -> Settings:
+        """Collect the settings of a run; `compute_dtype` is the dtype that "auto" stands for."""
         return cls(
             seed=config.run.seed,
             model=model,
@@ -63,7 +76,7 @@ class RunDescription:
     recipe: Recipe | None
     """Recipe of the model's export; None on all ranks but the first."""
     about: About | None
-    """Entry in the manifest, without a validation loss; None on ranks that do not read."""
+    """Entry in the manifest, without a validation loss; None on ranks without a loader."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +94,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Restored:
-    """A run as its newest checkpoint holds it, or a new run."""
+    """The state of a run in the newest checkpoint, or of a new run."""
 
     progress: Progress
     data: DataState | None = None
     reseeded: bool = False
-    """True if the random generators were seeded from seed, step and rank, since the topology changed."""
+    """True if the random generators were seeded from seed, step and rank, since the topology
+    changed."""
 
     @property
     def resumed(self) -> bool:
@@ -104,11 +118,12 @@ def take_snapshot(
 ) -> Snapshot:
     """Return the run after `progress.step` steps, without a copy of a tensor. Collective.
 
-    `position` is None on ranks that do not read.
+    `position` is None on ranks without a loader.
     """
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(run.topology)}
     if position is not None:
-        # One value per logical stream: on another topology, each rank finds its own streams among them.
+        # One value per logical stream: on another topology, each rank finds its own streams among
+        # them.
         values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams().items()}
     if run.topology.first:
         assert position is not None
@@ -129,7 +144,12 @@ def restore(
     topology: Topology,
     step: int,
 ) -> Restored:
-    """Set model, optimizer and random generators as they were after `step`; raises ValueError where that is not this run."""
+    """Load the checkpoint of `step` into model, optimizer and random generators. Collective.
+
+    On a changed topology the generators are seeded from seed, step and rank. Raises ValueError if
+    the settings differ from the checkpoint's, CheckpointError if the checkpoint is damaged or does
+    not fit the model.
+    """
     values = store.values(step)
     _require_same(msgspec.convert(values["settings"], Settings), settings, step)
     state = _tensors(model, optimizer)
@@ -149,7 +169,8 @@ def restore(
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # These also make the state of an optimizer that has not stepped yet, without which nothing of it would be loaded.
+    # get_optimizer_state_dict also creates the state of an optimizer without a step; nothing would
+    # be loaded into it otherwise.
     return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
@@ -158,10 +179,10 @@ def _require_same(saved: Settings, now: Settings, step: int) -> None:
     if not changed:
         return
     longer = any(field.startswith("settings.steps: ") for field in changed)
-    also = ", or keep the schedule of a longer run by schedule.steps" if longer else ""
+    reason = "; a decay to the last step fixes run.steps, unless schedule.steps is set from the start" if longer else ""
     raise ValueError(
-        f"the checkpoint of step {step} was made with other settings, and going on with these would not be the same run: "
-        f"{'; '.join(changed)}. Restore them, or give the run another name{also}"
+        f"the checkpoint of step {step} was made with other settings (checkpoint -> now): {'; '.join(changed)}. "
+        f"Restore the settings, or give the run another name{reason}"
     )
 
 
@@ -173,7 +194,7 @@ def _rng_state(topology: Topology) -> dict[str, bytes]:
 
 
 def _restore_rng(values: dict[str, Any], topology: Topology) -> bool:
-    """Set this rank's generators as they were; false where they were those of another kind of device."""
+    """Restore this rank's generators; return False for states of another kind of device."""
     saved = values[f"{RNG}{dist.get_rank():05d}"]
     if (topology.device.type == "cuda") != ("cuda" in saved):
         return False

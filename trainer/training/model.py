@@ -1,4 +1,4 @@
-"""The model of a run: its shape, its weights at the start, and its Hugging Face origin."""
+"""Find the shape of a run's model, build the model over ranks, and fill its first weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from trainer.llama.weights import load_weights
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The shape of a model, and the Hugging Face directory of its first weights."""
+    """Shape and first weights of a model."""
 
     shape: LlamaConfig
     init_from: Path | None
-    """None for a new model, whose weights are drawn at random."""
+    """Hugging Face directory of the first weights; None for random weights."""
 
 
 def find_source(config: ModelConfig) -> ModelSource:
-    """Return the source that the `[model]` table names; downloads a model of the hub if it is not cached.
+    """Return the shape and directory of the `[model]` table.
 
-    Raises ValueError if `init_from` is no Llama.
+    Downloads a hub model if it is not cached.
+
+    Raises ValueError if `init_from` is not found or not supported.
     """
     if config.init_from:
         directory = find_model(config.init_from)
@@ -36,7 +38,11 @@ def find_source(config: ModelConfig) -> ModelSource:
 
 
 def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
-    """Build the sharded model. `initialize` fills its weights; without, a checkpoint must be loaded into them."""
+    """Build the model of a run, sharded over all ranks. Collective.
+
+    `initialize` fills the weights from `source` or at random; False leaves them for a checkpoint to
+    fill.
+    """
     model = build(
         source.shape,
         topology.mesh,

@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""Counts since the start of a run: steps, rows, tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.training.step_reader import StepTotals
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts over all ranks and steps since the start of the run."""
+    """Counts over all ranks since the start of a run, as stored in checkpoints."""
 
     step: int = 0
     """Finished steps."""
@@ -35,7 +35,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise ValueError(
                 f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; lower "
-                "optimizer.learning_rate, or look at the step's conversations: the same command repeats it"
+                "optimizer.learning_rate, or inspect the step's conversations; the same command repeats the step"
             )
         return Progress(
             step=step,
@@ -51,7 +51,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         return self.exhausted or (steps is not None and self.step >= steps)
 
     def share(self, total_rows: int | None, steps: int | None) -> float | None:
-        """Return the finished part of the run in [0, 1]: of `total_rows` if known, else of `steps`, else None."""
+        """Return the finished part of the run in [0, 1].
+
+        Counts rows out of `total_rows` if known, else steps out of `steps` (`run.steps`). Returns
+        None if both are None.
+        """
         if total_rows:
             return self.rows / total_rows
         return min(1.0, self.step / steps) if steps else None
