@@ -104,11 +104,14 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     every: int = 100
     """Steps between checkpoints, 1 or more. The last step of a run is always saved."""
     keep: int = 3
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep, 1 or more; older checkpoints are deleted after each
+    save."""
     keep_every: int | None = None
-    """Those of steps that are multiples of it stay as well."""
+    """Keep, beside the newest, every checkpoint at a multiple of `keep_every` steps, 1 or more.
+    Default: none."""
     keep_best: int | None = None
-    """As many of those with the lowest validation loss stay as well."""
+    """Keep, beside the newest, this number of checkpoints with the lowest validation loss, 1 or
+    more; needs a `[validation]` table. Default: none."""
     fresh_start: bool = False
     """Start from step 0 if all checkpoints are damaged; the damaged checkpoints are kept under
     other names. False stops with an error instead. Without effect if a checkpoint is whole: the run

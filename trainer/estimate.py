@@ -130,8 +130,7 @@ def _memory(
     return {
         "weights": sharded.all * stored.itemsize,
         "optimizer": 2 * sharded.all * stored.itemsize,
-        # Gradients of earlier packs stay unsharded in float32, unless they are reduced after each
-        # pack.
+        # Gradients of earlier packs stay unsharded in float32 until the reduction.
         "gradients": gathered.all * 4 if wrapped and waits else sharded.all * stored.itemsize,
         "gathered weights": int((gathered.ends + layers * gathered.blocks) * computed.itemsize) if wrapped else 0,
         "activations": computed.itemsize * activations(shape, config.data.capacity, parallel.tp, run.recompute),

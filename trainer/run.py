@@ -1,5 +1,4 @@
-"""The training loop: take steps until the data is exhausted or `run.steps` are taken; save, export,
-evaluate."""
+"""The training loop: take steps, save checkpoints, then export and evaluate the model."""
 
 from __future__ import annotations
 

@@ -69,23 +69,19 @@ def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: 
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     source = find_source(config.model)
-    compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
-    settings = Settings.of(config, source.shape, compute_dtype)
+    settings = Settings.of(config, source.shape, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
     if topology.first:
         require_replaceable(config.run.export_directory)
     model = build_model(config, source, topology, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
-    restored = (
-        Restored(Progress()) if latest is None else restore(saves.store, model, optimizer, settings, topology, latest)
-    )
+    restored = Restored(Progress())
+    if latest is not None:
+        restored = restore(saves.store, model, optimizer, settings, topology, latest)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     questions = _read_questions(config, loader) if topology.first else []
-    export_recipe = _recipe(source, model, loader) if topology.first else None
-    total_rows = _total_rows(loader)
-    assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
-    step_reader = StepReader(loader, assignment, config.data.capacity, topology.tp_group, ahead=True)
     validation = _open_validation(config, topology, saves, restored, loader)
+    export_recipe = _recipe(source, model, loader) if topology.first else None
     description = RunDescription(settings, topology, export_recipe, _about(config, topology, loader, validation))
     run = Run(
         config=config,
@@ -93,8 +89,8 @@ def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: 
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=step_reader,
-        total_rows=total_rows,
+        step_reader=_open_step_reader(config, topology, loader),
+        total_rows=_total_rows(loader),
         validation=validation,
         questions=questions,
         description=description,
@@ -118,6 +114,11 @@ def say_start(run: Run, restored: Restored) -> None:
         run.display.say(
             "the random generators are seeded from seed, step and rank, since the checkpoint has another topology"
         )
+
+
+def _open_step_reader(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> StepReader:
+    assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
+    return StepReader(loader, assignment, config.data.capacity, topology.tp_group, ahead=True)
 
 
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:

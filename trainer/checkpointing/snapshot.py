@@ -122,8 +122,7 @@ def take_snapshot(
     """
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(run.topology)}
     if position is not None:
-        # One value per logical stream: on another topology, each rank finds its own streams among
-        # them.
+        # One value per logical stream, since a rank of another topology needs other streams.
         values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams().items()}
     if run.topology.first:
         assert position is not None
@@ -169,8 +168,7 @@ def restore(
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # get_optimizer_state_dict also creates the state of an optimizer without a step; nothing would
-    # be loaded into it otherwise.
+    # get_optimizer_state_dict creates the state of a new optimizer, for a checkpoint to load into.
     return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
