@@ -1,9 +1,9 @@
-# Everything that needs installing is installed by the first command that needs it, into .venv.
+# Each target installs what it needs into .venv at its first use.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench docs clean
 
 demo: .venv/installed
 	$(BIN)/torchrun -m trainer.main
@@ -11,7 +11,7 @@ demo: .venv/installed
 test: .venv/dev
 	$(PYTEST) -m "not slow"
 
-# Long kill-and-resume runs; SFTSTREAM_KILLS and SFTSTREAM_SEED set how many and which.
+# Long kill-and-resume runs; SFTSTREAM_KILLS sets their number, SFTSTREAM_SEED the random seed.
 test-slow: .venv/dev
 	$(PYTEST) -m slow
 
@@ -24,9 +24,13 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Real conversations where SFTSTREAM_REALDATA or ../shared/data has them, else the demo's; BENCH="--rows 2000" and the like.
+# Reads the conversations in SFTSTREAM_REALDATA, by default the demo's; BENCH="--rows 2000" passes options.
 bench: .venv/bench
-	$(BIN)/python benchmarks/pipeline.py $(BENCH)
+	$(BIN)/python benchmarks/pipeline/pipeline.py $(BENCH)
+
+# docs/config.md from the config structs.
+docs: .venv/installed
+	$(BIN)/python docs/generate_config.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

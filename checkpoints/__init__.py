@@ -1,11 +1,15 @@
-"""Crash-safe directories of tensors and plain values. Knows neither models nor data."""
+"""Save and load crash-safe directories of tensors and plain values, without models or data."""
 
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, Recipe, Rows
 from checkpoints.manifest import About
+from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
+from checkpoints.retention import Retention
 from checkpoints.store import CheckpointStore
+from checkpoints.tensor_file import TensorSpec
 
 __all__ = [
+    "MODEL_FILE_BYTES",
     "RECIPE",
     "About",
     "CheckpointError",
@@ -13,5 +17,8 @@ __all__ = [
     "CorruptCheckpoint",
     "LostRank",
     "Recipe",
+    "Retention",
     "Rows",
+    "TensorSpec",
+    "write_model",
 ]

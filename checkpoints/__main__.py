@@ -1,5 +1,5 @@
 """`python -m checkpoints`."""
 
-from checkpoints.cli import app
+from checkpoints.cli import main
 
-app(prog_name="python -m checkpoints")
+main()

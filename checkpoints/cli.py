@@ -1,9 +1,13 @@
-"""The commands. Those that only look take no lock and change nothing, and so may be used beside a run that saves."""
+"""The commands of `python -m checkpoints`.
+
+`list`, `verify` and `inspect` take no lock and change nothing: safe to use beside a running
+training.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,32 +16,36 @@ from rich.console import Console
 
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.local_store import step_of
+from checkpoints.retention import Retention
 from checkpoints.show import show_step, show_steps
 from checkpoints.store import CheckpointStore
 
-app = typer.Typer(add_completion=False, help="Looks at checkpoints, takes them apart and tidies them up.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # Prints brackets in help texts unchanged.
+    pretty_exceptions_enable=False,  # `main` prints errors.
+    help="List, verify, inspect, prune and export checkpoints.",
+)
 
-Root = Annotated[str, typer.Argument(help="A directory of steps, such as runs/my-run/checkpoints, or its URL.")]
-Step = Annotated[str, typer.Argument(help="A step's directory, such as runs/my-run/checkpoints/step-00000100.")]
+Root = Annotated[str, typer.Argument(help="Directory of steps, such as runs/my-run/checkpoints, or its URL.")]
+Step = Annotated[str, typer.Argument(help="Directory of a step, such as runs/my-run/checkpoints/step-00000100.")]
 
 
 @app.command("list")
 def list_(root: Root) -> None:
-    """List the steps by what their manifests say."""
-    with _one_line_errors():
-        show_steps(_opened(root), Console(highlight=False, markup=False))
+    """List the steps of a directory."""
+    show_steps(_store(root), Console(highlight=False, markup=False))
 
 
 @app.command()
-def verify(path: Annotated[str, typer.Argument(help="A directory of steps, or one step's.")]) -> None:
-    """Read every byte of one step or of all; the exit code is 1 where any is damaged."""
-    with _one_line_errors():
-        store, steps = _steps(path)
-        verdicts = [_is_whole(store, step) for step in steps]
-    raise typer.Exit(not all(verdicts))
+def verify(path: Annotated[str, typer.Argument(help="Directory of steps, or of a single step.")]) -> None:
+    """Read every byte of a step or of all steps. Exit code 1 if any step is damaged."""
+    store, steps = _steps(path)
+    undamaged = [_is_undamaged(store, step) for step in steps]
+    raise typer.Exit(not all(undamaged))
 
 
-def _is_whole(store: CheckpointStore, step: int) -> bool:
+def _is_undamaged(store: CheckpointStore, step: int) -> bool:
     try:
         files = store.verify(step).files
     except CorruptCheckpoint as error:
@@ -49,38 +57,39 @@ def _is_whole(store: CheckpointStore, step: int) -> bool:
 
 @app.command()
 def inspect(step: Step) -> None:
-    """Say what a step holds: tensors, sizes, and every value that is short."""
-    with _one_line_errors():
-        show_step(*_one(step), Console(highlight=False, markup=False))
+    """Print the tensors, sizes and short values of a step."""
+    show_step(*_step(step), Console(highlight=False, markup=False))
 
 
 @app.command()
 def prune(
     root: Root,
-    keep: Annotated[int, typer.Option(help="Newest steps that stay.", min=1)],
-    keep_every: Annotated[int | None, typer.Option(help="Multiples of it stay as well.", min=1)] = None,
-    keep_best: Annotated[int | None, typer.Option(help="As many of the lowest validation loss do, too.", min=1)] = None,
+    keep: Annotated[int, typer.Option(help="Number of newest steps that stay.", min=1)],
+    keep_every: Annotated[
+        int | None, typer.Option(help="Steps that are multiples of this number stay too.", min=1)
+    ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(help="Number of steps with the lowest validation loss that stay too.", min=1)
+    ] = None,
 ) -> None:
-    """Delete old steps. The newest one that is whole always stays, and nothing happens while a run has the directory."""
-    with _one_line_errors():
-        store = CheckpointStore(_existing(root), keep=keep, keep_every=keep_every, keep_best=keep_best)
-        with store:
-            gone = store.prune()
-        typer.echo(f"deleted {gone or 'nothing'}; {store.steps()} stay")
+    """Delete old steps.
+
+    The newest undamaged step always stays. Refused while a run saves to the directory.
+    """
+    with CheckpointStore(_existing(root), Retention(keep, keep_every, keep_best)) as store:
+        deleted = store.prune()
+    typer.echo(f"deleted {deleted or 'nothing'}; {store.steps()} stay")
 
 
 @app.command()
-def export(
-    step: Step, out: Annotated[Path, typer.Argument(help="The model directory to make; it must not exist.")]
-) -> None:
-    """Write a step's model as a Hugging Face directory: weights, config, tokenizer, chat template."""
-    with _one_line_errors():
-        store, number = _one(step)
-        store.export(number, out)
-        typer.echo(f"exported step {number} to {out}")
+def export(step: Step, out: Annotated[Path, typer.Argument(help="Model directory to make; must not exist.")]) -> None:
+    """Write the model of a step as a Hugging Face directory, with config and tokenizer."""
+    store, number = _step(step)
+    store.export(number, out)
+    typer.echo(f"exported step {number} to {out}")
 
 
-def _opened(root: str) -> CheckpointStore:
+def _store(root: str) -> CheckpointStore:
     return CheckpointStore(_existing(root))
 
 
@@ -90,26 +99,25 @@ def _existing(root: str) -> str:
     return root
 
 
-def _one(path: str) -> tuple[CheckpointStore, int]:
+def _step(path: str) -> tuple[CheckpointStore, int]:
     root, _, name = path.rstrip("/").rpartition("/")
     step = step_of(name)
     if step is None:
-        raise CheckpointError(f"{path} is no step; name a directory such as runs/my-run/checkpoints/step-00000100")
+        raise CheckpointError(f"{path} is not a step; name a directory such as runs/my-run/checkpoints/step-00000100")
     return CheckpointStore(root or "."), step
 
 
 def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
     if step_of(path.rstrip("/").rpartition("/")[2]) is None:
-        store = _opened(path)
+        store = _store(path)
         return store, store.steps()
-    store, step = _one(path)
+    store, step = _step(path)
     return store, [step]
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit. An error is a single line on stderr, with exit code 1."""
     try:
-        yield
+        app(arguments, prog_name="python -m checkpoints")
     except (CheckpointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        sys.exit(f"error: {error}")

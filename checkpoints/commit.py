@@ -1,8 +1,21 @@
-"""The file layer: new files forced to the disk and hashed on the way, directories made visible in one step.
+"""Write new files to the disk, and make a directory visible by a single rename.
 
-The protocol is that of databases: write under new names only, force the data, force the names, switch by one rename,
-force that. A failed fsync is final, because the kernel may have dropped the data it complains about: the whole attempt
-is given up and nothing is tried twice.
+Example: a save of step 120 by two ranks under the root `checkpoints/`, with the attempt's token
+0123456789abcdef. Each line ends with the call that forces the change:
+
+    mkdir checkpoints/.step-00000120.tmp-0123456789abcdef             rank 0
+    write .../rank00000.safetensors                fsync the file     rank 0
+    write .../rank00001.safetensors                fsync the file     rank 1
+    write .../manifest.json                        fsync the file     rank 0, once both have written
+    fsync checkpoints/.step-00000120.tmp-0123456789abcdef             rank 0: the names of the files
+    rename to checkpoints/step-00000120            fsync checkpoints/ rank 0: the name of the step
+
+Before the rename, a kill or a power cut leaves a directory with a dot in front, ignored by readers
+and deleted by the next save. After the last fsync, the step survives a power cut. In between, the
+directory has either name, and is complete under both.
+
+A failed fsync is final, because the kernel may have dropped the data: the whole attempt is given
+up, and no file is written twice.
 """
 
 from __future__ import annotations
@@ -18,21 +31,21 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints.digest import digesting, file_digest, threads
+from checkpoints.digest import Digest, digesting, file_digest, threads
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.manifest import File
 
 logger = logging.getLogger(__name__)
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
-"""Errors that show a file to be broken or not to be ours. Others (permissions, memory) say nothing about the file."""
+"""Error numbers of a broken or foreign file. Other numbers (permissions, memory) show no damage."""
 
 _PIECE = 1 << 24
-"""Bytes that are written at once."""
+"""Bytes per write."""
 
 
 class Readable(Protocol):
-    """A file as it is read here."""
+    """The methods of an open file used by a load."""
 
     def seek(self, offset: int, /) -> int: ...
     def read(self, size: int = -1, /) -> bytes: ...
@@ -40,27 +53,30 @@ class Readable(Protocol):
 
 
 class StepFiles(Protocol):
-    """Where the files of one step lie, or those of an attempt at one."""
+    """The files of a step, or of an attempt at a step, in any kind of storage."""
 
     @property
     def readers(self) -> int:
-        """Threads that may read here at once."""
+        """Number of threads for parallel reads."""
 
-    def where(self, name: str) -> str:
-        """A file's place in words."""
+    def location(self, name: str) -> str:
+        """Return the path or URL of a file, for messages."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
-        """Makes a new file; when it returns, the bytes survive anything, though not yet as part of a step."""
+        """Write a new file. On return the bytes survive a power cut, but belong to no step yet."""
 
     def open(self, name: str, size: int) -> AbstractContextManager[Readable]:
-        """Opens a committed file; raises `CorruptCheckpoint` if it is missing, broken or of another size."""
+        """Open a committed file.
+
+        Raises CorruptCheckpoint if the file is missing, broken or not `size` bytes long.
+        """
 
     def digest(self, name: str, size: int) -> str:
-        """Of a whole file, which it opens likewise."""
+        """Return the digest of a whole file. Raises CorruptCheckpoint like `open`."""
 
 
-class Folder:
-    """A place on a file system."""
+class LocalFiles:
+    """The files of a step, or of an attempt at a step, in a directory of a file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,11 +85,11 @@ class Folder:
     def readers(self) -> int:
         return threads()
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path / name)
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
-        return write_file(self.path / name, parts)
+        return write_hashed(self.path / name, parts)
 
     def open(self, name: str, size: int) -> AbstractContextManager[FileIO]:
         return open_file(self.path / name, size)
@@ -84,7 +100,7 @@ class Folder:
 
 
 def make_directory(path: Path) -> None:
-    """Creates a directory and its missing parents, and forces each new name to the disk."""
+    """Make a directory and missing parents, and force each new name to the disk."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir()
@@ -92,7 +108,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Forces the bytes of a file, or the names in a directory, to the disk."""
+    """Force the bytes of a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,48 +116,81 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> File:
-    """Writes a new file part by part and forces it to the disk, while it is hashed."""
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
+    """Write a new file part by part, force the bytes to the disk, and return the size in bytes."""
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with digesting() as digest:
-            for part in parts:
-                size += len(part)
-                digest.update(part)
-                _write_all(descriptor, part)
-            os.fsync(descriptor)
-            return File(size, digest.hexdigest())
+        for part in parts:
+            size += len(part)
+            _write_all(descriptor, part)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return size
+
+
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> File:
+    """Write a new file like `write_file`, and hash the bytes on the way."""
+    with digesting() as digest:
+        size = write_file(path, _digested(parts, digest))
+        return File(size, digest.hexdigest())
+
+
+def _digested(parts: Iterable[bytes | memoryview], digest: Digest) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        digest.update(part)
+        yield part
 
 
 def publish(attempt: Path, final: Path) -> None:
-    """Commits a finished attempt under its final name in the same directory: from here on it survives anything."""
+    """Rename a complete directory to a final name beside the first, and force the new name.
+
+    Raises OSError if a name cannot be forced; the directory then has the first name again.
+    """
     sync(attempt)
+    _switch(attempt, final)
+
+
+def publish_over(attempt: Path, final: Path, old: Path) -> None:
+    """Publish a complete directory under an existing name; the old directory moves to `old`.
+
+    A kill between the two renames leaves no `final`. Raises OSError if a name cannot be forced;
+    `final` is then unchanged.
+    """
+    sync(attempt)
+    os.rename(final, old)
+    try:
+        _switch(attempt, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+
+
+def _switch(attempt: Path, final: Path) -> None:
     os.rename(attempt, final)
     try:
         sync(final.parent)
     except OSError:
-        os.rename(final, attempt)  # A step that may not be on the disk must not look committed.
+        os.rename(final, attempt)  # A name that may not be on the disk must not look committed.
         raise
 
 
 def discard(paths: Iterable[Path]) -> None:
-    """Deletes directories. Leftovers do no harm, so a failure is reported and the next save tries again."""
+    """Delete directories. Leftovers do no harm: a failure is only logged."""
     for path in paths:
         try:
             shutil.rmtree(path)
         except OSError as error:
-            logger.warning("%s could not be removed (%s); the next save tries again", path, error)
+            logger.warning("%s could not be deleted (%s); the next save or export tries again", path, error)
 
 
 @contextmanager
 def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
-    """Opens a committed file of `size` bytes, never a link, pipe or device.
+    """Open a committed file of `size` bytes for reading; never a link, pipe or device.
 
     Raises:
-        CorruptCheckpoint: The file is missing, of another kind or size, or the disk cannot read it.
+        CorruptCheckpoint: The file is missing, of another kind or size, or unreadable on the disk.
     """
     try:
         with FileIO(path, opener=_open_unfollowed) as file:
@@ -149,10 +198,10 @@ def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
             if not stat.S_ISREG(status.st_mode):
                 raise CorruptCheckpoint(f"{path} is not a regular file")
             if size is not None and status.st_size != size:
-                raise CorruptCheckpoint(f"{path} has {status.st_size} bytes, {size} were committed")
+                raise CorruptCheckpoint(f"{path} has {status.st_size} bytes; {size} were committed")
             yield file
     except EOFError as error:
-        raise CorruptCheckpoint(f"{path} became shorter while it was read") from error
+        raise CorruptCheckpoint(f"{path} became shorter during the read") from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
@@ -160,7 +209,10 @@ def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
 
 
 def read_into(file: Readable, begin: int, target: memoryview) -> None:
-    """Fills `target` with the bytes of `file` from `begin` on; EOFError if there are too few."""
+    """Fill `target` with the bytes of `file` from offset `begin` on.
+
+    Raises EOFError if the file is shorter.
+    """
     file.seek(begin)
     while target:
         count = file.readinto(target)
@@ -170,7 +222,7 @@ def read_into(file: Readable, begin: int, target: memoryview) -> None:
 
 
 def _open_unfollowed(path: str, flags: int) -> int:
-    # Without O_NONBLOCK, opening a pipe that was planted in place of a file would wait for a writer for ever.
+    # Without O_NONBLOCK, opening a pipe planted in place of a file would wait for a writer forever.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
@@ -178,6 +230,6 @@ def _write_all(descriptor: int, part: bytes | memoryview) -> None:
     rest, end = memoryview(part), os.lseek(descriptor, 0, os.SEEK_CUR)
     while rest:
         count = os.write(descriptor, rest[:_PIECE])
-        # Dirty pages that are said not to be needed are written at once: the disk works while the next ones are hashed.
+        # The advice makes the kernel write these pages now, while the next piece is hashed.
         os.posix_fadvise(descriptor, end, count, os.POSIX_FADV_DONTNEED)
         rest, end = rest[count:], end + count

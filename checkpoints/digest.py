@@ -1,6 +1,10 @@
-"""The digest of a file: SHA-256 over the SHA-256 of each block of 64 MiB, so that several cores can hash one file.
+"""The digest of a file: SHA-256 over the SHA-256 of each block of 64 MiB.
 
-One core hashes 1.6 GB/s, which is less than disks and page caches give.
+Blocks let several cores hash one file: a core hashes 1.6 GB/s, less than disks and page caches
+deliver.
+
+Example: a file of 100 MiB has the blocks a (64 MiB) and b (36 MiB). The digest is the hexadecimal
+form of `sha256(sha256(a).digest() + sha256(b).digest())`.
 """
 
 from __future__ import annotations
@@ -12,19 +16,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 BLOCK = 1 << 26
+"""Bytes of a block."""
 
 _MOST_THREADS = 32
-"""Of one process, whatever its cores: each has a buffer."""
+"""Limit of threads per process, because every thread has a buffer."""
 
 _CACHED = 1 << 18
-"""Bytes that are read at once: few enough to be hashed while they are still in a core's cache."""
+"""Bytes per read: few enough to be hashed while still in the cache of a core."""
 
 _BEHIND = 4
-"""Blocks that hashing may be behind; what was given for them is held until then."""
+"""Blocks taken but not yet hashed, at most. Their memory stays in use until then."""
 
 
 class Digest:
-    """Takes a file's bytes in order, in parts of any size, and hashes them in threads of `pool`."""
+    """The digest of bytes given in order, in parts of any size, hashed in the threads of `pool`."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -33,7 +38,7 @@ class Digest:
         self._blocks: list[Future[bytes]] = []
 
     def update(self, part: bytes | memoryview) -> None:
-        """Takes more; the memory must stay as it is until `hexdigest` returns."""
+        """Take the next bytes. The memory must not change until `hexdigest` returns."""
         rest = memoryview(part)
         while rest:
             piece, rest = rest[: self._room], rest[self._room :]
@@ -43,7 +48,7 @@ class Digest:
                 self._close_block()
 
     def hexdigest(self) -> str:
-        """Of all that was given."""
+        """Return the digest of all bytes taken, 64 hexadecimal characters."""
         if self._pieces:
             self._close_block()
         return hashlib.sha256(b"".join(block.result() for block in self._blocks)).hexdigest()
@@ -56,20 +61,27 @@ class Digest:
 
 
 def threads() -> int:
-    """Two for each core that this process may use, since some wait for the disk; ranks of one host have a share each."""
+    """Return the number of threads for reading and hashing: two for each core of this process.
+
+    Two, because some threads wait for the disk. The ranks of a host share the cores. At least 2, at
+    most 32.
+    """
     share = 2 * len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(share, 2), _MOST_THREADS)
 
 
 @contextmanager
 def digesting() -> Iterator[Digest]:
-    """A digest with threads of its own."""
+    """Yield a `Digest` with a new pool of threads."""
     with ThreadPoolExecutor(threads()) as pool:
         yield Digest(pool)
 
 
 def file_digest(descriptor: int, size: int) -> str:
-    """Of an open file of `size` bytes, whose blocks are read and hashed beside each other. EOFError if it is shorter."""
+    """Return the digest of an open file of `size` bytes; blocks are read and hashed in parallel.
+
+    Raises EOFError if the file is shorter.
+    """
     with ThreadPoolExecutor(threads()) as pool:
         blocks = pool.map(lambda begin: _read(descriptor, begin, min(begin + BLOCK, size)), range(0, size, BLOCK))
         return hashlib.sha256(b"".join(blocks)).hexdigest()
@@ -89,5 +101,5 @@ def _read(descriptor: int, begin: int, end: int) -> bytes:
 def _hashed(pieces: list[memoryview]) -> bytes:
     sha256 = hashlib.sha256()
     while pieces:
-        sha256.update(pieces.pop(0))  # Let go of as it is done: it may be the last that holds its memory.
+        sha256.update(pieces.pop(0))  # Removed at once, to free the memory.
     return sha256.digest()

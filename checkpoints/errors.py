@@ -1,13 +1,13 @@
-"""What goes wrong with a checkpoint. Messages name the place, the reason and what to do where that is not plain."""
+"""Errors of a checkpoint. A message names the file or rank, the reason, and a remedy."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, read or agreed on. Raised on every rank alike."""
+    """A checkpoint cannot be written, read or agreed on. Raised on every rank alike."""
 
 
 class CorruptCheckpoint(CheckpointError):
-    """The files of a step are not the files that were committed."""
+    """The files of a step differ from the committed files."""
 
 
 class LostRank(CheckpointError):
-    """A process of the run has ended or does not answer, so that nothing can be agreed on any more."""
+    """A process of the run has ended or does not answer; the ranks cannot agree any more."""

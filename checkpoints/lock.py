@@ -1,4 +1,4 @@
-"""One process at a time changes a root: by a lock of the kernel, which ends with its holder however that ends."""
+"""A lock of the kernel on a root: a single process at a time may change the root."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ _UNKNOWN = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class Lock:
-    """An exclusive flock(2) on a file that is never deleted. Its text says who took it last, for people only."""
+    """An exclusive flock(2) on a file that is never deleted; ends with the process.
+
+    The text of the file names the last holder, for people only.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Locks, or does nothing where this object already has the lock.
+        """Take the lock, or do nothing if this object holds the lock already.
 
         Raises:
-            CheckpointError: Another process has it, the file was replaced under our hands, or the file system has no locks.
+            CheckpointError: Another process holds the lock, the file was replaced meanwhile, or the
+                file system has no locks.
         """
         if self._descriptor is None:
             self._descriptor = self._locked()
             _held.add(self)
         elif not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
             raise CheckpointError(
-                f"{self.path} was replaced during this run, so another run may save here; start again"
+                f"{self.path} was replaced during this run, so another run may save here; start this run again"
             )
 
     def release(self) -> None:
-        """Gives the lock up; nothing happens where it is not held."""
+        """Give the lock up, if held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -61,13 +65,13 @@ class Lock:
     def _refusal(self, error: OSError, holder: str) -> Exception:
         if error.errno in _TAKEN:
             return CheckpointError(
-                f"{self.path.parent} is in use by {holder}; two runs cannot share it: stop that one, or give this one "
-                "another directory"
+                f"{self.path.parent} is in use by {holder}; two runs cannot share a directory: stop the other "
+                "run, or give this run another directory"
             )
         if error.errno in _UNKNOWN:
             return CheckpointError(
                 f"the file system of {self.path.parent} has no locks ({error.strerror}), so two runs could save there "
-                "unnoticed; mount it with them (Lustre: -o flock, NFS: without nolock) or use another"
+                "unnoticed; mount it with locks (Lustre: -o flock, NFS: without nolock), or save to another file system"
             )
         return error
 
@@ -76,7 +80,10 @@ _held: WeakSet[Lock] = WeakSet()
 
 
 def _release_in_child() -> None:
-    """A forked process, such as a loader's worker, would keep the lock when the one that took it was killed."""
+    """Close the lock files in a forked process, such as a worker of a data loader.
+
+    An open copy in the child would keep the lock after the holder is killed.
+    """
     for lock in list(_held):
         lock.release()
 

@@ -1,4 +1,20 @@
-"""What a step's directory holds, byte by byte. A manifest is believed only whole: sealed, canonical and consistent."""
+"""The manifest of a step: every file, tensor and value, byte by byte.
+
+A manifest is accepted only if sealed by a digest, in canonical form, and consistent.
+
+Example (digests shortened, whitespace added): a step of a single rank with a float32 tensor `w`
+of shape (2, 3) and no values. The header of the safetensors file takes 96 bytes:
+
+    {"sha256": "5f0c...", "manifest": {
+      "version": 2, "step": 120, "token": "0123456789abcdef", "world_size": 1,
+      "about": {"mesh": {}, "validation_loss": null, "digests": {},
+                "versions": {"torch": "2.11.0"}},
+      "files": {"rank00000.safetensors": {"size": 120, "sha256": "9a31..."}},
+      "tensors": {"w": {"dtype": "F32", "shape": [2, 3], "chunks": [
+        {"offsets": [0, 0], "sizes": [2, 3],
+         "span": {"file": "rank00000.safetensors", "begin": 96, "end": 120}}]}},
+      "plain": {}, "values": {}}}
+"""
 
 from __future__ import annotations
 
@@ -14,47 +30,27 @@ import torch
 from msgspec import Meta, Struct
 
 from checkpoints.errors import CorruptCheckpoint
+from checkpoints.tensor_file import DTYPES
 
 _CUTS = 8
-"""Dimensions that one tensor may be cut along; of others a chunk is as wide as the tensor."""
+"""Limit of dimensions cut by the chunks of a tensor. A check takes 2**cuts steps per chunk."""
 
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"
 VALUES = ".values"
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""The names that the safetensors format gives to element types."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Token = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
-# Names and versions are printed, so they can hold nothing that a terminal would obey.
+# Names and versions are printed: no control characters for the terminal.
 Word = Annotated[str, Meta(pattern=r"\A[ -~]{1,80}\Z")]
 FILE_NAME = r"\Arank[0-9]{5}\.(safetensors|values)\Z"
-# Names are the only part of a manifest that reaches the file system.
+# File names are the only part of a manifest that reaches the file system.
 FileName = Annotated[str, Meta(pattern=FILE_NAME)]
 
 
 class File(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file's size in bytes and its digest (hex), a SHA-256 by blocks."""
+    """Size of a file in bytes, and digest by blocks (see `checkpoints.digest`)."""
 
     size: Count
     sha256: Digest
@@ -69,7 +65,7 @@ class Span(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Chunk(Struct, frozen=True, forbid_unknown_fields=True):
-    """A box of a tensor, `sizes` elements from `offsets` on, stored in row-major order."""
+    """A box of a tensor: `sizes` elements from `offsets` on, stored in row-major order."""
 
     offsets: tuple[Count, ...]
     sizes: tuple[Count, ...]
@@ -77,11 +73,12 @@ class Chunk(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def volume(self) -> int:
+        """Number of elements."""
         return math.prod(self.sizes)
 
 
 class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole tensor: its element type, its global shape, and the chunks that tile it."""
+    """A whole tensor: element type, global shape, and the chunks that tile the tensor."""
 
     dtype: str
     shape: tuple[Count, ...]
@@ -89,7 +86,7 @@ class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Part(Struct, frozen=True):
-    """What one rank wrote of a step."""
+    """The files of a single rank; the tensors, plain values and values in these files."""
 
     files: dict[FileName, File] = {}
     tensors: dict[str, Tensor] = {}
@@ -98,22 +95,23 @@ class Part(Struct, frozen=True):
 
 
 class About(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run says of a step of its own, so that steps can be told apart and judged without a look into their files."""
+    """Facts about the run for the manifest, to compare steps by their manifests alone."""
 
     mesh: dict[Word, Count] = {}
-    """The sizes of the mesh of ranks, such as dp and tp."""
+    """Sizes of the mesh of ranks by dimension, such as dp and tp."""
     validation_loss: float | None = None
-    """After this step; the lower the better."""
+    """Validation loss after this step; lower is better. None without a validation."""
     digests: dict[Word, Digest] = {}
-    """SHA-256 of what the step came from, such as data and config."""
+    """SHA-256 of the inputs of the step, such as data and config."""
     versions: dict[Word, Word] = msgspec.field(default_factory=lambda: {"torch": str(torch.__version__)})
-    """Of the libraries that made it."""
+    """Versions of the libraries that wrote the step."""
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole of a step. `plain` are the values in the state that are no tensors, `values` those saved beside it.
+    """The content of a step.
 
-    `token` names the attempt that wrote the step, `world_size` the number of its ranks.
+    `token` names the attempt that wrote the step, `world_size` the number of ranks. `plain` are the
+    plain values of the state, `values` the values saved beside the state, by key.
     """
 
     version: Literal[2]
@@ -127,7 +125,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     values: dict[str, Span]
 
     def check(self) -> None:
-        """Raises `CorruptCheckpoint` unless each tensor is tiled exactly and no two spans share a byte."""
+        """Raise CorruptCheckpoint unless chunks tile every tensor and no two spans overlap."""
         for key, tensor in self.tensors.items():
             _check_tensor(key, tensor)
         spans = [chunk.span for tensor in self.tensors.values() for chunk in tensor.chunks]
@@ -140,19 +138,21 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
             if span.file != file:
                 file, end = span.file, 0
             if not (file.endswith(suffix) and file in self.files and end <= span.begin <= span.end):
-                raise CorruptCheckpoint(f"a span overlaps another or lies in no file of its kind: {span}")
+                raise CorruptCheckpoint(f"{span} overlaps another span or lies in no {suffix} file of the step")
             end = span.end
             if end > self.files[file].size:
-                raise CorruptCheckpoint(f"a span ends behind its file: {span}")
+                raise CorruptCheckpoint(f"{span} ends after the {self.files[file].size} bytes of the file")
 
 
 class _Sealed(Struct, frozen=True, forbid_unknown_fields=True):
+    """A manifest and the SHA-256 of the manifest as JSON."""
+
     sha256: Digest
     manifest: Manifest
 
 
 def merge(parts: Sequence[Part], *, step: int, token: str, about: About) -> Manifest:
-    """The manifest of a step from what each rank wrote, in the ranks' order."""
+    """Return the manifest of a step from the parts of all ranks, in rank order."""
     manifest = Manifest(2, step, token, len(parts), about, {}, {}, {}, {})
     for part in parts:
         manifest.files.update(part.files)
@@ -164,51 +164,58 @@ def merge(parts: Sequence[Part], *, step: int, token: str, about: About) -> Mani
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as JSON that carries the digest of itself."""
+    """Return a manifest as JSON, with the digest of the manifest."""
     digest = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
     return msgspec.json.encode(_Sealed(digest, manifest))
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest that `encode` made into `data`; raises `CorruptCheckpoint` for anything else."""
+    """Return the manifest in bytes made by `encode`, or raise CorruptCheckpoint."""
     try:
         sealed = msgspec.json.decode(data, type=_Sealed)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a manifest: {error}") from error
-    # Only what the encoder prints is taken: duplicate keys, which decoders resolve silently, cannot pass.
+    # Only the output of the encoder is accepted: decoders would resolve duplicate keys silently.
     if encode(sealed.manifest) != data:
-        raise CorruptCheckpoint("it does not match its own SHA-256")
+        raise CorruptCheckpoint("the manifest does not match its own SHA-256")
     sealed.manifest.check()
     return sealed.manifest
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        raise CorruptCheckpoint(f"{key!r} has the unknown type {tensor.dtype!r}")
+        raise CorruptCheckpoint(f"{key!r} has the unknown element type {tensor.dtype!r}")
     for chunk in tensor.chunks:
         if not len(chunk.offsets) == len(chunk.sizes) == len(tensor.shape):
-            raise CorruptCheckpoint(f"a chunk of {key!r} has other dimensions than the tensor")
+            raise CorruptCheckpoint(
+                f"a chunk of {key!r} does not have the {len(tensor.shape)} dimensions of the tensor"
+            )
         if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
             raise CorruptCheckpoint(f"a chunk of {key!r} lies outside the tensor")
         if chunk.span.end - chunk.span.begin != chunk.volume * DTYPES[tensor.dtype].itemsize:
-            raise CorruptCheckpoint(f"a chunk of {key!r} has other bytes than elements")
+            raise CorruptCheckpoint(f"a chunk of {key!r} does not have the bytes of {chunk.volume} elements")
     stored, total = sum(chunk.volume for chunk in tensor.chunks), math.prod(tensor.shape)
     if stored != total:
-        raise CorruptCheckpoint(f"the chunks of {key!r} hold {stored} elements, the tensor {total}")
+        raise CorruptCheckpoint(f"the chunks of {key!r} hold {stored} elements; the tensor has {total}")
     if not _tiles(tensor):
         raise CorruptCheckpoint(f"the chunks of {key!r} overlap and leave gaps")
 
 
 def _tiles(tensor: Tensor) -> bool:
-    """Whether each element is in exactly one chunk; in linear time, however hostile the chunks.
+    """Return True if each element of a tensor is in exactly one chunk; linear in the chunks.
 
-    The number of chunks that hold an element is a function of its place. It is 1 everywhere if its mixed derivative is
-    that of the whole tensor's box, and the derivative of a sum of boxes is +1 or -1 at the corners of each.
+    Let f(i) be the number of chunks with the element at the indices i. f is 1 everywhere if the
+    mixed difference of f equals the mixed difference of the box of the whole tensor. The mixed
+    difference of a sum of boxes is +1 or -1 at the corners of each box, and 0 elsewhere.
+
+    Example: a tensor of shape (4,) is stored in two chunks. The chunk [0, 3) adds +1 at 0 and -1 at
+    3, the chunk [3, 4) adds +1 at 3 and -1 at 4. The sum is +1 at 0 and -1 at 4, equal to the box
+    [0, 4) of the whole tensor.
     """
     boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks if chunk.volume]
     cut = [axis for axis, size in enumerate(tensor.shape) if any(sizes[axis] != size for _, sizes in boxes)]
     if len(cut) > _CUTS:
-        raise CorruptCheckpoint(f"a tensor is cut along {len(cut)} dimensions; {_CUTS} are the most")
+        raise CorruptCheckpoint(f"a tensor is cut along {len(cut)} dimensions; at most {_CUTS} are allowed")
     corners = Counter[tuple[int, ...]]()
     for offsets, sizes in boxes:
         corners.update(_corners([(offsets[axis], offsets[axis] + sizes[axis]) for axis in cut]))
@@ -218,6 +225,6 @@ def _tiles(tensor: Tensor) -> bool:
 
 
 def _corners(sides: list[tuple[int, int]]) -> dict[tuple[int, ...], int]:
-    """The corners of a box and their signs, which the far end of each side turns."""
+    """Return the corners of a box with signs; the far end of each side flips the sign."""
     ends = itertools.product(*(((low, 1), (high, -1)) for low, high in sides))
-    return {tuple(step_files for step_files, _ in corner): math.prod(sign for _, sign in corner) for corner in ends}
+    return {tuple(index for index, _ in corner): math.prod(sign for _, sign in corner) for corner in ends}

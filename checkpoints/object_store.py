@@ -1,7 +1,14 @@
-"""Steps in an object store, where nothing can be renamed and nothing locked: the manifest, put last, is the commit.
+"""Steps in an object store without renames and locks: the manifest, put last, is the commit.
 
-An object is there whole or not at all and is at once seen by all. A step's files are put under the token of the attempt,
-so no two attempts ever write to one name; a step is there if and only if its manifest is.
+An object is complete or absent, and at once visible to all readers. The files of a step lie under
+the token of the attempt: no two attempts write to the same name. A step is committed exactly if the
+manifest exists.
+
+Example: step 120 of two ranks under `s3://bucket/run`, in the order of writing:
+
+    s3://bucket/run/step-00000120/0123456789abcdef/rank00000.safetensors
+    s3://bucket/run/step-00000120/0123456789abcdef/rank00001.safetensors
+    s3://bucket/run/step-00000120/manifest.json      conditional put, names the token
 """
 
 from __future__ import annotations
@@ -25,30 +32,30 @@ from checkpoints.manifest import MANIFEST, About, File, Manifest, Part, encode, 
 logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 26
-"""Bytes that are given to a file of fsspec at once: it keeps a copy."""
+"""Bytes per write to a file of fsspec, which keeps a copy."""
 
 
 def open_root(root: Path | str) -> LocalStore | ObjectStore:
-    """A URL is an object store's; anything else is a directory."""
+    """Return an `ObjectStore` for a URL (a str with `://`), else a `LocalStore`."""
     return ObjectStore(root) if isinstance(root, str) and "://" in root else LocalStore(Path(root).absolute())
 
 
-class Objects:
-    """A place in an object store."""
+class ObjectFiles:
+    """The files of a step, or of an attempt at a step, in an object store."""
 
-    readers = 1  # Some of fsspec's stores give all who open a file the same one.
+    readers = 1  # Some file systems of fsspec return one shared file object for all opens.
 
-    def __init__(self, store: Any, prefix: str) -> None:
-        self._store = store
+    def __init__(self, filesystem: Any, prefix: str) -> None:
+        self._filesystem = filesystem
         self._prefix = prefix
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self._prefix}/{name}"
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
         size = 0
         with digesting() as digest:
-            with self._store.open(self.where(name), "wb") as file:
+            with self._filesystem.open(self.location(name), "wb") as file:
                 for part in parts:
                     size += len(part)
                     digest.update(part)
@@ -58,15 +65,15 @@ class Objects:
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[Readable]:
-        where = self.where(name)
+        location = self.location(name)
         try:
-            found = self._store.size(where)
-            if found != size:
-                raise CorruptCheckpoint(f"{where} has {found} bytes, {size} were committed")
-            with self._store.open(where, "rb") as file:
+            actual = self._filesystem.size(location)
+            if actual != size:
+                raise CorruptCheckpoint(f"{location} has {actual} bytes; {size} were committed")
+            with self._filesystem.open(location, "rb") as file:
                 yield file
         except (FileNotFoundError, IsADirectoryError, EOFError) as error:
-            raise CorruptCheckpoint(f"{where} cannot be read: {error!r}") from error
+            raise CorruptCheckpoint(f"{location} cannot be read: {error!r}") from error
 
     def digest(self, name: str, size: int) -> str:
         with self.open(name, size) as file, digesting() as digest:
@@ -76,124 +83,149 @@ class Objects:
 
 
 class ObjectStore:
-    """The steps under a URL: `step-00000120/manifest.json` and, beside it, `<token>/rank00000.safetensors` and the like."""
+    """The steps under a URL."""
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
-        self._store, self._prefix = fsspec.url_to_fs(self.root)
-        self._known: set[int] | None = None
+        self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
+        self._committed: set[int] | None = None
 
     def path(self, step: int) -> str:
+        """Return the URL of a committed step."""
         return f"{self.root}/step-{step:08d}"
 
-    def step_files(self, step: int, manifest: Manifest) -> Objects:
-        """Where a committed step is read."""
+    def step_files(self, step: int, manifest: Manifest) -> ObjectFiles:
+        """Return the files of a committed step, for reading."""
         return self.attempt(step, manifest.token)
 
-    def attempt(self, step: int, token: str) -> Objects:
-        """Where a step is written, before it is committed and after."""
-        return Objects(self._store, f"{self._step(step)}/{token}")
+    def attempt(self, step: int, token: str) -> ObjectFiles:
+        """Return the files of an attempt, before and after the commit."""
+        return ObjectFiles(self._filesystem, f"{self._step(step)}/{token}")
 
     def saved(self, step: int) -> datetime:
-        """When a step was committed, in local time."""
-        saved: datetime = self._store.modified(self._manifest(step))
+        """Return the local time at which a step was committed."""
+        saved: datetime = self._filesystem.modified(self._manifest(step))
         return saved.astimezone().replace(tzinfo=None)
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first."""
-        return [step for step in self._begun() if self._store.exists(self._manifest(step))]
+        """Return the committed steps, oldest first."""
+        return [step for step in self._begun() if self._filesystem.exists(self._manifest(step))]
 
     def manifest(self, step: int) -> Manifest:
-        """The manifest of a committed step, checked; raises `CorruptCheckpoint` if it is not this step's."""
+        """Return the checked manifest of a committed step.
+
+        Raises CheckpointError if the step does not exist, CorruptCheckpoint if the manifest is
+        damaged or belongs to another step.
+        """
         path = self._manifest(step)
         try:
-            require_short(path, self._store.size(path))
-            data = self._store.cat_file(path)
+            require_short(path, self._filesystem.size(path))
+            data = self._filesystem.cat_file(path)
         except FileNotFoundError:
             raise CheckpointError(f"{self.root} holds no step {step}; it holds {self.steps() or 'no steps'}") from None
         return check_manifest(path, data, step)
 
     def claim(self) -> None:
-        """Notes which steps are there, and clears away what killed runs left; others that come later are another run's."""
-        if self._known is None:
-            self._known = set(self.steps())
+        """Note the committed steps and delete leftovers of killed runs.
+
+        There is no lock: a later step that this process has not committed is the step of another
+        run.
+        """
+        if self._committed is None:
+            self._committed = set(self.steps())
             for step in self._begun():
                 self._sweep(step)
 
     def release(self) -> None:
-        self._known = None
+        """Forget the committed steps."""
+        self._committed = None
 
-    def open(self, step: int, rejected: Collection[int]) -> str:
-        """The token of an attempt. Takes damaged steps out of the way by renaming their manifests."""
+    def begin(self, step: int, rejected: Collection[int]) -> str:
+        """Begin an attempt at a step and return a token, 16 hexadecimal characters.
+
+        Steps in `rejected` were found damaged; the manifest of such a step is renamed to
+        `manifest.json.rejected-<token>`. Raises CheckpointError if another run has saved meanwhile.
+        """
         self.claim()
-        assert self._known is not None
+        assert self._committed is not None
         steps = self.steps()
-        if foreign := sorted(set(steps) - self._known):
+        if foreign := sorted(set(steps) - self._committed):
             raise CheckpointError(
-                f"another run has saved steps {foreign} to {self.root} since this one began; two runs cannot share it: "
-                "stop that one, or give this one another directory"
+                f"another run has saved steps {foreign} to {self.root} since this run began; two runs cannot share a root: "
+                "stop the other run, or give this run another root"
             )
         require_growth(self.root, step, [other for other in steps if other not in rejected])
         token = secrets.token_hex(8)
         for other in set(rejected).intersection(steps):
-            self._store.cp_file(self._manifest(other), f"{self._manifest(other)}.rejected-{token}")
-            self._store.rm_file(self._manifest(other))
-            logger.warning("step %d was damaged and its manifest is now %s.rejected-%s", other, MANIFEST, token)
+            self._filesystem.cp_file(self._manifest(other), f"{self._manifest(other)}.rejected-{token}")
+            self._filesystem.rm_file(self._manifest(other))
+            logger.warning("step %d is damaged; its manifest was renamed to %s.rejected-%s", other, MANIFEST, token)
         return token
 
     def commit(self, step: int, token: str, parts: list[Part], about: About) -> None:
-        """Makes what the ranks wrote a step, by its manifest alone."""
+        """Commit the files of all ranks by putting the manifest.
+
+        Raises CheckpointError if another run has just committed the step.
+        """
         manifest = merge(parts, step=step, token=token, about=about)
         manifest.check()
         step_files = self.attempt(step, token)
         for name, file in manifest.files.items():
             with step_files.open(name, file.size):
-                pass  # All ranks see one store, and what they put into it is there.
-        assert self._known is not None
-        self._known.add(step)
+                pass  # Raises if a rank has put its files into another store.
+        assert self._committed is not None
+        self._committed.add(step)
         try:
-            self._store.pipe_file(self._manifest(step), encode(manifest), mode="create")
+            self._filesystem.pipe_file(self._manifest(step), encode(manifest), mode="create")
         except FileExistsError:
-            self._known.remove(step)
-            raise CheckpointError(f"another run has just saved step {step} to {self.root}") from None
+            self._committed.remove(step)
+            raise CheckpointError(
+                f"another run has just saved step {step} to {self.root}; two runs cannot share a root: stop one of them"
+            ) from None
 
     def abandon(self, step: int, token: str) -> None:
-        """Takes back a failed attempt, and its manifest where it is not known whether that was put."""
+        """Delete a failed attempt.
+
+        Also deletes the manifest of the attempt: a failed put may have reached the store.
+        """
         with suppress(CheckpointError, OSError):
             if self.manifest(step).token == token:
-                self._store.rm_file(self._manifest(step))
+                self._filesystem.rm_file(self._manifest(step))
         self._remove(f"{self._step(step)}/{token}")
 
     def delete(self, steps: Iterable[int]) -> None:
-        """Deletes committed steps, their manifests first."""
+        """Delete committed steps, each manifest first."""
         for step in steps:
-            self._store.rm_file(self._manifest(step))
+            self._filesystem.rm_file(self._manifest(step))
             self._sweep(step)
 
     def _sweep(self, step: int) -> None:
-        """Deletes a step that is not committed. Where a damaged one was put aside, all stays: some of it is that one's."""
-        self._store.invalidate_cache()
+        """Delete the objects of a step without a manifest.
+
+        A step with a rejected manifest stays whole: some objects belong to the damaged step.
+        """
+        self._filesystem.invalidate_cache()
         if not any(name.startswith(MANIFEST) for name in self._names(self._step(step))):
             self._remove(self._step(step))
 
     def _begun(self) -> list[int]:
-        """The steps of which anything is there, oldest first."""
-        self._store.invalidate_cache()
+        """Return the steps with any object, committed or not, oldest first."""
+        self._filesystem.invalidate_cache()
         return sorted(step for step in map(step_of, self._names(self._prefix)) if step is not None)
 
     def _names(self, path: str) -> list[str]:
         try:
-            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._store.ls(path, detail=False)]
+            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._filesystem.ls(path, detail=False)]
         except FileNotFoundError:
             return []
 
     def _remove(self, path: str) -> None:
-        self._store.invalidate_cache()
+        self._filesystem.invalidate_cache()
         try:
-            for found in self._store.find(path):
-                self._store.rm_file(found)  # Other ways to delete take brackets in a name for a pattern.
+            for name in self._filesystem.find(path):
+                self._filesystem.rm_file(name)  # `rm` would read brackets in a name as a pattern.
         except OSError as error:
-            logger.warning("%s could not be removed (%s); the next run tries again", path, error)
+            logger.warning("%s could not be deleted (%s); the next run tries again", path, error)
 
     def _step(self, step: int) -> str:
         return f"{self._prefix}/step-{step:08d}"

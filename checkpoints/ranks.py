@@ -1,4 +1,4 @@
-"""How the processes of a run act as one: a failure on any rank is an error on all of them, never a hang."""
+"""Let the processes of a run act together: a failure on any rank is an error on all ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of the default process group, or this process alone where there is none.
+    """The processes of the default process group; without a group, this process alone.
 
-    Every method raises `LostRank` where another rank has ended or has not answered within the group's time.
+    Every method raises LostRank if another rank has ended or has not answered within the timeout of
+    the group.
     """
 
     rank: int
@@ -29,16 +30,22 @@ class Ranks:
 
     @classmethod
     def join(cls, timeout: timedelta) -> Ranks:
-        """Collective. Makes a group of its own, so that it can be used in a thread beside the run's collectives.
+        """Return the ranks of the run, joined by a new process group. Collective.
 
-        It is of gloo, whose objects travel through host memory; NCCL would send them through each rank's GPU.
+        A separate group lets a thread communicate beside the collectives of the run. The group uses
+        gloo, for objects to travel through host memory; NCCL would send objects through the GPU of
+        each rank.
         """
         if not dist.is_initialized():
             return cls(0, 1, None)
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=timeout))
 
     def agree(self, task: str, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank and returns this rank's result; raises on all ranks if it failed on any."""
+        """Run `work` on every rank and return the local result.
+
+        Raises CheckpointError on all ranks if `work` fails on any rank: no rank waits for a failed
+        rank.
+        """
         try:
             result = work()
         except CheckpointError as error:
@@ -52,31 +59,37 @@ class Ranks:
             raise failure
         return result
 
-    def lead(self, task: str, mine: T, work: Callable[[list[T]], R]) -> R:
-        """Rank 0 runs `work` on what all ranks brought, in their order, and all ranks get its result."""
-        return self._broadcast(task, self._on_first(task, mine, work))
+    def lead(self, task: str, local: T, work: Callable[[list[T]], R]) -> R:
+        """Run `work` on rank 0 and return the result on all ranks.
 
-    def divide(self, task: str, mine: T, work: Callable[[list[T]], list[R]]) -> R:
-        """Rank 0 runs `work` on what all ranks brought, in their order, and each rank gets its item of the result."""
-        return self._scatter(task, self._on_first(task, mine, work))
+        `work` takes the `local` inputs of all ranks, in rank order.
+        """
+        return self._broadcast(task, self._on_first(task, local, work))
 
-    def _on_first(self, task: str, mine: T, work: Callable[[list[T]], R]) -> R | None:
-        everyone = self._gather(task, mine)
-        return self.agree(task, lambda: None if everyone is None else work(everyone))
+    def divide(self, task: str, local: T, work: Callable[[list[T]], list[R]]) -> R:
+        """Run `work` on rank 0 and return item r of the result on rank r.
 
-    def _failures(self, task: str, mine: CheckpointError | None) -> list[CheckpointError]:
-        everyone: list[CheckpointError | None] = [mine] * self.size
+        `work` takes the `local` inputs of all ranks, in rank order.
+        """
+        return self._scatter(task, self._on_first(task, local, work))
+
+    def _on_first(self, task: str, local: T, work: Callable[[list[T]], R]) -> R | None:
+        inputs = self._gather(task, local)
+        return self.agree(task, lambda: None if inputs is None else work(inputs))
+
+    def _failures(self, task: str, local: CheckpointError | None) -> list[CheckpointError]:
+        failures: list[CheckpointError | None] = [local] * self.size
         if self.group is not None:
             with _answered(task):
-                dist.all_gather_object(everyone, mine, group=self.group)
-        return [failure for failure in everyone if failure is not None]
+                dist.all_gather_object(failures, local, group=self.group)
+        return [failure for failure in failures if failure is not None]
 
-    def _gather(self, task: str, mine: T) -> list[T] | None:
-        everyone = [mine] * self.size if self.rank == 0 else None
+    def _gather(self, task: str, local: T) -> list[T] | None:
+        inputs = [local] * self.size if self.rank == 0 else None
         if self.group is not None:
             with _answered(task):
-                dist.gather_object(mine, everyone, dst=0, group=self.group)
-        return everyone
+                dist.gather_object(local, inputs, dst=0, group=self.group)
+        return inputs
 
     def _broadcast(self, task: str, result: R | None) -> R:
         box: list[Any] = [result]
@@ -97,7 +110,7 @@ class Ranks:
 def _answered(task: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # The only type that gloo raises, for a closed connection and for a time-out.
+    except RuntimeError as error:  # Raised by gloo for a closed connection and for a timeout.
         raise LostRank(
-            f"{task}: a rank has ended or does not answer, so this one gives up ({str(error).split('. ')[0]})"
+            f"{task}: a rank has ended or does not answer, so this rank gives up ({str(error).split('. ')[0]})"
         ) from error

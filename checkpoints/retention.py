@@ -1,4 +1,4 @@
-"""Which steps stay when a new one is there."""
+"""Limits on the steps under a root."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest stay, multiples of a number, and the best."""
+    """Limits on old steps: the newest stay, multiples of a number, and the best.
+
+    Example: of the steps 10, 20, 30, 40, 50 with the validation losses 3.0, 1.5, 2.0, 2.5, 2.2,
+    `Retention(keep=2, keep_every=30, keep_best=1)` keeps 40 and 50 (newest), 30 (a multiple of 30)
+    and 20 (the lowest loss), and deletes 10.
+
+    Raises ValueError if a limit is below 1.
+    """
 
     keep: int = 3
-    """Newest steps that stay, 1 or more."""
+    """Number of newest steps to keep."""
     keep_every: int | None = None
-    """Multiples of it stay as well."""
+    """Also keep multiples of this number. None: no further steps."""
     keep_best: int | None = None
-    """As many of those with the lowest validation loss stay as well; of equal ones the older."""
+    """Also keep this number of steps with the lowest validation loss; of equal, the older."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"keep is {self.keep}; at least 1 step must stay")
-        for name in ("keep_every", "keep_best"):
+        for name in ("keep", "keep_every", "keep_best"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise ValueError(f"{name} = {value} must be at least 1")
 
     def surplus(self, steps: Sequence[int], good: int, loss: Callable[[int], float | None]) -> list[int]:
-        """What of `steps`, oldest first, may go: nothing from `good` on, the newest that is known to be whole.
+        """Return the steps to delete, out of `steps` (oldest first).
 
-        `loss` gives a step's validation loss, None for one without; it is asked only where that matters.
+        `good` is the newest step known to be undamaged; neither `good` nor a later step is ever
+        returned. `loss` returns the validation loss of a step, or None, and is called only if
+        needed.
         """
         old = [step for step in steps[: -self.keep] if step < good and (not self.keep_every or step % self.keep_every)]
         if not old or self.keep_best is None:

@@ -1,4 +1,4 @@
-"""Steps as tables for people."""
+"""Print steps as tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from checkpoints.manifest import About, Manifest
 from checkpoints.store import CheckpointStore
 
 LONG = 2000
-"""Bytes from which on a value is only counted."""
+"""Bytes from which on only the size of a value is shown."""
 
 
 def show_steps(store: CheckpointStore, console: Console) -> None:
-    """A line a step, oldest first, by what its manifest says."""
+    """Print a line for each step, oldest first, from the manifests."""
     table = Table(box=None, pad_edge=False)
     for heading in ("step", "saved", "size", "ranks", "tensors", "validation loss"):
         table.add_column(heading, justify="left" if heading == "saved" else "right", no_wrap=True)
@@ -41,7 +41,7 @@ def show_steps(store: CheckpointStore, console: Console) -> None:
 
 
 def show_step(store: CheckpointStore, step: int, console: Console) -> None:
-    """What a step holds: files, tensors and values."""
+    """Print the files, tensors and values of a step."""
     manifest = store.manifest(step)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -73,7 +73,7 @@ def _size(manifest: Manifest) -> str:
 
 
 def _tensors(manifest: Manifest) -> dict[str, str]:
-    """Tensors by the first word of their keys."""
+    """Return number and size of tensors by the first word of the key."""
     count, size = Counter[str](), Counter[str]()
     for key, tensor in manifest.tensors.items():
         name = key.split(".")[0]
@@ -83,7 +83,10 @@ def _tensors(manifest: Manifest) -> dict[str, str]:
 
 
 def _values(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Short values in full, the shortest first; of long ones and of bytes the size, those under one prefix together."""
+    """Yield short values in full, the shortest first, then long values and bytes by size.
+
+    Long values with a common prefix, such as `data/stream/`, share a line.
+    """
     count, size = Counter[str](), Counter[str]()
     sizes = {key: len(msgspec.msgpack.encode(value)) for key, value in values.items()}
     for key, encoded in sorted(sizes.items(), key=lambda item: item[1]):

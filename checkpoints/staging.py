@@ -1,4 +1,4 @@
-"""Host memory that a state is copied into, so that it can be written while the run changes the original."""
+"""Host memory for a copy of the state, saved while the run changes the original."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Staging:
-    """Buffers that are kept from one save to the next: getting pinned memory takes longer than the copy itself."""
+    """Buffers kept from save to save: to allocate pinned memory takes longer than to copy."""
 
     def __init__(self) -> None:
         self._buffers: Mapping[Any, torch.Tensor] = {}
 
     def copy(self, tensors: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
-        """The tensors in host memory, pinned for those of a device. What the last call returned is overwritten."""
+        """Return copies of tensors in host memory, pinned for tensors on a device.
+
+        Overwrites the copies of the last call.
+        """
         copies = {key: self._buffer(key, tensor) for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             copies[key].copy_(tensor, non_blocking=True)

@@ -1,4 +1,7 @@
-"""A nested state as flat tensors and plain values, and plain values as bytes. Nothing here touches a file."""
+"""Flatten a nested state into tensors and plain values; encode plain values as bytes.
+
+Touches no file.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import msgspec
 import torch
 
 from checkpoints.errors import CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES
+from checkpoints.tensor_file import DTYPE_NAMES
 
 _SCALARS = (type(None), bool, float, str, bytes)
 
 
 class Leaf(NamedTuple):
-    """A plain value and the place it stands at, `container[key]`."""
+    """A plain value with `container[key]`, the place to replace the value."""
 
     container: Any
     key: Any
@@ -23,22 +26,27 @@ class Leaf(NamedTuple):
 
 
 class FlatState(NamedTuple):
-    """The leaves of a nested state under dotted keys, such as `optimizer.param_groups.0.lr`."""
+    """The leaves of a nested state by dotted key, such as `optimizer.param_groups.0.lr`."""
 
     tensors: dict[str, torch.Tensor]
     plain: dict[str, Leaf]
 
 
 def flatten(state: dict[str, Any]) -> FlatState:
-    """Splits nested dicts, and lists that hold dicts or tensors, into leaves. Any other list or tuple is one leaf.
+    """Split nested dicts, and lists of dicts or tensors, into leaves.
+
+    A tuple, or a list of plain values only, is a single leaf.
+
+    Example: `{"model": {"w": tensor}, "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}]}` has the
+    tensor `model.w` and the plain values `groups.0.lr` and `groups.0.betas`.
 
     Raises:
-        ValueError: Two leaves get the same key, or a tensor cannot be stored.
+        ValueError: Two leaves have equal keys, or a tensor cannot be stored.
     """
     flat = FlatState({}, {})
     for key, leaf in _walk(state, ""):
         if key in flat.tensors or key in flat.plain:
-            raise ValueError(f"two entries of the state are both called {key!r}; rename one of them")
+            raise ValueError(f"two entries of the state have the key {key!r}; rename one of them")
         if isinstance(leaf.value, torch.Tensor):
             _require_storable(key, leaf.value)
             flat.tensors[key] = leaf.value
@@ -48,10 +56,11 @@ def flatten(state: dict[str, Any]) -> FlatState:
 
 
 def encode_value(key: str, value: Any) -> bytes:
-    """A plain value as MessagePack, which keeps NaN, infinities and bytes where JSON does not.
+    """Return a plain value as MessagePack, which keeps NaN, infinities and bytes; JSON does not.
 
     Raises:
-        TypeError: A part of the value is no None, bool, int, float, str, bytes, list, tuple or dict.
+        TypeError: A part of the value is not None, bool, int, float, str, bytes, list, tuple or
+            dict.
         ValueError: An int does not fit 64 bits.
     """
     _require_plain(key, value)
@@ -59,17 +68,20 @@ def encode_value(key: str, value: Any) -> bytes:
 
 
 def decode_value(key: str, data: bytes) -> Any:
-    """What `encode_value` encoded; tuples are lists now."""
+    """Return the value in bytes made by `encode_value`; tuples come back as lists.
+
+    Raises CorruptCheckpoint.
+    """
     try:
         value = msgspec.msgpack.decode(data)
-        _require_plain(key, value)  # MessagePack has dates and extensions of its own.
+        _require_plain(key, value)  # MessagePack also has dates and extensions.
         return value
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {error}") from error
 
 
 def restore_tuples(value: Any, like: Any) -> Any:
-    """`value` with tuples for lists wherever `like` has a tuple."""
+    """Return `value` with a tuple for a list wherever `like` has a tuple."""
     match value, like:
         case list(), list() | tuple():
             likes = [*like, *[None] * (len(value) - len(like))]
@@ -91,7 +103,10 @@ def _walk(container: Any, prefix: str) -> Iterator[tuple[str, Leaf]]:
 
 
 def _is_branch(value: Any) -> bool:
-    """Whether a list's item must be reached by a key of its own. A tuple is not: it could not be filled in place."""
+    """Return True if an item of a list gets a separate key.
+
+    Tuples are no branches: a tuple cannot be filled in place.
+    """
     return isinstance(value, dict | torch.Tensor) or (isinstance(value, list) and any(map(_is_branch, value)))
 
 
@@ -104,7 +119,7 @@ def _require_storable(key: str, tensor: torch.Tensor) -> None:
 
 
 def _require_plain(key: str, value: Any) -> None:
-    kind = type(value)  # Exact: a subclass would come back as its base.
+    kind = type(value)  # Exact: a subclass would come back as its base class.
     if kind is int:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"{key!r} holds {value}, which does not fit 64 bits; save it as a str or bytes")
@@ -119,5 +134,5 @@ def _require_plain(key: str, value: Any) -> None:
     elif kind not in _SCALARS:
         raise TypeError(
             f"{key!r} holds a {kind.__module__}.{kind.__qualname__}; a checkpoint takes tensors, None, bool, int, "
-            "float, str, bytes, and lists, tuples and dicts of these"
+            "float, str, bytes, and lists, tuples and dicts of plain values"
         )

@@ -1,7 +1,15 @@
-"""One rank's share of a step, to files and back. DCP's planner says who writes and who reads which part of a tensor.
+"""The share of a single rank in a step: tensors and values to files and back.
 
-A checkpoint holds safetensors (raw bytes behind a JSON header), MessagePack and JSON. Nothing is ever pickled or
-unpickled from a file: reading one cannot run code.
+The planner of PyTorch's distributed checkpoint (DCP) decides which rank writes and reads each part
+of a tensor. A checkpoint holds safetensors, MessagePack and JSON; nothing is pickled: reading a
+file cannot run code.
+
+Example: two ranks hold a DTensor `w` of shape (4, 3) in float32, sharded over rows, and the
+replicated plain value `step`. Rank 0 offers the chunk at (0, 0) and `step`, rank 1 the chunk at (2,
+0) and `step`. The shares are
+
+    rank 0: rank00000.safetensors with `w@0,0` of shape (2, 3), rank00000.values with `step`
+    rank 1: rank00001.safetensors with `w@2,0` of shape (2, 3)
 """
 
 from __future__ import annotations
@@ -13,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
-import msgspec
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -28,24 +35,26 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from checkpoints.commit import Readable, StepFiles, read_into
 from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
-from checkpoints.manifest import DTYPE_NAMES, DTYPES, TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
+from checkpoints.manifest import TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
+from checkpoints.tensor_file import DTYPE_NAMES, DTYPES, TensorSpec, header, memory
 
 _PIECE = 1 << 24
-"""Bytes that are read at once; as much memory a thread is what a load needs besides the state, or a row where that is more."""
+"""Bytes per read. Each thread of a load needs memory for a read, or for a row if larger."""
 
 BlobKey = tuple[Literal["plain", "values"], str]
+"""The section of the manifest and the key of a value."""
 
 
 class Offer(NamedTuple):
-    """What a rank could write: DCP's plan for its tensors and the SHA-256 of each of its values."""
+    """The writable parts of a rank: DCP's plan for the tensors, and the SHA-256 of each value."""
 
     plan: SavePlan
     digests: dict[BlobKey, bytes]
 
 
 class Share(NamedTuple):
-    """What a rank is to write: its files' stem, the tensors and the values that no other rank writes."""
+    """The parts to be written by a rank: stem of the file names, tensors, and keys of values."""
 
     stem: str
     plan: SavePlan
@@ -53,9 +62,11 @@ class Share(NamedTuple):
 
 
 class StepWriter:
-    """One rank's part in a save: every rank makes an `offer`, rank 0 makes shares of them, every rank writes its own.
+    """The part of a single rank in a save.
 
-    Replicas of a tensor are written once and taken to be equal. Values are small, so theirs are compared.
+    Each rank makes an offer, rank 0 divides the offers into shares, each rank writes a share.
+    Replicas of a tensor are written once and assumed to be equal. Values are small, and replicas
+    are compared.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], blobs: dict[BlobKey, bytes]) -> None:
@@ -66,19 +77,23 @@ class StepWriter:
         self._staged: dict[MetadataIndex, torch.Tensor] = {}
 
     def stage(self, staging: Staging) -> StepWriter:
-        """Copies all that this rank could write; from then on the tensors may change. Returns itself."""
+        """Copy all tensors of the offer; the originals may change afterwards. Returns self."""
         self._staged = staging.copy({item.index: self._local(item) for item in self._plan.items})
         return self
 
     def offer(self) -> Offer:
+        """Return the writable parts of this rank."""
         digests = {key: hashlib.sha256(blob).digest() for key, blob in self._blobs.items()}
         return Offer(self._plan, digests)
 
     def divide(self, offers: list[Offer]) -> list[Share]:
-        """Gives each chunk to one of the ranks that hold it, evenly by bytes, and each value to the lowest such rank.
+        """Return the share of each rank.
+
+        Each chunk goes to a rank with a copy, evenly by bytes; each value to the lowest rank with a
+        copy.
 
         Raises:
-            CheckpointError: Two ranks offer different values under one key.
+            CheckpointError: Two ranks offer different values under the same key.
         """
         plans, _ = self._planner.create_global_plan([offer.plan for offer in offers])
         shares = [Share(f"rank{rank:05d}", plan, []) for rank, plan in enumerate(plans)]
@@ -91,12 +106,15 @@ class StepWriter:
                 elif offers[owner].digests[key] != digest:
                     raise CheckpointError(
                         f"ranks {owner} and {rank} save different values under {key[1]!r}; "
-                        "what belongs to one rank needs a key of its own"
+                        "give each rank a key of its own"
                     )
         return shares
 
     def write(self, step_files: StepFiles, share: Share) -> Part:
-        """Writes this rank's share; when it returns, the bytes are on the disk but not yet part of any step."""
+        """Write the share of this rank.
+
+        On return the bytes are on the disk, but belong to no step yet.
+        """
         part = Part()
         items = self._planner.finish_plan(share.plan).items
         if items:
@@ -106,23 +124,24 @@ class StepWriter:
         return part
 
     def _write_tensors(self, step_files: StepFiles, name: str, items: list[WriteItem], part: Part) -> None:
-        # Wide elements first: then every tensor starts at a multiple of its element's size.
+        # Wide types first, so that every tensor starts at a multiple of its element size.
         items = sorted(items, key=lambda item: -_data(item).properties.dtype.itemsize)
-        ends = list(accumulate((_bytes_in(_data(item)) for item in items), initial=0))
-        header = _header(items, ends)
-        part.files[name] = step_files.write(name, self._tensor_parts(header, items))
+        specs = _specs(items)
+        head = header(specs)
+        part.files[name] = step_files.write(name, self._tensor_parts(head, items))
+        ends = accumulate((spec.nbytes for spec in specs.values()), initial=len(head))
         for item, (begin, end) in zip(items, pairwise(ends), strict=True):
             data = _data(item)
-            span = Span(name, len(header) + begin, len(header) + end)
+            span = Span(name, begin, end)
             tensor = Tensor(DTYPE_NAMES[data.properties.dtype], tuple(data.size), [])
             chunk = Chunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes), span)
             part.tensors.setdefault(item.index.fqn, tensor).chunks.append(chunk)
 
-    def _tensor_parts(self, header: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
-        yield header
+    def _tensor_parts(self, head: bytes, items: list[WriteItem]) -> Iterator[bytes | memoryview]:
+        yield head
         for item in items:
-            # Free of a copy for what lies contiguous in host memory; else one tensor's copy at a time.
-            yield _bytes_of(self._local(item).cpu().contiguous())
+            # No copy of contiguous host memory; else a copy of one tensor at a time.
+            yield memory(self._local(item).cpu().contiguous())
 
     def _local(self, item: WriteItem) -> torch.Tensor:
         if item.index in self._staged:
@@ -142,43 +161,49 @@ class StepWriter:
 
 
 def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> None:
-    """Reads the named files whole; raises `CorruptCheckpoint` for the first that is not what was committed."""
+    """Read the named files whole.
+
+    Raises CorruptCheckpoint at the first file with another digest or size.
+    """
     for name in names:
         file = manifest.files[name]
         if step_files.digest(name, file.size) != file.sha256:
-            raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
+            raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
 
 
 def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    """The bytes of values, from files that are verified."""
+    """Return the bytes of values by key.
+
+    Raises CorruptCheckpoint if a file with a value is damaged.
+    """
     files: dict[str, bytes] = {}
     for name in {span.file for span in spans.values()}:
         with step_files.open(name, manifest.files[name].size) as file, digesting() as digest:
             files[name] = file.read()
             digest.update(files[name])
             if digest.hexdigest() != manifest.files[name].sha256:
-                raise CorruptCheckpoint(f"{step_files.where(name)} does not match its SHA-256")
+                raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
 def read_tensors(step_files: StepFiles, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills tensors in place, whatever their sharding, with what this rank needs of each. Files are not verified here.
+    """Fill tensors in place, whatever the sharding; each rank reads only the local parts.
 
-    Each key must be in the manifest with the same shape and type.
+    Files are not verified here. Each key must be in the manifest, with equal shape and type.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), _metadata(manifest))
     chunks = {
         MetadataIndex(key, chunk.offsets): chunk for key, tensor in manifest.tensors.items() for chunk in tensor.chunks
     }
-    # A rank's plan depends on no other rank's, so there is nothing to agree on.
+    # The plan of a rank depends on no other rank: no collective is needed.
     boxes = [
         box
         for item in planner.create_local_plan().items
         for box in _boxes(chunks[item.storage_index], item, planner.resolve_tensor(item).detach())
     ]
     boxes.sort(key=lambda box: (box.span.file, box.span.begin))
-    # A thread has a piece to read at least: of a small state there is nothing to share.
+    # Every thread has at least one piece to read: a small state is read by this thread.
     shares = _evenly(boxes, min(step_files.readers, 1 + sum(box.size for box in boxes) // _PIECE))
     if len(shares) < 2:
         for share in shares:
@@ -189,7 +214,10 @@ def read_tensors(step_files: StepFiles, manifest: Manifest, tensors: dict[str, t
 
 
 class _Box(NamedTuple):
-    """Whole rows of a chunk as they lie in a file, and the tensor that takes all of them or some of their columns."""
+    """Whole rows of a chunk in a file, and a tensor to fill with all or some columns of the rows.
+
+    `shape` is the shape of the rows in the file, `columns` selects the part for `target`.
+    """
 
     span: Span
     shape: tuple[int, ...]
@@ -198,19 +226,20 @@ class _Box(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Bytes in the file."""
         return self.span.end - self.span.begin
 
     @property
     def direct(self) -> bool:
-        """The bytes of the file are those of the target's memory."""
+        """True if the bytes in the file are the bytes of the target's memory."""
         return self.target.shape == self.shape and self.target.is_cpu and self.target.is_contiguous()
 
 
 def _boxes(chunk: Chunk, item: ReadItem, target: torch.Tensor) -> Iterator[_Box]:
-    """What `target` takes of a chunk, in boxes of `_PIECE` bytes or one row."""
+    """Yield the rows of a chunk for `target`, in boxes of at most `_PIECE` bytes or one row."""
     if not target.numel():
         return
-    # A number is a row of one.
+    # A tensor of shape () is read as a row of one element.
     sizes, lengths, offsets = chunk.sizes or (1,), tuple(item.lengths) or (1,), tuple(item.storage_offsets) or (0,)
     width = math.prod(sizes[1:]) * target.itemsize
     columns = (slice(None), *(slice(o, o + n) for o, n in zip(offsets[1:], lengths[1:], strict=True)))
@@ -222,19 +251,19 @@ def _boxes(chunk: Chunk, item: ReadItem, target: torch.Tensor) -> Iterator[_Box]
 
 
 def _evenly(boxes: list[_Box], count: int) -> list[list[_Box]]:
-    """Boxes in at most `count` runs of about as many bytes."""
+    """Return boxes in at most `count` runs of about equal bytes."""
     ends = list(accumulate(box.size for box in boxes))
     runs = groupby(zip(boxes, ends, strict=True), key=lambda pair: (pair[1] - 1) * count // ends[-1])
     return [[box for box, _ in run] for _, run in runs]
 
 
 def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) -> None:
-    detours = [box for box in boxes if not box.direct]
-    # One for all: memory that is new costs more than the copy into it.
+    indirect = [box for box in boxes if not box.direct]
+    # One buffer for all boxes: allocating memory takes longer than copying into it.
     buffer = torch.empty(
-        max((box.size for box in detours), default=0),
+        max((box.size for box in indirect), default=0),
         dtype=torch.uint8,
-        pin_memory=any(not box.target.is_cpu for box in detours),
+        pin_memory=any(not box.target.is_cpu for box in indirect),
     )
     for name, group in groupby(boxes, key=lambda box: box.span.file):
         with step_files.open(name, manifest.files[name].size) as file:
@@ -244,14 +273,14 @@ def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) ->
 
 def _read_box(file: Readable, box: _Box, buffer: torch.Tensor) -> None:
     if box.direct:
-        read_into(file, box.span.begin, _bytes_of(box.target))
+        read_into(file, box.span.begin, memory(box.target))
         return
-    read_into(file, box.span.begin, _bytes_of(buffer))
+    read_into(file, box.span.begin, memory(buffer))
     box.target.copy_(buffer.view(box.target.dtype).view(box.shape)[box.columns])
 
 
 def _metadata(manifest: Manifest) -> Metadata:
-    """The manifest's tensors as DCP's planner knows them."""
+    """Return the tensors of a manifest as metadata for DCP's planner."""
     return Metadata(
         {
             key: TensorStorageMetadata(
@@ -264,31 +293,23 @@ def _metadata(manifest: Manifest) -> Metadata:
     )
 
 
-def _header(items: list[WriteItem], ends: list[int]) -> bytes:
-    """The head of a safetensors file: its length as 8 bytes, then JSON padded to a multiple of 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for item, (begin, end) in zip(items, pairwise(ends), strict=True):
+def _specs(items: list[WriteItem]) -> dict[str, TensorSpec]:
+    """Return the tensors of a file by name in the header.
+
+    A part of a tensor is called `key@offsets`, such as `w@2,0`. Raises ValueError if two names are
+    equal.
+    """
+    specs: dict[str, TensorSpec] = {}
+    for item in items:
         data = _data(item)
-        whole = data.chunk.sizes == data.size
-        name = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
-        if name in entries:
+        is_whole = data.chunk.sizes == data.size
+        name = item.index.fqn if is_whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
+        if name in specs:
             raise ValueError(f"two tensors would be called {name!r} in one file; rename one of them")
-        dtype, shape = DTYPE_NAMES[data.properties.dtype], list(data.chunk.sizes)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = msgspec.json.encode(entries)
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        specs[name] = TensorSpec(data.properties.dtype, tuple(data.chunk.sizes))
+    return specs
 
 
 def _data(item: WriteItem) -> TensorWriteData:
     assert item.tensor_data is not None
     return item.tensor_data
-
-
-def _bytes_in(data: TensorWriteData) -> int:
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the host, not a copy of it."""
-    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""A directory of steps: save one, find the newest that is whole, load it into any other sharding."""
+"""Save steps under a root, find the newest undamaged step, and load a step into any sharding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
 from checkpoints.manifest import About, Manifest, Span
+from checkpoints.model_directory import MODEL_FILE_BYTES
 from checkpoints.object_store import open_root
 from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention
@@ -24,43 +25,52 @@ from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, 
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_RETENTION = Retention()
+
 
 class CheckpointStore:
-    """Checkpoints under one root that all ranks see, one directory `step-00000120` a step.
+    """Checkpoints under a root shared by all ranks, a directory per step, such as `step-00000120`.
 
-    A step is complete and verified or it does not count. It is written aside, forced to the disk and renamed; a
-    committed step is never written to again, and steps only grow. One run at a time owns a root: from `claim` or the
-    first `save` on, others that try are refused, until this one's rank 0 ends, is killed, or closes the store. Behind a
-    URL, where there are no locks, a save is refused instead once another run has saved.
+    A step is complete and verified, or ignored. A step is written under another name, forced to the
+    disk and renamed; a committed step is never written to again. Step numbers only grow. A single
+    run at a time saves under a root: from `claim` or the first `save` on, further runs are refused
+    until rank 0 of this run ends, is killed, or closes the store. Behind a URL there are no locks;
+    there, a save is refused once another run has saved.
 
-    All ranks of the default process group call `claim`, `save`, `save_later`, `wait`, `load`, `latest` and `close`, in the
-    same order, and an error on any rank is raised on all. Without `torch.distributed` they work in one process. `steps`
-    and `values` are local.
+    All ranks of the default process group call `claim`, `save`, `save_later`, `wait`, `load`,
+    `latest`, `prune` and `close` in the same order, and an error on any rank is raised on all
+    ranks. Without `torch.distributed` the methods work in a single process. The remaining methods
+    are local: any rank may call such a method alone.
+
+    Example:
+
+        store = CheckpointStore("runs/my-run/checkpoints", Retention(keep=2))
+        state = {"model": model.state_dict(), "step": 120}
+        store.save(120, state)                      # on return, step-00000120 survives a power cut
+        if (step := store.latest()) is not None:    # reads and verifies every byte
+            store.load(step, state)                 # fills tensors in place
 
     Args:
-        root: A directory, or the URL of one that fsspec knows (`s3://`, `gs://`, ...). Created at the first save. Whatever
-            in it has another name than ours is left alone.
-        keep: Committed steps that stay; older ones are deleted after a save.
-        keep_every: Steps that are multiples of it stay as well.
-        keep_best: As many of those with the lowest validation loss stay as well.
-        timeout: What one rank waits for another, which may be writing its share, before it takes it for lost.
+        root: A directory, or the URL of a directory known to fsspec (`s3://`, `gs://`, ...). Made
+            at the first save. Foreign names in the root are left alone.
+        retention: The steps to keep; a save deletes the rest.
+        timeout: Time to wait for another rank, possibly still writing a share, before raising
+            LostRank.
     """
 
     def __init__(
         self,
         root: Path | str,
+        retention: Retention = _DEFAULT_RETENTION,
         *,
-        keep: int = 3,
-        keep_every: int | None = None,
-        keep_best: int | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        self._retention = Retention(keep, keep_every, keep_best)
-        self._directory = open_root(root)
-        self.root = self._directory.root
+        self._retention = retention
+        self._backend = open_root(root)
+        self.root = self._backend.root
         self.timeout = timeout
         self.rejected: dict[int, str] = {}
-        """Steps that the last `latest` found damaged, and why, until the next `save` moves them aside."""
+        """Damage by step, as the last `latest` found; the next `save` renames the damaged steps."""
         self._verified: dict[int, str] = {}
         self._losses: dict[int, float | None] = {}
         self._staging = Staging()
@@ -78,40 +88,42 @@ class CheckpointStore:
         except CheckpointError as late:
             if error is None:
                 raise
-            logger.error("%s", late)  # What ended the run is raised; this is its consequence, or bad luck on top.
+            logger.error("%s", late)  # `error` ended the run and is raised; `late` often follows from it.
 
     @cached_property
     def _ranks(self) -> Ranks:
         return Ranks.join(self.timeout)
 
     def steps(self) -> list[int]:
-        """The committed steps by their directories' names, oldest first. Their content is not looked at."""
-        return self._directory.steps()
+        """Return the committed steps from the names of directories, oldest first. Local."""
+        return self._backend.steps()
 
     def claim(self) -> None:
-        """Makes this run the only one that may save here.
+        """Refuse saves of further runs under this root.
 
         Raises:
-            CheckpointError: Another run has the root, which is named, or it cannot be made or locked.
+            CheckpointError: Another run holds the root (the message names the process), or the root
+                cannot be made or locked.
         """
         self.wait()
-        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._directory.claim())
+        self._ranks.lead(f"claiming {self.root}", None, lambda _: self._backend.claim())
 
     def close(self) -> None:
-        """Waits like `wait`, then lets another run have the root."""
+        """Wait like `wait`, then let further runs save."""
         try:
             self.wait()
         finally:
-            self._directory.release()
+            self._backend.release()
 
     def latest(self) -> int | None:
-        """The newest step whose every byte is as it was committed, or None where no step was ever committed.
+        """Return the newest undamaged step, or None if no step was ever committed.
 
-        Costs one reading of that step's files, shared out among the ranks. A damaged step is reported by a warning and
-        in `rejected`, and the one before it is tried.
+        Reads every byte of the newest step, shared out among the ranks. A damaged step is logged as
+        a warning, noted in `rejected`, and the next older step is tried.
 
         Raises:
-            CorruptCheckpoint: There are steps, and all are damaged. Starting afresh is for people to decide.
+            CorruptCheckpoint: There are steps, and all are damaged. A fresh start is a decision for
+                people.
         """
         self.wait()
         ranks = self._ranks
@@ -127,39 +139,42 @@ class CheckpointStore:
         if steps:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in self.rejected.items())
             raise CorruptCheckpoint(
-                f"no step in {self.root} is whole ({reasons}); repair one, or start afresh in another directory"
+                f"every step in {self.root} is damaged ({reasons}); repair a step, or start afresh in another directory"
             )
         return None
 
     def save(
         self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
     ) -> Path | str:
-        """Commits a step and then deletes what is not to stay. When it returns, the step survives a power cut.
+        """Commit a step, then delete old steps. On return the step survives a power cut.
 
         Args:
-            step: Must be above every committed step.
-            state: Nested dicts and lists of tensors, DTensors and plain values (None, bool, int of 64 bits, float, str,
-                bytes, and lists, tuples and dicts of them). A tensor that is no DTensor, and a plain value, is the same
-                on every rank.
-            values: Plain values of this rank by key, such as `rng/rank00001`. The step holds those of all ranks.
-            about: For the manifest, as rank 0 gives it.
+            step: The number of the step, above every committed step.
+            state: Nested dicts and lists of tensors, DTensors and plain values (None, bool, int of
+                64 bits, float, str, bytes, and lists, tuples and dicts of plain values). A plain
+                tensor or plain value is equal on every rank.
+            values: Plain values of this rank by key, such as `rng/rank00001`. The step holds the
+                values of all ranks.
+            about: Facts about the run for the manifest, from rank 0.
 
         Raises:
-            CheckpointError: Nothing was committed, older steps are as they were, and the same step can be tried again; or
-                this step was committed and older ones could not be deleted, which the message says.
-            LostRank: Another rank ended meanwhile. The step is whole or not there.
+            CheckpointError: Nothing was committed, older steps are unchanged, and the step can be
+                saved again. Or the step was committed, but older steps could not be deleted; the
+                message tells which.
+            LostRank: Another rank has ended meanwhile. The step is complete or absent.
         """
         self.wait()
         self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)), about)
-        return self._directory.path(step)
+        return self._backend.path(step)
 
     def save_later(
         self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
     ) -> None:
-        """Copies all that `save` takes to host memory and returns; a thread then does what `save` does.
+        """Copy the arguments of `save` to host memory and return; a thread then saves the copy.
 
-        One such save is under way at a time: the next waits for it, and so do all other methods that ranks call together.
-        Each of them raises what went wrong in it; `failed` tells that there is something to raise.
+        Only a single save is under way at a time: the next save, like every collective method,
+        waits for the end. The first collective method afterwards raises the error of the save, if
+        any; `failed` tells of an error beforehand.
         """
         self.wait()
         writer = self._ranks.agree(_saving(step), lambda: _writer(step, state, values).stage(self._staging))
@@ -167,24 +182,29 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """The save under way has ended in an error that is not raised yet. Ranks may come to know this at different times."""
+        """True if the save under way has ended in an error not yet raised.
+
+        Ranks may differ for a moment.
+        """
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Returns when no save is under way any more; raises what went wrong in it, once."""
+        """Wait for the save under way, if any, and raise a failure once."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def load(self, step: int, state: dict[str, Any]) -> None:
-        """Fills the tensors of `state` in place, whatever their sharding, and replaces its plain values.
+        """Fill the tensors of `state` in place and replace the plain values.
 
-        The step's files are verified first, unless `latest` of this store just did. Tuples come back as tuples where
-        `state` has one.
+        The sharding may differ from the saved sharding. Verifies the files of the step first,
+        unless `latest` of this store just has. Tuples come back as tuples where `state` has a
+        tuple.
 
         Raises:
-            CorruptCheckpoint: A file is not what was committed. `state` is as it was.
-            CheckpointError: Keys, shapes or types of `state` are not those of the step. `state` is as it was.
+            CorruptCheckpoint: A file differs from the committed file. `state` is unchanged.
+            CheckpointError: Keys, shapes or types of `state` differ from the step. `state` is
+                unchanged.
         """
         self.wait()
         task, ranks = f"loading step {step}", self._ranks
@@ -192,54 +212,56 @@ class CheckpointStore:
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._directory.step_files(step, manifest), manifest, flat.tensors))
+        ranks.agree(task, lambda: read_tensors(self._backend.step_files(step, manifest), manifest, flat.tensors))
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
     def prune(self) -> list[int]:
-        """Deletes what is not to stay, as a save does, and returns it.
+        """Delete old steps as after a save, and return the deleted steps.
 
-        The newest step that is whole stays in any case, and so does all that is newer: it is looked for first, as `latest`
-        does.
+        Finds the newest undamaged step first, as `latest` does; the newest undamaged step and all
+        later steps stay.
         """
         self.claim()
         good = self.latest()
         return [] if good is None else self._ranks.lead("pruning", None, lambda _: self._retain(good))
 
     def verify(self, step: int) -> Manifest:
-        """Reads every byte of a step and returns its manifest. Any rank, alone.
+        """Read every byte of a step and return the manifest. Local.
 
         Raises:
-            CorruptCheckpoint: A file is not what was committed.
+            CorruptCheckpoint: A file differs from the committed file.
         """
         manifest = self.manifest(step)
-        verify(self._directory.step_files(step, manifest), manifest, list(manifest.files))
+        verify(self._backend.step_files(step, manifest), manifest, list(manifest.files))
         return manifest
 
     def saved(self, step: int) -> datetime:
-        """When a step was committed, in local time. Any rank, alone."""
-        return self._directory.saved(step)
+        """Return the local time at which a step was committed. Local."""
+        return self._backend.saved(step)
 
     def manifest(self, step: int) -> Manifest:
-        """What a step says it holds, without a look at its other files. Any rank, alone."""
-        return self._directory.manifest(step)
+        """Return the manifest of a step without reading further files. Local."""
+        return self._backend.manifest(step)
 
-    def export(self, step: int, out: Path | str) -> None:
-        """Writes a model directory by the recipe that the run saved among the values, after verifying the step. Alone.
+    def export(self, step: int, out: Path | str, *, file_bytes: int = MODEL_FILE_BYTES) -> None:
+        """Verify a step and write a model directory by the recipe among the values. Local.
 
         Raises:
-            CheckpointError: The step has no recipe, or `out` is there.
+            CheckpointError: The step has no recipe, or `out` exists.
         """
         manifest = self.verify(step)
         if RECIPE not in manifest.values:
-            raise CheckpointError(f"step {step} in {self.root} was saved without a recipe for an export")
+            raise CheckpointError(
+                f"step {step} in {self.root} was saved without a recipe for an export; give save() the value {RECIPE!r}"
+            )
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._directory.step_files(step, manifest), manifest, recipe, Path(out))
+        export(self._backend.step_files(step, manifest), manifest, recipe, Path(out), file_bytes)
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
-        """The values that all ranks gave to `save`, by key, of the keys that begin with `prefix`. Any rank, alone.
+        """Return the values of all ranks whose keys begin with `prefix`, by key. Local.
 
-        Verifies the files it reads, and no others.
+        Verifies the files with these values only.
         """
         manifest = self.manifest(step)
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
@@ -247,28 +269,28 @@ class CheckpointStore:
 
     def _commit(self, step: int, writer: StepWriter, about: About | None) -> None:
         task, ranks = _saving(step), self._ranks
-        self._losses.pop(step, None)  # A damaged step of this number may have had one.
-        token = ranks.lead(task, step, self._open)
+        self._losses.pop(step, None)  # A damaged step of this number may have had a loss.
+        token = ranks.lead(task, step, self._begin)
         self.rejected = {}
-        attempt = self._directory.attempt(step, token)
+        attempt = self._backend.attempt(step, token)
         try:
             share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
             part = ranks.agree(task, lambda: writer.write(attempt, share))
-            ranks.lead(task, part, lambda parts: self._directory.commit(step, token, parts, about or About()))
+            ranks.lead(task, part, lambda parts: self._backend.commit(step, token, parts, about or About()))
         except LostRank:
-            raise  # Another rank may have seen it committed. The next run sweeps what was not.
+            raise  # Another rank may have seen the commit. The next run deletes leftovers.
         except CheckpointError:
             if ranks.rank == 0:
-                self._directory.abandon(step, token)
+                self._backend.abandon(step, token)
             raise
         ranks.lead(f"deleting steps after step {step}", None, lambda _: self._retain(step))
 
     def _judge(self, ranks: Ranks, step: int) -> str | None:
-        """Why a step is not whole, as the lowest rank that sees damage puts it; None if it is."""
+        """Return the damage of a step as seen by the lowest rank to see damage, or None."""
         task = f"verifying step {step}"
         self._verified.pop(step, None)
-        mine = ranks.agree(task, lambda: self._damage(step, ranks))
-        reason = ranks.lead(task, mine, lambda reasons: next((r for r in reasons if r is not None), None))
+        damage = ranks.agree(task, lambda: self._damage(step, ranks))
+        reason = ranks.lead(task, damage, lambda reasons: next((r for r in reasons if r is not None), None))
         if reason is not None:
             self._verified.pop(step, None)
         return reason
@@ -281,25 +303,25 @@ class CheckpointStore:
         return None
 
     def _verify(self, step: int, ranks: Ranks) -> Manifest:
-        """The manifest of a step, once this rank's share of the files it names is found to be as committed."""
+        """Verify the files in this rank's share of a step and return the manifest."""
         manifest = self.manifest(step)
         if self._verified.get(step) != manifest.token:
             largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._directory.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
+            verify(self._backend.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
         return manifest
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._directory.step_files(step, manifest), manifest, spans)
+        blobs = read_values(self._backend.step_files(step, manifest), manifest, spans)
         return {key: decode_value(key, blob) for key, blob in blobs.items()}
 
     def _retain(self, good: int) -> list[int]:
-        """Deletes what is not to stay, given that `good` is whole."""
+        """Delete old steps, with `good` as an undamaged step; return the deleted steps."""
         surplus = self._retention.surplus(self.steps(), good, self._loss)
-        self._directory.delete(surplus)
+        self._backend.delete(surplus)
         return surplus
 
     def _loss(self, step: int) -> float | None:
-        """The validation loss of a step, from its manifest, which is read once."""
+        """Return the validation loss of a step. The manifest is read at the first call."""
         if step not in self._losses:
             try:
                 self._losses[step] = self.manifest(step).about.validation_loss
@@ -307,10 +329,10 @@ class CheckpointStore:
                 return None
         return self._losses[step]
 
-    def _open(self, steps: list[int]) -> str:
+    def _begin(self, steps: list[int]) -> str:
         if len(set(steps)) > 1:
-            raise CheckpointError(f"the ranks save different steps, {steps}")
-        return self._directory.open(steps[0], self.rejected)
+            raise CheckpointError(f"the ranks save different steps, {steps}; all ranks must save the same step")
+        return self._backend.begin(steps[0], self.rejected)
 
 
 def _saving(step: int) -> str:
@@ -319,7 +341,7 @@ def _saving(step: int) -> str:
 
 def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> StepWriter:
     if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError(f"the step is {step!r}; it must be an int from 0 to 2**63 - 1")
+        raise ValueError(f"the step is {step!r}; steps are ints from 0 to 2**63 - 1")
     flat = flatten(state)
     blobs: dict[BlobKey, bytes] = {("plain", key): encode_value(key, leaf.value) for key, leaf in flat.plain.items()}
     for key, value in values.items():

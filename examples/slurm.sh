@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sbatch examples/slurm.sh: four nodes of eight GPUs. A job that is preempted or killed is requeued and goes on where it was.
+# sbatch examples/slurm.sh: four nodes of eight GPUs. A preempted or killed job is requeued and resumes.
 #SBATCH --job-name=sft
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -10,7 +10,7 @@
 #SBATCH --output=runs/slurm-%j.log
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# exec: the signal two minutes before the end then reaches torchrun, whose ranks save and leave.
+# exec: the signal two minutes before the end reaches torchrun, and its ranks save and exit.
 exec srun torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:29500" \

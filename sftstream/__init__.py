@@ -18,10 +18,10 @@ from sftstream.records import (
 )
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
-from sftstream.streaming.stream import read_conversations
+from sftstream.streaming.example_reader import read_conversations
 from sftstream.tokenization.encoder import ChatEncoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,4 +1,7 @@
-"""What a stream was made from. A state resumes on exactly this or not at all."""
+"""The identity of a stream: all data and settings with an effect on packs.
+
+A state resumes on an equal identity only.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +19,49 @@ from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 3
-"""Version of the state and of everything that decides the packs. A change of either that alters a stream raises it."""
+"""Version of the state and of the code that decides packs. Raise the number with a change of a
+config's packs or of a state's meaning."""
+
+IN_OTHER_FORM = {
+    DataConfig: {"sources", "tokenizer"},
+    SourceConfig: {"path", "split", "subset", "revision", "streaming"},
+}
+"""Config fields with an effect on packs, held by the identity as digests or sizes instead."""
+
+WITHOUT_EFFECT = {
+    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
+    SourceConfig: {"digest"},
+}
+"""Config fields without an effect on any pack. A resume compares all remaining fields."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """A source's files, in order, and its share."""
+    """A source's files in order, size, and settings."""
 
     files: tuple[FileIdentity, ...]
     rows: int | None
-    """None where it is streamed."""
+    """Rows of all files; None for a streamed source."""
     weight: float | None
     repeat: float
     columns: dict[str, str] | None = None
     shuffle: Shuffle | None = None
     shards: int | None = None
-    """What streams take turns in, where it is streamed."""
+    """Shards of a streamed source; None for a source read by row number."""
 
 
 class Identity(Policy, frozen=True, kw_only=True):
-    """Everything that decides which packs a stream gives. Where the files lie and who reads them is no part of it."""
+    """All data and settings with an effect on a stream's packs, without locations of files."""
 
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """What may have computed ids in the place of `tokenizers`."""
+    """Name and version of a library in place of `tokenizers`."""
     template_sha256: str
     date: str | None
-    """The day that the template prints, None where it prints none."""
+    """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
     turn_format: TurnFormat = msgspec.field(name="form")
-    """How the assistant's turns were found to look in the template."""
+    """The format of assistant turns found by probing the template."""
     streams: int
     global_batch: int
     window: int
@@ -58,43 +74,42 @@ class Identity(Policy, frozen=True, kw_only=True):
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """What a config comes to."""
+    """Return the identity of a config with opened sources and tokenizer."""
     date = encoder.template.date
     return Identity(
         format=FORMAT,
-        sources=tuple(map(_source, config.sources, corpus.sources)),
+        sources=tuple(map(_identify_source, config.sources, corpus.sources)),
         tokenizer_sha256=encoder.tokenizer.vocabulary.sha256,
         fast_tokenizer=encoder.tokenizer.fast,
-        template_sha256=_sha256(encoder.template.text),
+        template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
-        **{field: getattr(config, field) for field in Policy.__struct_fields__},
-        streams=config.streams,
-        global_batch=config.global_batch,
-        window=config.window,
-        shuffle=config.shuffle,
-        seed=config.seed,
-        epochs=config.epochs,
-        mix_by=config.mix_by,
-        stages=config.stages,
-        ends_with=config.ends_with,
+        **_compared_fields(config),
     )
 
 
-def _source(source: SourceConfig, opened: FileSet | StreamedSource) -> SourceIdentity:
+def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> SourceIdentity:
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        weight=source.weight,
-        repeat=source.repeat,
-        columns=source.columns,
-        shuffle=source.shuffle,
         shards=opened.shards if isinstance(opened, StreamedSource) else None,
+        **_compared_fields(source),
     )
 
 
+def _compared_fields(config: DataConfig | SourceConfig) -> dict[str, Any]:
+    """Return the config fields compared by a resume, by name."""
+    left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
+    names = [name for name in config.__struct_fields__ if name not in left_out]
+    return {name: getattr(config, name) for name in names}
+
+
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:
-    """Each field that differs, as `path: before -> after`. Takes builtins, as `msgspec.to_builtins` gives them."""
+    """Return each differing field as `path: before -> after`.
+
+    Takes builtins, as returned by `msgspec.to_builtins`.
+    `differences({"seed": 0}, {"seed": 1})` is `["data.seed: 0 -> 1"]`.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
         return _flat(differences(before.get(key), after.get(key), f"{path}.{key}") for key in keys)
@@ -105,27 +120,27 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
 
 
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
-    """The differences, each of which `accepted` names by its path; raises ValueError naming the first ten that it does not."""
+    """Return the differences between two identities, all accepted by path.
+
+    Raises ValueError naming the first ten differences not covered by `accepted`.
+    """
     changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
-    others = [difference for difference in changed if not any(_is_named(difference, name) for name in accepted)]
-    if others:
-        more = f"; and {len(others) - 10} more" if len(others) > 10 else ""
+    refused = [change for change in changed if not any(_covers(name, change) for name in accepted)]
+    if refused:
+        more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
-            "the state was taken from other data or settings, and resuming on these would not be exact: "
-            f"{'; '.join(others[:10])}{more}. Restore them, or start a new run; data.accept_changed = "
-            f"[{others[0].split(':')[0]!r}] would go on from here all the same, and is put on record"
+            "the state was taken from other data or settings, and a resume would not be exact: "
+            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run; "
+            f"data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
+            "here, and records the change in the state"
         )
     return changed
 
 
-def _is_named(difference: str, name: str) -> bool:
-    path = difference.split(":")[0]
+def _covers(name: str, change: str) -> bool:
+    path = change.split(":")[0]
     return path == name or path.startswith((f"{name}.", f"{name}["))
 
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:
     return [item for part in lists for item in part]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

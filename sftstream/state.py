@@ -1,4 +1,9 @@
-"""Where a stream stands, as frozen values: positions and references, never tokens. A few kilobytes a logical stream."""
+"""Positions of streams as frozen values: counters and references, never tokens.
+
+A few kilobytes a stream.
+
+A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable.
+"""
 
 from __future__ import annotations
 
@@ -13,95 +18,99 @@ from sftstream.records import Amount, Refusal, Segment
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True):
-    """A conversation that was read and fitted no full pack yet, and how many windows it has waited."""
+    """An example without a full pack yet."""
 
     segment: Segment
     waited: int
+    """Windows waited."""
 
 
 class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
-    """Where a stream stands in a source that is streamed."""
+    """A stream's position in a streamed source."""
 
     shards: int = 0
-    """Parts of shards that it has left behind, over all epochs."""
+    """Parts of shards read to the end, over all epochs."""
     rows: int = 0
-    """Rows that it has drawn from the present one."""
+    """Rows drawn from the current part."""
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the rows of one logical stream stand."""
+    """The position of a logical stream's rows."""
 
     drawn: tuple[int, ...]
-    """Rows drawn from each source by this stream, over all epochs."""
+    """Rows drawn from each source by the stream, over all epochs."""
     mixed: tuple[int, ...] = ()
-    """What the mixture counts of each source, since its stage began."""
+    """Amounts counted by the mixture for each source, since the current stage began."""
     shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
-    """In each source that is streamed."""
+    """Positions in streamed sources, by source number."""
     stage: int = 0
 
 
 class StreamState(Position, frozen=True, kw_only=True):
-    """One logical stream after a pack."""
+    """A logical stream after a pack."""
 
     accepted: tuple[Amount, ...] = ()
-    """What was read from each source and not refused."""
+    """Amounts read from each source and not refused."""
     windows: int = 0
     """Windows planned."""
     planned: tuple[tuple[Segment, ...], ...] = ()
-    """The packs that come next, already planned."""
+    """Segments of the next packs, already planned."""
     leftovers: tuple[Leftover, ...] = ()
     exhausted: bool = msgspec.field(name="dry", default=False)
-    """Nothing comes any more."""
+    """No conversation is left."""
     packs: int = 0
-    """Packs given, empty ones not counted."""
+    """Packs given, empty packs not counted."""
     conversations: int = 0
     """Conversations given."""
     tokens: int = 0
-    """Their tokens."""
+    """Tokens of the conversations given."""
     refused: dict[str, int] = {}
     """Rows refused, by reason."""
     unlisted: tuple[Refusal, ...] = ()
-    """Rows that were refused while a change was made: the next pack lists them."""
+    """Rows refused by an accepted change of settings; listed by the next pack."""
     notes: dict[str, int] = {}
-    """What was done to conversations to train them: cut, split, tokens that were not trained for lying across a border."""
+    """Counts of modified conversations: truncated, split, tokens across a span's border."""
 
     @property
     def waiting(self) -> list[Segment]:
-        """What was read and not given yet."""
-        return [*(leftover.segment for leftover in self.leftovers), *(s for pack in self.planned for s in pack)]
+        """Segments read and not given yet: leftovers, then planned packs."""
+        return [
+            *(leftover.segment for leftover in self.leftovers),
+            *(segment for pack in self.planned for segment in pack),
+        ]
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What somebody accepted to be different from some pack on."""
+    """A change of data or settings accepted in the course of a run."""
 
     packs: int
-    """Number of the next pack at that time."""
+    """Number of the next pack at the time of the change."""
     differences: tuple[str, ...]
 
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True):
-    """A loader after some packs: what it was made from, how far the run is, and its streams by number."""
+    """A loader after some packs: identity, position in the run, and streams by number."""
 
     identity: Identity
     packs: int
-    """Packs of all shards that were consumed: the number of the next one."""
+    """Packs consumed by all shards, equal to the number of the next pack."""
     streams: dict[int, StreamState]
     history: tuple[Change, ...] = ()
-    """Changes of data or settings that were accepted in the course of the run."""
+    """Accepted changes of data or settings, oldest first."""
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
-        """A state dict, typed; raises ValueError naming the place that is not as it should be."""
+        """Return a state dict as a typed record; raises ValueError with the path of a bad value."""
         if isinstance(state, DataState):
             return state
         try:
             return msgspec.convert(state, cls, str_keys=True)
         except msgspec.ValidationError as error:
-            raise ValueError(f"this is no data state of this version: {error}") from None
+            raise ValueError(f"this is not a data state of this version: {error}") from None
 
     def builtins(self) -> dict[str, Any]:
-        """A fresh state dict of JSON-able values."""
-        # Through JSON, so that tuples are lists before and after a file, and two state dicts compare.
+        """Return a new state dict of JSON-able values."""
+        # By way of JSON, so that tuples are lists before and after a file, and two dicts compare.
         result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return result
 
@@ -110,9 +119,10 @@ StateDict = Mapping[str, Any]
 
 
 def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
-    """One state dict of the state dicts of all shards, taken after the same step.
+    """Combine the state dicts of all shards, taken after an equal number of steps.
 
-    A shard whose streams have all run dry may stand at an earlier pack. Raises ValueError where the shards do not fit.
+    A shard whose streams are all exhausted may stand at an earlier pack. Raises ValueError if the
+    states differ in identity or pack number, or share a stream.
     """
     parsed = [DataState.parse(state) for state in states]
     if not parsed:
@@ -123,60 +133,86 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
         changed = differences(msgspec.to_builtins(parsed[0].identity), msgspec.to_builtins(state.identity))
         if changed:
             raise ValueError(f"state {index} is of other data than state 0: {'; '.join(changed)}")
-        if state.packs != packs and not all(stream.exhausted for stream in state.streams.values()):
+        if state.packs != packs and not all(s.exhausted for s in state.streams.values()):
             raise ValueError(
                 f"state {index} stands at pack {state.packs}, another at {packs}; take them after the same step"
             )
         if twice := streams.keys() & state.streams.keys():
             raise ValueError(
-                f"streams {sorted(twice)[:5]} are in state {index} and in an earlier one; give each shard's state once"
+                f"streams {sorted(twice)[:5]} are in state {index} and in an earlier state; give "
+                "each shard's state once"
             )
         streams |= state.streams
-    return msgspec.structs.replace(parsed[0], packs=packs, streams=dict(sorted(streams.items()))).builtins()
+    merged = msgspec.structs.replace(parsed[0], packs=packs, streams=dict(sorted(streams.items())))
+    return merged.builtins()
 
 
 def describe(state: StateDict | DataState) -> str:
-    """A few lines for people: how far the run is, what it is made of, what was refused."""
+    """Return a summary for people: progress, sources, refusals, accepted changes."""
     data = DataState.parse(state)
-    streams = data.streams.values()
-    identity = data.identity
-    refused: Counter[str] = sum((Counter(stream.refused) for stream in streams), Counter())
-    waiting = sum(len(stream.waiting) for stream in streams)
-    given = sum(stream.packs for stream in streams)
-    tokens = sum(stream.tokens for stream in streams)
-    fill = f", {tokens / (given * identity.capacity):.2%} full" if given else ""
-    conversations = sum(stream.conversations for stream in streams)
     lines = [
-        f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
-        f"given: {given:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
-        f"read and waiting: {waiting:,} conversations",
+        *_progress_lines(data),
+        *_source_lines(data),
+        *_count_lines(data),
+        *(f"accepted at pack {c.packs}: {'; '.join(c.differences)}" for c in data.history),
     ]
-    accepted = [sum((s.accepted[i] for s in streams if s.accepted), Amount()) for i in range(len(identity.sources))]
-    whole = sum(accepted, Amount())
-    for index, source in enumerate(identity.sources):
-        drawn = sum(stream.drawn[index] for stream in streams)
-        names = ", ".join(file.name for file in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
-        lines.append(f"source {index} ({names}): {drawn:,} rows drawn")
-        lines[-1] += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
-        lines[-1] += _shares(accepted[index], whole) if len(accepted) > 1 and whole.conversations else ""
-    notes: Counter[str] = sum((Counter(stream.notes) for stream in streams), Counter())
-    lines += [f"{note}: {count:,}" for note, count in notes.most_common()]
-    lines += [f"refused, {reason}: {count:,}" for reason, count in refused.most_common()]
-    lines += [f"accepted at pack {change.packs}: {'; '.join(change.differences)}" for change in data.history]
-    if exhausted := sum(stream.exhausted for stream in streams):
-        lines.append(f"{exhausted} streams have run dry")
+    if exhausted := sum(stream.exhausted for stream in data.streams.values()):
+        lines.append(f"exhausted streams: {exhausted}")
     return "\n".join(lines)
 
 
-def _shares(part: Amount, whole: Amount) -> str:
-    trained = part.trained_tokens / max(whole.trained_tokens, 1)
+def _progress_lines(data: DataState) -> list[str]:
+    streams, identity = data.streams.values(), data.identity
+    packs = sum(stream.packs for stream in streams)
+    conversations = sum(stream.conversations for stream in streams)
+    tokens = sum(stream.tokens for stream in streams)
+    fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs else ""
+    waiting = sum(len(stream.waiting) for stream in streams)
+    return [
+        f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
+        f"given: {packs:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
+        f"read and waiting: {waiting:,} conversations",
+    ]
+
+
+def _source_lines(data: DataState) -> list[str]:
+    streams, sources = data.streams.values(), data.identity.sources
+    accepted = [
+        sum((stream.accepted[index] for stream in streams if stream.accepted), Amount())
+        for index in range(len(sources))
+    ]
+    total = sum(accepted, Amount())
+    lines = []
+    for index, source in enumerate(sources):
+        drawn = sum(stream.drawn[index] for stream in streams)
+        more = ", ..." if len(source.files) > 3 else ""
+        names = ", ".join(file.name for file in source.files[:3]) + more
+        line = f"source {index} ({names}): {drawn:,} rows drawn"
+        line += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
+        line += _shares(accepted[index], total) if len(sources) > 1 and total.conversations else ""
+        lines.append(line)
+    return lines
+
+
+def _shares(part: Amount, total: Amount) -> str:
+    trained = part.trained_tokens / max(total.trained_tokens, 1)
     return (
-        f"; {part.conversations / whole.conversations:.1%} of conversations, {part.tokens / whole.tokens:.1%} of tokens, "
-        f"{trained:.1%} of trained tokens"
+        f"; {part.conversations / total.conversations:.1%} of conversations, "
+        f"{part.tokens / total.tokens:.1%} of tokens, {trained:.1%} of trained tokens"
     )
 
 
+def _count_lines(data: DataState) -> list[str]:
+    streams = data.streams.values()
+    notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
+    refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    return [
+        *(f"{note}: {count:,}" for note, count in notes.most_common()),
+        *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),
+    ]
+
+
 def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
-    """Each field that differs between two states, as `path: in a -> in b`."""
+    """Return the differences between two states, as `path: in a -> in b`."""
     first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
     return differences(first, second, "state")

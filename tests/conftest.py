@@ -23,7 +23,7 @@ import torch
 
 from sftstream import ChatEncoder, DataConfig
 from sftstream.sources import Corpus, CorpusReader
-from sftstream.streaming.stream import ExampleReader
+from sftstream.streaming.example_reader import ExampleReader
 
 REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

@@ -24,7 +24,7 @@ LEAST = {
 def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
     options = [f"--{name}={value}" for name, value in LEAST.items()]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "pipeline.py", *options, "--here", "--no-peers"],
+        [sys.executable, ROOT / "benchmarks" / "pipeline" / "pipeline.py", *options, "--here", "--no-peers"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "SFTSTREAM_REALDATA": str(tmp_path / "nothing")},
@@ -40,7 +40,7 @@ def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
 def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: str) -> None:
     small = ["--device=cpu", "--layers=1", "--hidden=64", "--capacity=256", "--steps=2", "--vocabulary=4096"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "data_wait.py", *small, ranks],
+        [sys.executable, ROOT / "benchmarks" / "gpu" / "data_wait.py", *small, ranks],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -59,7 +59,7 @@ def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> N
     small = [f"--tp={tp}", "--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(tp)]
     done = subprocess.run(
-        [sys.executable, *ranks, ROOT / "benchmarks" / "spread.py", *small],
+        [sys.executable, *ranks, ROOT / "benchmarks" / "gpu" / "spread.py", *small],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
@@ -67,3 +67,16 @@ def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"| tiny | plain | dp 1 x tp {tp} | ")
+
+
+def test_the_packing_benchmark_prints_a_row_for_each_capacity(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "packing" / "packing.py", "--conversations=300"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SFTSTREAM_REALDATA": str(tmp_path / "nothing")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if "us" in line]
+    assert rows == ["| 2048", "| 4096", "| 8192"]

@@ -73,7 +73,7 @@ def test_a_wrong_name_or_type_is_an_error_with_its_path(changes: dict[str, Any],
     assert error(**changes) == message
 
 
-def test_a_table_without_what_it_needs_is_an_error() -> None:
+def test_a_table_without_a_required_key_is_an_error() -> None:
     with pytest.raises(msgspec.ValidationError, match="Object missing required field `sources`"):
         msgspec.convert({}, DataConfig)
 

@@ -145,7 +145,7 @@ def test_the_template_refuses_what_it_has_no_place_for(words: Any, message: dict
         words.apply_chat_template([message], tokenize=False)
 
 
-def test_of_a_call_and_its_result_the_assistants_words_are_trained() -> None:
+def test_only_the_assistants_words_of_a_call_and_its_result_are_trained() -> None:
     encoder = ChatEncoder(DEMO / "tokenizer")
     call = ToolCall("set_timer", {"minutes": 20})
     rendered = encoder.render(
@@ -172,7 +172,7 @@ def test_the_demos_model_has_a_row_for_every_token_and_its_packs_hold_every_conv
     assert len(words) <= config.model.shape.vocab_size
     encoder = ChatEncoder(DEMO / "tokenizer")
     longest = max(trained, key=lambda conversation: len(str(conversation)))
-    (example,) = encoder.tokenize(encoder.render_conversation(longest))
+    (example,) = encoder.encode_conversation(longest)
     assert len(example.tokens) <= config.data.capacity
 
 

@@ -1,4 +1,4 @@
-"""A Llama small enough to check every number of, and packs for it."""
+"""A Llama small enough to check every number, and random packs for it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sftstream import IGNORE_INDEX
 from trainer.llama.attention import Segments
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.model import Llama
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -51,15 +53,15 @@ FAMILIES = {
 
 
 def public_llama(**keys: object) -> transformers.PreTrainedModel:
-    """A model of transformers with the shape of `CONFIG` but for `keys`, all its weights random."""
-    shape = msgspec.to_builtins(CONFIG)
-    shape = {key: value for key, value in shape.items() if value is not None and key != "rope_theta"}
-    config = transformers.AutoConfig.for_model(**(shape | keys))
+    """Return a model of transformers with `CONFIG` changed by `keys`, and all weights random."""
+    fields = msgspec.to_builtins(CONFIG)
+    given = {key: value for key, value in fields.items() if value is not None and key != "rope_theta"}
+    config = transformers.AutoConfig.for_model(**(given | keys))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            parameter.data.uniform_(0.5, 1.5)  # norms that start at 1 and biases at 0 could be taken for each other
+            parameter.data.uniform_(0.5, 1.5)  # equal norms (1) or biases (0) could be swapped unnoticed
     return model
 
 
@@ -69,7 +71,7 @@ def built(config: LlamaConfig, seed: int = 0) -> Llama:
     return model
 
 
-class Row(NamedTuple):
+class PackTensors(NamedTuple):
     input_ids: Tensor
     position_ids: Tensor
     segments: Segments
@@ -80,14 +82,14 @@ def segments(*lengths: int) -> Segments:
     return Segments(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
 
 
-def row(*lengths: int, seed: int = 0) -> Row:
-    """Random conversations of these lengths; about half of their tokens are trained, the first never."""
+def pack_of(*lengths: int, seed: int = 0) -> PackTensors:
+    """Return random conversations of the given lengths; about half of the tokens are trained."""
     draw = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     labels = torch.randint(CONFIG.vocab_size, (tokens,), generator=draw)
     labels[torch.rand(tokens, generator=draw) < 0.5] = IGNORE_INDEX
     labels[0] = IGNORE_INDEX
-    return Row(
+    return PackTensors(
         torch.randint(CONFIG.vocab_size, (tokens,), generator=draw),
         torch.cat([torch.arange(length) for length in lengths]),
         segments(*lengths),
@@ -95,8 +97,8 @@ def row(*lengths: int, seed: int = 0) -> Row:
     )
 
 
-def loss_of(model: Llama, row: Row) -> Tensor:
-    return summed_cross_entropy(model(row.input_ids, row.position_ids, row.segments), row.labels)
+def loss_of(model: Llama, pack: PackTensors) -> Tensor:
+    return summed_cross_entropy(model(pack.input_ids, pack.position_ids, pack.segments), pack.labels)
 
 
 def gradients(model: Llama) -> dict[str, Tensor]:
@@ -104,6 +106,6 @@ def gradients(model: Llama) -> dict[str, Tensor]:
 
 
 def exported(directory: Path) -> Path:
-    """`CONFIG` with its first weights, as a Hugging Face directory."""
+    """Export a model of `CONFIG` with initial weights into `directory`, and return `directory`."""
     export(built(CONFIG), CONFIG, directory)
     return directory

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from checkpoints import Retention
 from sftstream import DataConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
 from trainer.llama.blocks import Recompute
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 
@@ -103,13 +104,13 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     Default: `runs/<name>/checkpoints`."""
     every: int = 100
     """Steps between checkpoints, 1 or more. The last step of a run is always saved."""
-    keep: int = 3
+    keep: int = Retention.keep
     """Number of newest checkpoints to keep, 1 or more; older checkpoints are deleted after each
     save."""
-    keep_every: int | None = None
+    keep_every: int | None = Retention.keep_every
     """Keep, beside the newest, every checkpoint at a multiple of `keep_every` steps, 1 or more.
     Default: none."""
-    keep_best: int | None = None
+    keep_best: int | None = Retention.keep_best
     """Keep, beside the newest, this number of checkpoints with the lowest validation loss, 1 or
     more; needs a `[validation]` table. Default: none."""
     fresh_start: bool = False
@@ -125,9 +126,14 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     and try again at the next checkpoint. A failure after the last step always stops."""
 
     def __post_init__(self) -> None:
-        for field in ("every", "keep", "keep_every", "keep_best"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{field} = {value} must be at least 1")
+        if self.every < 1:
+            raise ValueError(f"every = {self.every} must be at least 1")
+        _ = self.retention
+
+    @property
+    def retention(self) -> Retention:
+        """The steps to keep. Raises ValueError if a limit is below 1."""
+        return Retention(self.keep, self.keep_every, self.keep_best)
 
 
 class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -30,8 +30,10 @@ from sftstream import PackAssignment, PackLoader, Shard
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh, named_dtype
 from trainer.llama.blocks import Recompute
-from trainer.llama.model import Llama, LlamaConfig, local
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 from trainer.llama.parallel import parallelize
+from trainer.llama.sharding import local
 from trainer.training.model import find_source
 
 GPU = torch.device("cuda")

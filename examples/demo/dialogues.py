@@ -1,8 +1,8 @@
-"""Small dialogues with one right answer each: what the demo's model learns, and what it is asked in the end.
+"""Small conversations with a single right answer per question: the demo's training and test data.
 
-There are six families of them. A dialogue names what it asks by keys, and `is_held_out` cuts the space of keys in two:
-training draws no dialogue with a key of the held-out side, the last question of a held-out one is always there. So the
-model can't have learned that answer by heart.
+Six families. Every question has a key, and `is_held_out` splits the keys in two. Training
+conversations contain no held-out key; the last question of a test conversation always has one. So
+the model cannot have memorized the tested answer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ UNITS = (
 
 
 class Question(NamedTuple):
-    """`key` is what is asked, for the cut; the rest is its answer in the forms it can take."""
+    """A question: `key` for the split into training and test, and the answer in every form."""
 
     key: str
     ask: str
@@ -59,7 +59,7 @@ class Question(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """A conversation and the keys of its questions, in their order."""
+    """A conversation and the keys of its questions, in order."""
 
     conversation: Conversation
     keys: tuple[str, ...]
@@ -71,16 +71,17 @@ FORMS: dict[str, Callable[[Question], str]] = {
     "Answer with the value alone.": lambda question: question.value,
     "Answer in JSON.": lambda question: question.as_json,
 }
-"""A system prompt ("" is none) -> how it has a question answered."""
+"""System prompt ("" for none) -> form of the answers."""
 
 
 def is_held_out(key: str) -> bool:
-    """One key in eight, by a hash that no seed moves."""
+    """Return True for one key in eight, by a hash independent of seeds."""
     return hashlib.sha256(key.encode()).digest()[0] < 32
 
 
 def draw(rng: Random, family: str, *, held_out: bool) -> Conversation:
-    """A dialogue whose last question is on the wanted side of the cut, and all questions before it on training's."""
+    """Draw a conversation with its last question on the wanted side, all earlier ones on
+    training's."""
     while True:
         conversation, keys = FAMILIES[family](rng)
         *earlier, last = map(is_held_out, keys)
@@ -89,7 +90,7 @@ def draw(rng: Random, family: str, *, held_out: bool) -> Conversation:
 
 
 def arithmetic(rng: Random) -> Dialogue:
-    """Sums and differences of two-digit numbers, worked out digit by digit; some dialogues go on from the result."""
+    """Ask sums and differences of two-digit numbers, solved digit by digit, some chained."""
     first = _calculation(rng, rng.randint(10, 99), *CALCULATIONS)
     if rng.random() < 0.5:
         return _answered([first])
@@ -104,7 +105,7 @@ FOLLOW_UPS = (("Now add {b}.",), ("Now take {b} away.",))
 
 
 def _calculation(rng: Random, a: int, sums: Sequence[str], differences: Sequence[str]) -> Question:
-    """Two-digit numbers in, one from 0 to 99 out."""
+    """Draw two-digit operands with a result from 0 to 99."""
     if a < 90 and rng.random() < 0.5:
         b = rng.randint(10, 99 - a)
         return _sum(a, b, rng.choice(sums).format(a=a, b=b))
@@ -127,7 +128,7 @@ def _difference(a: int, b: int, ask: str) -> Question:
 
 
 def conversion(rng: Random) -> Dialogue:
-    """Small numbers of one unit in another, in a phrase that training did not hold for this number."""
+    """Ask conversions of units; a test asks in a phrase unseen for the number in training."""
     return _answered([_conversion(rng) for _ in range(rng.randint(1, 3))], _any_form(rng))
 
 
@@ -144,7 +145,7 @@ def _conversion(rng: Random) -> Question:
 
 
 def capital(rng: Random) -> Dialogue:
-    """Facts from training, in a pair of phrase and form that training did not hold for this country."""
+    """Ask facts; a test asks in a phrase and form unseen for the country in training."""
     form = _any_form(rng)
     return _answered([_capital(rng, form) for _ in range(rng.randint(1, 3))], form)
 
@@ -161,7 +162,7 @@ def _capital(rng: Random, form: str) -> Question:
 
 
 def lookup(rng: Random) -> Dialogue:
-    """A short list in the prompt, and questions on its entries in any order."""
+    """Give a short list and ask for its entries in random order."""
     heading, names, values, ask, sentence = rng.choice(TABLES)
     table = {name: rng.choice(values) for name in rng.sample(names, rng.randint(2, 3))}
     entries = f"{heading}: {', '.join(f'{name} {value}' for name, value in table.items())}."
@@ -178,7 +179,7 @@ TABLES: tuple[tuple[str, Sequence[str], Sequence[Any], str, str], ...] = (
 
 
 def memory(rng: Random) -> Dialogue:
-    """Several turns: the user says things about himself and asks for some of them later."""
+    """Let the user tell personal facts and ask for some in later turns."""
     name, city, colour = rng.choice(NAMES), rng.choice(CITIES), rng.choice(COLOURS)
     pets = f"{rng.randint(2, 9)} {rng.choice(PETS)}s"
     facts = (
@@ -195,7 +196,7 @@ def memory(rng: Random) -> Dialogue:
 
 
 class Errand(NamedTuple):
-    """A request, the call it takes, what the tool returns and what the user is then told."""
+    """A request, the matching call, the tool's result and the final answer."""
 
     key: str
     ask: str
@@ -206,7 +207,8 @@ class Errand(NamedTuple):
 
 
 def tool(rng: Random) -> Dialogue:
-    """The request's words as arguments of a call, and the tool's result as an answer; some dialogues end with the call."""
+    """Ask for a tool call with the request's words as arguments; some conversations end with the
+    call."""
     errand = rng.choice((_weather, _timer, _stock))(rng)
     call = ToolCall(errand.tool["function"]["name"], errand.arguments, "call_1")
     messages = [Message("user", errand.ask), Message("assistant", tool_calls=ToolCalls((call,)))]
@@ -258,7 +260,8 @@ def _any_form(rng: Random) -> str:
 
 
 def _answered(questions: Sequence[Question], form: str = "", context: str = "") -> Dialogue:
-    """The questions in turn, `context` before the first, answered as the system prompt `form` has it."""
+    """Ask the questions in turn, `context` before the first, answered in the system prompt's
+    `form`."""
     first = questions[0]
     asks = [context + first.ask, *(question.ask for question in questions[1:])]
     answers = [FORMS[form](question) for question in questions]
@@ -282,4 +285,4 @@ FAMILIES: dict[str, Callable[[Random], Dialogue]] = {
     "tool": tool,
 }
 SHARES = {"arithmetic": 26, "conversion": 14, "capital": 8, "lookup": 32, "memory": 8, "tool": 12}
-"""Percent of the training dialogues: what is hard to learn comes more often."""
+"""Percent of the training conversations; harder families come more often."""

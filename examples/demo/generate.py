@@ -1,6 +1,7 @@
-"""Writes the demo's conversations and tokenizer: `python examples/demo/generate.py [directory]`.
+"""Write the demo's conversations and tokenizer: `python examples/demo/generate.py [directory]`.
 
-The same seed gives the same conversations and the same tokenizer; what it wrote is in the repository.
+The same seed gives the same conversations and the same tokenizer; what it wrote is in the
+repository.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ HERE = Path(__file__).parent
 SEED = 1
 CONVERSATIONS = 9000
 HELD_OUT = 40
-"""Questions of each family that training does not hold."""
+"""Test questions per family."""
 
 
 class File(NamedTuple):
-    """A layout on disk and how many of the conversations it gets, relative to the others."""
+    """A layout on disk and its relative share of the conversations."""
 
     name: str
     layout: Callable[[Conversation], layouts.Row]
@@ -66,7 +67,7 @@ def _split_counters(rng: Random, conversations: Sequence[Conversation]) -> dict[
 
 
 def _held_out(rng: Random) -> list[Conversation]:
-    """No two alike, the families in turn."""
+    """Return distinct conversations, families in turn."""
     by_family = []
     for family in FAMILIES:
         chosen: list[Conversation] = []

@@ -1,4 +1,4 @@
-"""Conversations as the rows of four dataset layouts, in three kinds of files."""
+"""Write conversations as rows of four dataset layouts, in three kinds of files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = pa.schema({"prompt": pa.list_(TURN), "completion": pa.list_(TURN)})
 
 
 def openai(conversation: Conversation) -> Row:
-    """`messages` with role and content, `tool_calls` with arguments as JSON text, `tools`."""
+    """Return a row with `messages` of role and content, `tool_calls` with JSON arguments, `tools`."""
     row: Row = {"messages": [_openai_message(message) for message in conversation.messages]}
     return row | ({"tools": list(conversation.tools)} if conversation.tools else {})
 
@@ -38,7 +38,8 @@ def _openai_message(message: Message) -> Row:
 
 
 def sharegpt(conversation: Conversation) -> Row:
-    """`conversations` with from and value, a call and its result as turns of their own, `tools` as JSON text."""
+    """Return a row with `conversations` of from and value, calls and results as turns, `tools` as
+    JSON."""
     row: Row = {"conversations": [_sharegpt_turn(message) for message in conversation.messages]}
     functions = [tool["function"] for tool in conversation.tools]
     return row | ({"tools": json.dumps(functions)} if functions else {})
@@ -52,7 +53,7 @@ def _sharegpt_turn(message: Message) -> Row:
 
 
 def alpaca(conversation: Conversation) -> Row:
-    """`instruction` and `output` of the last turn, the turns before as `history`, `system` where there is a prompt."""
+    """Return a row with `instruction` and `output`, earlier turns as `history`, optional `system`."""
     system = [message.content for message in conversation.messages if message.role == "system"]
     texts = [message.content for message in conversation.messages[len(system) :]]
     *history, (instruction, output) = zip(texts[::2], texts[1::2], strict=True)
@@ -61,7 +62,7 @@ def alpaca(conversation: Conversation) -> Row:
 
 
 def pair(conversation: Conversation) -> Row:
-    """`prompt`, all messages but the last, and `completion`, the last."""
+    """Return a row with all messages but the last as `prompt`, the last as `completion`."""
     turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
@@ -71,10 +72,10 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 
 def write_json(path: Path, rows: Iterable[Row]) -> None:
-    """One array, a row a line."""
+    """Write a JSON array, one row per line."""
     path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
 
 
 def write_parquet(path: Path, rows: Iterable[Row]) -> None:
-    """Prompts and completions."""
+    """Write prompts and completions."""
     pq.write_table(pa.Table.from_pylist(list(rows), schema=PAIRS), path, compression="zstd")

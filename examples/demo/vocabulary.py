@@ -1,4 +1,4 @@
-"""The demo's tokenizer: a byte-level BPE trained from the rendered dialogues, saved as Hugging Face's tokenizers are."""
+"""Train the demo's tokenizer: a byte-level BPE on the rendered conversations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SIZE = 1024
-"""Tokens at most; the dialogues' few hundred words need no more to be one token each."""
+"""Largest vocabulary; enough for one token per word of the conversations."""
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
 SPECIAL = (BOS, "<|end_of_text|>", PAD, "<|start_header_id|>", "<|end_header_id|>", EOS, "<|python_tag|>")
-"""Llama 3's, with its names."""
+"""Special tokens of Llama 3."""
 
 WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+(?: [^\s\p{L}\p{N}]+)*|\s+"
-"""What no token reaches across: a word, a digit (sums are done by digits), signs with the spaces between them (so that
-JSON is cheap), whitespace."""
+"""Pieces that no token crosses: a word, a digit (for sums by digits), signs with the spaces between
+(for cheap JSON), whitespace."""
 
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """A BPE of `texts`, which are rendered dialogues."""
+    """Train a BPE on the rendered conversations `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,7 +43,7 @@ def train(texts: Iterable[str]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, template: str, directory: Path) -> None:
-    """The files that `AutoTokenizer.from_pretrained` reads."""
+    """Write the files read by `AutoTokenizer.from_pretrained`."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

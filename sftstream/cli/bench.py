@@ -1,4 +1,4 @@
-"""What a config's data and this machine give: how soon the first pack is there, how fast they come, where the time goes."""
+"""Measure a data config on this machine: time to the first pack, packs a second, time per stage."""
 
 from __future__ import annotations
 
@@ -17,48 +17,57 @@ from torchdata.nodes import BaseNode
 from sftstream.config import DataConfig
 from sftstream.loader import PackLoader
 from sftstream.records import Pack
-from sftstream.streaming.stream import build_stream
+from sftstream.streaming.graph import build_stream
 
-DOES = {
-    "draw": "which row comes next",
-    "load": "reads and decodes the row, recognizes its layout",
-    "template": "prints the conversation, finds what is trained in it",
-    "tokenize": "token ids, and the loss mask by their borders",
-    "pack": "plans windows of conversations, builds packs",
+STAGES = {
+    "draw": "choose the next row",
+    "load": "read and decode the row, recognize its layout",
+    "template": "render the conversation, find its trained spans",
+    "tokenize": "compute token ids and the loss mask",
+    "pack": "plan windows of conversations, build packs",
 }
+"""Stages of a stream in order, and the work of each."""
 
 EPOCHS = 1_000_000
-"""An end would come too soon: what is measured is a run under way."""
+"""Epochs of the measured stream: enough never to end, since a run under way is measured."""
 
 
 class Speed(NamedTuple):
-    """Packs that came in a while."""
+    """Speed of a loader."""
 
     workers: int
     first: float
-    """Seconds from the loader's construction to the first pack."""
+    """Seconds from the construction of the loader to the first pack."""
     tokens: float
-    """Tokens a second after that."""
+    """Tokens a second once warm."""
     conversations: float
+    """Conversations a second once warm."""
     fill: float
-    """Share of the packs' slots that hold tokens."""
+    """Share of packs' slots filled with tokens, 0 to 1."""
     private: int
-    """Bytes of memory that only the fullest worker has, or 0 where there is none or the system does not say."""
+    """Largest private memory of a worker in bytes; 0 without workers or without `/proc`."""
 
 
-class ExampleReader(NamedTuple):
-    """Where the time of one stream goes, in one process."""
+class StageTimes(NamedTuple):
+    """Time that a stream takes for each stage, in a single process."""
 
     seconds: dict[str, float]
     conversations: int
     planned: float
-    """Share of conversations that needed no run of the template."""
+    """Share of conversations rendered without running the template, 0 to 1."""
     refused: dict[str, int]
+    """Refused conversations by reason."""
     tokenizer: str
+    """Library used to compute the ids, for example "tokenizers"."""
 
 
 class Stopwatch(BaseNode[Any]):
-    """Adds the time that a node takes, without that of the nodes before it, to `seconds`."""
+    """Node that adds its own time to `seconds[name]`, without the time of earlier nodes.
+
+    `running` is a stack shared by all stopwatches of a graph: an entry per call under way, holding
+    the seconds spent in nested calls. If "load" takes 5 s and waits 2 s of them for "draw",
+    `seconds` becomes `{"draw": 2.0, "load": 3.0}`.
+    """
 
     def __init__(self, name: str, node: BaseNode[Any], seconds: dict[str, float], running: list[float]) -> None:
         super().__init__()
@@ -84,17 +93,17 @@ class Stopwatch(BaseNode[Any]):
         return state
 
 
-def bench(config: DataConfig, seconds: float) -> tuple[list[Speed], ExampleReader]:
-    """Packs as fast as they come: one stream stage by stage, then the loader without workers and with the config's.
+def measure(config: DataConfig, seconds: float) -> tuple[list[Speed], StageTimes]:
+    """Measure a stream stage by stage, then the loader without workers and with `config.workers`.
 
-    Each is measured for so many seconds, the loaders after as many of warming up.
+    Each measurement takes `seconds`, and each loader is warmed up for `seconds` before.
     """
     config = msgspec.structs.replace(config, epochs=EPOCHS, max_refused=1.0)
-    stages = _by_stage(config, seconds)
+    stages = _stage_times(config, seconds)
     return [_speed(config, workers, seconds) for workers in sorted({0, config.workers})], stages
 
 
-def _by_stage(config: DataConfig, seconds: float) -> ExampleReader:
+def _stage_times(config: DataConfig, seconds: float) -> StageTimes:
     loader = PackLoader(config, workers=0)
     encoder = loader.encoder
     if encoder.tokenizer.fast_tokenizer:
@@ -103,14 +112,12 @@ def _by_stage(config: DataConfig, seconds: float) -> ExampleReader:
     running: list[float] = []
     node = build_stream(config, loader.corpus, encoder, 0, lambda name, node: Stopwatch(name, node, spent, running))
     node.reset()
-    for _ in _for(seconds, Stopwatch("pack", node, spent, running)):
+    for _ in _take(seconds, Stopwatch("pack", node, spent, running)):
         pass
-    read = node.state.accepted
-    conversations = sum(amount.conversations for amount in read)
-    return ExampleReader(
-        {name: spent[name] for name in DOES},
-        conversations,
-        encoder.planned / max(encoder.rendered, 1),
+    return StageTimes(
+        {name: spent[name] for name in STAGES},
+        sum(amount.conversations for amount in node.state.accepted),
+        encoder.renderer.planned / max(encoder.renderer.rendered, 1),
         node.state.refused,
         encoder.tokenizer.fast or "tokenizers",
     )
@@ -122,12 +129,12 @@ def _speed(config: DataConfig, workers: int, seconds: float) -> Speed:
     try:
         next(loader)
         first = time.perf_counter() - began
-        for _ in _for(seconds, loader):  # until tokenizers are loaded, plans made, and what was read ahead is used up
+        for _ in _take(seconds, loader):  # warm up: load tokenizers, make plans, use up packs read ahead
             pass
         began = time.perf_counter()
-        packs = [(pack.tokens, pack.conversations) for pack in _for(seconds, loader)]
+        packs = [(pack.tokens, pack.conversations) for pack in _take(seconds, loader)]
         took = time.perf_counter() - began
-        private = max((_private_memory(worker.pid) for worker in active_children()), default=0)
+        private = max((private_memory(worker.pid) for worker in active_children() if worker.pid), default=0)
     finally:
         loader.close()
     tokens = sum(count for count, _ in packs)
@@ -135,8 +142,8 @@ def _speed(config: DataConfig, workers: int, seconds: float) -> Speed:
     return Speed(workers, first, tokens / took, sum(count for _, count in packs) / took, fill, private)
 
 
-def _for(seconds: float, packs: Iterable[Pack]) -> Iterator[Pack]:
-    """Packs until the time is over, one at least."""
+def _take(seconds: float, packs: Iterable[Pack]) -> Iterator[Pack]:
+    """Yield packs until `seconds` have passed, at least a single pack."""
     end = time.perf_counter() + seconds
     for pack in packs:
         yield pack
@@ -144,17 +151,21 @@ def _for(seconds: float, packs: Iterable[Pack]) -> Iterator[Pack]:
             return
 
 
-def _private_memory(process: int | None) -> int:
+def private_memory(pid: int) -> int:
+    """Return the bytes of memory that a process shares with no other process (Linux).
+
+    The result is 0 if the process has ended or the system has no `/proc/<pid>/smaps_rollup`.
+    """
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
     return sum(int(kilobytes) << 10 for kilobytes in re.findall(r"^Private_\w+: +(\d+) kB", lines, re.MULTILINE))
 
 
-def show(speeds: list[Speed], stages: ExampleReader, console: Console) -> None:
-    """Two tables, and what else explains them."""
-    table = Table("workers", "first pack, s", "tokens/s", "conversations/s", "full", "memory of a worker")
+def show(speeds: list[Speed], stages: StageTimes, console: Console) -> None:
+    """Print a table of loaders, a table of stages, and the reasons of refusals."""
+    table = Table("workers", "first pack, s", "tokens/s", "conversations/s", "filled", "memory of a worker")
     for speed in speeds:
         private = f"{speed.private / 2**20:,.0f} MB" if speed.private else "-"
         table.add_row(
@@ -166,15 +177,15 @@ def show(speeds: list[Speed], stages: ExampleReader, console: Console) -> None:
             private,
         )
     console.print(table)
-    whole = sum(stages.seconds.values())
-    table = Table("stage", "us a conversation", "share", "what it does")
-    for name, does in DOES.items():
+    total = sum(stages.seconds.values())
+    table = Table("stage", "us a conversation", "share", "work")
+    for name, work in STAGES.items():
         spent = stages.seconds[name]
-        table.add_row(name, f"{spent / max(stages.conversations, 1) * 1e6:,.1f}", f"{spent / whole:.0%}", does)
+        table.add_row(name, f"{spent / max(stages.conversations, 1) * 1e6:,.1f}", f"{spent / total:.0%}", work)
     console.print(table)
     console.print(
-        f"{stages.planned:.1%} of {stages.conversations:,} conversations had a shape whose plan was known; "
-        f"ids by {stages.tokenizer}"
+        f"{stages.planned:.1%} of {stages.conversations:,} conversations were rendered without running the template; "
+        f"token ids by {stages.tokenizer}"
     )
     for reason, count in sorted(stages.refused.items(), key=lambda item: -item[1]):
         console.print(f"refused, {reason}: {count:,}")

@@ -1,9 +1,9 @@
-"""The commands."""
+"""The commands of `sftstream`: help texts, and exit codes for errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,39 +11,54 @@ import msgspec
 import typer
 from rich.console import Console
 
-from sftstream.cli.bench import bench, show
+from sftstream.cli.bench import measure, show
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_report
 from sftstream.state import describe
 from sftstream.state import diff as differing
 from sftstream.tokenization.encoder import ChatEncoder
 
-app = typer.Typer(add_completion=False, help="Looks at what a stream of fine-tuning data does, without training.")
+app = typer.Typer(
+    add_completion=False,
+    help="Inspect the data stream of a fine-tuning run without training.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes [data] in a help text for markup and prints nothing
+)
 
 
 @app.command()
 def template(
-    tokenizer: Annotated[str, typer.Argument(help="A Hugging Face tokenizer's directory or hub name.")],
-    path: Annotated[str | None, typer.Argument(help="A Jinja file in place of the tokenizer's own template.")] = None,
-    date: Annotated[str | None, typer.Option(help="What it prints as today, YYYY-MM-DD.")] = None,
+    tokenizer: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face tokenizer.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            help="Jinja file of a chat template. Default: the tokenizer's own template.", show_default=False
+        ),
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(help="Day that the template prints as today, as YYYY-MM-DD. Default: today.", show_default=False),
+    ] = None,
 ) -> None:
-    """Certify a chat template: how turns begin and end in it, and what it does to each shape of conversation."""
-    with _one_line_errors():
-        show_report(ChatEncoder(tokenizer, path, date=date))
+    """Print how an assistant's turns begin and end in a chat template, and the shapes of
+    conversation that are printed whole or not."""
+    show_report(ChatEncoder(tokenizer, path, date=date))
 
 
 @app.command()
-def inspect(state: Annotated[Path, typer.Argument(help="A state dict in a JSON file.")]) -> None:
-    """Say how far a state is, what it is made of, and what was refused."""
-    with _one_line_errors():
-        typer.echo(describe(read_state(state)))
+def inspect(state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")]) -> None:
+    """Print the progress of a state, its data and settings, and the reasons of refused rows."""
+    typer.echo(describe(read_state(state)))
 
 
 @app.command()
-def diff(before: Path, after: Path) -> None:
-    """Show each field in which two states differ; the exit code is 1 where there is any."""
-    with _one_line_errors():
-        differences = differing(read_state(before), read_state(after))
+def diff(
+    before: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")],
+    after: Annotated[Path, typer.Argument(help="JSON file with the state dict to compare it with.")],
+) -> None:
+    """Print each field in which two states differ. The exit code is 0 if the states are equal,
+    else 1."""
+    differences = differing(read_state(before), read_state(after))
     for line in differences:
         typer.echo(line)
     raise typer.Exit(bool(differences))
@@ -51,37 +66,38 @@ def diff(before: Path, after: Path) -> None:
 
 @app.command()
 def rebase(
-    state: Annotated[Path, typer.Argument(help="The state dict of all streams, in a JSON file.")],
-    config: Annotated[Path, typer.Argument(help="The run's TOML with the new settings.")],
-    out: Annotated[Path, typer.Argument(help="Where the new state dict goes.")],
-    accept: Annotated[list[str], typer.Option(help="A setting that may differ, by name: data.capacity.")] = [],  # noqa: B006
+    state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")],
+    config: Annotated[Path, typer.Argument(help="TOML file of the run with the new settings in [data].")],
+    out: Annotated[
+        Path, typer.Argument(help="JSON file to write the new state dict to. An existing file is replaced.")
+    ],
+    accept: Annotated[
+        list[str],
+        typer.Option(help="Setting that may differ from the state's, such as data.capacity. Repeat it for several."),
+    ] = [],  # noqa: B006
 ) -> None:
-    """Carry a state over to other settings: nothing is lost or repeated, and the state records what changed."""
-    with _one_line_errors():
-        new = rebased(read_state(state), read_data_config(config, accept))
-        out.write_bytes(msgspec.json.encode(new.builtins()))
-        typer.echo(describe(new))
+    """Carry a state over to new settings. No row is lost or repeated, and the new state records
+    each accepted change."""
+    new = rebased(read_state(state), read_data_config(config, accept))
+    out.write_bytes(msgspec.json.encode(new.builtins()))
+    typer.echo(describe(new))
 
 
-@app.command(name="bench")
-def measure(
-    config: Annotated[Path, typer.Argument(help="A run's TOML: its [data] table is read.")],
-    seconds: Annotated[float, typer.Option(help="How long each measurement lasts.")] = 5.0,
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="TOML file of a run, of which the [data] table is read.")],
+    seconds: Annotated[float, typer.Option(help="Duration of each measurement in seconds.")] = 5.0,
 ) -> None:
-    """Say how fast a run's data comes on this machine, stage by stage."""
-    with _one_line_errors():
-        show(*bench(read_data_config(config, []), seconds), Console(highlight=False))
+    """Measure how fast the packs of a run come on this machine, as a whole and stage by stage."""
+    show(*measure(read_data_config(config, []), seconds), Console(highlight=False, markup=False))
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command in `arguments`, by default those of the process.
+
+    ValueError and OSError become a single line on stderr and exit code 1.
+    """
     try:
-        yield
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
-def main() -> None:
-    """The `sftstream` command."""
-    app()
+        app(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""A template's certificate as one readable table."""
+"""The report on a chat template as a table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 
 def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
-    """Prints how the assistant's turns look and what becomes of each probed shape."""
+    """Print the format of the assistant's turns, and the verdict on each probed shape."""
     report = encoder.report
     turn_format = report.turn_format
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "a turn begins after": repr(turn_format.prompt) if turn_format.prompt else "what closes the message before it",
-        "it ends with": ", ".join(turn_format.stops) + (", or the text's end" if turn_format.open_end else ""),
+        "a turn begins after": repr(turn_format.prompt) if turn_format.prompt else "the end of the message before",
+        "a turn ends with": ", ".join(turn_format.stops) + (", or the text's end" if turn_format.open_end else ""),
         "a tool call ends with": ", ".join(turn_format.call_stops or turn_format.stops),
-        "earlier turns": "are printed otherwise once the conversation goes on"
+        "earlier turns": "printed differently once the conversation goes on"
         if report.rewrites_history
-        else "stay as they are",
+        else "printed unchanged",
         "today's date": f"printed, as {report.date}" if report.date else "not printed",
         "{% generation %} tags": "yes" if report.has_generation_tags else "no",
     }

@@ -1,1 +1,1 @@
-"""Conversation -> text and trained spans: run the chat template, find each message in its output, verify the mask."""
+"""Conversation -> text and trained spans: render by the chat template, locate messages, verify."""

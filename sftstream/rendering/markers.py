@@ -1,9 +1,15 @@
-"""Where each message's own words stand in the text that the template prints.
+"""Locate each message's own text in the rendered conversation, by markers.
 
-Every payload (a content, a reasoning, the name and the strings of a tool call) is put between two markers and the
-conversation is rendered again. With the markers taken out the text must be the first one to the last character; then
-each pair of markers shows where its payload is. A template that follows the words themselves, not just their place,
-prints something else, and the conversation is refused.
+Every payload (a content, a reasoning, the name and the strings of a tool call) is put between two
+markers and the conversation is rendered again. The second text without markers must equal the first
+text; then each pair of markers shows the place of a payload. A template that prints differently
+because of the markers depends on the text itself, and the conversation is refused.
+
+Example. Template `<{{ m.role }}>{{ m.content | trim }}</s>` for each message, a user's "hi ":
+
+    text       <user>hi</s>
+    marked     <user>ZqM0x1x0bZqhiZqM0x1x0eZq</s>     content "ZqM0x1x0bZqhiZqM0x1x0eZq "
+    payload    Payload(start=6, end=8, message=0, kind="content", number=0)
 """
 
 from __future__ import annotations
@@ -18,7 +24,10 @@ from sftstream.records import Refused
 from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage
 
 MARK = re.compile(r"ZqM(\d{1,9})x([012])x(\d{1,9})([be])Zq")
-"""A marker: message, kind, number, begin or end. Letters and digits pass through JSON and `trim` unchanged."""
+"""A marker: message, index of the kind, payload number, b(egin) or e(nd).
+
+Letters and digits pass through JSON and `trim` unchanged.
+"""
 
 KINDS = ("reasoning", "content", "call")
 
@@ -26,44 +35,51 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Payload(NamedTuple):
-    """Characters `[start, end)` of the text that are a message's own words, of one of `KINDS`."""
+    """A message's own text at characters `[start, end)` of the rendered text."""
 
     start: int
     end: int
     message: int
+    """Index of the message in the conversation."""
     kind: str
+    """A member of `KINDS`."""
     number: int
-    """Counts the payloads of a conversation, so that words printed twice are known to be the same."""
+    """Number of the payload in the conversation; two prints of a payload share the number."""
 
 
 class Located(NamedTuple):
-    """The text of a conversation, its payloads in order of place, and those that the template did not print."""
+    """A rendered text, the printed payloads in order, and the dropped payloads."""
 
     text: str
     payloads: list[Payload]
     dropped: list[tuple[int, str, str]]
-    """(message, kind, words)"""
+    """Unprinted payloads as (message, kind, text)."""
 
 
-Words = dict[tuple[int, int, int], str]
-"""The marked words by (message, kind, number)."""
+PayloadTexts = dict[tuple[int, int, int], str]
+"""Payload texts by (message, index of the kind, number)."""
 
 
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
-    """Raises `Refused` where the payloads cannot be followed."""
+    """Return the text and the payloads.
+
+    Raises `Refused` if a render fails or the markers change the rest of the text.
+    """
     text = template.render(messages, tools)
-    whole = _located(template, text, messages, tools, split_thoughts=False)
-    if whole is not None and not whole.dropped:
-        return whole
-    # Templates that know thoughts take `<think>...</think>` apart: mark the two halves each.
-    halves = _located(template, text, messages, tools, split_thoughts=True)
-    best = halves if halves is not None and (whole is None or len(halves.dropped) <= len(whole.dropped)) else whole
+    unsplit = _locate(template, text, messages, tools, split_thoughts=False)
+    if unsplit is not None and not unsplit.dropped:
+        return unsplit
+    # Some templates split `<think>...</think>` off the content: mark thought and rest separately.
+    split = _locate(template, text, messages, tools, split_thoughts=True)
+    best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
-        raise Refused("template rewrites text", "the render changes by more than the markers when its words are marked")
+        raise Refused(
+            "template rewrites text", "with markers around the messages' text, the template prints other text"
+        )
     return best
 
 
-def _located(
+def _locate(
     template: ChatTemplate,
     text: str,
     messages: Sequence[TemplateMessage],
@@ -71,21 +87,24 @@ def _located(
     *,
     split_thoughts: bool,
 ) -> Located | None:
-    words: Words = {}
-    marked = [_marked(index, message, words, split_thoughts) for index, message in enumerate(messages)]
-    plain, found = _unmark(template.render(marked, tools))
-    if plain != text:
+    """Render with markers; return None if the text without markers differs from `text`."""
+    payload_texts: PayloadTexts = {}
+    marked = [_mark_message(index, message, payload_texts, split_thoughts) for index, message in enumerate(messages)]
+    unmarked, printed = _unmark(template.render(marked, tools))
+    if unmarked != text:
         return None
-    for payload, key in found:
-        _check_verbatim(text[payload.start : payload.end], words[key], payload)
-    seen = {key for _, key in found}
-    dropped = [(key[0], KINDS[key[1]], word) for key, word in words.items() if key not in seen]
-    payloads = [_with_tag(payload, text, messages) if split_thoughts else payload for payload, _ in found]
+    for payload, key in printed:
+        _check_verbatim(text[payload.start : payload.end], payload_texts[key], payload)
+    printed_keys = {key for _, key in printed}
+    dropped = [
+        (key[0], KINDS[key[1]], payload_text) for key, payload_text in payload_texts.items() if key not in printed_keys
+    ]
+    payloads = [_include_tag(payload, text, messages) if split_thoughts else payload for payload, _ in printed]
     return Located(text, payloads, dropped)
 
 
-def _with_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
-    """A thought that the message's own content opens begins with the tag, where the template prints it as it stands."""
+def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
+    """Extend a thought's payload over the content's `<think>` if printed unchanged."""
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
@@ -100,45 +119,53 @@ def _indent(text: str) -> str:
 
 
 def mark_all(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
-    """The messages with their words between markers."""
-    words: Words = {}
-    return [_marked(index, message, words, split_thoughts=False) for index, message in enumerate(messages)]
+    """Return the messages with markers around every payload."""
+    payload_texts: PayloadTexts = {}
+    return [
+        _mark_message(index, message, payload_texts, split_thoughts=False) for index, message in enumerate(messages)
+    ]
 
 
-def _marked(index: int, message: TemplateMessage, words: Words, split_thoughts: bool) -> TemplateMessage:
+def _mark_message(
+    index: int, message: TemplateMessage, payload_texts: PayloadTexts, split_thoughts: bool
+) -> TemplateMessage:
+    """Return the message with markers around every payload; add the payloads to `payload_texts`."""
     new = dict(message)
     if "reasoning_content" in new:
-        new |= dict.fromkeys(REASONING_KEYS, _mark(index, 0, new["reasoning_content"], words))
+        new |= dict.fromkeys(REASONING_KEYS, _mark(index, 0, new["reasoning_content"], payload_texts))
     thought = _THOUGHT.fullmatch(new["content"]) if split_thoughts and new["role"] == "assistant" else None
     if thought:
-        inner, rest = _mark(index, 0, thought[1], words), _mark(index, 1, thought[2], words)
+        inner, rest = _mark(index, 0, thought[1], payload_texts), _mark(index, 1, thought[2], payload_texts)
         new["content"] = f"{new['content'][: thought.start(1)]}{inner}</think>{rest}"
     else:
-        new["content"] = _mark(index, 1, new["content"], words)
+        new["content"] = _mark(index, 1, new["content"], payload_texts)
     if "tool_calls" in new:
         new["tool_calls"] = [
-            {**call, "function": _mark(index, 2, call["function"], words)} for call in new["tool_calls"]
+            {**call, "function": _mark(index, 2, call["function"], payload_texts)} for call in new["tool_calls"]
         ]
     return new
 
 
-def _mark(index: int, kind: int, value: Any, words: Words) -> Any:
-    """The value with every string in it between markers, inside its outer white space: a template that trims trims the same."""
+def _mark(index: int, kind: int, value: Any, payload_texts: PayloadTexts) -> Any:
+    """Return the value with markers around every string in it, inside the outer white space.
+
+    A template that trims thus removes equal white space with and without markers.
+    """
     if isinstance(value, Mapping):
-        return {key: _mark(index, kind, item, words) for key, item in value.items()}
+        return {key: _mark(index, kind, item, payload_texts) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_mark(index, kind, item, words) for item in value]
-    if not isinstance(value, str) or not (core := value.strip()):
+        return [_mark(index, kind, item, payload_texts) for item in value]
+    if not isinstance(value, str) or not (stripped := value.strip()):
         return value
-    number = len(words)
-    words[index, kind, number] = core
+    number = len(payload_texts)
+    payload_texts[index, kind, number] = stripped
     name = f"ZqM{index}x{kind}x{number}"
-    at = value.index(core)
-    return f"{value[:at]}{name}bZq{core}{name}eZq{value[at + len(core) :]}"
+    at = value.index(stripped)
+    return f"{value[:at]}{name}bZq{stripped}{name}eZq{value[at + len(stripped) :]}"
 
 
 def names(message: TemplateMessage) -> Iterator[str]:
-    """What a message holds besides words: names, ids, keys."""
+    """Yield the strings of a message outside payloads: role, name, ids, argument keys."""
     yield from (message.get(key, "") for key in ("role", "name", "tool_call_id"))
     for call in message.get("tool_calls", ()):
         yield call["id"]
@@ -155,7 +182,7 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in lists and objects, keys among them: a template prints any of it."""
+    """Yield every string in a JSON-like value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -166,9 +193,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _unmark(marked: str) -> tuple[str, list[tuple[Payload, tuple[int, int, int]]]]:
-    """The text without markers, and what stood between each pair."""
+    """Return the text without markers, and the payload and key of each pair of markers."""
     pieces: list[str] = []
-    found: list[tuple[Payload, tuple[int, int, int]]] = []
+    payloads: list[tuple[Payload, tuple[int, int, int]]] = []
     opened: dict[tuple[int, int, int], int] = {}
     at = 0
     for piece, mark in _pieces(marked):
@@ -180,11 +207,12 @@ def _unmark(marked: str) -> tuple[str, list[tuple[Payload, tuple[int, int, int]]
         if mark[4] == "b":
             opened[key] = at
         elif key in opened:
-            found.append((Payload(opened.pop(key), at, key[0], KINDS[key[1]], key[2]), key))
-    return "".join(pieces), sorted(found)
+            payloads.append((Payload(opened.pop(key), at, key[0], KINDS[key[1]], key[2]), key))
+    return "".join(pieces), sorted(payloads)
 
 
 def _pieces(marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
+    """Yield the text before each marker with the marker, then the rest with None."""
     at = 0
     for mark in MARK.finditer(marked):
         yield marked[at : mark.start()], mark
@@ -192,9 +220,9 @@ def _pieces(marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
     yield marked[at:], None
 
 
-def _check_verbatim(printed: str, words: str, payload: Payload) -> None:
-    """Words stand in the text as they are, or as JSON escapes them (in tool calls and results)."""
-    if printed not in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
+def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
+    """Raise Refused unless the payload is printed unchanged or JSON-escaped."""
+    if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
-            "template alters text", f"message {payload.message}: {excerpt(words)} is printed as {excerpt(printed)}"
+            "template alters text", f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}"
         )

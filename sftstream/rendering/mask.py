@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation are trained, by the run's policy, and the proof that they are the right ones."""
+"""Choose the trained spans of a rendered conversation by policy, and verify the speaker."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ def rendered(
     policy: Policy,
     control: re.Pattern[str],
 ) -> Rendered:
-    """The text with its trained spans; raises `Refused` where a span would hold what nobody trained said.
+    """Return the text with trained spans.
 
-    Special tokens that somebody typed are listed in `typed`: they are words.
+    `control` matches the text of every special token. Matches inside payloads are listed in
+    `Rendered.typed`: typed by a person, to be tokenized as plain text. Raises `Refused` if a span
+    holds text of an untrained message or two spans overlap.
     """
     by_message = {turn.message: turn for turn in turns}
     spans: list[Span] = []
     for index in _trained_messages(messages, policy):
         turn = by_message.get(index)
-        wanted = _of_turn(turn, policy) if turn else _of_other(index, located, turn_format)
-        _require_own(wanted, index, located.payloads)
-        spans += wanted
+        message_spans = _turn_spans(turn, policy) if turn else _payload_spans(index, located, turn_format)
+        _refuse_foreign_text(message_spans, index, located.payloads)
+        spans += message_spans
     spans = sorted(span for span in spans if span.start < span.end)
     for before, after in itertools.pairwise(spans):
         if after.start < before.end:
@@ -42,16 +44,17 @@ def rendered(
 def require_whole(
     messages: Sequence[Message], located: Located, policy: Policy, *, prints_reasoning: bool, prints_thoughts: bool
 ) -> None:
-    """Refuses where the template left something out that cannot be missed.
+    """Raise Refused if required content was not printed.
 
-    A template that forgets the thoughts of earlier turns does so at inference as well: that is `policy.history`'s affair.
+    Reasoning is not required if the template prints reasoning in the last turn and forgets earlier
+    turns' reasoning: inference forgets too, and `policy.history` decides.
     """
-    for message, kind, words in located.dropped:
-        known = prints_reasoning if messages[message].reasoning else prints_thoughts
-        if kind != "reasoning" or not known:
-            raise Refused(f"template drops {_NAMES[kind]}", f"message {message}: {excerpt(words)} is not printed")
+    for message, kind, text in located.dropped:
+        can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
+        if kind != "reasoning" or not can_print:
+            raise Refused(f"template drops {_NAMES[kind]}", f"message {message}: {excerpt(text)} is not printed")
         if policy.history == "error":
-            raise Refused("history rewritten", f"message {message}: its reasoning {excerpt(words)} is not printed")
+            raise Refused("history rewritten", f"message {message}: its reasoning {excerpt(text)} is not printed")
 
 
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
@@ -66,8 +69,12 @@ def _is_trained(message: Message, policy: Policy) -> bool:
     return message.train is not False and ("all" in policy.train_on or message.role in policy.train_on)
 
 
-def _of_turn(turn: Turn, policy: Policy) -> list[Span]:
-    """An assistant's turn without the parts that the policy leaves out, each with what is printed around it."""
+def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
+    """Return an assistant turn's span without the parts left out by the policy.
+
+    Template text around a left-out part is left out too. Raises `Refused` if a payload lies outside
+    the turn.
+    """
     start, end = turn.span
     kinds = {kind: [p for p in turn.payloads if p.kind == kind] for kind in ("reasoning", "content", "call")}
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
@@ -79,25 +86,24 @@ def _of_turn(turn: Turn, policy: Policy) -> list[Span]:
     return [Span(start, max(start, end))]
 
 
-def _of_other(index: int, located: Located, turn_format: TurnFormat) -> list[Span]:
-    """Another role's words, each place where they are printed, with the stop token that follows at once."""
-    result = []
-    for payload in located.payloads:
-        if payload.message == index:
-            rest = located.text[payload.end :]
-            stop = next((stop for stop in turn_format.stops if rest.startswith(stop)), "")
-            result.append(Span(payload.start, payload.end + len(stop)))
-    return result[:1]
+def _payload_spans(index: int, located: Located, turn_format: TurnFormat) -> list[Span]:
+    """Return the first print of a system, user or tool message, with a stop token right behind."""
+    payload = next((payload for payload in located.payloads if payload.message == index), None)
+    if payload is None:
+        return []
+    stop = next((stop for stop in turn_format.stops if located.text.startswith(stop, payload.end)), "")
+    return [Span(payload.start, payload.end + len(stop))]
 
 
-def _require_own(spans: Iterable[Span], index: int, payloads: Iterable[Payload]) -> None:
+def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: Iterable[Payload]) -> None:
+    """Raise Refused if a payload of another message overlaps the spans of message `index`."""
     for payload in payloads:
         if payload.message != index and any(s.start < payload.end and payload.start < s.end for s in spans):
             raise Refused("foreign text in span", f"message {payload.message} is printed inside message {index}")
 
 
 def _typed(located: Located, control: re.Pattern[str]) -> Iterable[Span]:
-    """Special tokens' text inside somebody's words."""
+    """Yield the spans of special tokens' texts inside payloads."""
     for payload in located.payloads:
-        for found in control.finditer(located.text, payload.start, payload.end):
-            yield Span(found.start(), found.end())
+        for match in control.finditer(located.text, payload.start, payload.end):
+            yield Span(match.start(), match.end())

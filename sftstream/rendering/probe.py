@@ -1,4 +1,4 @@
-"""What a chat template does to conversations, found by probing it on a dozen shapes: milliseconds, once, at the start."""
+"""Probe a chat template on short conversations of 15 shapes, once, at the start: milliseconds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import msgspec
 from sftstream.records import Refused
 from sftstream.rendering.markers import locate
 from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, bounded_memory
-from sftstream.rendering.turns import ANSWER, CALLED, RESULT, TOOL, USER, TurnFormat, probe_turn_format
+from sftstream.rendering.turns import ANSWER, CALLED, RESULT, SAID, TOOL, USER, TurnFormat, probe_turn_format
 
 SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
-THOUGHT: TemplateMessage = {"role": "assistant", "content": "Zq said Zq"} | dict.fromkeys(
-    REASONING_KEYS, "Zq thought Zq"
-)
-INLINE: TemplateMessage = {"role": "assistant", "content": "<think>\nZq thought Zq\n</think>\n\nZq said Zq"}
+THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
+INLINE: TemplateMessage = {"role": "assistant", "content": "<think>\nZq thought Zq\n</think>\n\n" + SAID}
 SPACED: TemplateMessage = {"role": "user", "content": "  Zq asked Zq\n"}
 
 SHAPES: dict[str, tuple[list[TemplateMessage], tuple[Any, ...]]] = {
@@ -37,27 +35,28 @@ SHAPES: dict[str, tuple[list[TemplateMessage], tuple[Any, ...]]] = {
     "two answers in a row": ([USER, ANSWER, ANSWER], ()),
     "white space": ([SPACED, ANSWER], ()),
 }
-"""What a template is probed on, by name."""
+"""The probed conversations by name: messages and tools."""
 
 
 class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How turns look in a template, and what it does to each of `SHAPES`: "whole", "drops ...", or why it refuses."""
+    """The turn format of a template and its treatment of conversations."""
 
     turn_format: TurnFormat
     shapes: dict[str, str]
+    """Verdict on each of `SHAPES`: "whole", "drops user content" and the like, or the refusal."""
     rewrites_history: bool
-    """A turn is printed otherwise once the conversation has gone on."""
+    """True if an earlier turn is printed differently once the conversation goes on (Qwen3)."""
     prints_reasoning: bool
-    """It knows messages' `reasoning_content`."""
+    """True if `reasoning_content` of the last message is printed."""
     prints_thoughts: bool
-    """It leaves `<think>...</think>` in the last answer's text."""
+    """True if `<think>...</think>` in the last message's content is printed."""
     date: str | None
-    """What it prints as today, where it prints that."""
+    """Today's date as the template prints it, YYYY-MM-DD; None if the template prints no date."""
     has_generation_tags: bool
 
 
 def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
-    """Raises ValueError where no conversation could be trained on."""
+    """Return the report; raises ValueError if the template cannot be trained on."""
     with bounded_memory():
         turn_format = probe_turn_format(template, control)
         shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
@@ -74,6 +73,7 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
 
 
 def _judge(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> str:
+    """Return the verdict on a shape, as in `TemplateReport.shapes`."""
     try:
         located = locate(template, messages, tools)
     except Refused as refused:
@@ -83,10 +83,10 @@ def _judge(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
 
 
 def _rewrites(template: ChatTemplate, answer: TemplateMessage) -> bool:
-    """Whether a conversation's beginning, up to the end of the answer's words, changes when it goes on."""
+    """Return True if the text up to the answer's end changes once another turn follows."""
     try:
         short, long = (template.render([USER, answer][:2] + more) for more in ([], [USER, answer]))
     except Refused:
         return False
-    end = short.rfind("Zq said Zq") + len("Zq said Zq")
+    end = short.rfind(SAID) + len(SAID)
     return not long.startswith(short[:end])

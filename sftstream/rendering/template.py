@@ -1,4 +1,4 @@
-"""The model's own chat template, compiled once: messages -> text, with the date frozen and the time bounded."""
+"""Render messages by the model's chat template: compiled once, date fixed, time bounded."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from sftstream.records import Message, Refused, Span
 TemplateMessage = dict[str, Any]
 
 SECONDS = 10.0
-"""Longest time that one conversation may take to render; a long one takes a few milliseconds."""
+"""Time limit for one render, in seconds; a long conversation takes a few milliseconds."""
 
 MEMORY = 256 << 20
-"""Bytes that a template may take while it is probed."""
+"""Bytes that a template may allocate during the probe: 256 MiB."""
 
 REMEMBERED = 2048
-"""Values whose JSON is kept."""
+"""Results in one generation of the JSON cache; two generations are kept."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""What templates call it; each knows one of them."""
+"""Names of a message's reasoning; each template reads one of the three."""
 
+# A template is a program and may add None to a string, split by "", divide by 0 or never return.
 _ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -43,14 +44,14 @@ _ERRORS = (
     RecursionError,
     MemoryError,
 )
-# A template is a program: it adds None to a string, splits by nothing, divides by a count, calls itself, or is hostile.
 
 
 class ChatTemplate:
-    """A template's text with the variables that every render gets.
+    """A compiled chat template with the variables of every render.
 
-    `variables` are the tokenizer's (`bos_token`, ...). `date` is what the template prints as today, by
-    `strftime_now` or `date_string`; by default the day of construction. Raises ValueError where the text is no Jinja.
+    `variables` are the tokenizer's (`bos_token`, ...). A template that prints the date, by
+    `strftime_now` or `date_string`, prints `date`, by default the day of construction. Raises
+    ValueError if `text` is not valid Jinja.
     """
 
     def __init__(self, text: str, variables: Mapping[str, str], date: Date | None = None) -> None:
@@ -67,24 +68,27 @@ class ChatTemplate:
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
-        """The text; with `prompt`, up to where the assistant begins to speak. Raises `Refused`."""
+        """Return the text, with `prompt` ending in the generation prompt.
+
+        Raises `Refused` if the template raises or exceeds the time limit.
+        """
         with bounded():
             text: str = self._compiled.render(**self.context(messages, tools, prompt))
         return text
 
     def tagged_spans(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> list[Span]:
-        """Where the template's own `{% generation %}` tags are. Raises `Refused`."""
+        """Return the spans of `{% generation %}` tags. Raises `Refused` like `render`."""
         with bounded():
             _, spans = _render_with_assistant_indices(self._compiled, **self.context(messages, tools, False))
         return [Span(start, end) for start, end in spans]
 
     @property
     def environment(self) -> jinja2.Environment:
-        """Jinja's, as transformers makes it for chat templates."""
+        """The sandboxed Jinja environment that transformers makes for chat templates."""
         return self._compiled.environment
 
     def context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
-        """What the template's names stand for."""
+        """Return all variables of a render."""
         return {
             "messages": list(messages),
             "tools": list(tools) or None,
@@ -95,22 +99,31 @@ class ChatTemplate:
 
 
 def _compiled(text: str) -> Any:
-    """As transformers compiles it, but that what was printed as JSON once is not encoded again: tools come with every render."""
-    environment = _compile_jinja_template("").environment.overlay()  # what matters is whose environment it is
-    environment.filters = {**environment.filters, "tojson": _Remembered(environment.filters["tojson"])}
+    """Compile in transformers' environment, with a cache behind `tojson`.
+
+    Conversations of one source often share tool definitions; each definition is encoded once.
+    """
+    environment = _compile_jinja_template("").environment.overlay()  # "" since only the environment is wanted
+    environment.filters = {**environment.filters, "tojson": _JsonCache(environment.filters["tojson"])}
     return environment.from_string(text)
 
 
 def exact_key(value: Any) -> bytes:
-    """Another for every other value of JSON's types, and for a list and a tuple; ValueError where any other type is in it.
+    """Return a key unique to each JSON value.
 
-    Dates, say, which come out of tables: other encoders make of them what they make of a text. (An array counts as its bytes.)
+    1, 1.0, True and "1" have different keys, as have a list and a tuple; a NumPy array has the key
+    of its bytes. Raises ValueError if the value holds a further type, a date for example: a JSON
+    encoder would give a date and a string one key.
     """
-    return marshal.dumps(value, 2)  # later versions of the format differ between equal values
+    return marshal.dumps(value, 2)  # versions 3 and 4 give equal values different bytes
 
 
-class _Remembered:
-    """A function of JSON-like values, and its latest results: what was asked for again is kept longer."""
+class _JsonCache:
+    """A cache of a function's results by `exact_key` of the arguments.
+
+    Two generations of up to `REMEMBERED` results: a full generation becomes the earlier one, and a
+    result found there moves to the current generation.
+    """
 
     def __init__(self, function: Callable[..., str]) -> None:
         self._function = function
@@ -134,7 +147,7 @@ class _Remembered:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Turns whatever a template does wrong, also for ever, into a refusal."""
+    """Convert errors of a template, and the time limit, to `Refused`."""
     try:
         with _alarm():
             yield
@@ -148,7 +161,10 @@ def bounded() -> Iterator[None]:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """While a template is met for the first time: one that allocates without end meets MemoryError, not the machine's end."""
+    """Limit the process to `MEMORY` further bytes of address space.
+
+    A template that allocates without end raises MemoryError instead of exhausting the machine.
+    """
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + MEMORY
@@ -161,7 +177,8 @@ def bounded_memory() -> Iterator[None]:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    # Signals reach the main thread only; other threads render without a time limit.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, _too_late)
@@ -178,12 +195,15 @@ def _too_late(_number: int, _frame: FrameType | None) -> None:
 
 
 def template_message(message: Message) -> TemplateMessage:
-    """The dictionary that chat templates expect. `content` is always text: many templates print None as 'None'."""
+    """Return the message as the dictionary that chat templates expect.
+
+    `content` is always a string: many templates print None as 'None'.
+    """
     result: TemplateMessage = {"role": message.role, "content": message.content or ""}
     if message.reasoning:
         result |= dict.fromkeys(REASONING_KEYS, message.reasoning)
     if message.tool_calls:
-        # Mistral wants ids of nine letters and digits; where the data has none, any will do.
+        # Mistral requires an id of nine letters and digits; any id serves for a call without one.
         result["tool_calls"] = [
             {
                 "type": "function",

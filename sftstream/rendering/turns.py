@@ -1,14 +1,21 @@
-"""Where the assistant's turns begin and end in a text: by evidence from the template itself, verified, or refused.
+"""Find the start and end of each assistant turn in a rendered text, by evidence from the template.
 
-A turn begins where the model would begin to speak at inference: after the generation prompt. It ends with the stop
-token, inclusive, by which the model tells that it is done. What both look like is found once, by probing the template
-(`learn_form`); where they are in a conversation is found from its located payloads (`find_turns`).
+A turn starts where the model would begin to speak at inference: after the generation prompt. A turn
+ends after the stop token, by which the model ends its reply. `probe_turn_format` learns prompt and
+stops from a few renders of the template, once; `find_turns` then finds the turns of a conversation
+around its located payloads, and refuses a turn without evidence.
+
+Example. Template `<{{ m.role }}>{{ m.content }}</s>` for each message, prompt `<assistant>`:
+
+    format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
+    text    <user>hi</s><assistant>seven</s>
+    turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
@@ -16,7 +23,7 @@ from sftstream.rendering.markers import MARK, Located, Payload, mark_all
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 SAID = "Zq said Zq"
-"""What the assistant says in probes: no template has it."""
+"""The assistant's text in probes; "Zq" occurs in no template."""
 
 USER: TemplateMessage = {"role": "user", "content": "Zq asked Zq"}
 ANSWER: TemplateMessage = {"role": "assistant", "content": SAID}
@@ -43,45 +50,57 @@ TOOL: dict[str, Any] = {
 
 
 class TurnFormat(NamedTuple):
-    """What assistant's turns look like in a template."""
+    """The texts around an assistant turn. A state stores the fields as an array, in this order."""
 
     prompt: str
-    """The generation prompt after a user's message; empty where there is none (Mistral)."""
+    """The generation prompt after a user's message; empty if the template has none (Mistral)."""
     role_marker: str
-    """The part of the header that names the role, without the thoughts that some headers open."""
+    """The beginning of the prompt that names the role, without a thought opened by the prompt.
+
+    `<|im_start|>assistant\\n` of the prompt `<|im_start|>assistant\\n<think>\\n`.
+    """
     stops: tuple[str, ...]
-    """What ends a text."""
+    """Texts that end a turn, `("<|im_end|>",)` for example."""
     call_stops: tuple[str, ...]
-    """What ends a tool call, where that is something else."""
+    """Further texts that end a turn with tool calls; empty if `stops` end tool calls too."""
     open_end: bool
-    """The last turn of a conversation has no stop token, since the next role's marker is the stop (GLM)."""
+    """True if a conversation's last turn has no stop: the next role's marker is the stop (GLM)."""
 
 
 class Turn(NamedTuple):
-    """An assistant's message in the text: `span` from after the header to after the stop token."""
+    """An assistant message's span, from after the prompt to after the stop token."""
 
     message: int
+    """Index of the message in the conversation."""
     span: Span
     payloads: tuple[Payload, ...]
     by_prompt: bool = False
-    """Where it begins was found by printing the conversation up to there once more."""
+    """True if the start was searched by a render of the generation prompt."""
 
 
 def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
-    """Probe a template. `control` matches every special token's text. Raises ValueError where it cannot be trained on."""
-    header = _learn_header(template, control)
-    at_end, in_middle = _after(template, [USER, ANSWER]), _after(template, [USER, ANSWER, USER])
+    """Learn the turn format from renders of short conversations.
+
+    `control` matches the text of every special token. Raises ValueError if the template cannot
+    print a user's message, does not end, or ends an assistant turn by nothing.
+    """
+    prompt = _probe_prompt(template, control)
+    at_end, in_middle = _text_after(template, [USER, ANSWER]), _text_after(template, [USER, ANSWER, USER])
     stops = _stops(at_end, in_middle, control)
     if not stops:
         raise ValueError(
-            "nothing ends an assistant's turn in this chat template, so a model could not learn to stop; use another template"
+            "nothing ends an assistant's turn in this chat template, so a model could not learn to stop; "
+            "use another template"
         )
     call_stops = _stops(
-        _after(template, [USER, CALLED]), _after(template, [USER, CALLED, RESULT]), control, known=stops
+        _text_after(template, [USER, CALLED]),
+        _text_after(template, [USER, CALLED, RESULT]),
+        control,
+        turn_stops=stops,
     )
     return TurnFormat(
-        prompt=header,
-        role_marker=re.split(r"<think|\[THINK", header)[0],
+        prompt=prompt,
+        role_marker=re.split(r"<think|\[THINK", prompt)[0],
         stops=tuple(sorted(stops)),
         call_stops=tuple(sorted(call_stops)),
         open_end=at_end is not None and not _contains(at_end, stops),
@@ -98,209 +117,198 @@ def find_turns(
     *,
     shortcut: bool = True,
 ) -> list[Turn]:
-    """The assistant's turns in order; raises `Refused` where one cannot be shown to be where it seems.
+    """Return the assistant turns in order; raises `Refused` if a start or an end cannot be shown.
 
-    With `shortcut` a turn right behind a whole generation prompt needs no other evidence; the result is the same.
+    With `shortcut`, a payload right behind a whole generation prompt starts a turn without further
+    evidence; without, each prompt is rendered for comparison. The turns are equal either way.
     """
-    finder = _Finder(template, turn_format, control, messages, tools, located, shortcut)
-    turns: list[Turn] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            turns.append(finder.turn(index, turns[-1].span.end if turns else 0))
-    tagged = _tagged(template, turn_format, messages, tools, located, turns)
-    return tagged or turns
 
-
-class _Finder:
-    """One conversation under search."""
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        turn_format: TurnFormat,
-        control: re.Pattern[str],
-        messages: Sequence[TemplateMessage],
-        tools: Sequence[Any],
-        located: Located,
-        shortcut: bool,
-    ) -> None:
-        self._shortcut = shortcut
-        self._template = template
-        self._turn_format = turn_format
-        self._control = control
-        self._messages = messages
-        self._tools = tools
-        self._text = located.text
-        self._payloads = located.payloads
-        self._firsts = {payload.message: payload.start for payload in reversed(sorted(located.payloads))}
-
-    def turn(self, index: int, earliest: int) -> Turn:
-        """The turn of assistant's message `index`, not before `earliest`."""
-        self._prompted = False
-        # Payloads that stand before the message's own: some templates print others' words again, later.
-        first = self._firsts.get(index, len(self._text))
-        before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
-        own = self._own(index, max(before, earliest))
-        limit = min((p.start for p in own), default=None)
-        following = min(
-            (p.start for p in self._payloads if p.message > index and p.start >= before), default=len(self._text)
-        )
-        start = self._start(index, before, following if limit is None else limit, empty=limit is None)
-        if start < earliest:
-            raise Refused("messages out of order", f"message {index} begins inside the turn before it")
-        last = max((p.end for p in own), default=start)
-        following = min(
-            (p.start for p in self._payloads if p.message > index and p.start >= last), default=len(self._text)
-        )
-        return Turn(index, Span(start, self._end(index, last, following)), tuple(own), self._prompted)
-
-    def _own(self, index: int, earliest: int) -> list[Payload]:
-        """The message's payloads, each where it is printed first."""
-        own: dict[str, Payload] = {}
-        for payload in self._payloads:
-            if payload.message == index and payload.start >= earliest:
-                own.setdefault(f"{payload.kind} {payload.number}", payload)
-        return sorted(own.values())
-
-    def _start(self, index: int, before: int, limit: int, *, empty: bool) -> int:
-        gap = self._text[before:limit]
-        header = self._turn_format.prompt
-        if self._shortcut and header and not empty and gap.endswith(header):
-            return limit  # right behind the whole generation prompt
-        start = self._start_by_prompt(index, gap)
-        if start is None:
-            start = self._start_by_header(gap)
-        if start is None:
-            wanted = (
-                repr(self._turn_format.role_marker)
-                if self._turn_format.role_marker
-                else "what the template prints where the model is to speak"
-            )
-            raise Refused("no header", f"{wanted} does not stand before message {index}")
-        return before + start
-
-    def _start_by_prompt(self, index: int, gap: str) -> int | None:
-        """What the template prints between the last words and where the model is to speak, found in the gap."""
-        self._prompted = True
+    def prompt_tail(index: int) -> str | None:
+        """Return the text from the last payload before message `index` to the model's reply."""
         try:
-            prompt = self._template.render(mark_all(self._messages[:index]), self._tools, prompt=True)
+            prompt = template.render(mark_all(messages[:index]), tools, prompt=True)
         except Refused:
             return None
         marks = list(MARK.finditer(prompt))
-        tail = prompt[marks[-1].end() :] if marks else prompt
-        cut = _cut(_shared(gap, tail), tail, self._control)
-        core = self._turn_format.role_marker
-        needed = tail.rfind(core) + len(core) if core and core in tail else len(tail)
+        return prompt[marks[-1].end() :] if marks else prompt
+
+    search = _TurnSearch(turn_format, control, located.text, located.payloads, prompt_tail, shortcut)
+    turns: list[Turn] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            stops = turn_format.stops, turn_format.call_stops if message.get("tool_calls") else ()
+            open_end = turn_format.open_end and index == len(messages) - 1
+            turns.append(search.turn(index, turns[-1].span.end if turns else 0, stops, open_end=open_end))
+    if template.has_generation_tags:
+        tags = template.tagged_spans(messages, tools)
+        return _narrow_to_tags(turns, tags, located.text, turn_format.stops) or turns
+    return turns
+
+
+class _TurnSearch(NamedTuple):
+    """The search for turns in the text of one conversation."""
+
+    turn_format: TurnFormat
+    control: re.Pattern[str]
+    text: str
+    payloads: list[Payload]
+    prompt_tail: Callable[[int], str | None]
+    """Function from a message's index to the end of its rendered prompt; None if refused."""
+    shortcut: bool
+
+    def turn(self, index: int, earliest: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> Turn:
+        """Return the turn of assistant message `index`, at or after `earliest`.
+
+        Raises `Refused` if start or end are not found.
+        """
+        # Some templates repeat earlier messages later: count only payloads before the message.
+        first = min((p.start for p in self.payloads if p.message == index), default=len(self.text))
+        before = max((p.end for p in self.payloads if p.message < index and p.end <= first), default=0)
+        payloads = self._first_prints(index, max(before, earliest))
+        limit = payloads[0].start if payloads else self._next_message(index, before)
+        start, by_prompt = self._start(index, before, limit, empty=not payloads)
+        if start < earliest:
+            raise Refused("messages out of order", f"message {index} begins inside the turn before it")
+        last = max((p.end for p in payloads), default=start)
+        end = self._end(index, last, self._next_message(index, last), stops, open_end=open_end)
+        return Turn(index, Span(start, end), tuple(payloads), by_prompt)
+
+    def _first_prints(self, index: int, earliest: int) -> list[Payload]:
+        """Return the message's payloads from `earliest` on, each at its first print, in order."""
+        first_prints: dict[tuple[str, int], Payload] = {}
+        for payload in self.payloads:
+            if payload.message == index and payload.start >= earliest:
+                first_prints.setdefault((payload.kind, payload.number), payload)
+        return sorted(first_prints.values())
+
+    def _next_message(self, index: int, offset: int) -> int:
+        """Return the first start at or after `offset` of a later message, or the text's end."""
+        starts = (p.start for p in self.payloads if p.message > index and p.start >= offset)
+        return min(starts, default=len(self.text))
+
+    def _start(self, index: int, before: int, limit: int, *, empty: bool) -> tuple[int, bool]:
+        """Return a start in `[before, limit]`, and True if the prompt was rendered."""
+        gap = self.text[before:limit]
+        prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
+        if self.shortcut and prompt and not empty and gap.endswith(prompt):
+            return limit, False
+        start = self._start_by_prompt(index, gap)
+        if start is None:
+            start = self._start_by_role_marker(gap)
+        if start is None:
+            missing = repr(role_marker) if role_marker else "the template's text before an assistant message"
+            raise Refused("no header", f"{missing} is missing before message {index}")
+        return before + start, True
+
+    def _start_by_prompt(self, index: int, gap: str) -> int | None:
+        """Return the length of the prompt's tail in `gap`; None if the role marker is cut off.
+
+        A prompt that opens a thought counts as far as the gap follows the prompt.
+        """
+        tail = self.prompt_tail(index)
+        if tail is None:
+            return None
+        cut = _cut(_common_prefix(gap, tail), tail, self.control)
+        role_marker = self.turn_format.role_marker
+        needed = tail.rfind(role_marker) + len(role_marker) if role_marker and role_marker in tail else len(tail)
         return cut if cut >= needed else None
 
-    def _start_by_header(self, gap: str) -> int | None:
-        core, header = self._turn_format.role_marker, self._turn_format.prompt
-        if not core or gap.count(core) != 1:
+    def _start_by_role_marker(self, gap: str) -> int | None:
+        """Return the end of the gap's only role marker and of the prompt's matching rest."""
+        prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
+        if not role_marker or gap.count(role_marker) != 1:
             return None
-        at = gap.index(core)
-        return at + max(_cut(_shared(gap[at:], header), header, self._control), len(core))
+        at = gap.index(role_marker)
+        return at + max(_cut(_common_prefix(gap[at:], prompt), prompt, self.control), len(role_marker))
 
-    def _end(self, index: int, last: int, following: int) -> int:
-        rest = self._text[last:following]
-        called = bool(self._messages[index].get("tool_calls"))
-        for stops in (self._turn_format.stops, self._turn_format.call_stops if called else ()):
-            ends = [at + len(stop) for stop in stops if (at := rest.find(stop)) >= 0]
+    def _end(self, index: int, last: int, following: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> int:
+        """Return the end of the first stop in `[last, following)`; an earlier group wins."""
+        rest = self.text[last:following]
+        for group in stops:
+            ends = [at + len(stop) for stop in group if (at := rest.find(stop)) >= 0]
             if ends:
                 return last + min(ends)
-        if self._turn_format.open_end and index == len(self._messages) - 1 and following == len(self._text):
-            return len(self._text.rstrip())
-        wanted = [*self._turn_format.stops, *(self._turn_format.call_stops if called else ())]
-        raise Refused("no stop token", f"none of {wanted} ends message {index}")
+        if open_end and following == len(self.text):
+            return len(self.text.rstrip())
+        raise Refused("no stop token", f"none of {[stop for group in stops for stop in group]} ends message {index}")
 
 
-def _tagged(
-    template: ChatTemplate,
-    turn_format: TurnFormat,
-    messages: Sequence[TemplateMessage],
-    tools: Sequence[Any],
-    located: Located,
-    turns: list[Turn],
-) -> list[Turn]:
-    """The turns as the template's `{% generation %}` tags have them, where every one verifies; else none."""
-    if not template.has_generation_tags:
-        return []
-    tags = template.tagged_spans(messages, tools)
+def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
+    """Narrow each turn to the `{% generation %}` tag around the payloads.
+
+    Return no turns if a turn's payloads lie in no tag.
+    """
     result = []
     for turn in turns:
-        hull = Span(
-            min((p.start for p in turn.payloads), default=turn.span.start),
-            max((p.end for p in turn.payloads), default=turn.span.start),
-        )
-        tag = next((tag for tag in tags if tag.start <= hull.start and hull.end <= tag.end), None)
+        start = min((p.start for p in turn.payloads), default=turn.span.start)
+        end = max((p.end for p in turn.payloads), default=turn.span.start)
+        tag = next((tag for tag in tags if tag.start <= start and end <= tag.end), None)
         if tag is None:
             return []
-        # Some tags take the header in, some leave the stop token out.
-        end = (
-            max(tag.end, turn.span.end)
-            if located.text[tag.end : turn.span.end] in ("", *turn_format.stops)
-            else turn.span.end
-        )
-        result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(end, turn.span.end))))
+        # Some tags include the prompt, some leave the stop token out.
+        stop_follows = text[tag.end : turn.span.end] in ("", *stops)
+        tag_end = max(tag.end, turn.span.end) if stop_follows else turn.span.end
+        result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(tag_end, turn.span.end))))
     return result
 
 
-def _learn_header(template: ChatTemplate, control: re.Pattern[str]) -> str:
+def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
+    """Return the text that `add_generation_prompt` adds behind a user's message."""
     try:
-        plain, prompt = template.render([USER]), template.render([USER], prompt=True)
+        plain, prompted = template.render([USER]), template.render([USER], prompt=True)
     except Refused as refused:
         if refused.reason == "template takes too long":
             raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
         try:
-            plain, prompt = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
+            plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
         except Refused:
             raise ValueError(
                 f"the chat template cannot print a user's message, with or without a tool ({refused.detail}); "
                 "use another template"
             ) from None
-    if prompt.startswith(plain):
-        return prompt[len(plain) :]
-    # Some templates close a conversation that is not to go on (Phi): the prompt then begins before its end.
-    return prompt[_cut(_shared(plain, prompt), prompt, control) :]
+    if prompted.startswith(plain):
+        return prompted[len(plain) :]
+    # Some templates close a conversation without a prompt (Phi): the prompt begins before that end.
+    return prompted[_cut(_common_prefix(plain, prompted), prompted, control) :]
 
 
-def _after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:
-    """What is printed after the assistant's words, up to the next words; None where the template knows no such shape."""
+def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:
+    """Return the text from the assistant's payload to the next payload; None if not printed."""
     called = any("tool_calls" in message for message in messages)
     for tools in ((TOOL,),) if called else ((), (TOOL,)):
-        text = _probe(template, messages, tools)
-        if text is not None and SAID in text:
+        try:
+            text = template.render(messages, tools)
+        except Refused:
+            continue
+        if SAID in text:
             return text[text.rindex(SAID) + len(SAID) :].split("Zq ")[0]
     return None
 
 
-def _probe(
-    template: ChatTemplate, messages: list[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False
-) -> str | None:
-    try:
-        return template.render(messages, tools, prompt=prompt)
-    except Refused:
-        return None
-
-
 def _stops(
-    at_end: str | None, in_middle: str | None, control: re.Pattern[str], known: Iterable[str] = ()
+    at_end: str | None, in_middle: str | None, control: re.Pattern[str], turn_stops: Iterable[str] = ()
 ) -> frozenset[str]:
-    """What ends words that are followed by `at_end` at a conversation's end and by `in_middle` before another turn.
+    """Return the texts that end a turn.
 
-    What both begin with, up to its last special token, or up to its last character where the tokenizer knows none of
-    them; where they have nothing in common, the first special token of each.
+    `at_end` and `in_middle` are the texts behind the turn's payload at a conversation's end and
+    before another message. The result is the last special token of the common beginning; without
+    special tokens, the common beginning; without a common beginning, the first special token of
+    each text. `turn_stops` asks for additional stops of tool calls: none if a text already contains
+    a turn stop.
+
+        at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
     """
-    both = [after for after in (at_end, in_middle) if after is not None]
-    if not both or any(_contains(after, known) for after in both):
+    texts = [text for text in (at_end, in_middle) if text is not None]
+    if not texts or any(_contains(text, turn_stops) for text in texts):
         return frozenset()
-    shared = _shared(*both) if len(both) == 2 else ""
-    shared = shared[: _cut(shared, max(both, key=len), control)] if shared not in both else shared
-    if tokens := list(control.finditer(shared)):
-        return frozenset([shared[tokens[-1].start() : tokens[-1].end()]])
-    if shared.strip() and not known:
-        return frozenset([shared.strip()])
+    common = _common_prefix(*texts) if len(texts) == 2 else ""
+    common = common[: _cut(common, max(texts, key=len), control)] if common not in texts else common
+    if tokens := list(control.finditer(common)):
+        return frozenset([common[tokens[-1].start() : tokens[-1].end()]])
+    if common.strip() and not turn_stops:
+        return frozenset([common.strip()])
     return frozenset(
-        found[0] for after in both if (found := control.search(after) or (_TAG.match(after) if not known else None))
+        token[0] for text in texts if (token := control.search(text) or (_TAG.match(text) if not turn_stops else None))
     )
 
 
@@ -311,15 +319,17 @@ def _contains(text: str, stops: Iterable[str]) -> bool:
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 
 
-def _shared(one: str, other: str) -> str:
-    """What both begin with."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
+def _common_prefix(left: str, right: str) -> str:
+    lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return left[: next(lengths, min(len(left), len(right)))]
 
 
-def _cut(shared: str, whole: str, control: re.Pattern[str]) -> int:
-    """Where the shared beginning of `whole` ends without cutting a token or tag in two."""
-    if len(shared) == len(whole):
-        return len(whole)
+def _cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
+    """Return the length of `prefix` up to the last token, tag or line end of `text`.
+
+    `prefix` is a beginning of `text`; a prefix equal to the text is not cut.
+    """
+    if len(prefix) == len(text):
+        return len(text)
     border = re.compile(rf"{control.pattern}|{_TAG.pattern}|\n+")
-    return max((found.end() for found in border.finditer(whole) if found.end() <= len(shared)), default=0)
+    return max((match.end() for match in border.finditer(text) if match.end() <= len(prefix)), default=0)

@@ -1,1 +1,1 @@
-"""Order of rows, mixing and packing of one logical stream, and the assignment of packs to shards and workers."""
+"""Logical streams: order of rows, mixing, packing, and the assignment of packs to shards."""

@@ -1,4 +1,4 @@
-"""Who reads which of a run's packs. Arithmetic alone: neither shards nor workers enter what a pack holds."""
+"""The assignment of packs to shards and workers: arithmetic alone, without effect on any pack."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ WHOLE = Shard(0, 1)
 
 @dataclass(frozen=True)
 class PackAssignment:
-    """How the packs of a run are dealt to `shards`, each with `workers` processes.
+    """The division of a run's packs over `shards`, each with `workers` processes.
 
-    Pack `g` comes from stream `g % streams`; stream `s` is read by shard `s % shards`, there by worker
-    `s // shards % workers`. So a stream is read in one place, also where the numbers do not divide each other.
+    Pack `g` comes from stream `g % streams`. Worker `s // shards % workers` of shard
+    `s % shards` reads stream `s`: always a single worker, also if the numbers do not divide evenly.
 
-    Raises ValueError where there are fewer streams than shards.
+    With 4 streams, a global batch of 4, 2 shards and 1 worker, step 0 consists of the packs
+    0, 1, 2, 3 of the streams 0, 1, 2, 3; shard 0 reads packs 0 and 2, shard 1 packs 1 and 3.
+
+    Raises ValueError for fewer streams than shards.
     """
 
     streams: int
@@ -36,41 +39,42 @@ class PackAssignment:
     def __post_init__(self) -> None:
         if self.shards > self.streams:
             raise ValueError(
-                f"streams = {self.streams} cannot be shared by {self.shards} shards, of which each needs one; raise data.streams"
+                f"streams = {self.streams} cannot be shared by {self.shards} shards, of which "
+                f"each needs one; raise data.streams to {self.shards} or more"
             )
 
     def shard(self, pack: int) -> int:
-        """The shard that takes a pack."""
+        """Return the shard of a pack."""
         return pack % self.streams % self.shards
 
     def streams_of(self, shard: int) -> range:
-        """The streams that a shard reads."""
+        """Return the streams read by a shard."""
         return range(shard, self.streams, self.shards)
 
     def worker(self, stream: int) -> int:
-        """The worker, of its shard, that reads a stream."""
+        """Return the number of a stream's worker within the shard."""
         return stream // self.shards % self.workers
 
     def step(self, number: int) -> list[int]:
-        """The shard of each pack of a step, in the order of the run."""
+        """Return the shard of each pack of a step, in the order of the run."""
         first = number * self.global_batch
         return [self.shard(pack) for pack in range(first, first + self.global_batch)]
 
     def micro_batches(self, number: int) -> int:
-        """Packs that every shard runs in a step; some of them empty where the step cannot be shared evenly."""
+        """Return the packs run by every shard in a step, empty packs of an uneven step included."""
         return max(Counter(self.step(number)).values())
 
     @property
     def most_micro_batches(self) -> int:
-        """Those of the fullest step."""
+        """The micro-batches of the fullest step."""
         steps_until_repeated = self.streams // math.gcd(self.streams, self.global_batch)
         return max(self.micro_batches(number) for number in range(steps_until_repeated))
 
     def next_pack(self, shard: int, at: int) -> int:
-        """A shard's first pack from number `at` on."""
+        """Return the number of a shard's first pack from pack `at` on."""
         return next(pack for pack in range(at, at + self.streams) if self.shard(pack) == shard)
 
     @property
     def even(self) -> bool:
-        """Every shard has taken as many packs as any other whenever each has taken equally many turns."""
+        """After equally many turns all shards have taken equally many packs."""
         return self.streams % self.shards == 0 and self.global_batch % self.shards == 0

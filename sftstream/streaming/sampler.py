@@ -1,4 +1,4 @@
-"""The rows of one logical stream in their order: each source at its place, mixed by counters."""
+"""The rows of a logical stream in order: a cursor in each source, and a mixture by counters."""
 
 from __future__ import annotations
 
@@ -17,39 +17,32 @@ from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream
 
 X = TypeVar("X")
 
-TOGETHER = 128
-"""Rows that go through the stages together, at most: a few hundred kilobytes."""
-AHEAD = 512
-"""Rows whose order is computed at once."""
+BATCH_ROWS = 128
+"""Most rows of a batch on the way through the stages: a few hundred kilobytes."""
+LOOKAHEAD = 512
+"""Rows of an order computed at once."""
+EPOCHS_WITHOUT_A_ROW = 20
+"""Epochs of empty shards after which an endless stream raises an error."""
 
 
 class RowBatch(NamedTuple, Generic[X]):
-    """What a stage made of rows that were drawn together, or why they are not trained on."""
+    """Rows on the way through the stages: references, and a stage's result for each row."""
 
     refs: list[Ref]
     values: list[X | Refused]
 
 
-EPOCHS_WITHOUT_A_ROW = 20
-"""After which an endless stream stops looking for one."""
-
-
-class SamplerState(Position, frozen=True, kw_only=True):
-    """What the node of the rows gives as its state."""
-
-    exhausted: bool = False
-
-
 class IndexedCursor:
-    """One stream's way through a source whose rows can be read in any order."""
+    """A stream's position in a source with random access to rows."""
 
     def __init__(self, shards: Sequence[int], config: DataConfig, source: int, stream: int) -> None:
         self.rows = sum(shards)
         self.drawn = 0
+        """Past draws of the stream, over all epochs."""
         self._source, self._stream, self._streams = source, stream, config.streams
-        self._order = RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]))
-        draws = _draws(config, source, self.rows)
-        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
+        shuffle = config.shuffle_of(config.sources[source])
+        self._order = RowOrder(shards, config.seed, source, shuffle)
+        self._limit = _limit(config, source, self.rows, stream)
         self._ahead: list[int] = []
         self._ahead_from = self._epoch = 0
 
@@ -58,177 +51,209 @@ class IndexedCursor:
         return self._limit is not None and self.drawn >= self._limit
 
     def draw(self) -> Ref:
-        at = self._look_ahead()
+        """Return the next row's reference. The cursor must not be exhausted."""
+        index = self._look_ahead()
         self.drawn += 1
-        return Ref(self._source, self._ahead[at], self._epoch)
+        return Ref(self._source, self._ahead[index], self._epoch)
 
-    def draws(self, most: int) -> list[Ref]:
-        """The next ones, as many as are at hand: none where it has ended."""
+    def draw_many(self, most: int) -> list[Ref]:
+        """Return up to `most` references, all of a single epoch; an empty list if exhausted."""
         if self.exhausted:
             return []
         if self._limit is not None:
             most = min(most, self._limit - self.drawn)
-        at = self._look_ahead()
-        rows = self._ahead[at : at + most]
+        index = self._look_ahead()
+        rows = self._ahead[index : index + most]
         self.drawn += len(rows)
         return list(map(Ref._make, zip(repeat(self._source), rows, repeat(self._epoch))))
 
     def _look_ahead(self) -> int:
-        """The place of the next draw among those whose rows are known."""
-        at = self.drawn - self._ahead_from
-        if not 0 <= at < len(self._ahead):
+        """Return the next draw's index in `_ahead`, after filling `_ahead` if necessary."""
+        index = self.drawn - self._ahead_from
+        if not 0 <= index < len(self._ahead):
             first = self._stream + self.drawn * self._streams
-            self._ahead, self._epoch = self._order.stretch(first, self._streams, AHEAD)
-            self._ahead_from, at = self.drawn, 0
-        return at
+            self._ahead, self._epoch = self._order.stretch(first, self._streams, LOOKAHEAD)
+            self._ahead_from, index = self.drawn, 0
+        return index
 
 
 class StreamingCursor:
-    """One stream's way through a source that can only be read forward.
+    """A stream's position in a source without random access: shards are read forward.
 
-    What streams take turns in are its shards, or where these are fewer than streams, parts of them: a part is every `n`-th
-    row of a shard, which each of `n` streams reads whole.
+    Streams take turns in whole shards. If a source has fewer shards than the run has streams, a
+    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and
+    each of the `n` streams reads the whole shard.
     """
 
     rows = None
 
-    def __init__(self, tape: ShardReader, config: DataConfig, source: int, stream: int) -> None:
+    def __init__(self, reader: ShardReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
         self.position = ShardPosition()
-        self._tape, self._source, self._stream, self._streams = tape, source, stream, config.streams
-        self._found, self._found_at = (0, 0), -1
-        self._parts = -(-config.streams // tape.source.shards)
-        shuffle = config.shuffle_of(config.sources[source])
-        self._order = RowOrder((tape.source.shards * self._parts,), config.seed, source, bool(shuffle))
-        draws = _draws(config, source, self._order.rows)
-        if draws == 0:
+        self._reader, self._source = reader, source
+        self._stream, self._streams = stream, config.streams
+        self._part, self._part_number = (0, 0), -1
+        shards = reader.source.shards
+        self._parts = -(-config.streams // shards)
+        shuffle = bool(config.shuffle_of(config.sources[source]))
+        self._order = RowOrder((shards * self._parts,), config.seed, source, shuffle)
+        self._limit = _limit(config, source, self._order.rows, stream)
+        if draws_of(config, source, self._order.rows) == 0:
             raise ValueError(
-                f"repeat = {config.sources[source].repeat} of source {source} takes none of its {tape.source.shards} shards, and "
-                "where a source is streamed shards are what is counted; raise it"
+                f"repeat = {config.sources[source].repeat} of source {source} takes none of its "
+                f"{shards} shards, since repeat counts shards of a streamed source; raise repeat"
             )
-        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
 
     @property
     def exhausted(self) -> bool:
-        """As far as was looked."""
+        """All shards before the position were read to the end, and no shard is left."""
         return self._limit is not None and self.position.shards >= self._limit
 
-    def look(self) -> None:
-        """Go on to where a row is. How many a shard has is not known before its end."""
+    def skip_empty(self) -> None:
+        """Move to the next part with a row. The size of a shard is unknown before the end.
+
+        Raises ValueError if an endless stream meets no row for `EPOCHS_WITHOUT_A_ROW` epochs.
+        """
         empty = 0
-        while not self.exhausted and not self._tape.reaches(self._next()):
+        while not self.exhausted and not self._reader.reaches(self._next()):
             empty = 0 if self.position.rows else empty + 1
             if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
                 raise ValueError(
-                    f"stream {self._stream} finds no row in its parts of source {self._source}, which has "
-                    f"{self._tape.source.shards} shards; shuffle the shards, or have fewer data.streams"
+                    f"stream {self._stream} finds no row in its parts of source {self._source}, "
+                    f"which has {self._reader.source.shards} shards; shuffle the shards, or set "
+                    "fewer data.streams"
                 )
             self.position = ShardPosition(self.position.shards + 1)
 
     def draw(self) -> Ref:
+        """Return the next row's reference. `skip_empty` must come before."""
         ref = self._next()
         self.drawn += 1
         self.position = ShardPosition(self.position.shards, self.position.rows + 1)
         return ref
 
     def _next(self) -> Ref:
-        if self._found_at != self.position.shards:
-            self._found_at = self.position.shards
-            self._found = self._order.at(self._stream + self.position.shards * self._streams)
-        part, epoch = self._found
-        first, shard = divmod(part, self._tape.source.shards)
-        return Ref(self._source, self._tape.source.number(shard, first + self.position.rows * self._parts), epoch)
+        if self._part_number != self.position.shards:
+            self._part_number = self.position.shards
+            self._part = self._order.at(self._stream + self.position.shards * self._streams)
+        part, epoch = self._part
+        first, shard = divmod(part, self._reader.source.shards)
+        index = first + self.position.rows * self._parts
+        return Ref(self._source, self._reader.source.number(shard, index), epoch)
 
 
 Cursor = IndexedCursor | StreamingCursor
 
 
-def open_cursors(config: DataConfig, reading: CorpusReader, stream: int) -> list[Cursor]:
-    """A stream's place in each source, at the beginning."""
+def open_cursors(config: DataConfig, reader: CorpusReader, stream: int) -> list[Cursor]:
+    """Return a cursor at the beginning of each source, for a logical stream."""
     return [
         StreamingCursor(opened, config, source, stream)
         if isinstance(opened, ShardReader)
         else IndexedCursor(opened.shards, config, source, stream)
-        for source, opened in enumerate(reading.sources)
+        for source, opened in enumerate(reader.sources)
     ]
 
 
-def _draws(config: DataConfig, source: int, count: int) -> int | None:
-    """What all epochs take of a source that has `count`; None where there is no end."""
-    return None if config.epochs is None else draws_of_source(count, config.sources[source].repeat, config.epochs)
+def draws_of(config: DataConfig, source: int, count: int) -> int | None:
+    """Return the draws of a source of `count` rows in all epochs; None for an endless stream."""
+    if config.epochs is None:
+        return None
+    return draws_of_source(count, config.sources[source].repeat, config.epochs)
+
+
+def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | None:
+    """Return the draws of a logical stream in all epochs; None for an endless stream."""
+    draws = draws_of(config, source, count)
+    return None if draws is None else draws_of_stream(draws, stream, config.streams)
 
 
 class RowSampler(BaseNode[RowBatch[Ref]]):
-    """The rows of one logical stream in their order, mixed by counters.
+    """The first node of a stream's graph: row references in order, mixed by counters.
 
-    `wanted` is how many are to be drawn before it is asked for its state. They come several at a time; one by one where what
-    they turn out to hold decides what is drawn next.
+    The packer asks for a number of rows by `request`, to draw no row beyond a window, and reports
+    the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches, or
+    singly if a row's content or a shard's end decides the next draw.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
         super().__init__()
         self._config = config
         self._cursors = cursors
-        self._unsure = [cursor for cursor in cursors if isinstance(cursor, StreamingCursor)]
-        self._alone = _alone(config, cursors)
+        self._streaming = [cursor for cursor in cursors if isinstance(cursor, StreamingCursor)]
+        self._only = _only_cursor(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
-        self.wanted = 1
+        self._requested = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Move all cursors to `initial_state`, a `Position` or `StreamState` as builtins."""
         super().reset(initial_state)
         zeros = (0,) * len(self._cursors)
-        state = (
-            msgspec.convert(initial_state, SamplerState) if initial_state else SamplerState(drawn=zeros, mixed=zeros)
-        )
-        self._mixed, self._stage = list(state.mixed), state.stage
+        position = msgspec.convert(initial_state, Position) if initial_state else Position(drawn=zeros, mixed=zeros)
+        self._mixed, self._stage = list(position.mixed), position.stage
         for source, cursor in enumerate(self._cursors):
-            cursor.drawn = state.drawn[source]
+            cursor.drawn = position.drawn[source]
             if isinstance(cursor, StreamingCursor):
-                cursor.position = state.shard_positions.get(source, ShardPosition())
+                cursor.position = position.shard_positions.get(source, ShardPosition())
+
+    def request(self, rows: int) -> None:
+        """Limit the following batches to `rows` rows each."""
+        self._requested = rows
 
     def next(self) -> RowBatch[Ref]:
-        most = min(self.wanted, TOGETHER) if self._config.mix_by == "conversations" else 1
-        refs = self._all_of(self._alone, most) if self._alone else list(islice(self._refs(), most))
+        most = min(self._requested, BATCH_ROWS) if self._config.mix_by == "conversations" else 1
+        refs = self._draw_many(self._only, most) if self._only else list(islice(self._draw_each(), most))
         if not refs:
             raise StopIteration
         return RowBatch(refs, list(refs))
 
-    def _all_of(self, cursor: IndexedCursor, most: int) -> list[Ref]:
-        refs = cursor.draws(most)
+    def count_tokens(self, source: int, tokens: int, trained_tokens: int) -> None:
+        """Count the content of the row drawn last, for a mixture by tokens or trained tokens."""
+        if self._config.mix_by != "conversations":
+            self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
+
+    @property
+    def position(self) -> Position:
+        """The position after the rows drawn."""
+        return Position(
+            drawn=tuple([cursor.drawn for cursor in self._cursors]),
+            mixed=tuple(self._mixed),
+            shard_positions={
+                source: cursor.position
+                for source, cursor in enumerate(self._cursors)
+                if isinstance(cursor, StreamingCursor)
+            },
+            stage=self._stage,
+        )
+
+    @property
+    def exhausted(self) -> bool:
+        """No row is left."""
+        return self._next_source() is None
+
+    def get_state(self) -> dict[str, Any]:
+        """Return `position` as builtins."""
+        result: dict[str, Any] = msgspec.to_builtins(self.position)
+        return result
+
+    def _draw_many(self, cursor: IndexedCursor, most: int) -> list[Ref]:
+        refs = cursor.draw_many(most)
         self._mixed[0] += len(refs)
         return refs
 
-    def _refs(self) -> Iterator[Ref]:
-        """Row by row, until nothing is left."""
+    def _draw_each(self) -> Iterator[Ref]:
+        """Draw row by row until all sources are exhausted."""
         while True:
             if self._config.stages:
                 self._enter_stage()
-            for cursor in self._unsure:
-                cursor.look()
+            for cursor in self._streaming:
+                cursor.skip_empty()
             source = self._next_source()
             if source is None:
                 return
             if self._config.mix_by == "conversations":
                 self._mixed[source] += 1
             yield self._cursors[source].draw()
-
-    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
-        """What the row just drawn turned out to hold: a mixture by tokens counts these."""
-        if self._config.mix_by != "conversations":
-            self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
-
-    def get_state(self) -> dict[str, Any]:
-        state = SamplerState(
-            drawn=tuple(cursor.drawn for cursor in self._cursors),
-            mixed=tuple(self._mixed),
-            shard_positions={
-                i: cursor.position for i, cursor in enumerate(self._cursors) if isinstance(cursor, StreamingCursor)
-            },
-            stage=self._stage,
-            exhausted=self._next_source() is None,
-        )
-        result: dict[str, Any] = msgspec.to_builtins(state)
-        return result
 
     def _enter_stage(self) -> None:
         drawn = sum(cursor.drawn for cursor in self._cursors) * self._config.streams
@@ -242,20 +267,25 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         exhausted = [cursor.exhausted for cursor in self._cursors]
         if self._config.ends_with == "first" and any(exhausted):
             return None
-        open_sources = [source for source, end in enumerate(exhausted) if not end]
+        open_sources = [source for source, ended in enumerate(exhausted) if not ended]
         if len(open_sources) < 2:
             return next(iter(open_sources), None)
         return next_source(self._mixed, self._weights[self._stage], open_sources)
 
 
-def _alone(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor | None:
-    """The one source of which all rows come, if nothing else is to be looked at between them."""
+def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor | None:
+    """Return the cursor of all rows if nothing has to be checked between two draws, else None."""
     if len(cursors) > 1 or config.stages or config.mix_by != "conversations":
         return None
     return next((cursor for cursor in cursors if isinstance(cursor, IndexedCursor)), None)
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
-    """The sources' own, or their sizes: then all end an epoch together. A source of unknown size is the only one."""
-    pairs = zip(config.sources, cursors, strict=True)
-    return [(cursor.rows or 1) * source.repeat if source.weight is None else source.weight for source, cursor in pairs]
+    """Return the sources' weights; without weights the sizes: all sources end an epoch together.
+
+    A source of unknown size without a weight is the only source: any weight will do.
+    """
+    return [
+        (cursor.rows or 1) * source.repeat if source.weight is None else source.weight
+        for source, cursor in zip(config.sources, cursors, strict=True)
+    ]

@@ -1,1 +1,1 @@
-"""Text and trained spans -> Example: token ids, and a loss mask aligned to the spans."""
+"""Text and trained spans -> Example: token ids, and a loss mask aligned with the spans."""

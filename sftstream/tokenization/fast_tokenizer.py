@@ -1,4 +1,7 @@
-"""fastokens in the place of `tokenizers`: 20 to 40 times faster, and trusted no further than it was compared."""
+"""fastokens instead of `tokenizers`: 20 to 40 times faster, used once its ids have proved equal.
+
+https://pypi.org/project/fastokens
+"""
 
 from __future__ import annotations
 
@@ -22,33 +25,39 @@ Reference = Callable[[str], Sequence[int]]
 
 
 class Ids(NamedTuple):
-    """Token ids of several texts, side by side: those of text `i` are `ids[offsets[i] : offsets[i + 1]]`."""
+    """Token ids of several texts side by side.
+
+    Text `i` has the ids `ids[offsets[i] : offsets[i + 1]]`.
+    """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
 
     def of(self, text: int) -> NDArray[np.int32]:
-        """Those of one of them."""
+        """Return the ids of text number `text`."""
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
-LOADS_AT = 2
-"""Of the calls in a process. The first gives the first pack as a rule, which a thread beside it would hold up."""
-FIRST, BETWEEN = 32, 4096
-"""Texts of a run that are compared: the first ones, and later one of so many."""
+LOAD_AT_CALL = 2
+"""Call that starts loading; loading beside the first call would delay the first pack."""
+COMPARE_FIRST, COMPARE_EVERY = 32, 4096
+"""Compared texts of a run: the first 32, then every 4,096th."""
 
 
 def version() -> str | None:
-    """What is installed of it."""
+    """Return the installed version, such as "fastokens 0.3.5", or None."""
     return f"fastokens {metadata.version('fastokens')}" if util.find_spec("fastokens") else None
 
 
 class FastTokenizer:
-    """Gives the ids of `reference`, or None as long as that is not shown.
+    """Encoder with fastokens, used once all `probes` have the same ids as under `reference`.
 
-    It takes a second to load, which a thread does while others go on with the reference. Then it must agree with that on all
-    `probes`. Texts of the run are compared as well; where one differs, RuntimeError is raised. `required` makes an error of a
-    probe that differs, or of a description that it cannot load, which otherwise leaves everything to the reference.
+    `description` is the text of a tokenizer.json. A thread loads it in about a second, in which
+    calls return None and the caller encodes with `reference`. Later, texts of the run are compared
+    too, and a difference raises RuntimeError.
+
+    If a probe differs or fastokens cannot load the description, calls go on returning None, or
+    raise RuntimeError if fastokens is `required`.
     """
 
     def __init__(
@@ -64,18 +73,19 @@ class FastTokenizer:
         self._count = 0
 
     def __call__(self, texts: Sequence[str]) -> Ids | None:
-        """Ids of some texts, special tokens in them recognized."""
+        """Return the ids of texts, special tokens recognized, or None before loading is done."""
         if self._encode is None:
             if self._refused is not None and self._required:
                 raise RuntimeError(self._refused)
-            if self._process != os.getpid():  # of a fork, the thread stayed behind
+            if self._process != os.getpid():  # a fork has no copy of the thread
                 self._process, self._calls = os.getpid(), 0
             self._calls += 1
-            if self._calls == LOADS_AT:
+            if self._calls == LOAD_AT_CALL:
                 threading.Thread(target=self.load, name="fastokens").start()
             return None
         encoded = self._encode(texts)
-        first, later = range(min(FIRST - self._count, len(texts))), range(~self._count % BETWEEN, len(texts), BETWEEN)
+        first = range(min(COMPARE_FIRST - self._count, len(texts)))
+        later = range(~self._count % COMPARE_EVERY, len(texts), COMPARE_EVERY)
         for index in (*first, *later):
             self._compare(texts[index], encoded.of(index))
         self._count += len(texts)
@@ -86,8 +96,13 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load and certify, unless the process ends before that: it would abort were a thread cut off in foreign code."""
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # a loader's process is one of many; its own threads spin
+        """Load fastokens and compare it on the probes.
+
+        Stop if the main thread has ended: an interpreter that exits while a thread runs native code
+        aborts.
+        """
+        # A loader has a process for each core, and the threads of fastokens spin while they wait.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         import fastokens
 
         try:
@@ -100,7 +115,7 @@ class FastTokenizer:
             ids, offsets = tokenizer.encode_batch_flat(texts, False)
             return Ids(np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64))
 
-        _give_back_memory()
+        _release_memory()
         for probe in self._probes():
             if not threading.main_thread().is_alive():
                 return
@@ -110,8 +125,11 @@ class FastTokenizer:
         self._encode = encode
 
 
-def _give_back_memory() -> None:
-    """Of 250 MB that reading a large description takes, 150 are freed again, and glibc keeps them for the thread."""
+def _release_memory() -> None:
+    """Return freed memory to the system.
+
+    Loading a large description allocates 250 MB and frees 150, but glibc keeps them for the thread.
+    """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -121,7 +139,10 @@ def _difference(text: str) -> str:
 
 
 def probes(special: Sequence[str]) -> Iterator[str]:
-    """Texts on which tokenizers may part: what borders on what, in every script, and special tokens among them."""
+    """Yield texts on which tokenizers may differ.
+
+    The texts mix characters of many scripts with spaces, digits, punctuation and special tokens.
+    """
     draw = random.Random(0)
     yield from (
         "",

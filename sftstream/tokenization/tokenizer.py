@@ -1,4 +1,4 @@
-"""Text and spans -> Example: one tokenization, and the loss mask read off the tokens' borders."""
+"""Text and spans -> Example: token ids, and the loss mask from the byte offsets of tokens."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ Backend = Literal["auto", "huggingface", "fastokens"]
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer: a directory, a hub name, or one that is loaded.
+    """A Hugging Face fast tokenizer: its directory, its hub name, or a loaded tokenizer.
 
-    `backend` is what computes the ids: `tokenizers`, or fastokens once it has proved to give the same ones ("auto": where it is
-    installed). Raises ValueError where there is no tokenizer, or where its tokens cannot be placed in the text.
+    `backend` names the library that computes the ids: "huggingface" is `tokenizers`; "fastokens" is
+    faster, and used once its ids of many probes have proved equal; "auto" is "fastokens" if
+    installed. Raises ValueError if the tokenizer cannot be loaded or is not a fast tokenizer.
     """
 
     def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
@@ -40,61 +41,61 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """The directory or hub name, for messages."""
+        """Directory or hub name, for messages."""
         return str(self._source if isinstance(self._source, str | PathLike) else self._source.name_or_path)
 
     @cached_property
     def hf(self) -> Any:
-        """transformers' own, for exports. Where what it says was known it is loaded when it is asked for."""
+        """Tokenizer of transformers, for exports; loaded at first use if not at the start."""
         return load(self.name) if self._hf is None else self._hf
 
     @property
     def fast(self) -> str | None:
-        """What may compute the ids in the place of `tokenizers`, and its version."""
+        """Library and version that may compute ids instead of `tokenizers`, or None."""
         return fast_tokenizer.version() if self.fast_tokenizer else None
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        """Matches every text that becomes one special token."""
+        """Pattern of the texts of special tokens."""
         return re.compile("|".join(map(re.escape, self.vocabulary.special)) or r"(?!)")
 
     def __len__(self) -> int:
-        """Tokens, added ones included."""
+        """Return the number of tokens, added tokens included."""
         return self._backend.get_vocab_size()
 
     def ids(self, text: str) -> list[int]:
-        """What `tokenizers` makes of a text, special tokens in it recognized."""
+        """Return the ids that `tokenizers` gives for a text, special tokens recognized."""
         result: list[int] = self._encoding(text).ids
         return result
 
     def encode(self, text: Rendered) -> Example:
-        """Tokens of the text, trained where they lie wholly inside a span; raises `Refused`."""
+        """Return tokens and loss mask: tokens inside a span are trained. Raises `Refused`."""
         (example,) = self.encode_all([text])
         if isinstance(example, Refused):
             raise example
         return example
 
     def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
-        """The same of several texts at once, or why not."""
+        """Return the example, or the refusal, of each text."""
         if self._lengths is None:
             return [self._by_offsets(text) for text in texts]
         try:
             return self._by_lengths(texts, self._lengths)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
-                return [_half_a_character(texts[0].text, error)]
+                return [_surrogate_refusal(texts[0].text, error)]
             return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
         byte_bounds = self._byte_bounds(texts)
-        tokens, borders = self._ids_of_all(texts)
-        inside, *tiles = align_batch(lengths.take(tokens), borders, byte_bounds)
+        tokens, offsets = self._ids_of_all(texts)
+        inside, *counts = align_batch(lengths.take(tokens), offsets, byte_bounds)
         return [
-            Example(tokens[start:end], inside[start:end], trained - begins, _noted(straddling))
-            if trained and size == whole
-            else _refused(size, whole)
-            for (start, end), (_, whole), size, begins, trained, straddling in zip(
-                pairwise(borders.tolist()), byte_bounds, *tiles, strict=True
+            Example(tokens[start:end], inside[start:end], trained - begins, _notes(straddling))
+            if trained and size == text_size
+            else _refusal(size, text_size)
+            for (start, end), (_, text_size), size, begins, trained, straddling in zip(
+                pairwise(offsets.tolist()), byte_bounds, *counts, strict=True
             )
         ]
 
@@ -109,18 +110,21 @@ class Tokenizer:
 
     def _by_offsets(self, text: Rendered) -> Example | Refused:
         if text.typed:
-            return Refused("special token typed", "this kind of tokenizer cannot take a special token's text as words")
+            return Refused(
+                "special token typed",
+                "a tokenizer that is not byte-level cannot encode a special token's text as words",
+            )
         try:
             text.text.encode()
         except UnicodeEncodeError as error:
-            return _half_a_character(text.text, error)
+            return _surrogate_refusal(text.text, error)
         encoding = self._encoding(text.text)
-        inside, trained, cut = align_by_offsets(encoding.offsets, text.spans)
+        inside, trained, straddling = align_by_offsets(encoding.offsets, text.spans)
         targets = trained - int(inside[:1].sum())
-        return Example(np.array(encoding.ids, np.int32), inside, targets, _noted(cut)) if trained else _refused()
+        return Example(np.array(encoding.ids, np.int32), inside, targets, _notes(straddling)) if trained else _refusal()
 
     def _ids_of_all(self, texts: Sequence[Rendered]) -> Ids:
-        """Ids of the texts. The text of a special token that somebody typed is tokenized as words."""
+        """Return the ids of all texts, special tokens typed in messages encoded as words."""
         if self.fast_tokenizer and not any(text.typed for text in texts):
             ids = self.fast_tokenizer([text.text for text in texts])
             if ids is not None:
@@ -136,18 +140,19 @@ class Tokenizer:
         ]
 
     def _encoding(self, text: str, *, typed: bool = False) -> Any:
-        return (self._typing if typed else self._backend).encode(text, add_special_tokens=False)
+        return (self._words_backend if typed else self._backend).encode(text, add_special_tokens=False)
 
     @cached_property
-    def _typing(self) -> Any:
-        """For special tokens' text that was typed: words. Few conversations ask for it."""
-        # Another than `_backend`, with which a thread may be comparing.
+    def _words_backend(self) -> Any:
+        """Backend that encodes the texts of special tokens as words; rarely needed."""
+        # A copy, since a thread may be comparing fastokens with `_backend`.
         backend = self._backend.from_str(self.vocabulary.description)
         backend.encode_special_tokens = True
         return backend
 
     @cached_property
     def _normalize(self) -> Callable[[str], str] | None:
+        """Normalizer of the tokenizer, or None without normalization."""
         normalizer: Any = self._backend.normalizer
         if normalizer is None:
             return None
@@ -156,11 +161,14 @@ class Tokenizer:
         return lambda text: str(normalizer.normalize_str(text))
 
     def _open_fast(self, backend: Backend) -> FastTokenizer | None:
-        found = fast_tokenizer.version()
-        if backend == "fastokens" and (found is None or self._lengths is None):
-            said = "is not installed; pip install fastokens" if found is None else "is for byte-level tokenizers alone"
-            raise ValueError(f"tokenizer backend 'fastokens' {said}, or leave the choice to \"auto\"")
-        if backend == "huggingface" or found is None or self._lengths is None:
+        version = fast_tokenizer.version()
+        if backend == "fastokens" and version is None:
+            raise ValueError("tokenizer backend 'fastokens' is not installed; pip install fastokens, or set \"auto\"")
+        if backend == "fastokens" and self._lengths is None:
+            raise ValueError(
+                f"tokenizer backend 'fastokens' needs a byte-level tokenizer, and {self.name!r} is none; set \"auto\""
+            )
+        if backend == "huggingface" or version is None or self._lengths is None:
             return None
         return FastTokenizer(
             self.vocabulary.description,
@@ -171,9 +179,11 @@ class Tokenizer:
 
 
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
-    """Start, end, and whether it is a special token's text that was typed. Almost always one piece.
+    """Cut a text around special tokens typed in messages; return pieces `(start, end, typed)`.
 
-    The tokenizer splits the text at special tokens in any case, so what stands between two of them is not changed.
+    A text of 30 characters with `typed = [(10, 20)]` gives
+    `[(0, 10, False), (10, 20, True), (20, 30, False)]`. Cutting changes no other ids: the tokenizer
+    itself splits texts at special tokens first.
     """
     pieces, at = [], 0
     for start, end in sorted(rendered.typed):
@@ -183,15 +193,15 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     return [(start, end, typed) for start, end, typed in pieces if start < end]
 
 
-def _noted(straddling: int) -> Mapping[str, int]:
+def _notes(straddling: int) -> Mapping[str, int]:
     return {"tokens across a span's border": straddling} if straddling else NO_NOTES
 
 
-def _refused(size: int = 0, whole: int = 0) -> Refused:
-    if size != whole:
-        return Refused("tokens do not tile the text", f"they hold {size} bytes of {whole}")
-    return Refused("nothing to train", "no token lies wholly inside what the policy trains")
+def _refusal(size: int = 0, text_size: int = 0) -> Refused:
+    if size != text_size:
+        return Refused("tokens do not tile the text", f"the tokens hold {size} bytes of the text's {text_size}")
+    return Refused("nothing to train", "no token lies wholly inside a span that the policy trains")
 
 
-def _half_a_character(text: str, error: UnicodeEncodeError) -> Refused:
+def _surrogate_refusal(text: str, error: UnicodeEncodeError) -> Refused:
     return Refused("not text", f"character {text.index(error.object[error.start])} is half of a surrogate pair")

@@ -1,4 +1,4 @@
-"""A save in the background holds the moment it was asked for, is told about if it fails, and meets nobody's collectives."""
+"""A save in the background stores the state at the call and reports failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gloo_ranks import join, processes, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from checkpoints import CheckpointError, CheckpointStore, LostRank
+from checkpoints import CheckpointError, CheckpointStore, LostRank, Retention
 from checkpoints.manifest import decode
 
 
@@ -43,7 +43,7 @@ def assert_holds(store: CheckpointStore, step: int) -> None:
 
 @contextmanager
 def no_room():
-    """This process cannot write a file beyond 1000 bytes: write() fails as on a full disk."""
+    """Fail every write of this process beyond 1000 bytes of a file, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -59,7 +59,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_the_step_holds_the_state_of_the_moment_it_was_asked_for(tmp_path):
+def test_a_background_save_stores_the_state_at_the_call(tmp_path):
     store = CheckpointStore(tmp_path)
     for step in (1, 2, 3):
         now, values = state(step), {"rows": [step]}
@@ -74,7 +74,7 @@ def test_the_step_holds_the_state_of_the_moment_it_was_asked_for(tmp_path):
         assert store.values(step) == {"rows": [step]}
 
 
-def test_it_is_written_to_the_byte_as_in_the_foreground(tmp_path):
+def test_a_background_save_writes_the_bytes_of_a_foreground_save(tmp_path):
     CheckpointStore(tmp_path / "now").save(1, state(1), {"rows": 1})
     with CheckpointStore(tmp_path / "later") as store:
         store.save_later(1, state(1), {"rows": 1})
@@ -84,14 +84,14 @@ def test_it_is_written_to_the_byte_as_in_the_foreground(tmp_path):
     assert (now.files, now.tensors) == (later.files, later.tensors)
 
 
-def test_leaving_the_store_waits_for_it(tmp_path):
+def test_leaving_the_store_waits_for_the_background_save(tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save_later(1, state(1))
     assert_holds(CheckpointStore(tmp_path), 1)
 
 
 @pytest.mark.parametrize("act", ["wait", "save", "save_later", "latest", "load", "claim", "close"])
-def test_a_failure_is_raised_once_by_whatever_comes_next(tmp_path, act):
+def test_the_next_method_raises_the_failure_of_a_background_save_once(tmp_path, act):
     store = CheckpointStore(tmp_path)
     store.save(1, state(1))
     with no_room():
@@ -126,7 +126,7 @@ def save_beside_collectives(rank: int, root: Path) -> list[float]:
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.arange(2_000_000.0).view(1000, 2000)
     sums, total = [], torch.ones(1)
-    with CheckpointStore(root, keep=100) as store:
+    with CheckpointStore(root, Retention(keep=100)) as store:
         for step in range(1, 6):
             sharded = distribute_tensor(whole + step, mesh, [Shard(0)])
             store.save_later(step, {"w": sharded, "same": torch.full((3,), float(step))}, {f"rank{rank}": step})
@@ -150,7 +150,7 @@ def test_ranks_save_while_they_train(tmp_path):
 
 
 def end_while_saving(rank: int, meeting: str, root: Path, pipe: Connection, number: int, later: bool) -> None:
-    """Rank 1 gets a signal in the middle of the second save; both say what their save raised."""
+    """Send rank 1 a signal during the second save; both ranks return the error of the save."""
     join(rank, 2, meeting)
     store = CheckpointStore(root, timeout=timedelta(seconds=4))
     store.save(1, {f"w{rank}": torch.ones(3)})
@@ -182,7 +182,7 @@ def test_a_rank_that_ends_or_stops_during_a_save_is_one_clear_error_and_no_step(
         assert pipes[0].poll(60)
         kind, message = pipes[0].recv()
         assert kind is LostRank
-        assert message.startswith("saving step 2: a rank has ended or does not answer, so this one gives up (")
+        assert message.startswith("saving step 2: a rank has ended or does not answer, so this rank gives up (")
         ranks[0].join()
         store = CheckpointStore(root)
         assert (store.latest(), store.steps()) == (1, [1])

@@ -1,30 +1,30 @@
-"""`python -m checkpoints`, as a person types it, on the checkpoints of a run."""
+"""The command line `python -m checkpoints`, on the checkpoints of a run."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import runs
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from checkpoints import RECIPE, About, CheckpointStore, CorruptCheckpoint, Recipe, Rows
-from checkpoints import export as exporting
-from checkpoints.cli import app
+from checkpoints import RECIPE, About, CheckpointStore, CorruptCheckpoint, Recipe, Retention, Rows
+from checkpoints.cli import main
 from checkpoints.export import parse_recipe
 from sftstream import __version__
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
-    """The directory of a run on two tensor-parallel ranks, with its checkpoints of steps 2, 4 and 6."""
+    """The directory of a run on two tensor-parallel ranks, with checkpoints of steps 2, 4 and 6."""
     directory = tmp_path_factory.mktemp("run")
     config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 6}, parallel={"tp": 2})
     runs.run(directory, config, 2)
@@ -33,14 +33,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
 
 @pytest.fixture
 def root(run: Path, tmp_path: Path) -> Path:
-    """A copy of its checkpoints."""
+    """A copy of the checkpoints of the run."""
     return Path(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
 
 
 def call(*words: object) -> tuple[int, list[str]]:
-    """The exit code and the output's lines, runs of spaces made one."""
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
-    return result.exit_code, [" ".join(line.split()) for line in result.output.splitlines()]
+    """Run a command; return the exit code and the lines of both outputs, with single spaces."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+    code = ended.value.code
+    if isinstance(code, str):  # The interpreter prints a text to stderr and exits with 1.
+        output.write(code)
+        code = 1
+    return code or 0, [" ".join(line.split()) for line in output.getvalue().splitlines()]
 
 
 def damage(path: Path) -> None:
@@ -90,19 +98,19 @@ def test_inspect_says_how_far_the_run_was_and_what_is_in_the_step(run):
     assert any(line.startswith("export ") for line in lines)
 
 
-def test_prune_keeps_the_newest_whole_step_whatever_it_is_told(root):
+def test_prune_keeps_the_newest_undamaged_step(root):
     for newest in (4, 6):
         damage(root / f"step-0000000{newest}" / "rank00000.safetensors")
     assert call("prune", root, "--keep", 1)[1][-1] == "deleted nothing; [2, 4, 6] stay"
 
 
-def test_prune_keeps_as_many_as_it_is_told_and_every_nth(root):
+def test_prune_keeps_the_newest_steps_and_multiples(root):
     assert call("prune", root, "--keep", 1, "--keep-every", 4)[1] == ["deleted [2]; [4, 6] stay"]
     assert call("prune", root, "--keep", 1)[1] == ["deleted [4]; [6] stay"]
 
 
 def test_prune_keeps_the_steps_of_the_lowest_validation_loss(tmp_path):
-    with CheckpointStore(tmp_path, keep=9) as store:
+    with CheckpointStore(tmp_path, Retention(keep=9)) as store:
         for step, loss in ((1, 2.5), (2, 0.5), (3, 1.5), (4, None)):
             store.save(step, {"w": torch.ones(1)}, about=About(validation_loss=loss))
     assert [line.split()[-1] for line in call("list", tmp_path)[1][1:]] == ["2.5000", "0.5000", "1.5000", "1"]
@@ -120,30 +128,21 @@ def test_prune_does_nothing_while_a_run_has_the_directory(root):
         assert call("list", root)[0] == call("verify", root)[0] == 0
 
 
-def test_an_export_is_what_the_run_exports_at_its_end(run, tmp_path):
+def test_the_export_of_a_step_is_the_export_of_the_run_byte_by_byte(run, tmp_path):
     out = tmp_path / "new" / "model"
     assert call("export", run / "checkpoints" / "step-00000006", out) == (0, [f"exported step 6 to {out}"])
-    theirs = run / "export"
-    assert sorted(os.listdir(out)) == sorted(os.listdir(theirs))
-    for path in theirs.iterdir():
-        if path.suffix == ".safetensors":
-            ours, others = load_file(out / path.name), load_file(path)
-            assert ours.keys() == others.keys()
-            assert all(torch.equal(ours[name], others[name]) for name in others)
-        else:
-            assert (out / path.name).read_bytes() == path.read_bytes()
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= files.keys()
     code, lines = call("export", run / "checkpoints" / "step-00000006", out)
-    assert (code, lines) == (1, [f"error: {out} is there already; export to another directory, or move it away"])
+    assert (code, lines) == (1, [f"error: {out} exists already; export to another directory, or move it away"])
 
 
-def test_a_big_export_is_split_into_shards_with_an_index(run, tmp_path, monkeypatch):
+def test_transformers_loads_a_model_in_several_files(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(exporting, "SHARD", 40_000)
-    call("export", run / "checkpoints" / "step-00000006", tmp_path / "out")
-    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert len(shards) > 2
+    CheckpointStore(run / "checkpoints").export(6, tmp_path / "out", file_bytes=40_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(run / "export").state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -161,18 +160,42 @@ def test_a_damaged_step_is_not_exported(root, tmp_path):
     ("words", "message"),
     [
         (("list", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
-        (("inspect", "runs"), "error: runs is no step; name a directory such as runs/my-run/checkpoints/step-00000100"),
+        (
+            ("inspect", "runs"),
+            "error: runs is not a step; name a directory such as runs/my-run/checkpoints/step-00000100",
+        ),
         (("verify", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
     ],
 )
-def test_what_is_wrong_is_one_line(words, message):
+def test_an_error_is_one_line(words, message):
     assert call(*words) == (1, [message])
 
 
-def test_the_command_is_there():
-    done = subprocess.run([sys.executable, "-m", "checkpoints", "--help"], capture_output=True, text=True, check=True)
+def python_m(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run `python -m checkpoints` in a child process."""
+    command = [sys.executable, "-m", "checkpoints", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_names_its_commands():
+    done = python_m("--help")
+    assert done.returncode == 0
+    assert "Usage: python -m checkpoints " in done.stdout
     for name in ("list", "verify", "inspect", "prune", "export"):
         assert name in done.stdout
+
+
+def test_an_error_goes_to_stderr_in_one_line_with_exit_code_1(tmp_path):
+    done = python_m("list", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path} holds no steps; name a directory such as runs/my-run/checkpoints\n"
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    code, lines = call("list", tmp_path / "file")
+    assert (code, len(lines)) == (1, 1)
+    assert lines[0].startswith("error: [Errno 20] Not a directory: ")
 
 
 # Hostile recipes: whoever can write into a checkpoint can seal one.
@@ -189,7 +212,8 @@ def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name
     store = CheckpointStore(tmp_path / "store")
     store.save(1, {"w": torch.ones(4, 2)}, {RECIPE: value})
     code, lines = call("export", store.root / "step-00000001", tmp_path / "out")
-    assert (code, lines[0][:25]) == (1, "error: not a recipe of an")
+    assert code == 1
+    assert lines[0].startswith("error: the value 'export' is not a recipe of an export: ")
     assert os.listdir(tmp_path) == ["store"]
 
 
@@ -200,11 +224,11 @@ def test_a_recipe_names_no_file_outside_its_directory_and_no_code(tmp_path, name
         ([Rows("w", 3, 2)], "does not hold"),
         ([Rows("w", 2**62, 2**62)], "does not hold"),
         ([Rows("scalar", 0, 1)], "does not hold"),
-        ([Rows("w", 0, 1), Rows("wide", 0, 1)], "do not fit together"),
-        ([], "do not fit together"),
+        ([Rows("w", 0, 1), Rows("wide", 0, 1)], "differ in type or columns"),
+        ([], "differ in type or columns"),
     ],
 )
-def test_a_recipe_of_rows_that_are_not_there_is_refused(tmp_path, rows, message):
+def test_a_recipe_of_missing_rows_is_refused(tmp_path, rows, message):
     state = {"w": torch.ones(4, 2), "wide": torch.ones(4, 3), "scalar": torch.ones(())}
     store = CheckpointStore(tmp_path / "store")
     store.save(1, state, {RECIPE: Recipe({"x": rows}, {}).builtins()})
@@ -228,5 +252,5 @@ def test_rows_are_joined_in_the_recipes_order(tmp_path):
 def test_a_step_without_a_recipe_is_not_exported(tmp_path):
     CheckpointStore(tmp_path).save(1, {"w": torch.ones(1)})
     assert call("export", tmp_path / "step-00000001", tmp_path / "out")[1][0].endswith(
-        "saved without a recipe for an export"
+        "saved without a recipe for an export; give save() the value 'export'"
     )

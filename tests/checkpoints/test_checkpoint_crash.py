@@ -1,12 +1,12 @@
-"""A save that is cut short anywhere, by a kill, a power cut or a failing disk, leaves the step before it or itself.
+"""A save cut short by a kill, a power cut or a failing disk leaves the older step or the new step.
 
-A kill leaves what the kernel has taken, so it cannot show a missing fsync. Power cuts are therefore computed: one run's
-file operations are logged, and every state is built that a strict file system may be found in after any of them.
+A kill keeps all data in the kernel, and so cannot reveal a missing fsync. Power cuts are computed:
+the file operations of a run are logged, and all states are built in which a strict file system may
+be after any operation.
 """
 
 from __future__ import annotations
 
-import copy
 import errno
 import itertools
 import os
@@ -23,11 +23,9 @@ import torch
 import torch.distributed as dist
 from file_operations import failing, watch
 from gloo_ranks import join, processes, run_ranks
+from strict_disk import Disk, Tree
 
-from checkpoints import CheckpointError, CheckpointStore
-
-Tree = dict[str, bytes | None]
-"""Paths with their content; None for a directory."""
+from checkpoints import CheckpointError, CheckpointStore, Retention
 
 
 def state(step: int, size: int = 8) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def blob(step: int) -> dict[str, bytes]:
 
 
 def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
-    """The step is whole: its tensors, its plain values and its streams' values."""
+    """Assert the tensors, plain values and values of a step."""
     target = state(-1, size)
     store.load(step, target)
     assert target["step"] == step
@@ -51,10 +49,10 @@ def assert_holds(store: CheckpointStore, step: int, size: int = 8) -> None:
 
 
 def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[str, str, Any]]:
-    """The operations of `steps` first saves, with a mark ("saved", step, None) where each returned."""
+    """Return the operations of `steps` saves, with ("saved", step, None) after each return."""
     log: list[tuple[str, str, Any]] = []
     top.mkdir(parents=True)
-    store = CheckpointStore(top / "runs" / "checkpoints", keep=keep)
+    store = CheckpointStore(top / "runs" / "checkpoints", Retention(keep=keep))
 
     def note(operation: str, path: str, detail: Any) -> None:
         if not path.endswith(".lock"):  # Its content promises nothing.
@@ -69,78 +67,8 @@ def record(top: Path, steps: int, keep: int, later: bool = False) -> list[tuple[
     return log
 
 
-class Disk:
-    """A strict POSIX file system. Until forced, any part of the changed names and data may be lost, in any order."""
-
-    def __init__(self, top: str) -> None:
-        self.inodes = itertools.count()
-        self.at = {top: "top"}
-        self.names: dict[str, dict[str, str]] = {"top": {}}  # of directories, as forced
-        self.loose: list[tuple[str, str | None, str | None, str]] = []  # directory, name gone, name come, inode
-        self.data: dict[str, bytes] = {}
-        self.forced: dict[str, bytes] = {}
-
-    def apply(self, operation: str, path: str, detail: Any) -> None:
-        parent, name = os.path.split(path)
-        if operation in ("mkdir", "create"):
-            inode = self.at[path] = str(next(self.inodes))
-            if operation == "mkdir":
-                self.names[inode] = {}
-            else:
-                self.data[inode] = self.forced[inode] = b""
-            self.loose.append((self.at[parent], None, name, inode))
-        elif operation == "write":
-            self.data[self.at[path]] += detail
-        elif operation == "remove":
-            self.loose.append((self.at[parent], name, None, self.at.pop(path)))
-        elif operation == "rename":
-            self.loose.append((self.at[parent], name, os.path.basename(detail), self.at[path]))
-            moved = [old for old in self.at if old == path or old.startswith(path + "/")]
-            self.at |= {detail + old.removeprefix(path): self.at.pop(old) for old in moved}
-        elif operation == "fsync" and path in self.at:
-            inode = self.at[path]
-            if inode in self.data:
-                self.forced[inode] = self.data[inode]
-            else:
-                self.settle([change for change in self.loose if change[0] == inode])
-                self.loose = [change for change in self.loose if change[0] != inode]
-
-    def settle(self, changes: list[tuple[str, str | None, str | None, str]]) -> None:
-        for directory, gone, come, inode in changes:
-            if gone is not None and self.names[directory].get(gone) == inode:
-                del self.names[directory][gone]
-            if come is not None:
-                self.names[directory][come] = inode
-
-    def crashes(self, choice: random.Random, limit: int = 60) -> Iterator[Tree]:
-        """What may be found after a power cut now: all combinations if `limit` covers them, else so many at random."""
-        dirty = [inode for inode, data in self.data.items() if data != self.forced[inode]]
-        options = [(False, True)] * len(self.loose) + [("old", "half", "zeros", "new")] * len(dirty)
-        combinations = itertools.product(*options)
-        if len(self.loose) + 2 * len(dirty) > 6:
-            extremes = [[option[0] for option in options], [option[-1] for option in options]]
-            combinations = itertools.chain(extremes, ([choice.choice(o) for o in options] for _ in range(limit)))
-        for picked in combinations:
-            found = copy.deepcopy(self)
-            found.settle([change for change, kept in zip(self.loose, picked, strict=False) if kept])
-            for inode, kept in zip(dirty, picked[len(self.loose) :], strict=True):
-                data = self.data[inode]
-                versions = {"half": data[: len(data) // 2], "zeros": bytes(len(data)), "new": data}
-                found.forced[inode] = versions.get(kept, self.forced[inode])
-            yield found.tree("top", "")
-
-    def tree(self, directory: str, prefix: str) -> Tree:
-        tree: Tree = {}
-        for name, inode in self.names[directory].items():
-            path = prefix + name
-            tree[path] = self.forced.get(inode)
-            if inode in self.names:
-                tree |= self.tree(inode, path + "/")
-        return tree
-
-
 def violations(top: Path, log: list[tuple[str, str, Any]], replay: Path) -> Iterator[str]:
-    """Every state after a power cut from which the newest acknowledged step, or the one begun after it, is not loaded."""
+    """Yield the states after a power cut without the newest acknowledged step or the step after."""
     disk, acknowledged = Disk(str(top)), 0
     choice, seen = random.Random(0), set()
     for number, (operation, path, detail) in enumerate(log):
@@ -160,7 +88,7 @@ def violations(top: Path, log: list[tuple[str, str, Any]], replay: Path) -> Iter
 
 
 def recover(tree: Tree, top: Path, acknowledged: int) -> str | None:
-    """What is wrong with a restart from `tree`, if anything."""
+    """Return the fault of a restart from `tree`, or None."""
     top.mkdir(parents=True)
     for path, content in tree.items():
         if content is None:
@@ -224,13 +152,16 @@ def test_a_disk_that_fails_one_rank_at_any_operation_costs_that_save_and_nothing
 
 
 def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool) -> int:
-    """A second save with a failure of the n-th operation of `victim`, for every n; returns how many there are."""
+    """Save a second step with the n-th operation of `victim` failing, for every n.
+
+    Returns the number of operations.
+    """
 
     def all_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {f"own{rank}": torch.full((4,), float(step))}, {f"value{rank}": step}
 
     for number in itertools.count():
-        store = CheckpointStore(top / str(number), keep=1)
+        store = CheckpointStore(top / str(number), Retention(keep=1))
         store.save(1, *all_of(1))
         message = ""
         with failing(number if rank == victim else None, code) as failed:
@@ -255,7 +186,7 @@ def save_over_failures(rank: int, top: Path, victim: int, code: int, later: bool
 
 
 def from_rank(rank: int, value: Any) -> Any:
-    """One rank's value, on all."""
+    """Return the value of one rank on all ranks."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=rank)
@@ -265,17 +196,17 @@ def from_rank(rank: int, value: Any) -> Any:
 # Kills
 
 SIZE = 512
-"""1 MiB of tensor, so that a save takes some ten milliseconds and most kills hit one."""
+"""Side of a tensor of 1 MiB: a save takes tens of milliseconds, and most kills hit a save."""
 
 
 def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connection, later: bool) -> None:
-    """Saves step after step and says through the pipe which were acknowledged; first 0, where the saving begins.
+    """Save step after step and send each acknowledged step; first 0, before the first save.
 
-    Every third step is loaded; `later` saves in the background, where a step is acknowledged when the next one begins.
+    Every third step is loaded. `later` saves in the background; the next save acknowledges a step.
     """
     if size > 1:
         join(rank, size, meeting)
-    store = CheckpointStore(root, keep=2)
+    store = CheckpointStore(root, Retention(keep=2))
     first = (store.latest() or 0) + 1
     pipe.send(0)
     for step in itertools.count(first):
@@ -286,7 +217,7 @@ def save_for_ever(rank: int, size: int, meeting: str, root: Path, pipe: Connecti
 
 
 def last(pipe: Connection) -> int:
-    """The last number that a killed process sent."""
+    """Return the last number sent by a killed process."""
     number = 0
     try:
         while pipe.poll():
@@ -297,9 +228,10 @@ def last(pipe: Connection) -> int:
 
 
 def kill_while_saving(root: Path, kills: int, choice: random.Random, ranks: int = 1, only: int | None = None) -> None:
-    """Starts ranks that save, kills all of them (or `only` one and then the rest) at a random moment, and looks.
+    """Start ranks in a loop of saves, kill all at a random moment, and check the newest step.
 
-    Every other start saves in the background.
+    With `only`, that rank is killed first, the rest 50 ms later. Every second start saves in the
+    background.
     """
     torn = 0
     for number in range(kills):

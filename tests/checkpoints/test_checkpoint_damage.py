@@ -1,4 +1,4 @@
-"""Any damage to any file of a step is found, said, and costs that step only; any bytes at all are decoded or refused."""
+"""Any damage to a file is found and costs only its step; random bytes are decoded or refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 
 
 def mine(rank: int, step: int) -> dict[str, Any]:
-    """Part of every rank; of another size in each step, except `same`, whose file only its bytes tell apart."""
+    """State of a rank; sizes differ by step, except for `same`, told apart by bytes only."""
     generator = torch.Generator().manual_seed(step + rank)
     return {
         f"own{rank}": torch.randn(50 + step, generator=generator),
@@ -159,7 +159,7 @@ HOSTILE = st.one_of(
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container of a nested value with each of its keys."""
+    """Yield every container of a nested value with each key."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     return [step_files for key in keys for step_files in ((value, key), *places(value[key]))]
 
@@ -185,7 +185,7 @@ def test_a_manifest_changed_anywhere_to_anything_is_refused_or_as_sound_as_any(d
 
 
 def assert_sound(found: Manifest) -> None:
-    """What reading relies on, put another way than the check of the manifest puts it: byte by byte, cell by cell."""
+    """Assert by brute force, byte by byte and element by element, the assumptions of a load."""
     taken: dict[str, set[int]] = {}
     spans = [chunk.span for tensor in found.tensors.values() for chunk in tensor.chunks]
     for span in [*spans, *found.plain.values(), *found.values.values()]:

@@ -1,4 +1,4 @@
-"""Two runs never save to one directory, and a run that ended in any way is in nobody's way."""
+"""Two runs never save to the same directory; a run that has ended blocks no other run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = {"w": torch.ones(2)}
 
 
 def hold(root: Path, pipe: Connection) -> None:
-    """Claims the root, then forks a child as a data loader does, tells its number, and stays."""
+    """Claim the root, fork a child like a data loader, send the id of the child, and stay."""
     store = CheckpointStore(root)
     store.claim()
     child = os.fork()
@@ -31,7 +31,7 @@ def hold(root: Path, pipe: Connection) -> None:
 
 @pytest.fixture
 def holder(tmp_path: Path):
-    """A process that owns `tmp_path`, with a forked child that outlives it."""
+    """A process with a claim on `tmp_path`, and a forked child that survives the process."""
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=hold, args=(tmp_path, theirs), daemon=True)
     process.start()
@@ -51,7 +51,7 @@ def test_a_second_run_is_told_who_has_the_directory(tmp_path, holder):
         assert str(caught.value).startswith(
             f"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename} (since 20"
         )
-        assert "two runs cannot share it" in str(caught.value)
+        assert "two runs cannot share a directory" in str(caught.value)
     assert store.steps() == []
 
 
@@ -95,7 +95,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(CheckpointError, match=r"has no locks .*mount it with them"):
+    with pytest.raises(CheckpointError, match=r"has no locks .*mount it with locks"):
         CheckpointStore(tmp_path).claim()
 
 

@@ -1,4 +1,4 @@
-"""In an object store, where nothing is renamed and nothing locked, a step is there if and only if its manifest is."""
+"""In an object store, without renames and locks, the manifest alone commits a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from gloo_ranks import run_ranks
 from moto.server import ThreadedMotoServer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from typer.testing import CliRunner
 
-from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
-from checkpoints.cli import app
+from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint, Retention
+from checkpoints.cli import main
 from checkpoints.object_store import ObjectStore
 
 
@@ -41,7 +40,7 @@ def save(store: CheckpointStore, *steps: int) -> None:
 
 
 def keys(url: str) -> list[str]:
-    """All objects, with tokens left out."""
+    """Return the names of all objects without tokens."""
     files, root = fsspec.url_to_fs(url)
     files.invalidate_cache()
     paths = [path.removeprefix(root).split("/")[1:] for path in files.find(root)]
@@ -55,7 +54,7 @@ def whole(*steps: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    """The environment of a process that finds a server with a bucket."""
+    """Environment of a process for an S3 server with a bucket."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -85,7 +84,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_steps_come_back_and_old_ones_go(url):
-    store = CheckpointStore(url, keep=2, keep_every=3)
+    store = CheckpointStore(url, Retention(keep=2, keep_every=3))
     assert (store.latest(), store.steps()) == (None, [])
     save(store, 3, 4)
     store.save_later(5, state(5), {"data/stream/0003": b"\0" * 5})
@@ -127,7 +126,7 @@ def test_damaged_steps_stay_when_a_run_begins_anew_and_its_own_steps_go_over_the
     before = {path: files.cat_file(path) for path in files.find(root) if not path.endswith("manifest.json")}
     for path in before:
         files.pipe_file(path, before[path][:-1])
-    store = CheckpointStore(url, keep=1)
+    store = CheckpointStore(url, Retention(keep=1))
     with pytest.raises(CorruptCheckpoint):
         store.latest()
     save(store, 1, 2, 3)
@@ -153,16 +152,16 @@ def test_a_run_is_told_that_another_has_saved_meanwhile(url):
     ours, theirs = CheckpointStore(url), CheckpointStore(url)
     save(ours, 1)
     save(theirs, 2)
-    with pytest.raises(CheckpointError, match=r"another run has saved steps \[2\] to .* since this one began"):
+    with pytest.raises(CheckpointError, match=r"another run has saved steps \[2\] to .* since this run began"):
         save(ours, 3)
     save(theirs, 3)
     assert theirs.steps() == [1, 2, 3]
 
 
-def test_of_two_runs_that_save_a_step_at_once_one_commits_it(url):
+def test_only_one_of_two_runs_commits_a_step_saved_at_once(url):
     save(CheckpointStore(url), 1)
     first, second = ObjectStore(url), ObjectStore(url)
-    tokens = [bucket.open(2, ()) for bucket in (first, second)]
+    tokens = [bucket.begin(2, ()) for bucket in (first, second)]
     first.commit(2, tokens[0], [], About())
     with pytest.raises(CheckpointError, match="another run has just saved step 2"):
         second.commit(2, tokens[1], [], About())
@@ -170,24 +169,29 @@ def test_of_two_runs_that_save_a_step_at_once_one_commits_it(url):
     assert first.manifest(2).token == tokens[0]
 
 
-def test_the_commands_take_urls(url):
+def test_the_commands_take_urls(url, capsys):
+    def output_of(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code
+        return capsys.readouterr().out
+
     save(CheckpointStore(url), 1, 2)
-    runner = CliRunner(env={"COLUMNS": "200"})
-    assert runner.invoke(app, ["list", url]).exit_code == 0
-    assert runner.invoke(app, ["verify", url]).output == "step 1: whole, 2 files\nstep 2: whole, 2 files\n"
-    assert "tensors of w" in runner.invoke(app, ["inspect", f"{url}/step-00000002"]).output
-    assert runner.invoke(app, ["prune", url, "--keep", "1"]).output == "deleted [1]; [2] stay\n"
+    assert "step" in output_of("list", url)
+    assert output_of("verify", url) == "step 1: whole, 2 files\nstep 2: whole, 2 files\n"
+    assert "tensors of w" in output_of("inspect", f"{url}/step-00000002")
+    assert output_of("prune", url, "--keep", "1") == "deleted [1]; [2] stay\n"
 
 
 # Ends at any moment
 
 
 class Killed(BaseException):
-    """Nothing that a process does in answer to this reaches the store."""
+    """The end of a process: no call in answer reaches the store."""
 
 
 class Counted:
-    """Every call that changes the store, from the n-th on, is one of a process that is dead or a network that is gone."""
+    """From call n on, every change of the store fails, as for a dead process or network."""
 
     def __init__(self, patch: pytest.MonkeyPatch, end: int | None, error: BaseException) -> None:
         self.calls = 0
@@ -210,7 +214,7 @@ class Counted:
 def test_a_run_that_ends_at_any_moment_of_a_save_leaves_the_old_step_or_the_new_one(monkeypatch, error):
     for end in itertools.count():
         url = f"memory://ends/{type(error).__name__}/{end}"
-        store = CheckpointStore(url, keep=1)
+        store = CheckpointStore(url, Retention(keep=1))
         save(store, 1)
         done = True
         with pytest.MonkeyPatch.context() as patch:
@@ -219,7 +223,7 @@ def test_a_run_that_ends_at_any_moment_of_a_save_leaves_the_old_step_or_the_new_
                 save(store, 2)
             except (Killed, CheckpointError) as raised:
                 done = "deleting steps after step 2 failed" in str(raised)
-        after = CheckpointStore(url, keep=1)
+        after = CheckpointStore(url, Retention(keep=1))
         found = after.latest()
         assert after.rejected == {}
         assert found in ((2,) if done else (1, 2))

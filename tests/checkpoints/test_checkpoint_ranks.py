@@ -1,4 +1,4 @@
-"""Several ranks save as one and fail as one, and any sharding loads what any other saved, to the bit."""
+"""Ranks save and fail together, and any sharding loads the save of any sharding, to the bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MORE_LAYOUTS = {"dp3": (3, 1), "dp2 tp2": (2, 2), "dp3 tp2": (3, 2), "dp4": (4, 
 
 
 class Block(nn.Module):
-    """Sizes that three and four ranks cannot share evenly; three rows of `tiny` leave a fourth rank nothing."""
+    """Layers of sizes not divisible by 3 or 4; on four ranks, `tiny` leaves a rank empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 def training(seed: int, dp: int, tp: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and AdamW with two parameter groups, sharded, two steps along."""
+    """A model and AdamW with two parameter groups, sharded, after two steps."""
     torch.manual_seed(seed)
     model = Block()
     if dp * tp > 1:
@@ -73,7 +73,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def frozen(value: Any) -> Any:
-    """A nested state with whole tensors as bytes, so that `==` means equal to the bit."""
+    """Return a nested state with tensors as bytes: `==` then compares bits."""
     if isinstance(value, torch.Tensor):
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         return str(whole.dtype), tuple(whole.shape), whole.detach().contiguous().view(-1).numpy().tobytes()
@@ -89,7 +89,7 @@ def save_layout(rank: int, root: Path, dp: int, tp: int) -> Any:
 
 
 def load_layouts(rank: int, roots: list[Path], dp: int, tp: int) -> list[Any]:
-    """The state after each root was loaded into a model and an optimizer that were trained on something else."""
+    """Return the state after loading each root into a model and an optimizer trained otherwise."""
     return [load_layout(root, dp, tp) for root in roots]
 
 
@@ -182,7 +182,7 @@ def test_the_step_holds_the_values_of_all_ranks_and_equal_ones_once(tmp_path):
 
 
 def save_parts(rank: int, root: Path) -> list[float]:
-    """Each rank holds a layer of its own, as in a pipeline."""
+    """Save a different layer on each rank, as in a pipeline."""
     CheckpointStore(root).save(1, {f"layer{rank}": torch.full((2,), float(rank)), f"plain{rank}": rank})
     target = {f"layer{rank}": torch.zeros(2), f"plain{rank}": -1}
     CheckpointStore(root).load(1, target)
@@ -198,7 +198,7 @@ def test_ranks_may_hold_different_parts_of_a_state(tmp_path):
 
 @contextmanager
 def no_room(size: int) -> Any:
-    """This process cannot write a file beyond `size` bytes: write() fails as on a full disk."""
+    """Fail every write of this process beyond `size` bytes of a file, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -264,7 +264,7 @@ def load_different_steps(rank: int, store: CheckpointStore) -> None:
     ("act", "message"),
     [
         (save_what_one_rank_cannot_encode, "saving step 3 failed on rank 1: TypeError: 'a' holds a builtins.object"),
-        (save_different_steps, "the ranks save different steps, [3, 4]"),
+        (save_different_steps, "the ranks save different steps, [3, 4]; all ranks must save the same step"),
         (load_unfit_on_one_rank, "step 2 does not fit this state: 1 changed (w is torch.float32 [2]"),
         (load_different_steps, "the ranks see different directories as step"),
     ],

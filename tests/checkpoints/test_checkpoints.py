@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, to the bit and on any topology; what is damaged, foreign or unfit is refused aloud."""
+"""A load returns the saved state to the bit; damaged, foreign and unfit steps are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint
+from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint, Retention
 from checkpoints.digest import digesting, file_digest, threads
 from checkpoints.manifest import DTYPES, File, Span, decode, encode
 
@@ -39,13 +39,13 @@ def state(seed: int) -> dict[str, Any]:
 
 
 def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
-    """Everything about a tensor that can be compared."""
+    """Return all comparable properties of a tensor."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     return str(tensor.dtype), tuple(tensor.shape), flat.numpy().tobytes()
 
 
 def frozen(value: Any) -> Any:
-    """A nested state with tensors as `bits`, so that `==` means equal to the bit."""
+    """Return a nested state with tensors as `bits`: `==` then compares bits."""
     if isinstance(value, torch.Tensor):
         return bits(value)
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def frozen(value: Any) -> Any:
 
 
 def saved(root: Path, *steps: int) -> CheckpointStore:
-    store = CheckpointStore(root, keep=100)
+    store = CheckpointStore(root, Retention(keep=100))
     for step in steps:
         store.save(step, state(step), {"data/stream/0003": f"{step}".encode()})
     return store
@@ -204,14 +204,14 @@ def test_a_tensor_that_cannot_be_stored_is_refused_by_name(tmp_path, tensor, mes
 
 
 def test_two_entries_under_one_key_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"both called 'a\.b'"):
+    with pytest.raises(CheckpointError, match=r"have the key 'a\.b'"):
         CheckpointStore(tmp_path).save(1, {"a": {"b": 1}, "a.b": 2})
-    with pytest.raises(CheckpointError, match="both called '0'"):
+    with pytest.raises(CheckpointError, match="have the key '0'"):
         CheckpointStore(tmp_path).save(1, {0: 1, "0": 2})
 
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "1", 2**63])
-def test_a_step_that_is_no_count_is_refused(tmp_path, step):
+def test_a_step_that_is_not_a_count_is_refused(tmp_path, step):
     with pytest.raises(CheckpointError, match="the step is"):
         CheckpointStore(tmp_path).save(step, {})
 
@@ -224,7 +224,7 @@ def test_steps_only_grow(tmp_path):
     assert frozen(loaded(store, 20)) == frozen(state(20))
 
 
-def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
+def test_a_missing_step_is_named_with_the_existing_steps(tmp_path):
     store = saved(tmp_path, 10, 20)
     for read in (store.values, lambda step: store.load(step, state(0))):
         with pytest.raises(CheckpointError, match=r"holds no step 30; it holds \[10, 20\]"):
@@ -236,10 +236,16 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
     [
         (lambda s: s["model"].pop("b"), r"1 only in the step \(model\.b\)"),
         (lambda s: s.update(extra=1), r"1 not in the step \(extra\)"),
-        (lambda s: s["model"].update(b=torch.zeros(4)), r"model\.b is torch\.float32 \[3\] and torch\.float32 \[4\]"),
-        (lambda s: s["model"].update(b=torch.zeros(3).bfloat16()), r"float32 \[3\] and torch\.bfloat16 \[3\]"),
-        (lambda s: s["model"].update(b=0), r"model\.b is torch\.float32 \[3\] and a plain value"),
-        (lambda s: s.update(step=torch.zeros(())), r"step is a plain value and torch\.float32 \[\]"),
+        (
+            lambda s: s["model"].update(b=torch.zeros(4)),
+            r"model\.b is torch\.float32 \[3\] in the step and torch\.float32 \[4\]",
+        ),
+        (
+            lambda s: s["model"].update(b=torch.zeros(3).bfloat16()),
+            r"float32 \[3\] in the step and torch\.bfloat16 \[3\]",
+        ),
+        (lambda s: s["model"].update(b=0), r"model\.b is torch\.float32 \[3\] in the step and a plain value"),
+        (lambda s: s.update(step=torch.zeros(())), r"step is a plain value in the step and torch\.float32 \[\]"),
         (lambda s: s.update(step=[{}]), r"1 only in the step \(step\)"),
     ],
 )
@@ -261,7 +267,7 @@ def test_many_unfit_keys_are_counted_and_some_of_them_named(tmp_path):
 
 
 def test_old_steps_are_deleted_and_foreign_files_left_alone(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path, Retention(keep=2))
     foreign = ["step-00000001.backup", "step-1", "best", ".step-00000001.tmp", "step-000000001"]
     for name in foreign:
         (tmp_path / name).mkdir()
@@ -281,7 +287,7 @@ def test_leftovers_of_killed_saves_are_swept_by_the_next_save(tmp_path):
 
 
 def test_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1, keep_every=20)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_every=20))
     for step in (0, 10, 20, 30, 40, 50):
         store.save(step, state(step))
     assert store.steps() == [0, 20, 40, 50]
@@ -291,18 +297,18 @@ def test_the_steps_of_the_lowest_validation_loss_stay_besides_the_newest(tmp_pat
     losses = {0: 3.0, 10: 1.5, 20: None, 30: 1.0, 40: 1.5, 50: 2.0, 60: None}
     for step, loss in losses.items():
         # A store that did not see the others saved: after a restart.
-        store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+        store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=2))
         store.save(step, state(step), about=About(validation_loss=loss))
     assert store.steps() == [10, 30, 60]
     assert store.manifest(30).about.validation_loss == 1.0
     flip(tmp_path / "step-00000030" / "manifest.json")
-    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=1))
     store.save(70, state(70))
     assert store.steps() == [10, 70]
 
 
 def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_again(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    store = CheckpointStore(tmp_path, Retention(keep=1, keep_best=2))
     for step, loss in ((1, 2.0), (2, 1.0)):
         store.save(step, state(step), about=About(validation_loss=loss))
     flip(tmp_path / "step-00000002" / "rank00000.values")
@@ -313,9 +319,9 @@ def test_a_step_that_was_damaged_is_judged_by_the_loss_it_gets_when_it_is_saved_
 
 
 @pytest.mark.parametrize("limits", [{"keep": 0}, {"keep_every": 0}, {"keep_best": 0}])
-def test_keeping_no_step_is_refused(tmp_path, limits):
-    with pytest.raises(ValueError, match=f"{next(iter(limits))} is 0"):
-        CheckpointStore(tmp_path, **limits)
+def test_a_retention_limit_below_1_is_refused(limits):
+    with pytest.raises(ValueError, match=f"^{next(iter(limits))} = 0 must be at least 1$"):
+        Retention(**limits)
 
 
 # Damage
@@ -396,7 +402,7 @@ def test_a_file_under_one_of_our_names_that_the_manifest_does_not_list_rejects_t
     store = saved(tmp_path, 10, 20)
     shutil.copy(tmp_path / "step-00000020" / "rank00000.values", tmp_path / "step-00000020" / "rank00001.values")
     assert store.latest() == 10
-    assert "rank00001.values is not in its manifest" in store.rejected[20]
+    assert "rank00001.values is not in the manifest of step 20" in store.rejected[20]
 
 
 def test_files_under_foreign_names_are_never_read(tmp_path):
@@ -411,11 +417,11 @@ def test_steps_that_are_all_damaged_are_an_error_and_never_a_fresh_start(tmp_pat
     store = saved(tmp_path, 10, 20)
     for step in (10, 20):
         flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
-    with pytest.raises(CorruptCheckpoint, match=r"no step in .* is whole .*step 20: .*; step 10: "):
+    with pytest.raises(CorruptCheckpoint, match=r"every step in .* is damaged .*step 20: .*; step 10: "):
         store.latest()
 
 
-def test_a_save_after_that_is_the_explicit_fresh_start_and_leaves_them_aside(tmp_path):
+def test_a_save_over_damaged_steps_is_the_explicit_fresh_start_and_renames_them(tmp_path):
     store = saved(tmp_path, 10, 20)
     for step in (10, 20):
         flip(tmp_path / f"step-000000{step}" / "rank00000.safetensors")
@@ -491,7 +497,7 @@ def test_a_files_digest_is_that_of_the_digests_of_its_blocks(tmp_path, monkeypat
 
 
 class Payload:
-    """Unpickling it writes a file."""
+    """An object that writes a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -526,7 +532,10 @@ def test_a_planted_pickle_never_runs(tmp_path):
     "blob", [pickle.dumps(Payload(Path("code ran"))), b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b""]
 )
 def test_a_sealed_step_with_a_hostile_value_is_refused_in_bounded_memory_and_runs_nothing(tmp_path, monkeypatch, blob):
-    """The seal finds damage, not an attacker: whoever can write here can seal. What they write is still only data."""
+    """The seal finds damage, not attackers: write access is enough for a valid seal.
+
+    A hostile step is still only data.
+    """
     monkeypatch.chdir(tmp_path)
     store = CheckpointStore(tmp_path / "store")
     path = store.save(10, {"a": 1}, {"b": 2})
@@ -563,7 +572,9 @@ def test_dcp_casts_to_the_type_of_the_target_and_we_refuse(tmp_path):
     assert target["w"].item() == 1
 
     CheckpointStore(tmp_path / "ours").save(1, {"w": torch.tensor([1.0001])})
-    with pytest.raises(CheckpointError, match=r"w is torch\.float32 \[1\] and torch\.bfloat16 \[1\]"):
+    with pytest.raises(
+        CheckpointError, match=r"w is torch\.float32 \[1\] in the step and torch\.bfloat16 \[1\] in the state"
+    ):
         CheckpointStore(tmp_path / "ours").load(1, target)
 
 

@@ -1,4 +1,4 @@
-"""A manifest is believed whole or not at all: damaged, inconsistent and hostile ones are refused before a file is read."""
+"""A damaged, inconsistent or hostile manifest is refused before any file is read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def manifest() -> Manifest:
 
 
 def seal(body: bytes) -> bytes:
-    """What an attacker does who knows the format: any body with its right digest."""
+    """Return any body with a matching digest, as an attacker would."""
     return b'{"sha256":"%s","manifest":%s}' % (hashlib.sha256(body).hexdigest().encode(), body)
 
 
@@ -126,10 +126,19 @@ HOSTILE = {
     "a chunk twice": (lambda m: m["tensors"]["w"]["chunks"].append(first_chunk(m)), "elements"),
     "a missing chunk": (lambda m: m["tensors"]["w"]["chunks"].pop(), "elements"),
     "overlapping chunks": (lambda m: first_chunk(m).update(offsets=[0, 1]), "overlap"),
-    "a span past the end": (lambda m: first_chunk(m)["span"].update(begin=120, end=152), "behind its file"),
-    "a span backwards": (lambda m: m["plain"]["step"].update(begin=1, end=0), "lies in no file"),
-    "a span of a file that is not listed": (lambda m: m["plain"]["step"].update(file="rank00001.values"), "no file"),
-    "a tensor in a values file": (lambda m: m["plain"]["step"].update(file="rank00000.safetensors"), "no file"),
+    "a span past the end": (
+        lambda m: first_chunk(m)["span"].update(begin=120, end=152),
+        "after the 136 bytes of the file",
+    ),
+    "a span backwards": (lambda m: m["plain"]["step"].update(begin=1, end=0), "lies in no .values file"),
+    "a span of a file that is not listed": (
+        lambda m: m["plain"]["step"].update(file="rank00001.values"),
+        "in no .values file",
+    ),
+    "a tensor in a values file": (
+        lambda m: m["plain"]["step"].update(file="rank00000.safetensors"),
+        "in no .values file",
+    ),
     "two values in the same bytes": (lambda m: m["plain"]["step"].update(end=2), "overlaps"),
     "nothing about it": (lambda m: m.pop("about"), "about"),
     "an unknown field about it": (lambda m: m["about"].update(code=1), "unknown field"),
@@ -174,7 +183,7 @@ def test_nesting_of_any_depth_is_refused_without_exhausting_the_stack():
 
 
 def comb(teeth: int) -> Tensor:
-    """Strips along one dimension over strips along the other: whichever is swept, half of them are open at once."""
+    """Strips along one dimension over strips along the other: any sweep has half open at once."""
     boxes = [((0, i), (teeth, 1)) for i in range(teeth)] + [((teeth + i, 0), (1, teeth)) for i in range(teeth)]
     spans = [Span("rank00000.safetensors", 4 * teeth * n, 4 * teeth * (n + 1)) for n in range(2 * teeth)]
     chunks = [Chunk(offsets, sizes, span) for (offsets, sizes), span in zip(boxes, spans, strict=True)]
@@ -182,7 +191,7 @@ def comb(teeth: int) -> Tensor:
 
 
 def test_a_hundred_thousand_chunks_that_share_every_line_are_checked_in_linear_time():
-    """By pairs these would be billions of comparisons: hours."""
+    """A check of all pairs would take hours."""
     tensor = comb(50_000)
     found = tiled(tensor.shape, tensor.chunks)
     found.check()
@@ -197,13 +206,13 @@ def test_a_tensor_cut_along_many_dimensions_is_refused_before_its_corners_are_co
         tiled((2,) * 60, [Chunk((0,) * 60, (1,) * 60, Span("rank00000.safetensors", 0, 4))]).check()
     corners = enumerate(itertools.product((0, 1), repeat=9))
     chunks = [Chunk(step_files, (1,) * 9, Span("rank00000.safetensors", 4 * n, 4 * n + 4)) for n, step_files in corners]
-    with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; 8 are the most"):
+    with pytest.raises(CorruptCheckpoint, match="cut along 9 dimensions; at most 8 are allowed"):
         tiled((2,) * 9, chunks).check()
 
 
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Chunk]]:
-    """A shape and the chunks of a grid laid over it, some of them empty, in any order."""
+    """A shape and the chunks of a grid over the shape, in any order, with some empty chunks."""
     shape = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
     cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=3))}) for n in shape]
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]

@@ -1,4 +1,4 @@
-"""The trainer's model and AdamW, saved on any topology, are on any other what they were, to the bit."""
+"""The trainer's model and AdamW load to the bit under any change of topology."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from checkpoints import CheckpointStore
 from trainer.checkpointing.snapshot import _tensors
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.config import LlamaConfig
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import parallelize
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 COUNT = int(os.environ.get("SFTSTREAM_TOPOLOGIES") or 6)
-"""Topologies that are drawn."""
+"""Number of random topologies."""
 TOPOLOGIES = [(dp, tp) for dp in (1, 2, 3) for tp in (1, 2)]
 
 
 def trained(seed: int, dp: int, tp: int, config: LlamaConfig) -> tuple[Llama, torch.optim.Optimizer]:
-    """Two steps along gradients that are like the weights."""
+    """Return model and optimizer after two steps with gradients similar to the weights."""
     with torch.device("meta"):
         model = Llama(config)
     parallelize(model, init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), capacity=16)
@@ -50,7 +52,7 @@ def save(rank: int, root: Path, dp: int, tp: int, config: LlamaConfig) -> Any:
 
 
 def load_all(rank: int, roots: list[Path], dp: int, tp: int, config: LlamaConfig) -> list[Any]:
-    """The state after each root was loaded over another one."""
+    """Return the state after loading each root over another state."""
     return [load(root, *trained(1, dp, tp, config)) for root in roots]
 
 

@@ -1,4 +1,4 @@
-"""No token attends across a segment's border, at the cost of the segments and not of the pack."""
+"""Attention kernels: segments isolated, equal to the definition, unsupported input refused."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.llama import attention
-from trainer.llama.attention import attend, repeat_heads
+from trainer.llama.attention import KERNELS, attend, repeat_heads
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -23,15 +23,15 @@ def heads(tokens: int, query: int, key: int, size: int, **kind: Any) -> tuple[Te
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    seen = (owner[:, None] == owner[None]) & torch.ones(len(owner), len(owner)).tril().bool()
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = (segment[:, None] == segment[None]) & torch.ones(len(segment), len(segment)).tril().bool()
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
 @pytest.mark.parametrize(("query", "key", "size"), [(4, 4, 8), (6, 2, 8), (4, 1, 6), (1, 1, 2)])
-def test_attention_and_its_gradients_are_those_of_the_definition(query: int, key: int, size: int) -> None:
+def test_outputs_and_gradients_equal_the_definition_of_attention(query: int, key: int, size: int) -> None:
     ours, expected = heads(24, query, key, size), heads(24, query, key, size)
     weight = torch.randn(24, query, size)
     out = attend(*ours, segments(*LENGTHS))
@@ -52,7 +52,7 @@ def test_a_segment_gets_no_gradient_from_another() -> None:
         assert not x.grad[20:].any()
 
 
-def test_a_pack_of_many_segments_makes_no_square_of_its_length() -> None:
+def test_many_segments_allocate_no_square_of_the_pack() -> None:
     class Largest(TorchDispatchMode):
         elements = 0
 
@@ -73,13 +73,15 @@ def test_a_pack_of_many_segments_makes_no_square_of_its_length() -> None:
     ("device", "dtype", "size", "message"),
     [
         ("meta", torch.float32, 8, "kernels for cpu and cuda, not for meta"),
-        ("cpu", torch.float16, 8, "CPU computes in float32, float64, bfloat16, not in torch.float16"),
-        ("cuda", torch.float32, 8, "GPU computes in bfloat16, float16, not in torch.float32"),
-        ("cuda", torch.bfloat16, 12, "multiple of 8 up to 256, not 12"),
-        ("cuda", torch.bfloat16, 264, "multiple of 8 up to 256, not 264"),
+        ("cpu", torch.float16, 8, "attention on cpu computes in float32, float64, bfloat16, not in float16"),
+        ("cuda", torch.float32, 8, "attention on cuda computes in bfloat16, float16, not in float32"),
+        ("cuda", torch.bfloat16, 12, "head sizes 8, 16, ..., 256, not 12"),
+        ("cuda", torch.bfloat16, 264, "head sizes 8, 16, ..., 256, not 264"),
     ],
 )
-def test_what_no_kernel_isolates_is_refused(device: str, dtype: torch.dtype, size: int, message: str) -> None:
+def test_a_device_dtype_or_head_size_without_a_kernel_is_refused(
+    device: str, dtype: torch.dtype, size: int, message: str
+) -> None:
     with FakeTensorMode():
         q, k, v = (torch.empty(24, 2, size, device=device, dtype=dtype) for _ in range(3))
         with pytest.raises(ValueError, match=message):
@@ -87,16 +89,17 @@ def test_what_no_kernel_isolates_is_refused(device: str, dtype: torch.dtype, siz
 
 
 @pytest.mark.parametrize("takes_groups", [True, False])
-def test_on_a_gpu_grouped_heads_reach_the_kernel_whether_it_groups_or_not(
+def test_grouped_heads_reach_torch_varlen_with_or_without_grouping(
     takes_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *borders: Any, window_size: tuple[int, int], **options: bool) -> Tensor:
-        seen.append((tuple(k.shape), borders[2:], window_size, options))
+        calls.append((tuple(k.shape), borders[2:], window_size, options))
         return q
 
-    monkeypatch.setattr(attention, "_HAS_FLASH_ATTN", False)
+    varlen = KERNELS["cuda"]._replace(run=attention._torch_varlen)
+    monkeypatch.setitem(KERNELS, "cuda", varlen)
     monkeypatch.setattr(attention, "_VARLEN_TAKES_GROUPS", takes_groups)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     with FakeTensorMode():
@@ -104,10 +107,10 @@ def test_on_a_gpu_grouped_heads_reach_the_kernel_whether_it_groups_or_not(
         k = torch.empty(24, 2, 8, device="cuda", dtype=torch.bfloat16)
         assert attend(q, k, k, segments(*LENGTHS)).shape == q.shape
     expected = ((24, 2, 8), {"enable_gqa": True}) if takes_groups else ((24, 4, 8), {})
-    assert seen == [(expected[0], (12, 12), (-1, 0), expected[1])]
+    assert calls == [(expected[0], (12, 12), (-1, 0), expected[1])]
 
 
-def test_a_repeated_head_stands_where_its_queries_look_for_it() -> None:
+def test_repeated_heads_give_the_bits_of_grouped_heads() -> None:
     q, k, v = heads(24, 6, 2, 8)
     grouped = attend(q, k, v, segments(*LENGTHS))
     assert torch.equal(repeat_heads(k, q), k.repeat_interleave(3, dim=1))

@@ -1,18 +1,20 @@
-"""Recomputed activations change no bit; compiled code is compiled once, however packs are divided."""
+"""Recomputation changes no bit; compilation happens once for all divisions of a pack."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from tiny_llama import CONFIG, Row, built, gradients, loss_of, row
+from tiny_llama import CONFIG, PackTensors, built, gradients, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh
 from trainer.llama.blocks import Recompute, prepare_blocks
-from trainer.llama.model import Llama, init_weights, local
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
+from trainer.llama.sharding import local
 
 PACK = (9, 14, 9)
 
@@ -31,37 +33,35 @@ def outcome(model: Llama) -> Outcome:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of(model, row(*PACK))
+        loss = loss_of(model, pack_of(*PACK))
     loss.backward()
     return Outcome(gradients(model), sum(stored.values()))
 
 
 @pytest.mark.parametrize(("recompute", "less"), [("selective", "none"), ("full", "selective")])
-def test_activations_that_are_computed_twice_take_less_memory_and_change_no_bit(
-    recompute: Recompute, less: Recompute
-) -> None:
-    found, stored = {}, {}
-    for way in (recompute, less):
+def test_recomputation_stores_less_and_changes_no_bit(recompute: Recompute, less: Recompute) -> None:
+    grads, stored = {}, {}
+    for mode in (recompute, less):
         model = built(CONFIG)
-        prepare_blocks(model, recompute=way, compiled=False)
-        found[way], stored[way] = outcome(model)
+        prepare_blocks(model, recompute=mode, compiled=False)
+        grads[mode], stored[mode] = outcome(model)
     assert stored[recompute] < 0.8 * stored[less]
-    assert all(torch.equal(found[recompute][name], found[less][name]) for name in found[less])
+    assert all(torch.equal(grads[recompute][name], grads[less][name]) for name in grads[less])
 
 
-def many_divisions() -> list[Row]:
-    """50 packs of 32 tokens, of 1 to 32 conversations."""
+def many_divisions() -> list[PackTensors]:
+    """Return 50 packs of 32 tokens, with 1 to 32 conversations."""
     draw = torch.Generator().manual_seed(0)
     packs = []
     for seed in range(50):
         cuts = torch.randperm(31, generator=draw)[: int(torch.randint(32, (1,), generator=draw))]
         borders = torch.cat((torch.tensor([0]), (cuts + 1).sort().values, torch.tensor([32])))
-        packs.append(row(*borders.diff().tolist(), seed=seed))
+        packs.append(pack_of(*borders.diff().tolist(), seed=seed))
     return packs
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_layers_compute_the_same_and_are_never_compiled_again(recompute: Recompute) -> None:
+def test_compiled_blocks_stay_near_plain_blocks_and_compile_only_once(recompute: Recompute) -> None:
     torch._dynamo.reset()
     model, plain = built(CONFIG), built(CONFIG)
     prepare_blocks(model, recompute=recompute, compiled=True)
@@ -91,17 +91,17 @@ def compiled_on_a_rank(rank: int, tp: int) -> dict[str, Tensor]:
         model = build(CONFIG, mesh, torch.device("cpu"), capacity=32)
         init_weights(model, 0)
         prepare_blocks(model, recompute="none", compiled=compiled)
-        loss_of(model, row(*PACK)).backward()
+        loss_of(model, pack_of(*PACK)).backward()
         if compiled:
             with torch._dynamo.config.patch(error_on_recompile=True):
-                loss_of(model, row(1, 31)).backward()
-                loss_of(model, row(*[4] * 8)).backward()
+                loss_of(model, pack_of(1, 31)).backward()
+                loss_of(model, pack_of(*[4] * 8)).backward()
             model.zero_grad()
-            loss_of(model, row(*PACK)).backward()
+            loss_of(model, pack_of(*PACK)).backward()
         found.append({name: local(p.grad) for name, p in model.named_parameters()})
     assert_near(found[1], found[0])
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_layers_that_are_spread_over_ranks_are_compiled_once_as_well(tp: int) -> None:
+def test_blocks_spread_over_ranks_compile_only_once(tp: int) -> None:
     run_ranks(2, compiled_on_a_rank, tp, timeout=300)

@@ -1,4 +1,4 @@
-"""An export is whole or not there, and has all that a user of the model needs."""
+"""An export is complete or absent, and holds all files that a user of the model needs."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_llama import CONFIG, TIED, built, exported
+from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, built, exported
 
-from trainer.llama import export as module
+from checkpoints import RECIPE, CheckpointStore
 from trainer.llama.export import export
-from trainer.llama.model import Llama
+from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.recipe import MODEL, recipe
 from trainer.llama.weights import load_weights
 
 
@@ -46,22 +47,25 @@ def test_without_a_tokenizer_no_token_ends_a_generation(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """What a kill leaves behind, without ending the test."""
+    """The end of a process; no code of the export handles this exception."""
 
 
+@pytest.mark.parametrize("number", range(4))
 def test_an_export_killed_before_its_end_leaves_the_last_one_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     out = exported(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    left = iter(range(number, -1, -1))
 
     def kill(_: int) -> None:
-        raise Killed
+        if next(left) == 0:
+            raise Killed
 
     changed = built(CONFIG)
     changed.norm.weight.data.fill_(2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", kill)
+        patch.setattr("os.fsync", kill)  # Of two JSON files, the weights, and their directory.
         with pytest.raises(Killed):
             export(changed, CONFIG, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -69,6 +73,30 @@ def test_an_export_killed_before_its_end_leaves_the_last_one_whole(
     export(changed, CONFIG, out)
     assert load_file(out / "model.safetensors")["model.norm.weight"].eq(2).all()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED, QWEN2, QWEN3], ids=["untied", "tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_export_of_a_checkpoint_is_the_export_of_its_model_byte_by_byte(
+    config: LlamaConfig, dtype: torch.dtype, tmp_path: Path, tokenizer: str
+) -> None:
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    config = msgspec.structs.replace(config, vocab_size=len(words))
+    model = built(config).to(dtype)
+    store = CheckpointStore(tmp_path / "checkpoints")
+    steps = recipe(config, dtype, words, stop_token_ids=[5])
+    store.save(1, {MODEL: dict(model.named_parameters())}, {RECIPE: steps.builtins()})
+    for file_bytes, files in ((20_000, 2), (10**9, 1)):
+        ours, theirs = tmp_path / f"ours{files}", tmp_path / f"theirs{files}"
+        export(model, config, ours, words, stop_token_ids=[5], file_bytes=file_bytes)
+        store.export(1, theirs, file_bytes=file_bytes)
+        assert len(list(ours.glob("*.safetensors"))) >= files
+        assert (ours / "model.safetensors.index.json").exists() == (files > 1)
+        assert contents(theirs) == contents(ours)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_a_directory_of_other_files_is_not_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `config.json` says becomes a shape, in either layout of transformers, or is refused by name."""
+"""`config.json` of transformers 4 and 5 becomes a LlamaConfig; unsupported keys are refused."""
 
 import json
 import os
@@ -14,8 +14,9 @@ import transformers
 from tiny_llama import LLAMA3
 
 from trainer.llama import hf_config
+from trainer.llama.config import LinearScaling, Llama3Scaling
 from trainer.llama.hf_config import find_model, read_config
-from trainer.llama.model import LinearScaling, Llama, Llama3Scaling
+from trainer.llama.model import Llama
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +35,7 @@ def written(directory: Path, **keys: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
-def test_what_a_config_leaves_out_means_what_it_means_to_transformers(kind: str, tmp_path: Path) -> None:
+def test_missing_keys_get_the_defaults_of_transformers(kind: str, tmp_path: Path) -> None:
     public = {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -67,7 +68,7 @@ def test_llama3_scaling_is_read_in_the_older_and_the_newer_spelling(keys: dict[s
     )
 
 
-def test_linear_scaling_is_read_by_its_older_name(tmp_path: Path) -> None:
+def test_linear_scaling_is_read_in_the_older_spelling(tmp_path: Path) -> None:
     config = read_config(written(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}))
     assert config.rope_scaling == LinearScaling(factor=2.0)
 
@@ -79,55 +80,64 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', of which only llama, mistral, qwen2, qwen3 are supported"),
-        ({"model_type": None}, "model_type is None"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported: choose a model of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type None is not supported"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures is .*, but only .'LlamaForCausalLM'. is supported: choose another model",
+        ),
         (MISTRAL | {"sliding_window": 4096}, "sliding_window is 4096, .* set it to null if no conversation is longer"),
         (MISTRAL, "sliding_window is 4096"),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_window is 64"),
-        ({"logit_scale": 0.5}, "logit_scale: not known of a llama; remove it if no number of the model depends on it"),
-        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map: not known of a llama"),
+        (
+            {"logit_scale": 0.5},
+            "unknown keys for model_type llama: logit_scale; remove the keys if the model computes the same",
+        ),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "unknown keys for model_type llama: auto_map"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', of which only default, linear"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config is .*: train from the weights before quantization",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', but only default, linear"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "twist": 1}}, "twist"),
-        ({"rope_scaling": {"factor": 4.0}}, "factor: not known of rope_type 'default'; name the rope_type that has it"),
+        ({"rope_scaling": {"factor": 4.0}}, "unknown keys for rope_type 'default': factor; set the rope_type"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
-            "full_attention: not known of rope_type 'default'",
+            "unknown keys for rope_type 'default': full_attention",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys in .*low_freq_factor"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_attention_heads": 7}, "hidden.size .*32.* multiple of"),
     ],
 )
-def test_a_setting_that_is_not_supported_is_refused_by_name(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_unsupported_setting_is_refused_by_name(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_config(written(tmp_path, **keys))
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_the_type_of_weights_is_left_to_their_files(tmp_path: Path) -> None:
+def test_the_dtype_in_config_json_is_ignored(tmp_path: Path) -> None:
     plain = read_config(written(tmp_path))
     for keys in ({"torch_dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "of no library"}):
         assert read_config(written(tmp_path, **keys)) == plain
 
 
-def test_a_size_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_sizes_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64}))
     with pytest.raises(
-        ValueError, match="hidden_size, intermediate_size, num_hidden_layers, num_attention_heads must be"
+        ValueError, match="missing hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: add"
     ):
         read_config(tmp_path)
 
 
-def test_a_directory_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_readable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere is not a Hugging Face model: it has no config.json"):
         read_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("[]")
@@ -138,7 +148,7 @@ def test_a_directory_that_holds_no_model_is_refused(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-PUBLISHED = {  # what the published config.json of each says, in its own words
+PUBLISHED = {  # published config.json and number of parameters
     "Llama 2 7B": (
         '{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", '
         '"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096, '
@@ -196,7 +206,7 @@ PUBLISHED = {  # what the published config.json of each says, in its own words
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_configs_have_the_published_numbers_of_parameters(name: str, tmp_path: Path) -> None:
+def test_published_configs_give_the_published_parameter_counts(name: str, tmp_path: Path) -> None:
     text, parameters = PUBLISHED[name]
     (tmp_path / "config.json").write_text(text)
     with torch.device("meta"):
@@ -205,15 +215,15 @@ def test_the_published_configs_have_the_published_numbers_of_parameters(name: st
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_whatever_transformers_knows_of_an_architecture_is_read_or_checked_or_changes_no_number(kind: str) -> None:
+def test_every_config_key_of_transformers_is_read_or_checked_or_harmless(kind: str) -> None:
     generic = transformers.PreTrainedConfig().to_dict()
     harmless = {"use_cache", "pretraining_tp", "use_sliding_window", "max_window_layers", "layer_types"}
     harmless |= {"bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"}
-    known = generic.keys() | harmless | set(hf_config._READ) | hf_config._ONLY_SUPPORTED.keys()
+    known = generic.keys() | harmless | set(hf_config._FIELD_KEYS) | hf_config._ONLY_SUPPORTED.keys()
     assert set(transformers.AutoConfig.for_model(kind).to_dict()) <= known
 
 
-def test_a_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
+def test_a_model_name_is_found_in_the_hub_cache(tmp_path: Path) -> None:
     repository = tmp_path / "models--someone--tiny"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -227,8 +237,9 @@ def test_a_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["someone/unheard-of", "no where", "./nowhere"])
-def test_a_name_that_is_neither_here_nor_on_the_hub_is_named(name: str) -> None:
+def test_an_unknown_model_name_is_refused(name: str) -> None:
     with pytest.raises(
-        ValueError, match=re.escape(f"model {name!r} is no directory here, and the hub does not give it")
+        ValueError,
+        match=re.escape(f"model {name!r} is neither a local directory nor available from the Hugging Face hub"),
     ):
         find_model(name)

@@ -1,7 +1,10 @@
-"""The loss is the sum over trained tokens, and nothing else reaches it."""
+"""The loss is the cross-entropy summed over trained tokens only."""
 
 import pytest
 import torch
+from gloo_ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from trainer.llama.loss import summed_cross_entropy
@@ -17,7 +20,7 @@ def labels(*untrained: int, rows: int = 12, columns: int = 20) -> torch.Tensor:
     return drawn
 
 
-def test_two_tokens_by_hand() -> None:
+def test_two_tokens_give_the_loss_and_gradients_computed_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 3.0], [9.0, 9.0]], requires_grad=True)
     loss = summed_cross_entropy(logits, torch.tensor([0, 1, -100]))
     loss.backward()
@@ -27,8 +30,24 @@ def test_two_tokens_by_hand() -> None:
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-6)
 
 
+def worked_example(rank: int) -> tuple[float, list[float]]:
+    """Return the loss and the local gradient of the example in trainer/llama/loss.py."""
+    local = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[rank].log()[None].requires_grad_()
+    logits = DTensor.from_local(local, init_device_mesh("cpu", (2,)), [Shard(1)])
+    loss = summed_cross_entropy(logits, torch.tensor([2]))
+    loss.backward()
+    return loss.item(), local.grad[0].tolist()
+
+
+def test_two_ranks_compute_the_worked_example_of_a_split_vocabulary() -> None:
+    (first_loss, first_gradient), (second_loss, second_gradient) = run_ranks(2, worked_example)
+    assert first_loss == second_loss == pytest.approx(1.2040, abs=1e-4)  # ln 10/3
+    assert first_gradient == pytest.approx([0.1, 0.2])
+    assert second_gradient == pytest.approx([0.3 - 1, 0.4])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_those_of_torch_in_fp32(dtype: torch.dtype) -> None:
+def test_loss_and_gradient_equal_those_of_torch_in_fp32(dtype: torch.dtype) -> None:
     ours, theirs = (scores().detach().to(dtype).requires_grad_() for _ in range(2))
     loss = summed_cross_entropy(ours, labels(0, 3, 4))
     expected = F.cross_entropy(theirs.float(), labels(0, 3, 4), reduction="sum")
@@ -41,13 +60,13 @@ def test_loss_and_gradient_are_those_of_torch_in_fp32(dtype: torch.dtype) -> Non
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=rounding)
 
 
-def test_logits_of_untrained_tokens_change_no_bit() -> None:
+def test_logits_of_untrained_tokens_change_no_bit_of_the_loss() -> None:
     logits, changed = scores().detach(), scores().detach()
     changed[[0, 3]] += 100.0
     assert torch.equal(summed_cross_entropy(logits, labels(0, 3)), summed_cross_entropy(changed, labels(0, 3)))
 
 
-def test_without_a_trained_token_loss_and_gradients_are_exactly_zero() -> None:
+def test_loss_and_gradients_are_exactly_zero_without_a_trained_token() -> None:
     logits = scores()
     loss = summed_cross_entropy(logits, labels(*range(12)))
     loss.backward()
@@ -55,7 +74,7 @@ def test_without_a_trained_token_loss_and_gradients_are_exactly_zero() -> None:
     assert torch.equal(logits.grad, torch.zeros(12, 20))
 
 
-def test_without_a_row_the_loss_is_exactly_zero() -> None:
+def test_the_loss_is_exactly_zero_without_a_token() -> None:
     logits = torch.empty(0, 20, requires_grad=True)
     loss = summed_cross_entropy(logits, torch.empty(0, dtype=torch.int64))
     loss.backward()
@@ -71,7 +90,7 @@ def test_huge_logits_do_not_overflow() -> None:
     assert torch.equal(logits.grad, torch.tensor([[0.0, 0.0], [-1.0, 1.0]]))
 
 
-def test_the_logits_are_left_as_they_were() -> None:
+def test_the_logits_are_not_modified() -> None:
     logits = scores()
     before = logits.detach().clone()
     summed_cross_entropy(logits, labels(2)).backward()

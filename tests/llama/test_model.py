@@ -1,32 +1,35 @@
-"""The model is the public Llama, and a pack is its conversations one by one."""
+"""Logits and gradients equal those of transformers, and a pack equals its conversations alone."""
 
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from tiny_llama import CONFIG, FAMILIES, LLAMA3, TIED, built, gradients, loss_of, public_llama, row, segments
+from tiny_llama import CONFIG, FAMILIES, LLAMA3, TIED, built, gradients, loss_of, pack_of, public_llama, segments
 from torch.nn import functional as F
 
+from trainer.llama.config import LinearScaling, Llama3Scaling, LlamaConfig
 from trainer.llama.hf_config import read_config
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import LinearScaling, Llama, Llama3Scaling, LlamaConfig, init_weights, inverse_frequencies
+from trainer.llama.model import Llama
+from trainer.llama.rotary import inverse_frequencies
 from trainer.llama.weights import layout, load_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_loss_and_every_gradient_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_loss_and_every_gradient_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     theirs = public_llama(**FAMILIES[family])
     theirs.save_pretrained(tmp_path)
     ours = Llama(read_config(tmp_path))
     load_weights(ours, tmp_path)
-    one = row(41)
+    pack = pack_of(41)
 
-    expected = theirs(input_ids=one.input_ids[None]).logits[0]
-    expected_loss = F.cross_entropy(expected, one.labels, reduction="sum")
+    expected = theirs(input_ids=pack.input_ids[None]).logits[0]
+    expected_loss = F.cross_entropy(expected, pack.labels, reduction="sum")
     expected_loss.backward()
-    logits = ours(one.input_ids, one.position_ids, one.segments)
-    loss = summed_cross_entropy(logits, one.labels)
+    logits = ours(pack.input_ids, pack.position_ids, pack.segments)
+    loss = summed_cross_entropy(logits, pack.labels)
     loss.backward()
 
     # Measured: below 3e-6 of the largest value, the rounding of sums in another order.
@@ -48,9 +51,9 @@ def test_frequencies_have_the_bits_of_transformers(scaling: dict[str, object] | 
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED])
-def test_a_packed_row_is_its_conversations_one_by_one(config: LlamaConfig) -> None:
+def test_a_pack_gives_the_logits_and_gradients_of_its_conversations_one_by_one(config: LlamaConfig) -> None:
     lengths = (9, 1, 14, 8)
-    packed = row(*lengths)
+    packed = pack_of(*lengths)
     together, alone = built(config), built(config)
 
     logits = together(packed.input_ids, packed.position_ids, packed.segments)
@@ -67,8 +70,8 @@ def test_a_packed_row_is_its_conversations_one_by_one(config: LlamaConfig) -> No
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=2e-6 * scale, msg=name)
 
 
-def test_what_a_conversation_says_changes_no_bit_of_another_in_the_pack() -> None:
-    model, packed = built(CONFIG), row(9, 14, 9)
+def test_a_conversation_changes_no_bit_of_another_in_the_pack() -> None:
+    model, packed = built(CONFIG), pack_of(9, 14, 9)
     changed = packed.input_ids.clone()
     changed[9:23] = (changed[9:23] + 1) % CONFIG.vocab_size
     before = model(packed.input_ids, packed.position_ids, packed.segments)
@@ -79,7 +82,7 @@ def test_what_a_conversation_says_changes_no_bit_of_another_in_the_pack() -> Non
 
 
 def test_a_later_token_changes_no_bit_of_an_earlier_logit() -> None:
-    model, packed = built(CONFIG), row(16)
+    model, packed = built(CONFIG), pack_of(16)
     changed = packed.input_ids.clone()
     changed[11] = (changed[11] + 1) % CONFIG.vocab_size
     before = model(packed.input_ids, packed.position_ids, packed.segments)
@@ -88,8 +91,8 @@ def test_a_later_token_changes_no_bit_of_an_earlier_logit() -> None:
     assert not torch.equal(before[11:], after[11:])
 
 
-def test_positions_are_those_given_and_only_their_distances_count() -> None:
-    model, packed = built(CONFIG), row(9, 14)
+def test_logits_depend_only_on_distances_between_the_given_positions() -> None:
+    model, packed = built(CONFIG), pack_of(9, 14)
     logits, moved, stretched = (
         model(packed.input_ids, positions, packed.segments)
         for positions in (packed.position_ids, packed.position_ids + 3, packed.position_ids * 3)
@@ -98,8 +101,8 @@ def test_positions_are_those_given_and_only_their_distances_count() -> None:
     assert (stretched - logits).abs().amax(1)[[2, 8, 12, 22]].gt(1e-2).all()
 
 
-def test_logits_of_some_positions_give_the_loss_and_gradients_of_all() -> None:
-    packed = row(9, 14, 9)
+def test_trained_positions_alone_give_the_loss_and_gradients_of_all_positions() -> None:
+    packed = pack_of(9, 14, 9)
     everywhere, trained_only = built(TIED), built(TIED)
     loss = loss_of(everywhere, packed)
     loss.backward()
@@ -115,7 +118,7 @@ def test_logits_of_some_positions_give_the_loss_and_gradients_of_all() -> None:
 
 
 def test_a_pack_without_trained_positions_still_gives_every_parameter_a_zero_gradient() -> None:
-    model, packed = built(CONFIG), row(9, 14, 9)
+    model, packed = built(CONFIG), pack_of(9, 14, 9)
     none = torch.empty(0, dtype=torch.int64)
     logits = model(packed.input_ids, packed.position_ids, packed.segments, none)
     loss = summed_cross_entropy(logits, none)
@@ -130,7 +133,7 @@ def test_two_deterministic_runs_have_the_same_bits() -> None:
         runs = []
         for _ in range(2):
             model = built(TIED)
-            loss = loss_of(model, row(9, 14, 9))
+            loss = loss_of(model, pack_of(9, 14, 9))
             loss.backward()
             runs.append([loss.detach(), *gradients(model).values()])
     finally:
@@ -154,7 +157,7 @@ def test_a_model_made_without_memory_gets_the_same_bits() -> None:
     model.to_empty(device="cpu")
     model.tie()
     init_weights(model, 0)
-    expected, packed = built(TIED), row(9, 14, 9)
+    expected, packed = built(TIED), pack_of(9, 14, 9)
     assert torch.equal(loss_of(model, packed), loss_of(expected, packed))
     assert model.head.weight is model.embedding.weight
 
@@ -177,12 +180,12 @@ def test_a_cast_of_the_model_leaves_the_positions_exact() -> None:
         ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0, rms_norm_eps 1e-05 between 0 and 1"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(change: dict[str, float], message: str) -> None:
+def test_an_impossible_size_is_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         msgspec.structs.replace(CONFIG, **change)
 
 
-def test_a_scaling_that_cannot_be_is_refused() -> None:
+def test_an_impossible_scaling_is_refused() -> None:
     with pytest.raises(ValueError, match="low_freq_factor < high_freq_factor"):
         Llama3Scaling(factor=8, low_freq_factor=4, high_freq_factor=1, original_max_position_embeddings=8192)
     with pytest.raises(ValueError, match=r"factor >= 1, not 0\.5"):

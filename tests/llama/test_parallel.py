@@ -1,10 +1,11 @@
-"""A model spread over ranks is the model on one: the same first bits, and the same numbers to the rounding of sums."""
+"""A model spread over ranks starts with the bits of one process and computes equal numbers."""
 
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from gloo_ranks import run_ranks
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, Row, row
+from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, PackTensors, pack_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -21,10 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftstream import IGNORE_INDEX
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.attention import Segments
+from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build, check_divisible, parallelize
+from trainer.llama.sharding import window
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY as PARITY_CAPACITY
 from trainer.parity import random_pack
@@ -33,7 +37,7 @@ from trainer.training.step import accumulate_gradients
 
 CPU = torch.device("cpu")
 CAPACITY = 24
-# Sums in another order. Measured: up to 1.3e-6 of a parameter's largest gradient.
+# Sums run in another order. Measured: up to 1.3e-6 of a parameter's largest gradient.
 TOLERANCE = 1e-5
 
 
@@ -57,7 +61,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 class Outcome(NamedTuple):
-    """What a topology computed, whole tensors, by parameter."""
+    """Results of one topology: full tensors by parameter."""
 
     initial: Arrays
     loss: float
@@ -68,9 +72,9 @@ class Outcome(NamedTuple):
     stepped: Arrays
 
 
-def packs(count: int) -> list[Row]:
-    """A global batch; its last pack has no trained token, as those of a stream that has run dry."""
-    made = [row(9, 4, 11, seed=n) for n in range(count)]
+def packs(count: int) -> list[PackTensors]:
+    """Return a global batch; the last pack has no trained token, as at the end of a stream."""
+    made = [pack_of(9, 4, 11, seed=n) for n in range(count)]
     made[-1] = made[-1]._replace(labels=torch.full((CAPACITY,), IGNORE_INDEX))
     return made
 
@@ -80,22 +84,22 @@ def whole(tensors: dict[str, torch.Tensor]) -> Arrays:
     return {name: t.detach().float().numpy().copy() for name, t in full.items()}
 
 
-def backward(model: Llama, mine: list[Row], *, trained_only: bool = False) -> float:
-    """The gradients of the global batch on this rank, and its own part of the loss."""
+def backward(model: Llama, mine: list[PackTensors], *, trained_only: bool = False) -> float:
+    """Set the gradients of the global batch, and return the loss of the packs of this rank."""
     model.zero_grad()
     total = 0.0
-    for number, one in enumerate(mine, 1):
+    for number, pack in enumerate(mine, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(number == len(mine))
-        positions = torch.nonzero(one.labels != IGNORE_INDEX).flatten() if trained_only else None
-        labels = one.labels[positions] if trained_only else one.labels
-        loss = summed_cross_entropy(model(one.input_ids, one.position_ids, one.segments, positions), labels)
+        positions = torch.nonzero(pack.labels != IGNORE_INDEX).flatten() if trained_only else None
+        labels = pack.labels[positions] if trained_only else pack.labels
+        loss = summed_cross_entropy(model(pack.input_ids, pack.position_ids, pack.segments, positions), labels)
         loss.backward()
         total += loss.item()
     return total
 
 
-def compute(model: Llama, mine: list[Row]) -> Outcome:
+def compute(model: Llama, mine: list[PackTensors]) -> Outcome:
     initial = whole(dict(model.named_parameters()))
     backward(model, mine, trained_only=True)
     clip_by_global_norm(model.parameters(), None)
@@ -110,7 +114,7 @@ def compute(model: Llama, mine: list[Row]) -> Outcome:
 
 
 def on_a_rank(rank: int, cases: list[Case]) -> list[Outcome]:
-    return [spread(*case) for case in cases]  # one group for all its topologies: starting ranks is what takes time
+    return [spread(*case) for case in cases]  # one process group for all cases: starting ranks takes most of the time
 
 
 def spread(dp: int, tp: int, config: LlamaConfig, replicas: int) -> Outcome:
@@ -130,9 +134,29 @@ def alone(dp: int, config: LlamaConfig) -> Outcome:
     return compute(model, packs(2 * dp))
 
 
+def qkv_rows(rank: int) -> tuple[tuple[int, int], slice]:
+    """Return the rows of a fused matrix on this rank, by (dp, tp): the example in parallel.py."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    config = msgspec.structs.replace(CONFIG, num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+    with torch.device("meta"):
+        model = parallelize(Llama(config), mesh, capacity=CAPACITY)
+    rows, columns = window(model.get_parameter("blocks.0.attention.qkv.weight"))
+    assert columns == slice(0, config.hidden_size)
+    return (mesh["dp"].get_local_rank(), mesh["tp"].get_local_rank()), rows
+
+
+def test_four_ranks_hold_the_rows_of_the_worked_example() -> None:
+    assert dict(run_ranks(4, qkv_rows)) == {
+        (0, 0): slice(0, 4),
+        (1, 0): slice(4, 8),
+        (0, 1): slice(8, 12),
+        (1, 1): slice(12, 16),
+    }
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Case, list[Outcome]]:
-    """Of each case, what every rank computed."""
+    """Outcome of every rank, by case."""
     by_case: dict[Case, list[Outcome]] = {}
     for size in (2, 3, 4):
         cases = [case for case in CASES if case.dp * case.tp == size]
@@ -164,13 +188,13 @@ def test_every_topology_has_the_loss_and_gradients_of_one_process(both: tuple[li
         assert_near(rank.gradients, expected.gradients)
 
 
-def test_every_topology_gets_them_from_trained_positions_alone(both: tuple[list[Outcome], Outcome]) -> None:
+def test_every_topology_gets_the_gradients_from_trained_positions_alone(both: tuple[list[Outcome], Outcome]) -> None:
     ranks, expected = both
     for rank in ranks:
         assert_near(rank.trained_only, expected.gradients)
 
 
-def test_every_rank_knows_the_norm_of_the_whole_gradient_and_cuts_to_it(both: tuple[list[Outcome], Outcome]) -> None:
+def test_every_rank_clips_to_the_norm_of_the_full_gradient(both: tuple[list[Outcome], Outcome]) -> None:
     ranks, expected = both
     assert len({rank.norm for rank in ranks}) == 1
     for rank in ranks:
@@ -178,10 +202,10 @@ def test_every_rank_knows_the_norm_of_the_whole_gradient_and_cuts_to_it(both: tu
         assert_near(rank.clipped, expected.clipped)
 
 
-def test_an_optimizer_step_moves_every_topology_alike(both: tuple[list[Outcome], Outcome]) -> None:
+def test_an_optimizer_step_gives_every_topology_the_weights_of_one_process(both: tuple[list[Outcome], Outcome]) -> None:
     ranks, expected = both
     for rank in ranks:
-        # A step is 0.01. Adam divides by the gradient's size, so that a small one's rounding shows.
+        # A step is 0.01. Adam divides by the size of the gradient, so rounding shows.
         for name, array in expected.stepped.items():
             np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=5e-5, err_msg=name)
 
@@ -230,24 +254,24 @@ def projected(rank: int) -> None:
     init_weights(model, 0)
     rows: list[tuple[int, ...]] = []
     model.head.register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape)))
-    one = packs(2)[0]
-    trained = torch.nonzero(one.labels != IGNORE_INDEX).flatten()
+    pack = packs(2)[0]
+    trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
     assert 0 < len(trained) < CAPACITY
-    logits = model(one.input_ids, one.position_ids, one.segments, trained)
+    logits = model(pack.input_ids, pack.position_ids, pack.segments, trained)
     assert rows == [(len(trained), TIED.hidden_size)]
     assert logits.to_local().shape == (len(trained), TIED.vocab_size // 2)
     leaf = logits.detach().requires_grad_()
     with Operations() as seen:
-        summed_cross_entropy(leaf, one.labels[trained]).backward()
+        summed_cross_entropy(leaf, pack.labels[trained]).backward()
     assert {name: count for name, count in seen.counts.items() if "all" in name} == {"allreduce_": 2}
 
 
-def test_the_vocabulary_projection_sees_trained_positions_only_and_its_logits_are_never_gathered() -> None:
+def test_only_trained_positions_are_projected_and_logits_are_never_gathered() -> None:
     run_ranks(2, projected)
 
 
 class Operations(TorchDispatchMode):
-    """Counts what runs, by name."""
+    """Counts of the operations run, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,11 +286,11 @@ class Traffic(NamedTuple):
     gathers: int
     scatters: int
     reduces: int
-    """Between replicas, and one of the loss."""
+    """All-reduces: gradients between replicas, and the loss."""
 
 
 def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
-    """The collectives of a step of three packs a rank, and its gradients."""
+    """Return the collectives and the gradients of a step of three packs per rank."""
     topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
     model = build(
         CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshard_after_forward
@@ -283,7 +307,7 @@ def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        # Weights come in three groups: two layers, and both ends together.
+        # FSDP2 has three groups of weights: two layers, and the embedding with norm and head.
         ({}, Traffic(3 * (3 + 2), 3, 1)),
         ({"reshard_after_forward": False}, Traffic(3, 3, 1)),
         ({"reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 1)),
@@ -293,9 +317,7 @@ def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
     ],
     ids=str,
 )
-def test_weights_and_gradients_travel_no_oftener_than_the_policy_says(
-    settings: dict[str, Any], expected: Traffic
-) -> None:
+def test_a_step_runs_exactly_the_collectives_of_the_policy(settings: dict[str, Any], expected: Traffic) -> None:
     parallel = ParallelConfig(**settings)
     ranks = run_ranks(2 * parallel.replicas, traffic, parallel)
     assert {seen for seen, _ in ranks} == {expected}
@@ -303,9 +325,9 @@ def test_weights_and_gradients_travel_no_oftener_than_the_policy_says(
     model = Llama(CONFIG)
     init_weights(model, 0)
     for n in range(3 * len(ranks)):
-        one = random_pack(CONFIG.vocab_size, n)
-        segments = Segments(one.cu_seqlens, one.max_seqlen)
-        (summed_cross_entropy(model(one.input_ids, one.position_ids, segments), one.labels) / 99).backward()
+        pack = random_pack(CONFIG.vocab_size, n)
+        segments = Segments(pack.cu_seqlens, pack.max_seqlen)
+        (summed_cross_entropy(model(pack.input_ids, pack.position_ids, segments), pack.labels) / 99).backward()
     assert_near(gradients, whole({name: p.grad for name, p in model.named_parameters()}))
 
 
@@ -319,7 +341,7 @@ def through_files(rank: int, directory: str, out: str) -> None:
     export(model, TIED, out)
 
 
-def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
+def test_weights_loaded_and_exported_by_four_ranks_keep_their_bits() -> None:
     with tempfile.TemporaryDirectory() as root:
         model = Llama(TIED)
         init_weights(model, 0)
@@ -342,6 +364,6 @@ def test_weights_go_into_four_ranks_and_out_again_with_the_same_bits() -> None:
         (8, 24, r"tp 8 does not divide num_key_value_heads 4: choose a tp of \[1, 2, 4\]"),
     ],
 )
-def test_a_size_that_cannot_be_split_is_refused(tp: int, capacity: int, message: str) -> None:
+def test_a_size_not_divisible_by_tp_is_refused(tp: int, capacity: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_divisible(CONFIG, capacity, tp)

@@ -1,4 +1,4 @@
-"""A model packed, spread and trained as here is the model of transformers, conversation by conversation."""
+"""A packed and spread model equals transformers' model, conversation by conversation."""
 
 import math
 import subprocess
@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.distributed.mesh import Topology
 from trainer.llama.hf_config import read_config
-from trainer.llama.model import local
 from trainer.llama.parallel import build
+from trainer.llama.sharding import local
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY, Check, compare, report
 
 SPREAD = ["grouped heads, untied", "tied", "llama3 scaling", "qwen2", "qwen3"]
-"""Families whose heads can be shared by four ranks and whose code differs: a mistral is a llama by name."""
+"""Families with heads for four ranks and different code; mistral computes as llama does."""
 
 
 class Case(NamedTuple):
@@ -48,13 +48,13 @@ def on_a_rank(rank: int, root: str, cases: list[Case], spoiled: str = "") -> lis
 
 
 def checks(directory: Path, case: Case, spoiled: str) -> list[Check]:
-    place = topology(case.dp, case.tp)
-    model = build(read_config(directory), place.mesh, place.device, capacity=CAPACITY, compute_dtype=case.dtype)
+    ranks = topology(case.dp, case.tp)
+    model = build(read_config(directory), ranks.mesh, ranks.device, capacity=CAPACITY, compute_dtype=case.dtype)
     load_weights(model, directory)
     if spoiled:
         with torch.no_grad():
             local(model.get_parameter(spoiled)).mul_(1.0001)
-    return compare(model, directory, place, case.dtype)
+    return compare(model, directory, ranks, case.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(models: Path) -> dict[Case, list[Check]]:
-    """Of each case, what rank 0 saw."""
+    """Checks of rank 0, by case."""
     by_case: dict[Case, list[Check]] = {}
     for size in (1, 2, 4):
         cases = [case for case in CASES if case.dp * case.tp == size]
@@ -76,13 +76,13 @@ def found(models: Path) -> dict[Case, list[Check]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=Case.__str__)
-def test_logits_loss_gradients_and_greedy_tokens_are_those_of_transformers(
+def test_logits_loss_gradients_and_greedy_tokens_equal_those_of_transformers(
     case: Case, found: dict[Case, list[Check]]
 ) -> None:
     assert [check for check in found[case] if not check.holds] == []
-    whats = ["logits of packed conversations", "loss", "gradients"]
-    whats += ["greedy tokens of 16 that differ"] if case.dtype == torch.float32 else []
-    assert [check.subject for check in found[case]] == [*whats, "weights read and gathered that differ"]
+    names = ["logits of packed conversations", "loss", "gradients"]
+    names += ["greedy tokens of 16 that differ"] if case.dtype == torch.float32 else []
+    assert [check.subject for check in found[case]] == [*names, "weights read and gathered that differ"]
     if case.dtype == torch.float32:
         assert [check.limit for check in found[case]] == [1e-5, 1e-5, 1e-5, 0, 0]
     else:
@@ -91,13 +91,13 @@ def test_logits_loss_gradients_and_greedy_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("weight", ["blocks.1.attention.qkv.weight", "blocks.0.mlp.down.weight", "norm.weight"])
-def test_a_weight_that_is_off_by_a_ten_thousandth_breaks_parity(weight: str, models: Path) -> None:
+def test_a_weight_off_by_a_ten_thousandth_breaks_parity(weight: str, models: Path) -> None:
     case = Case("tied", 1, 2, torch.float32)
     broken = [check.subject for check in run_ranks(2, on_a_rank, str(models), [case], weight)[0][0] if not check.holds]
     assert {"logits of packed conversations", "gradients", "weights read and gathered that differ"} <= set(broken)
 
 
-def test_a_number_that_is_none_holds_nowhere() -> None:
+def test_nan_fails_a_check_and_a_failed_check_fails_the_report() -> None:
     assert not Check("loss", math.nan, 1e-5).holds
     quiet = Console(quiet=True)
     assert report([Check("loss", 1e-6, 1e-5), Check("gradients", 1e-5, 1e-5)], "both hold", quiet) == 0
@@ -111,7 +111,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "launch", [["trainer.parity"], ["torch.distributed.run", "--nproc-per-node=2", "-m", "trainer.parity"]]
 )
-def test_the_command_prints_a_table_and_ends_with_0(launch: list[str], tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_exits_with_0(launch: list[str], tmp_path: Path) -> None:
     directory = str(exported(tmp_path / "model"))
     words = [*launch, directory, "--device=cpu", *(["--tp=2", "--dtype=bfloat16"] if len(launch) > 1 else [])]
     result = run(*words)
@@ -121,7 +121,7 @@ def test_the_command_prints_a_table_and_ends_with_0(launch: list[str], tmp_path:
     assert ("tp 2" in result.stdout) == (len(launch) > 1)
 
 
-def test_the_command_ends_with_1_and_one_line_where_there_is_no_such_model(tmp_path: Path) -> None:
+def test_the_command_exits_with_1_and_one_line_for_a_missing_model(tmp_path: Path) -> None:
     result = run("trainer.parity", str(tmp_path))
     assert result.returncode == 1
     assert f"error: {tmp_path} is not a Hugging Face model: it has no config.json" in result.stderr

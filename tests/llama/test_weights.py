@@ -1,4 +1,4 @@
-"""A Hugging Face directory becomes a model and a model a directory, with the same bits and nothing left out."""
+"""Loading and export of a Hugging Face directory keep every bit; damaged files are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_llama import CONFIG, FAMILIES, TIED, built, exported, public_llama, row
+from tiny_llama import CONFIG, FAMILIES, TIED, built, exported, pack_of, public_llama
 
 from trainer.llama.export import export
 from trainer.llama.hf_config import read_config
@@ -16,18 +16,20 @@ from trainer.llama.model import Llama
 from trainer.llama.weights import load_weights
 
 
-def test_weights_that_are_missing_or_cut_short_are_refused(tmp_path: Path) -> None:
+def test_missing_or_truncated_weights_are_refused(tmp_path: Path) -> None:
     file = exported(tmp_path / "out") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or not a safetensors file, fetch it again"):
         load_weights(Llama(CONFIG), tmp_path / "out")
     file.unlink()
-    with pytest.raises(ValueError, match=r"model.safetensors is missing: weights are read from safetensors files only"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors is missing: download or convert the weights as safetensors"
+    ):
         load_weights(Llama(CONFIG), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_public_model_comes_back_bit_for_bit_through_ours(family: str, tmp_path: Path) -> None:
+def test_a_public_model_keeps_its_bits_through_loading_and_export(family: str, tmp_path: Path) -> None:
     theirs = public_llama(**FAMILIES[family])
     theirs.save_pretrained(tmp_path / "theirs")
     config = read_config(tmp_path / "theirs")
@@ -38,13 +40,13 @@ def test_a_public_model_comes_back_bit_for_bit_through_ours(family: str, tmp_pat
     expected, found = theirs.state_dict(), again.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    one = row(41).input_ids[None]
+    ids = pack_of(41).input_ids[None]
     again.set_attn_implementation("eager")
-    assert torch.equal(again(one).logits, theirs(one).logits)
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
     assert read_config(tmp_path / "ours") == msgspec.structs.replace(config, head_dim=config.head_size)
 
 
-def test_a_model_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+def test_a_model_in_several_files_loads_the_bits_of_one_file(tmp_path: Path) -> None:
     theirs = public_llama()
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="20KB")
@@ -59,15 +61,20 @@ def test_a_model_in_several_files_is_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"model.norm.weight has shape none, where config.json asks for \[32\]"),
-        (lambda t: t.update(extra=torch.zeros(3)), r"extra has shape \[3\], where config.json asks for none"),
+        (lambda t: t.pop("model.norm.weight"), r"model.norm.weight has shape none, but config.json implies \[32\]"),
+        (
+            lambda t: t.update(extra=torch.zeros(3)),
+            r"extra has shape \[3\], but config.json implies none: use the config.json of these",
+        ),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(65, 32)}),
-            r"lm_head.weight has shape \[65, 32\], where config.json asks for \[64, 32\]",
+            r"lm_head.weight has shape \[65, 32\], but config.json implies \[64, 32\]",
         ),
     ],
 )
-def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+def test_a_missing_unexpected_or_misshapen_tensor_is_refused_before_loading(
+    change: Any, message: str, tmp_path: Path
+) -> None:
     file = exported(tmp_path / "out") / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -80,10 +87,10 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused(change: Any, m
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_weights_that_are_quantized_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     file = exported(tmp_path / "out") / "model.safetensors"
     save_file(load_file(file) | {"model.norm.weight": torch.ones(32).to(dtype)}, file)
-    with pytest.raises(ValueError, match=r"model.norm.weight is stored as \w+; train from weights in one of F64, F32"):
+    with pytest.raises(ValueError, match=r"model.norm.weight is stored as \w+: train from weights in one of F64, F32"):
         load_weights(Llama(CONFIG), tmp_path / "out")
 
 
@@ -95,23 +102,23 @@ def test_weights_that_are_quantized_are_refused(dtype: torch.dtype, tmp_path: Pa
         ('{"weight_map": ["a"]}', "Expected `object`, got `array`"),
         (
             '{"weight_map": {"a": "../model.safetensors"}}',
-            "names '../model.safetensors', where only names of files beside",
+            "names '../model.safetensors': weight files must lie in the directory of the index",
         ),
     ],
 )
-def test_an_index_that_is_none_is_refused(index: str, message: str, tmp_path: Path) -> None:
+def test_a_malformed_index_is_refused(index: str, message: str, tmp_path: Path) -> None:
     (exported(tmp_path / "out") / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=rf"model.safetensors.index.json.* {message}"):
         load_weights(Llama(CONFIG), tmp_path / "out")
 
 
-def test_frequencies_that_old_conversions_store_are_passed_over(tmp_path: Path) -> None:
+def test_frequencies_stored_by_old_conversions_are_ignored(tmp_path: Path) -> None:
     file = exported(tmp_path / "out") / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}, file)
     load_weights(Llama(CONFIG), tmp_path / "out")
 
 
-def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(tmp_path: Path) -> None:
+def test_a_tied_model_loads_a_stored_head_only_if_equal_to_the_embedding(tmp_path: Path) -> None:
     export(built(TIED), TIED, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
@@ -120,7 +127,9 @@ def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(tmp_path: Path) 
     save_file(tensors | {"lm_head.weight": embedding.clone()}, file)
     load_weights(Llama(TIED), tmp_path / "out")
     save_file(tensors | {"lm_head.weight": embedding + 1}, file)
-    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight is not the embedding"):
+    with pytest.raises(
+        ValueError, match=r"tie_word_embeddings is true, but lm_head.weight differs from the embedding: set"
+    ):
         load_weights(Llama(TIED), tmp_path / "out")
     del tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding}, file)

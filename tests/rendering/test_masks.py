@@ -1,4 +1,4 @@
-"""Promise 5: a token is trained if and only if the policy's roles said it, whatever was said."""
+"""Promise 5: a token is trained if and only if a role of the policy said the token's text."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ THINKING = """{%- set last = namespace(user=0) %}
 {{- m.content + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>" }}{% endif %}"""
-"""Forgets the thoughts of turns before the last question."""
+"""A template that forgets the thoughts of turns before the last question."""
 
 
 def _trained(encoder: ChatEncoder, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
-    """What is trained of each example, as text."""
+    """Decode the trained tokens of each example."""
     examples = encoder.encode(messages, tools)
     return [encoder.tokenizer.hf.decode(example.tokens[example.loss_mask]) for example in examples]
 
@@ -67,7 +67,7 @@ def test_a_message_that_the_data_excludes_is_not_trained(encoder: ChatEncoder, f
     assert _trained(encoder, excluded) == [f"seven{STOP}"]
 
 
-def test_a_conversation_of_which_nothing_is_trained_is_refused(encoder: ChatEncoder) -> None:
+def test_a_conversation_without_a_trained_message_is_refused(encoder: ChatEncoder) -> None:
     with pytest.raises(Refused, match="nothing to train"):
         encoder.encode([message | {"train": False} for message in TALK])
 
@@ -119,12 +119,12 @@ def test_history_that_a_template_rewrites_can_be_an_error(tokenizer: str) -> Non
     assert _trained(encoder, FORGETFUL[:2]) == [f"<think>because</think>north{STOP}"]
 
 
-def test_history_that_stays_as_it_is_makes_one_example_under_every_policy(tokenizer: str) -> None:
+def test_unchanged_history_makes_one_example_under_every_policy(tokenizer: str) -> None:
     for history in ("as_rendered", "per_turn", "error"):
         assert _trained(ChatEncoder(tokenizer, history=history), TALK) == [f"north{STOP}seven{STOP}"]
 
 
-def test_a_turn_of_its_own_is_what_inference_sees(tokenizer: str) -> None:
+def test_an_example_of_a_single_turn_has_the_prompt_of_inference(tokenizer: str) -> None:
     encoder = ChatEncoder(tokenizer, THINKING, history="per_turn")
     hf = encoder.tokenizer.hf
     for example, count in zip(encoder.encode(FORGETFUL), (1, 3), strict=True):
@@ -147,7 +147,9 @@ def test_a_long_conversation_is_cut_after_the_last_answer_that_fits(tokenizer: s
         assert example.notes["conversations truncated"] == 1
         assert example.tokens.tolist() == encoder.encode(TALK[:3])[0].tokens.tolist()
     assert ChatEncoder(tokenizer, overflow="truncate", capacity=whole).encode(TALK)[0].notes == {}
-    with pytest.raises(Refused, match="not even its first answer fits into a pack of"):
+    with pytest.raises(
+        Refused, match=r"the messages up to its first answer do not fit into \d+ tokens; raise data\.capacity"
+    ):
         ChatEncoder(tokenizer, overflow="truncate", capacity=first - 1).encode(TALK)
 
 
@@ -161,7 +163,7 @@ def test_a_long_conversation_is_split_before_users_with_the_system_prompt_again(
     assert len(splitting.encode([*TALK, shapes.user("window")])) == 2
 
 
-def test_a_part_without_a_trained_token_is_none(tokenizer: str, encoder: ChatEncoder) -> None:
+def test_a_part_without_a_trained_token_makes_no_example(tokenizer: str, encoder: ChatEncoder) -> None:
     silent = [message | ({"train": False} if message["content"] == "north" else {}) for message in TALK]
     splitting = ChatEncoder(tokenizer, overflow="split", capacity=_length(encoder, silent) - 1)
     assert _trained(splitting, silent) == [f"seven{STOP}"]
@@ -244,7 +246,7 @@ TYPED = st.lists(st.one_of(TEXT, st.sampled_from(tiny.SPECIAL)), min_size=1, max
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(TYPED, TYPED), min_size=1, max_size=4), st.one_of(st.none(), TYPED))
-def test_never_a_foreign_byte_and_never_one_too_few(
+def test_exactly_the_bytes_of_the_answers_are_trained(
     encoder: ChatEncoder, turns: list[tuple[str, str]], system: str | None
 ) -> None:
     messages = [{"role": "system", "content": system}] if system else []
@@ -257,7 +259,7 @@ def test_never_a_foreign_byte_and_never_one_too_few(
 
 
 @pytest.mark.realdata
-def test_the_shortcut_finds_the_same_turns_as_the_whole_evidence(realdata: Any) -> None:
+def test_the_shortcut_finds_the_turns_of_the_full_search(realdata: Any) -> None:
     for path in sorted((realdata / "templates").glob("*.jinja")):
         encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text())
         for messages, tools in shapes.SHAPES.values():
@@ -274,7 +276,7 @@ def test_the_shortcut_finds_the_same_turns_as_the_whole_evidence(realdata: Any) 
 
 
 @pytest.mark.realdata
-def test_qwen3_per_turn_is_what_inference_sees(realdata: Any) -> None:
+def test_qwen3_per_turn_trains_thought_and_answer_of_each_turn(realdata: Any) -> None:
     template = (realdata / "templates" / "qwen3.jinja").read_text()
     encoder = ChatEncoder(str(realdata / "tokenizers" / "qwen"), template, history="per_turn")
     messages, _ = shapes.SHAPES["reasoning, several turns"]
@@ -286,8 +288,8 @@ def test_qwen3_per_turn_is_what_inference_sees(realdata: Any) -> None:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["qwen3_training", "llama3_training", "gptoss_training"])
-def test_generation_tags_and_our_evidence_agree(realdata: Any, name: str) -> None:
-    """Where tags stand they are used; without them the same text is trained, apart from a header that a tag takes in."""
+def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str) -> None:
+    """A template trains equal text with tags and with the tags removed."""
     tagged = (realdata / "templates" / f"{name}.jinja").read_text()
     untagged = tagged
     for spelling in ("{%- generation -%}", "{%- generation %}", "{% generation -%}", "{% generation %}"):
@@ -351,7 +353,7 @@ def test_a_run_that_refuses_too_much_stops(tokenizer: str, tmp_path: Any) -> Non
     assert len(list(PackLoader(tiny.data_config(tokenizer, path, max_refused=0.75)))) > 0
 
 
-def test_messages_of_the_records_are_what_templates_get() -> None:
+def test_a_template_message_has_a_text_content_and_every_reasoning_key() -> None:
     message = template_message(Message("assistant", None, "why", train=True))
     assert json.loads(json.dumps(message)) == {
         "role": "assistant",

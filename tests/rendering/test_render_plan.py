@@ -1,4 +1,4 @@
-"""A conversation rendered by plan is the conversation rendered by its template, or it is not rendered by plan."""
+"""A conversation rendered from a plan equals the template's own render."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from sftstream import ChatEncoder, Refused
 from sftstream.config import Policy
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Message, Rendered, ToolCall, ToolCalls
-from sftstream.rendering.fast import render_cache as plan
+from sftstream.rendering import renderer
+from sftstream.rendering.fast import render_cache
+from sftstream.rendering.fast.render_cache import RenderCache
+from sftstream.rendering.fast.render_plan import Offset, Slot
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
-from sftstream.tokenization import encoder as encoder_module
+from sftstream.rendering.turns import TurnFormat
 
 LOOP = (
     "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"
@@ -34,33 +37,33 @@ def template(body: str) -> str:
     return LOOP.replace("%s", body) + PROMPT
 
 
-def opened(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
+def open_encoder(tokenizer: str, body: str, **policy: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer, template(body), policy=Policy(**policy))
 
 
-def whole(encoder: ChatEncoder, conversation: Conversation) -> Rendered | str:
+def full_path(encoder: ChatEncoder, conversation: Conversation) -> Rendered | str:
     try:
-        return encoder.render_whole(conversation)[0]
+        return encoder.renderer.render_whole(conversation)[0]
     except Refused as refused:
         return refused.reason
 
 
-def learnt(encoder: ChatEncoder, conversation: Conversation) -> None:
+def learn(encoder: ChatEncoder, conversation: Conversation) -> None:
     with suppress(Refused):
-        encoder.render_cache.learn(conversation, *encoder.render_whole(conversation))
+        encoder.renderer.render_cache.learn(conversation, *encoder.renderer.render_whole(conversation))
 
 
 def said(*texts: str) -> Conversation:
     return parse_row(tiny.chat(*texts))
 
 
-def others(value: Any, numbers: Any) -> Any:
-    """The same shape with other words."""
+def with_other_texts(value: Any, numbers: Any) -> Any:
+    """Return a value of equal shape with new texts."""
     if isinstance(value, dict):
         keep = ("role", "type", "id")
-        return {key: item if key in keep else others(item, numbers) for key, item in value.items()}
+        return {key: item if key in keep else with_other_texts(item, numbers) for key, item in value.items()}
     if isinstance(value, list):
-        return [others(item, numbers) for item in value]
+        return [with_other_texts(item, numbers) for item in value]
     return (
         f"{value[: len(value) - len(value.lstrip())]}other {next(numbers)}"
         if isinstance(value, str) and value
@@ -69,31 +72,34 @@ def others(value: Any, numbers: Any) -> Any:
 
 
 @pytest.mark.realdata
-def test_every_template_prints_every_shape_as_its_plan_says(realdata: Path) -> None:
+def test_every_published_template_prints_every_shape_as_planned(realdata: Path) -> None:
     planned = 0
     for path in sorted((realdata / "templates").glob("*.jinja")):
         encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text(), date="2025-01-31")
         for messages, tools in shapes.SHAPES.values():
             first = parse_row({"messages": messages, "tools": tools})
-            second = parse_row({"messages": others(messages, itertools.count()), "tools": tools})
+            second = parse_row({"messages": with_other_texts(messages, itertools.count()), "tools": tools})
             third = parse_row(
-                {"messages": others(messages, itertools.count()), "tools": others(tools, itertools.count())}
+                {
+                    "messages": with_other_texts(messages, itertools.count()),
+                    "tools": with_other_texts(tools, itertools.count()),
+                }
             )
-            learnt(encoder, first)
+            learn(encoder, first)
             for conversation in (first, second, third):
-                found = encoder.render_cache.render(conversation)
-                assert found is None or found == whole(encoder, conversation), path.stem
+                found = encoder.renderer.render_cache.render(conversation)
+                assert found is None or found == full_path(encoder, conversation), path.stem
                 planned += found is not None
     assert planned > 1000
 
 
 @pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])
-def test_what_is_trained_is_the_policys(tokenizer: str, policy: dict[str, Any]) -> None:
+def test_a_plan_trains_what_the_policy_trains(tokenizer: str, policy: dict[str, Any]) -> None:
     encoder = ChatEncoder(tokenizer, policy=Policy(**policy))
     for row in tiny.rows(60, seed=4):
         conversation = parse_row(row)
-        assert encoder.render(conversation) == whole(encoder, conversation)
-    assert encoder.planned > 50
+        assert encoder.render(conversation) == full_path(encoder, conversation)
+    assert encoder.renderer.planned > 50
 
 
 BODIES = {
@@ -170,14 +176,14 @@ CONTENTS = (
 
 @pytest.mark.parametrize("body", BODIES)
 def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: str) -> None:
-    """Learnt from each of many conversations, tried on all the others."""
-    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
+    """Learn a plan from each conversation and try the plan on all conversations."""
+    encoder = open_encoder(tokenizer, BODIES[body], train_on=("all",))
     conversations = [said(*pair) for pair in itertools.product(CONTENTS, ("ab", "xy", "q"))]
-    expected = [whole(encoder, conversation) for conversation in conversations]
+    expected = [full_path(encoder, conversation) for conversation in conversations]
     for learner in conversations:
-        learnt(encoder, learner)
+        learn(encoder, learner)
         for conversation, right in zip(conversations, expected, strict=True):
-            assert (encoder.render_cache.render(conversation) or right) == right
+            assert (encoder.renderer.render_cache.render(conversation) or right) == right
 
 
 @pytest.mark.parametrize(
@@ -193,22 +199,22 @@ def test_a_plan_never_prints_what_the_template_would_not(tokenizer: str, body: s
         ),
     ],
 )
-def test_common_templates_are_planned(tokenizer: str, body: str) -> None:
-    encoder = opened(tokenizer, BODIES[body], train_on=("all",))
-    learnt(encoder, said("one", "two"))
-    assert encoder.render_cache.render(said("three", "four")) == whole(encoder, said("three", "four"))
-    assert encoder.render_cache.render(said("three", "four")) is not None
+def test_common_templates_get_plans(tokenizer: str, body: str) -> None:
+    encoder = open_encoder(tokenizer, BODIES[body], train_on=("all",))
+    learn(encoder, said("one", "two"))
+    assert encoder.renderer.render_cache.render(said("three", "four")) == full_path(encoder, said("three", "four"))
+    assert encoder.renderer.render_cache.render(said("three", "four")) is not None
 
 
-def test_a_conversation_that_answers_otherwise_has_a_plan_of_its_own(tokenizer: str) -> None:
-    encoder = opened(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
-    learnt(encoder, said("a", "b"))
-    assert encoder.render_cache.render(said("axy", "b")) is None
-    learnt(encoder, said("xy", "b"))
+def test_a_conversation_with_other_answers_gets_another_plan(tokenizer: str) -> None:
+    encoder = open_encoder(tokenizer, "{% if 'xy' in message.content %}X{% endif %}{{ message.content }}")
+    learn(encoder, said("a", "b"))
+    assert encoder.renderer.render_cache.render(said("axy", "b")) is None
+    learn(encoder, said("xy", "b"))
     for conversation in (said("axy", "q"), said("q", "a")):
-        found = encoder.render_cache.render(conversation)
+        found = encoder.renderer.render_cache.render(conversation)
         assert found is not None
-        assert found == whole(encoder, conversation)
+        assert found == full_path(encoder, conversation)
 
 
 pieces = st.sampled_from([*"ab \n<|>", "<|eot_id|>", "<think>", "</think>", "ZqM0x1x0bZq", "é", "\ud800"])
@@ -217,12 +223,12 @@ words = st.lists(pieces, max_size=6).map("".join)
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
-def test_words_that_look_like_the_template_go_the_whole_way(tokenizer: str, turns: list[tuple[str, str]]) -> None:
+def test_text_that_looks_like_the_template_takes_the_full_path(tokenizer: str, turns: list[tuple[str, str]]) -> None:
     encoder = ChatEncoder(tokenizer, policy=Policy(train_on=("all",)))
-    learnt(encoder, said(*(["a", "b"] * len(turns))))
+    learn(encoder, said(*(["a", "b"] * len(turns))))
     conversation = said(*itertools.chain(*turns))
-    found = encoder.render_cache.render(conversation)
-    assert found is None or found == whole(encoder, conversation)
+    found = encoder.renderer.render_cache.render(conversation)
+    assert found is None or found == full_path(encoder, conversation)
 
 
 CALLS = {
@@ -240,7 +246,7 @@ CALLS = {
     "attributes": "[{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
     "{{ value.value if value.value is defined else value }}{% endfor %}]",
 }
-TOOLS_APART = "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
+TOOL_FIELDS = "{% for tool in tools or [] %}{{ tool.function.name }}: {{ tool.function.description }}\n{% endfor %}"
 THOUGHT = (
     "{% if message.reasoning_content is defined %}({{ message.reasoning_content }}){% endif %}{{ message.content }}"
 )
@@ -271,7 +277,7 @@ def calling(arguments: dict[str, Any], description: Any = "finds", name: str = "
     return Conversation(messages, ({"type": "function", "function": {"name": "f", "description": description}},))
 
 
-DIALOGUES = [
+CONVERSATIONS = [
     *map(calling, ARGUMENTS),
     *(
         calling({"a": "x"}, d)
@@ -285,18 +291,18 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("policy", [{}, {"train_reasoning": False}, {"train_tool_calls": False}])
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("offer", ["", TOOLS_APART])
-def test_what_a_plan_says_of_calls_is_what_the_template_says(
+@pytest.mark.parametrize("offer", ["", TOOL_FIELDS])
+def test_a_plan_prints_calls_as_the_template_does(
     tokenizer: str, call: str, offer: str, policy: dict[str, Any]
 ) -> None:
     encoder = ChatEncoder(tokenizer, offer + template(body(call)), policy=Policy(**policy))
-    right = [whole(encoder, conversation) for conversation in DIALOGUES]
+    right = [full_path(encoder, conversation) for conversation in CONVERSATIONS]
     planned = 0
-    for first in DIALOGUES:
-        encoder.render_cache.plans.clear()
-        learnt(encoder, first)
-        for second, expected in zip(DIALOGUES, right, strict=True):
-            found = encoder.render_cache.render(second)
+    for first in CONVERSATIONS:
+        encoder.renderer.render_cache.plans.clear()
+        learn(encoder, first)
+        for second, expected in zip(CONVERSATIONS, right, strict=True):
+            found = encoder.renderer.render_cache.render(second)
             assert found is None or found == expected, (first, second)
             planned += found is not None and first is not second
     assert planned or (call in ("name alone", "attributes", "one argument"))
@@ -305,7 +311,7 @@ def test_what_a_plan_says_of_calls_is_what_the_template_says(
 @pytest.mark.parametrize(
     ("first", "second", "alike"),
     [
-        ({"a": "x", "n": 1}, {"a": "other words", "n": 1}, True),
+        ({"a": "x", "n": 1}, {"a": "other text", "n": 1}, True),
         ({"a": ["x", {"b": None}]}, {"a": ["x", {"b": None}]}, True),
         ({"a": 10**30}, {"a": 10**30}, True),
         ({"a": 1}, {"a": 2}, False),
@@ -313,20 +319,20 @@ def test_what_a_plan_says_of_calls_is_what_the_template_says(
         ({"a": "x"}, {"b": "x"}, False),
     ],
 )
-def test_arguments_that_a_template_takes_apart_are_the_plans_but_for_their_words(
+def test_arguments_read_field_by_field_belong_to_the_shape_except_their_strings(
     tokenizer: str, first: dict[str, Any], second: dict[str, Any], alike: bool
 ) -> None:
-    encoder = opened(tokenizer, body("item by item"))
+    encoder = open_encoder(tokenizer, body("item by item"))
     for arguments in (first, first, second):
-        encoder.render_cache.render(calling(arguments)) or learnt(encoder, calling(arguments))
-    assert sum(map(len, encoder.render_cache.plans.values())) == 2 - alike
+        encoder.renderer.render_cache.render(calling(arguments)) or learn(encoder, calling(arguments))
+    assert sum(map(len, encoder.renderer.render_cache.plans.values())) == 2 - alike
 
 
-def test_tools_that_a_template_takes_apart_are_the_plans(tokenizer: str) -> None:
-    encoder = ChatEncoder(tokenizer, TOOLS_APART + template("{{ message.content }}"))
-    learnt(encoder, asked("finds", "north"))
-    assert encoder.render_cache.render(asked("finds", "south")) == whole(encoder, asked("finds", "south"))
-    assert encoder.render_cache.render(asked("looks", "south")) is None
+def test_tools_read_field_by_field_belong_to_the_shape(tokenizer: str) -> None:
+    encoder = ChatEncoder(tokenizer, TOOL_FIELDS + template("{{ message.content }}"))
+    learn(encoder, asked("finds", "north"))
+    assert encoder.renderer.render_cache.render(asked("finds", "south")) == full_path(encoder, asked("finds", "south"))
+    assert encoder.renderer.render_cache.render(asked("looks", "south")) is None
 
 
 def asked(description: str, *texts: str) -> Conversation:
@@ -339,22 +345,37 @@ def test_the_oldest_plans_are_forgotten(
 ) -> None:
     conversations = [said(*["a", "b"] * turns) for turns in (1, 2, 3)]
     for most, planned in ((least, [True, True, True]), (least - 1, [False, True, True])):
-        monkeypatch.setattr(plan, bound, most)
+        monkeypatch.setattr(render_cache, bound, most)
         encoder = ChatEncoder(tokenizer)
         for conversation in conversations:
             encoder.render(conversation)
-        assert [encoder.render_cache.render(conversation) is not None for conversation in conversations] == planned
+        assert [
+            encoder.renderer.render_cache.render(conversation) is not None for conversation in conversations
+        ] == planned
 
 
 def test_a_date_in_a_call_is_refused_as_the_template_refuses_it(tokenizer: str) -> None:
-    encoder = opened(tokenizer, body("as JSON"))
+    encoder = open_encoder(tokenizer, body("as JSON"))
     encoder.render(calling({"day": "2020-01-01"}))
     for _ in range(2):
         with pytest.raises(Refused, match="template raises: Object of type date is not JSON serializable"):
             encoder.render(calling({"day": date(2020, 1, 1), "also": "x"}))
 
 
-def test_a_trace_holds_pieces_and_questions() -> None:
+def test_a_plan_of_two_messages_renders_another_conversation() -> None:
+    text = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+    turn_format = TurnFormat("<assistant>", "<assistant>", ("</s>",), (), False)
+    cache = RenderCache(ChatTemplate(text, {}), turn_format, ["</s>"])
+    cache.learn(said("hi", "seven"), Rendered("<user>hi</s><assistant>seven</s>", (23, 32)), [])
+    ((shape, (plan,)),) = cache.plans.items()
+    assert shape == (0, "user", None, True, "assistant", None, True)
+    assert plan.pieces == ["<user>", "", "</s><assistant>", "", "</s>"]
+    assert plan.slots == (Slot(0, str.strip), Slot(1, str.strip))
+    assert plan.bounds == (Offset(1, 21), Offset(2, 25))
+    assert cache.render(said("where? ", "north")) == Rendered("<user>where?</s><assistant>north</s>", (27, 36))
+
+
+def test_a_trace_records_pieces_and_guards() -> None:
     text = "{% for m in messages %}[{% if 'x' in m.content %}!{% endif %}{{ m.content | trim }}]{% endfor %}"
     recorder = Recorder()
     messages = [{"role": "user", "content": SymbolicStr(recorder, ValueRef(0), " ax ")}]
@@ -364,11 +385,11 @@ def test_a_trace_holds_pieces_and_questions() -> None:
     assert [(guard.method, guard.arguments, guard.answer) for guard in trace.guards] == [("__contains__", ("x",), True)]
 
 
-def test_a_plan_that_is_wrong_is_found_out(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "BETWEEN_CHECKS", 3)
+def test_a_wrong_plan_is_an_error(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renderer, "CHECK_INTERVAL", 3)
     encoder = ChatEncoder(tokenizer)
     encoder.render(said("one", "two"))
-    (plans,) = encoder.render_cache.plans.values()
+    (plans,) = encoder.renderer.render_cache.plans.values()
     plans[0] = plans[0]._replace(pieces=[plans[0].pieces[0] + "!", *plans[0].pieces[1:]])
     encoder.render(said("a", "b"))
     encoder.render(said("a", "b"))

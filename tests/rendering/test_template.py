@@ -1,4 +1,4 @@
-"""The text is the template's own, and exactly what the assistant said is trained; else the conversation is refused."""
+"""The template's own text, with exactly the assistant's text trained, or a refusal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_text_is_the_templates_own_and_the_answers_are_its_spans() -> None:
     assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["a<|eot_id|>", "c<|eot_id|>"]
 
 
-def test_header_and_stop_tokens_are_the_templates() -> None:
+def test_prompt_and_stop_tokens_are_the_templates() -> None:
     turn_format = template().report.turn_format
     assert (turn_format.prompt, turn_format.role_marker) == (HEADER, HEADER)
     assert (turn_format.stops, turn_format.call_stops, turn_format.open_end) == ((STOP,), (), False)
@@ -79,7 +79,7 @@ def test_an_assistant_may_speak_first_and_twice_in_a_row() -> None:
     assert trained(template(), Message("assistant", "a"), Message("assistant", "b"), HI) == ["a" + STOP, "b" + STOP]
 
 
-def test_what_another_says_in_the_words_of_the_assistant_is_not_trained() -> None:
+def test_a_user_who_repeats_the_assistants_text_is_not_trained() -> None:
     messages = (
         Message("user", "yes"),
         Message("assistant", "yes"),
@@ -180,7 +180,7 @@ ANSWER = Message("assistant", "Yes, so")
 
 
 def later(text: str) -> str:
-    """A template that prints `text` in dialogues of four messages, and whose flaw short probes do not show."""
+    """Return a template that prints `text` in conversations of four messages, unseen by probes."""
     return loop(f"({text} if messages | length == 4 else message.content)")
 
 
@@ -251,11 +251,11 @@ def test_without_a_generation_prompt_the_answer_begins_where_the_question_ends()
     assert trained(brackets, HI, Message("assistant", "a"), HI, Message("assistant", "b")) == [" a" + STOP, " b" + STOP]
 
 
-def test_a_history_that_changes_when_an_answer_follows_is_refused() -> None:
+def test_a_question_printed_differently_once_answered_is_refused() -> None:
     last_user = "(message.content + '!' if loop.last else message.content)"
     text = BRACKETS.replace("message.content + '[/INST]'", f"{last_user} + '[/INST]'")
     assert refusal(template(text), HI, ANSWER).startswith(
-        "no header: what the template prints where the model is to speak"
+        "no header: the template's text before an assistant message is missing before message 1"
     )
 
 
@@ -282,7 +282,7 @@ def test_a_template_that_cannot_train_is_an_error(text: str, message: str) -> No
     assert "\n" not in str(error.value)
 
 
-def test_the_date_is_what_the_template_is_told_and_else_the_day_of_construction() -> None:
+def test_a_template_prints_the_given_date_or_the_day_of_construction() -> None:
     messages = Conversation((HI, ANSWER))
     assert (
         template(tiny.DATED_TEMPLATE, Date(2024, 2, 29))
@@ -295,7 +295,7 @@ def test_the_date_is_what_the_template_is_told_and_else_the_day_of_construction(
     assert template().template.date is None
 
 
-def test_a_template_that_asks_for_date_string_is_told_the_same_day() -> None:
+def test_date_string_is_the_given_date_too() -> None:
     text = "{{- date_string | default('26 Jul 2024') }}" + tiny.TEMPLATE
     messages = Conversation((HI, ANSWER))
     assert template(text, Date(2025, 1, 2)).render(messages).text.startswith("02 Jan 2025<")
@@ -350,7 +350,7 @@ def test_real_tokens_that_are_trained_are_what_the_assistant_said(
         for row in range(0, len(source), max(1, len(source) // 40)):
             conversation = parse_row(source.read(row))
             try:
-                (example,) = encoder.tokenize(encoder.render_conversation(conversation))
+                (example,) = encoder.encode_conversation(conversation)
             except Refused:
                 continue
             accepted += 1

@@ -1,4 +1,4 @@
-"""Every real chat template on every shape of conversation: right or refused with a reason, never wrong."""
+"""Published chat templates on every shape of conversation: right or refused, never wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     template: str
     shape: str
     verdict: str
-    """"right", "loss" (the template does not print it all), "raises", "refused: why" or "WRONG: why"."""
+    """Any of "right", "loss" (a payload not printed), "raises", "refused: ...", "WRONG: ..."."""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def _judge(path: Path, tokenizer: Any) -> list[Case]:
 def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, tools: Any) -> str:
     conversation = parse_row({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
     try:
-        rendered = encoder.render_conversation(conversation)
-        (example,) = encoder.tokenize(rendered)
+        rendered = encoder.renderer.render_conversation(conversation)
+        example = encoder.tokenizer.encode(rendered.texts[0])
     except Refused as refused:
         if refused.reason == "template raises":
             return "raises"
@@ -63,7 +63,7 @@ def _verdict(encoder: ChatEncoder, template: str, messages: shapes.Messages, too
 
 
 def _as_prompted(text: str, spans: Any, template: str) -> list[str]:
-    """The oracle's turns, less what the generation prompt opens where our span leaves that out."""
+    """Return the oracle's turns, without a thought tag that the generation prompt opens."""
     expected = shapes.turns(text, template)
     if len(expected) != len(spans):
         return expected
@@ -87,7 +87,7 @@ def test_no_template_is_ever_wrong(cases: list[Case]) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_nearly_all_that_is_printed_whole_is_accepted(cases: list[Case]) -> None:
+def test_conversations_printed_whole_are_nearly_all_accepted(cases: list[Case]) -> None:
     counts = Counter(case.verdict.split(":")[0] for case in cases)
     for case in cases:
         if case.verdict.startswith("refused"):
@@ -96,7 +96,7 @@ def test_nearly_all_that_is_printed_whole_is_accepted(cases: list[Case]) -> None
     assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.99
 
 
-def test_what_is_said_to_be_lost_is_lost(cases: list[Case], realdata: Path, all_special: Any) -> None:
+def test_a_payload_reported_as_lost_is_not_printed(cases: list[Case], realdata: Path, all_special: Any) -> None:
     for case in cases:
         if case.verdict == "loss":
             messages, tools = shapes.SHAPES[case.shape]
@@ -114,9 +114,7 @@ def test_what_is_said_to_be_lost_is_lost(cases: list[Case], realdata: Path, all_
             assert lost, case
 
 
-def test_special_tokens_that_the_tokenizer_does_not_know_are_found_by_what_they_do(
-    cases: list[Case], realdata: Path
-) -> None:
+def test_stops_unknown_to_the_tokenizer_are_found(cases: list[Case], realdata: Path) -> None:
     plain = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "llama3")
     judged = [case for path in sorted((realdata / "templates").glob("*.jinja")) for case in _judge(path, plain)]
     assert [case for case in judged if case.verdict.startswith("WRONG")] == []
@@ -129,7 +127,7 @@ def test_special_tokens_that_the_tokenizer_does_not_know_are_found_by_what_they_
 def test_every_real_conversation_is_trained_on_what_the_assistant_said(
     template: str, realdata: Path, all_special: Any
 ) -> None:
-    """Spans against the role markers, and the trained tokens against the spans, byte for byte after the normalizer."""
+    """Compare spans with role markers, and trained tokens with spans byte for byte."""
     rows_of_a_file = int(os.environ.get("SFTSTREAM_ROWS") or 10**9)
     tokenizer = all_special
     if template == "qwen2_5":
@@ -140,17 +138,17 @@ def test_every_real_conversation_is_trained_on_what_the_assistant_said(
         rows = FileSet(SourceConfig(path=str(path)))
         for row in range(0, len(rows), max(1, len(rows) // rows_of_a_file)):
             try:
-                rendered = encoder.render_conversation(parse_row(rows.read(row)))
+                rendered = encoder.renderer.render_conversation(parse_row(rows.read(row)))
             except Refused:
                 continue
             text, spans = rendered.texts[0].text, rendered.texts[0].spans
             said = [text[span.start : span.end] for span in spans]
-            assert said == _as_prompted(text, spans, template), rows.place(row)
-            (example,) = encoder.tokenize(rendered)
+            assert said == _as_prompted(text, spans, template), rows.locate_row(row)
+            example = encoder.tokenizer.encode(rendered.texts[0])
             trained = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
             normalizer = encoder.tokenizer.hf.backend_tokenizer.normalizer
             whole = "".join(normalizer.normalize_str(part) if normalizer else part for part in said)
-            assert trained == whole, rows.place(row)
+            assert trained == whole, rows.locate_row(row)
             accepted += 1
     print(f"{template}: {accepted:,} conversations")
     assert accepted

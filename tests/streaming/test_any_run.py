@@ -174,7 +174,7 @@ def test_uneven_shards_lose_and_repeat_nothing(tokenizer: str, tmp_path: Path) -
     assert digests == whole
 
 
-def test_inside_a_step_that_is_shared_unevenly_there_is_no_state(tokenizer: str, corpus_path: str) -> None:
+def test_no_state_can_be_taken_inside_an_unevenly_shared_step(tokenizer: str, corpus_path: str) -> None:
     loader = PackLoader(tiny.data_config(tokenizer, corpus_path, streams=8, global_batch=8), shard=Shard(0, 3))
     next(loader)
     with pytest.raises(

@@ -8,18 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import tiny
 
-from sftstream import DataConfig, PackLoader
+from sftstream import DataConfig, PackLoader, SourceConfig
 from sftstream import identity as identity_module
-from sftstream.identity import differences
+from sftstream.identity import IN_OTHER_FORM, WITHOUT_EFFECT, Identity, SourceIdentity, differences
 
 TODAY = "2026-08-21"
 
 
-class Place:
+class Workspace:
     """A directory with everything that a stream is made of."""
 
     def __init__(self, directory: Path) -> None:
@@ -43,28 +42,27 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path / "here")
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "here")
 
 
-def refusal(place: Place, state: Any) -> str:
+def refusal(workspace: Workspace, state: Any) -> str:
     with pytest.raises(
-        ValueError, match=r"^the state was taken from other data or settings, and resuming .*; or start|."
+        ValueError, match=r"^the state was taken from other data or settings, and a resume .*; or start|."
     ) as error:
-        place.load(state)
+        workspace.load(state)
     message = str(error.value)
-    assert message.startswith(
-        "the state was taken from other data or settings, and resuming on these would not be exact: "
-    )
+    assert message.startswith("the state was taken from other data or settings, and a resume would not be exact: ")
     changes, remedy = message.split("exact: ")[1].split(". Restore them, or start a new run; ")
     assert remedy == (
-        f"data.accept_changed = [{changes.split(':')[0]!r}] would go on from here all the same, and is put on record"
+        f"data.accept_changed = [{changes.split(':')[0]!r}] accepts the change, goes on from here, "
+        "and records the change in the state"
     )
     return changes
 
 
-def state_of(place: Place) -> dict[str, Any]:
-    loader = place.load()
+def state_of(workspace: Workspace) -> dict[str, Any]:
+    loader = workspace.load()
     tiny.take(loader, 4)
     return loader.state_dict()
 
@@ -82,24 +80,24 @@ def state_of(place: Place) -> dict[str, Any]:
         ({"epochs": None}, "data.epochs: 2 -> None"),
     ],
 )
-def test_another_setting_is_refused_by_name(place: Place, settings: dict[str, Any], named: str) -> None:
-    state = state_of(place)
-    place.settings = settings
-    assert refusal(place, state) == named
+def test_another_setting_is_refused_by_name(workspace: Workspace, settings: dict[str, Any], named: str) -> None:
+    state = state_of(workspace)
+    workspace.settings = settings
+    assert refusal(workspace, state) == named
 
 
-def test_another_date_is_refused_by_name(place: Place) -> None:
-    state = state_of(place)
-    place.settings = {"tokenizer": {"path": place.tokenizer, "date": "2026-08-22"}}
-    assert refusal(place, state) == "data.date: '2026-08-21' -> '2026-08-22'"
+def test_another_date_is_refused_by_name(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    workspace.settings = {"tokenizer": {"path": workspace.tokenizer, "date": "2026-08-22"}}
+    assert refusal(workspace, state) == "data.date: '2026-08-21' -> '2026-08-22'"
 
 
-def test_a_date_that_the_config_does_not_name_is_kept_from_the_start(place: Place) -> None:
-    state = state_of(place)
-    place.settings = {"tokenizer": {"path": place.tokenizer}}
-    resumed = place.load(state)
+def test_a_date_that_the_config_does_not_name_is_kept_from_the_start(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    workspace.settings = {"tokenizer": {"path": workspace.tokenizer}}
+    resumed = workspace.load(state)
     assert resumed.state.identity.date == TODAY
-    expected = place.load()
+    expected = workspace.load()
     assert expected.state.identity.date != TODAY
     assert "21 Aug 2026" in resumed.encoder.tokenizer.hf.decode(next(resumed).input_ids)
 
@@ -109,111 +107,107 @@ def test_a_template_without_a_date_keeps_none(tokenizer: str, corpus_path: str) 
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("place_in_file", [0.1, 0.5, 0.9])
-def test_one_other_byte_in_a_source_file_is_refused_by_name(place: Place, index: int, place_in_file: float) -> None:
-    state = state_of(place)
+@pytest.mark.parametrize("share_of_file", [0.1, 0.5, 0.9])
+def test_one_other_byte_in_a_source_file_is_refused_by_name(
+    workspace: Workspace, index: int, share_of_file: float
+) -> None:
+    state = state_of(workspace)
     name = ("a.jsonl", "b.json", "c.parquet")[index]
-    file = place.directory / name
+    file = workspace.directory / name
     content = bytearray(file.read_bytes())
     words = [match.start() for match in re.finditer(b"stone", content)]
-    content[words[int(len(words) * place_in_file)]] = ord("z")
+    content[words[int(len(words) * share_of_file)]] = ord("z")
     file.write_bytes(content)
     assert re.fullmatch(
-        rf"data.sources\[{index}\].files\[0\].sha256: '[0-9a-f]{{64}}' -> '[0-9a-f]{{64}}'", refusal(place, state)
+        rf"data.sources\[{index}\].files\[0\].sha256: '[0-9a-f]{{64}}' -> '[0-9a-f]{{64}}'", refusal(workspace, state)
     )
 
 
-def test_a_file_that_grew_was_renamed_or_came_on_top_is_refused(place: Place) -> None:
-    place.settings = {"sources": [{"path": f"{place.directory}/a*.jsonl"}]}
-    state = state_of(place)
-    extra = place.directory / "a2.jsonl"
+def test_a_file_that_grew_was_renamed_or_came_on_top_is_refused(workspace: Workspace) -> None:
+    workspace.settings = {"sources": [{"path": f"{workspace.directory}/a*.jsonl"}]}
+    state = state_of(workspace)
+    extra = workspace.directory / "a2.jsonl"
     tiny.write_jsonl(extra, tiny.rows(1, seed=9))
-    assert "data.sources[0].files[1]: None -> {'name': 'a2.jsonl', 'size': " in refusal(place, state)
-    assert "data.sources[0].rows: 20 -> 21" in refusal(place, state)
+    assert "data.sources[0].files[1]: None -> {'name': 'a2.jsonl', 'size': " in refusal(workspace, state)
+    assert "data.sources[0].rows: 20 -> 21" in refusal(workspace, state)
     extra.unlink()
-    (place.directory / "a.jsonl").rename(extra)
-    assert refusal(place, state) == "data.sources[0].files[0].name: 'a.jsonl' -> 'a2.jsonl'"
+    (workspace.directory / "a.jsonl").rename(extra)
+    assert refusal(workspace, state) == "data.sources[0].files[0].name: 'a.jsonl' -> 'a2.jsonl'"
     with extra.open("a") as file:
         file.write("\n")
-    assert "data.sources[0].files[0].size: " in refusal(place, state)
+    assert "data.sources[0].files[0].size: " in refusal(workspace, state)
 
 
-def test_other_sources_orders_and_weights_are_refused(place: Place) -> None:
-    sources = [{"path": str(place.directory / name), "weight": 1.0} for name in ("a.jsonl", "b.json")]
-    place.settings = {"sources": sources, "epochs": None}
-    state = state_of(place)
-    place.settings = {"sources": sources[::-1], "epochs": None}
-    assert "data.sources[0].files[0].name: 'a.jsonl' -> 'b.json'" in refusal(place, state)
-    place.settings = {"sources": [sources[0], sources[1] | {"weight": 1.5}], "epochs": None}
-    assert refusal(place, state) == "data.sources[1].weight: 1.0 -> 1.5"
-    place.settings = {"sources": sources[:1], "epochs": None}
-    assert refusal(place, state).startswith("data.sources[1]: {'files': ({'name': 'b.json', 'size': ")
+def test_other_sources_orders_and_weights_are_refused(workspace: Workspace) -> None:
+    sources = [{"path": str(workspace.directory / name), "weight": 1.0} for name in ("a.jsonl", "b.json")]
+    workspace.settings = {"sources": sources, "epochs": None}
+    state = state_of(workspace)
+    workspace.settings = {"sources": sources[::-1], "epochs": None}
+    assert "data.sources[0].files[0].name: 'a.jsonl' -> 'b.json'" in refusal(workspace, state)
+    workspace.settings = {"sources": [sources[0], sources[1] | {"weight": 1.5}], "epochs": None}
+    assert refusal(workspace, state) == "data.sources[1].weight: 1.0 -> 1.5"
+    workspace.settings = {"sources": sources[:1], "epochs": None}
+    assert refusal(workspace, state).startswith("data.sources[1]: {'files': ({'name': 'b.json', 'size': ")
 
 
-def test_another_template_is_refused_by_name(place: Place) -> None:
-    state = state_of(place)
-    tokenizer = {"path": place.tokenizer, "date": TODAY, "template": tiny.DATED_TEMPLATE + "{#- -#}"}
-    place.settings = {"tokenizer": tokenizer}
-    assert re.fullmatch("data.template_sha256: '.*' -> '.*'", refusal(place, state))
-    place.settings = {"tokenizer": tokenizer | {"template": tiny.DATED_TEMPLATE}}
-    place.load(state)
+def test_another_template_is_refused_by_name(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    tokenizer = {"path": workspace.tokenizer, "date": TODAY, "template": tiny.DATED_TEMPLATE + "{#- -#}"}
+    workspace.settings = {"tokenizer": tokenizer}
+    assert re.fullmatch("data.template_sha256: '.*' -> '.*'", refusal(workspace, state))
+    workspace.settings = {"tokenizer": tokenizer | {"template": tiny.DATED_TEMPLATE}}
+    workspace.load(state)
 
 
 @pytest.mark.parametrize(
     "changes", [{"bos_token": "<|end_of_text|>"}, {"pad_token": "<|eom_id|>"}, {"eos_token": "<|eom_id|>"}]
 )
-def test_another_special_token_is_refused_by_name(place: Place, changes: dict[str, str]) -> None:
-    state = state_of(place)
-    tiny.save_tokenizer(Path(place.tokenizer), tiny.DATED_TEMPLATE, **changes)
-    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(place, state))
+def test_another_special_token_is_refused_by_name(workspace: Workspace, changes: dict[str, str]) -> None:
+    state = state_of(workspace)
+    tiny.save_tokenizer(Path(workspace.tokenizer), tiny.DATED_TEMPLATE, **changes)
+    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(workspace, state))
 
 
-def test_another_vocabulary_is_refused_by_name(place: Place) -> None:
-    state = state_of(place)
-    file = Path(place.tokenizer) / "tokenizer.json"
+def test_another_vocabulary_is_refused_by_name(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    file = Path(workspace.tokenizer) / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["river"], vocabulary["stone"] = vocabulary["stone"], vocabulary["river"]
     file.write_text(json.dumps(content))
-    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(place, state))
+    assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(workspace, state))
 
 
-def test_a_state_of_another_version_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = state_of(place)
+def test_a_state_of_another_version_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(workspace)
     monkeypatch.setattr(identity_module, "FORMAT", identity_module.FORMAT + 1)
-    assert refusal(place, state) == f"data.format: {identity_module.FORMAT - 1} -> {identity_module.FORMAT}"
+    assert refusal(workspace, state) == f"data.format: {identity_module.FORMAT - 1} -> {identity_module.FORMAT}"
 
 
-def test_several_changes_are_all_named(place: Place) -> None:
-    state = state_of(place)
-    place.settings = {"seed": 1, "window": 4, "capacity": 128}
-    assert refusal(place, state) == "data.capacity: 256 -> 128; data.window: 8 -> 4; data.seed: 0 -> 1"
+def test_several_changes_are_all_named(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    workspace.settings = {"seed": 1, "window": 4, "capacity": 128}
+    assert refusal(workspace, state) == "data.capacity: 256 -> 128; data.window: 8 -> 4; data.seed: 0 -> 1"
 
 
-def test_files_may_move_and_be_touched(place: Place, tmp_path: Path) -> None:
-    loader = place.load()
+def test_files_may_move_and_be_touched(workspace: Workspace, tmp_path: Path) -> None:
+    loader = workspace.load()
     tiny.take(loader, 4)
     state = loader.state_dict()
     moved = tmp_path / "there" / "deeper"
-    shutil.copytree(place.directory, moved, copy_function=shutil.copyfile)
-    shutil.rmtree(place.directory)
-    place.directory = moved
-    resumed = place.load(state)
+    shutil.copytree(workspace.directory, moved, copy_function=shutil.copyfile)
+    shutil.rmtree(workspace.directory)
+    workspace.directory = moved
+    resumed = workspace.load(state)
     assert tiny.digests(resumed) == tiny.digests(loader)
 
 
 @pytest.mark.parametrize("settings", [{"workers": 2}, {"prefetch": 1}])
-def test_who_reads_is_no_part_of_the_identity(place: Place, settings: dict[str, Any]) -> None:
-    state = state_of(place)
-    expected = place.load(state)
-    place.settings = settings
-    assert tiny.digests(place.load(state)) == tiny.digests(expected)
-
-
-def test_every_setting_of_the_config_is_either_in_the_identity_or_about_who_reads() -> None:
-    settings = {field.name for field in msgspec.structs.fields(DataConfig)}
-    decisive = {field.name for field in msgspec.structs.fields(identity_module.Identity)}
-    assert settings - decisive == {"tokenizer", "workers", "prefetch", "max_refused", "accept_changed"}
+def test_workers_and_prefetch_are_no_part_of_the_identity(workspace: Workspace, settings: dict[str, Any]) -> None:
+    state = state_of(workspace)
+    expected = workspace.load(state)
+    workspace.settings = settings
+    assert tiny.digests(workspace.load(state)) == tiny.digests(expected)
 
 
 def test_differences_are_named_by_their_paths() -> None:
@@ -227,11 +221,21 @@ def test_differences_are_named_by_their_paths() -> None:
     assert differences({"a": [1, 2]}, {"a": [1]}) == ["data.a[1]: 2 -> None"]
 
 
-def test_many_differences_are_cut_short(place: Place) -> None:
+def test_many_differences_are_cut_short(workspace: Workspace) -> None:
     for i in range(9):
-        tiny.write_jsonl(place.directory / f"x{i}.jsonl", [{"a": 1}])
-    place.settings = {"sources": [{"path": f"{place.directory}/x*.jsonl"}]}
-    state = state_of(place)
+        tiny.write_jsonl(workspace.directory / f"x{i}.jsonl", [{"a": 1}])
+    workspace.settings = {"sources": [{"path": f"{workspace.directory}/x*.jsonl"}]}
+    state = state_of(workspace)
     for i in range(9):
-        tiny.write_jsonl(place.directory / f"x{i}.jsonl", [{"a": 10}])
-    assert refusal(place, state).endswith("; and 8 more")
+        tiny.write_jsonl(workspace.directory / f"x{i}.jsonl", [{"a": 10}])
+    assert refusal(workspace, state).endswith("; and 8 more")
+
+
+@pytest.mark.parametrize(("config", "identity"), [(DataConfig, Identity), (SourceConfig, SourceIdentity)])
+def test_every_config_field_is_in_the_identity_or_on_a_list_of_exceptions(config: Any, identity: Any) -> None:
+    in_other_form, without_effect = IN_OTHER_FORM[config], WITHOUT_EFFECT[config]
+    assert not in_other_form & without_effect
+    assert in_other_form | without_effect <= set(config.__struct_fields__)
+    compared = set(config.__struct_fields__) - in_other_form - without_effect
+    assert compared <= set(identity.__struct_fields__)
+    assert not without_effect & set(identity.__struct_fields__)

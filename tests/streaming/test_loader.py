@@ -72,7 +72,7 @@ def test_the_packs_of_a_run_never_change_by_accident(tokenizer: str, corpus_path
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 8])
-def test_a_state_is_what_was_consumed_whatever_was_loaded_ahead(wide: DataConfig, prefetch: int) -> None:
+def test_a_state_covers_consumed_packs_and_no_pack_loaded_ahead(wide: DataConfig, prefetch: int) -> None:
     ahead = PackLoader(msgspec.structs.replace(wide, prefetch=prefetch), workers=2)
     plain = PackLoader(wide)
     for _ in range(20):
@@ -242,7 +242,11 @@ def test_a_run_shorter_than_a_step_is_filled_with_empty_packs(tokenizer: str, tm
         (Shard(2, 2), 0, "shard 2 of 2 does not exist; the index counts from 0"),
         (Shard(-1, 2), 0, "shard -1 of 2 does not exist; the index counts from 0"),
         (Shard(0, 0), 0, "shard 0 of 0 does not exist; the index counts from 0"),
-        (Shard(0, 9), 2, "streams = 8 cannot be shared by 9 shards, of which each needs one; raise data.streams"),
+        (
+            Shard(0, 9),
+            2,
+            "streams = 8 cannot be shared by 9 shards, of which each needs one; raise data.streams to 9 or more",
+        ),
         (Shard(0, 1), -1, "workers = -1 must be 0 (load in this process) or more"),
     ],
 )
@@ -280,7 +284,7 @@ def test_a_state_in_the_middle_of_a_step_is_an_error_where_shards_cannot_share_i
 
 
 def test_a_state_of_something_else_is_an_error(wide: DataConfig) -> None:
-    with pytest.raises(ValueError, match="this is no data state of this version"):
+    with pytest.raises(ValueError, match="this is not a data state of this version"):
         PackLoader(wide, state={"_snapshot": {}})
 
 
@@ -382,7 +386,7 @@ def test_a_pack_from_a_worker_is_the_same_as_one_made_here(wide: DataConfig) -> 
     there.close()
 
 
-def test_a_refused_rows_place_can_be_asked(tokenizer: str, tmp_path: Path) -> None:
+def test_a_refused_row_is_located_for_an_editor(tokenizer: str, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [*tiny.rows(3), {"a": 1}])
     loader = PackLoader(tiny.data_config(tokenizer, path, epochs=1))
     (refusal,) = [refusal for pack in loader for refusal in pack.refused]
@@ -397,9 +401,9 @@ def test_the_private_layout_of_torchdatas_state_is_as_the_loader_reads_it(wide: 
     if workers:
         parts = [snapshot["_snapshot"]["_worker_snapshots"] for snapshot in snapshots]
         assert [list(part) for part in parts] == [["worker_0"], ["worker_0"]]
-        assert [set(part["worker_0"]["dataset_state"]) for part in parts] == [{"0", "2"}, {"1"}]
+        assert [set(part["worker_0"]["dataset_state"]) for part in parts] == [{0, 2}, {1}]
     else:
-        assert [set(snapshot["dataset_state"]) for snapshot in snapshots] == [{"0", "1", "2"}]
+        assert [set(snapshot["dataset_state"]) for snapshot in snapshots] == [{0, 1, 2}]
     loader.close()
 
 

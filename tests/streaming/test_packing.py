@@ -12,16 +12,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchdata.nodes import BaseNode
 
 from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.records import Ref
 from sftstream.state import Leftover
-from sftstream.streaming.packing import MAX_WAIT, Packer, PackerConfig, build_pack, plan_packs, window_size
-from sftstream.streaming.sampler import RowBatch
+from sftstream.streaming.graph import Map
+from sftstream.streaming.packer import MAX_WAIT, Packer, PackerConfig
+from sftstream.streaming.packing import build_pack, plan_packs, window_size
+from sftstream.streaming.sampler import IndexedCursor, RowSampler
 
 X = IGNORE_INDEX
 PAD = 9
@@ -163,7 +165,7 @@ def test_a_plan_holds_each_conversation_once_and_no_pack_over_capacity(
 
 
 @given(lengths_and_urgency())
-def test_urgent_ones_fill_the_first_packs_as_if_they_were_alone(case: tuple[int, list[tuple[int, bool]]]) -> None:
+def test_urgent_examples_fill_the_first_packs_as_if_they_were_alone(case: tuple[int, list[tuple[int, bool]]]) -> None:
     capacity, items = case
     lengths, urgent = [length for length, _ in items], [urgency for _, urgency in items]
     alone = [length for length, urgency in items if urgency]
@@ -186,40 +188,16 @@ def test_the_first_windows_are_small_and_then_spread_over_the_streams() -> None:
     assert [window_size(1, windows, 0, 64) for windows in (0, 1, 2)] == [1, 1, 1]
 
 
-class Lengths(BaseNode[Any]):
-    """Conversations of given lengths, over and over if `endless`."""
+class LengthReader:
+    """Examples of given lengths; the tokens of a row are its number."""
 
-    def __init__(self, lengths: Sequence[int], endless: bool = False) -> None:
-        super().__init__()
+    def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
-        self.endless = endless
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self.at = initial_state["drawn"][0] if initial_state else 0
-
-    def next(self) -> Any:
-        if self.get_state()["exhausted"]:
-            raise StopIteration
-        row = self.at % len(self.lengths)
-        self.at += 1
-        ref = Ref(0, row, (self.at - 1) // len(self.lengths))
-        return RowBatch([ref], [self.examples(ref)])
-
-    def get_state(self) -> dict[str, Any]:
-        exhausted = not self.endless and self.at >= len(self.lengths)
-        return {"drawn": [self.at], "mixed": [self.at], "stage": 0, "exhausted": exhausted}
-
-    wanted = 1
-
-    def account(self, source: int, tokens: int, trained_tokens: int) -> None:
-        """It is not mixed."""
 
     def expect(self, ref: Ref) -> None:
-        """Any row can be had again."""
+        """Every row can be read again at any time."""
 
     def examples(self, ref: Ref) -> list[Example]:
-        """A row's tokens are its number."""
         length = self.lengths[ref.row]
         return [Example(np.full(length, ref.row, np.int32), np.ones(length, bool), length - 1)]
 
@@ -234,14 +212,18 @@ def require_own_tokens(packs: Iterable[Pack]) -> None:
 def packer(
     lengths: Sequence[int], capacity: int, window: int = 16, *, endless: bool = False, shuffle: bool = True
 ) -> Packer:
-    config = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
-    rows = Lengths(lengths, endless)
-    node = Packer(rows, rows, rows, 0, config)
+    epochs = None if endless else 1
+    config = tiny.data_config("", "", streams=1, shuffle=False, epochs=epochs, sources=[{"path": "rows"}])
+    sampler = RowSampler(config, [IndexedCursor((len(lengths),), config, 0, 0)])
+    reader = LengthReader(lengths)
+    source = Map(sampler, lambda refs: [reader.examples(ref) for ref in refs])
+    settings = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
+    node = Packer(source, sampler, reader, 0, settings)
     node.reset()
     return node
 
 
-def until_dry(node: Packer) -> list[Pack]:
+def until_exhausted(node: Packer) -> list[Pack]:
     packs = []
     while not node.state.exhausted:
         packs.append(next(node))
@@ -250,7 +232,7 @@ def until_dry(node: Packer) -> list[Pack]:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(40, 100), st.integers(1, 50))
 def test_every_conversation_leaves_in_one_pack(lengths: list[int], capacity: int, window: int) -> None:
-    packs = until_dry(packer(lengths, capacity, window))
+    packs = until_exhausted(packer(lengths, capacity, window))
     assert sorted(segment.row for pack in packs for segment in pack.segments) == list(range(len(lengths)))
     assert [pack.exhausted for pack in packs] == [False] * (len(packs) - 1) + [True]
     assert all(pack.segments for pack in packs)
@@ -261,7 +243,7 @@ def test_a_leftover_that_is_drawn_again_has_its_own_tokens_in_both_packs() -> No
     """As when a file grew, and somebody accepted that."""
     node = packer([6, 4, 4], 10, 64, shuffle=False)
     node.reset(msgspec.to_builtins(msgspec.structs.replace(node.state, leftovers=(Leftover(Segment(0, 0, 6, 0), 0),))))
-    packs = until_dry(node)
+    packs = until_exhausted(node)
     assert [[segment.row for segment in pack.segments] for pack in packs] == [[0, 1], [0, 2]]
     require_own_tokens(packs)
 
@@ -285,7 +267,7 @@ def test_packs_leave_in_the_order_of_their_first_conversation_unless_shuffled() 
     orders = []
     for shuffle in (False, True):
         node = packer(lengths, 64, 200, shuffle=shuffle)
-        packs = until_dry(node)
+        packs = until_exhausted(node)
         rows = [[segment.row for segment in pack.segments] for pack in packs if pack.segments[-1].row >= 25]
         assert all(row == sorted(row) for row in rows)  # the window's first 25 rows may be leftovers of the one before
         orders.append([row[0] for row in rows])
@@ -296,7 +278,7 @@ def test_packs_leave_in_the_order_of_their_first_conversation_unless_shuffled() 
 
 def test_the_plan_of_a_stream_never_changes_by_accident() -> None:
     lengths = [(7 * i * i + 11 * i) % 37 + 4 for i in range(40)]
-    packs = until_dry(packer(lengths, 64, 24))
+    packs = until_exhausted(packer(lengths, 64, 24))
     assert [[segment.row for segment in pack.segments] for pack in packs] == [
         *([10, 20], [3, 23], [2, 7, 8, 22], [13, 21], [0, 4, 5, 9, 11, 14, 24], [12, 25], [6, 16, 26]),
         *([15, 17, 18], [27, 38], [28, 33], [30, 31, 32, 34], [29, 37], [1, 19], [35, 36, 39]),
@@ -314,7 +296,7 @@ def test_packs_of_common_lengths_are_almost_full(capacity: int, fill: float) -> 
 
 
 def test_a_window_of_few_short_conversations_waits_for_company() -> None:
-    packs = until_dry(packer([10] * 64, 100, 8))
+    packs = until_exhausted(packer([10] * 64, 100, 8))
     assert sum(pack.tokens for pack in packs) / (100 * len(packs)) > 0.9
 
 
@@ -329,7 +311,7 @@ def test_an_endless_stream_of_too_long_conversations_is_an_error(lengths: list[i
 
 def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
     node = packer([10, 41, 40], 40)
-    packs = until_dry(node)
+    packs = until_exhausted(node)
     assert [pack.tokens for pack in packs] in ([10, 40], [40, 10])
     refused = (
         Refusal(
@@ -344,7 +326,7 @@ def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
     assert node.state.refused == {"longer than capacity": 1}
 
 
-def test_a_stream_with_nothing_to_train_is_dry_after_one_empty_pack() -> None:
+def test_a_stream_with_nothing_to_train_is_exhausted_after_one_empty_pack() -> None:
     node = packer([50, 60], 40)
     pack = next(node)
     assert (pack.segments, pack.exhausted, len(pack.refused)) == ((), True, 2)
@@ -352,9 +334,9 @@ def test_a_stream_with_nothing_to_train_is_dry_after_one_empty_pack() -> None:
     assert next(node).segments == ()
 
 
-def test_a_dry_stream_gives_empty_packs_for_ever_and_its_state_stands_still() -> None:
+def test_an_exhausted_stream_gives_empty_packs_for_ever_and_its_state_stands_still() -> None:
     node = packer([10, 20], 40)
-    until_dry(node)
+    until_exhausted(node)
     state = node.state
     for _ in range(3):
         pack = next(node)
@@ -372,7 +354,7 @@ def test_a_planned_conversation_is_read_again_after_a_reset_and_must_be_the_same
     lengths[:] = [11, 21, 31, 16]
     changed.reset(saved)
     with pytest.raises(
-        ValueError, match=r"row \d of source 0 has \d\d tokens, had \d\d when it was planned: the source chan"
+        ValueError, match=r"row \d of source 0 has \d\d tokens and had \d\d when its pack was planned: the source chan"
     ):
         next(changed)
 

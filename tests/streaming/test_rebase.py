@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 import tiny
-from typer.testing import CliRunner
+from commands import run
 
 from sftstream import DataConfig, PackLoader, describe
-from sftstream.cli.main import app
+from sftstream.cli.main import main
 
 ROWS = 70
 
@@ -91,10 +91,10 @@ def test_a_step_stays_a_step_under_another_global_batch(config: DataConfig) -> N
     assert len(loader.next_step()) == 12
 
 
-def test_only_what_is_named_is_accepted(config: DataConfig) -> None:
+def test_only_named_changes_are_accepted(config: DataConfig) -> None:
     _, state = _taken(config, 16)
     with pytest.raises(
-        ValueError, match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.streams'\] would"
+        ValueError, match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.streams'\] accepts"
     ):
         PackLoader(_changed(config, ["data.capacity"], capacity=512, streams=2), state=state)
     with pytest.raises(ValueError, match=r"data.window: 8 -> 9"):
@@ -114,14 +114,14 @@ def test_a_changed_source_can_be_accepted_by_its_number(config: DataConfig) -> N
     assert len(list(loader)) > 0
 
 
-def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path: Path) -> None:
+def test_a_source_can_be_added_but_not_removed(config: DataConfig, tmp_path: Path) -> None:
     _, state = _taken(config, 16)
     more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.rows(10, seed=5))
     sources = (*config.sources, msgspec.structs.replace(config.sources[0], path=more))
     loader = PackLoader(_changed(config, ["data.sources[1]"], sources=sources), state=state)
     seen = Counter(s.row for pack in loader for s in pack.segments if s.source == 1)
     assert seen == dict.fromkeys(range(10), 2)
-    with pytest.raises(ValueError, match="a source that was read from cannot be taken away"):
+    with pytest.raises(ValueError, match="a source that was read from cannot be removed"):
         PackLoader(
             _changed(config, ["data.sources"]), state=PackLoader(msgspec.structs.replace(config, sources=sources)).state
         )
@@ -134,12 +134,12 @@ def test_a_source_can_be_added_and_none_taken_away(config: DataConfig, tmp_path:
         ({"streaming": True}, r"rows.jsonl\[\d+\] is no longer there"),
     ],
 )
-def test_what_waits_cannot_be_taken_away(config: DataConfig, changes: dict[str, Any], said: str) -> None:
+def test_a_waiting_conversation_cannot_be_removed(config: DataConfig, changes: dict[str, Any], said: str) -> None:
     source = msgspec.structs.replace(config.sources[0], shuffle=False, **changes)
     config = msgspec.structs.replace(config, sources=(source,))
     _, state = _taken(config, 4)
     tiny.write_jsonl(Path(source.path), tiny.rows(2))
-    with pytest.raises(ValueError, match=f"a conversation that was read and waits must stay where it was: .*{said}"):
+    with pytest.raises(ValueError, match=f"a conversation that was read and waits must stay in its source: .*{said}"):
         PackLoader(_changed(config, ["data.sources[0]"]), state=state)
 
 
@@ -152,7 +152,7 @@ def test_a_streamed_source_is_not_added_together_with_another_number_of_streams(
     more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.rows(10, seed=5))
     added = msgspec.structs.replace(weighted, path=more, streaming=True, shuffle="shards")
     changed = _changed(config, ["data"], sources=(weighted, added), streams=8)
-    with pytest.raises(ValueError, match=r"a change of data.streams cannot be accepted where a source is streamed"):
+    with pytest.raises(ValueError, match=r"a change of data.streams cannot be accepted with a streamed source"):
         PackLoader(changed, state=state)
     loader = PackLoader(_changed(changed, ["data"], streams=4), state=state)
     seen = Counter(segment.row for pack in loader for segment in pack.segments if segment.source == 1)
@@ -160,10 +160,10 @@ def test_a_streamed_source_is_not_added_together_with_another_number_of_streams(
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 5), ("shuffle", False)])
-def test_what_the_order_hangs_on_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
+def test_a_change_of_the_order_of_rows_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
     _, state = _taken(config, 16)
     with pytest.raises(
-        ValueError, match=f"a change of data.{field} cannot be accepted, since the order of rows hangs on it"
+        ValueError, match=f"a change of data.{field} cannot be accepted, since it decides the order of rows"
     ):
         PackLoader(_changed(config, [f"data.{field}"], **{field: value}), state=state)
 
@@ -171,7 +171,9 @@ def test_what_the_order_hangs_on_cannot_be_accepted(config: DataConfig, field: s
 def test_a_change_needs_a_steps_border_and_all_streams(config: DataConfig) -> None:
     _, inside = _taken(config, 6)
     after = _changed(config, ["data.capacity"], capacity=512)
-    with pytest.raises(ValueError, match=r"the state stands at pack 6, inside a step of 4; take it at a step's border"):
+    with pytest.raises(
+        ValueError, match=r"the state stands at pack 6, inside a step of 4; take the state at a step's border"
+    ):
         PackLoader(after, state=inside)
     _, state = _taken(config, 16)
     del state["streams"]["2"]
@@ -189,16 +191,15 @@ def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(conf
         f"[run]\nepochs = 2\n[data]\nstreams = 2\ncapacity = 256\nglobal_batch = 4\nwindow = 8\n[data.tokenizer]\n"
         f'path = "{config.tokenizer.path}"\n[[data.sources]]\npath = "{config.sources[0].path}"\n'
     )
-    run = CliRunner().invoke
-    refused = run(app, ["rebase", str(old), str(toml), str(new)])
+    refused = run(main, "rebase", old, toml, new)
     assert refused.exit_code == 1
-    assert "data.streams: 4 -> 2" in refused.output
-    assert run(app, ["rebase", str(old), str(toml), str(new), "--accept", "data.streams"]).exit_code == 0
-    assert "accepted at pack 16: data.streams: 4 -> 2" in run(app, ["inspect", str(new)]).output
-    compared = run(app, ["diff", str(old), str(new)])
+    assert "data.streams: 4 -> 2" in refused.stderr
+    assert run(main, "rebase", old, toml, new, "--accept", "data.streams").exit_code == 0
+    assert "accepted at pack 16: data.streams: 4 -> 2" in run(main, "inspect", new).stdout
+    compared = run(main, "diff", old, new)
     assert compared.exit_code == 1
-    assert "state.identity.streams: 4 -> 2" in compared.output.splitlines()
-    assert run(app, ["diff", str(old), str(old)]).exit_code == 0
+    assert "state.identity.streams: 4 -> 2" in compared.stdout.splitlines()
+    assert run(main, "diff", old, old).exit_code == 0
     loader = PackLoader(msgspec.structs.replace(config, streams=2), state=json.loads(new.read_text()))
     counts = before + Counter(row for pack in loader for row in _rows(pack))
     assert set(counts.values()) == {1}

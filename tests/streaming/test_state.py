@@ -62,13 +62,13 @@ def test_a_state_dict_holds_plain_values_only(states: list[dict[str, Any]]) -> N
 def test_a_damaged_state_is_refused_with_its_place(
     states: list[dict[str, Any]], change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"this is no data state of this version: .") as error:
+    with pytest.raises(ValueError, match=r"this is not a data state of this version: .") as error:
         DataState.parse(states[0] | change)
     assert str(error.value).endswith(message)
 
 
 def test_an_empty_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="this is no data state of this version: Object missing required field"):
+    with pytest.raises(ValueError, match="this is not a data state of this version: Object missing required field"):
         DataState.parse({})
 
 
@@ -91,7 +91,7 @@ def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, 
     with pytest.raises(ValueError, match="merge needs at least one state"):
         merge([])
     with pytest.raises(
-        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier one; give each shard's state once"
+        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier state; give each shard's state once"
     ):
         merge([states[0], states[0]])
     with pytest.raises(ValueError, match=r"state 1 stands at pack 6, another at 8; take them after the same step"):
@@ -107,7 +107,7 @@ def test_merge_refuses_states_of_other_data_and_names_the_difference(states: lis
         merge([states[0], other])
 
 
-def test_a_shard_that_ran_dry_earlier_merges_with_one_that_goes_on(config: DataConfig) -> None:
+def test_an_exhausted_shard_merges_with_a_shard_that_goes_on(config: DataConfig) -> None:
     loaders = [PackLoader(config, shard=Shard(index, 4)) for index in range(4)]
     for loader in loaders:
         list(loader)
@@ -136,7 +136,7 @@ def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory:
         "read and waiting: 0 conversations\n"
         "source 0 (d.jsonl): 22 rows drawn, 1.000 epochs\n"
         "refused, unknown layout: 2\n"
-        "2 streams have run dry"
+        "exhausted streams: 2"
     )
 
 

@@ -13,9 +13,10 @@ import tiny
 
 from sftstream import ChatEncoder, DataConfig, Pack, PackLoader, StreamState, describe, read_conversations
 from sftstream.sources import Corpus, CorpusReader
-from sftstream.streaming.packing import Packer
+from sftstream.streaming.example_reader import ExampleReader
+from sftstream.streaming.graph import build_stream
+from sftstream.streaming.packer import Packer
 from sftstream.streaming.sampler import RowSampler, open_cursors
-from sftstream.streaming.stream import ExampleReader, build_stream
 
 
 def opened(config: DataConfig, encoder: ChatEncoder, stream: int, state: Any = None) -> Packer:
@@ -181,7 +182,7 @@ def test_refusals_are_listed_with_their_places_and_counted(
     assert broken == f"{spoiled}:41 is not JSON: Input data was truncated"
 
 
-def test_what_a_state_counts_is_what_was_given(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
+def test_a_state_counts_exactly_the_given_packs(shapes: dict[str, DataConfig], encoder: ChatEncoder) -> None:
     node = opened(shapes["refused rows"], encoder, 0)
     packs = []
     while not node.state.exhausted:
@@ -238,19 +239,19 @@ def test_the_state_of_the_rows_is_not_changed_by_reading_on(config: DataConfig) 
     rows.reset()
     before = rows.state_dict()
     next(rows)
-    assert before == {"drawn": (0,), "mixed": (0,), "places": {}, "stage": 0, "exhausted": False}
-    assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "places": {}, "stage": 0, "exhausted": False}
+    assert before == {"drawn": (0,), "mixed": (0,), "places": {}, "stage": 0}
+    assert rows.state_dict() == {"drawn": (1,), "mixed": (1,), "places": {}, "stage": 0}
 
 
 def test_a_stream_that_stands_behind_its_last_row_has_none(config: DataConfig) -> None:
     """As after a change to fewer epochs."""
     rows = opened_rows(config)
     rows.reset()
-    rows.wanted = 10_000
-    while not (end := rows.state_dict())["exhausted"]:
+    rows.request(10_000)
+    while not rows.exhausted:
         next(rows)
-    behind = [count + 1 for count in end["drawn"]]
-    rows.reset({"drawn": behind, "mixed": behind, "stage": 0, "exhausted": True})
+    behind = [count + 1 for count in rows.position.drawn]
+    rows.reset({"drawn": behind, "mixed": behind, "stage": 0})
     with pytest.raises(StopIteration):
         next(rows)
 
@@ -266,7 +267,8 @@ def test_a_row_that_changed_since_it_was_planned_is_an_error(
     assert state["planned"]
     tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 20)
     with pytest.raises(
-        ValueError, match=r"row \d+ of source 0 was planned before and is refused now \(unknown layout: .* rest"
+        ValueError,
+        match=r"row \d+ of source 0 was planned into a pack before and is refused now \(unknown layout: .* rest",
     ):
         next(opened(config, encoder, 0, state))
 

@@ -1,4 +1,4 @@
-"""The faster tokenizer is used where it gives the same ids, and never where it does not."""
+"""fastokens computes the ids if its ids equal those of `tokenizers`, and never otherwise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def fast(tokenizer: str, *, required: bool = False, wrong: bool = False) -> FastTokenizer:
-    """Of the test tokenizer, or of one that lacks a merge."""
+    """Return fastokens for the test tokenizer, `wrong` without its first merge."""
     loaded = Tokenizer(tokenizer)
     description = loaded.hf.backend_tokenizer.to_str()
     if wrong:
@@ -41,7 +41,7 @@ def fast(tokenizer: str, *, required: bool = False, wrong: bool = False) -> Fast
 
 
 def waited(tokenizer: FastTokenizer, text: str) -> list[int]:
-    """The ids that it gives once it is loaded."""
+    """Wait until the tokenizer is loaded; return its ids."""
     while (found := tokenizer([text])) is None:
         time.sleep(0.01)
     return found.ids.tolist()
@@ -58,7 +58,7 @@ def pair(tokenizer: str) -> tuple[Tokenizer, FastTokenizer]:
 @given(
     st.text(max_size=60) | st.lists(st.sampled_from([*tiny.WORDS, *tiny.SPECIAL, " ", "\n"]), max_size=12).map("".join)
 )
-def test_it_gives_the_same_ids(pair: tuple[Tokenizer, FastTokenizer], text: str) -> None:
+def test_fastokens_gives_the_ids_of_tokenizers(pair: tuple[Tokenizer, FastTokenizer], text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -70,20 +70,20 @@ def test_it_gives_the_same_ids(pair: tuple[Tokenizer, FastTokenizer], text: str)
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["llama3", "qwen"])
-def test_it_passes_for_real_tokenizers(realdata: Path, name: str) -> None:
+def test_real_tokenizers_pass_all_probes(realdata: Path, name: str) -> None:
     made = fast(str(realdata / "tokenizers" / name))
     made.load()
     text = f"Hello {name}, 1234567 Здравствуй 你好\n\n"
     assert waited(made, text) == ids(Tokenizer(str(realdata / "tokenizers" / name)), text)
 
 
-def test_until_it_is_loaded_it_gives_nothing(tokenizer: str) -> None:
+def test_calls_return_none_until_fastokens_is_loaded(tokenizer: str) -> None:
     made = fast(tokenizer)
     assert made(["north"]) is None
     assert waited(made, "north") == ids(Tokenizer(tokenizer), "north")
 
 
-def test_after_a_fork_it_is_loaded_again(tokenizer: str) -> None:
+def test_a_forked_process_loads_fastokens_again(tokenizer: str) -> None:
     made = fast(tokenizer)
     made(["begin to load here"])
 
@@ -98,7 +98,7 @@ def test_after_a_fork_it_is_loaded_again(tokenizer: str) -> None:
     process.join()
 
 
-def test_a_process_may_end_while_it_is_compared(tokenizer: str) -> None:
+def test_a_process_may_end_during_the_probes(tokenizer: str) -> None:
     program = f"""
 import itertools, threading
 from sftstream.tokenization.fast_tokenizer import FastTokenizer
@@ -116,7 +116,7 @@ while not comparing.is_set():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_what_it_cannot_load_is_left_to_the_reference_or_an_error_where_it_is_asked_for() -> None:
+def test_a_description_that_cannot_be_loaded_is_an_error_only_if_fastokens_is_required() -> None:
     for required in (False, True):
         made = FastTokenizer("{}", lambda text: [0], lambda: [""], required=required)
         made.load()
@@ -129,13 +129,13 @@ def test_what_it_cannot_load_is_left_to_the_reference_or_an_error_where_it_is_as
             assert made(["north"]) is None
 
 
-def test_one_that_differs_on_a_probe_is_not_used(tokenizer: str) -> None:
+def test_fastokens_is_not_used_if_a_probe_differs(tokenizer: str) -> None:
     made = fast(tokenizer, wrong=True)
     made.load()
     assert made(["north"]) is None
 
 
-def test_one_that_differs_on_a_probe_is_an_error_where_it_is_asked_for(tokenizer: str) -> None:
+def test_a_probe_that_differs_is_an_error_if_fastokens_is_required(tokenizer: str) -> None:
     made = fast(tokenizer, wrong=True, required=True)
     made.load()
     with pytest.raises(
@@ -144,9 +144,11 @@ def test_one_that_differs_on_a_probe_is_an_error_where_it_is_asked_for(tokenizer
         made(["north"])
 
 
-@pytest.mark.parametrize("number", [fast_tokenizer.FIRST, fast_tokenizer.BETWEEN, 2 * fast_tokenizer.BETWEEN])
-def test_texts_of_the_run_are_compared_too(tokenizer: str, number: int) -> None:
-    """The probes know nothing of "north": a tokenizer that lacks its merges would pass without them."""
+@pytest.mark.parametrize(
+    "number", [fast_tokenizer.COMPARE_FIRST, fast_tokenizer.COMPARE_EVERY, 2 * fast_tokenizer.COMPARE_EVERY]
+)
+def test_a_text_of_the_run_that_differs_is_an_error(tokenizer: str, number: int) -> None:
+    """No probe has the word "north": a tokenizer without its merges passes all probes."""
     loaded = Tokenizer(tokenizer)
     seen: list[str] = []
 
@@ -160,14 +162,16 @@ def test_texts_of_the_run_are_compared_too(tokenizer: str, number: int) -> None:
     made(["north"] * (number - 1 - number // 2))
     with pytest.raises(RuntimeError, match="gives other ids than tokenizers for 'odd'"):
         made(["odd"])
-    assert len(seen) == 2 + min(number - 1, fast_tokenizer.FIRST) + (number - 1) // fast_tokenizer.BETWEEN
+    assert len(seen) == 2 + min(number - 1, fast_tokenizer.COMPARE_FIRST) + (number - 1) // fast_tokenizer.COMPARE_EVERY
 
 
 def with_backend(tokenizer: str, path: str, backend: str) -> DataConfig:
     return tiny.data_config({"path": tokenizer, "backend": backend}, path)
 
 
-def test_the_packs_are_the_same_and_a_resume_wants_the_same_again(tokenizer: str, corpus_path: str) -> None:
+def test_packs_are_the_same_with_fastokens_and_a_resume_needs_the_same_backend(
+    tokenizer: str, corpus_path: str
+) -> None:
     plain = PackLoader(with_backend(tokenizer, corpus_path, "huggingface"))
     quick = PackLoader(with_backend(tokenizer, corpus_path, "fastokens"))
     quick.encoder.tokenizer.fast_tokenizer.load()

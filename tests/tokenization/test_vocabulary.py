@@ -1,4 +1,4 @@
-"""What a run asks of a tokenizer is worked out once on a machine, and again whenever one of its files is another."""
+"""The vocabulary of a tokenizer is computed once a machine, and anew after a change of a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from sftstream import ChatEncoder
 from sftstream.tokenization import vocabulary
 from sftstream.tokenization.tokenizer import Tokenizer
-from sftstream.tokenization.vocabulary import MOST, describe, load, open_vocabulary, with_short_merges
+from sftstream.tokenization.vocabulary import MAX_BYTES, describe, load, open_vocabulary, with_short_merges
 
 READS = """
 import sys
@@ -44,13 +44,13 @@ def read(directory: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_second_start_does_without_transformers_own_tokenizer(tokenizer: str) -> None:
+def test_a_second_start_does_not_load_the_tokenizer_of_transformers(tokenizer: str) -> None:
     tokens, opened = read(tokenizer).rsplit(" ", 1)
     assert opened == "True"
     assert read(tokenizer) == f"{tokens} False"
 
 
-def test_what_is_kept_is_what_the_files_say(tokenizer: str, cache: Path) -> None:
+def test_a_cached_vocabulary_equals_that_of_the_files(tokenizer: str, cache: Path) -> None:
     made = open_vocabulary(tokenizer).vocabulary
     found, backend, _ = open_vocabulary(tokenizer)
     assert len(kept(cache)) == 1
@@ -65,7 +65,7 @@ def merging(*merges: tuple[str, str]) -> str:
     return Backend(BPE({text: index for index, text in enumerate(texts)}, list(merges))).to_str()
 
 
-def test_merges_are_kept_in_the_notation_that_is_read_faster(tokenizer: str) -> None:
+def test_merges_are_cached_in_the_notation_that_loads_faster(tokenizer: str) -> None:
     kept = json.loads(open_vocabulary(tokenizer).vocabulary.description)["model"]["merges"]
     assert kept
     assert all(isinstance(merge, str) for merge in kept)
@@ -97,7 +97,7 @@ def test_a_change_of_any_file_is_seen(tmp_path: Path, cache: Path, name: str) ->
     assert len(kept(cache)) == 2
 
 
-def test_a_copy_elsewhere_is_the_same(tokenizer: str, tmp_path: Path, cache: Path) -> None:
+def test_a_copy_of_the_directory_uses_the_same_cached_vocabulary(tokenizer: str, tmp_path: Path, cache: Path) -> None:
     open_vocabulary(tokenizer)
     copy = Path(tiny.save_tokenizer(tmp_path / "copy"))
     open_vocabulary(copy)
@@ -105,7 +105,7 @@ def test_a_copy_elsewhere_is_the_same(tokenizer: str, tmp_path: Path, cache: Pat
     assert Tokenizer(copy).name == str(copy)
 
 
-def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
+def test_a_damaged_cached_vocabulary_is_computed_again(tokenizer: str, cache: Path) -> None:
     made = open_vocabulary(tokenizer).vocabulary
     (path,) = kept(cache)
     content = path.read_bytes()
@@ -115,25 +115,25 @@ def test_what_was_damaged_is_made_anew(tokenizer: str, cache: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: str, cache: Path) -> None:
+def test_a_run_starts_without_a_cache_that_can_be_written(tokenizer: str, cache: Path) -> None:
     cache.write_text("a file")
     made = open_vocabulary(tokenizer).vocabulary
     assert made == describe(load(tokenizer))
 
 
-def test_files_that_are_not_a_tokenizers_are_not_looked_through(tmp_path: Path, cache: Path) -> None:
+def test_a_directory_with_too_large_files_is_not_cached(tmp_path: Path, cache: Path) -> None:
     directory = Path(tiny.save_tokenizer(tmp_path / "one"))
     open_vocabulary(directory)
     (directory / "model.safetensors").write_bytes(b"weights")
     open_vocabulary(directory)
     assert len(kept(cache)) == 1
     with (directory / "rows.json").open("wb") as file:
-        file.truncate(MOST + 1)
+        file.truncate(MAX_BYTES + 1)
     open_vocabulary(directory)
     assert len(kept(cache)) == 1
 
 
-def test_a_tokenizer_that_changes_while_it_is_read_is_not_kept(
+def test_a_tokenizer_that_changes_while_it_is_read_is_not_cached(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = Path(tiny.save_tokenizer(tmp_path / "one"))
@@ -158,7 +158,7 @@ def test_a_tokenizer_with_parts_of_python_code_is_an_error() -> None:
         open_vocabulary(hf)
 
 
-def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> None:
+def test_truncation_and_padding_stored_in_a_tokenizer_json_are_not_applied(tmp_path: Path) -> None:
     directory = Path(tiny.save_tokenizer(tmp_path / "cut"))
     file = directory / "tokenizer.json"
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
@@ -169,7 +169,7 @@ def test_truncation_and_padding_of_other_uses_are_left_out(tmp_path: Path) -> No
         assert len(opened.hf("north river stone")["input_ids"]) > 2
 
 
-def test_a_directory_in_the_home_directory_is_kept_too(
+def test_a_directory_given_relative_to_the_home_directory_is_cached(
     tokenizer: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

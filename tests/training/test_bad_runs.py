@@ -147,7 +147,7 @@ def test_a_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, conf
     (weights,) = (tmp_path / "runs/run/checkpoints").glob("*/*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     config["run"]["steps"] = 4
-    assert "no step in" in _fails(tmp_path, config)
+    assert "every step in" in _fails(tmp_path, config)
 
 
 def test_refused_rows_are_counted_and_listed_with_their_location(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny_llama import CONFIG, built, gradients, loss_of, row
+from tiny_llama import CONFIG, built, gradients, loss_of, pack_of
 
 from trainer.distributed.determinism import determinism
 from trainer.llama.blocks import prepare_blocks
@@ -41,7 +41,7 @@ def test_compiled_layers_give_the_same_bits_each_time() -> None:
             torch._dynamo.reset()
             model = built(CONFIG)
             prepare_blocks(model, recompute="selective", compiled=True)
-            loss_of(model, row(9, 14, 9)).backward()
+            loss_of(model, pack_of(9, 14, 9)).backward()
             found.append(gradients(model))
         assert torch._inductor.config.deterministic
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 import runs
 import torch
-from tiny_llama import CONFIG, TIED, built, loss_of, row
+from tiny_llama import CONFIG, TIED, built, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import TrainConfig, parse_config
 from trainer.estimate import activations, estimate
 from trainer.llama.blocks import Recompute, prepare_blocks
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 from trainer.main import main
 
 GIB = 2**30
@@ -152,7 +152,7 @@ def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = loss_of(model, row(tokens))
+            loss = loss_of(model, pack_of(tokens))
         kept.append(sum(storages.values()))
         del loss
     return kept[1] - kept[0]

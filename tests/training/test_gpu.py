@@ -18,8 +18,10 @@ from torch import Tensor
 from trainer.distributed.determinism import determinism
 from trainer.llama.attention import Segments, attend
 from trainer.llama.blocks import Recompute, prepare_blocks
+from trainer.llama.config import LlamaConfig
+from trainer.llama.init import init_weights
 from trainer.llama.loss import summed_cross_entropy
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.model import Llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -151,7 +153,7 @@ def test_a_model_on_a_gpu_equals_transformers_up_to_bfloat16_rounding(tmp_path: 
 
 
 def test_float32_attention_on_a_gpu_is_an_error(segments: Segments) -> None:
-    with pytest.raises(ValueError, match=r"attention on a GPU computes in bfloat16, float16, not in torch.float32"):
+    with pytest.raises(ValueError, match=r"attention on cuda computes in bfloat16, float16, not in float32"):
         attend(*(t.float() for t in _qkv(4)), segments)
 
 

@@ -71,7 +71,7 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
         assert step_reader.position is not None
         assert step_reader.position.state == alone.state
         assert step_reader.position.run == msgspec.structs.replace(alone.state, streams={})
-        assert step_reader.position.encoded_streams() == {
+        assert step_reader.position.encoded_streams == {
             number: msgspec.msgpack.encode(stream) for number, stream in alone.state.streams.items()
         }
         time.sleep(0.002)  # lets the thread read ahead

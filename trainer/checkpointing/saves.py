@@ -24,8 +24,7 @@ class Saves:
         self.config = config.checkpoint
         self.display = display
         root = self.config.root or config.run.directory / "checkpoints"
-        limits = self.config
-        self.store = CheckpointStore(root, keep=limits.keep, keep_every=limits.keep_every, keep_best=limits.keep_best)
+        self.store = CheckpointStore(root, self.config.retention)
         self.store.claim()
 
     def latest(self) -> int | None:

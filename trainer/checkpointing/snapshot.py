@@ -31,7 +31,8 @@ from checkpoints import RECIPE, About, CheckpointStore, Recipe
 from sftstream import DataState, LoaderPosition, StreamState, differences
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
-from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 from trainer.training.progress import Progress
@@ -123,7 +124,7 @@ def take_snapshot(
     values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(run.topology)}
     if position is not None:
         # One value per logical stream, since a rank of another topology needs other streams.
-        values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams().items()}
+        values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams.items()}
     if run.topology.first:
         assert position is not None
         assert run.recipe is not None

@@ -1,6 +1,7 @@
-"""What is done to every block of a model: activations computed twice to save memory, code compiled to save time.
+"""Recompute activations to save memory, and compile code to save time, in every block of a model.
 
-Only each module's `forward` is replaced: names of parameters stay, and the hooks that gather weights run around it.
+Only the `forward` of a module is replaced: parameter names stay, and the hooks that gather weights
+still run around `forward`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> None:
-    """Recompute and compile the forward of each of the model's blocks, in place.
+    """Set recomputation and compilation for each block of `model`, in place.
 
-    `recompute` says which activations the backward pass computes again instead of finding them stored: those inside the
-    feed-forward, the widest of a block ("selective"), or all but the block's input ("full"). It changes no bit. Compiled
-    code rounds otherwise. It is compiled once for all blocks and all packs of a capacity: attention, which alone sees the
-    borders of segments, is called from it and not part of it.
+    `recompute` selects the activations that the backward pass computes again instead of storing
+    them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
+    "full", all but the input of the block. Recomputation changes no bit.
+
+    `compiled` changes rounding. The code is compiled once for all blocks and all packs of a
+    capacity: only attention sees the segment borders, and attention stays outside the compiled
+    code.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -36,7 +40,8 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
         if recompute == "full":
             _replace_forward(block, _recomputed)
     if compiled:
-        # Else the compiler picks among kernels by the clock, and another pick sums in another order.
+        # Without this flag the compiler picks kernels by their time, and another pick sums in
+        # another order.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         model.register_forward_pre_hook(_expect_any_borders)
 
@@ -46,10 +51,13 @@ def _replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Cal
 
 
 def _expect_any_borders(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Compiled code hands the borders on to attention; torch 2.11 takes their number for a part of it otherwise."""
+    """Mark the number of segment borders as variable.
+
+    Without the mark torch 2.11 compiles the blocks again for each number of segments.
+    """
     torch._dynamo.maybe_mark_dynamic(inputs[2].cu_seqlens, 0)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # Nothing in a block draws random numbers.
+    # No random state to preserve: nothing in a block draws random numbers.
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face model, read into a shape and written from one."""
+"""Convert `config.json` of a Hugging Face model to a LlamaConfig, and back."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from trainer.llama.model import LlamaConfig
+from trainer.llama.config import LlamaConfig
 
 StrPath = str | os.PathLike[str]
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_READ = (
-    *_SIZES,
-    "num_key_value_heads",
-    "model_type",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "initializer_range",
+_ROPE_FIELDS = {"rope_theta", "rope_scaling"}
+_FIELD_KEYS = tuple(name for name in LlamaConfig.__struct_fields__ if name not in _ROPE_FIELDS)
+"""Keys of `config.json` with the name and meaning of a field of LlamaConfig."""
+_REQUIRED = tuple(
+    field.name
+    for field in msgspec.structs.fields(LlamaConfig)
+    if field.required and field.name != "num_key_value_heads"  # every architecture has a default
 )
+"""Required keys of `config.json`: transformers' defaults would describe a different model."""
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -37,8 +35,9 @@ _ONLY_SUPPORTED = {
     "rope_interleaved": False,
     "quantization_config": None,
 }
-# Older spellings, which transformers reads, and what others write that no number depends on.
-_ALSO_KNOWN = {
+"""Keys with a single supported value, because the model computes nothing else."""
+# Older spellings that transformers reads, and keys of other libraries without effect on the model.
+_ALSO_ACCEPTED = {
     "head_dim",
     "rope_theta",
     "rope_scaling",
@@ -51,9 +50,11 @@ _MODEL_TYPES = get_args(get_type_hints(LlamaConfig)["model_type"])
 
 
 def find_model(name: str) -> Path:
-    """The directory of a model: `name` itself, or what the hub has under this name, fetched once on a machine.
+    """Return the directory of a model, downloaded from the Hugging Face hub if necessary.
 
-    Ranks may call at the same time: they wait for the one that fetches. ValueError where it is neither.
+    `name` is a local directory or the name of a model on the hub. The hub's cache keeps the
+    download for later calls on this machine. Ranks may call at the same time: one rank downloads,
+    the rest wait. Raises ValueError if `name` is neither a directory nor on the hub.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -62,14 +63,16 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, HFValidationError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"model {name!r} is no directory here, and the hub does not give it: {reason}") from error
+        raise ValueError(
+            f"model {name!r} is neither a local directory nor available from the Hugging Face hub: {reason}"
+        ) from error
 
 
 def read_config(directory: StrPath) -> LlamaConfig:
-    """The shape that `config.json` describes, in the layout of transformers 4 or 5; what it leaves out means what it means
-    to transformers.
+    """Read `config.json`, written by transformers 4 or 5; a missing key gets transformers' default.
 
-    ValueError names the file, and the key in it that is missing, unknown or not supported.
+    Raises ValueError, naming the file and the key, if a size is missing, or if a key is unknown or
+    has an unsupported value.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -79,71 +82,79 @@ def read_config(directory: StrPath) -> LlamaConfig:
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
     except KeyError as error:
-        # Of transformers, where rope settings lack some.
+        # Raised by transformers if keys of the rope settings are missing.
         raise ValueError(f"{path}: {error.args[0]}") from error
 
 
 def _config(keys: dict[str, Any]) -> LlamaConfig:
-    kind: Any = keys.get("model_type")
-    if kind not in _MODEL_TYPES:
-        raise ValueError(f"model_type is {kind!r}, of which only {', '.join(_MODEL_TYPES)} are supported")
-    public = CONFIG_MAPPING[kind]
-    _require_known(keys, public().to_dict().keys() | _ALSO_KNOWN | _ONLY_SUPPORTED.keys())
-    # transformers' own reading: it knows both layouts and each architecture's defaults. The weights' type is for their files.
+    model_type: Any = keys.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ValueError(f"model_type {model_type!r} is not supported: choose a model of {', '.join(_MODEL_TYPES)}")
+    public = CONFIG_MAPPING[model_type]
+    _check_keys(keys, public().to_dict().keys() | _ALSO_ACCEPTED | _ONLY_SUPPORTED.keys())
+    # transformers reads the keys first: both layouts, with the defaults of each architecture. The
+    # dtype is left out, since the weight files state the dtype of each tensor.
     typeless = {key: value for key, value in keys.items() if key not in ("dtype", "torch_dtype")}
     read = keys | public.from_dict(typeless).to_dict()
-    _require_supported(read, architectures=[_architecture(kind)])
-    fields = {key: read.get(key) for key in _READ}
+    _check_supported(read, architectures=[_architecture(model_type)])
+    fields = {key: read.get(key) for key in _FIELD_KEYS}
     return msgspec.convert(fields | _rope(read["rope_parameters"]), LlamaConfig)
 
 
-def _require_known(keys: dict[str, Any], known: set[str]) -> None:
-    missing = [key for key in _SIZES if key not in keys]
+def _check_keys(keys: dict[str, Any], accepted: set[str]) -> None:
+    missing = [key for key in _REQUIRED if key not in keys]
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be given")
-    unknown = [key for key in keys if key not in known and not key.startswith("_")]
+        raise ValueError(f"missing {', '.join(missing)}: add the sizes of the model")
+    unknown = [key for key in keys if key not in accepted and not key.startswith("_")]
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)}: not known of a {keys['model_type']}; remove it if no number of the model depends on it"
+            f"unknown keys for model_type {keys['model_type']}: {', '.join(unknown)}; remove the keys if the model "
+            "computes the same without"
         )
 
 
-def _require_supported(read: dict[str, Any], architectures: list[str]) -> None:
+def _check_supported(read: dict[str, Any], architectures: list[str]) -> None:
     for key, supported in (_ONLY_SUPPORTED | {"architectures": architectures}).items():
-        found = read.get(key)
-        if found is not None and found != supported:
-            raise ValueError(f"{key} is {found!r}, of which only {supported!r} is supported{_REMEDIES.get(key, '')}")
+        value = read.get(key)
+        if value is not None and value != supported:
+            remedy = _REMEDIES.get(key, "choose another model")
+            raise ValueError(f"{key} is {value!r}, but only {supported!r} is supported: {remedy}")
     if set(read.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types is {read['layer_types']!r}, of which only full_attention is supported")
+        raise ValueError(
+            f"layer_types is {read['layer_types']!r}, but only full_attention is supported: choose another model"
+        )
 
 
 _REMEDIES = {
-    "sliding_window": "; set it to null if no conversation is longer: within the window it changes nothing",
-    "quantization_config": "; train from the weights that were quantized",
+    "sliding_window": "set it to null if no conversation is longer, since the window then has no effect",
+    "quantization_config": "train from the weights before quantization",
 }
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Our `rope_theta` and `rope_scaling`."""
-    settings = {key: value for key, value in parameters.items() if key != "type"}  # the older name of rope_type
-    theta, kind = settings.pop("rope_theta"), settings.pop("rope_type")
-    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor must be 1: part of a head is never left unturned")
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type is {kind!r}, of which only default, linear, llama3 are supported")
-    if kind == "default" and settings:
+    """Return the fields `rope_theta` and `rope_scaling` of a LlamaConfig."""
+    settings = {key: value for key, value in parameters.items() if key != "type"}  # older spelling of rope_type
+    theta, rope_type = settings.pop("rope_theta"), settings.pop("rope_type")
+    if (share := settings.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"partial_rotary_factor is {share!r}, but only 1.0 is supported: choose another model")
+    if rope_type not in ("default", "linear", "llama3"):
         raise ValueError(
-            f"{', '.join(settings)}: not known of rope_type 'default'; name the rope_type that has it, or remove it"
+            f"rope_type is {rope_type!r}, but only default, linear, llama3 are supported: choose another model"
         )
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"rope_type": kind, **settings}}
+    if rope_type == "default" and settings:
+        raise ValueError(
+            f"unknown keys for rope_type 'default': {', '.join(settings)}; set the rope_type of the keys, or remove them"
+        )
+    scaling = None if rope_type == "default" else {"rope_type": rope_type, **settings}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def write_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of a model, in the spelling that older versions of transformers read as well."""
+    """Return the keys of `config.json` for weights of `dtype`, readable by transformers 4 and 5."""
     keys: dict[str, Any] = msgspec.to_builtins(config)
     return {
         **keys,
-        **_SAID_BY[config.model_type],
+        **_EXPLICIT_KEYS[config.model_type],
         "architectures": [_architecture(config.model_type)],
         "head_dim": config.head_size,
         "hidden_act": "silu",
@@ -151,13 +162,13 @@ def write_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# What a reader might else take for granted.
-_SAID_BY: dict[str, dict[str, Any]] = {
+_EXPLICIT_KEYS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False, "attention_bias": False},
 }
+"""Constant keys per architecture, written because defaults differ between readers."""
 
 
 def _architecture(model_type: str) -> str:

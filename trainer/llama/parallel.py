@@ -1,4 +1,20 @@
-"""A finished Llama spread over a mesh: tensor parallelism inside its layers, sharded data parallelism around them."""
+"""Spread a Llama over a mesh: tensor parallelism (TP) inside layers, FSDP2 around them.
+
+Example with `num_attention_heads` 4, `num_key_value_heads` 2 and `head_dim` 2: the fused matrix
+`attention.qkv.weight` has 16 rows. On four ranks with "dp" 2 and "tp" 2, TP first gives each TP
+rank one complete key-value group, then FSDP2 cuts the rows of each TP rank in two:
+
+| rows   | heads of the rows | rank (dp, tp) | rows after FSDP2's gather over "dp" |
+|--------|-------------------|---------------|-------------------------------------|
+| 0-3    | q0, q1            | (0, 0)        | 0-7: q0, q1, k0, v0                 |
+| 4-7    | k0, v0            | (1, 0)        | 0-7                                 |
+| 8-11   | q2, q3            | (0, 1)        | 8-15: q2, q3, k1, v1                |
+| 12-15  | k1, v1            | (1, 1)        | 8-15                                |
+
+So a rank computes the attention of complete groups, without communication between TP ranks until
+the output projection. The placements over ("dp", "tp") are
+`(_StridedShard(0, split_factor=2), Shard(0))`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from trainer.llama.model import Llama, LlamaConfig
+from trainer.llama.config import LlamaConfig
+from trainer.llama.model import Llama
 
 
 def build(
@@ -25,7 +42,11 @@ def build(
     weights_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
 ) -> Llama:
-    """A Llama spread by `parallelize`, on `device`, its weights still to be set; no rank ever holds the whole of it."""
+    """Return a Llama on `device`, spread by `parallelize`, with weights not yet set.
+
+    The model is made without memory and allocated after the split: no rank ever holds the full
+    model. Parameters are stored in `weights_dtype`. Raises ValueError as `parallelize` does.
+    """
     with torch.device("meta"):
         model = Llama(config).to(weights_dtype)
     parallelize(
@@ -44,16 +65,18 @@ def parallelize(
     compute_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
 ) -> Llama:
-    """Shard `model` in place over `mesh`, whose dimensions are named "dp" and "tp", and return it.
+    """Spread `model` over `mesh` in place, and return `model`.
 
-    "dp" may be made of "replicate" and "shard": weights are then sharded over the second only. `capacity` is the tokens of
-    a pack. `compute_dtype` is what layers compute in, whatever the parameters' dtype; gradients are added up in fp32. A
-    model on "meta" is sharded without memory. Where nothing is to be split or cast, nothing is wrapped.
+    The mesh dimensions are "dp" and "tp". If "dp" is composed of "replicate" and "shard", weights
+    are split over "shard" only. `capacity` is the tokens of a pack. Layers compute in
+    `compute_dtype`, independent of the dtype of the parameters; gradients are summed in fp32. A
+    model on "meta" is split without memory. If nothing needs to be split or cast, nothing is
+    wrapped.
 
-    Gradients come out summed over "dp", not averaged; those of the norms are partial sums over "tp" until
-    `clip_by_global_norm` or the optimizer completes them, once a step instead of once a pack.
+    Gradients are sums over "dp", not means. Gradients of norms stay partial sums over "tp" until
+    `clip_by_global_norm` or the optimizer reduces them: once per step instead of once per pack.
 
-    Raises ValueError where the model or the capacity can't be divided by the size of "tp".
+    Raises ValueError if the size of "tp" does not divide the model or the capacity.
     """
     tp = mesh["tp"]
     if tp.size() > 1:
@@ -70,7 +93,7 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
-    """Raise ValueError, naming the sizes that would do, where `tp` does not divide what it splits."""
+    """Raise ValueError, with the possible sizes, if `tp` does not divide a size split by TP."""
     split = {
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
@@ -85,18 +108,19 @@ def check_divisible(config: LlamaConfig, capacity: int, tp: int) -> None:
 
 
 def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
-    """Megatron-LM's split with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
+    """Split the layers as Megatron-LM does, with sequence parallelism.
 
-    Between the layers each rank has `T / tp` tokens, inside attention and feed-forward all tokens and its share of the
-    heads and channels. The logits stay split over the vocabulary.
+    Source: Korthikanti et al. 2022, arXiv:2205.05198. Between the layers a rank has `T / tp`
+    tokens; inside attention and feed-forward a rank has all `T` tokens and `1 / tp` of the heads
+    and channels. The logits stay split over the vocabulary.
     """
     gather, scatter = partial(_gather, tp.get_group()), partial(_scatter, tp.get_group())
     for path, module in model.named_modules():
         role = path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
-            # Every rank holds the same weights, or none yet, and so cuts its own share: no broadcast.
-            share = distribute_tensor(parameter, tp, [_placement(role)], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(share))
+            # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
+            split = distribute_tensor(parameter, tp, [_placement(role)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(split))
         if role in ("qkv", "gate_up", "select"):
             module.register_forward_pre_hook(gather)
         if role in ("embedding", "output", "down"):
@@ -105,52 +129,57 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
 
 
 def _placement(role: str) -> Placement:
+    """Return the placement of a weight over "tp"; `role` is the last part of the module's name."""
     if role.endswith("norm"):
         return Replicate()
     return Shard(1) if role in ("output", "down") else Shard(0)
 
 
 def _gather(group: dist.ProcessGroup, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The tokens of all ranks, for a module that has a share of the channels."""
+    """Gather the tokens of all ranks, `(T / tp, hidden_size)` to `(T, hidden_size)`."""
     return _Exchanged.apply(inputs[0], True, group.size(), group.group_name), *inputs[1:]  # type: ignore[no-untyped-call]
 
 
 def _scatter(group: dist.ProcessGroup, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Of this rank's tokens the sum of what all ranks made of them."""
+    """Sum the outputs over all ranks and keep the local tokens.
+
+    `(T, hidden_size)` becomes `(T / tp, hidden_size)`.
+    """
     return _Exchanged.apply(output, False, group.size(), group.group_name)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Exchanged(torch.autograd.Function):
-    """Tokens gathered or summed and scattered; their gradients go the other way."""
+    """All-gather or reduce-scatter of tokens; the backward pass runs the opposite on gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
-        ctx.back = not gathers, size, group
+        ctx.backward_arguments = not gathers, size, group
         return _exchange(x, gathers, size, group)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(upstream, *ctx.back), None, None, None
+        return _exchange(upstream, *ctx.backward_arguments), None, None, None
 
 
 def _exchange(x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
-    # The operations themselves. Of `torch.distributed`'s functions some return a class of tensor that goes through Python until
-    # it is waited for, and the others, compiled by torch 2.11, gave wrong gradients.
+    # The raw operations, because some functions of torch.distributed return a tensor subclass that
+    # goes through Python until the wait, and the rest gave wrong gradients when compiled by torch
+    # 2.11.
     ops, x = torch.ops._c10d_functional, x.contiguous()
-    under_way = (
+    pending = (
         ops.all_gather_into_tensor(x, size, group) if gathers else ops.reduce_scatter_tensor(x, "sum", size, group)
     )
-    return ops.wait_tensor(under_way)  # type: ignore[no-any-return]
+    return ops.wait_tensor(pending)  # type: ignore[no-any-return]
 
 
 def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # The root keeps embedding, norm and head together: tied, the two ends are one parameter. What it gathers is needed at
-    # both ends of either pass, and so stays between them.
+    # The root holds embedding, norm and head together, since a tied weight is one parameter. Both
+    # ends of each pass need these weights, so the weights stay gathered in between.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # else a factor asks for an operation that gloo lacks
+            module.set_force_sum_reduction_for_comms(True)  # a factor alone needs an operation that gloo lacks

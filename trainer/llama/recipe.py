@@ -1,21 +1,19 @@
-"""How a checkpoint of a run becomes a Hugging Face directory: kept in it, so that nothing else is needed for that."""
+"""The recipe for the export of a checkpoint, saved in the checkpoint: an export needs no run."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from checkpoints import Recipe, Rows
-from trainer.llama.export import Tokenizer, describe
+from trainer.llama.config import LlamaConfig
+from trainer.llama.export import Tokenizer, config_files
 from trainer.llama.hf_config import StrPath
-from trainer.llama.model import LlamaConfig
 from trainer.llama.weights import layout
 
 MODEL = "model"
-"""Where the parameters are in a checkpoint's tensors."""
+"""The key of the parameters in the state of a checkpoint."""
 
 
 def recipe(
@@ -25,14 +23,14 @@ def recipe(
     stop_token_ids: Iterable[int],
     init_from: StrPath | None = None,
 ) -> Recipe:
-    """For parameters of `dtype`, under the names that the model gives them."""
+    """Return the recipe for the export of a checkpoint with parameters of `dtype`.
+
+    The exported files equal the files of `trainer.llama.export.export` for the model.
+    """
     tensors: dict[str, list[Rows]] = {}
     for name, pieces in layout(config).items():
         start = 0
         for piece in pieces:
             tensors.setdefault(piece.tensor, []).append(Rows(f"{MODEL}.{name}", start, piece.rows))
             start += piece.rows
-    with tempfile.TemporaryDirectory() as directory:
-        describe(Path(directory), config, dtype, tokenizer, stop_token_ids, init_from)
-        paths = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-        return Recipe(tensors, {str(path.relative_to(directory)): path.read_bytes() for path in paths})
+    return Recipe(tensors, config_files(config, dtype, tokenizer, stop_token_ids, init_from))

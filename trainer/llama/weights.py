@@ -1,4 +1,9 @@
-"""The weights of Hugging Face model directories, read into a model that may be sharded; their names and ours."""
+"""Load the weights of a Hugging Face directory, and map parameters to Hugging Face tensors.
+
+Our model fuses matrices that Hugging Face stores apart. `layout` describes each of our parameters
+as a list of pieces of Hugging Face tensors; reading, export and conversion of checkpoints all
+follow `layout`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,15 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
+from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
-from trainer.llama.model import Llama, LlamaConfig, local, window
+from trainer.llama.model import Llama
+from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-"""Of other types, numbers are codes of a quantization, whose scales stand elsewhere."""
+"""Accepted dtypes of safetensors; other dtypes hold the codes of a quantization."""
 
 
 class _Index(msgspec.Struct):
@@ -26,7 +32,7 @@ class _Index(msgspec.Struct):
 
 
 class Piece(NamedTuple):
-    """Rows `[start, start + rows)` of a Hugging Face tensor, at their place in one of our parameters."""
+    """Rows `[start, start + rows)` of a Hugging Face tensor, as a part of one of our parameters."""
 
     tensor: str
     start: int
@@ -34,7 +40,12 @@ class Piece(NamedTuple):
 
 
 def layout(config: LlamaConfig) -> dict[str, list[Piece]]:
-    """For each of our parameters the pieces of Hugging Face tensors that its rows are made of, in order."""
+    """Return for each parameter the pieces of Hugging Face tensors that make up the rows, in order.
+
+    Example: with 4 query heads, 2 key-value heads and heads of 2 channels,
+    `blocks.0.attention.qkv.weight` has 16 rows, `q_proj[0:4], k_proj[0:2], v_proj[0:2],
+    q_proj[4:8], k_proj[2:4], v_proj[2:4]`, which are two groups of 8 rows.
+    """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     pieces = {
         "embedding.weight": [Piece("model.embed_tokens.weight", 0, vocabulary)],
@@ -63,11 +74,11 @@ def layout(config: LlamaConfig) -> dict[str, list[Piece]]:
 
 
 def _qkv_pieces(config: LlamaConfig, prefix: str, kind: str) -> list[Piece]:
-    queries, one = config.heads_per_group * config.head_size, config.head_size
+    query_rows, head_rows = config.heads_per_group * config.head_size, config.head_size
     return [
         Piece(f"{prefix}.{name}_proj.{kind}", group * rows, rows)
         for group in range(config.num_key_value_heads)
-        for name, rows in (("q", queries), ("k", one), ("v", one))
+        for name, rows in (("q", query_rows), ("k", head_rows), ("v", head_rows))
     ]
 
 
@@ -80,21 +91,22 @@ def _gate_up_pieces(config: LlamaConfig, prefix: str) -> list[Piece]:
 
 
 def shapes(model: Llama) -> dict[str, list[int]]:
-    """The Hugging Face tensors of a model and their full shapes."""
-    found: dict[str, list[int]] = {}
+    """Return the full shape of each Hugging Face tensor of `model`, by name."""
+    full_shapes: dict[str, list[int]] = {}
     parameters = dict(model.named_parameters())
     for name, pieces in layout(model.config).items():
         for piece in pieces:
-            found.setdefault(piece.tensor, [0, *parameters[name].shape[1:]])[0] += piece.rows
-    return found
+            full_shapes.setdefault(piece.tensor, [0, *parameters[name].shape[1:]])[0] += piece.rows
+    return full_shapes
 
 
 @torch.no_grad()
 def load_weights(model: Llama, directory: StrPath) -> None:
-    """Fill the model from the safetensors of a Hugging Face directory, one file or many.
+    """Load the safetensors of a Hugging Face directory, one file or several, into `model`.
 
-    Each rank reads only what it holds. Values are converted to the parameters' dtype. ValueError names a file that is
-    missing or damaged, or a tensor that is missing, unexpected, or of another shape or type; nothing is loaded then.
+    Each rank reads only the rows and columns that the rank holds, converted to the dtype of the
+    parameters. Raises ValueError, before anything is loaded, if a file is missing or damaged, or
+    if a tensor is missing, unexpected, quantized or has a shape that differs from `config.json`.
     """
     directory = Path(directory)
     with opened(directory) as tensors:
@@ -106,7 +118,10 @@ def load_weights(model: Llama, directory: StrPath) -> None:
 
 @contextmanager
 def opened(directory: Path) -> Iterator[dict[str, Any]]:
-    """The safetensors files of a directory, open, by the name of each tensor in them."""
+    """Open the safetensors files of `directory`, and yield a mapping from tensor name to open file.
+
+    Raises ValueError if a file or the index is missing or damaged.
+    """
     with ExitStack() as stack:
         files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
         yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -121,46 +136,50 @@ def _weight_files(directory: Path) -> list[Path]:
     except msgspec.MsgspecError as error:
         raise ValueError(f"{index}: {error}") from error
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]!r}, where only names of files beside it belong")
+        raise ValueError(f"{index} names {outside[0]!r}: weight files must lie in the directory of the index")
     return [directory / name for name in names]
 
 
 def _opened(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: weights are read from safetensors files only")
+        raise ValueError(f"{path} is missing: download or convert the weights as safetensors")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file, fetch it again: {error}") from error
 
 
 def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) -> None:
     expected = shapes(model)
-    found = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+    stored = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:
         ends = [
-            tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight") if name in found
+            tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored
         ]
         if not torch.equal(ends[0], ends[-1]):
-            raise ValueError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
-        del found["lm_head.weight"]
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{directory}: {name} has shape {found.get(name, 'none')}, where config.json asks for "
-                f"{expected.get(name, 'none')}"
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: "
+                "set tie_word_embeddings to false in config.json"
             )
-        if (kind := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+        del stored["lm_head.weight"]
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
             raise ValueError(
-                f"{directory}: {name} is stored as {kind}; train from weights in one of {', '.join(_FLOATS)}"
+                f"{directory}: {name} has shape {stored.get(name, 'none')}, but config.json implies "
+                f"{expected.get(name, 'none')}: use the config.json of these weights"
+            )
+        if (dtype := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+            raise ValueError(
+                f"{directory}: {name} is stored as {dtype}: train from weights in one of {', '.join(_FLOATS)}"
             )
 
 
 def _is_weight(name: str) -> bool:
-    return not name.endswith("rotary_emb.inv_freq")  # old conversions store what config.json says already
+    return not name.endswith("rotary_emb.inv_freq")  # stored by old conversions; derived from config.json here
 
 
 def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]) -> None:
+    """Read the local part of `parameter` from the pieces that overlap the local rows."""
     rows, *columns = window(parameter)
     offset = 0
     for piece in pieces:
@@ -173,26 +192,16 @@ def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]
 
 
 def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors by name, in the order of `shapes`, in full on every rank.
+    """Yield the full Hugging Face tensors with their names, on every rank.
 
-    `tensors` are those of the model by our names: its weights, or their gradients. One of ours is gathered at a time, and
-    every rank must go on to the end.
+    The order is that of `shapes`. `tensors` maps our parameter names to weights or to gradients.
+    Memory holds one gathered parameter at a time. Gathering is a collective, so every rank must
+    iterate to the end.
     """
     for name, pieces in layout(config).items():
-        full = _gathered(tensors[name])
+        full = gather_full(tensors[name])
         by_tensor: dict[str, list[Tensor]] = {}
         for piece, rows in zip(pieces, full.split_with_sizes([piece.rows for piece in pieces]), strict=True):
             by_tensor.setdefault(piece.tensor, []).append(rows)
         for theirs, parts in by_tensor.items():
             yield theirs, torch.cat(parts)
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = list(tensor.placements)
-    for dim in range(len(placements)):
-        # Data parallelism, the first dimensions, cut what tensor parallelism had cut before, and so is undone first.
-        placements[dim] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()

@@ -8,8 +8,10 @@ from pathlib import Path
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
 from trainer.llama.blocks import prepare_blocks
+from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import find_model, read_config
-from trainer.llama.model import Llama, LlamaConfig, init_weights
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights
 

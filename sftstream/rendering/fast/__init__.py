@@ -1,1 +1,4 @@
-"""The fast path of rendering: trace a template once per conversation shape, then fill in the values."""
+"""The fast path: trace a template once per conversation shape, then fill in the values.
+
+Only `RenderCache` is used from outside.
+"""

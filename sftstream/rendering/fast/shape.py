@@ -1,0 +1,145 @@
+"""Split a conversation into a shape and values.
+
+The shape holds everything that can change how a template prints and how turns are found: roles,
+train flags, present fields, blank texts. The values are the texts in a fixed order. Conversations
+of equal shape differ in values only, and share render plans.
+
+    Conversation((Message("user", "hi"), Message("assistant", "seven")))
+    shape   (0, "user", None, True, "assistant", None, True)
+    values  ["hi", "seven"]
+
+The shape reads: 0 tools; a user's message, `train` not set, content not blank; then the
+assistant's. A message with reasoning, tool calls, a name or a tool call id adds a nested tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from sftstream.records import Conversation, Message
+from sftstream.rendering.fast.symbolic import Recorder, SymbolicJson, SymbolicStr, TracedTemplate, ValueRef
+from sftstream.rendering.template import REASONING_KEYS, TemplateMessage, exact_key, template_message
+from sftstream.rendering.turns import CALLED, SAID, TOOL, USER
+
+Shape = tuple[Any, ...]
+
+
+class ReadsInside(NamedTuple):
+    """The inputs that a template reads field by field instead of printing whole by `tojson`.
+
+    A field-by-field input belongs to the shape, a whole input is a value.
+    """
+
+    tools: bool
+    """True for `{{ tool.function.name }}`, False for `{{ tool | tojson }}`."""
+    arguments: bool
+    """True for `{% for key, text in call.function.arguments.items() %}`, False for `tojson`.
+
+    Strings directly in the arguments remain values even if True.
+    """
+
+
+def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
+    """Trace a call with tools, then arguments, as one object; a failed trace means True."""
+    recorder = Recorder()
+
+    def can_trace(tool: Any, *messages: TemplateMessage) -> bool:
+        return traced.trace(recorder, [USER, *messages], [tool]) is not None
+
+    def calling(arguments: Any) -> TemplateMessage:
+        (call,) = CALLED["tool_calls"]
+        return {**CALLED, "tool_calls": [{**call, "function": {**call["function"], "arguments": arguments}}]}
+
+    fields = {"key": SymbolicStr(recorder, ValueRef(0), SAID)}
+    whole = SymbolicJson(recorder, ValueRef(0), {"key": SAID})
+    return ReadsInside(
+        tools=can_trace(TOOL) and not can_trace(SymbolicJson(recorder, ValueRef(0), TOOL)),
+        arguments=can_trace(TOOL, calling(fields)) and not can_trace(TOOL, calling(whole)),
+    )
+
+
+def split_conversation(conversation: Conversation, reads_inside: ReadsInside) -> tuple[Shape, list[Any]]:
+    """Return the shape and the values.
+
+    Raises ValueError if tools or arguments in the shape hold a type unknown to JSON, a date for
+    example.
+    """
+    tools = conversation.tools
+    shape: list[Any] = [sha256(exact_key(tools)).digest() if tools and reads_inside.tools else len(tools)]
+    values: list[Any] = [] if reads_inside.tools else list(tools)
+    for message in conversation.messages:
+        content = message.content or ""
+        values.append(content)
+        shape += (message.role, message.train, bool(content) and not content.isspace())
+        if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
+            shape.append(_optional_fields(message, values, reads_inside))
+    return tuple(shape), values
+
+
+def _optional_fields(message: Message, values: list[Any], reads_inside: ReadsInside) -> Shape:
+    """Return the shape of the rarer fields; append their values to `values`.
+
+    Blank texts have a shape of their own: no marker is put around a blank text, and the template
+    need not print a blank text.
+    """
+    optional = (message.reasoning or "", message.name or "", message.tool_call_id or "")
+    values += optional
+    shape: list[Any] = [not text.isspace() if text else None for text in optional]
+    shape += (message.name is None, message.tool_call_id is None)
+    for call in message.tool_calls:
+        shape += (bool(call.id), _has_text(call.name))
+        values += (call.id or "", call.name)
+        if reads_inside.arguments:
+            values += [argument for argument in call.arguments.values() if isinstance(argument, str)]
+            kinds = {k: _has_text(v) if isinstance(v, str) else [v] for k, v in call.arguments.items()}
+            shape.append(exact_key(kinds))
+        else:
+            values.append(call.arguments)
+            shape.append(_has_text(call.arguments))
+    return tuple(shape)
+
+
+def _has_text(value: Any) -> bool:
+    """Return True if a string in the value, at any depth, is not blank."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    if isinstance(value, (dict, Mapping)):  # `dict` first: isinstance is slow for an abstract class
+        return any(map(_has_text, value.values()))
+    return isinstance(value, (list, Sequence)) and any(map(_has_text, value))
+
+
+def symbolic_conversation(
+    recorder: Recorder, conversation: Conversation, values: Sequence[Any], reads_inside: ReadsInside
+) -> tuple[list[TemplateMessage], list[Any]]:
+    """Return template messages and tools with a symbolic object in place of each value.
+
+    Takes the values in the order of `split_conversation`.
+    """
+    numbers = iter(range(len(values)))
+
+    def symbolic(kind: type[SymbolicStr] | type[SymbolicJson]) -> Any:
+        number = next(numbers)
+        return kind(recorder, ValueRef(number), values[number])
+
+    tools = list(conversation.tools) if reads_inside.tools else [symbolic(SymbolicJson) for _ in conversation.tools]
+    messages = []
+    for message in conversation.messages:
+        result = template_message(message)
+        result["content"] = symbolic(SymbolicStr)
+        if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
+            reasoning, name, call_id = (symbolic(SymbolicStr) for _ in range(3))
+            result |= {key: reasoning for key in result if key in REASONING_KEYS}
+            result |= {key: value for key, value in (("name", name), ("tool_call_id", call_id)) if key in result}
+            for printed_call, call in zip(result.get("tool_calls", ()), message.tool_calls, strict=True):
+                given_id, function_name = symbolic(SymbolicStr), symbolic(SymbolicStr)
+                printed_call["id"] = given_id if call.id else printed_call["id"]
+                arguments: Any = (
+                    {k: symbolic(SymbolicStr) if isinstance(v, str) else v for k, v in call.arguments.items()}
+                    if reads_inside.arguments
+                    else symbolic(SymbolicJson)
+                )
+                printed_call["function"] = {"name": function_name, "arguments": arguments}
+        messages.append(result)
+    return messages, tools

@@ -1,0 +1,129 @@
+"""Conversation -> text with trained spans: template, plans of known shapes and policy combined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from sftstream.config import Policy
+from sftstream.records import Conversation, Refused, Rendered
+from sftstream.rendering.fast.render_cache import RenderCache
+from sftstream.rendering.markers import locate, names, strings
+from sftstream.rendering.mask import rendered, require_whole
+from sftstream.rendering.probe import probe
+from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
+from sftstream.rendering.turns import Turn, find_turns
+
+CHECK_INTERVAL = 4096
+"""Conversations rendered from plans per comparison of a plan's output with the template's."""
+
+
+class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
+    """A conversation and the texts to be tokenized: a single text unless history is rewritten."""
+
+    conversation: Conversation
+    texts: tuple[Rendered, ...]
+
+
+class Renderer:
+    """Renders conversations with one chat template under one policy.
+
+    `special` holds the texts of the tokenizer's special tokens; `control` matches any of them.
+    Raises ValueError if no conversation can be trained on with the template.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, policy: Policy, special: Sequence[str], control: re.Pattern[str]
+    ) -> None:
+        self.template = template
+        self.policy = policy
+        self._control = control
+        self.report = probe(template, control)
+        self.render_cache = RenderCache(template, self.report.turn_format, special)
+        self.rendered = 0
+        """Conversations rendered."""
+        self.planned = 0
+        """Conversations rendered from a plan, without running the template."""
+
+    def render_conversations(self, conversations: Iterable[Conversation]) -> Iterator[RenderedConversation | Refused]:
+        """Yield the texts, or the refusal, of each conversation."""
+        for conversation in conversations:
+            try:
+                yield self.render_conversation(conversation)
+            except Refused as refused:
+                yield refused
+
+    def render_conversation(self, conversation: Conversation) -> RenderedConversation:
+        """Return the texts of a conversation by `policy.history`; raises `Refused`.
+
+        If the template prints earlier turns differently once the conversation goes on, "per_turn"
+        gives one text per trained turn, and "error" refuses the conversation.
+        """
+        whole = self.render(conversation)
+        if self.policy.history == "as_rendered" or not self.report.rewrites_history:
+            return RenderedConversation(conversation, (whole,))
+        turns = [self.render(part) for part in _up_to_each_turn(conversation)]
+        if all(whole.text.startswith(turn.text[: turn.bounds[-1]]) for turn in turns):
+            return RenderedConversation(conversation, (whole,))
+        if self.policy.history == "error":
+            raise Refused("history rewritten", "an earlier turn is printed differently once the conversation goes on")
+        return RenderedConversation(conversation, tuple(turns))
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Return text and trained spans of the whole conversation; raises `Refused`.
+
+        Every `CHECK_INTERVAL`th conversation rendered from a plan is rendered by the template too.
+        Raises RuntimeError if the two differ.
+        """
+        self.rendered += 1
+        planned = self.render_cache.render(conversation)
+        if planned is not None:
+            self.planned += 1
+            if self.planned % CHECK_INTERVAL:
+                return planned
+        rendered, turns = self.render_whole(conversation)
+        if planned is None:
+            self.render_cache.learn(conversation, rendered, turns)
+        elif rendered != planned:
+            raise RuntimeError(f"a plan of this chat template gave {planned} where the template gives {rendered}")
+        return rendered
+
+    def render_whole(self, conversation: Conversation) -> tuple[Rendered, list[Turn]]:
+        """Run the template on the conversation; return text, spans and turns. Raises `Refused`."""
+        messages = [template_message(message) for message in conversation.messages]
+        self._refuse_typed_names(messages, conversation.tools)
+        located = locate(self.template, messages, conversation.tools)
+        require_whole(
+            conversation.messages,
+            located,
+            self.policy,
+            prints_reasoning=self.report.prints_reasoning,
+            prints_thoughts=self.report.prints_thoughts,
+        )
+        turn_format = self.report.turn_format
+        turns = find_turns(self.template, turn_format, self._control, messages, conversation.tools, located)
+        return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
+
+    def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
+        """Raise `Refused` if a name, an id, a key or a tool's definition holds a special token.
+
+        Markers follow the words of messages through the template, but not names and keys.
+        """
+        named = [
+            *((f"message {index}", names(message)) for index, message in enumerate(messages)),
+            ("the tools", strings(tools)),
+        ]
+        for holder, texts in named:
+            if found := self._control.search("\0".join(texts)):
+                raise Refused("control token in text", f"{holder} contains {found[0]!r} in a name or key")
+
+
+def _up_to_each_turn(conversation: Conversation) -> Iterator[Conversation]:
+    """Yield the conversation up to each trained assistant message, earlier messages untrained."""
+    for index, message in enumerate(conversation.messages):
+        if message.role == "assistant" and message.train is not False:
+            earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
+            yield Conversation((*earlier, message), conversation.tools)

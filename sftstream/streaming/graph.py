@@ -1,0 +1,80 @@
+"""A logical stream as a graph of nodes: draw -> load -> template -> tokenize -> pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from torchdata.nodes import BaseNode
+
+from sftstream.config import DataConfig
+from sftstream.records import Refused
+from sftstream.sources import Corpus
+from sftstream.streaming.example_reader import ExampleReader
+from sftstream.streaming.packer import Packer, PackerConfig
+from sftstream.streaming.sampler import RowBatch, RowSampler, open_cursors
+from sftstream.tokenization.encoder import ChatEncoder
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+ROWS_OF_A_STREAMED_SOURCE = 1_000_000
+"""Assumed number of rows of a source of unknown size, for the limit on consecutive refusals."""
+
+
+class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
+    """Applies a pure stage to batches of rows. Refusals of earlier stages pass through unchanged.
+
+    A stage gets a batch at once, which keeps code and tables in the core's cache: row by row the
+    stages take twice as long. The node has no state.
+    """
+
+    def __init__(self, source: BaseNode[RowBatch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+        super().__init__()
+        self.source = source
+        self._stage = stage
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+
+    def next(self) -> RowBatch[Y]:
+        refs, values = next(self.source)
+        if Refused not in set(map(type, values)):
+            return RowBatch(refs, list(self._stage(values)))
+        results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
+        return RowBatch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
+
+    def get_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.source.state_dict()
+        return state
+
+
+Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
+"""Wraps a node of the graph, given by name: for measurements."""
+
+
+def build_stream(
+    config: DataConfig,
+    corpus: Corpus,
+    encoder: ChatEncoder,
+    stream: int,
+    watch: Watch = lambda _, node: node,
+) -> Packer:
+    """Return the last node of logical stream `stream`'s graph. `reset` must come before `next`."""
+    reader = ExampleReader.of(corpus, encoder)
+    sampler = RowSampler(config, open_cursors(config, reader.corpus, stream))
+    drawn = watch("draw", sampler)
+    loaded = watch("load", Map(drawn, reader.load))
+    rendered = watch("template", Map(loaded, encoder.renderer.render_conversations))
+    tokenized = watch("tokenize", Map(rendered, encoder.tokenize_all))
+    packer = PackerConfig(
+        capacity=config.capacity,
+        window=config.window,
+        streams=config.streams,
+        seed=config.seed,
+        shuffle=bool(config.shuffle),
+        pad_id=encoder.tokenizer.vocabulary.pad_id,
+        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
+    )
+    return Packer(tokenized, sampler, reader, stream, packer)

@@ -1,0 +1,264 @@
+"""The last node of a stream's graph: examples -> packs, a window of examples at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from torchdata.nodes import BaseNode
+
+from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
+from sftstream.state import Leftover, StreamState
+from sftstream.streaming.example_reader import ExampleReader
+from sftstream.streaming.order import shuffled
+from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
+from sftstream.streaming.sampler import RowBatch, RowSampler
+
+MAX_WAIT = 2
+"""Most windows for a leftover to wait. Without a limit packs are no fuller, and some leftovers
+waited 41 windows."""
+
+
+class PackerConfig(NamedTuple):
+    """The settings of a run with an effect on packing."""
+
+    capacity: int
+    window: int
+    streams: int
+    seed: int
+    shuffle: bool
+    pad_id: int
+    rows: int
+    """Rows of all sources, for the limit on consecutive refusals."""
+
+
+class Window(NamedTuple):
+    """Rows read for a window: segments, examples in equal order, and refusals."""
+
+    segments: list[Segment]
+    examples: list[Example]
+    refused: list[Refusal]
+    accepted: list[list[int]]
+    """Fields of an `Amount` for each source, counted since the stream's beginning."""
+    notes: Counter[str]
+    """Notes of examples, counted since the stream's beginning."""
+
+
+class Packer(BaseNode[Pack]):
+    """Reads a window of examples, plans packs on lengths alone, and returns a pack at a time.
+
+    The emptiest pack of a window is dissolved: the examples are planned again with the next window
+    (`MAX_WAIT` times at most). With a window of 4, capacity 100 and lengths 60, 30, 50, 40 the
+    packs are 60 + 40 and 50 + 30; the second is dissolved, and 50 and 30 are leftovers.
+
+    The state holds references, never tokens. After a reset nothing is tokenized in advance:
+    `reader` reads a planned pack's rows when the pack is due, and a leftover's row with the next
+    window. An exhausted stream returns empty packs for ever.
+    """
+
+    def __init__(
+        self,
+        source: BaseNode[RowBatch[list[Example]]],
+        sampler: RowSampler,
+        reader: ExampleReader,
+        stream: int,
+        config: PackerConfig,
+    ) -> None:
+        """Make the node behind `source`, a chain of stages beginning at `sampler`."""
+        super().__init__()
+        self.source = source
+        self._sampler = sampler
+        self._reader = reader
+        self._stream = stream
+        self._config = config
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Start at a state returned by `get_state`, or at the beginning."""
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+        self.state = msgspec.convert(initial_state, StreamState) if initial_state else self._first_state()
+        self._left: dict[Segment, Example] = {}
+        """Examples of the leftovers."""
+        self._joined: list[Example] = []
+        """Concatenated examples of the planned packs, the next pack last. Packs planned before a
+        reset have none."""
+        for segment in self.state.waiting:
+            self._reader.expect(segment.ref)
+
+    def get_state(self) -> dict[str, Any]:
+        # New builtins from a frozen struct: StatefulDataLoader compares a worker's states by value,
+        # and a live object would compare equal to itself, so that the change would be lost.
+        result: dict[str, Any] = msgspec.to_builtins(self.state)
+        return result
+
+    def next(self) -> Pack:
+        """Return the next pack, or an empty pack if nothing is left."""
+        refused = list(self.state.unlisted)
+        while not self.state.planned and not self.state.exhausted:
+            refused += self._plan_window()
+        segments, *planned = self.state.planned or ((),)
+        examples = self._examples_of(segments)
+        self._advance(segments, tuple(planned))
+        config = self._config
+        exhausted = self.state.exhausted
+        return build_pack(examples, segments, config.capacity, config.pad_id, refused, exhausted)
+
+    def _first_state(self) -> StreamState:
+        position = self._sampler.position
+        return StreamState(
+            **msgspec.structs.asdict(position),
+            exhausted=self._sampler.exhausted,
+            accepted=(Amount(),) * len(position.drawn),
+        )
+
+    def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
+        state = self.state
+        self.state = msgspec.structs.replace(
+            state,
+            unlisted=(),
+            planned=planned,
+            exhausted=not planned and not state.leftovers and self._sampler.exhausted,
+            packs=state.packs + bool(segments),
+            conversations=state.conversations + [segment.part for segment in segments].count(0),
+            tokens=state.tokens + sum([segment.length for segment in segments]),
+        )
+
+    def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
+        """Return the examples of the next planned pack."""
+        if self._joined:
+            return [self._joined.pop()]
+        return [self._read_again(segment) for segment in segments]
+
+    def _read_again(self, segment: Segment) -> Example:
+        """Return the example of a leftover, or of a pack planned before a reset.
+
+        Raises ValueError if the source no longer gives the planned example.
+        """
+        example = self._left.get(segment)
+        row = f"row {segment.row} of source {segment.source}"
+        if example is None:
+            try:
+                example = self._reader.examples(segment.ref)[segment.part]
+            except (Refused, IndexError) as error:
+                raise ValueError(
+                    f"{row} was planned into a pack before and is refused now ({error}): the source changed; restore it"
+                ) from None
+        if len(example.tokens) != segment.length:
+            raise ValueError(
+                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its pack was "
+                "planned: the source changed; restore it"
+            )
+        return example
+
+    def _plan_window(self) -> list[Refusal]:
+        """Read the next window, plan packs from window and leftovers, and return the refusals."""
+        state = self.state
+        window, streams = self._config.window, self._config.streams
+        read = self._read(window_size(window, state.windows, self._stream, streams))
+        exhausted = self._sampler.exhausted
+        segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
+        waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
+        examples = [
+            *(self._read_again(leftover.segment) for leftover in state.leftovers),
+            *read.examples,
+        ]
+        lengths = [segment.length for segment in segments]
+        packs, left = self._plan(lengths, waited, keep_all=exhausted)
+        self.state = msgspec.structs.replace(
+            state,
+            **msgspec.structs.asdict(self._sampler.position),
+            windows=state.windows + 1,
+            planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
+            leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            exhausted=not packs and not left and exhausted,
+            refused=dict(Counter(state.refused) + Counter(r.reason for r in read.refused)),
+            notes=dict(read.notes),
+            accepted=tuple(Amount(*amount) for amount in read.accepted),
+        )
+        # Copies: a view of a few examples would keep the arrays of a whole batch alive.
+        self._left = {segments[i]: joined([examples[i]]) for i in left}
+        # Joined now, while the examples are in the core's cache.
+        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
+        return read.refused
+
+    def _read(self, size: int) -> Window:
+        """Read rows until `size` examples are accepted or the sampler is exhausted."""
+        accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
+        read = Window([], [], [], accepted, Counter(self.state.notes))
+        in_a_row = 0
+        while len(read.segments) < size:
+            self._sampler.request(size - len(read.segments))
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                break
+            for ref, value in zip(*batch, strict=True):
+                refused = value if isinstance(value, Refused) else self._too_long(value)
+                if refused is None:
+                    self._accept(ref, value, read)
+                    in_a_row = 0
+                else:
+                    read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
+                    in_a_row += 1
+                    self._require_progress(in_a_row, read.refused)
+        return read
+
+    def _accept(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
+        source, row, epoch = ref
+        accepted = read.accepted[source]
+        accepted[0] += 1
+        for part, example in enumerate(examples):
+            length = len(example.tokens)
+            segment = Segment(source, row, length, epoch, part)
+            read.segments.append(segment)
+            read.examples.append(example)
+            accepted[1] += length
+            accepted[2] += example.targets
+            if example.notes:
+                read.notes.update(example.notes)
+            self._sampler.count_tokens(source, length, example.targets)
+
+    def _too_long(self, examples: Sequence[Example]) -> Refused | None:
+        capacity = self._config.capacity
+        for example in examples:
+            if (length := len(example.tokens)) > capacity:
+                return Refused(
+                    "longer than capacity",
+                    f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
+                )
+        return None
+
+    def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
+        """Raise ValueError after too many consecutive refusals: an endless stream would not end."""
+        if in_a_row <= 2 * self._config.rows:
+            return
+        counts = Counter(refusal.reason for refusal in refused).most_common()
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts)
+        last = refused[-1]
+        raise ValueError(
+            f"stream {self._stream} refused {in_a_row} rows in a row and found none to train "
+            f"({reasons}); the last: row {last.row} of source {last.source}, {last.detail}"
+        )
+
+    def _plan(
+        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the packs' indices in order, and the indices left for the next window."""
+        urgent = [windows >= MAX_WAIT for windows in waited]
+        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
+        left: list[int] = []
+        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
+        if patient and not keep_all:
+            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
+            packs.remove(left)
+        return self._ordered(packs), left
+
+    def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
+        """Sort packs by first example, then shuffle: long examples would always come first."""
+        packs = sorted(packs)
+        if not self._config.shuffle:
+            return packs
+        order = shuffled(len(packs), "window", self._config.seed, self._stream, self.state.windows)
+        return [packs[index] for index in order]
