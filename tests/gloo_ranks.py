@@ -1,4 +1,5 @@
-"""Runs a function on several ranks, each a process of its own, joined by gloo through a file: no port is needed."""
+"""Run a function on several ranks, each a process, joined by gloo through a file instead of a
+port."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A server imports all that ranks need, once; a rank then starts in some 50 ms, with no thread of this process copied into it.
-# There is one server in a process, and a second list would replace this one.
+# The fork server imports the modules of all ranks once. A rank then starts in about 50 ms, without
+# a copy of this process's threads. A process has one server: a second preload list would replace
+# the first.
 MODELS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")]
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
@@ -25,14 +27,18 @@ processes.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.fsdp",
         "trainer.main",
-        # Where there is a GPU these look at it, and no child of the server could use it any more.
+        # With a GPU, the models open the device at import, and no child of the server could use the
+        # device.
         *([] if torch.cuda.is_available() else MODELS),
     ]
 )
 
 
 def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`work(rank, *args)` on `size` ranks; their results in order. Fails if a rank raises or outlasts `timeout` s."""
+    """Call `work(rank, *args)` on `size` ranks and return the results by rank.
+
+    Fails if a rank raises or does not answer within `timeout` s.
+    """
     with tempfile.TemporaryDirectory() as meeting:
         started = [_start(rank, size, meeting, work, args) for rank in range(size)]
         try:
@@ -47,7 +53,7 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 
 
 
 def join(rank: int, size: int, meeting: str) -> None:
-    """Makes this process a rank."""
+    """Make this process rank `rank` of `size`; `meeting` is a directory shared by all ranks."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     store = f"file://{Path(meeting) / 'store'}"
@@ -71,7 +77,7 @@ def _run(rank: int, size: int, meeting: str, pipe: Connection, work: Callable[..
     except BaseException:
         pipe.send((traceback.format_exc(), None))
         raise
-    signal.pause()  # Stays until all have answered: a rank that leaves first breaks the others' last collective.
+    signal.pause()  # until killed: a rank that exits early breaks the last collective of slower ranks
 
 
 def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[str | None, Any]:

@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: started in milliseconds, killed at any moment."""
+"""Start training runs as processes of their own, and kill them at any moment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ import tiny
 from gloo_ranks import processes as server
 
 TIMES = ("tokens_per_second", "data_wait", "seconds")
-"""What two equal runs may differ in."""
+"""Fields of metrics.jsonl that differ between equal runs."""
 
 
 def run_config(tokenizer: str, *sources: str, **changes: dict[str, Any]) -> dict[str, Any]:
-    """A Llama of some 50,000 parameters, ten steps of four packs, a checkpoint at every other; `changes` by table."""
+    """Return a config: a Llama of 51,360 parameters, ten steps of four packs, a checkpoint every
+    second step.
+
+    `changes` replaces keys by table.
+    """
     tables: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "steps": 10, "device": "cpu"},
         "data": {
@@ -50,13 +54,13 @@ def run_config(tokenizer: str, *sources: str, **changes: dict[str, Any]) -> dict
 
 
 def sources(directory: Path, count: int = 60) -> str:
-    """Conversations of which one is too long for a pack and one has an unknown role."""
+    """Write `count` conversations, a too long conversation, and a row with an unknown role."""
     bad = [tiny.chat("a question", " ".join(tiny.WORDS * 8)), {"messages": [{"role": "oracle", "content": "?"}]}]
     return tiny.write_jsonl(directory / "dialogues.jsonl", [*tiny.rows(count), *bad])
 
 
 class Job:
-    """The processes of one start of a run, in `directory`."""
+    """The processes of a run in `directory`, started once."""
 
     def __init__(self, directory: Path, config: dict[str, Any], processes: int = 1) -> None:
         self.directory = directory
@@ -73,21 +77,24 @@ class Job:
         return all(rank.is_alive() for rank in self._ranks)
 
     def kill(self) -> None:
-        """SIGKILL to every rank; their loader workers end with them."""
+        """Send SIGKILL to every rank; the loader workers end with their ranks."""
         for rank in self._ranks:
             rank.kill()
         self._join()
 
     @property
     def pids(self) -> list[int]:
-        """The processes' numbers, by rank."""
+        """Process ids by rank."""
         return [rank.pid or 0 for rank in self._ranks]
 
     def signal(self, number: signal.Signals, rank: int = 0) -> None:
         os.kill(self.pids[rank], number)
 
     def finish(self, timeout: float = 240) -> int:
-        """Wait for the end; the first exit code that is not 0. Its rank takes the others with it, as under torchrun."""
+        """Wait for the end and return the first nonzero exit code, or 0.
+
+        A failed rank ends all ranks, as under torchrun. Raises TimeoutError after `timeout` s.
+        """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             codes = [rank.exitcode for rank in self._ranks]
@@ -107,21 +114,21 @@ class Job:
 
 
 def run(directory: Path, config: dict[str, Any], processes: int = 1) -> Job:
-    """A run to its end."""
+    """Run to the end and assert exit code 0."""
     job = Job(directory, config, processes)
     assert job.finish() == 0, "\n".join(job.output(rank) for rank in range(processes))
     return job
 
 
 def wait_for(condition: Callable[[], bool], job: Job, timeout: float = 120) -> None:
-    """Until the condition holds or the job has ended."""
+    """Wait until the condition holds or the job has ended, at most `timeout` s."""
     deadline = time.monotonic() + timeout
     while not condition() and job.alive and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
 def metrics(directory: Path, name: str = "run") -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` without what depends on the clock."""
+    """Return the lines of `metrics.jsonl` without the fields of `TIMES`."""
     lines = (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
@@ -131,7 +138,7 @@ def digests(directory: Path, name: str = "run") -> list[str]:
 
 
 def outcome(directory: Path, name: str = "run") -> dict[str, Any]:
-    """All that two runs must have in common to the last bit."""
+    """Return the outputs of a run that equal runs share bit for bit."""
     root = directory / "runs" / name
     return {
         "metrics": metrics(directory, name),
@@ -157,7 +164,8 @@ def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) 
 
 
 def _free_port() -> int:
-    """One that stays free until it is listened on: other processes' connections are given those from 32768 on."""
+    """Return a free port below 32768, the first port that the kernel gives to outgoing
+    connections."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
@@ -166,7 +174,7 @@ def _free_port() -> int:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML, tables inline."""
+    """Return a value as TOML, with inline tables."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -1,5 +1,5 @@
 import os
 
-# OpenMP's idle threads spin, by default for so long that a step on a CPU which others use too takes twice the time (read when
-# torch is imported).
+# OpenMP's idle threads spin while they wait. The default spin count doubles the time of a step on a
+# shared CPU. torch reads the variable at its import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

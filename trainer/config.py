@@ -1,4 +1,8 @@
-"""A run in one TOML file: typed, checked once, with `section.key=value` overrides."""
+"""Read and check a run's TOML file, with `section.key=value` overrides from the command line.
+
+Example: `load_config(Path("run.toml"), ["run.steps=10", "data.sources.0.path=rows.jsonl"])` reads
+`run.toml`, replaces two values, and returns a TrainConfig.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +23,46 @@ from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the run is called and when it ends."""
+    """The `[run]` table: the run's name, length, device and number formats."""
 
     name: str = "run"
-    """Output goes to `runs/<name>`; the same name goes on where it was."""
+    """Directory name under `runs/` for all output. A run whose name was used before resumes from
+    the newest checkpoint of `runs/<name>`."""
     seed: int = 0
-    """Keys the weights of a new model and the order of the data."""
+    """Seed of a new model's weights and of the order of the data; any signed 64-bit integer. A
+    resume needs the seed of the checkpoint."""
     steps: int | None = None
-    """Optimizer steps after which the run ends; may be raised later."""
+    """Optimizer steps at which the run ends, 1 or more. Give either `steps` or `epochs`. A finished
+    run with raised `steps` resumes, unless its schedule decays to the last step."""
     epochs: int | None = None
-    """Or passes over all conversations."""
+    """Passes over all conversations after which the run ends, 1 or more. Give either `steps` or
+    `epochs`."""
     deterministic: bool = True
-    """Only kernels that give the same bits each time; what has none is an error."""
+    """Use deterministic kernels only, so that equal runs give equal bits; an operation without a
+    deterministic kernel is an error. False is faster, and two runs agree only up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """Device of the model. "auto" is a GPU if torch sees one, else the CPU."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What layers compute in. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Number format of the layers' computation. "auto" is bfloat16 on a GPU and float32 on a CPU.
+    Attention on a GPU has no float32 kernel."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What weights, gradients and optimizer are kept in. bfloat16 takes half the memory, and an update of less than a 256th
-    of a weight is lost."""
+    """Number format of stored weights, gradients and optimizer state. bfloat16 halves their memory,
+    but loses every update smaller than 1/256 of the weight."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the finished model's weights are stored in."""
+    """Number format of the exported weights."""
     recompute: Recompute = "none"
-    """Activations that the backward pass computes again: none, those inside the feed-forward, all but a layer's input."""
+    """Activations that the backward pass computes again to save memory: "none", "selective" (inside
+    the feed-forward layers), or "full" (all but each layer's input). Changes no bit of the
+    result."""
     compile: bool = False
-    """Compile the layers: minutes at the start, faster steps; rounds otherwise."""
+    """Compile the layers with torch.compile: minutes at the start, then faster steps. Rounds
+    differently from uncompiled layers, so that a resume needs the value of the checkpoint."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs: one of them ends the run")
+            raise ValueError(
+                f"give either steps or epochs to end the run, not steps = {self.steps} and epochs = {self.epochs}"
+            )
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
@@ -58,15 +73,23 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def directory(self) -> Path:
-        """Where everything of this run goes."""
+        """Directory of the run's output, relative to the working directory."""
         return Path("runs") / self.name
+
+    @property
+    def export_directory(self) -> Path:
+        """Directory of the finished model, in the Hugging Face layout."""
+        return self.directory / "export"
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Hugging Face directory or hub name to start from, or the shape of a new Llama."""
+    """The `[model]` table: a Hugging Face model to start from, or the shape of a new Llama."""
 
     init_from: str | None = None
+    """Hugging Face directory or hub name of a Llama, Mistral, Qwen2 or Qwen3 model to start from.
+    Give either `init_from` or the shape."""
     shape: LlamaConfig | None = None
+    """Shape of a new model. In the TOML file the keys of the shape stand directly in `[model]`."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
@@ -74,24 +97,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When to save, where, and how much to keep."""
+    """The `[checkpoint]` table: the time, the place and the number of checkpoints."""
 
     root: str | None = None
-    """A directory, or a URL such as `s3://bucket/my-run`, of this run alone; by default `runs/<name>/checkpoints`."""
+    """Directory, or fsspec URL such as `s3://bucket/my-run`, for the checkpoints of this run alone.
+    Default: `runs/<name>/checkpoints`."""
     every: int = 100
-    """Steps between checkpoints; the end of a run is saved as well."""
+    """Steps between checkpoints, 1 or more. The last step of a run is always saved."""
     keep: int = Retention.keep
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep, 1 or more; older checkpoints are deleted after each
+    save."""
     keep_every: int | None = Retention.keep_every
-    """Those of steps that are multiples of it stay as well."""
+    """Keep, beside the newest, every checkpoint at a multiple of `keep_every` steps, 1 or more.
+    Default: none."""
     keep_best: int | None = Retention.keep_best
-    """As many of those with the lowest validation loss stay as well."""
+    """Keep, beside the newest, this number of checkpoints with the lowest validation loss, 1 or
+    more; needs a `[validation]` table. Default: none."""
     fresh_start: bool = False
-    """Begin anew where all checkpoints are damaged, and leave them aside. Where any is whole the run goes on from it."""
+    """Start from step 0 if all checkpoints are damaged; the damaged checkpoints are kept under
+    other names. False stops with an error instead. Without effect if a checkpoint is whole: the run
+    resumes from it."""
     background: bool = True
-    """Write while the next steps are taken, from a copy in host memory; the last checkpoint of a run is waited for."""
+    """Copy each checkpoint to host memory and write it during the next steps. The last checkpoint
+    of a run is written before the run ends. False waits for every write, and needs no host memory
+    for the copy."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """continue: say what went wrong and try again at the next checkpoint, except after the last step."""
+    """Reaction to a checkpoint that cannot be written: "stop" the run, or "continue" with a message
+    and try again at the next checkpoint. A failure after the last step always stops."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -100,19 +132,21 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     @property
     def retention(self) -> Retention:
-        """The steps that stay; ValueError if a limit is below 1."""
+        """The steps to keep. Raises ValueError if a limit is below 1."""
         return Retention(self.keep, self.keep_every, self.keep_best)
 
 
 class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conversations that are not trained on; their loss is taken in the course of the run."""
+    """The `[validation]` table: held-out conversations, and the steps of their validation."""
 
     sources: tuple[SourceConfig, ...]
-    """As data.sources; template, masks and packing are those of `[data]`. One pass, in order, each time the same packs."""
+    """Held-out sources, in the format of `data.sources`, read once, in order, with the
+    template, mask and packing of `[data]`, so that every validation sees equal packs."""
     every: int = 100
-    """Steps between."""
+    """Steps between validations, 1 or more."""
     global_batches: int | None = None
-    """Of data.global_batch packs, the first so many; by default all of a pass. They stay in memory, 24 bytes a token."""
+    """Number of global batches (`data.global_batch` packs each) to validate on, 1 or more. Default:
+    all packs of the sources. The packs stay in memory, at 24 bytes per token."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -123,23 +157,29 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Questions that the finished model answers; the last message of each conversation is the answer expected."""
+    """The `[evaluation]` table: questions for the finished model, with the expected answers.
+
+    The exported model answers each conversation up to its last trained message, greedily.
+    """
 
     path: str
-    """A file of conversations in any known layout."""
+    """File of conversations in any layout that `data.sources` reads; the last trained message of
+    each is the answer."""
     show: int = 5
-    """Answers to print."""
+    """Number of answers to print, 0 or more; all answers are written to
+    `runs/<name>/answers.jsonl`."""
     max_new_tokens: int = 64
+    """Tokens after which an answer is cut off, 1 or more."""
 
     def __post_init__(self) -> None:
         if self.show < 0 or self.max_new_tokens < 1:
             raise ValueError(
-                f"show = {self.show} must not be negative and max_new_tokens = {self.max_new_tokens} be at least 1"
+                f"show = {self.show} must be 0 or more, and max_new_tokens = {self.max_new_tokens} must be 1 or more"
             )
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole run."""
+    """All tables of a run's TOML file."""
 
     run: RunConfig
     data: DataConfig
@@ -155,42 +195,51 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.validation is not None:
-            self.held_out(self.validation.sources)  # raises for sources that do not go together
+            self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:
             raise ValueError(
-                'schedule.over = "data" needs run.epochs: an endless stream makes no progress; use "steps"'
+                'schedule.over = "data" needs run.epochs, since an endless stream has no end to decay to; set '
+                'run.epochs instead of run.steps, or schedule.over = "steps"'
             )
         if self.schedule.over == "data" and any(source.streaming for source in self.data.sources):
             raise ValueError(
-                'schedule.over = "data" needs the number of conversations, which a streamed source does not tell; use "steps"'
+                'schedule.over = "data" needs the number of conversations, which is unknown for a streamed source; use '
+                'schedule.over = "steps" with schedule.steps'
             )
-        fades = self.schedule.kind != "constant" and self.schedule.over == "steps"
-        if fades and self.schedule.steps is None and self.run.steps is None:
-            raise ValueError(
-                f"a {self.schedule.kind} schedule needs its length: the number of steps of {self.run.epochs} epochs is not known "
-                'before they end; set schedule.over = "data" or schedule.steps'
-            )
+        if self.schedule.decays_to_run_end:
+            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:
-            raise ValueError("checkpoint.keep_best keeps those of the lowest validation loss; add a [validation] table")
+            raise ValueError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best} compares validation losses; add a [validation] table"
+            )
         saves, validates = self.checkpoint.every, self.validation.every
         meet = math.lcm(saves, validates)
         if meet > max(saves, validates) or (self.run.steps is not None and meet > self.run.steps):
             raise ValueError(
-                f"checkpoint.keep_best needs steps that are validated and saved, but checkpoint.every = {saves} and "
-                f"validation.every = {validates} meet at step {meet} only; make one a multiple of the other, within the run"
+                f"checkpoint.keep_best needs steps that are both saved and validated, but checkpoint.every = {saves} and "
+                f"validation.every = {validates} first meet at step {meet}; make one a multiple of the other, and both at "
+                "most run.steps"
             )
 
     def held_out(self, sources: tuple[SourceConfig, ...]) -> DataConfig:
-        """One pass over other sources in the order in which they lie, all else as for training."""
+        """Return the data config of one unshuffled pass over held-out `sources`.
+
+        Other settings are those of training.
+
+        Raises ValueError if the sources cannot be mixed.
+        """
         return msgspec.structs.replace(
             self.data, sources=sources, shuffle=False, epochs=1, stages=(), ends_with="all", accept_changed=()
         )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The config in `path` with `section.key=value` overrides; raises ValueError naming the key that is wrong."""
+    """Read the config in `path` and apply `section.key=value` overrides.
+
+    Raises ValueError, with the wrong key, if the file or an override is not valid.
+    """
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
@@ -203,7 +252,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def parse_config(table: dict[str, Any]) -> TrainConfig:
-    """A config from its TOML tables."""
+    """Check parsed TOML tables and return the config.
+
+    `run.seed` and `run.epochs` are copied into `[data]`. Raises ValueError with the wrong key.
+    """
     for name in ("run", "data", "model"):
         if not isinstance(table.get(name, {}), dict):
             raise ValueError(f"{name} = {table[name]!r} is a value, not a table")
@@ -213,13 +265,13 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
             raise ValueError(f"data.{key} is set by run.{key} in a training run; move it there")
         if key in run:
             data = {**data, key: run[key]}
-    # In the file the shape stands beside init_from.
+    # In the file the keys of the shape stand beside init_from.
     model = dict(table.get("model", {}))
-    own = {key: model.pop(key) for key in ("init_from",) if key in model}
+    nested = {key: model.pop(key) for key in ("init_from",) if key in model}
     if model:
-        own["shape"] = model
+        nested["shape"] = model
     try:
-        return msgspec.convert({**table, "data": data, "model": own}, TrainConfig)
+        return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
     except msgspec.ValidationError as error:
         raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
 
@@ -227,19 +279,21 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"{override!r} is no override; write section.key=value")
+        raise ValueError(f"{override!r} is not an override; write section.key=value")
     *path, last = key.split(".")
     node: Any = table
     for name in path:
-        node = node[_number(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
+        node = node[_index(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
             raise ValueError(f"override {key!r}: {name!r} is a value, not a table")
-    node[_number(key, last, node) if isinstance(node, list) else last] = _value(text)
+    node[_index(key, last, node) if isinstance(node, list) else last] = _value(text)
 
 
-def _number(key: str, name: str, array: list[Any]) -> int:
+def _index(key: str, name: str, array: list[Any]) -> int:
     if not name.isdecimal() or int(name) >= len(array):
-        raise ValueError(f"override {key!r}: {name!r} is none of the {len(array)} there are, which are counted from 0")
+        raise ValueError(
+            f"override {key!r}: {name!r} is not an index into a list of {len(array)} elements, counted from 0"
+        )
     return int(name)
 
 
@@ -247,4 +301,4 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+        return text  # a word without quotes is a string

@@ -1,8 +1,19 @@
-"""What a run will take, found out without a GPU, a weight or a step: `python -m trainer.main run.toml --plan[=GPUS]`."""
+"""Estimate memory, steps and time of a run, without a GPU: `python -m trainer.main run.toml
+--plan[=GPUS]`.
+
+Weights are counted exactly, by sharding a model without memory over simulated ranks. Time counts
+matrix products only: per token 6 operations for each weight (2 forward, 4 backward), plus 2 for
+each recomputed weight (Kaplan et al., "Scaling Laws for Neural Language Models",
+https://arxiv.org/abs/2001.08361).
+
+Example: a step of 524,288 tokens with 69.5e9 weights in matrices takes 6 * 524,288 * 69.5e9 =
+2.2e17 operations, and 32 GPUs at 45 % of 989 TFLOP/s need about 15 s.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -23,67 +34,77 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.model import Llama
 from trainer.llama.parallel import parallelize
 from trainer.llama.sharding import local
+from trainer.training.model import find_source
 
 GPU = torch.device("cuda")
 PEAK_FLOPS = 989e12
-"""An H100's or H200's dense bfloat16 peak (NVIDIA's data sheet)."""
+"""Dense bfloat16 peak of an H100 or H200, in operations per second (NVIDIA's data sheet)."""
 UTILISATION = 0.45
-"""The share of it that a run is taken to reach; this trainer's layers were seen at 0.5 to 0.6 on one GPU."""
+"""Assumed share of PEAK_FLOPS; this trainer's layers reach 0.5 to 0.6 on one GPU."""
 SAMPLED_PACKS = 64
+"""Number of packs read to estimate the rows per pack."""
 
 
 class Held(NamedTuple):
-    """Elements of weights on one rank: in all blocks, and in what stands around them."""
+    """Numbers of weights on one rank."""
 
     blocks: int
+    """Weights in the blocks."""
     ends: int
+    """Weights in embedding, final norm and head."""
 
     @property
     def all(self) -> int:
-        """Both."""
+        """Weights of the whole model on the rank."""
         return self.blocks + self.ends
 
 
 class RunEstimate(NamedTuple):
-    """`memory` is bytes by part on each GPU; `steps` is None where it cannot be known."""
+    """Sizes and times of a run."""
 
     parameters: int
+    """Weights of the whole model."""
     gpus: int
     dp: int
+    """Data-parallel size."""
     memory: dict[str, int]
+    """Bytes on each GPU, by part."""
     packs_per_rank: int
+    """Packs of the fullest step on a data-parallel rank."""
     tokens_per_step: int
+    """Tokens of a step, padding included."""
     steps: int | None
+    """Steps of the run; None for epochs over a streamed source, whose size is unknown."""
     seconds_per_step: float
 
 
 def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
-    """The plan of a run on so many GPUs; ValueError where the run would refuse to start.
+    """Estimate a run of a model of `shape` on `gpus` GPUs.
 
-    Shards are counted by sharding: a model without memory is spread over processes that are only pretended. What a step
-    holds besides is computed as if every token were trained, and leaves out what the allocator loses.
+    Assumes that every token is trained, and leaves out fragmented memory. Raises ValueError if the
+    run would refuse to start.
     """
     data, parallel = config.data, config.parallel
     with torch.device("meta"):
-        whole = Llama(shape)
+        model = Llama(shape)
     sharded = _held(shape, parallel, gpus, data.capacity)
     gathered = _held(shape, ParallelConfig(tp=parallel.tp), parallel.tp, data.capacity)
     dp = gpus // parallel.tp
     packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
     return RunEstimate(
-        parameters=sum(p.numel() for p in whole.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
         gpus=gpus,
         dp=dp,
         memory=_memory(config, shape, sharded, gathered, dp, packs),
         packs_per_rank=packs,
         tokens_per_step=data.global_batch * data.capacity,
         steps=config.run.steps or _steps_of_epochs(config),
-        seconds_per_step=_flops(config, whole, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
+        seconds_per_step=_flops(config, model, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
     )
 
 
 @contextmanager
-def _pretended(ranks: int) -> Iterator[None]:
+def _simulated(ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -92,7 +113,7 @@ def _pretended(ranks: int) -> Iterator[None]:
 
 
 def _held(shape: LlamaConfig, parallel: ParallelConfig, ranks: int, capacity: int) -> Held:
-    with _pretended(ranks), torch.device("meta"):
+    with _simulated(ranks), torch.device("meta"):
         model = Llama(shape)
         parallelize(model, data_and_tensor_mesh("cpu", parallel), capacity=capacity)
         blocks = sum(local(p).numel() for p in model.blocks.parameters())
@@ -106,12 +127,12 @@ def _memory(
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
     wrapped = dp > 1 or {stored, computed} != {torch.float32}
     waits = parallel.reduce_gradients == "step" and packs > 1
-    # A layer and the one that is fetched meanwhile, or all.
+    # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
     return {
         "weights": sharded.all * stored.itemsize,
         "optimizer": 2 * sharded.all * stored.itemsize,
-        # Those of earlier packs wait in fp32 and whole, unless each pack's are reduced.
+        # Gradients of earlier packs stay unsharded in float32 until the reduction.
         "gradients": gathered.all * 4 if wrapped and waits else sharded.all * stored.itemsize,
         "gathered weights": int((gathered.ends + layers * gathered.blocks) * computed.itemsize) if wrapped else 0,
         "activations": computed.itemsize * activations(shape, config.data.capacity, parallel.tp, run.recompute),
@@ -120,15 +141,19 @@ def _memory(
 
 
 def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) -> int:
-    """Elements that a pack's forward pass keeps for its backward pass, and one layer's that are computed again."""
+    """Return the number of activation elements that a pack of `tokens` keeps for the backward pass.
+
+    Counts the kept activations of all layers, and the recomputed activations of one layer at a
+    time.
+    """
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
-    # Between layers tokens are shared out, inside heads are.
-    row, whole_row = shape.hidden_size // tp, shape.hidden_size
+    # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.
+    row, full_row = shape.hidden_size // tp, shape.hidden_size
     projected = (heads + 2 * groups) * size // tp
-    turned = (heads + groups) * size // tp
-    attention = row + whole_row + projected + turned + heads * size // tp
-    # Input of the norm, what it gives, gate and up, the gate's silu, the product.
-    feed_forward = row + whole_row + 4 * shape.intermediate_size // tp
+    rotated = (heads + groups) * size // tp
+    attention = row + full_row + projected + rotated + heads * size // tp
+    # Input and output of the norm; gate, up, silu(gate) and their product.
+    feed_forward = row + full_row + 4 * shape.intermediate_size // tp
     kept, again = {
         "none": (attention + feed_forward, 0),
         "selective": (attention + 2 * row, feed_forward - row),
@@ -138,24 +163,21 @@ def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) 
 
 
 def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
-    """Of a step of `packs`, empty ones included: 2 a weight and token forward, 4 backward, and what is computed twice.
-
-    Without attention itself.
-    """
+    """Return the operations of a step of `packs` (empty packs included), except attention."""
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    twice = {
+    recomputed = {
         "none": 0,
         "selective": sum(p.numel() for name, p in model.blocks.named_parameters() if "gate_up" in name),
         "full": blocks,
     }[config.run.recompute]
     tokens = packs * config.data.capacity
-    return tokens * (6 * (blocks + model.head.weight.numel()) + 2 * twice)
+    return tokens * (6 * (blocks + model.head.weight.numel()) + 2 * recomputed)
 
 
 def _steps_of_epochs(config: TrainConfig) -> int | None:
-    """How many steps the epochs make, from the first packs: reads and tokenizes a window of conversations.
+    """Estimate the steps of all epochs from the rows in the first `SAMPLED_PACKS` packs.
 
-    None where a source is streamed, whose rows nobody has counted.
+    Returns None if a source is streamed. Raises ValueError if the data cannot be read.
     """
     loader = PackLoader(msgspec.structs.replace(config.data, workers=0), shard=Shard(0, 1))
     if loader.total_rows is None:
@@ -165,8 +187,17 @@ def _steps_of_epochs(config: TrainConfig) -> int | None:
     return math.ceil(loader.total_rows / (rows / len(packs) * config.data.global_batch))
 
 
+def print_estimate(config: TrainConfig, gpus: int) -> None:
+    """Print the estimate of a run on `gpus` GPUs, from rank 0 only.
+
+    Raises ValueError if the run would refuse to start.
+    """
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    show(estimate(config, find_source(config.model).shape, gpus), config, console)
+
+
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
-    """Print a plan for people."""
+    """Print the estimate as a table and sentences."""
     parallel, data = config.parallel, config.data
     console.print(
         f"{config.run.directory}: {estimate.parameters:,} parameters on {estimate.gpus} GPUs (dp {estimate.dp} x tp {parallel.tp}"
@@ -176,16 +207,16 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     for part, size in estimate.memory.items():
         table.add_row(part, f"{size / 2**30:.2f}")
     table.add_section()
-    table.add_row("in all", f"{sum(estimate.memory.values()) / 2**30:.2f}")
+    table.add_row("total", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
-    whole = "its number of steps is known when it ends, since a source is streamed"
+    length = "the number of steps is not known in advance, since a source is streamed"
     if estimate.steps is not None:
         hours = estimate.steps * estimate.seconds_per_step / 3600
-        whole = f"{estimate.steps:,} steps, {estimate.steps * estimate.tokens_per_step:,} tokens: about {hours:,.1f} h"
+        length = f"{estimate.steps:,} steps, {estimate.steps * estimate.tokens_per_step:,} tokens: about {hours:,.1f} h"
     console.print(
         f"a step: {data.global_batch} packs of {data.capacity:,} tokens, {estimate.packs_per_rank} on each data-parallel "
         f"rank one after the other; {estimate.tokens_per_step:,} tokens\n"
         f"about {estimate.seconds_per_step:,.2f} s a step, at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU\n"
-        f"the run: {whole}",
+        f"the run: {length}",
         soft_wrap=True,
     )

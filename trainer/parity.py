@@ -1,7 +1,13 @@
-"""Is a model, spread over ranks, packed and trained as here, the model that `transformers` computes?
+"""Compare a model in this trainer, packed and sharded over ranks, with the same model in
+`transformers`.
 
-`python -m trainer.parity DIRECTORY`, or `torchrun --nproc-per-node N -m trainer.parity DIRECTORY --tp N`; data parallelism is
-what tensor parallelism leaves. Prints a table; the exit code is 0 only where every line holds.
+Run `python -m trainer.parity DIRECTORY`, or `torchrun --nproc-per-node N -m trainer.parity
+DIRECTORY --tp N`. Prints a table of errors and limits; the exit code is 0 only if every error is
+within its limit.
+
+Example: in bfloat16, if transformers' own bfloat16 gradient of a weight is 0.02 away from the
+float32 gradient (relative, in 2-norm), the limit for this trainer's gradient of the weight is SLACK
+* 0.02 = 0.06.
 """
 
 from __future__ import annotations
@@ -35,72 +41,85 @@ from trainer.training.step import accumulate_gradients
 Tensors = dict[str, Tensor]
 
 LENGTHS = (29, 1, 17, 3, 14)
-"""Tokens of a pack's conversations."""
+"""Tokens of each conversation in a pack."""
 CAPACITY = sum(LENGTHS)
 NEW_TOKENS = 16
+"""Length of the compared greedy continuation."""
 SLACK = 3
+"""Allowed multiple of transformers' own rounding error."""
 
 
 class Rounding(NamedTuple):
-    """What two orders of the same sums may differ in: `step`, as a share of the expected tensor's vector norm `norm`."""
+    """Smallest limit of a relative error in a dtype."""
 
     step: float
+    """Limit, relative to the norm of the expected tensor."""
     norm: float
+    """Order of the vector norm; inf is the largest element."""
 
 
-# In float32 no single number may be off. In bfloat16 (a step of the format is 2^-8) the largest of many roundings is chance,
-# their sum of squares is not.
+# float32 is judged by the largest error. In bfloat16 (8 bits of precision) the largest of many
+# rounding errors is random, and the 2-norm is not.
 ROUNDING = {torch.float32: Rounding(1e-5, math.inf), torch.bfloat16: Rounding(2.0**-8, 2.0)}
 
 
 class Check(NamedTuple):
-    """One line of the table: a relative `error`, its `limit`, and the tensor whose they are."""
+    """A line of the table."""
 
-    what: str
+    subject: str
+    """The compared quantity."""
     error: float
+    """Relative error, or a count of differences."""
     limit: float
-    where: str = ""
+    tensor: str = ""
+    """Name of the worst tensor."""
 
     @property
     def holds(self) -> bool:
-        """NaN does not hold."""
+        """True if the error is within the limit; False for NaN."""
         return self.error <= self.limit
 
 
 class Answer(NamedTuple):
-    """What a model makes of the packs: logits `(packs, T, vocabulary)`, mean loss, gradients and greedy tokens."""
+    """Outputs of a model for the packs."""
 
     logits: Tensor
+    """float32 `(packs, capacity, vocabulary)`."""
     loss: Tensor
+    """Mean cross-entropy over the trained tokens, in nats, a scalar."""
     gradients: Tensors
+    """Gradient of the loss by the parameter's name in transformers."""
     greedy: list[int]
+    """Greedy continuation of the first conversation, as token ids."""
 
 
 def compare(model: Llama, directory: Path, topology: Topology, dtype: torch.dtype) -> list[Check]:
-    """`model`, loaded from `directory` and computing in `dtype`, against transformers; the result is rank 0's.
+    """Compare `model`, loaded from `directory`, with transformers. Collective.
 
-    The packs go through the training step's own code: trained positions only, gradients summed over packs and ranks.
-    transformers gets each conversation by itself, in float32 and with its plainest attention. How far it is from that in
-    `dtype` and with torch's attention is its own rounding; `SLACK` times as far is a tensor's limit, where that is above
-    `ROUNDING`. Needs memory for the model three times on rank 0.
+    Returns the checks on rank 0, [] on other ranks. The packs pass through the training step's
+    code: trained positions only, gradients summed over packs and ranks. transformers computes each
+    conversation alone, in float32 with its "eager" attention: the expected values. A second
+    transformers model, in `dtype` with "sdpa" attention, measures the rounding error of `dtype`. A
+    tensor's limit is `SLACK` times the rounding error, or `ROUNDING` if larger. Needs memory for
+    three copies of the model on rank 0.
     """
     packs = [random_pack(model.config.vocab_size, seed) for seed in range(2 * topology.dp)]
-    new_tokens = NEW_TOKENS if dtype == torch.float32 else 0  # in bfloat16 rounding picks between equals
-    found = _our_answer(model, packs, topology, new_tokens)
+    new_tokens = NEW_TOKENS if dtype == torch.float32 else 0  # in bfloat16, rounding decides between near-equal logits
+    ours = _our_answer(model, packs, topology, new_tokens)
     weights = _weights_check(model, directory, topology)
     if not topology.first:
         return []
     expected = _public_answer(directory, packs, topology.device, torch.float32, "eager", new_tokens)
     rounded = _public_answer(directory, packs, topology.device, dtype, "sdpa", new_tokens=0)
-    checks = _checks(found, expected, rounded, ROUNDING[dtype])
+    checks = _checks(ours, expected, rounded, ROUNDING[dtype])
     if new_tokens:
-        different = sum(a != b for a, b in zip(found.greedy, expected.greedy, strict=True))
+        different = sum(a != b for a, b in zip(ours.greedy, expected.greedy, strict=True))
         checks.append(Check(f"greedy tokens of {new_tokens} that differ", different, 0))
     return [*checks, weights]
 
 
 def random_pack(vocab_size: int, seed: int) -> Pack:
-    """Random conversations of `LENGTHS`; half of their tokens are trained."""
+    """Return a pack of random conversations of `LENGTHS` tokens, about half of them trained."""
     draw = np.random.default_rng(seed)
     ids = draw.integers(vocab_size, size=CAPACITY, dtype=np.int32)
     borders = np.cumsum([0, *LENGTHS], dtype=np.int32)
@@ -111,7 +130,7 @@ def random_pack(vocab_size: int, seed: int) -> Pack:
 def _public_answer(
     directory: Path, packs: list[Pack], device: torch.device, dtype: torch.dtype, attention: str, new_tokens: int
 ) -> Answer:
-    """What transformers makes of the packs' conversations, one by one."""
+    """Compute the packs' conversations one by one with transformers."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).to(device)
     trained = sum(pack.trained_tokens for pack in packs)
     loss, logits = torch.zeros((), device=device), []
@@ -128,7 +147,7 @@ def _public_answer(
 
 
 def _public_greedy(model: Any, prompt: Tensor, new_tokens: int) -> list[int]:
-    # Nothing but the argument: published settings have penalties for repetition and the like.
+    # Published generation settings may hold a repetition penalty and the like.
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)
     tokens: list[int] = model.generate(prompt[None])[0, len(prompt) :].tolist()
     return tokens
@@ -164,32 +183,35 @@ def _full(logits: Tensor) -> Tensor:
 
 
 def _greedy(model: Llama, prompt: list[int], device: torch.device, new_tokens: int) -> list[int]:
-    """The likeliest next tokens, the whole row computed anew for each: what follows the text is a segment of its own."""
+    """Return the `new_tokens` likeliest tokens after `prompt`, without a cache.
+
+    Each token recomputes the full pack; the unused tail of the pack is a segment of its own.
+    """
     tokens = list(prompt)
     for _ in range(new_tokens):
         length = len(tokens)
         ids = torch.tensor(tokens + [0] * (CAPACITY - length), device=device)
         borders = torch.tensor([0, length, CAPACITY], dtype=torch.int32, device=device)
-        places = torch.arange(CAPACITY, device=device)
+        positions = torch.arange(CAPACITY, device=device)
         last = torch.tensor([length - 1], device=device)
-        tokens.append(int(_full(model(ids, places, Segments(borders, CAPACITY), last)).argmax()))
+        tokens.append(int(_full(model(ids, positions, Segments(borders, CAPACITY), last)).argmax()))
     return tokens[len(prompt) :]
 
 
-def _checks(found: Answer, expected: Answer, rounded: Answer, rounding: Rounding) -> list[Check]:
+def _checks(ours: Answer, expected: Answer, rounded: Answer, rounding: Rounding) -> list[Check]:
     return [
-        _worst(what, part(found), part(expected), part(rounded), rounding)
-        for what, part in (("logits of packed conversations", _logits), ("loss", _loss), ("gradients", _gradients))
+        _worst(subject, part(ours), part(expected), part(rounded), rounding)
+        for subject, part in (("logits of packed conversations", _logits), ("loss", _loss), ("gradients", _gradients))
     ]
 
 
-def _worst(what: str, found: Tensors, expected: Tensors, rounded: Tensors, rounding: Rounding) -> Check:
-    """The tensor that is nearest to its limit, or farthest beyond it."""
-    assert found.keys() == expected.keys() == rounded.keys()
+def _worst(subject: str, ours: Tensors, expected: Tensors, rounded: Tensors, rounding: Rounding) -> Check:
+    """Return the check of the tensor with the largest ratio of error to limit."""
+    assert ours.keys() == expected.keys() == rounded.keys()
     checks = []
     for name, tensor in expected.items():
-        own = _error(rounded[name], tensor, rounding.norm)
-        checks.append(Check(what, _error(found[name], tensor, rounding.norm), max(rounding.step, SLACK * own), name))
+        limit = max(rounding.step, SLACK * _error(rounded[name], tensor, rounding.norm))
+        checks.append(Check(subject, _error(ours[name], tensor, rounding.norm), limit, name))
     return max(checks, key=lambda check: check.error / check.limit)
 
 
@@ -205,8 +227,8 @@ def _gradients(answer: Answer) -> Tensors:
     return answer.gradients
 
 
-def _error(found: Tensor, expected: Tensor, norm: float) -> float:
-    difference = vector_norm(found.double() - expected.double(), norm).item()
+def _error(actual: Tensor, expected: Tensor, norm: float) -> float:
+    difference = vector_norm(actual.double() - expected.double(), norm).item()
     if not math.isfinite(difference):
         return math.inf
     return float(difference and difference / vector_norm(expected.double(), norm).item())
@@ -214,7 +236,7 @@ def _error(found: Tensor, expected: Tensor, norm: float) -> float:
 
 @torch.no_grad()
 def _weights_check(model: Llama, directory: Path, topology: Topology) -> Check:
-    """Every weight, gathered and taken apart again, against the file that it came from."""
+    """Compare every weight, gathered from the ranks and unfused, with its file, bit for bit."""
     different = 0
     with opened(directory) as files:
         for name, weight in unfused(model.config, dict(model.named_parameters())):
@@ -225,24 +247,24 @@ def _weights_check(model: Llama, directory: Path, topology: Topology) -> Check:
 
 
 def table(checks: list[Check], title: str) -> Table:
-    """The checks for people."""
+    """Return the checks as a table."""
     shown = Table(title=title)
     for column in ("", "error", "limit", "holds", "worst in"):
         shown.add_column(column, overflow="fold")
     for check in checks:
         holds = "yes" if check.holds else "NO"
-        shown.add_row(check.what, f"{check.error:.2g}", f"{check.limit:.2g}", holds, check.where)
+        shown.add_row(check.subject, f"{check.error:.2g}", f"{check.limit:.2g}", holds, check.tensor)
     return shown
 
 
 def report(checks: list[Check], title: str, console: Console) -> int:
-    """Print the table; 0 where every check holds."""
+    """Print the checks and return the exit code: 0 if every check holds, else 1."""
     console.print(table(checks, title))
     return 0 if all(check.holds for check in checks) else 1
 
 
 def verdict(name: str, topology: Topology, dtype: torch.dtype) -> int:
-    """Load the model, compare, print; the exit code on every rank."""
+    """Load, compare, print; return the exit code on every rank. Collective."""
     directory = find_model(name)
     model = build(read_config(directory), topology.mesh, topology.device, capacity=CAPACITY, compute_dtype=dtype)
     load_weights(model, directory)
@@ -254,13 +276,15 @@ def verdict(name: str, topology: Topology, dtype: torch.dtype) -> int:
 
 def main(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name.")],
-    tp: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel size; the rest is data-parallel.")] = 1,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if torch sees one, else the CPU.")
+    ] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = "auto",
 ) -> None:
-    """Compare a model as this trainer computes it with transformers; exit code 0 only where they agree."""
+    """Compare a model in this trainer with transformers; exit code 0 only if both agree."""
     disable_progress_bar()
     try:
         with distributed(device, ParallelConfig(tp=tp)) as topology:

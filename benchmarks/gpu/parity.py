@@ -253,7 +253,7 @@ def one_b_parity(shape: LlamaConfig, topology: Topology) -> None:
     print(f"| {dtype} | error | limit | holds | worst in |\n|---|---|---|---|---|")
     for check in checks:
         print(
-            f"| {check.what} | {check.error:.1e} | {check.limit:.1e} | {'yes' if check.holds else 'NO'} | {check.where} |"
+            f"| {check.subject} | {check.error:.1e} | {check.limit:.1e} | {'yes' if check.holds else 'NO'} | {check.tensor} |"
         )
 
 

@@ -82,7 +82,7 @@ def test_logits_loss_gradients_and_greedy_tokens_equal_those_of_transformers(
     assert [check for check in found[case] if not check.holds] == []
     names = ["logits of packed conversations", "loss", "gradients"]
     names += ["greedy tokens of 16 that differ"] if case.dtype == torch.float32 else []
-    assert [check.what for check in found[case]] == [*names, "weights read and gathered that differ"]
+    assert [check.subject for check in found[case]] == [*names, "weights read and gathered that differ"]
     if case.dtype == torch.float32:
         assert [check.limit for check in found[case]] == [1e-5, 1e-5, 1e-5, 0, 0]
     else:
@@ -93,7 +93,7 @@ def test_logits_loss_gradients_and_greedy_tokens_equal_those_of_transformers(
 @pytest.mark.parametrize("weight", ["blocks.1.attention.qkv.weight", "blocks.0.mlp.down.weight", "norm.weight"])
 def test_a_weight_off_by_a_ten_thousandth_breaks_parity(weight: str, models: Path) -> None:
     case = Case("tied", 1, 2, torch.float32)
-    broken = [check.what for check in run_ranks(2, on_a_rank, str(models), [case], weight)[0][0] if not check.holds]
+    broken = [check.subject for check in run_ranks(2, on_a_rank, str(models), [case], weight)[0][0] if not check.holds]
     assert {"logits of packed conversations", "gradients", "weights read and gathered that differ"} <= set(broken)
 
 

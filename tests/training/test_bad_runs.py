@@ -1,4 +1,4 @@
-"""What a user can get wrong in a run: one line that names the place, the value and the remedy, and exit code 1."""
+"""A user's mistake ends a run with one line (key, value, remedy) and exit code 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from checkpoints import CheckpointStore
 
 
 def _fails(directory: Path, config: dict[str, Any], processes: int = 1) -> str:
-    """The run's error line."""
+    """Run to the end, expect exit code 1, and return the error line."""
     job = runs.Job(directory, config, processes)
     assert job.finish() == 1, job.output()
     lines = [line for line in job.output().splitlines() if line.startswith("error: ")]
@@ -29,49 +29,53 @@ def config(tmp_path: Path, tokenizer: str) -> dict[str, Any]:
     return runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 2})
 
 
-def test_a_missing_source(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_missing_source_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["sources"] = [{"path": "nowhere/*.jsonl"}]
     assert "source 'nowhere/*.jsonl' matches no file" in _fails(tmp_path, config)
 
 
-def test_a_missing_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_missing_tokenizer_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["tokenizer"] = {"path": "nowhere"}
     assert "tokenizer 'nowhere' cannot be loaded" in _fails(tmp_path, config)
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused_with_both_sizes(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     config["model"]["vocab_size"] = 256
     assert re.search(
-        r"the tokenizer has (\d+) tokens, model.vocab_size is 256; raise it to \1 or more, or where .* its own tokenizer",
+        r"the tokenizer has (\d+) tokens, but model.vocab_size is 256; set model.vocab_size = \1 or more, or with ",
         _fails(tmp_path, config),
     )
 
 
-def test_a_model_directory_that_is_none(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_missing_model_directory_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
     config["model"] = {"init_from": "nowhere"}
     assert "nowhere" in _fails(tmp_path, config)
 
 
-def test_fewer_streams_than_ranks(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_fewer_streams_than_ranks_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["streams"] = 1
     assert "streams = 1 cannot be shared by 2 shards, of which each needs one" in _fails(tmp_path, config, 2)
 
 
-def test_a_tensor_parallel_size_that_does_not_divide(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_tensor_parallel_size_that_does_not_divide_ranks_or_heads_is_refused(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     config["parallel"] = {"tp": 2}
     assert "tp = 2 does not divide the 1 processes" in _fails(tmp_path, config)
     config["model"]["num_key_value_heads"] = 1
     assert "num_key_value_heads" in _fails(tmp_path, config, 2)
 
 
-def test_rows_of_which_none_can_be_trained(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_an_endless_run_without_a_trainable_row_stops_with_the_reasons(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
     line = _fails(tmp_path, config)
     assert "found none to train (unknown layout: 5)" in line
     assert "columns ['text'] match none of" in line
 
 
-def test_a_finite_run_that_refuses_every_row(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_finite_run_that_refuses_every_row_ends_with_an_error(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
     config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
     assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in _fails(tmp_path, config)
@@ -85,7 +89,7 @@ def test_a_finite_run_that_refuses_every_row(tmp_path: Path, config: dict[str, A
         (["oracle"], r"questions.jsonl:1: unknown role"),
     ],
 )
-def test_questions_that_are_none_before_the_first_step(
+def test_unusable_questions_stop_a_run_before_the_first_step(
     tmp_path: Path, config: dict[str, Any], roles: list[str], message: str
 ) -> None:
     rows = [{"messages": [{"role": role, "content": "?"}]} for role in roles]
@@ -94,7 +98,7 @@ def test_questions_that_are_none_before_the_first_step(
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
 
 
-def test_an_export_that_would_replace_other_files_before_the_first_step(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_an_export_over_other_files_stops_a_run_before_the_first_step(tmp_path: Path, config: dict[str, Any]) -> None:
     mine = tmp_path / "runs/run/export/notes.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -105,7 +109,7 @@ def test_an_export_that_would_replace_other_files_before_the_first_step(tmp_path
     assert mine.read_text() == "mine"
 
 
-def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_resume_on_changed_data_is_refused_with_the_changed_file(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
     path = Path(config["data"]["sources"][0]["path"])
@@ -115,7 +119,9 @@ def test_a_resume_on_other_data(tmp_path: Path, config: dict[str, Any]) -> None:
     assert "Restore them, or start a new run" in line
 
 
-def test_a_resume_with_other_settings(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_resume_with_changed_settings_is_refused_with_old_and_new_value(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
     for table, key, value, message in (
@@ -128,14 +134,15 @@ def test_a_resume_with_other_settings(tmp_path: Path, config: dict[str, Any]) ->
         assert message in _fails(tmp_path, changed)
 
 
-def test_a_longer_run_under_a_schedule_that_depends_on_its_length(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_longer_run_is_refused_if_the_schedule_depends_on_the_length(tmp_path: Path, config: dict[str, Any]) -> None:
     config["schedule"] = {"kind": "linear"}
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
-    assert "steps: 2 -> 4. Restore them, or give the run another name, or keep the schedule" in _fails(tmp_path, config)
+    line = _fails(tmp_path, config)
+    assert "steps: 2 -> 4. Restore the settings, or give the run another name; a decay to the last step fixes" in line
 
 
-def test_checkpoints_that_are_all_damaged(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(tmp_path, config)
     (weights,) = (tmp_path / "runs/run/checkpoints").glob("*/*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -143,7 +150,7 @@ def test_checkpoints_that_are_all_damaged(tmp_path: Path, config: dict[str, Any]
     assert "every step in" in _fails(tmp_path, config)
 
 
-def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_refused_rows_are_counted_and_listed_with_their_location(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"] = {"epochs": 1, "device": "cpu", "name": "run"}
     job = runs.run(tmp_path, config)
     assert "refused 2 of 62 rows so far (longer than capacity: 1, unknown role: 1); see refused.jsonl" in job.output()
@@ -156,9 +163,7 @@ def test_refused_rows_are_counted_and_listed_with_their_place(tmp_path: Path, co
     assert sum(line["refused"] for line in runs.metrics(tmp_path)) == 2
 
 
-def test_a_change_that_was_accepted_stays_on_record_in_later_checkpoints(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_an_accepted_change_stays_on_record_in_later_checkpoints(tmp_path: Path, config: dict[str, Any]) -> None:
     assert runs.Job(tmp_path, config).finish() == 0
     config["data"] |= {"capacity": config["data"]["capacity"] * 2, "accept_changed": ["data.capacity"]}
     for steps in (4, 6):  # the second of these resumes a checkpoint that was made after the change

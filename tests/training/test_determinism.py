@@ -1,4 +1,4 @@
-"""A run is deterministic or says which kernel is not."""
+"""A run is deterministic, or its error names the kernel without a deterministic form."""
 
 import re
 
@@ -15,17 +15,17 @@ def overwritten_twice() -> torch.Tensor:
 
 
 def test_a_kernel_without_a_deterministic_form_is_named() -> None:
-    message = f"the kernel put_ has no deterministic form in torch {torch.__version__}; with run.deterministic = false"
+    message = f"the kernel put_ has no deterministic form in torch {torch.__version__}; set run.deterministic = false"
     with pytest.raises(ValueError, match=re.escape(message)), determinism(True):
         overwritten_twice()
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="must match the size"), determinism(True):
         torch.zeros(2) + torch.zeros(3)
 
 
-def test_what_is_not_asked_to_be_deterministic_runs_with_any_kernel_and_nothing_is_left_behind() -> None:
+def test_determinism_is_off_unless_wanted_and_is_reset_at_the_end() -> None:
     with determinism(False):
         assert overwritten_twice()[1] in (1.0, 2.0)
     with determinism(True):

@@ -1,4 +1,4 @@
-"""What a GPU decides: isolation, determinism and exact resume with its kernels. Skipped where there is none."""
+"""Isolation, determinism and exact resume with GPU kernels. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_another_conversation_changes_no_bit_of_a_segment(segments: Segments) ->
     assert not torch.equal(before[133:140], after[133:140])
 
 
-def test_attention_equals_that_of_each_segment_alone_in_double_precision(segments: Segments) -> None:
+def test_packed_attention_equals_each_segment_alone_in_double_precision(segments: Segments) -> None:
     q, k, v = _qkv(1)
     grouped = attend(q, k, v, segments).double().cpu()
     exact = [t.detach().cpu().double() for t in (q, k, v)]
@@ -131,7 +131,7 @@ def test_compiled_layers_give_the_same_bits_each_time() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_activations_that_are_computed_twice_change_no_bit(recompute: Recompute) -> None:
+def test_recomputed_activations_change_no_bit(recompute: Recompute) -> None:
     with determinism(True):
         found = []
         for way in ("none", recompute):
@@ -141,7 +141,7 @@ def test_activations_that_are_computed_twice_change_no_bit(recompute: Recompute)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_model_on_a_gpu_is_that_of_transformers_to_the_rounding_of_bfloat16(tmp_path: Path) -> None:
+def test_a_model_on_a_gpu_equals_transformers_up_to_bfloat16_rounding(tmp_path: Path) -> None:
     for number, keys in enumerate(FAMILIES):
         directory = tmp_path / str(number)
         public_llama(**(keys | {"hidden_size": 128, "head_dim": 32})).save_pretrained(directory)
@@ -152,7 +152,7 @@ def test_a_model_on_a_gpu_is_that_of_transformers_to_the_rounding_of_bfloat16(tm
         assert "torch.bfloat16" in result.stdout
 
 
-def test_float32_attention_is_an_error_and_no_fallback(segments: Segments) -> None:
+def test_float32_attention_on_a_gpu_is_an_error(segments: Segments) -> None:
     with pytest.raises(ValueError, match=r"attention on cuda computes in bfloat16, float16, not in float32"):
         attend(*(t.float() for t in _qkv(4)), segments)
 
@@ -173,7 +173,7 @@ def _built(*, recompute: Recompute, compiled: bool) -> Llama:
 
 
 def _backward(model: Llama, lengths: list[int]) -> float:
-    """The loss of a pack, its gradients added to the model's."""
+    """Add the gradients of a random pack to the model's; return the pack's loss."""
     draw = torch.Generator("cuda").manual_seed(sum(lengths[:1]))
     ids = torch.randint(512, (512,), device="cuda", generator=draw)
     positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])

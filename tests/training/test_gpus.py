@@ -1,4 +1,4 @@
-"""What several GPUs decide: tensor and data parallelism over NCCL. Skipped where there are not so many."""
+"""Tensor and data parallelism over NCCL. Skipped without enough GPUs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TOPOLOGIES = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
 HOPS = ((2, 2), (2, 1), (1, 1), (4, 1), (1, 2), (1, 4))
 """Topologies of one run, in turn."""
 NUMBERS = [2**power for power in range(10, 28, 3)]
-"""Of each rank's share, 4 KB to 128 MB in float32: NCCL has several ways to add up."""
+"""Elements per rank, 4 KB to 128 MB in float32, since NCCL picks its algorithm by size."""
 WEIGHTS = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
 ROUNDING = 0.002
-"""Relative, of losses computed in bfloat16 whose sums are made in another order."""
+"""Relative tolerance of bfloat16 losses after sums in another order."""
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="torch sees no two GPUs here")]
 each_topology = pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, tmp_path: Path, 
     compare(tmp_path, config, processes=dp * tp, draw=random.Random(dp), kills=2)
 
 
-def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_gpus(tmp_path: Path, tokenizer: str) -> None:
+def test_other_numbers_of_gpus_take_the_same_global_batches(tmp_path: Path, tokenizer: str) -> None:
     hops = [(dp, tp) for dp, tp in HOPS if dp * tp <= GPUS]
     run = {"device": "cuda", "steps": 2 * len(hops)}
-    # A low rate: at a high one roundings grow from step to step.
+    # A low rate, since rounding errors grow from step to step at a high rate.
     config = run_config(tokenizer, runs.sources(tmp_path), run=run, model=_model(), optimizer={"learning_rate": 1e-3})
     straight, hopping = tmp_path / "straight", tmp_path / "hopping"
     straight.mkdir()
@@ -75,7 +75,7 @@ def test_sums_over_gpus_have_the_same_bits_each_time() -> None:
 
 
 @each_topology
-def test_a_model_on_several_gpus_is_that_of_transformers(dp: int, tp: int, tmp_path: Path) -> None:
+def test_a_model_on_several_gpus_equals_transformers(dp: int, tp: int, tmp_path: Path) -> None:
     public_llama(**WEIGHTS).save_pretrained(tmp_path)
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(dp * tp)]
     command = [sys.executable, *ranks, "-m", "trainer.parity", str(tmp_path), "--device=cuda", f"--tp={tp}"]
@@ -85,7 +85,7 @@ def test_a_model_on_several_gpus_is_that_of_transformers(dp: int, tp: int, tmp_p
 
 
 def _model() -> dict[str, int]:
-    """Large enough for attention on a GPU, and for four ranks."""
+    """Return a shape that is large enough for GPU attention and for four ranks."""
     return {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -97,7 +97,7 @@ def _model() -> dict[str, int]:
 
 
 def _sums(rank: int) -> list[str]:
-    """Hashes of what the ranks' random numbers add up to, as gradients and activations do."""
+    """Return hashes of the ranks' summed random numbers, by reduce-scatter and by all-reduce."""
     torch.cuda.set_device(rank)
     group, draw = dist.new_group(backend="nccl"), torch.Generator("cuda").manual_seed(rank)
     found = []

@@ -1,4 +1,4 @@
-"""Promise 1: a run that is killed at any moment and started again is, to the last bit, the run that was never killed."""
+"""Promise 1: a run killed at any moment and resumed equals an unkilled run, bit for bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: 
     assert runs.outcome(broken) == whole
 
 
-def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str) -> None:
+def test_kills_leave_no_trace_in_a_run_over_epochs(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(
         tokenizer, runs.sources(tmp_path), schedule={"kind": "cosine", "over": "data", "warmup": 2}
     )
@@ -42,7 +42,7 @@ def test_a_run_over_epochs_ends_alike_after_kills(tmp_path: Path, tokenizer: str
     compare(tmp_path, config, processes=1, draw=random.Random(SEED + 1), kills=2)
 
 
-def test_kills_leave_no_trace_where_the_source_is_streamed(tmp_path: Path, tokenizer: str) -> None:
+def test_kills_leave_no_trace_with_a_streamed_source(tmp_path: Path, tokenizer: str) -> None:
     for number in range(3):
         tiny.write_jsonl(tmp_path / f"{number}.jsonl", tiny.rows(20, seed=number))
     source = {"path": f"{tmp_path}/*.jsonl", "streaming": True, "shuffle": "shards"}
@@ -71,7 +71,7 @@ def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str
 
 
 def compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random.Random, kills: int) -> None:
-    """A run that is never killed, and one that is so many times."""
+    """Assert that a run after `kills` kills equals an unkilled run."""
     began = time.monotonic()
     whole = _whole(tmp_path / "whole", config, processes)
     duration = time.monotonic() - began
@@ -83,7 +83,7 @@ def compare(tmp_path: Path, config: dict[str, Any], processes: int, draw: random
 
 
 def _killed(directory: Path, config: dict[str, Any], processes: int, draw: random.Random, duration: float) -> None:
-    """A start that is killed while a checkpoint is written, or after a line of metrics, or just some time."""
+    """Start the run; kill it during a save, after some lines of metrics, or after a random time."""
     job = runs.Job(directory, config, processes)
     match draw.choice(["saving", "step", "time"]):
         case "saving":
@@ -114,5 +114,5 @@ def _lines(directory: Path) -> int:
 
 
 def _attempts(directory: Path) -> list[str]:
-    """Checkpoints that are being written."""
+    """Return the checkpoint directories under way."""
     return [path.name for path in (directory / "runs" / "run" / "checkpoints").glob(".step-*")]

@@ -1,4 +1,4 @@
-"""The whole path: a run learns what its conversations say, exports it, and the export answers as any user would ask it."""
+"""A run learns the answers of its conversations, and its export gives them through transformers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_a_run_learns_its_answers_and_the_export_gives_them(tmp_path: Path, toke
     ]
 
     export = tmp_path / "runs" / "run" / "export"
-    model, words = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
-    chat = words.apply_chat_template(
+    model, exported = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    chat = exported.apply_chat_template(
         rows[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    said = model.generate(**chat, max_new_tokens=16, do_sample=False)[0, chat["input_ids"].shape[1] :]
-    assert words.decode(said) == "the green river<|eot_id|>"
+    answer = model.generate(**chat, max_new_tokens=16, do_sample=False)[0, chat["input_ids"].shape[1] :]
+    assert exported.decode(answer) == "the green river<|eot_id|>"
 
 
 def test_a_run_starts_from_a_hugging_face_directory(tmp_path: Path, tokenizer: str) -> None:

@@ -1,4 +1,4 @@
-"""The files of a run have each step once, whenever the run was killed."""
+"""The files of a run hold each step once, after any kill."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_that_goes_back_to_its_checkpoint_writes_no_step_twice(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     _write(tmp_path, 0, [1, 2, 3, 4, 5])
     _write(tmp_path, 3, [4, 5, 6])
     assert [(line["step"], line["loss"]) for line in _lines(tmp_path / "metrics.jsonl")] == [
@@ -63,12 +63,12 @@ def test_a_line_torn_by_a_kill_is_written_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["mine", "[]", '{"loss": 1.0}'])
-def test_a_line_that_no_run_wrote_is_named_and_stays(line: str, tmp_path: Path) -> None:
+def test_a_foreign_line_is_refused_by_its_number_and_stays(line: str, tmp_path: Path) -> None:
     _write(tmp_path, 0, [1])
     path = tmp_path / "metrics.jsonl"
     path.write_text(before := path.read_text() + line + "\n")
     with pytest.raises(
-        ValueError, match=r"metrics.jsonl:2 is no line of a run: .*; take it out, or move the file away"
+        ValueError, match=r"metrics.jsonl:2 was not written by a run: .*; remove the line, or move the file away"
     ):
         RunLog(tmp_path, 1)
     assert path.read_text() == before
@@ -80,14 +80,14 @@ def test_a_new_run_in_an_old_directory_starts_from_nothing(tmp_path: Path) -> No
     assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_a_line_names_where_a_refused_row_stands(tmp_path: Path) -> None:
+def test_a_refused_row_is_listed_with_its_location(tmp_path: Path) -> None:
     _write(tmp_path, 0, [1])
     assert _lines(tmp_path / "refused.jsonl") == [
         {"step": 1, "place": "rows.jsonl:1", "source": 0, "row": 1, "epoch": 0, "reason": "reason", "detail": "detail"}
     ]
 
 
-def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_curve_of_the_resumed_run(tmp_path: Path) -> None:
     _write(tmp_path, 0, [1, 2, 3])
     _write(tmp_path, 2, [3, 4])
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -95,7 +95,7 @@ def test_tensorboard_shows_the_curve_of_the_run_that_went_on(tmp_path: Path) -> 
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_a_validation_loss_stands_where_it_was_taken(tmp_path: Path) -> None:
+def test_a_validation_loss_is_written_for_validated_steps_only(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0) as log:
         log.step(STEP)
         log.step(msgspec.structs.replace(STEP, step=2, validation_loss=1.25))
@@ -120,13 +120,13 @@ def test_the_curves_end_at_a_full_disk_with_one_warning_and_the_run_goes_on(
     curves.add(msgspec.structs.replace(STEP, step=30))
     curves.close()
     assert caplog.messages == ["the curves in tensorboard/ end here: [Errno 27] File too large"]
-    assert threading.active_count() == threads  # One of a writer would end with a traceback.
+    assert threading.active_count() == threads  # a writer's thread would end with a traceback
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_lines_that_a_full_disk_does_not_take_follow_whole_when_there_is_room(tmp_path: Path) -> None:
+def test_lines_refused_by_a_full_disk_are_written_whole_once_there_is_room(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, 0) as log:
         try:

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate of every step, and the norm that gradients are cut to."""
+"""AdamW, the learning rate of every step, and gradient clipping."""
 
 import math
 
@@ -49,7 +49,10 @@ def test_a_decay_over_data_follows_the_data() -> None:
 
 
 def test_a_decay_over_steps_without_an_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set schedule.steps or run.steps"):
+    with pytest.raises(
+        ValueError,
+        match=r'a cosine schedule over steps needs its last step, .* set schedule.over = "data" or schedule.steps',
+    ):
         rates(2, None, kind="cosine")
 
 
@@ -62,7 +65,7 @@ def test_a_decay_over_steps_without_an_end_is_refused() -> None:
         ({"eps": 0.0}, "eps 0.0"),
     ],
 )
-def test_an_optimizer_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+def test_an_invalid_optimizer_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**table)
 
@@ -76,7 +79,7 @@ def test_an_optimizer_that_cannot_be_is_refused(table: dict[str, object], messag
         ({"over": "data", "steps": 10}, "steps 10 has no meaning"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(table: dict[str, object], message: str) -> None:
+def test_an_invalid_schedule_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**table)
 
@@ -85,14 +88,15 @@ def test_a_clip_of_infinity_can_be_written_in_a_file() -> None:
     assert msgspec.toml.decode("clip = inf", type=OptimizerConfig).clip == math.inf
 
 
-def test_one_step_is_that_of_the_paper_and_decays_matrices_only() -> None:
+def test_one_step_follows_the_adamw_paper_and_decays_matrices_only() -> None:
     model = Llama(CONFIG)
     for parameter in model.parameters():
         parameter.data.fill_(2.0)
         parameter.grad = torch.full_like(parameter, 0.5)
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.01)
     build_optimizer(model, config).step()
-    # After one step both moments, corrected, are the gradient and its square: a move of learning_rate * 0.5 / 0.5.
+    # After one step the corrected moments are the gradient and its square: a change of
+    # learning_rate * 0.5 / 0.5.
     for name, parameter in model.named_parameters():
         decayed = 2.0 if "norm" in name else 2.0 * (1 - 0.1 * 0.01)
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, decayed - 0.1), rtol=1e-6, atol=0)
@@ -120,14 +124,14 @@ def test_a_gradient_within_the_limit_keeps_its_bits(limit: float | None) -> None
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_norm_that_is_not_finite_is_told_and_scales_nothing(value: float) -> None:
+def test_a_norm_that_is_not_finite_is_returned_and_scales_nothing(value: float) -> None:
     parameters = with_gradients([3.0], [value])
     assert not math.isfinite(clip_by_global_norm(parameters, 1.0))
     assert parameters[0].grad.tolist() == [3.0]
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_fp32() -> None:
-    # In bfloat16 there is no number between 64 and 64.5.
+    # bfloat16 has no number between 64 and 64.5.
     parameters = with_gradients([1.0] * 4128, dtype=torch.bfloat16)
     assert clip_by_global_norm(parameters, None) == pytest.approx(math.sqrt(4128), rel=1e-6)
 

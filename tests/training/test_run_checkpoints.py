@@ -1,4 +1,4 @@
-"""What a run does with its checkpoints beyond going on from them."""
+"""A run keeps, places, refuses and restarts checkpoints by its config, also on a full disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_newest_and_every_nth_checkpoint_stay(tmp_path: Path, config: dict[s
     assert _store(tmp_path).steps() == [4, 8, 9, 10]
 
 
-def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_checkpoints_go_to_another_root_if_configured(tmp_path: Path, config: dict[str, Any]) -> None:
     elsewhere = tmp_path / "elsewhere"
     config["checkpoint"]["root"] = str(elsewhere)
     runs.run(tmp_path, config)
@@ -39,9 +39,7 @@ def test_checkpoints_may_lie_elsewhere(tmp_path: Path, config: dict[str, Any]) -
     assert "resuming after step 10" in runs.run(tmp_path, config).output()
 
 
-def test_a_run_that_is_started_twice_is_refused_the_second_time_by_every_rank(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_the_second_start_of_a_running_run_is_refused_by_every_rank(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"]["steps"] = 10_000
     first = runs.Job(tmp_path, config)
     runs.wait_for(lambda: _store(tmp_path).steps() != [], first)
@@ -57,7 +55,7 @@ def test_a_run_that_is_started_twice_is_refused_the_second_time_by_every_rank(
 
 
 def _limit(job: runs.Job, size: int) -> None:
-    """From here on no process of the run can write a file beyond `size` bytes, as on a full disk."""
+    """Let no process of the run write a file beyond `size` bytes, as on a full disk."""
     for pid in job.pids:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -81,7 +79,7 @@ def test_a_full_disk_stops_a_run_with_one_error_and_loses_nothing(
 
 
 @pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
-def test_a_run_goes_on_over_a_full_disk_where_it_may_and_saves_again_when_there_is_room(
+def test_a_run_that_may_continue_over_a_full_disk_saves_again_once_there_is_room(
     tmp_path: Path, config: dict[str, Any], background: bool
 ) -> None:
     config["run"]["steps"] = 60
@@ -101,7 +99,7 @@ def test_a_run_goes_on_over_a_full_disk_where_it_may_and_saves_again_when_there_
     assert job.output().count("Traceback") == 0
 
 
-def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_failed_last_checkpoint_is_an_error_under_any_policy(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"]["steps"] = 10_000
     config["checkpoint"] |= {"every": 10_000, "on_save_error": "continue"}
     job = runs.Job(tmp_path, config)
@@ -113,7 +111,7 @@ def test_a_last_checkpoint_that_fails_is_an_error_under_any_policy(tmp_path: Pat
     assert "File too large" in job.output()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_on_request_only_and_leaves_them_aside(
+def test_a_run_restarts_over_damaged_checkpoints_on_request_only_and_keeps_their_files(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     config["run"]["steps"] = 4
@@ -127,16 +125,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_on_request_only_and
 
     job = runs.Job(job.directory, config | whole)
     assert job.finish() == 1
-    assert "or here by checkpoint.fresh_start = true, which leaves them aside" in job.output()
+    assert "or set checkpoint.fresh_start = true to start from step 0 and keep the damaged ones aside" in job.output()
     config["checkpoint"]["fresh_start"] = True
     endless = {"run": config["run"] | {"steps": 10_000}, "checkpoint": {"every": 10_000, "fresh_start": True}}
     job = runs.Job(job.directory, config | endless)
     runs.wait_for(lambda: "step 1 |" in job.output(), job)
     job.kill()
-    assert _files(root) == damaged  # Until a step of the new run is there.
+    assert _files(root) == damaged  # renamed by the first save of the new run only
 
     job = runs.run(job.directory, config | whole)
-    assert "no checkpoint is whole, so the run begins anew; the damaged ones are left aside" in job.output()
+    assert (
+        "all checkpoints are damaged, so the run starts from step 0; their files are kept under other names"
+        in job.output()
+    )
     assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
     assert _store(job.directory).steps() == [2, 4, 6]
     aside = {name.partition(".rejected-")[0]: files for name, files in _files(root).items() if ".rejected-" in name}
@@ -146,24 +147,22 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_on_request_only_and
 
 
 def _files(root: Path) -> dict[str, dict[str, bytes]]:
-    """The files of each directory of steps, damaged ones and those put aside included."""
+    """Return the files of each step directory, renamed directories included."""
     return {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in root.glob("step-*")}
 
 
-def test_on_another_topology_the_generators_start_anew_and_the_run_says_so(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_another_topology_reseeds_the_generators_and_the_run_says_so(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"] |= {"steps": 2, "seed": 5}
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
     job = runs.run(tmp_path, config, 2)
-    assert "the random generators start anew from seed, step and rank" in job.output()
+    assert "the random generators are seeded from seed, step and rank" in job.output()
     values = _store(tmp_path).values(4, "rng/")
     for rank in range(2):
         generator = torch.Generator().manual_seed((5 * 1_000_003 + 2) * 65_537 + rank)
         assert values[f"rng/{rank:05d}"]["cpu"] == generator.get_state().numpy().tobytes()
     config["run"]["steps"] = 6
-    assert "start anew" not in runs.run(tmp_path, config, 2).output()
+    assert "random generators" not in runs.run(tmp_path, config, 2).output()
 
 
 def _directory(path: Path) -> Path:

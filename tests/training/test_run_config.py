@@ -1,4 +1,4 @@
-"""The config of a run: typed, with overrides, and every mistake named by its key."""
+"""A run's config is typed and takes overrides, and every mistake is named by its key."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("checkpoint.every=0", "every = 0 must be at least 1"),
         ("checkpoint.keep_every=0", "keep_every = 0 must be at least 1"),
         ("checkpoint.keep_best=0", "keep_best = 0 must be at least 1"),
-        ("checkpoint.keep_best=2", "keep_best keeps those of the lowest validation loss; add a [validation] table"),
+        ("checkpoint.keep_best=2", "keep_best = 2 compares validation losses; add a [validation] table"),
         ("validation.every=10", "missing required field `sources` - at `$.validation`"),
         ("validation={sources=[]}", "sources is empty; name at least one [[validation.sources]]"),
         ('validation={sources=[{path="a"}], every=0}', "every = 0 must be at least 1 - at `$.validation`"),
@@ -77,22 +77,22 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
             "source 'b' has no weight but another source has",
         ),
         ("schedule.over=data", 'schedule.over = "data" needs run.epochs'),
-        ("steps", "'steps' is no override; write section.key=value"),
+        ("steps", "'steps' is not an override; write section.key=value"),
         ("run.name.x=1", "override 'run.name.x': 'name' is a value, not a table"),
         ("run=1", "run = 1 is a value, not a table"),
         ("model=[1]", "model = [1] is a value, not a table"),
         (
             "data.sources.1.path=x",
-            "override 'data.sources.1.path': '1' is none of the 1 there are, which are counted from 0",
+            "override 'data.sources.1.path': '1' is not an index into a list of 1 elements, counted from 0",
         ),
-        ("data.sources.-1.path=x", "override 'data.sources.-1.path': '-1' is none of the 1 there are"),
-        ("data.sources.one=x", "override 'data.sources.one': 'one' is none of the 1 there are"),
+        ("data.sources.-1.path=x", "override 'data.sources.-1.path': '-1' is not an index into a list of 1"),
+        ("data.sources.one=x", "override 'data.sources.one': 'one' is not an index into a list of 1"),
         (
             "run.seed=9223372036854775808",
             "seed = 9223372036854775808 must fit 64 bits: from -2**63 to 2**63 - 1 - at `$.run`",
         ),
-        ("evaluation={path='x', show=-1}", "show = -1 must not be negative"),
-        ("evaluation={path='x', max_new_tokens=0}", "max_new_tokens = 0 be at least 1"),
+        ("evaluation={path='x', show=-1}", "show = -1 must be 0 or more"),
+        ("evaluation={path='x', max_new_tokens=0}", "max_new_tokens = 0 must be 1 or more"),
         ("optimizer.learning_rate=nan", "learning_rate nan and weight_decay 0.0 must be finite and not negative"),
         ("optimizer.weight_decay=inf", "weight_decay inf must be finite"),
         ("optimizer.eps=nan", "eps nan and clip 1.0 must be above 0"),
@@ -112,7 +112,7 @@ def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: s
     ("saves", "validates", "steps", "meet"),
     [(2, 2, 10, None), (4, 2, 10, None), (2, 6, 10, None), (4, 6, 100, 12), (2, 20, 10, 20), (20, 2, 10, 20)],
 )
-def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
+def test_keep_best_needs_steps_that_are_saved_and_validated(
     saves: int, validates: int, steps: int, meet: int | None
 ) -> None:
     tables = _tables(
@@ -123,12 +123,12 @@ def test_the_best_checkpoints_are_kept_only_where_saved_steps_are_validated(
     if meet is None:
         parse_config(tables)
         return
-    message = f"checkpoint.every = {saves} and validation.every = {validates} meet at step {meet} only"
+    message = f"checkpoint.every = {saves} and validation.every = {validates} first meet at step {meet}; "
     with pytest.raises(ValueError, match=message):
         parse_config(tables)
 
 
-def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
+def test_a_decay_over_steps_in_a_run_over_epochs_is_refused() -> None:
     tables = _tables(schedule={"kind": "cosine"})
     del tables["run"]["steps"]
     tables["run"]["epochs"] = 1
@@ -136,12 +136,12 @@ def test_a_decay_over_steps_needs_to_know_where_it_ends() -> None:
         parse_config(tables)
 
 
-def test_a_decay_over_the_data_needs_to_know_how_much_there_is() -> None:
+def test_a_decay_over_data_of_unknown_size_is_refused() -> None:
     source = {"path": "rows.jsonl", "streaming": True, "shuffle": "shards"}
     tables = _tables(schedule={"over": "data"}, data={"sources": [source]})
     del tables["run"]["steps"]
     tables["run"]["epochs"] = 1
-    with pytest.raises(ValueError, match="needs the number of conversations, which a streamed source does not tell"):
+    with pytest.raises(ValueError, match="needs the number of conversations, which is unknown for a streamed source"):
         parse_config(tables)
 
 

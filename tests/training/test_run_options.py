@@ -1,4 +1,4 @@
-"""Every way of computing a run trains the same model: to the last bit where only memory or traffic differ, else to rounding."""
+"""Options change no bit of a run if they change memory or traffic only, and else rounding only."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tiny_llama import public_llama
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run on two processes: its config and what came out."""
+    """Config and outcome of a run on two processes."""
     directory = tmp_path_factory.mktemp("plain")
     config = runs.run_config(tokenizer, runs.sources(directory), run={"steps": 4})
     runs.run(directory, config, processes=2)
@@ -35,7 +35,7 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_saves_memory_or_traffic_changes_no_bit(
+def test_options_for_memory_and_traffic_change_no_bit(
     changes: dict[str, Any], plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     config, expected = plain
@@ -54,7 +54,7 @@ def test_what_saves_memory_or_traffic_changes_no_bit(
     ],
     ids=str,
 )
-def test_what_computes_otherwise_trains_alike_and_says_so_on_a_resume(
+def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
     changes: dict[str, Any], tolerance: float, plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     config, expected = plain
@@ -71,9 +71,7 @@ def test_what_computes_otherwise_trains_alike_and_says_so_on_a_resume(
             assert f"settings.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
 
 
-def test_the_finished_model_is_stored_in_the_type_asked_for(
-    plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_export_has_the_requested_dtype(plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
     config, expected = plain
     runs.run(tmp_path, changed(config, {"run": {"export_dtype": "bfloat16"}}), processes=2)
     stored = load_file(tmp_path / "runs" / "run" / "export" / "model.safetensors")
@@ -81,7 +79,7 @@ def test_the_finished_model_is_stored_in_the_type_asked_for(
         assert torch.equal(stored[name], weight.bfloat16())
 
 
-def test_a_public_model_is_trained_over_ranks_and_comes_out_as_one(tmp_path: Path, tokenizer: str) -> None:
+def test_a_public_model_trained_over_ranks_is_exported_as_one_model(tmp_path: Path, tokenizer: str) -> None:
     public = public_llama(model_type="qwen2", vocab_size=512)
     public.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[7])
     public.save_pretrained(tmp_path / "public")
@@ -99,7 +97,7 @@ def test_a_public_model_is_trained_over_ranks_and_comes_out_as_one(tmp_path: Pat
     assert answer.shape[1] > 3
 
 
-def test_the_finished_model_of_several_ranks_answers_the_questions(tmp_path: Path, tokenizer: str) -> None:
+def test_a_model_trained_on_several_ranks_answers_the_questions(tmp_path: Path, tokenizer: str) -> None:
     questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.rows(3))
     config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 1}, parallel={"tp": 2})
     config["evaluation"] = {"path": questions, "show": 1, "max_new_tokens": 2}

@@ -1,4 +1,5 @@
-"""The loss on held-out conversations: right, the same on any topology and after any kill, and without a trace in the run."""
+"""The validation loss is right, equal on any topology and after any kill, and changes no
+training."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ HELD_OUT = tiny.rows(20, seed=9)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[str, Any]:
-    """Six steps, validated after each second one on 20 conversations and one that is too long."""
+    """Six steps, with validation after every second step on 20 conversations and a too long one."""
     directory = tmp_path_factory.mktemp("data")
     too_long = tiny.chat("a question", " ".join(tiny.WORDS * 8))
     held_out = tiny.write_jsonl(directory / "held_out.jsonl", [*HELD_OUT, too_long])
@@ -27,18 +28,20 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[str
         tokenizer,
         runs.sources(directory),
         run={"steps": 6},
+        # A low rate: at 1e-2, AdamW turns rounding errors of tiny gradients into a loss change of 5e-6.
+        optimizer={"learning_rate": 1e-3},
         validation={"sources": [{"path": held_out}], "every": 2},
     )
 
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
-    """The directory of that run on two data-parallel ranks."""
+    """The directory of a run of `config` on two data-parallel ranks."""
     return runs.run(tmp_path_factory.mktemp("validated"), config, 2).directory
 
 
 def losses(directory: Path) -> dict[int, float]:
-    """The validation losses, by step."""
+    """Return the validation losses by step."""
     return {line["step"]: line["validation_loss"] for line in runs.metrics(directory) if "validation_loss" in line}
 
 
@@ -47,11 +50,11 @@ def store(directory: Path) -> CheckpointStore:
 
 
 def packs_digest(directory: Path) -> str:
-    """Of the packs that were validated, as the last step's manifest has it."""
+    """Return the digest of the held-out packs in the last manifest."""
     return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
 
 
-def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validated: Path, tokenizer: str) -> None:
+def test_the_loss_equals_transformers_on_each_conversation_alone(validated: Path, tokenizer: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(validated / "runs" / "run" / "export")
     encoder, total, count = ChatEncoder(tokenizer), 0.0, 0
     for row in HELD_OUT:
@@ -68,9 +71,7 @@ def test_the_loss_is_that_of_transformers_on_each_conversation_by_itself(validat
     assert f"step 6 | validation loss {total / count:.4f}" in output
 
 
-def test_a_run_that_validates_trains_to_the_bit_like_one_that_does_not(
-    validated: Path, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_validation_changes_no_bit_of_the_training(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
     runs.run(tmp_path, {name: table for name, table in config.items() if name != "validation"}, 2)
     plain, found = runs.outcome(tmp_path), runs.outcome(validated)
     for line in found["metrics"]:
@@ -78,7 +79,7 @@ def test_a_run_that_validates_trains_to_the_bit_like_one_that_does_not(
     assert found == plain
 
 
-def test_a_run_that_is_killed_and_resumed_validates_to_the_bit_as_before(
+def test_a_killed_and_resumed_run_validates_with_the_same_bits(
     validated: Path, config: dict[str, Any], tmp_path: Path
 ) -> None:
     job = runs.Job(tmp_path, config, 2)
@@ -90,7 +91,7 @@ def test_a_run_that_is_killed_and_resumed_validates_to_the_bit_as_before(
 
 
 @pytest.mark.parametrize(("processes", "tp"), [(1, 1), (2, 2)])
-def test_on_another_topology_it_is_the_same_but_for_rounding(
+def test_the_loss_on_another_topology_differs_by_rounding_only(
     validated: Path, config: dict[str, Any], tmp_path: Path, processes: int, tp: int
 ) -> None:
     runs.run(tmp_path, config | {"parallel": {"tp": tp}}, processes)
@@ -98,7 +99,9 @@ def test_on_another_topology_it_is_the_same_but_for_rounding(
     assert packs_digest(tmp_path) == packs_digest(validated)
 
 
-def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any], tmp_path: Path) -> None:
+def test_global_batches_limits_validation_to_the_first_packs(
+    validated: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
     config = config | {"validation": config["validation"] | {"global_batches": 1}, "run": config["run"] | {"steps": 2}}
     output = runs.run(tmp_path, config).output()
     (count,) = (int(line.split()[0]) for line in output.splitlines() if "are held out" in line)
@@ -107,10 +110,8 @@ def test_the_first_global_batches_may_do(validated: Path, config: dict[str, Any]
     assert losses(tmp_path)[2] != pytest.approx(losses(validated)[2], rel=1e-3)
 
 
-def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
-    """The rate is so high that the loss rises."""
+def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, Any], tmp_path: Path) -> None:
+    """Train at a learning rate so high that the loss rises."""
     config = config | {
         "optimizer": {"learning_rate": 3.0},
         "validation": config["validation"] | {"every": 1},
@@ -124,13 +125,13 @@ def test_checkpoints_of_the_lowest_loss_stay_whenever_the_run_was_started(
     changed = config["validation"] | {"sources": config["data"]["sources"]}
     job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
     assert job.finish() == 1
-    assert "the checkpoint's were taken on other held-out conversations; restore validation.sources" in job.output()
+    assert "the checkpoint's losses come from other held-out conversations; restore validation.sources" in job.output()
     assert [store(tmp_path).manifest(step).about.validation_loss for step in (1, 2, 6)] == [
         found[step] for step in (1, 2, 6)
     ]
 
 
-def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
+def test_held_out_conversations_print_the_date_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
     dated = tiny.save_tokenizer(tmp_path / "dated", tiny.DATED_TEMPLATE)
     digests = []
     for steps, tokenizer in ((2, {"path": dated, "date": "2020-02-02"}), (4, {"path": dated})):
@@ -140,9 +141,12 @@ def test_the_template_prints_the_day_of_the_runs_start(config: dict[str, Any], t
     assert digests[0] == digests[1]
 
 
-def test_sources_of_which_nothing_can_be_trained_are_an_error(config: dict[str, Any], tmp_path: Path) -> None:
+def test_held_out_sources_without_a_trainable_token_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     source = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}])
     job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
     assert job.finish() == 1
-    assert "error: validation.sources hold nothing to train on: 0 conversations are held out" in job.output()
+    assert (
+        "error: validation.sources hold no trained token; use other sources (0 conversations are held out"
+        in job.output()
+    )
     assert "unknown layout: 1" in job.output()

@@ -1,1 +1,1 @@
-"""Run state in and out of a checkpoint, and when checkpoints are written."""
+"""Save a run's state to checkpoints and restore a run from them."""

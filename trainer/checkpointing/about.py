@@ -1,4 +1,4 @@
-"""What the manifest of a run's checkpoint says of it."""
+"""Describe a run in the manifests of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from trainer.distributed.mesh import Topology
 from trainer.training.validation import HELD_OUT
 
 LIBRARIES = ("torchdata", "transformers", "tokenizers")
-"""What decides tokens, packs and weights beside torch."""
+"""Packages, beside torch and sftstream, whose version can change tokens, packs or weights."""
 
 
-def about(
-    config: TrainConfig, topology: Topology, data: DataState, held_out: str | None, validation_loss: float | None
-) -> About:
-    """Sizes, versions, digests of the whole config and of what `data` was made from; `held_out` is that of the held-out packs."""
+def about(config: TrainConfig, topology: Topology, data: DataState, held_out: str | None) -> About:
+    """Return the manifest entry of a run's checkpoints, without a validation loss.
+
+    Holds the mesh sizes, library versions and SHA-256 digests of the config and of the identity of
+    `data`. `held_out` is the digest of the held-out packs, None in a run without validation.
+    """
     digests = {"config": _sha256(config), "data": _sha256(data.identity)}
     return About(
         mesh=topology.sizes,
-        validation_loss=validation_loss,
         digests=digests if held_out is None else digests | {HELD_OUT: held_out},
         versions={
             "sftstream": __version__,

@@ -1,21 +1,24 @@
-"""When a run's checkpoints are written, and what becomes of the run when one cannot be."""
+"""Write a run's checkpoints, and stop or continue the run after a failed write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
-from trainer.checkpointing.snapshot import Save
+from trainer.checkpointing.snapshot import Snapshot
 from trainer.config import TrainConfig
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import RunLog
 
 
 class Saves:
-    """A run's checkpoints, which no other run may touch from here on, under the config's policy. Collective."""
+    """The checkpoints of a run, under the policy of the `[checkpoint]` table. Collective.
+
+    Raises CheckpointError if another run uses the directory.
+    """
 
     def __init__(self, config: TrainConfig, display: Display) -> None:
         self.config = config.checkpoint
@@ -25,32 +28,40 @@ class Saves:
         self.store.claim()
 
     def latest(self) -> int | None:
-        """The newest step that is whole; None where the run begins, for the first time or anew because the config says so.
+        """Return the newest undamaged step, or None for a run that starts from step 0.
 
-        Steps that are damaged stay: the first save puts them aside under other names.
+        Raises CheckpointError if all steps are damaged, unless `checkpoint.fresh_start` is set; the
+        first save then renames the damaged steps.
         """
         try:
             return self.store.latest()
         except CorruptCheckpoint as error:
             if not self.config.fresh_start:
                 raise CheckpointError(
-                    f"{error}, or here by checkpoint.fresh_start = true, which leaves them aside"
+                    f"{error}, or set checkpoint.fresh_start = true to start from step 0 and keep the damaged ones aside"
                 ) from error
         return None
 
-    def save(self, capture: Callable[[Save], None], log: RunLog | None, *, last: bool) -> None:
-        """Commit what `capture` gives to a save of the store, after the lines of its steps.
+    def save(self, snapshot: Snapshot, log: RunLog | None, *, last: bool) -> None:
+        """Force the log's lines to the disk, then save `snapshot`. Collective.
 
-        `last`: nothing comes later that could tell of a failure, so it is waited for, and raised under any policy.
+        Waits for an earlier save first, so that host memory holds the tensors of one snapshot at
+        most. `last` marks the final save of a run: the call returns after the commit, and raises
+        CheckpointError under any policy.
         """
         with self._tolerate_save_errors():
             self.store.wait()
         with nullcontext() if last else self._tolerate_save_errors():
             _sync(log)
-            capture(self.store.save if last or not self.config.background else self.store.save_later)
+            save = self.store.save if last or not self.config.background else self.store.save_later
+            save(snapshot.step, snapshot.tensors, snapshot.values, snapshot.about)
 
     def failed(self) -> bool:
-        """A save in the background has failed, as this rank knows, and the run must stop; its last save raises why."""
+        """Return True if a background save has failed on this rank and the run must stop.
+
+        The next call of `save` raises the error. Under `on_save_error = "continue"` the error is
+        printed instead.
+        """
         if self.store.failed and self.config.on_save_error == "continue":
             with self._tolerate_save_errors():
                 self.store.wait()
@@ -61,7 +72,7 @@ class Saves:
         try:
             yield
         except LostRank:
-            raise  # There is nobody to go on with.
+            raise  # no run can continue without the lost rank
         except CheckpointError as error:
             if self.config.on_save_error == "stop":
                 raise
@@ -69,7 +80,7 @@ class Saves:
 
 
 def _sync(log: RunLog | None) -> None:
-    """Forces the log to the disk; an error of the rank that writes it is one of all ranks."""
+    """Force the log to the disk; raise CheckpointError on all ranks if the writing rank cannot."""
     failure: list[str | None] = [None]
     try:
         if log:

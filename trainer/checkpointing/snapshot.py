@@ -1,8 +1,19 @@
-"""What a checkpoint of a run holds, and how a run goes on from it: exactly, or not at all."""
+"""Take a snapshot of a run for a checkpoint, and restore a run from a checkpoint.
+
+A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`:
+
+    data/stream/00000   StreamState of logical stream 0 (MessagePack), one key per stream
+    data/run            DataState without streams: identity, packs, history
+    rng/rank00000       states of the random generators of rank 0, one key per rank
+    progress            Progress
+    settings            Settings, compared on a resume
+    export              Recipe of the model's export
+
+A resume on other numbers of ranks reads the streams of its own shards from the keys.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,37 +28,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoints import RECIPE, About, CheckpointStore, Recipe
-from sftstream import DataState, StreamState, differences
+from sftstream import DataState, LoaderPosition, StreamState, differences
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.llama.config import LlamaConfig
 from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.training.progress import Progress
 
 STREAM, RNG = "data/stream/", "rng/"
 
-Save = Callable[[int, dict[str, Any], dict[str, Any], About | None], Any]
-"""One of a store's ways to save: takes a step, tensors, values, what the manifest says about them."""
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a run is."""
-
-    step: int = 0
-    """Steps finished."""
-    rows: int = 0
-    """Conversations given or refused."""
-    tokens: int = 0
-    trained_tokens: int = 0
-    loss: float | None = None
-    """Of the last step."""
-    finished: bool = False
-    """The data has ended."""
-
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the numbers of a run depend on besides its data and its hardware."""
+    """Settings that decide the numbers of a run; a resume needs equal settings."""
 
     seed: int
     model: LlamaConfig
@@ -57,59 +51,89 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     weights_dtype: str = "float32"
     compile: bool = False
     steps: int | None = None
-    """The run's length where the schedule depends on it."""
+    """The run's length if the schedule decays to the run's end, else None."""
 
     @classmethod
     def of(cls, config: TrainConfig, model: LlamaConfig, compute_dtype: torch.dtype) -> Settings:
-        schedule = config.schedule
-        fades = schedule.kind != "constant" and schedule.over == "steps" and schedule.steps is None
+        """Collect the settings of a run; `compute_dtype` is the dtype that "auto" stands for."""
         return cls(
             seed=config.run.seed,
             model=model,
             optimizer=config.optimizer,
-            schedule=schedule,
+            schedule=config.schedule,
             compute_dtype=str(compute_dtype).removeprefix("torch."),
             weights_dtype=config.run.weights_dtype,
             compile=config.run.compile,
-            steps=config.run.steps if fades else None,
+            steps=config.run.steps if config.schedule.decays_to_run_end else None,
         )
 
 
 @dataclass(frozen=True)
+class RunDescription:
+    """The part of a snapshot that is equal in all snapshots of a run."""
+
+    settings: Settings
+    topology: Topology
+    recipe: Recipe | None
+    """Recipe of the model's export; None on all ranks but the first."""
+    about: About | None
+    """Entry in the manifest, without a validation loss; None on ranks without a loader."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a run after a step, in the form that `CheckpointStore.save` takes.
+
+    `tensors` refers to the live parameters and optimizer state: save it before the next step.
+    """
+
+    step: int
+    tensors: dict[str, Any]
+    values: dict[str, Any]
+    about: About | None
+
+
+@dataclass(frozen=True)
 class Restored:
-    """A run as its newest checkpoint has it; a new run where there is none."""
+    """The state of a run in the newest checkpoint, or of a new run."""
 
     progress: Progress
-    data: DataState | None
+    data: DataState | None = None
     reseeded: bool = False
-    """The random generators start anew from seed, step and rank, since those saved belong to another topology."""
+    """True if the random generators were seeded from seed, step and rank, since the topology
+    changed."""
+
+    @property
+    def resumed(self) -> bool:
+        """True if there was a checkpoint."""
+        return self.data is not None
 
 
-def capture(
-    save: Save,
+def take_snapshot(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    data: DataState | None,
-    settings: Settings,
-    recipe: Recipe | None,
-    topology: Topology,
-    about: About | None,
-) -> None:
-    """Give the run after its `progress.step`-th step to `save`, a store's. `data` is None on ranks that do not read,
-    `recipe` and `about` on all but the first."""
-    values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(topology)}
-    if data is not None:
-        # One value a logical stream: any other topology finds its own among them.
-        values |= {f"{STREAM}{number:05d}": msgspec.msgpack.encode(stream) for number, stream in data.streams.items()}
-    if topology.first:
-        assert data is not None
-        assert recipe is not None
-        values[RECIPE] = recipe.builtins()
-        values["data/run"] = msgspec.to_builtins(msgspec.structs.replace(data, streams={}))
+    position: LoaderPosition | None,
+    run: RunDescription,
+    validation_loss: float | None,
+) -> Snapshot:
+    """Return the run after `progress.step` steps, without a copy of a tensor. Collective.
+
+    `position` is None on ranks without a loader.
+    """
+    values: dict[str, Any] = {f"{RNG}{dist.get_rank():05d}": _rng_state(run.topology)}
+    if position is not None:
+        # One value per logical stream, since a rank of another topology needs other streams.
+        values |= {f"{STREAM}{number:05d}": state for number, state in position.encoded_streams.items()}
+    if run.topology.first:
+        assert position is not None
+        assert run.recipe is not None
+        values[RECIPE] = run.recipe.builtins()
+        values["data/run"] = msgspec.to_builtins(position.run)
         values["progress"] = msgspec.to_builtins(progress)
-        values["settings"] = msgspec.to_builtins(settings)
-    save(progress.step, _tensors(model, optimizer), values, about)
+        values["settings"] = msgspec.to_builtins(run.settings)
+    about = run.about and msgspec.structs.replace(run.about, validation_loss=validation_loss)
+    return Snapshot(progress.step, _tensors(model, optimizer), values, about)
 
 
 def restore(
@@ -120,7 +144,12 @@ def restore(
     topology: Topology,
     step: int,
 ) -> Restored:
-    """Set model, optimizer and random generators as they were after `step`; raises ValueError where that is not this run."""
+    """Load the checkpoint of `step` into model, optimizer and random generators. Collective.
+
+    On a changed topology the generators are seeded from seed, step and rank. Raises ValueError if
+    the settings differ from the checkpoint's, CheckpointError if the checkpoint is damaged or does
+    not fit the model.
+    """
     values = store.values(step)
     _require_same(msgspec.convert(values["settings"], Settings), settings, step)
     state = _tensors(model, optimizer)
@@ -140,7 +169,7 @@ def restore(
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    # These also make the state of an optimizer that has not stepped yet, without which nothing of it would be loaded.
+    # get_optimizer_state_dict creates the state of a new optimizer, for a checkpoint to load into.
     return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
@@ -149,10 +178,10 @@ def _require_same(saved: Settings, now: Settings, step: int) -> None:
     if not changed:
         return
     longer = any(field.startswith("settings.steps: ") for field in changed)
-    also = ", or keep the schedule of a longer run by schedule.steps" if longer else ""
+    reason = "; a decay to the last step fixes run.steps, unless schedule.steps is set from the start" if longer else ""
     raise ValueError(
-        f"the checkpoint of step {step} was made with other settings, and going on with these would not be the same run: "
-        f"{'; '.join(changed)}. Restore them, or give the run another name{also}"
+        f"the checkpoint of step {step} was made with other settings (checkpoint -> now): {'; '.join(changed)}. "
+        f"Restore the settings, or give the run another name{reason}"
     )
 
 
@@ -164,7 +193,7 @@ def _rng_state(topology: Topology) -> dict[str, bytes]:
 
 
 def _restore_rng(values: dict[str, Any], topology: Topology) -> bool:
-    """Set this rank's generators as they were; false where they were those of another kind of device."""
+    """Restore this rank's generators; return False for states of another kind of device."""
     saved = values[f"{RNG}{dist.get_rank():05d}"]
     if (topology.device.type == "cuda") != ("cuda" in saved):
         return False

@@ -1,4 +1,4 @@
-"""Only kernels that give the same bits each time; one that cannot is an error that names it."""
+"""Restrict torch to deterministic kernels, and name a kernel that is not."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 import torch
 
-_NO_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """While it is entered, torch takes deterministic kernels only, where `wanted`.
+    """Restrict torch to deterministic kernels inside the `with` block, if `wanted`.
 
-    ValueError, naming the kernel, where one has no such form.
+    Raises ValueError, with the kernel's name, for an operation without a deterministic kernel.
     """
-    # Read by cuBLAS when it starts; without it deterministic mode refuses matrix products.
+    # cuBLAS reads the variable at its start; deterministic mode refuses matrix products without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted)
@@ -26,11 +26,11 @@ def determinism(wanted: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if (found := _NO_FORM.search(str(error))) is None:
+        if (match := _NOT_DETERMINISTIC.search(str(error))) is None:
             raise
         raise ValueError(
-            f"run.deterministic = true, but the kernel {found[1]} has no deterministic form in torch {torch.__version__}; with "
-            "run.deterministic = false two runs are equal to rounding only"
+            f"run.deterministic = true, but the kernel {match[1]} has no deterministic form in torch {torch.__version__}; set "
+            "run.deterministic = false for runs that are equal up to rounding"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)

@@ -1,4 +1,9 @@
-"""Processes, devices and who is who among them."""
+"""Start and leave the process group, arrange its ranks in a mesh, and print errors once.
+
+Example: 8 ranks with tp = 2 form 4 data-parallel coordinates (dp) of 2 ranks each. Ranks 0 and 1
+are coordinate 0: they hold halves of each layer and train on the same packs; rank 0 reads the packs
+for both.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +28,28 @@ logger = logging.getLogger(__name__)
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[parallel]` table: how ranks share the work. Data parallelism is what tensor parallelism leaves."""
+    """The `[parallel]` table: the division of model and data over ranks.
+
+    The number of ranks divided by `tp` is the data-parallel size.
+    """
 
     tp: int = 1
-    """Ranks that share each layer."""
+    """Tensor-parallel size: ranks that hold parts of each layer and train on the same packs.
+    Divides the number of ranks, `num_attention_heads` and `num_key_value_heads`; at most the GPUs
+    of a node for speed."""
     replicas: int = 1
-    """Groups of ranks that each hold a whole model between them, one or more nodes each: weights are gathered inside a
-    group, and only gradients cross the network between groups."""
+    """Groups of ranks that each hold a complete sharded model. Weights are gathered within a group;
+    only gradients are exchanged between groups. 1 shards one model over all ranks; with several
+    nodes, use one group per node, or per few nodes, if the network between groups is slow. `tp` x
+    `replicas` divides the number of ranks."""
     reshard_after_forward: bool = True
-    """Let go of a layer's gathered weights after its forward pass, and gather them again for the backward pass. False
-    keeps them gathered until the step's last backward pass: more memory, less traffic."""
+    """Free each layer's gathered weights after its forward pass, and gather them again for the
+    backward pass. False keeps the gathered weights until the step's last backward pass: more
+    memory, less traffic."""
     reduce_gradients: Literal["step", "pack"] = "step"
-    """When ranks add up their gradients: once a step, for which each holds all gradients of its share of the layers, or
-    after each pack, for which it holds its shard of them."""
+    """Time of the gradients' reduction over ranks: once per "step" (each rank keeps unsharded
+    float32 gradients until then), or after each "pack" (each rank keeps its shard only: less
+    memory, more traffic)."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "replicas"):
@@ -45,7 +59,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place: data-parallel coordinate `dp`, and `tp` within the ranks that share its layers."""
+    """The mesh of all ranks, and the position of this rank in the mesh."""
 
     mesh: DeviceMesh
     device: torch.device
@@ -53,41 +67,41 @@ class Topology:
 
     @property
     def dp(self) -> int:
-        """Data-parallel coordinates."""
+        """Number of data-parallel coordinates."""
         return self.mesh["dp"].size()
 
     @property
     def tp(self) -> int:
-        """Ranks of one data-parallel coordinate."""
+        """Number of ranks in a data-parallel coordinate."""
         return self.mesh["tp"].size()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What tells this topology from another."""
+        """Sizes by name; two topologies are equal if their sizes are."""
         return {"dp": self.dp, "tp": self.tp, "replicas": self.parallel.replicas}
 
     @property
     def shard(self) -> Shard:
-        """What this rank's data-parallel coordinate reads."""
+        """Shard of the data for this rank's data-parallel coordinate."""
         return Shard(self.mesh["dp"].get_local_rank(), self.dp)
 
     @property
     def leads(self) -> bool:
-        """This rank reads for the others of its coordinate."""
+        """True if this rank reads the packs of its data-parallel coordinate."""
         return self.mesh.get_local_rank("tp") == 0
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that get the same packs, of which one reads; None where each reads its own."""
+        """Process group of this rank's data-parallel coordinate; None if tp is 1."""
         return self.mesh["tp"].get_group() if self.tp > 1 else None
 
     @property
     def first(self) -> bool:
-        """This rank writes the run's files and talks to people."""
+        """True on rank 0, which writes the run's files and prints."""
         return dist.get_rank() == 0
 
     def describe(self) -> str:
-        """The topology in words."""
+        """Return the topology in words, for example "8 x NVIDIA H100 (dp 4 x tp 2)"."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         replicas = f"{self.parallel.replicas} replicas, " if self.parallel.replicas > 1 else ""
         return f"{dist.get_world_size()} x {kind} ({replicas}dp {self.dp} x tp {self.tp})"
@@ -95,15 +109,16 @@ class Topology:
 
 @contextmanager
 def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
-    """Join the process group that torchrun announced, or be a group of one; leave it at the end.
+    """Join torchrun's process group, or make a group of one; leave the group at the end.
 
-    `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    `device` is "cpu", "cuda" or "auto" (a GPU if torch sees one). Raises ValueError if there is no
+    GPU for "cuda", or if `parallel` does not divide the ranks.
     """
     torch_device = _device(device)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     alone = "MASTER_PORT" not in os.environ
-    # gloo beside NCCL: counts and packs of a step are agreed on between CPUs, without waiting for the device.
+    # gloo beside NCCL: counts and packs of a step travel between CPUs, without a wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
         backend
@@ -120,19 +135,22 @@ def _device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError('device = "cuda", but torch sees no GPU here; use "cpu" or "auto"')
+        raise ValueError('device = "cuda", but torch sees no GPU; use "cpu" or "auto"')
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
 
 
 def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
-    """All ranks as "dp" x "tp"; with replicas, "dp" is "replicate" x "shard"."""
+    """Arrange all ranks as a mesh "dp" x "tp"; with replicas, "dp" is "replicate" x "shard".
+
+    Raises ValueError if tp x replicas does not divide the number of ranks.
+    """
     world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
     if world % (tp * replicas):
-        what = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
+        sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
         raise ValueError(
-            f"{what} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
+            f"{sizes} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
         )
     if replicas == 1:
         return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
@@ -144,25 +162,28 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What layers compute in; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype called `name`; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def print_error(error: Exception) -> int:
-    """One line, once: what all ranks run into, the first tells, and torchrun then ends the others. Returns the exit code."""
+    """Print an error in one line, once for all ranks, and return the exit code 1.
+
+    Rank 0 prints at once and exits; torchrun then ends the other ranks during their pause of 3 s.
+    """
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    logger.debug("where it was raised", exc_info=error)  # LOGLEVEL=DEBUG shows it
+    logger.debug("traceback of the error", exc_info=error)  # shown with LOGLEVEL=DEBUG
     return 1
 
 
 def exit_process(code: int) -> Never:
-    """End the process.
+    """End the process with an exit code, without the interpreter's shutdown.
 
-    gloo's threads outlive their group, and one that lets go of a Python object while the interpreter shuts down aborts the
-    process: about one finished run in fifteen would be reported as failed.
+    gloo's threads outlive their process group. A thread that releases a Python object during the
+    shutdown aborts the process: about 1 in 15 finished runs would be reported as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

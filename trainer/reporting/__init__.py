@@ -1,1 +1,1 @@
-"""Metrics files, TensorBoard curves, and terminal output."""
+"""Metrics files, TensorBoard curves, messages and terminal output."""

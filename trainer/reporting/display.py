@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, a line now and then in a log."""
+"""Show a run: a live line on a terminal, or a line every 10 s in a log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from trainer.reporting.metrics import StepMetrics
 
 SECONDS_BETWEEN_LINES = 10
+"""Shortest time between two lines in a log."""
 
 
 class Display:
-    """Shows steps as they end; on ranks that do not talk, nothing."""
+    """The output of a run on rank 0; silent if `quiet`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.console = Console(quiet=quiet, highlight=False)
@@ -40,11 +41,14 @@ class Display:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a lasting line, above the live line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, metrics: StepMetrics, share: float | None, *, last: bool) -> None:
-        """`share` is how much of the run is done, in [0, 1], where that is known."""
+        """Show a finished step. `share` is the finished part of the run in [0, 1], None if unknown.
+
+        `last` prints the step in a log, however short the time since the line before.
+        """
         line = summary(metrics)
         self._bar.update(self._task, description=line, completed=share or 0.0)
         if metrics.validation_loss is not None:
@@ -55,7 +59,11 @@ class Display:
 
 
 def summary(metrics: StepMetrics) -> str:
-    """A step in one line: `trained` is the share of its tokens in the loss, `wait` the time spent on waiting for data."""
+    """Return a step in one line.
+
+    `trained` is the share of the step's tokens in the loss, `wait` the share of its time spent on
+    waiting for packs.
+    """
     trained = metrics.trained_tokens / max(metrics.tokens, 1)
     return (
         f"step {metrics.step} | loss {metrics.loss:.4f} | {metrics.tokens_per_second:,.0f} tokens/s | fill {metrics.fill:.1%} | "

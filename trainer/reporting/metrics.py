@@ -1,4 +1,4 @@
-"""What a run writes about itself: one line a step, TensorBoard, and the rows it refused."""
+"""Write a run's files: `metrics.jsonl`, `refused.jsonl` and the TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -23,39 +23,52 @@ logger = logging.getLogger(__name__)
 
 
 CURVES = ("loss", "validation_loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait")
+"""Fields of StepMetrics with a curve in TensorBoard."""
 
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of `metrics.jsonl`. Counts are of this step over all ranks, padding excluded."""
+    """One line of `metrics.jsonl`: a step, with counts over all ranks."""
 
     step: int
+    """Number of the step, counted from 1."""
     loss: float
-    """Mean over the trained tokens, in nats."""
+    """Mean cross-entropy over the trained tokens of the step, in nats."""
     grad_norm: float
-    """Before clipping."""
+    """Global norm of the gradient before clipping."""
     learning_rate: float
+    """Learning rate of the step."""
     tokens: int
+    """Tokens of the step, padding excluded."""
     trained_tokens: int
+    """Tokens in the loss of the step."""
     rows: int
-    """Conversations given or refused so far."""
+    """Conversations trained on and rows refused since the start of the run."""
     refused: int
-    """Rows refused in this step."""
+    """Rows refused in the step."""
     refused_by_reason: dict[str, int]
+    """Rows refused in the step, by reason."""
     fill: float
-    """Share of the packs' slots that conversations take."""
+    """Tokens of the step divided by the capacity of its packs, in [0, 1]."""
     tokens_per_second: float
+    """Tokens of the step, over all ranks, divided by `seconds`."""
     data_wait: float
-    """Seconds that the first rank waited for its packs."""
+    """Seconds of the step in which rank 0 waited for packs."""
     seconds: float
+    """Duration of the step, without validation and checkpoint."""
     batch_digest: str
-    """Hash of the step's packs over all ranks, in order."""
+    """Hash of the packs of all ranks, in order; equal for equal global batches."""
     validation_loss: float | None = None
-    """Mean over the trained tokens that are held out, after the step; left out where it was not taken."""
+    """Mean cross-entropy over the held-out trained tokens, in nats; left out after a step without
+    validation."""
 
 
 class RunLog:
-    """The files of a run. Opened at a step, they hold no line of a later one: those were written by a run that was killed
-    before it saved, and come again."""
+    """The files of a run, cut back to their lines up to `step`.
+
+    Later lines were written after the checkpoint that the run resumes from; the repeated steps
+    write them again. Raises ValueError if a file holds a line that no run wrote, OSError if a file
+    cannot be opened.
+    """
 
     def __init__(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,31 +86,34 @@ class RunLog:
         self.sync()
 
     def step(self, metrics: StepMetrics) -> None:
-        """Append a step's line."""
+        """Append a step to `metrics.jsonl` and to the curves."""
         self._metrics.add(msgspec.to_builtins(metrics))
         self._curves.add(metrics)
 
     def refused(self, step: int, refusals: list[LocatedRefusal]) -> None:
-        """Append the rows that were refused for a step."""
-        for refusal, place in refusals:
+        """Append the refused rows of a step to `refused.jsonl`."""
+        for refusal, location in refusals:
             names = ("source", "row", "epoch", "reason", "detail")
-            self._refused.add({"step": step, "place": place} | {name: getattr(refusal, name) for name in names})
+            self._refused.add({"step": step, "place": location} | {name: getattr(refusal, name) for name in names})
 
     def refused_by_reason(self) -> Counter[str]:
-        """Rows refused since the run's beginning."""
+        """Return the number of rows refused since the start of the run, by reason."""
         return Counter(line["reason"] for line in self._refused.read())
 
     def sync(self) -> None:
-        """Force all lines to the disk; before a checkpoint, so that none of its steps can be missing. OSError if it fails."""
+        """Force all lines to the disk, before a checkpoint of their steps is written.
+
+        Raises OSError if the disk does not take them.
+        """
         self._metrics.sync()
         self._refused.sync()
 
 
 class Curves:
-    """A file of TensorBoard's. It ends where a disk does not take it, and the run goes on.
+    """A TensorBoard event file, which ends with a warning at the first failed write.
 
-    Written in this thread: torch's writer has one of its own, which a full disk ends with a traceback, and a run whose queue is
-    full then would wait for it for ever.
+    Written in the calling thread. torch's SummaryWriter has a thread that a full disk ends with a
+    traceback; a run with a full queue would then wait forever.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
@@ -106,17 +122,17 @@ class Curves:
         self._file = (directory / name).open("wb", buffering=0)
         self._records: RecordWriter | None = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        # What other files have from this step on is not shown.
+        # TensorBoard hides the events of earlier files from this step on.
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, metrics: StepMetrics) -> None:
-        """A point on each curve."""
+        """Append a point to each curve."""
         values = {name: getattr(metrics, name) for name in CURVES}
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None]
         self._write(Event(step=metrics.step, summary=Summary(value=points)))
 
     def close(self) -> None:
-        """Nothing is written after this."""
+        """Close the file."""
         self._file.close()
 
     def _write(self, event: Any) -> None:
@@ -131,25 +147,32 @@ class Curves:
 
 
 class Lines:
-    """A file of JSON lines. What a full disk does not take waits in memory for the next try: no line is lost or torn."""
+    """A file of JSON lines, cut back to its lines up to `step`.
+
+    Bytes that a full disk does not take wait in memory for the next write, so that no line is lost
+    or torn.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self._file = _reopen(path, step)
         self._waiting = b""
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, on disk at the latest after `sync`."""
         self._waiting += msgspec.json.encode(line) + b"\n"
-        with suppress(OSError):  # `sync` raises it, where nothing may be missing any more.
+        with suppress(OSError):  # the next write tries again, and sync raises the error
             self._write()
 
     def sync(self) -> None:
-        """Force all lines to the disk."""
+        """Write waiting lines and force all lines to the disk.
+
+        Raises OSError if the disk does not take them.
+        """
         self._write()
         os.fsync(self._file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines that are in the file."""
+        """Return all lines on disk."""
         self._file.seek(0)
         return [msgspec.json.decode(line) for line in self._file]
 
@@ -163,12 +186,15 @@ class _Numbered(msgspec.Struct):
 
 
 def _reopen(path: Path, step: int) -> BufferedRandom:
-    """The file for appending, cut after the last line of `step`."""
+    """Open a file for appending, cut after the last line of `step`.
+
+    Raises ValueError for a line without a step.
+    """
     file = path.open("a+b")
     file.seek(0)
     end = 0
     for number, line in enumerate(file, 1):
-        # A run killed while it wrote leaves a torn last line; its step comes again.
+        # A kill during a write leaves a torn last line; the resumed run repeats its step.
         if not line.endswith(b"\n"):
             break
         try:
@@ -176,7 +202,7 @@ def _reopen(path: Path, step: int) -> BufferedRandom:
                 break
         except msgspec.MsgspecError as error:
             raise ValueError(
-                f"{path}:{number} is no line of a run: {error}; take it out, or move the file away"
+                f"{path}:{number} was not written by a run: {error}; remove the line, or move the file away"
             ) from error
         end += len(line)
     file.truncate(end)

@@ -1,1 +1,2 @@
-"""The training loop's parts: packs of a step, forward and backward, optimizer, validation, evaluation."""
+"""Parts of the training loop: model, packs of a step, optimizer, progress, validation,
+evaluation."""

@@ -1,4 +1,5 @@
-"""The exported model, loaded as any user would, answers questions that it has not seen."""
+"""Let an exported model, loaded by transformers, answer questions, and compare with the expected
+answers."""
 
 from __future__ import annotations
 
@@ -13,40 +14,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sftstream import ChatEncoder, Refused, read_conversations
 
 BATCH = 64
+"""Number of questions per call of generate."""
 
 
 class Question(NamedTuple):
-    """The prompt as the template prints it and what should follow, stop tokens included."""
+    """A prompt and the expected answer."""
 
     prompt: str
+    """The rendered conversation up to its last trained span."""
     expected: str
+    """The last trained span, stop token included."""
 
 
 class Answer(NamedTuple):
-    """A question and what followed, stop tokens included."""
+    """A question and the model's answer."""
 
     prompt: str
     expected: str
     given: str
+    """The generated text, stop token included."""
 
     @property
     def right(self) -> bool:
-        """To the last byte."""
+        """True if the generated text equals the expected text."""
         return self.given == self.expected
 
 
 class Evaluation(NamedTuple):
-    """All answers, in the file's order."""
+    """All answers, in the order of the questions."""
 
     answers: list[Answer]
 
     @property
     def accuracy(self) -> float:
-        """Share of exact matches."""
+        """Share of right answers, in [0, 1]."""
         return sum(answer.right for answer in self.answers) / len(self.answers)
 
     def describe(self, show: int) -> str:
-        """The first `show` answers and the share of right ones, in words."""
+        """Return the first `show` answers and the accuracy in words."""
         shown = [
             f"\n{answer.prompt}\n  -> {answer.given}" + ("" if answer.right else f"  (expected {answer.expected})")
             for answer in self.answers[:show]
@@ -55,15 +60,21 @@ class Evaluation(NamedTuple):
 
 
 def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
-    """The conversations in a file, each up to its last trained message; ValueError names one that is none."""
+    """Read the conversations of a file as questions for their last trained message.
+
+    Raises ValueError, with the number of the conversation, if it cannot be rendered or has no
+    trained message.
+    """
     questions = []
-    for number, dialogue in enumerate(read_conversations(path), 1):
+    for number, conversation in enumerate(read_conversations(path), 1):
         try:
-            rendered = encoder.render(dialogue)
+            rendered = encoder.render(conversation)
         except Refused as error:
             raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}") from None
         if not rendered.spans:
-            raise ValueError(f"evaluation.path {path!r}, conversation {number}: it has no message of data.train_on")
+            raise ValueError(
+                f"evaluation.path {path!r}, conversation {number}: no message has a role of data.train_on; remove the row"
+            )
         start, end = rendered.spans[-1]
         questions.append(Question(rendered.text[:start], rendered.text[start:end]))
     return questions
@@ -72,7 +83,10 @@ def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
 def evaluate(
     export: Path, questions: Sequence[Question], stop_ids: list[int], max_new_tokens: int, device: torch.device
 ) -> Evaluation:
-    """Greedy answers of the model in `export`; written beside it as `answers.jsonl`."""
+    """Generate the greedy answers of the model in `export`.
+
+    The answers are also written to `answers.jsonl`, beside `export`.
+    """
     given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
     evaluation = Evaluation([Answer(*question, answer) for question, answer in zip(questions, given, strict=True)])
     lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]
@@ -84,11 +98,14 @@ def evaluate(
 def generate(
     directory: Path, prompts: Sequence[str], max_new_tokens: int, stop_ids: list[int], device: torch.device
 ) -> list[str]:
-    """What the model in a Hugging Face directory says after each prompt, up to and with the first stop token."""
+    """Return the greedy continuation of each prompt by the model in a Hugging Face directory.
+
+    A continuation ends with its first stop token, or after `max_new_tokens` tokens.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # for less padding
     answers: dict[int, str] = {}
     for start in range(0, len(prompts), BATCH):
         chosen = by_length[start : start + BATCH]

@@ -1,4 +1,11 @@
-"""AdamW, its learning rate as a pure function, and clipping by the norm of the whole gradient."""
+"""AdamW, its learning-rate schedule, and clipping by the global gradient norm.
+
+AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+https://arxiv.org/abs/1711.05101.
+
+Example: with learning_rate = 1.0, kind = "linear" and warmup = 1, a run of 6 steps takes the rates
+0.5, 1.0, 0.8, 0.6, 0.4, 0.2: the decay would reach 0 at step 6, counted from 0.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +24,25 @@ from trainer.llama.sharding import local
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[optimizer]` table."""
+    """The `[optimizer]` table: AdamW and gradient clipping."""
 
     learning_rate: float = 2e-5
-    """The highest: what the warm-up ends at and the schedule starts from."""
+    """Full learning rate, at the end of the warm-up and the start of the decay; 0 or more."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
     eps: float = 1e-8
+    """Number added to AdamW's denominator, above 0."""
     weight_decay: float = 0.0
-    """Decoupled, on matrices only: norms are not drawn to zero."""
+    """Decoupled weight decay of matrices, 0 or more: each step shrinks them by the factor
+    1 - learning rate x weight_decay. Norm weights and biases are not decayed."""
     clip: float | None = 1.0
-    """The largest global norm of a gradient; None or inf: as it comes."""
+    """Largest global norm of a gradient, above 0; a longer gradient is scaled down to it. inf never
+    clips."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
-        # TOML knows nan, of which no comparison holds.
+        # TOML has nan; every comparison with nan is False.
         if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise ValueError(
                 f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must be finite and not negative"
@@ -41,57 +52,83 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[schedule]` table."""
+    """The `[schedule]` table: warm-up and decay of the learning rate."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Form of the decay after the warm-up: none, a straight line, or half a cosine wave."""
     warmup: int = 0
-    """Steps of linear rise before the full rate."""
+    """Steps with a linearly rising rate before the full rate, 0 or more. Step n of the warm-up,
+    counted from 1, has the rate n / (warmup + 1)."""
     over: Literal["steps", "data"] = "steps"
-    """What the decay follows: the steps taken or the share of the data used."""
+    """Measure of the decay: the "steps" taken after the warm-up, or the share of the "data" read,
+    which needs `run.epochs` and sources of known size."""
     steps: int | None = None
-    """Step at which the decay ends; None: the run's last."""
+    """Step at which a decay over steps ends, above `warmup`. Default: the last step, `run.steps`; a
+    run whose decay ends at a given step can be made longer later."""
     minimum: float = 0.0
-    """Where the decay ends, as a fraction of the full rate."""
+    """Rate at the end of the decay, as a fraction of `learning_rate` in [0, 1]."""
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or not 0 <= self.minimum <= 1:
-            raise ValueError(f"warmup {self.warmup} must not be negative and minimum {self.minimum} lie in [0, 1]")
+            raise ValueError(f"warmup {self.warmup} must be 0 or more, and minimum {self.minimum} must lie in [0, 1]")
         if self.steps is not None and self.steps <= self.warmup:
-            raise ValueError(f"steps {self.steps} must exceed warmup {self.warmup}: the decay follows the warm-up")
+            raise ValueError(
+                f"steps {self.steps} must exceed warmup {self.warmup}, since the decay follows the warm-up"
+            )
         if self.steps is not None and self.over == "data":
-            raise ValueError(f"steps {self.steps} has no meaning with over = 'data': leave one of them out")
+            raise ValueError(
+                f'steps {self.steps} has no meaning with over = "data"; remove steps, or set over = "steps"'
+            )
+
+    @property
+    def decays_to_run_end(self) -> bool:
+        """True if the decay ends at the run's last step, so that rates depend on its number."""
+        return self.kind != "constant" and self.over == "steps" and self.steps is None
+
+    def decay_end(self, run_steps: int | None) -> int:
+        """Return the step at which a decay over steps ends: `steps`, else `run_steps`.
+
+        `run_steps` is `run.steps`, None in a run over epochs. Raises ValueError if neither is
+        known.
+        """
+        end = run_steps if self.steps is None else self.steps
+        if end is None:
+            raise ValueError(
+                f"a {self.kind} schedule over steps needs its last step, and a run over epochs does not know its number of "
+                'steps before its end; set schedule.over = "data" or schedule.steps'
+            )
+        return end
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, sharded as they are, in one fused kernel a step on CPU and GPU alike."""
+    """Return a fused AdamW over the model's parameters; weight decay applies to matrices only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(
     config: OptimizerConfig, schedule: ScheduleConfig, step: int, progress: float, total_steps: int | None
 ) -> float:
-    """The rate of step `step`, counted from 0: warm-up times decay.
+    """Return the learning rate of step `step`, counted from 0: full rate x warm-up x decay.
 
-    `progress` in [0, 1] is the share of the data used before this step and counts with `over = "data"`. `total_steps`
-    is the run's length, None where it isn't known. Raises ValueError where a decay over steps has no end.
+    `progress` in [0, 1] is the share of the data read before the step, for `over = "data"`.
+    `total_steps` is the run's length, None if unknown. Raises ValueError if a decay over steps has
+    no last step.
     """
     rise = min(1.0, (step + 1) / (schedule.warmup + 1))
     return config.learning_rate * rise * _decay(schedule, _share(schedule, step, progress, total_steps))
 
 
 def _share(schedule: ScheduleConfig, step: int, progress: float, total_steps: int | None) -> float:
-    """How much of the decay lies behind, in [0, 1]."""
+    """Return the finished part of the decay, in [0, 1]."""
     if schedule.kind == "constant":
         return 0.0
     if schedule.over == "data":
         return min(1.0, max(0.0, progress))
-    end = total_steps if schedule.steps is None else schedule.steps
-    if end is None:
-        raise ValueError("a decay over steps needs its end: set schedule.steps or run.steps, or schedule.over = 'data'")
-    return min(1.0, max(0.0, (step - schedule.warmup) / max(1, end - schedule.warmup)))
+    decay_steps = max(1, schedule.decay_end(total_steps) - schedule.warmup)
+    return min(1.0, max(0.0, (step - schedule.warmup) / decay_steps))
 
 
 def _decay(schedule: ScheduleConfig, share: float) -> float:
@@ -107,11 +144,11 @@ def _decay(schedule: ScheduleConfig, share: float) -> float:
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[Tensor], limit: float | None) -> float:
-    """Scale all gradients so that their common norm is at most `limit`; returns the norm before, on every rank.
+    """Scale gradients to a global norm of at most `limit`; return the norm before. Collective.
 
-    The norm is that of the full gradient, in fp32, over the shards of all ranks, a replicated one counted once.
-    Gradients that are still partial sums over ranks are reduced first, for good. Waits for the device once. A norm
-    that isn't finite is returned and scales nothing: the caller decides.
+    The norm is computed in float32 over the shards of all ranks; replicated gradients count once.
+    Partial sums over ranks are reduced first, in place. Waits for the device once. A norm that is
+    not finite is returned, and the gradients stay unscaled.
     """
     gradients = [_completed_gradient(p) for p in parameters if p.grad is not None]
     norm = _global_norm(gradients)
@@ -131,10 +168,10 @@ def _completed_gradient(parameter: Tensor) -> Tensor:
 
 
 def _global_norm(gradients: list[Tensor]) -> float:
-    by_owners: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        by_owners[_groups_of_shards(gradient)].append(local(gradient))
-    squares = [_square(shards, groups) for groups, shards in by_owners.items()]
+        by_groups[_groups_of_shards(gradient)].append(local(gradient))
+    squares = [_square(shards, groups) for groups, shards in by_groups.items()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
@@ -146,7 +183,7 @@ def _square(shards: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> Tens
 
 
 def _groups_of_shards(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The process groups whose ranks hold different parts of a tensor."""
+    """Return the process groups with different parts of `tensor` on each rank."""
     if not isinstance(tensor, DTensor):
         return ()
     dims = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]

@@ -1,4 +1,9 @@
-"""One optimizer step: the packs of a global batch, forward and backward, clipped, applied."""
+"""One optimizer step over the packs of a global batch: forward, backward, clip, update.
+
+The loss is the summed cross-entropy of all trained tokens divided by their number in the global
+batch. Example: two ranks with one pack each and cross-entropies [1.0, 2.0, 3.0] and [6.0]: the loss
+is 12.0 / 4 = 3.0, not the mean of the packs' means, 4.0.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,12 @@ from trainer.training.optimizer import clip_by_global_norm
 
 
 class StepResult(NamedTuple):
-    """`loss` is the mean cross-entropy, in nats, over the trained tokens of the global batch."""
+    """Results of a step, equal on every rank."""
 
     loss: float
+    """Mean cross-entropy, in nats, over the trained tokens of the global batch."""
     grad_norm: float
+    """Global norm of the gradient before clipping."""
 
 
 def train_step(
@@ -34,10 +41,10 @@ def train_step(
     learning_rate: float,
     clip: float | None,
 ) -> StepResult:
-    """Take one step on this rank's `packs`, one after the other.
+    """Take one optimizer step; `packs` are this rank's part of the global batch. Collective.
 
-    `trained_tokens` is the count of the whole global batch, by which every token's loss is divided: not a mean of means.
-    A batch without a trained token leaves the model alone.
+    `trained_tokens` is the count in the global batch, over all ranks. Without a trained token the
+    model stays as it is. `clip` is the largest gradient norm, None for no limit.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, packs, topology, trained_tokens)
@@ -50,14 +57,17 @@ def train_step(
 
 
 def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int) -> Tensor:
-    """Add this rank's packs to the gradients, one after the other; returns the global batch's mean loss, on every rank."""
+    """Add the packs' gradients to the parameters; return the mean loss. Collective.
+
+    The loss is a float32 scalar, equal on every rank.
+    """
     scale = 1 / max(trained_tokens, 1)
     total = torch.zeros((), device=topology.device)
     for number, pack in enumerate(packs, 1):
         if isinstance(model, FSDPModule):
             last = number == len(packs)
             model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
-            model.set_requires_all_reduce(last)  # between replicas, once a step in either case
+            model.set_requires_all_reduce(last)  # between replicas, once per step under either policy
             model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
         loss = pack_loss(model, pack, topology.device)
         (loss * scale).backward()
@@ -67,8 +77,8 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
 
 
 def pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
-    """The sum of the cross-entropy of a pack's trained tokens, in nats."""
-    # Found on the CPU, where the labels come from: asking a GPU how many there are would wait for it.
+    """Return the summed cross-entropy of a pack's trained tokens, in nats, a scalar."""
+    # nonzero on the CPU, since on a GPU its result's size would wait for all queued kernels.
     trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
     labels = pack.labels[trained]
     input_ids, position_ids, cu_seqlens, trained, labels = (

@@ -1,4 +1,9 @@
-"""The packs of a step on every rank: one rank of a data-parallel coordinate reads, the others get the same bytes."""
+"""Give every rank its packs of a step, and add up the step's counts over all ranks.
+
+One rank of each data-parallel coordinate reads packs and broadcasts them to the tensor-parallel
+ranks of the coordinate. Example: 4 ranks with tp = 2, 64 streams and 8 packs in a global batch:
+rank 0 reads packs 0, 2, 4, 6 for ranks 0 and 1; rank 2 reads packs 1, 3, 5, 7 for ranks 2 and 3.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +21,41 @@ from trainer.distributed.mesh import Topology
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
-    """The run's packs as this rank reads them, None where another reads for it; ValueError for a vocabulary too small."""
+    """Open the loader of this rank's shard at `state`, or return None on ranks without a loader.
+
+    `vocabulary` is the model's number of tokens. Raises ValueError if the tokenizer has more, or if
+    `state` does not belong to the data of `config`.
+    """
     if not topology.leads:
         return None
     loader = PackLoader(config, shard=topology.shard, state=state)
-    words = len(loader.encoder.tokenizer)
-    if words > vocabulary:
+    tokens = len(loader.encoder.tokenizer)
+    if tokens > vocabulary:
         raise ValueError(
-            f"the tokenizer has {words} tokens, model.vocab_size is {vocabulary}; raise it to {words} or more, or where the "
-            "model is that of model.init_from take its own tokenizer"
+            f"the tokenizer has {tokens} tokens, but model.vocab_size is {vocabulary}; set model.vocab_size = {tokens} or more, "
+            "or with model.init_from use the tokenizer of that model"
         )
     return loader
 
 
 class LocalStep(NamedTuple):
-    """A step as one rank's loader gives it."""
+    """One rank's packs of a step, with counts and the position after the step."""
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, and 1 where there is more to read."""
+    """Trained tokens, tokens, rows, refused rows, and 1 if the shard is not exhausted, else 0."""
     digests: list[int]
-    """Four words a pack."""
+    """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
-    """The loader's place behind it."""
+    """Position of the loader after the step."""
 
 
 class StepReader:
-    """Steps of packs from `loader`, which is None on ranks that do not read but are given them by the first of their `group`.
+    """Packs step by step, read by `loader` or received from the first rank of `group`.
 
-    `ahead`: where there are workers, `read_ahead` has a thread take the next step's packs from them while this one is computed;
-    `state` is that of the step that was given all the same.
+    `loader` is None on ranks without a loader; `group` is None if every rank reads. `ahead` allows
+    `read_ahead` to take the next step's packs from the loader's workers in a thread; `position`
+    stays at the step that `packs` returned.
     """
 
     def __init__(
@@ -60,39 +70,46 @@ class StepReader:
         self.loader = loader
         self.assignment = assignment
         self.step: LocalStep | None = None
-        """What `packs` gave last; None on ranks that do not read."""
+        """The last step returned by `packs`; None on ranks without a loader."""
         self._group = group
         self._capacity = capacity
-        self._thread = ThreadPoolExecutor(1, "feed") if ahead and loader and loader.workers else None
+        self._thread = ThreadPoolExecutor(1, "step_reader") if ahead and loader and loader.workers else None
         self._next: Future[LocalStep] | None = None
 
     def packs(self, step: int) -> list[Pack]:
-        """This data-parallel coordinate's packs of a step, counted from 0; the loader must stand there."""
+        """Return this coordinate's packs of `step`, the loader's next step, counted from 0.
+
+        Collective in `group`. Raises ValueError if the packs cannot be read.
+        """
         if self.loader:
             self.step = self._next.result() if self._next else _read(self.loader)
             self._next = None
         if self._group is None:
             assert self.step is not None
             return self.step.packs
-        # All packs at once: for each by itself the ranks would have to meet again.
+        # One broadcast for all packs: each broadcast costs a wait for the slowest rank.
         shape = self.assignment.micro_batches(step), 3 * self._capacity + 2
-        sent = _encode(self.step.packs, shape) if self.step else torch.empty(shape, dtype=torch.int32)
-        dist.broadcast(sent, group=self._group, group_src=0)
-        return self.step.packs if self.step else [_decode(row, self._capacity) for row in sent]
+        rows = _encode(self.step.packs, shape) if self.step else torch.empty(shape, dtype=torch.int32)
+        dist.broadcast(rows, group=self._group, group_src=0)
+        return self.step.packs if self.step else [_decode(row, self._capacity) for row in rows]
 
     def read_ahead(self) -> None:
-        """Begin to read the next step: once all ranks have this one, since the thread takes the interpreter from its rank."""
-        assert self._next is None, "a step that was read ahead is given before the next is read"
+        """Begin to read the next step in a thread, if the loader has workers.
+
+        Call after all ranks have the present step: the thread slows this rank's broadcast, since
+        both need the interpreter's lock.
+        """
+        assert self._next is None, "call packs() for the step that was read ahead before the next read_ahead()"
         if self._thread and self.loader and not self.loader.exhausted:
             self._next = self._thread.submit(_read, self.loader)
 
     @property
-    def state(self) -> DataState | None:
-        """Where the run goes on behind the step that was given last; None on ranks that do not read."""
-        return self.step.position.state if self.step else None
+    def position(self) -> LoaderPosition | None:
+        """Position after the last step given by `packs`; None on ranks without a loader."""
+        return self.step.position if self.step else None
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop the thread and the loader's workers."""
         if self._thread:
             self._thread.shutdown()
         if self.loader:
@@ -113,12 +130,16 @@ def _read(loader: PackLoader) -> LocalStep:
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
-    """A row a pack, `[number of borders, ids, trained, borders, unused]`: of one size for every pack."""
-    sent = np.zeros(shape, np.int32)
-    for row, pack in zip(sent, packs, strict=True):
+    """Return an int32 tensor of `shape` `(packs, 3 * capacity + 2)`, one row per pack.
+
+    A row is `[number of borders, ids, trained, borders, zeros]`. Example for capacity 3, ids [7, 8,
+    0], trained [0, 1, 0] and borders [0, 2, 3]: `[3, 7, 8, 0, 0, 1, 0, 0, 2, 3, 0]`.
+    """
+    rows = np.zeros(shape, np.int32)
+    for row, pack in zip(rows, packs, strict=True):
         parts = np.concatenate([[len(pack.borders)], pack.ids, pack.trained, pack.borders])
         row[: len(parts)] = parts
-    return torch.from_numpy(sent)
+    return torch.from_numpy(rows)
 
 
 def _decode(row: Tensor, capacity: int) -> Pack:
@@ -128,25 +149,31 @@ def _decode(row: Tensor, capacity: int) -> Pack:
 
 
 class StepTotals(NamedTuple):
-    """A step's packs counted over all ranks, the same on each."""
+    """Counts of a global batch over all ranks, equal on every rank."""
 
     trained_tokens: int
+    """Tokens in the loss."""
     tokens: int
+    """Tokens of conversations, padding excluded."""
     rows: int
-    """Conversations given and refused."""
+    """Conversations in the packs, and refused rows."""
     refused: int
+    """Rows refused on the way to the packs."""
     unexhausted_shards: int
-    """Shards with something left to read."""
+    """Shards with rows left to read; 0 after the last step of the data."""
     stop: int
-    """Ranks that were asked to stop."""
+    """Number of ranks with a request to stop."""
     digest: str
-    """Hash of the packs of all shards in the order of the run."""
+    """Hash of the packs of all shards, in the order of the run."""
 
 
 def reduce_totals(
     step: int, packs: list[Pack], step_reader: StepReader, topology: Topology, *, stop: bool
 ) -> StepTotals:
-    """One small collective between CPUs, so that every decision about a step is the same on every rank."""
+    """Add up the counts of `packs` over all ranks, between CPUs. Collective.
+
+    All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
+    """
     numbers, digests = (
         (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
     )
@@ -156,7 +183,7 @@ def reduce_totals(
     table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
     totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
     words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
-    taken = Counter[int]()
+    taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
     for shard in step_reader.assignment.step(step):
         in_order.append(words[shard, taken[shard]])
@@ -167,7 +194,7 @@ def reduce_totals(
 
 
 def _words(digest: str) -> list[int]:
-    """A SHA-256 as four signed 64-bit integers."""
+    """Return a SHA-256 in hex as four signed 64-bit integers, the inverse of `_hex`."""
     return [int.from_bytes(bytes.fromhex(digest)[i : i + 8], "big", signed=True) for i in range(0, 32, 8)]
 
 
@@ -176,16 +203,17 @@ def _hex(words: Tensor) -> str:
 
 
 class LocatedRefusal(NamedTuple):
-    """A refusal and where an editor finds its row."""
+    """A refused row and its location."""
 
     refusal: Refusal
-    locate_row: str
+    location: str
+    """File and line for an editor, such as `rows.jsonl:61`."""
 
 
 def gather_refusals(packs: list[Pack], step_reader: StepReader, topology: Topology) -> list[LocatedRefusal]:
-    """The rows that any rank refused for this step, in the order of shards, on the first rank (elsewhere nothing)."""
+    """Return the rows that all ranks refused for a step on rank 0, and [] elsewhere. Collective."""
     loader = step_reader.loader
-    mine = [LocatedRefusal(r, loader.locate_row(r)) for pack in packs for r in pack.refused] if loader else []
+    local = [LocatedRefusal(r, loader.locate_row(r)) for pack in packs for r in pack.refused] if loader else []
     everyone: list[list[LocatedRefusal]] | None = [[]] * dist.get_world_size() if topology.first else None
-    dist.gather_object(mine, everyone)
+    dist.gather_object(local, everyone)
     return [refusal for refusals in everyone or () for refusal in refusals]

@@ -1,4 +1,4 @@
-"""How a person or a scheduler ends a run early."""
+"""Stop a run early, by SIGINT (Ctrl-C) or SIGTERM (a scheduler)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 class StopRequest:
-    """While it is entered, SIGINT and SIGTERM ask the run to save and end after the step at hand.
+    """A context that turns SIGINT and SIGTERM into `asked`, read after each step.
 
-    All of them: a Ctrl-C reaches a rank more than once, from the terminal and from torchrun.
+    Repeated signals are harmless: a Ctrl-C reaches a rank from the terminal and again from
+    torchrun.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The loss on conversations that are held out: the same packs each time, and nothing of the training is touched."""
+"""The loss on held-out conversations, without an effect on the training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from trainer.training.step import pack_loss
 from trainer.training.step_reader import StepReader, gather_refusals, reduce_totals
 
 HELD_OUT = "held-out data"
-"""Name of the held-out packs' digest in a checkpoint's manifest."""
+"""Key of the held-out packs' digest in a checkpoint's manifest."""
 
 
 class Validation:
-    """The held-out packs, read once and kept. Collective.
+    """The held-out packs, read once and kept in memory. Collective.
 
-    Packs are dealt to ranks as those of training are, so that on any topology they are the same. `encoder` is the run's own,
-    None on ranks that do not read.
+    Packs are assigned to ranks as in training, so that every topology validates on equal packs.
+    `encoder` is the run's encoder, None on ranks without a loader. Raises ValueError if the sources
+    hold no trained token.
     """
 
     def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None) -> None:
@@ -39,37 +40,43 @@ class Validation:
         self._packs: list[Pack] = []
         self._digests: list[str] = []
         data = config.held_out(config.validation.sources)
-        loader = PackLoader(_of_the_same_day(data, encoder), shard=topology.shard) if encoder else None
+        loader = PackLoader(_with_date_of(data, encoder), shard=topology.shard) if encoder else None
         assignment = PackAssignment(data.streams, data.global_batch, topology.dp)
         step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group)
         self._read(step_reader, config.validation.global_batches)
         step_reader.close()
         if not self.trained_tokens:
-            raise ValueError(f"validation.sources hold nothing to train on: {self.describe()}")
+            raise ValueError(f"validation.sources hold no trained token; use other sources ({self.describe()})")
 
     @property
     def digest(self) -> str:
-        """Of all packs, of whatever rank."""
+        """Hash of the held-out packs of all ranks, in order."""
         return batch_digest(self._digests)
 
     def describe(self) -> str:
-        """In words; why rows were refused is known to the first rank only."""
+        """Return the counts in words; reasons of refusals are complete on rank 0 only."""
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.refused.most_common())
         refused = f"; refused {self.refused.total():,} ({reasons})" if reasons else ""
         return f"{self.conversations:,} conversations are held out, {self.trained_tokens:,} trained tokens{refused}"
 
     def require_comparable(self, before: About) -> None:
-        """Raises ValueError where the run's earlier losses, of which the lowest count, are of other conversations."""
+        """Raise ValueError if a checkpoint's validation loss comes from other held-out packs.
+
+        `before` is the manifest entry of the checkpoint. `keep_best` compares losses of equal packs
+        only.
+        """
         if before.digests.get(HELD_OUT, self.digest) != self.digest:
             raise ValueError(
-                "checkpoint.keep_best compares validation losses, but the checkpoint's were taken on other held-out "
+                "checkpoint.keep_best compares validation losses, but the checkpoint's losses come from other held-out "
                 "conversations; restore validation.sources, leave out keep_best, or give the run another name"
             )
 
     def after(self, step: int, model: Llama) -> float | None:
-        """The mean cross-entropy, in nats, of the held-out trained tokens, where the step is to be validated.
+        """Return the validation loss after `step`, or None if `step` is not due. Collective.
 
-        The same on every rank. Raises ValueError where it is no number.
+        The loss is the mean cross-entropy over the held-out trained tokens, in nats.
+
+        Equal on every rank. Raises ValueError if the loss is not a finite number.
         """
         if step % self.every:
             return None
@@ -80,13 +87,13 @@ class Validation:
 
     @torch.no_grad()
     def _loss(self, model: Llama) -> float:
-        # In double precision, so that many packs add up as precisely as one.
+        # in float64, so that the sum over many packs adds little rounding
         total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for pack in self._packs:
             total += pack_loss(model, pack, self._topology.device)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # A backward pass would have; weights that stay gathered take memory.
+                module.reshard()  # else gathered weights stay in memory, without a backward pass
         dist.all_reduce(total, group=self._topology.mesh["dp"].get_group())
         return total.item() / self.trained_tokens
 
@@ -107,8 +114,8 @@ class Validation:
                 break
 
 
-def _of_the_same_day(data: DataConfig, encoder: ChatEncoder) -> DataConfig:
-    """With the day that the run's template prints, which may be that of its start."""
+def _with_date_of(data: DataConfig, encoder: ChatEncoder) -> DataConfig:
+    """Return `data` with the date of the run's template, by default the date of its start."""
     date = encoder.template.date
     tokenizer = msgspec.structs.replace(data.tokenizer, date=date.isoformat() if date else data.tokenizer.date)
     return msgspec.structs.replace(data, tokenizer=tokenizer)

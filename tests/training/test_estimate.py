@@ -1,4 +1,4 @@
-"""A plan is what the run then holds and does, to the byte where it can be counted."""
+"""An estimate equals the memory, packs and steps of the run, exactly for countable parts."""
 
 import math
 import subprocess
@@ -31,7 +31,7 @@ LLAMA_70B = LlamaConfig(
     num_key_value_heads=8,
 )
 SHORT = msgspec.structs.replace(LLAMA_70B, num_hidden_layers=4)
-"""The same layers, fewer of them: each is wrapped one by one."""
+"""A model with fewer layers, since wrapping takes time per layer."""
 
 
 def config(**changes: dict[str, Any]) -> TrainConfig:
@@ -50,16 +50,16 @@ def config(**changes: dict[str, Any]) -> TrainConfig:
     return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
 
 
-def test_a_70b_is_planned_without_a_gpu_a_weight_or_a_row() -> None:
+def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
     found = estimate(config(), LLAMA_70B, 32)
     assert found.parameters == 70_553_706_496
     assert (found.dp, found.packs_per_rank, found.tokens_per_step, found.steps) == (4, 16, 524_288, 1000)
-    # Norms, 161 times 8192, are split over dp alone.
+    # The 161 norms of 8192 weights are sharded over dp only.
     held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
     assert found.memory["weights"] == 4 * held
     assert found.memory["optimizer"] == 8 * held
     assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
-    # 6 a weight and token, but for the embedding, which is no product.
+    # 6 operations per weight and token, except for the embedding, which is a lookup.
     flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)
     assert found.seconds_per_step == pytest.approx(flops / (32 * 0.45 * 989e12))
 
@@ -101,7 +101,7 @@ def test_the_examples_fit_gpus_of_80_gib() -> None:
     ],
     ids=str,
 )
-def test_each_setting_changes_the_part_that_it_is_about(
+def test_each_setting_changes_its_own_part_of_the_memory(
     changes: dict[str, dict[str, Any]], part: str, factor: float
 ) -> None:
     before, after = estimate(config(), SHORT, 32), estimate(config(**changes), SHORT, 32)
@@ -118,13 +118,13 @@ def test_each_setting_changes_the_part_that_it_is_about(
         (64, 2, 1),
     ],
 )
-def test_the_packs_of_a_rank_are_those_of_its_fullest_step(streams: int, global_batch: int, packs: int) -> None:
+def test_packs_per_rank_are_counted_in_the_fullest_step(streams: int, global_batch: int, packs: int) -> None:
     found = estimate(config(data={"streams": streams, "global_batch": global_batch}), SHORT, 32)
     assert found.packs_per_rank == packs
     assert found.seconds_per_step == pytest.approx(estimate(config(), SHORT, 32).seconds_per_step * packs / 16)
 
 
-def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_plan() -> None:
+def test_gathered_weights_and_recomputed_activations_change_the_estimate() -> None:
     kept = estimate(config(parallel={"tp": 8, "reshard_after_forward": False}), LLAMA_70B, 32)
     # All weights of a tensor-parallel share in bfloat16.
     assert kept.memory["gathered weights"] == kept.memory["gradients"] // 2
@@ -136,7 +136,8 @@ def test_weights_that_stay_gathered_and_activations_computed_twice_show_in_the_p
 
 
 def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int:
-    """Elements that a forward pass of all layers but the first keeps for the backward pass."""
+    """Count the elements that the forward pass of all layers but the first keeps for the backward
+    pass."""
     kept = []
     for layers in (1, shape.num_hidden_layers):
         model = built(msgspec.structs.replace(shape, num_hidden_layers=layers))
@@ -159,11 +160,12 @@ def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("shape", [CONFIG, msgspec.structs.replace(TIED, head_dim=16, intermediate_size=128)])
-def test_activations_are_those_that_autograd_keeps(shape: LlamaConfig, recompute: Recompute) -> None:
+def test_activations_equal_the_elements_that_autograd_keeps(shape: LlamaConfig, recompute: Recompute) -> None:
     deep = msgspec.structs.replace(shape, num_hidden_layers=5)
     expected = activations(deep, 64, 1, recompute)
     expected -= activations(msgspec.structs.replace(shape, num_hidden_layers=1), 64, 1, recompute)
-    # Besides, on a CPU: each norm's scale and what it scaled, attention's result before it was put together, softmax's sums.
+    # A CPU also keeps each norm's scale and scaled input, attention's output per head, and
+    # softmax's sums.
     besides = 2 * (shape.hidden_size + 1) + shape.num_attention_heads * (shape.head_size + 1)
     assert kept_by_layers(deep, recompute, 64) == expected + (0 if recompute == "full" else 4 * 64 * besides)
 
@@ -181,7 +183,7 @@ def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: st
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A directory with a run's config and nothing that it names."""
+    """A directory with only a run's config, without data or tokenizer."""
     tables = runs.run_config("nowhere", "nowhere.jsonl", parallel={"tp": 2})
     (tmp_path / "run.toml").write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in tables.items()))
     return tmp_path
@@ -189,13 +191,13 @@ def written(tmp_path: Path) -> Path:
 
 def assert_shown(output: str, gpus: int) -> None:
     assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
-    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "in all"):
+    for part in ("weights", "optimizer", "gradients", "gathered weights", "activations", "logits", "total"):
         assert part in output
     assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
     assert "10 steps, 10,240 tokens: about" in output
 
 
-def test_the_command_prints_the_plan_and_makes_nothing(written: Path) -> None:
+def test_the_command_prints_the_estimate_and_writes_no_file(written: Path) -> None:
     words = [sys.executable, "-m", "trainer.main", "run.toml", "--plan=8"]
     result = subprocess.run(words, cwd=written, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -203,7 +205,7 @@ def test_the_command_prints_the_plan_and_makes_nothing(written: Path) -> None:
     assert [path.name for path in written.iterdir()] == ["run.toml"]
 
 
-def test_without_a_number_the_plan_is_for_the_processes_that_there_are(
+def test_the_estimate_is_for_the_running_processes_by_default(
     written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -217,12 +219,12 @@ def test_without_a_number_the_plan_is_for_the_processes_that_there_are(
 
 
 @pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
-def test_a_number_of_gpus_that_is_none_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_number_of_gpus_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 1
     assert f"error: {flag}: give a number of GPUs, as in --plan=32" in capsys.readouterr().err
 
 
-def test_a_plan_that_the_run_would_refuse_is_refused(tmp_path: Path) -> None:
+def test_an_estimate_of_a_run_that_cannot_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tp = 8 does not divide the 12 processes"):
         estimate(config(), LLAMA_70B, 12)
     with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):

@@ -1,4 +1,4 @@
-"""Ranks that share layers get the same bytes from one loader, and all ranks agree on what a step holds."""
+"""Tensor-parallel ranks get equal packs from one loader, and all ranks agree on a step's totals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ STEPS = 3
 
 
 def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[str], StepTotals, int]]:
-    """Per step: this rank's packs, the tally, the refusals that the first rank hears of."""
+    """Return per step: digests of this rank's packs, the totals, the number of gathered
+    refusals."""
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
     step_reader = StepReader(
@@ -49,11 +50,12 @@ def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(con
                 assert count.trained_tokens == sum(pack.trained_tokens for pack in packs)
                 assert count.rows == sum(len(pack.segments) + len(pack.refused) for pack in packs)
                 assert count.unexhausted_shards == dp
-                assert count.stop == 1  # rank 1 asked, all know
+                assert count.stop == 1  # rank 1 was asked to stop
 
 
 def _beside_a_loader(config: DataConfig, steps: int) -> str:
-    """What ended the steps of a feed that reads ahead, each of which was that of a loader which does not."""
+    """Compare a StepReader that reads ahead with a plain loader; return the error that ended it, or
+    "enough"."""
     assignment = PackAssignment(config.streams, config.global_batch, 1)
     alone = PackLoader(config, workers=0)
     step_reader = StepReader(PackLoader(config), assignment, config.capacity, ahead=True)
@@ -66,27 +68,33 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
             break
         assert tiny.digests(packs) == tiny.digests(alone.next_step())
         step_reader.read_ahead()
-        assert step_reader.state == alone.state
-        time.sleep(0.002)  # so that it does read ahead
+        assert step_reader.position is not None
+        assert step_reader.position.state == alone.state
+        assert step_reader.position.run == msgspec.structs.replace(alone.state, streams={})
+        assert step_reader.position.encoded_streams == {
+            number: msgspec.msgpack.encode(stream) for number, stream in alone.state.streams.items()
+        }
+        time.sleep(0.002)  # lets the thread read ahead
     step_reader.close()
-    assert step_reader.state == alone.state
+    assert step_reader.position is not None
+    assert step_reader.position.state == alone.state
     return end
 
 
 @pytest.mark.parametrize("epochs", [1, None])
-def test_the_state_is_that_of_the_step_given_however_far_was_read(config: DataConfig, epochs: int | None) -> None:
+def test_reading_ahead_does_not_move_the_position(config: DataConfig, epochs: int | None) -> None:
     ahead = msgspec.structs.replace(config, epochs=epochs, workers=2)
     assert _beside_a_loader(ahead, 30) == "enough"
 
 
-def test_an_error_of_a_step_is_raised_by_that_step(tokenizer: str, tmp_path: Path) -> None:
+def test_reading_ahead_raises_an_error_at_its_own_step(tokenizer: str, tmp_path: Path) -> None:
     rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
     assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
 
 
-def test_refused_rows_reach_the_first_rank_wherever_they_were_read(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+def test_refused_rows_of_all_ranks_reach_the_first_rank(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     rows = [*tiny.rows(12), *[{"text": str(number)} for number in range(12)]]
     path = tiny.write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1)

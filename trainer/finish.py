@@ -1,0 +1,50 @@
+"""Finish a complete run: export the model, and evaluate the export."""
+
+from __future__ import annotations
+
+from trainer.distributed.mesh import named_dtype
+from trainer.llama.export import export
+from trainer.setup import Run
+from trainer.training.evaluation import evaluate
+from trainer.training.progress import Progress
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """Export the model to `runs/<name>/export`, then evaluate the export. Collective.
+
+    Raises ValueError if no token was trained.
+    """
+    if not progress.trained_tokens:
+        raise ValueError(
+            f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl for the reasons"
+        )
+    _export(run)
+    run.display.say(f"exported to {run.config.run.export_directory}")
+    if run.questions:
+        _evaluate(run)
+
+
+def _export(run: Run) -> None:
+    encoder = run.encoder
+    export(
+        run.model,
+        run.source.shape,
+        run.config.run.export_directory,
+        encoder.tokenizer.hf if encoder and run.topology.first else None,
+        stop_token_ids=encoder.stop_ids if encoder else (),
+        init_from=run.source.init_from,
+        dtype=named_dtype(run.config.run.export_dtype, run.topology.device),
+    )
+
+
+def _evaluate(run: Run) -> None:
+    """Generate and print answers, on rank 0 only.
+
+    The other ranks exit meanwhile, since NCCL ends a waiting rank after ten minutes.
+    """
+    config, encoder = run.config.evaluation, run.encoder
+    assert config is not None
+    assert encoder is not None
+    directory, device = run.config.run.export_directory, run.topology.device
+    evaluation = evaluate(directory, run.questions, encoder.stop_ids, config.max_new_tokens, device)
+    run.display.say(evaluation.describe(config.show))

@@ -1,0 +1,47 @@
+"""Compose messages about a run for its user."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from trainer.distributed.mesh import Topology
+from trainer.training.progress import Progress
+
+
+def model_message(directory: Path, model: nn.Module, total_rows: int | None, topology: Topology) -> str:
+    """Return the first line of a run: directory, parameters, rows if known, ranks."""
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = f" on {total_rows:,} conversations in all epochs" if total_rows else ""
+    return f"{directory}: a Llama of {parameters:,} parameters{rows}; {topology.describe()}"
+
+
+def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str]:
+    """Return a line for each damaged checkpoint in `rejected` (step -> reason).
+
+    `restarted` adds a line: all checkpoints were damaged, and the run starts from step 0.
+    """
+    lines = [f"checkpoint of step {step} is damaged and was skipped: {why}" for step, why in rejected.items()]
+    if rejected and restarted:
+        lines.append(
+            "all checkpoints are damaged, so the run starts from step 0; their files are kept under other names"
+        )
+    return lines
+
+
+def progress_messages(progress: Progress, *, complete: bool) -> list[str]:
+    """Return a line with the step from which a run continues, or [] for a new run."""
+    if complete:
+        return [f"finished after step {progress.step}; give it another run.name to train again"]
+    if progress.step:
+        return [f"resuming after step {progress.step}, {progress.rows:,} conversations in"]
+    return []
+
+
+def refusals_message(refused: Counter[str], rows: int) -> str:
+    """Return the number of refused rows by reason, most frequent first, among `rows` read."""
+    listed = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
+    return f"refused {refused.total():,} of {rows:,} rows so far ({listed}); see refused.jsonl"

@@ -1,0 +1,175 @@
+"""The training loop: take steps, save checkpoints, then export and evaluate the model."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from sftstream import DataConfig, Pack
+from trainer.checkpointing.saves import Saves
+from trainer.checkpointing.snapshot import take_snapshot
+from trainer.config import TrainConfig
+from trainer.distributed.determinism import determinism
+from trainer.distributed.mesh import Topology, distributed
+from trainer.finish import finish
+from trainer.reporting.display import Display
+from trainer.reporting.messages import refusals_message
+from trainer.reporting.metrics import RunLog, StepMetrics
+from trainer.setup import Run, prepare_run, say_start
+from trainer.training.optimizer import learning_rate
+from trainer.training.progress import Progress
+from trainer.training.step import StepResult, train_step
+from trainer.training.step_reader import LocatedRefusal, StepTotals, gather_refusals, reduce_totals
+from trainer.training.stop import StopRequest
+
+
+class GlobalBatch(NamedTuple):
+    """The packs of a step on one rank."""
+
+    packs: list[Pack]
+    """Packs of the rank, a pack per micro-batch."""
+    totals: StepTotals
+    """Counts over all ranks."""
+    waited: float
+    """Seconds spent waiting for the packs."""
+
+
+class FinishedStep(NamedTuple):
+    """A step after the update, with results."""
+
+    progress: Progress
+    """Progress of the run, the step included."""
+    batch: GlobalBatch
+    result: StepResult
+    learning_rate: float
+    refusals: list[LocatedRefusal]
+    """Rows refused for the step on all ranks; empty on all ranks but the first."""
+    seconds: float
+    """Time from the wait for packs to the update, without validation."""
+    validation_loss: float | None
+    """Mean loss of the held-out packs, in nats; None after a step without validation."""
+
+    @property
+    def stopped(self) -> bool:
+        """True if any rank was asked to stop after the step."""
+        return self.batch.totals.stop > 0
+
+
+def run(config: TrainConfig) -> None:
+    """Train, export and evaluate the model of `config` on all ranks. Collective.
+
+    Raises ValueError, OSError or CheckpointError, with a message for the user.
+    """
+    with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
+        display = Display(quiet=not topology.first)
+        torch.manual_seed(config.run.seed)
+        saves = Saves(config, display)
+        with saves.store:
+            _train_and_finish(config, topology, saves, display)
+
+
+def _train_and_finish(config: TrainConfig, topology: Topology, saves: Saves, display: Display) -> None:
+    run, restored = prepare_run(config, topology, saves, display)
+    say_start(run, restored)
+    progress = restored.progress
+    if not run.is_complete(progress):
+        progress = _train(run, progress)
+    run.step_reader.close()
+    if run.is_complete(progress):
+        finish(run, progress)
+    else:
+        display.say(f"stopped after step {progress.step}; the same command goes on from there")
+
+
+def _train(run: Run, progress: Progress) -> Progress:
+    """Take steps until the run is complete or asked to stop; return the final progress."""
+    done = False
+    with StopRequest() as stop, _open_log(run, progress) as log, run.display:
+        while not done:
+            step = _take_step(run, progress, stop)
+            progress = step.progress
+            if log:
+                _report(run, step, log)
+            done = step.stopped or run.is_complete(progress)
+            if done or progress.step % run.config.checkpoint.every == 0:
+                _save(run, step, log, last=done)
+        if log and (refused := log.refused_by_reason()):
+            run.display.say(refusals_message(refused, progress.rows))
+    return progress
+
+
+def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
+    return RunLog(run.config.run.directory, progress.step) if run.topology.first else nullcontext()
+
+
+def _take_step(run: Run, progress: Progress, stop: StopRequest) -> FinishedStep:
+    """Read the packs, train on them, and validate after every `validation.every`-th step."""
+    config, began = run.config, time.perf_counter()
+    batch = _next_batch(run, progress, stop)
+    share = run.share(progress) or 0.0
+    rate = learning_rate(config.optimizer, config.schedule, progress.step, share, config.run.steps)
+    result = train_step(
+        run.model,
+        run.optimizer,
+        batch.packs,
+        run.topology,
+        trained_tokens=batch.totals.trained_tokens,
+        learning_rate=rate,
+        clip=config.optimizer.clip,
+    )
+    progress = progress.after(batch.totals, result)
+    refusals = gather_refusals(batch.packs, run.step_reader, run.topology) if batch.totals.refused else []
+    seconds = time.perf_counter() - began
+    validation_loss = run.validation.after(progress.step, run.model) if run.validation else None
+    return FinishedStep(progress, batch, result, rate, refusals, seconds, validation_loss)
+
+
+def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
+    """Read the next step's packs, agree on the totals, and begin to read the step after."""
+    began = time.perf_counter()
+    packs = run.step_reader.packs(progress.step)
+    waited = time.perf_counter() - began
+    stop_here = stop.asked or run.saves.failed()
+    totals = reduce_totals(progress.step, packs, run.step_reader, run.topology, stop=stop_here)
+    if not totals.stop and progress.step + 1 != run.config.run.steps:
+        run.step_reader.read_ahead()
+    return GlobalBatch(packs, totals, waited)
+
+
+def _report(run: Run, step: FinishedStep, log: RunLog) -> None:
+    """Write the step's line and its refused rows, and show the step to the user."""
+    metrics = _metrics(run.config.data, step)
+    log.step(metrics)
+    log.refused(metrics.step, step.refusals)
+    run.display.step(metrics, run.share(step.progress), last=run.is_complete(step.progress))
+
+
+def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
+    totals = step.batch.totals
+    return StepMetrics(
+        step=step.progress.step,
+        loss=step.result.loss,
+        grad_norm=step.result.grad_norm,
+        learning_rate=step.learning_rate,
+        tokens=totals.tokens,
+        trained_tokens=totals.trained_tokens,
+        rows=step.progress.rows,
+        refused=totals.refused,
+        refused_by_reason=dict(Counter(refusal.reason for refusal, _ in step.refusals)),
+        fill=totals.tokens / (data.capacity * data.global_batch),
+        tokens_per_second=totals.tokens / step.seconds,
+        data_wait=step.batch.waited,
+        seconds=step.seconds,
+        batch_digest=totals.digest,
+        validation_loss=step.validation_loss,
+    )
+
+
+def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> None:
+    position = run.step_reader.position
+    snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.validation_loss)
+    run.saves.save(snapshot, log, last=last)

@@ -1,0 +1,64 @@
+"""Find the shape of a run's model, build the model over ranks, and fill its first weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import ModelConfig, TrainConfig
+from trainer.distributed.mesh import Topology, named_dtype
+from trainer.llama.blocks import prepare_blocks
+from trainer.llama.config import LlamaConfig
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.init import init_weights
+from trainer.llama.model import Llama
+from trainer.llama.parallel import build
+from trainer.llama.weights import load_weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Shape and first weights of a model."""
+
+    shape: LlamaConfig
+    init_from: Path | None
+    """Hugging Face directory of the first weights; None for random weights."""
+
+
+def find_source(config: ModelConfig) -> ModelSource:
+    """Return the shape and directory of the `[model]` table.
+
+    Downloads a hub model if it is not cached.
+
+    Raises ValueError if `init_from` is not found or not supported.
+    """
+    if config.init_from:
+        directory = find_model(config.init_from)
+        return ModelSource(read_config(directory), directory)
+    assert config.shape is not None
+    return ModelSource(config.shape, None)
+
+
+def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
+    """Build the model of a run, sharded over all ranks. Collective.
+
+    `initialize` fills the weights from `source` or at random; False leaves them for a checkpoint to
+    fill.
+    """
+    model = build(
+        source.shape,
+        topology.mesh,
+        topology.device,
+        capacity=config.data.capacity,
+        compute_dtype=named_dtype(config.run.compute_dtype, topology.device),
+        weights_dtype=named_dtype(config.run.weights_dtype, topology.device),
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile)
+    if not initialize:
+        return model
+    if source.init_from:
+        load_weights(model, source.init_from)
+    else:
+        init_weights(model, config.run.seed)
+    return model
