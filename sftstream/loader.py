@@ -6,8 +6,7 @@ import gc
 import itertools
 import signal
 import warnings
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,10 +26,8 @@ from sftstream.streaming.graph import build_stream
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packer import Packer
 from sftstream.streaming.packing import build_pack
+from sftstream.streaming.refusals import RefusalLimit
 from sftstream.tokenization.encoder import ChatEncoder
-
-MIN_ROWS_TO_JUDGE = 100
-"""Rows read before the share of refused rows is compared with `max_refused`."""
 
 EncodedStreams = Mapping[int, bytes]
 """Logical stream -> `StreamState` as MessagePack: encoded once, by the reading process, and stored
@@ -170,29 +167,6 @@ class Reader:
             (snapshot,) = snapshot["_snapshot"]["_worker_snapshots"].values()
         states: dict[int, bytes] = snapshot["dataset_state"]
         return states
-
-
-class RefusalLimit:
-    """Counts accepted and refused rows, and stops a run with too many refusals."""
-
-    def __init__(self, max_refused: float, streams: Collection[StreamState]) -> None:
-        self._max_refused = max_refused
-        self._accepted = sum(stream.conversations for stream in streams)
-        self._refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
-
-    def count(self, pack: Pack) -> None:
-        """Add a pack's rows; raises ValueError if the share of refused rows is above the limit."""
-        self._accepted += pack.conversations
-        self._refused.update(refusal.reason for refusal in pack.refused)
-        refused = self._refused.total()
-        rows = self._accepted + refused
-        if rows >= MIN_ROWS_TO_JUDGE and refused > self._max_refused * rows:
-            counts = self._refused.most_common()
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
-            raise ValueError(
-                f"{refused:,} of {rows:,} rows were refused, more than data.max_refused = "
-                f"{self._max_refused} ({reasons}); correct the data, or raise data.max_refused"
-            )
 
 
 class PackLoader:

@@ -65,6 +65,7 @@ ORDER = {
         "streaming.packing",
         "streaming.packer",
         "streaming.graph",
+        "streaming.refusals",
         "rebase",
         "loader",
         "",

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sftstream.streaming.example_reader import ExampleReader
 
 from sftstream import SourceConfig, cache, read_conversations
 from sftstream.formats import decode_row
@@ -24,6 +23,7 @@ from sftstream.records import Ref
 from sftstream.sources import Corpus, CorpusReader, jsonl, rows
 from sftstream.sources import row_index as spans
 from sftstream.sources.corpus import FileSet
+from sftstream.streaming.example_reader import ExampleReader
 
 
 @pytest.fixture(autouse=True)
