@@ -1,11 +1,13 @@
-"""The documents name things that exist, and their examples run."""
+"""Check that the documents name existing things, and run their examples."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 import runpy
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "AGENTS.md")]
 PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
-"""Without the page that also names files that are gone."""
+"""Pages on the present code; the changelog also names removed files."""
 ROOMS = ("", "docs", "tests", "sftstream", "checkpoints", "trainer")
-"""Folders that paths on a page may be relative to, besides the page's own."""
+"""Folders that a path on a page may be relative to, besides the page's own folder."""
+POINTERS = {"what", "which", "where", "when", "who", "whose", "whatever", "whoever", "those", "their", "theirs", "both"}
+POINTERS |= {"neither", "of", "so", "as", "whether", "likewise"}
+"""Words that point at something instead of naming it; no docstring opens with one."""
 
 
 def name_of(page: Path) -> str:
@@ -26,7 +31,7 @@ def name_of(page: Path) -> str:
 
 
 def code(page: Path, language: str) -> list[str]:
-    """The page's code blocks of a language."""
+    """Return the page's code blocks in a language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -94,3 +99,28 @@ def test_the_library_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of every docstring of a file, including fields and constants."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            yield from (
+                (literal.lineno, literal.value.value)
+                for literal in body
+                if isinstance(literal, ast.Expr)
+                and isinstance(literal.value, ast.Constant)
+                and isinstance(literal.value.value, str)
+            )
+
+
+@pytest.mark.parametrize("package", ["sftstream", "checkpoints", "trainer"])
+def test_every_docstring_opens_by_naming_its_subject(package: str) -> None:
+    found = [
+        f"{name_of(path)}:{line} {text[:60]!r}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for line, text in docstrings(path)
+        if POINTERS.intersection(re.findall(r"[a-z']+", text.lower())[:1])
+    ]
+    assert found == []

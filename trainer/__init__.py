@@ -1,3 +1,5 @@
+"""Train a Llama with tensor and sharded data parallelism on packs of sftstream."""
+
 import os
 
 # OpenMP's idle threads spin while they wait. The default spin count doubles the time of a step on a

@@ -21,7 +21,7 @@ PAIRS = pa.schema({"prompt": pa.list_(TURN), "completion": pa.list_(TURN)})
 
 
 def openai(conversation: Conversation) -> Row:
-    """Return a row with `messages` of role and content, `tool_calls` with JSON arguments, `tools`."""
+    """Return a row with `messages` of role and content, `tool_calls` as JSON text, `tools`."""
     row: Row = {"messages": [_openai_message(message) for message in conversation.messages]}
     return row | ({"tools": list(conversation.tools)} if conversation.tools else {})
 
@@ -53,7 +53,7 @@ def _sharegpt_turn(message: Message) -> Row:
 
 
 def alpaca(conversation: Conversation) -> Row:
-    """Return a row with `instruction` and `output`, earlier turns as `history`, optional `system`."""
+    """Return a row with `instruction` and `output`, earlier turns as `history`, `system`."""
     system = [message.content for message in conversation.messages if message.role == "system"]
     texts = [message.content for message in conversation.messages[len(system) :]]
     *history, (instruction, output) = zip(texts[::2], texts[1::2], strict=True)
@@ -68,6 +68,7 @@ def pair(conversation: Conversation) -> Row:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
