@@ -128,7 +128,7 @@ class Reader:
             self._loader: StatefulDataLoader[Pack | Failed] = StatefulDataLoader(
                 dataset,
                 batch_size=None,
-                # One worker a loader: a loader of several workers takes their packs in turn, and the
+                # One worker a loader: a loader of several workers takes packs in turn, and the
                 # next pack's stream may belong to another worker.
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_unchanged,
