@@ -46,7 +46,7 @@ VOCABULARY = 128_256
 SIZES = {
     "1b": (2048, 8192, 16, 32, True),
     "8b": (4096, 14336, 32, 32, False),
-    "tiny": (64, 128, 2, 16, True),
+    "tiny": (64, 128, 2, 8, True),
 }
 """Hidden size, size of the feed-forward, layers, query heads, tied embeddings: Llama 3.2 1B, Llama
 3.1 8B, and a shape for tests."""

@@ -172,6 +172,16 @@ def _built(*, recompute: Recompute, compiled: bool) -> Llama:
     return model
 
 
+@pytest.mark.parametrize("system", ["ours-default", "ours-bf16", "ours-compiled"])
+def test_the_benchmark_of_the_training_step_prints_a_row(system: str) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "train_step.py"
+    small = ["--shape=tiny", "--layers=1", "--capacity=512", "--steps=1", f"--systems={system}"]
+    done = subprocess.run([sys.executable, script, *small], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    speed = done.stdout.splitlines()[-1].split(" | ")[1]
+    assert float(speed.replace(",", "")) > 0
+
+
 def _backward(model: Llama, lengths: list[int]) -> float:
     """Add the gradients of a random pack to the model's; return the pack's loss."""
     draw = torch.Generator("cuda").manual_seed(sum(lengths[:1]))
