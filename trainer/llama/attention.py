@@ -9,7 +9,8 @@
 | cuda   | torch varlen_attn otherwise                        | bf16, fp16       | 8, 16, ... 256 |
 
 To add a kernel, write a function `(q, k, v, segments) -> out` with the shapes of `attend`, and
-enter the function in `KERNELS`. A kernel must guarantee:
+make the function the `run` of a device's `Kernel` in `KERNELS`, with dtypes and head sizes. Between
+several kernels of a device the import decides, as for "cuda". A kernel must guarantee:
 
 - Segments are isolated: no bit of an output or gradient depends on another segment, and a query
   reads no later key. For `cu_seqlens = [0, 3, 5]` query 4 reads keys 3 and 4, query 3 reads key 3.
