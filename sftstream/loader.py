@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import torch
@@ -58,7 +59,18 @@ class LoaderPosition(NamedTuple):
         return msgspec.structs.replace(self.run, streams=streams)
 
 
-class PackStreams(IterableDataset[Pack | Failed]):
+class Read(NamedTuple):
+    """A pack with the state of its stream after the pack.
+
+    Pack and state travel together: a state asked for later may belong to another pack.
+    """
+
+    pack: Pack
+    state: bytes
+    """`StreamState` as MessagePack."""
+
+
+class PackStreams(IterableDataset[Read | Failed]):
     """Some of a shard's streams, read by a single process: packs in the order of the run.
 
     `start` holds the streams' states, `packs` the number of the run's next pack.
@@ -78,10 +90,8 @@ class PackStreams(IterableDataset[Pack | Failed]):
         self._encoder = encoder
         self._packs = packs
         self._start = start
-        self._moved: dict[int, StreamState] = {}
-        self._encoded: dict[int, bytes] = {}
 
-    def __iter__(self) -> Iterator[Pack | Failed]:
+    def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
         for number in itertools.count(self._packs):
             stream = number % self._config.streams
@@ -93,24 +103,7 @@ class PackStreams(IterableDataset[Pack | Failed]):
             except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
-            self._moved[stream] = node.state
-            yield pack
-
-    def state_dict(self) -> dict[int, bytes]:
-        """Return the encoded states of all streams with a pack.
-
-        A worker is asked with each pack; a loader without workers only for a state.
-        """
-        # Bytes of a frozen record: cheap to send, and only the stream that moved differs from the
-        # states sent before.
-        for stream, state in self._moved.items():
-            self._encoded[stream] = msgspec.msgpack.encode(state)
-        self._moved.clear()
-        return dict(self._encoded)
-
-    def load_state_dict(self, _state: dict[int, bytes]) -> None:
-        """Raise RuntimeError: StatefulDataLoader requires the method; use the constructor."""
-        raise RuntimeError("resume by constructing PackLoader(config, state=...)")
+            yield Read(pack, msgspec.msgpack.encode(node.state))
 
     def _open(self, stream: int) -> Packer:
         node = build_stream(self._config, self._corpus, self._encoder, stream)
@@ -125,7 +118,7 @@ class Reader:
         with warnings.catch_warnings():
             # torchdata 0.11 under torch 2.13
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            self._loader: StatefulDataLoader[Pack | Failed] = StatefulDataLoader(
+            self._loader: StatefulDataLoader[Read | Failed] = StatefulDataLoader(
                 dataset,
                 batch_size=None,
                 # One worker a loader: a loader of several workers takes packs in turn, and the
@@ -138,39 +131,41 @@ class Reader:
                 multiprocessing_context=None if prefetch is None else "fork",
                 # Without a generator the loader draws a seed from the global generator.
                 generator=torch.Generator(),
-                snapshot_every_n_steps=1,
             )
-        self._in_process = prefetch is None
         self._packs = iter(self._loader)
-        self._has_given = False
 
-    def __next__(self) -> Pack:
-        pack: Pack | Failed = next(self._packs)
-        if isinstance(pack, Failed):
-            raise ValueError(pack.message)
-        self._has_given = True
-        return pack
+    def __next__(self) -> Read:
+        read: Read | Failed = next(self._packs)
+        if isinstance(read, Failed):
+            raise ValueError(read.message)
+        return read
 
     def close(self) -> None:
         """End the worker now: the garbage collector might wait for an exception to be handled."""
         del self._packs, self._loader
 
-    def states(self) -> dict[int, bytes]:
-        """Return the encoded states of all streams with a pack, as of the last pack.
 
-        Reads StatefulDataLoader's private layout (torchdata 0.11).
-        """
-        if not self._has_given:
-            return {}
-        snapshot = self._loader.state_dict()
-        if not self._in_process:
-            (snapshot,) = snapshot["_snapshot"]["_worker_snapshots"].values()
-        states: dict[int, bytes] = snapshot["dataset_state"]
-        return states
+class Progress(NamedTuple):
+    """The progress of a shard after some packs.
+
+    Never modified: a loader moves on by a single assignment, so an interrupt or another thread
+    meets the progress before a pack or after the pack, and nothing between.
+    """
+
+    at: int
+    """Number of the run's next pack, as far as the shard has come."""
+    streams: EncodedStreams
+    exhausted: frozenset[int]
+    """Exhausted streams of the shard."""
+    refusals: RefusalLimit
 
 
 class PackLoader:
     """The packs of a shard, in order, from the beginning or from a state. An iterator.
+
+    An error or an interrupt in `next` or `next_step` closes the workers and leaves the state of
+    the last pack (or step) returned; the next call goes on exactly there. `state_dict` may be
+    called from any thread, and from a signal handler.
 
     `workers` processes load ahead (default: `config.workers`; 0 loads in this process). `state` is
     a state dict of this class, also from another topology; `merge` combines the shards' state
@@ -202,44 +197,71 @@ class PackLoader:
         self.encoder = _open_encoder(config, saved)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
-        self._at = start.packs
-        """Number of the run's next pack, as far as the shard has come."""
-        self._streams = {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()}
-        """Encoded stream states: at the start, or when the workers were last closed."""
-        self._exhausted = {number for number, stream in start.streams.items() if stream.exhausted}
-        self._refusals = RefusalLimit(config.max_refused, start.streams.values())
+        self._progress = Progress(
+            start.packs,
+            {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
+            frozenset(number for number, stream in start.streams.items() if stream.exhausted),
+            RefusalLimit.of(config.max_refused, start.streams.values()),
+        )
         self._readers: dict[int, Reader] = {}
+        self._readers_at: EncodedStreams | None = None
+        """Stream states after the readers' last pack; None while the readers are in between."""
+        self._reading_thread: int | None = None
 
     def __iter__(self) -> PackLoader:
         return self
 
     def __next__(self) -> Pack:
-        if self.exhausted and self._at_border:
+        before = self._progress
+        if self._is_exhausted(before) and self._at_border(before):
             self.close()
             raise StopIteration
-        number = self._next
-        pack = self._read(number % self.config.streams)
-        if pack.exhausted:
-            self._exhausted.add(number % self.config.streams)
-        self._at = number + 1
-        self._refusals.count(pack)
-        return pack
+        self._require_only_reader()
+        try:
+            self._reading_thread = threading.get_ident()
+            pack, after = self._advance(before)
+            self._reading_thread = None
+            # Last: Python handles signals after calls only, and none follows.
+            self._progress = after
+            return pack
+        except BaseException:
+            self._go_back(before)
+            raise
 
     def next_step(self) -> list[Pack]:
         """Return the shard's packs of the run's next step: an equal number on all shards.
 
         Empty packs fill up the number. A shard with exhausted streams returns empty packs only, to
         take part in the steps of shards with a later end.
+
+        Raises ValueError inside a step begun by `next`.
         """
-        step, unfinished = divmod(self.packs, self.config.global_batch)
-        assert not unfinished, "a step is begun by next_step or by next, not by both"
+        before = self._progress
+        batch = self.config.global_batch
+        step, taken = divmod(self._packs_after(before), batch)
+        if taken:
+            raise ValueError(
+                f"{taken} of the {batch} packs of this step were taken by `next`; take the rest of the step by `next`"
+            )
         count = self._assignment.micro_batches(step)
-        own = 0 if self.exhausted else self._assignment.step(step).count(self.shard.index)
-        packs = [next(self) for _ in range(own)]
-        self._at = (step + 1) * self.config.global_batch
-        if self.exhausted:
-            self.close()
-        return packs + [self._empty_pack() for _ in range(count - own)]
+        own = 0 if self._is_exhausted(before) else self._assignment.step(step).count(self.shard.index)
+        self._require_only_reader()
+        try:
+            self._reading_thread = threading.get_ident()
+            after, packs = before, []
+            for _ in range(own):
+                pack, after = self._advance(after)
+                packs.append(pack)
+            packs += [self._empty_pack() for _ in range(count - own)]
+            if self._is_exhausted(after):
+                self.close()
+            after = after._replace(at=(step + 1) * batch)
+            self._reading_thread = None
+            self._progress = after
+            return packs
+        except BaseException:
+            self._go_back(before)
+            raise
 
     @property
     def packs(self) -> int:
@@ -247,14 +269,7 @@ class PackLoader:
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
-        if self._at_border:
-            return -(-self._at // self.config.global_batch) * self.config.global_batch
-        if self._assignment.even:
-            return self._next - self.shard.index
-        raise ValueError(
-            f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs "
-            "evenly; take the state at its border"
-        )
+        return self._packs_after(self._progress)
 
     @property
     def total_rows(self) -> int | None:
@@ -270,7 +285,7 @@ class PackLoader:
     @property
     def exhausted(self) -> bool:
         """All streams of the shard are exhausted."""
-        return len(self._exhausted) == len(self._streams)
+        return self._is_exhausted(self._progress)
 
     @property
     def state(self) -> DataState:
@@ -282,8 +297,9 @@ class PackLoader:
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
-        run = msgspec.structs.replace(self._run, packs=self.packs)
-        return LoaderPosition(run, self._encoded_streams())
+        progress = self._progress
+        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress))
+        return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
         """Return `state` as plain JSON-able values."""
@@ -301,45 +317,77 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The position stays, and the next pack starts workers again."""
-        self._streams = self._encoded_streams()
-        for reader in self._readers.values():
+        readers, self._readers = self._readers, {}
+        self._readers_at = None
+        for reader in readers.values():
             reader.close()
-        self._readers = {}
 
-    @property
-    def _next(self) -> int:
-        """The number of the shard's next pack."""
-        return self._assignment.next_pack(self.shard.index, self._at)
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a PackLoader holds open files and processes and cannot be pickled; pickle its state_dict()")
 
-    @property
-    def _at_border(self) -> bool:
-        """The shard has no pack left in the current step."""
-        batch = self.config.global_batch
-        return self._at % batch == 0 or self._next // batch > self._at // batch
+    def _require_only_reader(self) -> None:
+        if self._reading_thread not in (None, threading.get_ident()):
+            raise RuntimeError("another thread is taking a pack of this loader; take packs in one thread at a time")
 
-    def _encoded_streams(self) -> dict[int, bytes]:
-        moved = [reader.states() for reader in self._readers.values()]
-        return dict(itertools.chain(self._streams.items(), *(states.items() for states in moved)))
+    def _go_back(self, before: Progress) -> None:
+        """Return to `before` after an error or an interrupt, and close the readers."""
+        self._progress = before
+        # Without close, StatefulDataLoader would go on without a failed worker: in another order,
+        # or to a false end.
+        self.close()
+        self._reading_thread = None
 
-    def _read(self, stream: int) -> Pack:
-        try:
-            if not self._readers:
-                # Only workers with a stream: others would look for their next pack for ever.
-                owned = self._assignment.streams_of(self.shard.index)
-                workers = {self._assignment.worker(stream) for stream in owned}
-                self._readers = {worker: self._open(worker) for worker in workers}
-            return next(self._readers[self._assignment.worker(stream)])
-        except BaseException:
-            # StatefulDataLoader would go on without the failed worker: in another order, or to a
-            # false end.
+    def _advance(self, before: Progress) -> tuple[Pack, Progress]:
+        """Read the shard's next pack after `before`; return the pack and the progress after it."""
+        number = self._next_pack(before)
+        stream = number % self.config.streams
+        if self._readers_at is not before.streams:
             self.close()
-            raise
+            self._open_readers(before)
+        self._readers_at = None
+        pack, state = next(self._readers[self._assignment.worker(stream)])
+        after = Progress(
+            number + 1,
+            {**before.streams, stream: state},
+            before.exhausted | {stream} if pack.exhausted else before.exhausted,
+            before.refusals.counted(pack),
+        )
+        self._readers_at = after.streams
+        return pack, after
 
-    def _open(self, worker: int) -> Reader:
+    def _next_pack(self, progress: Progress) -> int:
+        """Return the number of the shard's next pack."""
+        return self._assignment.next_pack(self.shard.index, progress.at)
+
+    def _at_border(self, progress: Progress) -> bool:
+        """Return True if the shard has no pack left in the current step."""
+        batch = self.config.global_batch
+        return progress.at % batch == 0 or self._next_pack(progress) // batch > progress.at // batch
+
+    def _packs_after(self, progress: Progress) -> int:
+        if self._at_border(progress):
+            return -(-progress.at // self.config.global_batch) * self.config.global_batch
+        if self._assignment.even:
+            return self._next_pack(progress) - self.shard.index
+        raise ValueError(
+            f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs "
+            "evenly; take the state at its border"
+        )
+
+    def _is_exhausted(self, progress: Progress) -> bool:
+        return len(progress.exhausted) == len(progress.streams)
+
+    def _open_readers(self, progress: Progress) -> None:
+        # Only workers with a stream: others would look for their next pack for ever.
+        owned = self._assignment.streams_of(self.shard.index)
+        workers = {self._assignment.worker(stream) for stream in owned}
+        self._readers = {worker: self._open(worker, progress) for worker in workers}
+
+    def _open(self, worker: int, progress: Progress) -> Reader:
         streams = {
-            stream: encoded for stream, encoded in self._streams.items() if self._assignment.worker(stream) == worker
+            stream: encoded for stream, encoded in progress.streams.items() if self._assignment.worker(stream) == worker
         }
-        dataset = PackStreams(self.config, self.corpus, self.encoder, self._at, streams)
+        dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams)
         return Reader(dataset, self.config.prefetch if self.workers else None)
 
     def _empty_pack(self) -> Pack:
@@ -401,8 +449,8 @@ def _check_topology(shard: Shard, workers: int) -> None:
         raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")
 
 
-def _unchanged(pack: Pack | Failed) -> Pack | Failed:
-    return pack
+def _unchanged(read: Read | Failed) -> Read | Failed:
+    return read
 
 
 def _begin_work(_worker: int) -> None:

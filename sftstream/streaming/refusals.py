@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from sftstream.records import Pack
 from sftstream.state import StreamState
@@ -12,24 +13,41 @@ MIN_ROWS_TO_JUDGE = 100
 """Rows read before the share of refused rows is compared with `max_refused`."""
 
 
+@dataclass(frozen=True)
 class RefusalLimit:
-    """Counts accepted and refused rows, and stops a run with too many refusals."""
+    """Counts of accepted and refused rows, to stop a run with too many refusals."""
 
-    def __init__(self, max_refused: float, streams: Collection[StreamState]) -> None:
-        self._max_refused = max_refused
-        self._accepted = sum(stream.conversations for stream in streams)
-        self._refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    max_refused: float
+    accepted: int
+    refused: Mapping[str, int]
+    """Refused rows by reason."""
 
-    def count(self, pack: Pack) -> None:
-        """Add a pack's rows; raises ValueError if the share of refused rows is above the limit."""
-        self._accepted += pack.conversations
-        self._refused.update(refusal.reason for refusal in pack.refused)
-        refused = self._refused.total()
-        rows = self._accepted + refused
-        if rows >= MIN_ROWS_TO_JUDGE and refused > self._max_refused * rows:
-            counts = self._refused.most_common()
+    @classmethod
+    def of(cls, max_refused: float, streams: Collection[StreamState]) -> RefusalLimit:
+        """Return the counts of states, without refusals that the next packs list."""
+        refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+        refused.subtract(refusal.reason for stream in streams for refusal in stream.unlisted)
+        return cls(max_refused, sum(stream.conversations for stream in streams), +refused)
+
+    def counted(self, pack: Pack) -> RefusalLimit:
+        """Return the counts with a pack's rows.
+
+        Raises ValueError if the share of refused rows is above `max_refused`.
+        """
+        refused = self.refused
+        if pack.refused:
+            refused = Counter(refused) + Counter(refusal.reason for refusal in pack.refused)
+        after = RefusalLimit(self.max_refused, self.accepted + pack.conversations, refused)
+        after._require_few_refused()
+        return after
+
+    def _require_few_refused(self) -> None:
+        refused = sum(self.refused.values())
+        rows = self.accepted + refused
+        if rows >= MIN_ROWS_TO_JUDGE and refused > self.max_refused * rows:
+            counts = Counter(self.refused).most_common()
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
             raise ValueError(
                 f"{refused:,} of {rows:,} rows were refused, more than data.max_refused = "
-                f"{self._max_refused} ({reasons}); correct the data, or raise data.max_refused"
+                f"{self.max_refused} ({reasons}); correct the data, or raise data.max_refused"
             )

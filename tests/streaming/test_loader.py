@@ -6,6 +6,7 @@ import copy
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -393,18 +394,17 @@ def test_a_refused_row_is_located_for_an_editor(tokenizer: str, tmp_path: Path) 
     assert loader.locate_row(refusal) == f"{path}:4"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_private_layout_of_torchdatas_state_is_as_the_loader_reads_it(wide: DataConfig, workers: int) -> None:
-    loader = PackLoader(wide, workers=workers)
+def test_a_step_begun_by_next_is_ended_by_next(wide: DataConfig, whole: list[str]) -> None:
+    loader = PackLoader(wide)
     tiny.take(loader, 3)
-    snapshots: list[Any] = [reader._loader.state_dict() for reader in loader._readers.values()]
-    if workers:
-        parts = [snapshot["_snapshot"]["_worker_snapshots"] for snapshot in snapshots]
-        assert [list(part) for part in parts] == [["worker_0"], ["worker_0"]]
-        assert [set(part["worker_0"]["dataset_state"]) for part in parts] == [{0, 2}, {1}]
-    else:
-        assert [set(snapshot["dataset_state"]) for snapshot in snapshots] == [{0, 1, 2}]
-    loader.close()
+    with pytest.raises(ValueError, match="3 of the 8 packs of this step were taken by `next`; take the rest of the"):
+        loader.next_step()
+    assert tiny.digests([*tiny.take(loader, 5), *loader.next_step()]) == whole[3:16]
+
+
+def test_a_loader_is_not_pickled_and_says_what_is(wide: DataConfig) -> None:
+    with pytest.raises(TypeError, match=r"cannot be pickled; pickle its state_dict\(\)"):
+        pickle.dumps(PackLoader(wide))
 
 
 def test_states_are_typed_and_cover_the_shards_own_streams(wide: DataConfig) -> None:
