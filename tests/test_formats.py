@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftstream import Conversation, Message, Refused, ToolCall, formats
+from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.formats import LAYOUTS, ROLES, parse_row
+from sftstream.formats.layouts import parse_layout
+from sftstream.formats.typed import typed_json, typed_messages
 from sftstream.records import BrokenRow, ToolCalls
 
 USER, ANSWER = Message("user", "hi"), Message("assistant", "hello")
@@ -338,19 +340,19 @@ def test_what_is_recognised_by_its_types_is_what_is_read_field_by_field(
     messages: list[dict[str, Any]], columns: dict[str, Any]
 ) -> None:
     row = {"messages": messages, **columns}
-    found = read(formats._typed, row)
-    assert found is None or found == read(formats._any, row)
+    found = read(typed_messages, row)
+    assert found is None or found == read(parse_layout, row)
     assert read(parse_row, msgspec.json.encode(row)) == read(parse_row, row)
 
 
 def test_messages_are_recognised_by_their_types() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [SPOKEN]}
     calling = Message("assistant", tool_calls=ToolCalls([ToolCall("f", {"a": 1})]))
-    assert formats._typed({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
+    assert typed_messages({"messages": [HI, called, ANSWERED], "id": 3}) == (USER, calling, ANSWER)
     row = {"messages": [HI, called, ANSWERED], "tools": [{"name": "f"}]}
-    found = formats._typed_json(msgspec.json.encode(row))
+    found = typed_json(msgspec.json.encode(row))
     assert found == Conversation((USER, calling, ANSWER), ({"type": "function", "function": {"name": "f"}},))
-    assert formats._typed_json(msgspec.json.encode(row | {"id": 3})) is None
+    assert typed_json(msgspec.json.encode(row | {"id": 3})) is None
 
 
 @pytest.mark.parametrize("levels", range(57, 66))
@@ -361,7 +363,7 @@ def test_nesting_counts_alike_in_json_and_in_objects(levels: int) -> None:
         {"messages": [HI, ANSWERED], "note": nested(levels)},
     ]
     for row in rows:
-        general = read(formats._any, row)
+        general = read(parse_layout, row)
         assert isinstance(general[0], str) == isinstance(read(parse_row, row), tuple)
         assert read(parse_row, msgspec.json.encode(row)) == read(parse_row, row)
 

@@ -1,0 +1,83 @@
+"""Values of a row: JSON text decoded, text checked, nesting limited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sftstream.excerpt import excerpt
+from sftstream.records import Refused
+
+Row = Mapping[str, Any]
+"""A decoded row: column -> value."""
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+NESTING = 64
+"""Largest depth of nested lists and objects in a row.
+
+A fixed limit: Python's own recursion limit would depend on the depth of the caller.
+"""
+
+
+def decoded(value: Any) -> Any:
+    """Return the list or object that JSON text holds; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            decoded = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError):
+            return value
+        refuse_deep(decoded)
+        return decoded
+    return value
+
+
+def refuse_deep(value: Any) -> None:
+    """Raise Refused if lists and objects are nested more than `NESTING` levels deep."""
+    if not isinstance(value, str) and not _nested_within(NESTING, value):
+        raise Refused("nested too deep", f"the row nests lists and objects more than {NESTING} levels deep; flatten it")
+
+
+def _nested_within(levels: int, value: Any) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [inner for outer in layer for inner in _items(outer) if type(inner) not in _SCALARS]
+        if not layer:
+            return True
+    return False
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, (dict, Mapping)):  # the check for dict is fast, the check for Mapping slow
+        return value.values()
+    return value if is_list(value) else ()
+
+
+def is_list(value: Any) -> bool:
+    """Return True of a list or any other sequence except text."""
+    return isinstance(value, list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+
+
+def first(fields: Mapping[str, Any], *names: str) -> Any:
+    """Return the first named field that is not None: tables store missing fields as None."""
+    for name in names:
+        if (value := fields.get(name)) is not None:
+            return value
+    return None
+
+
+def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
+    """Return the text of the first named field that is not None, or None."""
+    value = first(fields, *names)
+    return None if value is None else require_text(value, f"{path}.{names[0]}")
+
+
+def require_text(value: Any, path: str) -> str:
+    """Return a text; raises Refused, naming `path`, of any other value."""
+    if not isinstance(value, str):
+        raise Refused("not text", f"{path} is a {type(value).__name__}: {excerpt(value)}")
+    return value

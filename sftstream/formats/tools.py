@@ -1,0 +1,43 @@
+"""Tool calls and tool definitions, in the spellings that datasets use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sftstream.excerpt import excerpt
+from sftstream.formats.fields import decoded, first, is_list, optional_text
+from sftstream.records import Refused, ToolCall, ToolCalls
+
+
+def parse_calls(value: Any, path: str) -> ToolCalls:
+    """Return tool calls of any spelling.
+
+    Accepts a single call or a list, JSON text or objects, with or without a `function` wrapper.
+    """
+    value = decoded(value)
+    if not value:
+        return ToolCalls()
+    calls = value if is_list(value) else [value]
+    return ToolCalls(_call(decoded(call), path) for call in calls)
+
+
+def _call(call: Any, path: str) -> ToolCall:
+    if isinstance(call, Mapping):
+        function = call.get("function") or call
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if named and ("arguments" in function or "parameters" in function):
+            arguments = decoded(first(function, "arguments", "parameters") or {})
+            if isinstance(arguments, Mapping):
+                return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id"))
+    raise Refused("bad tool call", f"{path}: {excerpt(call)} has no name and arguments")
+
+
+def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return tool definitions of any spelling, each as `{"type": "function", ...}`."""
+    if not value or not (value := decoded(value)):
+        return ()
+    tools = [decoded(tool) for tool in (value if is_list(value) else [value])]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise Refused("bad tools", f"{excerpt(value)} is not a list of tool definitions")
+    return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
