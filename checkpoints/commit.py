@@ -117,7 +117,10 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
-    """Write a new file part by part, force the bytes to the disk, and return the size in bytes."""
+    """Write a new file part by part, force the bytes to the disk, and return the size in bytes.
+
+    Raises OSError, with the path, if the disk is full or broken.
+    """
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -125,6 +128,10 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
             size += len(part)
             _write_all(descriptor, part)
         os.fsync(descriptor)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         os.close(descriptor)
     return size

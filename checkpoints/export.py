@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from checkpoints.commit import StepFiles
 from checkpoints.errors import CorruptCheckpoint
@@ -45,11 +45,14 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """The content of a model directory.
 
     `tensors` gives the rows of each tensor by name, to be concatenated in order; `files` the
-    content of the files beside the weights, by relative path.
+    content of the files beside the weights, by relative path. `dtype` is the element type of all
+    tensors of the directory, by its name in the safetensors format; left out if the tensors keep
+    the types of the step.
     """
 
     tensors: dict[str, list[Rows]]
     files: dict[FileName, bytes]
+    dtype: Literal["F32", "BF16"] | UnsetType = UNSET
 
     def builtins(self) -> dict[str, Any]:
         """Return the recipe as a plain value for `CheckpointStore.save`."""
@@ -73,9 +76,12 @@ def export(step_files: StepFiles, manifest: Manifest, recipe: Recipe, out: Path,
         CheckpointError: `out` exists.
     """
     specs = {name: _spec(name, rows, manifest) for name, rows in recipe.tensors.items()}
+    if recipe.dtype is not UNSET:
+        specs = {name: spec._replace(dtype=DTYPES[recipe.dtype]) for name, spec in specs.items()}
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
     tensors = _tensors(step_files, manifest, {name: recipe.tensors[name] for name in specs})
-    write_model(out, specs, tensors, recipe.files, file_bytes=file_bytes)
+    typed = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
+    write_model(out, specs, typed, recipe.files, file_bytes=file_bytes)
 
 
 def _spec(name: str, rows: list[Rows], manifest: Manifest) -> TensorSpec:

@@ -1,13 +1,15 @@
 """Train a Llama on conversations.
 
-Command: torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]]
+Command: torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]] [--debug]
 
 run.toml           the config; without a config, examples/demo.toml
 section.key=value  a value that replaces the config's, for example optimizer.learning_rate=1e-5
+--debug            show the traceback behind an error as well
 --plan[=GPUS]      print the memory, steps and hours of the run on GPUS GPUs (default: the processes
                    that torchrun started), then exit without training
 
-Repeat the command of a killed or stopped run to continue from its last checkpoint.
+Repeat the command of a killed or stopped run to continue from its last checkpoint. The exit code
+is 0 after the last step, 75 after a stop on request, 1 after an error.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from trainer.distributed.mesh import exit_process, print_error
 from trainer.estimate import print_estimate
 from trainer.run import run
 
+STOPPED = os.EX_TEMPFAIL
+"""Exit code 75 of a run that was asked to stop before its end."""
+
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
 
 
@@ -40,7 +45,8 @@ class CommandLine(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of `arguments` (default: the process's) and return the exit code.
 
-    A user's error is printed in one line, and the exit code is 1.
+    A user's error is printed in one line, and the exit code is 1. The exit code of a run that was
+    asked to stop is 75.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["-h"], ["--help"]):
@@ -50,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(command.config, command.overrides)
         if command.plan is None:
-            run(config)
-        else:
-            print_estimate(config, _gpus(command.plan))
+            return 0 if run(config) else STOPPED
+        print_estimate(config, _gpus(command.plan))
     except (ValueError, OSError, CheckpointError) as error:
         return print_error(error)
     return 0

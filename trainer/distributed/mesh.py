@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Never
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from checkpoints import CheckpointError, one_line
 from sftstream import Shard
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,22 @@ def named_dtype(name: str, device: torch.device) -> torch.dtype:
     return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Call `work` on rank 0. Collective.
+
+    Raises CheckpointError on all ranks if `work` raises CheckpointError or OSError.
+    """
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (CheckpointError, OSError) as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise CheckpointError(failure[0])
+
+
 def print_error(error: Exception) -> int:
     """Print an error in one line, once for all ranks, and return the exit code 1.
 
@@ -174,7 +191,7 @@ def print_error(error: Exception) -> int:
     """
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    print(f"error: {one_line(error)}", file=sys.stderr)  # noqa: T201
     logger.debug("traceback of the error", exc_info=error)  # shown with LOGLEVEL=DEBUG
     return 1
 

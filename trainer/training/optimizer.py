@@ -81,6 +81,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
 
     @property
+    def decays_over_data(self) -> bool:
+        """True if the rates depend on the share of the data read."""
+        return self.kind != "constant" and self.over == "data"
+
+    @property
     def decays_to_run_end(self) -> bool:
         """True if the decay ends at the run's last step, so that rates depend on its number."""
         return self.kind != "constant" and self.over == "steps" and self.steps is None
@@ -106,6 +111,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def reconfigure(optimizer: torch.optim.AdamW, config: OptimizerConfig) -> None:
+    """Set the options of `config` on an optimizer whose state came from a checkpoint."""
+    for group in optimizer.param_groups:
+        decays = any(p.ndim > 1 for p in group["params"])
+        group["betas"], group["eps"] = config.betas, config.eps
+        group["weight_decay"] = config.weight_decay if decays else 0.0
 
 
 def learning_rate(
