@@ -22,6 +22,9 @@ from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
+MOST_STEPS = 10**12
+"""Limit of steps and epochs."""
+
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[run]` table: the run's name, length, device and number formats."""
@@ -76,13 +79,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
+            if value is not None and value > MOST_STEPS:
+                raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
-            raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
-
-        if not self.root:
-            raise ValueError('root is empty; name the directory of all runs, such as "runs"')
+        self._require_places()
         _ = self.stop_seconds
         for name in self.accept_changed:
             if name.partition(".")[0] not in ("optimizer", "schedule"):
@@ -90,6 +91,17 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                     f'accept_changed holds {name!r}; a run may change "optimizer", "schedule" or keys of the two tables, '
                     "and data.accept_changed holds changes of the data"
                 )
+
+    def _require_places(self) -> None:
+        if Path(self.name).name != self.name or self.name in ("", ".", "..") or not self.name.isprintable():
+            raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
+
+        if not self.root or not self.root.isprintable():
+            raise ValueError(f'root = {self.root!r} is no directory; name the directory of all runs, such as "runs"')
+        try:
+            _ = self.directory
+        except RuntimeError:
+            raise ValueError(f"root = {self.root!r} names the home of an unknown user") from None
 
     @property
     def directory(self) -> Path:
@@ -171,6 +183,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every = {self.every} must be at least 1")
+        if self.root is not None and not (self.root and self.root.isprintable()):
+            raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
         _ = self.retention
 
     @property
@@ -291,7 +305,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(
             f"config {str(path)!r} is nested too deeply; a run's config has lists in tables only"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
         raise ValueError(f"config {str(path)!r} is not TOML: {error}") from None
     for override in overrides:
         _override(table, override)
@@ -319,6 +333,8 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
         nested["shape"] = model
     try:
         return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
+    except RecursionError:
+        raise ValueError("config: a value is nested too deeply; a run's config has lists in tables only") from None
     except msgspec.ValidationError as error:
         raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
 
@@ -347,5 +363,5 @@ def _index(key: str, name: str, array: list[Any]) -> int:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text  # a word without quotes is a string

@@ -58,7 +58,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("run={}", "neither steps nor epochs is given, so the run would never end; give one or both"),
         ("run.accept_changed=['seed']", "accept_changed holds 'seed'; a run may change"),
         ("run.stop_after=3h50", "'3h50' is no time above 0; write days, hours, minutes and seconds as in"),
-        ("run.root=''", "root is empty; name the directory of all runs"),
+        ("run.root=''", "root = '' is no directory; name the directory of all runs"),
         ("run.name=../x", "name = '../x' must be a plain directory name under runs/"),
         ("run.device=tpu", "Invalid enum value 'tpu' - at `$.run.device`"),
         ('data.train_on=["oracle"]', "Invalid enum value 'oracle' - at `$.data.train_on[0]`"),

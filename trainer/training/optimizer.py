@@ -71,6 +71,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if self.warmup < 0 or not 0 <= self.minimum <= 1:
             raise ValueError(f"warmup {self.warmup} must be 0 or more, and minimum {self.minimum} must lie in [0, 1]")
+        if max(self.warmup, self.steps or 0) > 10**12:
+            raise ValueError(f"warmup {self.warmup} and steps {self.steps} must be at most {10**12}")
         if self.steps is not None and self.steps <= self.warmup:
             raise ValueError(
                 f"steps {self.steps} must exceed warmup {self.warmup}, since the decay follows the warm-up"
