@@ -1,7 +1,8 @@
 """Save and load crash-safe directories of tensors and plain values, without models or data."""
 
-from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
 from checkpoints.export import RECIPE, Recipe, Rows
+from checkpoints.lock import Lock
 from checkpoints.manifest import About
 from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
 from checkpoints.retention import Retention
@@ -15,10 +16,13 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "CorruptCheckpoint",
+    "Lock",
     "LostRank",
     "Recipe",
     "Retention",
     "Rows",
     "TensorSpec",
+    "one_line",
+    "printable",
     "write_model",
 ]

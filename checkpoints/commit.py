@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from checkpoints.digest import Digest, digesting, file_digest, threads
 from checkpoints.errors import CorruptCheckpoint
@@ -42,6 +42,17 @@ _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 
 _PIECE = 1 << 24
 """Bytes per write."""
+
+
+Marker = tuple[int, ...] | str
+"""Cheap value that changes when a file changes: size, times and inode, or a store's own key."""
+
+
+class Checked(NamedTuple):
+    """The digest of a file, and a marker taken before the first byte was read."""
+
+    digest: str
+    marker: Marker
 
 
 class Readable(Protocol):
@@ -65,14 +76,15 @@ class StepFiles(Protocol):
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
         """Write a new file. On return the bytes survive a power cut, but belong to no step yet."""
 
-    def open(self, name: str, size: int) -> AbstractContextManager[Readable]:
+    def open(self, name: str, size: int, marker: Marker | None = None) -> AbstractContextManager[Readable]:
         """Open a committed file.
 
-        Raises CorruptCheckpoint if the file is missing, broken or not `size` bytes long.
+        Raises CorruptCheckpoint if the file is missing, broken or not `size` bytes long, or has
+        another marker than `marker`, at the start or at the end.
         """
 
-    def digest(self, name: str, size: int) -> str:
-        """Return the digest of a whole file. Raises CorruptCheckpoint like `open`."""
+    def check(self, name: str, size: int) -> Checked:
+        """Return digest and marker of a whole file. Raises CorruptCheckpoint like `open`."""
 
 
 class LocalFiles:
@@ -91,12 +103,13 @@ class LocalFiles:
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> File:
         return write_hashed(self.path / name, parts)
 
-    def open(self, name: str, size: int) -> AbstractContextManager[FileIO]:
-        return open_file(self.path / name, size)
+    def open(self, name: str, size: int, marker: Marker | None = None) -> AbstractContextManager[FileIO]:
+        return open_file(self.path / name, size, marker)
 
-    def digest(self, name: str, size: int) -> str:
+    def check(self, name: str, size: int) -> Checked:
         with self.open(name, size) as file:
-            return file_digest(file.fileno(), size)
+            marker = _marker(os.fstat(file.fileno()))
+            return Checked(file_digest(file.fileno(), size), marker)
 
 
 def make_directory(path: Path) -> None:
@@ -117,7 +130,10 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
-    """Write a new file part by part, force the bytes to the disk, and return the size in bytes."""
+    """Write a new file part by part, force the bytes to the disk, and return the size in bytes.
+
+    Raises OSError, with the path, if the disk is full or broken.
+    """
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -125,6 +141,10 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
             size += len(part)
             _write_all(descriptor, part)
         os.fsync(descriptor)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         os.close(descriptor)
     return size
@@ -186,11 +206,12 @@ def discard(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
+def open_file(path: Path, size: int | None = None, marker: Marker | None = None) -> Iterator[FileIO]:
     """Open a committed file of `size` bytes for reading; never a link, pipe or device.
 
     Raises:
-        CorruptCheckpoint: The file is missing, of another kind or size, or unreadable on the disk.
+        CorruptCheckpoint: The file is missing, of another kind or size, or unreadable on the disk,
+            or has changed since `marker` was taken.
     """
     try:
         with FileIO(path, opener=_open_unfollowed) as file:
@@ -199,13 +220,26 @@ def open_file(path: Path, size: int | None = None) -> Iterator[FileIO]:
                 raise CorruptCheckpoint(f"{path} is not a regular file")
             if size is not None and status.st_size != size:
                 raise CorruptCheckpoint(f"{path} has {status.st_size} bytes; {size} were committed")
+            require_marker(path, marker, _marker(status))
             yield file
+            require_marker(path, marker, _marker(os.fstat(file.fileno())))
     except EOFError as error:
         raise CorruptCheckpoint(f"{path} became shorter during the read") from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
         raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def require_marker(location: Path | str, expected: Marker | None, actual: Marker) -> None:
+    """Raise CorruptCheckpoint if a file has changed since the marker `expected` was taken."""
+    if expected is not None and expected != actual:
+        raise CorruptCheckpoint(f"{location} changed after it was verified; load the step again")
+
+
+def _marker(status: os.stat_result) -> Marker:
+    # The time of the last change of the inode cannot be set back by a program.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def read_into(file: Readable, begin: int, target: memoryview) -> None:

@@ -6,11 +6,12 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from weakref import WeakSet
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, printable
 
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 _UNKNOWN = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -51,13 +52,19 @@ class Lock:
         self.release()
 
     def _locked(self) -> int:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        status = os.fstat(descriptor)
+        if status.st_nlink != 1 or not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{self.path} is a link to another file, or no file, and cannot be locked; delete {self.path}"
+            )
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, _holder().encode())
         except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+            holder = printable(os.pread(descriptor, 200, 0).decode(errors="replace"))
             os.close(descriptor)
             raise self._refusal(error, holder) from error
         return descriptor

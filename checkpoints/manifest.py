@@ -35,6 +35,9 @@ from checkpoints.tensor_file import DTYPES
 _CUTS = 8
 """Limit of dimensions cut by the chunks of a tensor. A check takes 2**cuts steps per chunk."""
 
+_DIMENSIONS = 64
+"""Limit of dimensions of a tensor, as in NumPy."""
+
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"
 VALUES = ".values"
@@ -185,6 +188,12 @@ def decode(data: bytes) -> Manifest:
 def _check_tensor(key: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise CorruptCheckpoint(f"{key!r} has the unknown element type {tensor.dtype!r}")
+    # An empty tensor has no bytes that would bound its other sizes.
+    extent = math.prod(max(size, 1) for size in tensor.shape[:_DIMENSIONS]) * DTYPES[tensor.dtype].itemsize
+    if len(tensor.shape) > _DIMENSIONS or (0 in tensor.shape and extent >= 2**63):
+        raise CorruptCheckpoint(
+            f"{key!r} has more than {_DIMENSIONS} dimensions, or is empty with sizes beyond 64 bits"
+        )
     for chunk in tensor.chunks:
         if not len(chunk.offsets) == len(chunk.sizes) == len(tensor.shape):
             raise CorruptCheckpoint(

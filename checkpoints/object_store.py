@@ -23,7 +23,7 @@ from typing import Any
 
 import fsspec
 
-from checkpoints.commit import Readable
+from checkpoints.commit import Checked, Marker, Readable, require_marker
 from checkpoints.digest import BLOCK, digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.local_store import LocalStore, check_manifest, require_growth, require_short, step_of
@@ -64,22 +64,31 @@ class ObjectFiles:
             return File(size, digest.hexdigest())
 
     @contextmanager
-    def open(self, name: str, size: int) -> Iterator[Readable]:
+    def open(self, name: str, size: int, marker: Marker | None = None) -> Iterator[Readable]:
         location = self.location(name)
         try:
             actual = self._filesystem.size(location)
             if actual != size:
                 raise CorruptCheckpoint(f"{location} has {actual} bytes; {size} were committed")
+            if marker is not None:
+                require_marker(location, marker, self._marker(location))
             with self._filesystem.open(location, "rb") as file:
                 yield file
+            if marker is not None:
+                require_marker(location, marker, self._marker(location))
         except (FileNotFoundError, IsADirectoryError, EOFError) as error:
             raise CorruptCheckpoint(f"{location} cannot be read: {error!r}") from error
 
-    def digest(self, name: str, size: int) -> str:
+    def check(self, name: str, size: int) -> Checked:
         with self.open(name, size) as file, digesting() as digest:
+            marker = self._marker(self.location(name))
             while block := file.read(BLOCK):
                 digest.update(block)
-            return digest.hexdigest()
+            return Checked(digest.hexdigest(), marker)
+
+    def _marker(self, location: str) -> str:
+        self._filesystem.invalidate_cache()
+        return str(self._filesystem.ukey(location))
 
 
 class ObjectStore:

@@ -14,6 +14,9 @@ import torch
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.tensor_file import DTYPE_NAMES
 
+MOST_LEVELS = 100
+"""Limit of lists and dicts inside each other in a plain value."""
+
 _SCALARS = (type(None), bool, float, str, bytes)
 
 
@@ -61,7 +64,7 @@ def encode_value(key: str, value: Any) -> bytes:
     Raises:
         TypeError: A part of the value is not None, bool, int, float, str, bytes, list, tuple or
             dict.
-        ValueError: An int does not fit 64 bits.
+        ValueError: An int does not fit 64 bits, or the value has more than `MOST_LEVELS` levels.
     """
     _require_plain(key, value)
     return msgspec.msgpack.encode(value)
@@ -76,7 +79,7 @@ def decode_value(key: str, data: bytes) -> Any:
         value = msgspec.msgpack.decode(data)
         _require_plain(key, value)  # MessagePack also has dates and extensions.
         return value
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError, TypeError) as error:
         raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {error}") from error
 
 
@@ -118,19 +121,21 @@ def _require_storable(key: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _require_plain(key: str, value: Any) -> None:
+def _require_plain(key: str, value: Any, level: int = 0) -> None:
+    if level > MOST_LEVELS:
+        raise ValueError(f"{key!r} holds lists and dicts of more than {MOST_LEVELS} levels; save a flatter value")
     kind = type(value)  # Exact: a subclass would come back as its base class.
     if kind is int:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"{key!r} holds {value}, which does not fit 64 bits; save it as a str or bytes")
     elif kind is list or kind is tuple:
         for item in value:
-            _require_plain(key, item)
+            _require_plain(key, item, level + 1)
     elif kind is dict:
         for name, item in value.items():
             if type(name) not in (str, int):
                 raise TypeError(f"{key!r} holds a dict with the key {name!r}; keys are str or int")
-            _require_plain(key, item)
+            _require_plain(key, item, level + 1)
     elif kind not in _SCALARS:
         raise TypeError(
             f"{key!r} holds a {kind.__module__}.{kind.__qualname__}; a checkpoint takes tensors, None, bool, int, "

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
-from checkpoints.commit import Readable, StepFiles, read_into
+from checkpoints.commit import Marker, Readable, StepFiles, read_into
 from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
@@ -160,15 +160,19 @@ class StepWriter:
             spans[key] = Span(name, end - len(blob), end)
 
 
-def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> None:
-    """Read the named files whole.
+def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> dict[str, Marker]:
+    """Read the named files whole, and return their markers.
 
     Raises CorruptCheckpoint at the first file with another digest or size.
     """
+    markers = {}
     for name in names:
         file = manifest.files[name]
-        if step_files.digest(name, file.size) != file.sha256:
+        checked = step_files.check(name, file.size)
+        if checked.digest != file.sha256:
             raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
+        markers[name] = checked.marker
+    return markers
 
 
 def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
@@ -186,10 +190,13 @@ def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, S
     return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
-def read_tensors(step_files: StepFiles, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+def read_tensors(
+    step_files: StepFiles, manifest: Manifest, markers: Mapping[str, Marker], tensors: dict[str, torch.Tensor]
+) -> None:
     """Fill tensors in place, whatever the sharding; each rank reads only the local parts.
 
-    Files are not verified here. Each key must be in the manifest, with equal shape and type.
+    `markers` come from `verify`, of all ranks together: CorruptCheckpoint is raised if a file has
+    changed since. Each key must be in the manifest, with equal shape and type.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), _metadata(manifest))
@@ -207,10 +214,10 @@ def read_tensors(step_files: StepFiles, manifest: Manifest, tensors: dict[str, t
     shares = _evenly(boxes, min(step_files.readers, 1 + sum(box.size for box in boxes) // _PIECE))
     if len(shares) < 2:
         for share in shares:
-            _read_boxes(step_files, manifest, share)
+            _read_boxes(step_files, manifest, markers, share)
         return
     with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(lambda share: _read_boxes(step_files, manifest, share), shares))
+        list(pool.map(lambda share: _read_boxes(step_files, manifest, markers, share), shares))
 
 
 class _Box(NamedTuple):
@@ -257,7 +264,7 @@ def _evenly(boxes: list[_Box], count: int) -> list[list[_Box]]:
     return [[box for box, _ in run] for _, run in runs]
 
 
-def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) -> None:
+def _read_boxes(step_files: StepFiles, manifest: Manifest, markers: Mapping[str, Marker], boxes: list[_Box]) -> None:
     indirect = [box for box in boxes if not box.direct]
     # One buffer for all boxes: allocating memory takes longer than copying into it.
     buffer = torch.empty(
@@ -266,7 +273,7 @@ def _read_boxes(step_files: StepFiles, manifest: Manifest, boxes: list[_Box]) ->
         pin_memory=any(not box.target.is_cpu for box in indirect),
     )
     for name, group in groupby(boxes, key=lambda box: box.span.file):
-        with step_files.open(name, manifest.files[name].size) as file:
+        with step_files.open(name, manifest.files[name].size, markers[name]) as file:
             for box in group:
                 _read_box(file, box, buffer[: box.size])
 

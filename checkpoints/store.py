@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+from checkpoints.commit import Marker
 from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
 from checkpoints.export import RECIPE, export, parse_recipe
@@ -26,6 +27,13 @@ from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_RETENTION = Retention()
+
+
+class _Verified(NamedTuple):
+    """The attempt that wrote a verified step, and the markers of verified files by name."""
+
+    token: str
+    markers: dict[str, Marker]
 
 
 class CheckpointStore:
@@ -71,7 +79,7 @@ class CheckpointStore:
         self.timeout = timeout
         self.rejected: dict[int, str] = {}
         """Damage by step, as the last `latest` found; the next `save` renames the damaged steps."""
-        self._verified: dict[int, str] = {}
+        self._verified: dict[int, _Verified] = {}
         self._losses: dict[int, float | None] = {}
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -202,17 +210,24 @@ class CheckpointStore:
         tuple.
 
         Raises:
-            CorruptCheckpoint: A file differs from the committed file. `state` is unchanged.
+            CorruptCheckpoint: A file differs from the committed file; `state` is unchanged. Or a
+                file changed during the load; the tensors of `state` are worthless.
             CheckpointError: Keys, shapes or types of `state` differ from the step. `state` is
                 unchanged.
         """
         self.wait()
         task, ranks = f"loading step {step}", self._ranks
-        manifest = ranks.agree(task, lambda: self._verify(step, ranks))
+        manifest, local = ranks.agree(task, lambda: self._verify(step, ranks))
+        markers = ranks.lead(task, local.markers, _merged)
         flat = ranks.agree(task, lambda: flatten(state))
         ranks.lead(task, misfit(flat, manifest), lambda misfits: require_fit(step, misfits))
         plain = ranks.agree(task, lambda: self._read(step, manifest, {key: manifest.plain[key] for key in flat.plain}))
-        ranks.agree(task, lambda: read_tensors(self._backend.step_files(step, manifest), manifest, flat.tensors))
+        step_files = self._backend.step_files(step, manifest)
+        try:
+            ranks.agree(task, lambda: read_tensors(step_files, manifest, markers, flat.tensors))
+        except CheckpointError:
+            self._verified.pop(step, None)
+            raise
         for key, leaf in flat.plain.items():
             leaf.container[leaf.key] = restore_tuples(plain[key], leaf.value)
 
@@ -232,9 +247,7 @@ class CheckpointStore:
         Raises:
             CorruptCheckpoint: A file differs from the committed file.
         """
-        manifest = self.manifest(step)
-        verify(self._backend.step_files(step, manifest), manifest, list(manifest.files))
-        return manifest
+        return self._verify(step, Ranks(0, 1, None), anew=True)[0]
 
     def saved(self, step: int) -> datetime:
         """Return the local time at which a step was committed. Local."""
@@ -250,13 +263,21 @@ class CheckpointStore:
         Raises:
             CheckpointError: The step has no recipe, or `out` exists.
         """
-        manifest = self.verify(step)
+        manifest, verified = self._verify(step, Ranks(0, 1, None), anew=True)
         if RECIPE not in manifest.values:
             raise CheckpointError(
                 f"step {step} in {self.root} was saved without a recipe for an export; give save() the value {RECIPE!r}"
             )
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._backend.step_files(step, manifest), manifest, recipe, Path(out), file_bytes)
+        export(self._backend.step_files(step, manifest), manifest, verified.markers, recipe, Path(out), file_bytes)
+
+    def best(self) -> int | None:
+        """Return the step of the lowest validation loss, of equal the older, or None. Local.
+
+        Steps with a damaged manifest do not count.
+        """
+        losses = [(loss, step) for step in self.steps() if (loss := self._loss(step)) is not None]
+        return min(losses)[1] if losses else None
 
     def values(self, step: int, prefix: str = "") -> dict[str, Any]:
         """Return the values of all ranks whose keys begin with `prefix`, by key. Local.
@@ -289,26 +310,32 @@ class CheckpointStore:
         """Return the damage of a step as seen by the lowest rank to see damage, or None."""
         task = f"verifying step {step}"
         self._verified.pop(step, None)
-        damage = ranks.agree(task, lambda: self._damage(step, ranks))
+        local = ranks.agree(task, lambda: self._verified_or_damage(step, ranks))
+        damage = local if isinstance(local, str) else None
         reason = ranks.lead(task, damage, lambda reasons: next((r for r in reasons if r is not None), None))
-        if reason is not None:
-            self._verified.pop(step, None)
+        if reason is None:
+            assert isinstance(local, _Verified)
+            self._verified[step] = _Verified(local.token, ranks.lead(task, local.markers, _merged))
         return reason
 
-    def _damage(self, step: int, ranks: Ranks) -> str | None:
+    def _verified_or_damage(self, step: int, ranks: Ranks) -> _Verified | str:
         try:
-            self._verified[step] = self._verify(step, ranks).token
+            return self._verify(step, ranks)[1]
         except CorruptCheckpoint as error:
             return str(error)
-        return None
 
-    def _verify(self, step: int, ranks: Ranks) -> Manifest:
-        """Verify the files in this rank's share of a step and return the manifest."""
+    def _verify(self, step: int, ranks: Ranks, *, anew: bool = False) -> tuple[Manifest, _Verified]:
+        """Verify the files in this rank's share of a step; return the manifest and the markers.
+
+        A step just found undamaged by `latest` is not read again, except if `anew`.
+        """
         manifest = self.manifest(step)
-        if self._verified.get(step) != manifest.token:
-            largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-            verify(self._backend.step_files(step, manifest), manifest, largest_first[ranks.rank :: ranks.size])
-        return manifest
+        before = self._verified.get(step)
+        if before is not None and before.token == manifest.token and not anew:
+            return manifest, before
+        largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+        share = largest_first[ranks.rank :: ranks.size]
+        return manifest, _Verified(manifest.token, verify(self._backend.step_files(step, manifest), manifest, share))
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
         blobs = read_values(self._backend.step_files(step, manifest), manifest, spans)
@@ -333,6 +360,10 @@ class CheckpointStore:
         if len(set(steps)) > 1:
             raise CheckpointError(f"the ranks save different steps, {steps}; all ranks must save the same step")
         return self._backend.begin(steps[0], self.rejected)
+
+
+def _merged(markers: list[dict[str, Marker]]) -> dict[str, Marker]:
+    return {name: marker for part in markers for name, marker in part.items()}
 
 
 def _saving(step: int) -> str:

@@ -2,7 +2,7 @@
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
-from sftstream.loader import LoaderPosition, PackLoader
+from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
 from sftstream.records import (
     IGNORE_INDEX,
     Conversation,
@@ -16,6 +16,7 @@ from sftstream.records import (
     ToolCalls,
     batch_digest,
 )
+from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
@@ -50,6 +51,8 @@ __all__ = [
     "describe",
     "diff",
     "differences",
+    "identify_file",
     "merge",
     "read_conversations",
+    "rows_in_all_epochs",
 ]

@@ -160,6 +160,18 @@ class Progress(NamedTuple):
     refusals: RefusalLimit
 
 
+def rows_in_all_epochs(state: DataState) -> int | None:
+    """Return the rows drawn in all epochs of a state's data.
+
+    The result is None for an endless run or with a streamed source.
+    """
+    sources, epochs = state.identity.sources, state.identity.epochs
+    sizes = [(source.rows, source.repeat) for source in sources if source.rows is not None]
+    if epochs is None or len(sizes) < len(sources):
+        return None
+    return sum(draws_of_source(rows, repeat, epochs) for rows, repeat in sizes)
+
+
 class PackLoader:
     """The packs of a shard, in order, from the beginning or from a state. An iterator.
 
@@ -274,13 +286,7 @@ class PackLoader:
     @property
     def total_rows(self) -> int | None:
         """Rows drawn in all epochs; None for an endless run or with a streamed source."""
-        epochs, sizes = self.config.epochs, [size for size in self.corpus.sizes if size is not None]
-        if epochs is None or len(sizes) < len(self.config.sources):
-            return None
-        return sum(
-            draws_of_source(size, source.repeat, epochs)
-            for size, source in zip(sizes, self.config.sources, strict=True)
-        )
+        return rows_in_all_epochs(self._run)
 
     @property
     def exhausted(self) -> bool:

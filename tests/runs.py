@@ -62,9 +62,12 @@ def sources(directory: Path, count: int = 60) -> str:
 class Job:
     """The processes of a run in `directory`, started once."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], processes: int = 1) -> None:
+    def __init__(
+        self, directory: Path, config: dict[str, Any], processes: int = 1, environment: dict[str, str] | None = None
+    ) -> None:
         self.directory = directory
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        address |= environment or {}
         self._ranks: list[BaseProcess] = [
             server.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
             for r in range(processes)

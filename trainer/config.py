@@ -7,6 +7,7 @@ Example: `load_config(Path("run.toml"), ["run.steps=10", "data.sources.0.path=ro
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
+MOST_STEPS = 10**12
+"""Limit of steps and epochs."""
+
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[run]` table: the run's name, length, device and number formats."""
@@ -31,12 +35,23 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int = 0
     """Seed of a new model's weights and of the order of the data; any signed 64-bit integer. A
     resume needs the seed of the checkpoint."""
+    root: str = "runs"
+    """Directory of the directories of runs; `~` is the home directory."""
     steps: int | None = None
-    """Optimizer steps at which the run ends, 1 or more. Give either `steps` or `epochs`. A finished
-    run with raised `steps` resumes, unless its schedule decays to the last step."""
+    """Optimizer steps at which the run ends, 1 or more. Give `steps`, `epochs` or both; with both,
+    the run ends at the earlier end. A finished run with raised `steps` resumes, unless its schedule
+    decays to the last step."""
     epochs: int | None = None
-    """Passes over all conversations after which the run ends, 1 or more. Give either `steps` or
-    `epochs`."""
+    """Passes over all conversations after which the run ends, 1 or more. Give `steps`, `epochs` or
+    both. A finished run with raised `epochs` trains on if `data.accept_changed` holds
+    "data.epochs": each row once in each new epoch, in packs that may differ from the packs of a
+    run begun with more epochs."""
+    stop_after: str | None = None
+    """Time after which the run saves and stops, as a signal would make it, such as "3h50m" or
+    "90s". Default: none."""
+    accept_changed: tuple[str, ...] = ()
+    """Settings that a resume may change: "optimizer", "schedule", or a single key of the two tables
+    such as "optimizer.learning_rate". The checkpoints keep a record of every accepted change."""
     deterministic: bool = True
     """Use deterministic kernels only, so that equal runs give equal bits; an operation without a
     deterministic kernel is an error. False is faster, and two runs agree only up to rounding."""
@@ -59,27 +74,67 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     differently from uncompiled layers, so that a resume needs the value of the checkpoint."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"give either steps or epochs to end the run, not steps = {self.steps} and epochs = {self.epochs}"
-            )
+        if self.steps is None and self.epochs is None:
+            raise ValueError("neither steps nor epochs is given, so the run would never end; give one or both")
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
+            if value is not None and value > MOST_STEPS:
+                raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+        self._require_places()
+        _ = self.stop_seconds
+        for name in self.accept_changed:
+            if name.partition(".")[0] not in ("optimizer", "schedule"):
+                raise ValueError(
+                    f'accept_changed holds {name!r}; a run may change "optimizer", "schedule" or keys of the two tables, '
+                    "and data.accept_changed holds changes of the data"
+                )
+
+    def _require_places(self) -> None:
+        if Path(self.name).name != self.name or self.name in ("", ".", "..") or not self.name.isprintable():
             raise ValueError(f"name = {self.name!r} must be a plain directory name under runs/")
+
+        if not self.root or not self.root.isprintable():
+            raise ValueError(f'root = {self.root!r} is no directory; name the directory of all runs, such as "runs"')
+        try:
+            _ = self.directory
+        except RuntimeError:
+            raise ValueError(f"root = {self.root!r} names the home of an unknown user") from None
 
     @property
     def directory(self) -> Path:
-        """Directory of the run's output, relative to the working directory."""
-        return Path("runs") / self.name
+        """Directory of the run's output; a relative path starts at the working directory."""
+        return Path(self.root).expanduser() / self.name
+
+    @property
+    def stop_seconds(self) -> float:
+        """Seconds of `stop_after`, or infinity. Raises ValueError for a text of another form."""
+        return math.inf if self.stop_after is None else parse_duration(self.stop_after)
 
     @property
     def export_directory(self) -> Path:
         """Directory of the finished model, in the Hugging Face layout."""
         return self.directory / "export"
+
+
+_DURATION = re.compile(r"(?:(\d{1,4})d)?(?:(\d{1,5})h)?(?:(\d{1,7})m)?(?:(\d{1,9})s)?")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a text such as "3h50m": days, hours, minutes, seconds, in this order.
+
+    Raises ValueError if the text has another form or stands for 0 seconds.
+    """
+    match = _DURATION.fullmatch(text)
+    parts = [int(part or 0) for part in match.groups()] if match else []
+    seconds = sum(part * unit for part, unit in zip(parts, (86_400, 3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(
+            f'{text!r} is no time above 0; write days, hours, minutes and seconds as in "1d", "3h50m", "90s"'
+        )
+    return float(seconds)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +183,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every = {self.every} must be at least 1")
+        if self.root is not None and not (self.root and self.root.isprintable()):
+            raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
         _ = self.retention
 
     @property
@@ -199,7 +256,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.schedule.over == "data" and self.run.epochs is None:
             raise ValueError(
                 'schedule.over = "data" needs run.epochs, since an endless stream has no end to decay to; set '
-                'run.epochs instead of run.steps, or schedule.over = "steps"'
+                'run.epochs, or schedule.over = "steps"'
             )
         if self.schedule.over == "data" and any(source.streaming for source in self.data.sources):
             raise ValueError(
@@ -241,10 +298,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises ValueError, with the wrong key, if the file or an override is not valid.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(
+            f"config {str(path)!r} is nested too deeply; a run's config has lists in tables only"
+        ) from None
+    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
         raise ValueError(f"config {str(path)!r} is not TOML: {error}") from None
     for override in overrides:
         _override(table, override)
@@ -272,6 +333,8 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
         nested["shape"] = model
     try:
         return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
+    except RecursionError:
+        raise ValueError("config: a value is nested too deeply; a run's config has lists in tables only") from None
     except msgspec.ValidationError as error:
         raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
 
@@ -300,5 +363,5 @@ def _index(key: str, name: str, array: list[Any]) -> int:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text  # a word without quotes is a string

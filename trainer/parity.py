@@ -30,7 +30,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftstream import IGNORE_INDEX, Pack, Segment
-from trainer.distributed.mesh import ParallelConfig, Topology, distributed, exit_process, named_dtype, print_error
+from trainer.distributed.mesh import (
+    ParallelConfig,
+    Topology,
+    distributed,
+    exit_process,
+    named_dtype,
+    prepare_output,
+    print_error,
+)
 from trainer.llama.attention import Segments
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
@@ -132,6 +140,8 @@ def _public_answer(
 ) -> Answer:
     """Compute the packs' conversations one by one with transformers."""
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).to(device)
+    # transformers gives the row of a padding token no gradient; a packed run has no padding token.
+    model.get_input_embeddings().padding_idx = None
     trained = sum(pack.trained_tokens for pack in packs)
     loss, logits = torch.zeros((), device=device), []
     for pack in packs:
@@ -283,14 +293,18 @@ def main(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback behind an error as well.")] = False,
 ) -> None:
     """Compare a model in this trainer with transformers; exit code 0 only if both agree."""
     disable_progress_bar()
+    prepare_output(debug=debug)
     try:
         with distributed(device, ParallelConfig(tp=tp)) as topology:
             code = verdict(model, topology, named_dtype(dtype, topology.device))
-    except ValueError as error:
-        code = print_error(error)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
+        code = print_error(error, model)
     exit_process(code)
 
 

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 from sftstream import DataConfig, Pack
+from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
-from trainer.checkpointing.snapshot import take_snapshot
+from trainer.checkpointing.snapshot import Restored, take_snapshot
 from trainer.config import TrainConfig
 from trainer.distributed.determinism import determinism
-from trainer.distributed.mesh import Topology, distributed
+from trainer.distributed.mesh import distributed
 from trainer.finish import finish
 from trainer.reporting.display import Display
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.setup import Run, prepare_run, say_start
-from trainer.training.optimizer import learning_rate
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
 from trainer.training.step_reader import LocatedRefusal, StepTotals, gather_refusals, reduce_totals
@@ -59,43 +59,52 @@ class FinishedStep(NamedTuple):
         return self.batch.totals.stop > 0
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig) -> bool:
     """Train, export and evaluate the model of `config` on all ranks. Collective.
 
-    Raises ValueError, OSError or CheckpointError, with a message for the user.
+    Returns False if the run was asked to stop before its end. Raises ValueError, OSError or
+    CheckpointError, with a message for the user.
     """
+    stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
+    if ends_restarted_worker(directory):
+        return False
     with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
         display = Display(quiet=not topology.first)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
-        with saves.store:
-            _train_and_finish(config, topology, saves, display)
+        with saves.store, locked(directory):
+            return _train_and_finish(prepare_run(config, topology, saves, directory, display), stop)
 
 
-def _train_and_finish(config: TrainConfig, topology: Topology, saves: Saves, display: Display) -> None:
-    run, restored = prepare_run(config, topology, saves, display)
+def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool:
+    run, restored = prepared
     say_start(run, restored)
     progress = restored.progress
     if not run.is_complete(progress):
-        progress = _train(run, progress)
+        progress = _train(run, progress, stop)
     run.step_reader.close()
     if run.is_complete(progress):
         finish(run, progress)
-    else:
-        display.say(f"stopped after step {progress.step}; the same command goes on from there")
+        return True
+    goes_on = "goes on from there" if progress.trained_tokens else "starts anew, since nothing was trained yet"
+    run.display.say(f"stopped after step {progress.step}; the same command {goes_on}")
+    return False
 
 
-def _train(run: Run, progress: Progress) -> Progress:
+def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
-    with StopRequest() as stop, _open_log(run, progress) as log, run.display:
+    with stopping as stop, _open_log(run, progress) as log, run.display:
         while not done:
             step = _take_step(run, progress, stop)
             progress = step.progress
             if log:
                 _report(run, step, log)
             done = step.stopped or run.is_complete(progress)
-            if done or progress.step % run.config.checkpoint.every == 0:
+            if log and done and not run.is_complete(progress):
+                run.directory.mark_stopped(True)
+            # A step without a trained token leaves the optimizer without a state to save.
+            if progress.trained_tokens and (done or progress.step % run.config.checkpoint.every == 0):
                 _save(run, step, log, last=done)
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
@@ -110,8 +119,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest) -> FinishedStep:
     """Read the packs, train on them, and validate after every `validation.every`-th step."""
     config, began = run.config, time.perf_counter()
     batch = _next_batch(run, progress, stop)
-    share = run.share(progress) or 0.0
-    rate = learning_rate(config.optimizer, config.schedule, progress.step, share, config.run.steps)
+    rate = run.learning_rate(progress)
     result = train_step(
         run.model,
         run.optimizer,

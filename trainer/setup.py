@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from checkpoints import About, Recipe
-from sftstream import ChatEncoder, PackAssignment, PackLoader
+from sftstream import ChatEncoder, PackAssignment, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
+from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
-from trainer.checkpointing.snapshot import Restored, RunDescription, Settings, restore
+from trainer.checkpointing.settings import Settings, carry_over_rows
+from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore
 from trainer.config import TrainConfig
-from trainer.distributed.mesh import Topology, named_dtype
+from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
 from trainer.llama.export import require_replaceable
 from trainer.llama.model import Llama
 from trainer.llama.recipe import recipe
 from trainer.reporting.display import Display
-from trainer.reporting.messages import damage_messages, model_message, progress_messages
+from trainer.reporting.messages import (
+    change_messages,
+    damage_messages,
+    extension_message,
+    model_message,
+    progress_messages,
+)
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
-from trainer.training.optimizer import build_optimizer
+from trainer.training.optimizer import build_optimizer, learning_rate
 from trainer.training.progress import Progress
 from trainer.training.step_reader import StepReader, open_loader
 from trainer.training.validation import Validation
@@ -46,6 +55,7 @@ class Run:
     """Questions for the finished model; empty on all ranks but the first."""
     description: RunDescription
     saves: Saves
+    directory: RunDirectory
     display: Display
 
     @property
@@ -61,28 +71,41 @@ class Run:
         """Return the finished part of the run in [0, 1], or None if its length is not known."""
         return progress.share(self.total_rows, self.config.run.steps)
 
+    def learning_rate(self, progress: Progress) -> float:
+        """Return the rate of the step after `progress`."""
+        config = self.config
+        share = progress.share(self.total_rows, None) or 0.0
+        return learning_rate(config.optimizer, config.schedule, progress.step, share, config.run.steps)
 
-def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: Display) -> tuple[Run, Restored]:
+
+def prepare_run(
+    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display
+) -> tuple[Run, Restored]:
     """Build the parts of a run and restore the newest checkpoint into them. Collective.
 
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     source = find_source(config.model)
-    settings = Settings.of(config, source.shape, named_dtype(config.run.compute_dtype, topology.device))
+    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
     if topology.first:
         require_replaceable(config.run.export_directory)
+    token = _own(directory, saves, latest)
     model = build_model(config, source, topology, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
-    restored = Restored(Progress())
+    restored = Restored(Progress(), settings)
     if latest is not None:
-        restored = restore(saves.store, model, optimizer, settings, topology, latest)
+        restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
+    total_rows = _total_rows(loader)
+    restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
     validation = _open_validation(config, topology, saves, restored, loader)
-    export_recipe = _recipe(source, model, loader) if topology.first else None
-    description = RunDescription(settings, topology, export_recipe, _about(config, topology, loader, validation))
+    export_recipe = _recipe(config, source, model, loader) if topology.first else None
+    description = RunDescription(
+        restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
+    )
     run = Run(
         config=config,
         topology=topology,
@@ -90,11 +113,12 @@ def prepare_run(config: TrainConfig, topology: Topology, saves: Saves, display: 
         model=model,
         optimizer=optimizer,
         step_reader=_open_step_reader(config, topology, loader),
-        total_rows=_total_rows(loader),
+        total_rows=total_rows,
         validation=validation,
         questions=questions,
         description=description,
         saves=saves,
+        directory=directory,
         display=display,
     )
     return run, restored
@@ -110,10 +134,48 @@ def say_start(run: Run, restored: Restored) -> None:
         run.display.say(line)
     for line in progress_messages(restored.progress, complete=run.is_complete(restored.progress)):
         run.display.say(line)
+    rate = run.learning_rate(restored.progress)
+    if restored.extended:
+        run.display.say(extension_message(restored.progress, rate))
+    for line in change_messages(restored.accepted_now, restored.progress.step + 1, rate):
+        run.display.say(line)
     if restored.reseeded:
         run.display.say(
             "the random generators are seeded from seed, step and rank, since the checkpoint has another topology"
         )
+
+
+def _own(directory: RunDirectory, saves: Saves, latest: int | None) -> str | None:
+    """Make this run the owner of its directory, and return the token on rank 0. Collective."""
+    tokens: list[str] = []
+
+    def own() -> None:
+        saved = None if latest is None else saves.store.values(latest, TOKEN).get(TOKEN)
+        tokens.append(directory.own(saved, resumes=latest is not None or bool(saves.store.rejected)))
+        directory.mark_stopped(False)
+
+    on_first_rank(own)
+    return tokens[0] if tokens else None
+
+
+def _follow_data(
+    config: TrainConfig, restored: Restored, loader: PackLoader | None, total_rows: int | None
+) -> Restored:
+    """Return `restored` with settings and progress for data that may have grown. Collective.
+
+    Raises ValueError if the rates of the steps done depend on the number of rows, and the number
+    has changed.
+    """
+    settings, progress = restored.settings, restored.progress
+    if restored.data is not None:
+        before = rows_in_all_epochs(restored.data)
+        settings = carry_over_rows(settings, before, total_rows, progress.step, config.run.accept_changed)
+    unread = torch.tensor(int(loader is not None and not loader.exhausted))
+    dist.all_reduce(unread)
+    extended = progress.exhausted and bool(unread.item())
+    if extended:
+        progress = msgspec.structs.replace(progress, exhausted=False)
+    return replace(restored, settings=settings, progress=progress, extended=extended)
 
 
 def _open_step_reader(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> StepReader:
@@ -126,10 +188,13 @@ def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Ques
     return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
 
 
-def _recipe(source: ModelSource, model: Llama, loader: PackLoader | None) -> Recipe:
+def _recipe(config: TrainConfig, source: ModelSource, model: Llama, loader: PackLoader | None) -> Recipe:
     assert loader is not None
-    tokenizer, stop_ids = loader.encoder.tokenizer.hf, loader.encoder.stop_ids
-    return recipe(source.shape, model.norm.weight.dtype, tokenizer, stop_ids, source.init_from)
+    encoder = loader.encoder
+    tokenizer, template = encoder.tokenizer.hf, encoder.template.text
+    weight = model.norm.weight
+    export_dtype = named_dtype(config.run.export_dtype, weight.device)
+    return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
 
 
 def _total_rows(loader: PackLoader | None) -> int | None:

@@ -6,7 +6,10 @@ training.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +18,7 @@ import typer
 from rich.console import Console
 
 from checkpoints.cli.show import show_step, show_steps
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, one_line, printable
 from checkpoints.local_store import step_of
 from checkpoints.retention import Retention
 from checkpoints.store import CheckpointStore
@@ -49,7 +52,7 @@ def _is_undamaged(store: CheckpointStore, step: int) -> bool:
     try:
         files = store.verify(step).files
     except CorruptCheckpoint as error:
-        typer.echo(f"step {step}: DAMAGED: {error}")
+        typer.echo(f"step {step}: DAMAGED: {one_line(error)}")
         return False
     typer.echo(f"step {step}: whole, {len(files)} files")
     return True
@@ -82,9 +85,16 @@ def prune(
 
 
 @app.command()
-def export(step: Step, out: Annotated[Path, typer.Argument(help="Model directory to make; must not exist.")]) -> None:
+def export(
+    path: Annotated[str, typer.Argument(help="Directory of a step, or of steps with --best or --last.")],
+    out: Annotated[Path, typer.Argument(help="Model directory to make; must not exist.")],
+    best: Annotated[bool, typer.Option("--best", help="Export the step of the lowest validation loss.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Export the newest undamaged step.")] = False,
+) -> None:
     """Write the model of a step as a Hugging Face directory, with config and tokenizer."""
-    store, number = _step(step)
+    if best and last:
+        raise CheckpointError("--best and --last name different steps; give one of them")
+    store, number = _chosen(_store(path), best=best) if best or last else _step(path)
     store.export(number, out)
     typer.echo(f"exported step {number} to {out}")
 
@@ -107,6 +117,15 @@ def _step(path: str) -> tuple[CheckpointStore, int]:
     return CheckpointStore(root or "."), step
 
 
+def _chosen(store: CheckpointStore, *, best: bool) -> tuple[CheckpointStore, int]:
+    step = store.best() if best else store.latest()
+    if step is None:
+        raise CheckpointError(
+            f"no undamaged step in {store.root} has a validation loss; export a step by its directory, or use --last"
+        )
+    return store, step
+
+
 def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
     if step_of(path.rstrip("/").rpartition("/")[2]) is None:
         store = _store(path)
@@ -116,8 +135,23 @@ def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit. An error is a single line on stderr, with exit code 1."""
+    """Run a command and exit. An error is a single line on stderr, with exit code 1.
+
+    `--debug` or LOGLEVEL=DEBUG shows the traceback as well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("LOGLEVEL") == "DEBUG"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        app(arguments, prog_name="python -m checkpoints")
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        app([word for word in words if word != "--debug"], prog_name="python -m checkpoints")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
+        if debug:
+            traceback.print_exception(error)
+        line = one_line(error)
+        if not isinstance(error, CheckpointError | OSError):
+            line = f"{printable(' '.join(words))}: {type(error).__name__}: {line}; --debug shows the traceback"
+        sys.exit(f"error: {line}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from checkpoints.errors import CorruptCheckpoint
+from checkpoints.errors import CorruptCheckpoint, printable
 from checkpoints.manifest import About, Manifest
 from checkpoints.store import CheckpointStore
 
@@ -37,7 +37,7 @@ def show_steps(store: CheckpointStore, console: Console) -> None:
         table.add_row(str(step), saved, _size(manifest), *counts, "" if loss is None else f"{loss:.4f}")
     console.print(table)
     for line in damaged:
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
 
 
 def show_step(store: CheckpointStore, step: int, console: Console) -> None:
@@ -54,7 +54,7 @@ def show_step(store: CheckpointStore, step: int, console: Console) -> None:
         **dict(_values(store.values(step))),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(printable(name), printable(value))
     console.print(table)
 
 

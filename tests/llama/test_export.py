@@ -84,7 +84,7 @@ def test_the_export_of_a_checkpoint_is_the_export_of_its_model_byte_by_byte(
     config = msgspec.structs.replace(config, vocab_size=len(words))
     model = built(config).to(dtype)
     store = CheckpointStore(tmp_path / "checkpoints")
-    steps = recipe(config, dtype, words, stop_token_ids=[5])
+    steps = recipe(config, dtype, dtype, words, template=None, stop_token_ids=[5])
     store.save(1, {MODEL: dict(model.named_parameters())}, {RECIPE: steps.builtins()})
     for file_bytes, files in ((20_000, 2), (10**9, 1)):
         ours, theirs = tmp_path / f"ours{files}", tmp_path / f"theirs{files}"

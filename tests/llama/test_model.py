@@ -175,7 +175,7 @@ def test_a_cast_of_the_model_leaves_the_positions_exact() -> None:
     [
         ({"hidden_size": 33}, "hidden_size 33 must be a multiple of num_attention_heads 8"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 must be a multiple of num_key_value_heads 3"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be from 1 to 1024, not 0"),
         ({"head_dim": 5}, "head_dim 5 must be even"),
         ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0, rms_norm_eps 1e-05 between 0 and 1"),
     ],

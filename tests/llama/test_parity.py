@@ -10,7 +10,8 @@ import pytest
 import torch
 from gloo_ranks import run_ranks
 from rich.console import Console
-from tiny_llama import FAMILIES, exported, public_llama
+from tiny_llama import FAMILIES as MODELS
+from tiny_llama import exported, public_llama
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.distributed.mesh import Topology
@@ -20,6 +21,7 @@ from trainer.llama.sharding import local
 from trainer.llama.weights import load_weights
 from trainer.parity import CAPACITY, Check, compare, report
 
+FAMILIES = MODELS | {"padding token": {"pad_token_id": 3}}
 SPREAD = ["grouped heads, untied", "tied", "llama3 scaling", "qwen2", "qwen3"]
 """Families with heads for four ranks and different code; mistral computes as llama does."""
 

@@ -126,7 +126,7 @@ def test_a_resume_with_changed_settings_is_refused_with_old_and_new_value(
     config["run"]["steps"] = 4
     for table, key, value, message in (
         ("data", "capacity", 512, "data.capacity: 256 -> 512"),
-        ("run", "seed", 1, "seed: 0 -> 1"),
+        ("run", "seed", 1, "run.seed: 0 -> 1"),
         ("optimizer", "learning_rate", 1e-3, "optimizer.learning_rate: 0.01 -> 0.001"),
         ("model", "num_hidden_layers", 3, "model.num_hidden_layers: 2 -> 3"),
     ):
@@ -139,7 +139,7 @@ def test_a_longer_run_is_refused_if_the_schedule_depends_on_the_length(tmp_path:
     runs.run(tmp_path, config)
     config["run"]["steps"] = 4
     line = _fails(tmp_path, config)
-    assert "steps: 2 -> 4. Restore the settings, or give the run another name; a decay to the last step fixes" in line
+    assert "schedule.steps: 2 -> 4. Restore the settings, set schedule.steps = 2 to go on at the rate of" in line
 
 
 def test_a_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, config: dict[str, Any]) -> None:

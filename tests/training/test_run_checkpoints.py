@@ -51,7 +51,7 @@ def test_the_second_start_of_a_running_run_is_refused_by_every_rank(tmp_path: Pa
     assert "Traceback" not in second.output() + second.output(1)
     assert first.alive
     first.signal(signal.SIGTERM)
-    assert first.finish() == 0
+    assert first.finish() == 75
 
 
 def _limit(job: runs.Job, size: int) -> None:

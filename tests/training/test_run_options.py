@@ -68,7 +68,7 @@ def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
         job = runs.Job(tmp_path, changed(config, {"run": {"steps": 6}}), processes=2)
         assert job.finish() == 1
         for key, value in changes["run"].items():
-            assert f"settings.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
+            assert f"run.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
 
 
 def test_the_export_has_the_requested_dtype(plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:

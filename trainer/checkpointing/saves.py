@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch.distributed as dist
-
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
 from trainer.checkpointing.snapshot import Snapshot
 from trainer.config import TrainConfig
+from trainer.distributed.mesh import on_first_rank
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import RunLog
 
@@ -52,7 +51,7 @@ class Saves:
         with self._tolerate_save_errors():
             self.store.wait()
         with nullcontext() if last else self._tolerate_save_errors():
-            _sync(log)
+            on_first_rank(lambda: _sync(log) if log else None)
             save = self.store.save if last or not self.config.background else self.store.save_later
             save(snapshot.step, snapshot.tensors, snapshot.values, snapshot.about)
 
@@ -79,14 +78,8 @@ class Saves:
             self.display.say(f"going on without this checkpoint: {error}")
 
 
-def _sync(log: RunLog | None) -> None:
-    """Force the log to the disk; raise CheckpointError on all ranks if the writing rank cannot."""
-    failure: list[str | None] = [None]
+def _sync(log: RunLog) -> None:
     try:
-        if log:
-            log.sync()
+        log.sync()
     except OSError as error:
-        failure = [f"the metrics of the steps before this checkpoint cannot be written: {error}"]
-    dist.broadcast_object_list(failure)
-    if failure[0]:
-        raise CheckpointError(failure[0])
+        raise CheckpointError(f"the metrics of the steps before this checkpoint cannot be written: {error}") from error

@@ -8,12 +8,14 @@ A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`:
     progress            Progress
     settings            Settings, compared on a resume
     export              Recipe of the model's export
+    run_token           token of the run, equal to the token in its directory
 
 A resume on other numbers of ranks reads the streams of its own shards from the keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,44 +30,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoints import RECIPE, About, CheckpointStore, Recipe
-from sftstream import DataState, LoaderPosition, StreamState, differences
-from trainer.config import TrainConfig
+from sftstream import DataState, LoaderPosition, StreamState
+from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
-from trainer.llama.config import LlamaConfig
 from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.training.optimizer import reconfigure
 from trainer.training.progress import Progress
 
-STREAM, RNG = "data/stream/", "rng/"
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings that decide the numbers of a run; a resume needs equal settings."""
-
-    seed: int
-    model: LlamaConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    compute_dtype: str
-    weights_dtype: str = "float32"
-    compile: bool = False
-    steps: int | None = None
-    """The run's length if the schedule decays to the run's end, else None."""
-
-    @classmethod
-    def of(cls, config: TrainConfig, model: LlamaConfig, compute_dtype: torch.dtype) -> Settings:
-        """Collect the settings of a run; `compute_dtype` is the dtype that "auto" stands for."""
-        return cls(
-            seed=config.run.seed,
-            model=model,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            compute_dtype=str(compute_dtype).removeprefix("torch."),
-            weights_dtype=config.run.weights_dtype,
-            compile=config.run.compile,
-            steps=config.run.steps if config.schedule.decays_to_run_end else None,
-        )
+HEAD = "head.weight"
+STREAM, RNG, TOKEN = "data/stream/", "rng/", "run_token"
 
 
 @dataclass(frozen=True)
@@ -76,6 +50,8 @@ class RunDescription:
     topology: Topology
     recipe: Recipe | None
     """Recipe of the model's export; None on all ranks but the first."""
+    token: str | None
+    """Token of the run; None on all ranks but the first."""
     about: About | None
     """Entry in the manifest, without a validation loss; None on ranks without a loader."""
 
@@ -98,10 +74,21 @@ class Restored:
     """The state of a run in the newest checkpoint, or of a new run."""
 
     progress: Progress
+    settings: Settings
+    """Settings of the run, with the record of accepted changes."""
     data: DataState | None = None
     reseeded: bool = False
     """True if the random generators were seeded from seed, step and rank, since the topology
     changed."""
+
+    extended: bool = False
+    """True if the data was exhausted at the checkpoint and has further rows now."""
+
+    @property
+    def accepted_now(self) -> tuple[str, ...]:
+        """Changes of settings accepted by this resume."""
+        changes = self.settings.accepted or ()
+        return tuple(line for change in changes if change.step == self.progress.step for line in change.differences)
 
     @property
     def resumed(self) -> bool:
@@ -129,6 +116,7 @@ def take_snapshot(
         assert position is not None
         assert run.recipe is not None
         values[RECIPE] = run.recipe.builtins()
+        values[TOKEN] = run.token
         values["data/run"] = msgspec.to_builtins(position.run)
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(run.settings)
@@ -139,23 +127,28 @@ def take_snapshot(
 def restore(
     store: CheckpointStore,
     model: Llama,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     settings: Settings,
     topology: Topology,
     step: int,
+    accept: Sequence[str] = (),
 ) -> Restored:
     """Load the checkpoint of `step` into model, optimizer and random generators. Collective.
 
-    On a changed topology the generators are seeded from seed, step and rank. Raises ValueError if
-    the settings differ from the checkpoint's, CheckpointError if the checkpoint is damaged or does
+    On a changed topology the generators are seeded from seed, step and rank. `accept` names the
+    differences of settings to accept. Raises ValueError if further settings differ from the
+    checkpoint's, CheckpointError if the checkpoint is damaged or does
     not fit the model.
     """
     values = store.values(step)
-    _require_same(msgspec.convert(values["settings"], Settings), settings, step)
-    state = _tensors(model, optimizer)
+    saved = msgspec.convert(values["settings"], Settings)
+    settings = carry_over(saved, settings, step, accept)
+    # Version 0.1.0 saved the head also of a model with tied embeddings.
+    state = _tensors(model, optimizer, all_names=f"{MODEL}.{HEAD}" in store.manifest(step).tensors)
     store.load(step, state)
-    set_model_state_dict(model, state[MODEL])
+    set_model_state_dict(model, get_model_state_dict(model) | state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    reconfigure(optimizer, settings.optimizer)
     reseeded = store.manifest(step).about.mesh != topology.sizes or not _restore_rng(values, topology)
     if reseeded:
         torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + dist.get_rank()) % 2**63)
@@ -165,24 +158,16 @@ def restore(
         if key.startswith(STREAM)
     }
     data = DataState.parse({**values["data/run"], "streams": msgspec.to_builtins(streams, str_keys=True)})
-    return Restored(msgspec.convert(values["progress"], Progress), data, reseeded)
+    return Restored(msgspec.convert(values["progress"], Progress), settings, data, reseeded)
 
 
-def _tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _tensors(model: Llama, optimizer: torch.optim.Optimizer, *, all_names: bool = False) -> dict[str, Any]:
+    """Return the tensors by name; `all_names` adds the head that shares the embedding's tensor."""
+    weights = get_model_state_dict(model)
+    if model.config.tie_word_embeddings and not all_names:
+        del weights[HEAD]
     # get_optimizer_state_dict creates the state of a new optimizer, for a checkpoint to load into.
-    return {MODEL: get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-def _require_same(saved: Settings, now: Settings, step: int) -> None:
-    changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now), "settings")
-    if not changed:
-        return
-    longer = any(field.startswith("settings.steps: ") for field in changed)
-    reason = "; a decay to the last step fixes run.steps, unless schedule.steps is set from the start" if longer else ""
-    raise ValueError(
-        f"the checkpoint of step {step} was made with other settings (checkpoint -> now): {'; '.join(changed)}. "
-        f"Restore the settings, or give the run another name{reason}"
-    )
+    return {MODEL: weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _rng_state(topology: Topology) -> dict[str, bytes]:

@@ -7,11 +7,12 @@ for both.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Never
@@ -22,9 +23,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from checkpoints import CheckpointError, one_line, printable
 from sftstream import Shard
 
 logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, OSError, CheckpointError)
+"""Errors whose message is written for the user."""
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +60,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("tp", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+            if getattr(self, name) > 10**6:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at most {10**6}")
 
 
 @dataclass(frozen=True)
@@ -167,16 +174,52 @@ def named_dtype(name: str, device: torch.device) -> torch.dtype:
     return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def print_error(error: Exception) -> int:
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Call `work` on rank 0. Collective.
+
+    Raises CheckpointError on all ranks if `work` raises CheckpointError or OSError.
+    """
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (CheckpointError, OSError) as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise CheckpointError(failure[0])
+
+
+def print_error(error: BaseException, subject: str) -> int:
     """Print an error in one line, once for all ranks, and return the exit code 1.
 
-    Rank 0 prints at once and exits; torchrun then ends the other ranks during their pause of 3 s.
+    An error outside of `USER_ERRORS` comes from a library: its line names `subject`, such as the
+    config. Rank 0 prints at once and exits; torchrun then ends the other ranks during their pause
+    of 3 s.
     """
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    logger.debug("traceback of the error", exc_info=error)  # shown with LOGLEVEL=DEBUG
+    line = one_line(error)
+    if not isinstance(error, USER_ERRORS):
+        line = f"{printable(subject)}: {type(error).__name__}: {line}; --debug or LOGLEVEL=DEBUG shows the traceback"
+    print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    logger.debug("traceback of the error", exc_info=error)
     return 1
+
+
+def prepare_output(*, debug: bool) -> None:
+    """Set up logging, and UTF-8 on stdout and stderr in any locale.
+
+    `debug` shows the tracebacks behind errors; `LOGLEVEL=DEBUG`, torchrun's own variable, shows
+    every library's messages as well.
+    """
+    level = os.environ.get("LOGLEVEL", "WARNING")
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if debug:
+        logger.setLevel(logging.DEBUG)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def exit_process(code: int) -> Never:

@@ -71,8 +71,10 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST[name]:
+                raise ValueError(f"{name} must be from 1 to {_MOST[name]}, not {getattr(self, name)}")
+        if self.head_dim is not None and self.head_dim > _MOST_CHANNELS:
+            raise ValueError(f"head_dim must be at most {_MOST_CHANNELS}, not {self.head_dim}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
@@ -125,3 +127,14 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 _SIZES = tuple(field.name for field in msgspec.structs.fields(LlamaConfig) if field.type is int)
 """Names of the integer fields, each at least 1."""
+
+_MOST_CHANNELS = 2**14
+_MOST = dict.fromkeys(_SIZES, 2**20) | {
+    "vocab_size": 2**24,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "max_position_embeddings": 2**40,
+}
+"""Largest value of each integer field, far above published models: a layer of larger matrices
+cannot be stored, and each block takes a moment to build."""

@@ -25,6 +25,8 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    chat_template: Any
+    """Text of the chat template, a dict of named texts, or None."""
 
     def save_pretrained(self, save_directory: StrPath) -> Any:
         """Write the tokenizer's files into a directory."""
@@ -37,6 +39,7 @@ def export(
     out_dir: StrPath,
     tokenizer: Tokenizer | None = None,
     *,
+    template: str | None = None,
     stop_token_ids: Iterable[int] = (),
     init_from: StrPath | None = None,
     dtype: torch.dtype | None = None,
@@ -52,6 +55,8 @@ def export(
         config: The shape of the model, for `config.json`.
         out_dir: The directory to make, or an older export to replace.
         tokenizer: Tokenizer to write beside the weights, with ids for the configs.
+        template: Text of the chat template that the model was trained with, written in place of the
+            tokenizer's own. None keeps the tokenizer's own.
         stop_token_ids: Further tokens that end a generation, besides the end token of the
             tokenizer.
         init_from: Directory of the starting weights. The generation settings are kept.
@@ -66,7 +71,7 @@ def export(
     if not dist.is_initialized() or dist.get_rank() == 0:
         require_replaceable(out_dir := Path(out_dir))
         specs = {name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes(model).items()}
-        files = config_files(config, dtype, tokenizer, stop_token_ids, init_from)
+        files = config_files(config, dtype, tokenizer, template, stop_token_ids, init_from)
         write_model(out_dir, specs, tensors, files, file_bytes=file_bytes, replace=True)
     else:
         for _ in tensors:
@@ -85,14 +90,17 @@ def config_files(
     config: LlamaConfig,
     dtype: torch.dtype,
     tokenizer: Tokenizer | None,
+    template: str | None,
     stop_token_ids: Iterable[int],
     init_from: StrPath | None,
 ) -> dict[str, bytes]:
     """Return the files of a model directory besides the weights, by relative path.
 
+    `template` replaces all chat templates of the tokenizer; None keeps them.
+
     Raises ValueError if `generation_config.json` in `init_from` is broken.
     """
-    files = {} if tokenizer is None else _tokenizer_files(tokenizer)
+    files = {} if tokenizer is None else _tokenizer_files(tokenizer, template)
     generation = _generation(init_from, tokenizer, stop_token_ids)
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["config.json"] = _json(write_config(config, dtype) | ids)
@@ -100,11 +108,17 @@ def config_files(
     return dict(sorted(files.items()))
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        paths = [path for path in Path(directory).rglob("*") if path.is_file()]
-        return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+def _tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes]:
+    before = tokenizer.chat_template
+    if template is not None:
+        tokenizer.chat_template = template
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save_pretrained(directory)
+            paths = [path for path in Path(directory).rglob("*") if path.is_file()]
+            return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+    finally:
+        tokenizer.chat_template = before
 
 
 def _generation(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
+from msgspec import UNSET
 
 from checkpoints import Recipe, Rows
 from trainer.llama.config import LlamaConfig
 from trainer.llama.export import Tokenizer, config_files
 from trainer.llama.hf_config import StrPath
 from trainer.llama.weights import layout
+
+_NAMES: dict[torch.dtype, Literal["F32", "BF16"]] = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 MODEL = "model"
 """The key of the parameters in the state of a checkpoint."""
@@ -19,11 +23,13 @@ MODEL = "model"
 def recipe(
     config: LlamaConfig,
     dtype: torch.dtype,
+    export_dtype: torch.dtype,
     tokenizer: Tokenizer,
+    template: str | None,
     stop_token_ids: Iterable[int],
     init_from: StrPath | None = None,
 ) -> Recipe:
-    """Return the recipe for the export of a checkpoint with parameters of `dtype`.
+    """Return the recipe to export a checkpoint with parameters of `dtype` as `export_dtype`.
 
     The exported files equal the files of `trainer.llama.export.export` for the model.
     """
@@ -33,4 +39,5 @@ def recipe(
         for piece in pieces:
             tensors.setdefault(piece.tensor, []).append(Rows(f"{MODEL}.{name}", start, piece.rows))
             start += piece.rows
-    return Recipe(tensors, config_files(config, dtype, tokenizer, stop_token_ids, init_from))
+    files = config_files(config, export_dtype, tokenizer, template, stop_token_ids, init_from)
+    return Recipe(tensors, files, UNSET if export_dtype == dtype else _NAMES[export_dtype])

@@ -123,11 +123,15 @@ def opened(directory: Path) -> Iterator[dict[str, Any]]:
     Raises ValueError if a file or the index is missing or damaged.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in _weight_files(directory)]
+        files = [stack.enter_context(_opened(path)) for path in weight_files(directory)]
         yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """Return the paths of the safetensors files of a model directory, sorted by name.
+
+    Raises ValueError if the index is damaged or names a file outside of the directory.
+    """
     index = directory / INDEX
     if not index.exists():
         return [directory / "model.safetensors"]

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from checkpoints import printable
 from trainer.reporting.metrics import StepMetrics
 
 SECONDS_BETWEEN_LINES = 10
@@ -42,7 +43,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a lasting line, above the live line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, metrics: StepMetrics, share: float | None, *, last: bool) -> None:
         """Show a finished step. `share` is the finished part of the run in [0, 1], None if unknown.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -35,10 +35,27 @@ def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str
 def progress_messages(progress: Progress, *, complete: bool) -> list[str]:
     """Return a line with the step from which a run continues, or [] for a new run."""
     if complete:
-        return [f"finished after step {progress.step}; give it another run.name to train again"]
+        return [
+            f"finished after step {progress.step}; raise run.steps or run.epochs to train on, or give another run.name"
+        ]
     if progress.step:
         return [f"resuming after step {progress.step}, {progress.rows:,} conversations in"]
     return []
+
+
+def change_messages(changes: Sequence[str], next_step: int, rate: float) -> list[str]:
+    """Return a line about settings changed at a resume, with the rate of the next step, or []."""
+    if not changes:
+        return []
+    return [f"accepted: {'; '.join(changes)}; the learning rate of step {next_step} is {rate:.3g}"]
+
+
+def extension_message(progress: Progress, rate: float) -> str:
+    """Return the line of a finished run with further data: its packs and its learning rate."""
+    return (
+        f"the data goes on after its end at step {progress.step}: each row is trained once in each new epoch, in packs that "
+        f"may differ from those of a run begun with more data; the learning rate goes on at {rate:.3g}"
+    )
 
 
 def refusals_message(refused: Counter[str], rows: int) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from sftstream import identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
 from trainer.llama.blocks import prepare_blocks
@@ -13,7 +16,7 @@ from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.init import init_weights
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
-from trainer.llama.weights import load_weights
+from trainer.llama.weights import load_weights, weight_files
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,23 @@ class ModelSource:
     shape: LlamaConfig
     init_from: Path | None
     """Hugging Face directory of the first weights; None for random weights."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the first weights, wherever they lie: "random", or 64 hexadecimal characters.
+
+        Files above 256 MiB are sampled, as sources are. Raises ValueError if a file is missing.
+        """
+        if self.init_from is None:
+            return "random"
+        digest = hashlib.sha256()
+        for path in weight_files(self.init_from):
+            try:
+                identity = identify_file(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}; restore model.init_from") from None
+            digest.update(f"{identity.name} {identity.size} {identity.sha256}\n".encode())
+        return digest.hexdigest()
 
 
 def find_source(config: ModelConfig) -> ModelSource:

@@ -71,6 +71,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if self.warmup < 0 or not 0 <= self.minimum <= 1:
             raise ValueError(f"warmup {self.warmup} must be 0 or more, and minimum {self.minimum} must lie in [0, 1]")
+        if max(self.warmup, self.steps or 0) > 10**12:
+            raise ValueError(f"warmup {self.warmup} and steps {self.steps} must be at most {10**12}")
         if self.steps is not None and self.steps <= self.warmup:
             raise ValueError(
                 f"steps {self.steps} must exceed warmup {self.warmup}, since the decay follows the warm-up"
@@ -79,6 +81,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(
                 f'steps {self.steps} has no meaning with over = "data"; remove steps, or set over = "steps"'
             )
+
+    @property
+    def decays_over_data(self) -> bool:
+        """True if the rates depend on the share of the data read."""
+        return self.kind != "constant" and self.over == "data"
 
     @property
     def decays_to_run_end(self) -> bool:
@@ -106,6 +113,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def reconfigure(optimizer: torch.optim.AdamW, config: OptimizerConfig) -> None:
+    """Set the options of `config` on an optimizer whose state came from a checkpoint."""
+    for group in optimizer.param_groups:
+        decays = any(p.ndim > 1 for p in group["params"])
+        group["betas"], group["eps"] = config.betas, config.eps
+        group["weight_decay"] = config.weight_decay if decays else 0.0
 
 
 def learning_rate(

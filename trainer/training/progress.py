@@ -35,7 +35,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise ValueError(
                 f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; lower "
-                "optimizer.learning_rate, or inspect the step's conversations; the same command repeats the step"
+                'optimizer.learning_rate, and once there is a checkpoint, set run.accept_changed = ["optimizer"] as well'
             )
         return Progress(
             step=step,
@@ -53,9 +53,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     def share(self, total_rows: int | None, steps: int | None) -> float | None:
         """Return the finished part of the run in [0, 1].
 
-        Counts rows out of `total_rows` if known, else steps out of `steps` (`run.steps`). Returns
-        None if both are None.
+        Counts rows out of `total_rows` and steps out of `steps` (`run.steps`), and returns the
+        larger part, since the run ends at the earlier end. Returns None if both are None.
         """
-        if total_rows:
-            return self.rows / total_rows
-        return min(1.0, self.step / steps) if steps else None
+        parts = [done / total for done, total in ((self.rows, total_rows), (self.step, steps)) if total]
+        return min(1.0, max(parts)) if parts else None

@@ -1,25 +1,35 @@
-"""Stop a run early, by SIGINT (Ctrl-C) or SIGTERM (a scheduler)."""
+"""Stop a run early: by SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (a scheduler), or after a time."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to stop."""
+
 
 class StopRequest:
-    """A context that turns SIGINT and SIGTERM into `asked`, read after each step.
+    """A context that turns SIGINT, SIGTERM and SIGUSR1 into `asked`, read after each step.
 
-    Repeated signals are harmless: a Ctrl-C reaches a rank from the terminal and again from
-    torchrun.
+    `seconds` after construction the run is asked as well; infinity asks never. Repeated signals are
+    harmless: a Ctrl-C reaches a rank from the terminal and again from torchrun.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._signalled = False
         self._before: dict[int, Any] = {}
 
+    @property
+    def asked(self) -> bool:
+        """True once the run shall stop."""
+        return self._signalled or time.monotonic() >= self._deadline
+
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -27,4 +37,4 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+        self._signalled = True

@@ -82,7 +82,10 @@ class Validation:
             return None
         loss = self._loss(model)
         if not math.isfinite(loss):
-            raise ValueError(f"step {step}: the validation loss is {loss}; lower optimizer.learning_rate")
+            raise ValueError(
+                f"step {step}: the validation loss is {loss}; lower optimizer.learning_rate, and once there is a "
+                'checkpoint, set run.accept_changed = ["optimizer"] as well'
+            )
         return loss
 
     @torch.no_grad()

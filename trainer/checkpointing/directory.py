@@ -1,0 +1,126 @@
+"""Let a single run at a time use `runs/<name>`, and replace no files of another run.
+
+`run.json` in the directory holds the token of the run and the configured root of its checkpoints.
+Every checkpoint holds the token as well, so that a run and its directory recognize each other.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from checkpoints import CheckpointError, Lock
+from trainer.config import TrainConfig
+from trainer.distributed.mesh import on_first_rank
+
+OWNER, STOPPED = "run.json", "stopped"
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `run.json`."""
+
+    token: str
+    """32 hexadecimal characters, drawn at the first start of the run."""
+    checkpoints: str | None
+    """Absolute path or URL of `checkpoint.root`; None for `checkpoints` in the run's directory."""
+
+
+class RunDirectory:
+    """The directory of a run. Only rank 0 calls the methods that write."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = config.run.directory
+        self._export = config.run.export_directory
+        root = config.checkpoint.root
+        self._checkpoints = root if root is None or "://" in root else str(Path(root).absolute())
+
+    def own(self, saved_token: str | None, *, resumes: bool) -> str:
+        """Return the run's token, after writing it to `run.json`.
+
+        `resumes` is True if the root of checkpoints holds a step, `saved_token` the token in that
+        step (None in steps of version 0.1.0). Raises CheckpointError if the directory holds lines
+        or an export of a run that does not continue here.
+        """
+        owner = self._owner()
+        if self._occupied and not self._continues(owner, saved_token, resumes):
+            raise CheckpointError(
+                f"{self.path} holds metrics.jsonl or an export of a run that does not continue from these checkpoints; give "
+                "this run another run.name, or move the directory away"
+            )
+        token = saved_token or (owner.token if owner else secrets.token_hex(16))
+        now = Owner(token=token, checkpoints=self._checkpoints)
+        if now != owner:
+            self._write(now)
+        return token
+
+    @property
+    def stopped(self) -> bool:
+        """True if the last run in the directory was asked to stop."""
+        return (self.path / STOPPED).exists()
+
+    def mark_stopped(self, stopped: bool) -> None:
+        """Leave or delete a file that ends workers started again by torchrun after a stop."""
+        if stopped:
+            (self.path / STOPPED).touch()
+        else:
+            (self.path / STOPPED).unlink(missing_ok=True)
+
+    def _continues(self, owner: Owner | None, saved_token: str | None, resumes: bool) -> bool:
+        if resumes and saved_token is not None:
+            return owner is not None and owner.token == saved_token
+        if resumes:
+            return owner is None or owner.checkpoints == self._checkpoints
+        # Killed before the first checkpoint; a finished run without checkpoints has an export.
+        return owner is not None and owner.checkpoints == self._checkpoints and not self._has_export
+
+    @property
+    def _occupied(self) -> bool:
+        metrics = self.path / "metrics.jsonl"
+        return self._has_export or (metrics.exists() and metrics.stat().st_size > 0)
+
+    @property
+    def _has_export(self) -> bool:
+        return (self._export / "config.json").exists()
+
+    def _owner(self) -> Owner | None:
+        path = self.path / OWNER
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Owner)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError as error:
+            raise CheckpointError(f"{path} was not written by a run: {error}; move {self.path} away") from error
+
+    def _write(self, owner: Owner) -> None:
+        aside = self.path / f".{OWNER}.{os.getpid()}"
+        aside.write_bytes(msgspec.json.encode(owner) + b"\n")
+        os.replace(aside, self.path / OWNER)
+
+
+@contextmanager
+def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
+    """Hold the lock of a run's directory on rank 0. Collective.
+
+    Raises CheckpointError on all ranks if another run holds the lock.
+    """
+    lock = Lock(directory.path / ".lock")
+
+    def take() -> None:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        lock.take()
+
+    on_first_rank(take)
+    try:
+        yield directory
+    finally:
+        lock.release()
+
+
+def ends_restarted_worker(directory: RunDirectory) -> bool:
+    """Return True in a worker that torchrun started again although the run was asked to stop."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and directory.stopped
