@@ -10,11 +10,20 @@ import msgspec
 
 from sftstream.records import Refused
 from sftstream.rendering.markers import locate
-from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage, bounded_memory
-from sftstream.rendering.turns import ANSWER, CALLED, RESULT, SAID, TOOL, USER, TurnFormat, probe_turn_format
+from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded_memory
+from sftstream.rendering.turns import (
+    ANSWER,
+    CALLED,
+    RESULT,
+    SAID,
+    SYSTEM,
+    THOUGHT,
+    TOOL,
+    USER,
+    TurnFormat,
+    probe_turn_format,
+)
 
-SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
-THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
 INLINE: TemplateMessage = {"role": "assistant", "content": "<think>\nZq thought Zq\n</think>\n\n" + SAID}
 SPACED: TemplateMessage = {"role": "user", "content": "  Zq asked Zq\n"}
 
