@@ -138,7 +138,7 @@ HEADERS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start\|>|<\|START_OF_TURN_TOKEN\|>|<\|header_start\|>"
     r"|<\|start_of_role\|>|<｜User｜>|<｜Assistant｜>|<\|im_(?:user|assistant|system)\|>|<\|(?:user|assistant|system|observation)\|>"
     r"|\[INST\]|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[/INST\]|<\|(?:user|system|developer|assistant)_start\|>"
-    r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|<\|role_sep\|>|<(?:user|assistant|system|tool_response)>\n"
+    r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|(?:assistant|user|system|function result)<\|role_sep\|>|<(?:user|assistant|system|tool_response)>\n"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
 )
 """Texts that begin a message in some family of templates."""
@@ -203,7 +203,10 @@ def _judge(encoder: ChatEncoder, template: str, shape: str) -> tuple[str, str]:
         trained = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
         if trained != "".join(text.text[start:end] for start, end in spans):
             return "wrong", f"tokens {trained!r} of {[text.text[a:b] for a, b in spans]}"
-        if len(rendered.texts) == 1 and (fault := oracle.fault(text.text, spans)):
+        fault = oracle.fault(text.text, spans) if len(examples) == 1 else "one of several"
+        if fault and encoder.policy.history == "per_turn":
+            fault = oracle.part_fault(text.text, spans)
+        if fault:
             return "wrong", f"{fault}: {[text.text[a:b] for a, b in spans]} of ...{text.text[-500:]!r}"
     return "right", ""
 
@@ -214,16 +217,14 @@ class Oracle:
     def __init__(self, encoder: ChatEncoder, template: str, messages: Messages, tools: Any) -> None:
         self.encoder, self.template, self.messages, self.tools = encoder, template, messages, tools
         self.policy = encoder.policy
+        self.only: int | None = None
+        """Index of the only trained message; None: all of the policy's roles."""
         self.parts = False
-        self.text = self._render(messages)
-        said = sum(bool(m["content"].strip()) for m in messages)
-        if said and (self.text is None or len(WORD.findall(self.text)) < said):
+        asked = conversation("u a")[0]
+        if not WORD.search(self._render(asked) or ""):
             self.parts = True
-            by_parts = self._render(messages)
-            if by_parts is not None and (self.text is None or len(WORD.findall(self.text)) == 0):
-                self.text = by_parts
-            else:
-                self.parts = False
+            self.parts = bool(WORD.search(self._render(asked) or ""))
+        self.text = self._render(messages)
 
     def _render(self, messages: Messages, *, prompt: bool = False) -> str | None:
         messages = copy.deepcopy(messages)
@@ -248,10 +249,16 @@ class Oracle:
         printed = [m[0] for m in WORD.finditer(self.text)]
         order = [int(m[2]) for m in WORD.finditer(self.text)]
         wanted = [word for message in self.messages for word in words(message)]
+        names = sum(len(message.get("tool_calls", ())) for message in self.messages)
+        silent = self._render([{k: v for k, v in m.items() if k != "tool_calls"} for m in self.messages])
+        if names and silent is not None and self.text.count("get_") < silent.count("get_") + names:
+            return False
         trained = any(self._is_trained(message) and words(message) for message in self.messages)
         return sorted(printed) == sorted(wanted) and order == sorted(order) and trained
 
     def _is_trained(self, message: dict[str, Any]) -> bool:
+        if self.only is not None and message is not self.messages[self.only]:
+            return False
         return "all" in self.policy.train_on or message["role"] in self.policy.train_on
 
     def fault(self, text: str, spans: Sequence[tuple[int, int]]) -> str | None:
@@ -283,6 +290,15 @@ class Oracle:
             if fault := self._span_fault(text, start, end, owner):
                 return fault
         return None
+
+    def part_fault(self, text: str, spans: Sequence[tuple[int, int]]) -> str | None:
+        """Return what is wrong with the text of a single trained message and the messages before."""
+        for count in range(1, len(self.messages) + 1):
+            if self._render(self.messages[:count]) == text and self._is_trained(self.messages[count - 1]):
+                part = copy.copy(self)
+                part.messages, part.text, part.only = self.messages[:count], text, count - 1
+                return part.fault(text, spans)
+        return "another text"
 
     def _left_out(self, message: dict[str, Any], kind: str) -> bool:
         is_call = kind in "abde" and bool(message.get("tool_calls"))

@@ -81,6 +81,22 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     )
 
 
+def reading_content(template: ChatTemplate) -> ChatTemplate:
+    """Return the template, or its copy with content as parts if only the copy prints a content."""
+    with bounded_memory():
+        for candidate in (template, template.with_content_as_parts()):
+            for tools in ((), (TOOL,)):
+                try:
+                    text = candidate.render([USER, ANSWER], tools)
+                except Refused as refused:
+                    if refused.reason == "template takes too long":
+                        return template
+                    continue
+                if SAID in text and USER["content"] in text:
+                    return candidate
+    return template
+
+
 def _judge(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> str:
     """Return the verdict on a shape, as in `TemplateReport.shapes`."""
     try:

@@ -248,14 +248,25 @@ class _TurnSearch:
         shown = role_marker in tail if role_marker else index > 0
         following = self._text[before:]
         if following.startswith(tail) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
-            reach = len(tail) if len(tail) <= len(gap) or _opens_thought(tail[len(gap) :]) else len(gap)
-            return _Start(reach) if self._is_said(gap[reach:], empty=empty) else None
-        common = _common_prefix(gap, tail)
-        if not empty and (len(common) == len(gap) or tail.endswith(gap[len(common) :])):
-            return _Start(len(gap))
-        cut = _cut(common, tail, self._control)
-        needed = tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)
-        return _Start(cut) if cut >= needed and self._is_said(gap[cut:], empty=empty) else None
+            start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(following, gap, tail)
+        elif not empty and _is_within(gap, tail):
+            start = self._thought_in_message(following, gap, tail)
+        else:
+            cut = len(_cut_prefix(gap, tail, self._control))
+            if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
+                return None
+            start = cut + _shared_end(gap[cut:], tail[cut:])
+        return _Start(start) if self._is_said(gap[start:], empty=empty) else None
+
+    def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
+        """Return the end of the gap, or of a thought's tag behind that prompt and message both print.
+
+        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn starts at
+        `hm`, as it does for a template that prints the tag and a reasoning.
+        """
+        if tail.startswith(gap) and _opens_thought(tail[len(gap) :]):
+            return max(len(gap), len(_cut_prefix(following, tail, self._control)))
+        return len(gap)
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:
         """Return True unless the text before the message's own text holds a role marker."""
@@ -273,11 +284,12 @@ class _TurnSearch:
     def _start_without_header(self, index: int, gap: str) -> _Start | None:
         """Return the start of a message that the template prints without a header.
 
-        The evidence: the gap is the template's text without the message, then text that the
-        template prints behind the header if the message answers a question.
+        The evidence: the gap is text of the generation prompt, then text that the template prints
+        behind the header if the message answers a question.
         """
+        tail = self._tail(self._messages[:index], prompt=True)
         plain = self._tail(self._messages[:index], prompt=False)
-        if not index or not plain or not gap.startswith(plain) or self._messages[index - 1]["role"] != "tool":
+        if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
         try:
@@ -295,7 +307,8 @@ class _TurnSearch:
         except Refused:
             return None
         lead = located.text[turn.span.start : turn.payloads[0].start] if turn.payloads else ""
-        return _Start(len(plain), by_comparison=True) if gap == plain + lead else None
+        start = len(gap) - len(lead)
+        return _Start(start, by_comparison=True) if gap.endswith(lead) and _is_within(gap[:start], tail) else None
 
     def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
         """Return the rendered text behind the last payload of the messages; None if refused."""
@@ -501,6 +514,21 @@ _TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 def _common_prefix(left: str, right: str) -> str:
     lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return left[: next(lengths, min(len(left), len(right)))]
+
+
+def _is_within(gap: str, tail: str) -> bool:
+    """Return True if `gap` is `tail`, or `tail` without its end or a middle part."""
+    common = len(_common_prefix(gap, tail))
+    return len(gap) <= len(tail) and tail.endswith(gap[common:])
+
+
+def _shared_end(lead: str, tail: str) -> int:
+    """Return the length of the longest end of `tail` that begins `lead`, from a tag on.
+
+    `tail` "<think></think>" and `lead` "</think>call" share "</think>".
+    """
+    ends = (tail[match.start() :] for match in _TAG.finditer(tail))
+    return next((len(end) for end in ends if lead.startswith(end)), 0)
 
 
 def _cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
