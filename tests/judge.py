@@ -403,7 +403,7 @@ def main() -> None:
             print(f"accepted {accepted_share(cases):.2%} of the conversations printed whole")
         for case in cases:
             if case.verdict in arguments.show.split(","):
-                print(f"{case.verdict}: {case.template} [{case.shape}] {case.detail[:arguments.width]}")
+                print(f"{case.verdict}: {case.template} [{case.shape}] {case.detail[: arguments.width]}")
         everything += cases
     sys.exit(any(case.verdict in ("wrong", "crash") for case in everything))
 

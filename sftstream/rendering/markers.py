@@ -120,7 +120,7 @@ def _is_blank(message: TemplateMessage) -> bool:
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
     """Part a content printed unchanged into its `<think>...</think>` and the rest.
 
-        "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
+    "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
     """
     printed = text[payload.start : payload.end]
     thought = _THOUGHT.fullmatch(printed) if payload.kind == "content" and "</think>" in printed else None

@@ -31,7 +31,9 @@ def rendered(
     spans: list[Span] = []
     for index in trained_messages(messages, policy):
         turn = by_message.get(index)
-        message_spans = _turn_spans(turn, policy) if turn else _payload_spans(index, messages[index], located, turn_format)
+        message_spans = (
+            _turn_spans(turn, policy) if turn else _payload_spans(index, messages[index], located, turn_format)
+        )
         _refuse_foreign_text(message_spans, index, located.payloads)
         spans += message_spans
     spans = sorted(span for span in spans if span.start < span.end)

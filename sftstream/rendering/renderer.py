@@ -76,7 +76,8 @@ class Renderer:
             return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
             raise Refused(
-                "history rewritten", "text before a trained message is printed differently once the conversation goes on"
+                "history rewritten",
+                "text before a trained message is printed differently once the conversation goes on",
             )
         texts = (*earlier, *map(self.render, last))
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))

@@ -98,19 +98,21 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
             "nothing ends an assistant's turn in this chat template, so a model could not learn to stop; "
             "use another template"
         )
+    open_end = at_end is not None and not _contains(at_end, stops)
     call_stops = _stops(
         _text_after(template, [USER, CALLED]),
         _text_after(template, [USER, CALLED, RESULT]),
         control,
         openers | _texts_between_calls(template, control),
         turn_stops=stops,
+        by_next_role=open_end,
     )
     return TurnFormat(
         prompt=prompt,
         role_marker=role_marker,
         stops=tuple(sorted(stops)),
         call_stops=tuple(sorted(call_stops)),
-        open_end=at_end is not None and not _contains(at_end, stops),
+        open_end=open_end,
     )
 
 
@@ -130,7 +132,7 @@ def find_turns(
     evidence; without, each prompt is rendered for comparison. The turns are equal either way. An
     empty message without a header or a stop of its own has no turn.
     """
-    search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut)
+    search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -164,7 +166,9 @@ class _TurnSearch:
         messages: Sequence[TemplateMessage],
         tools: Sequence[Any],
         located: Located,
+        *,
         shortcut: bool,
+        compare: bool = True,
     ) -> None:
         self._template = template
         self._format = turn_format
@@ -175,6 +179,7 @@ class _TurnSearch:
         self._payloads = located.payloads
         self._fill_blanks = located.fill_blanks
         self._shortcut = shortcut
+        self._compare = compare
 
     def has_payload(self, index: int) -> bool:
         """Return True if a text of message `index` is printed."""
@@ -223,7 +228,7 @@ class _TurnSearch:
         start = self._start_by_prompt(index, before, gap, empty=empty)
         if start is None and (at := self._start_by_role_marker(gap)) is not None:
             start = _Start(at)
-        if start is None and not empty:
+        if start is None and not empty and self._compare:
             start = self._start_without_header(index, gap)
         if start is None:
             missing = repr(role_marker) if role_marker else "the template's text before an assistant message"
@@ -292,17 +297,10 @@ class _TurnSearch:
         if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
+        control, options = [*asked, self._messages[index]], {"shortcut": self._shortcut, "compare": False}
         try:
-            located = locate(self._template, [*asked, self._messages[index]], self._tools)
-            search = _TurnSearch(
-                self._template,
-                self._format,
-                self._control,
-                [*asked, self._messages[index]],
-                self._tools,
-                located,
-                self._shortcut,
-            )
+            located = locate(self._template, control, self._tools)
+            search = _TurnSearch(self._template, self._format, self._control, control, self._tools, located, **options)
             turn = search.turn(1, 0)
         except Refused:
             return None
@@ -385,7 +383,8 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     if prompted.startswith(plain):
         return prompted[len(plain) :]
     # Some templates close a conversation without a prompt (Phi): the prompt begins before that end.
-    return prompted[_cut(_common_prefix(plain, prompted), prompted, control) :]
+    asked = prompted.rfind(USER["content"]) + len(USER["content"])
+    return prompted[max(asked, _cut(_common_prefix(plain, prompted), prompted, control)) :]
 
 
 def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
@@ -396,7 +395,9 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""
-    printed = [len(_cut_prefix(gap, tail, control)) for answer in answers if (gap := _gap(template, answer)) is not None]
+    printed = [
+        len(_cut_prefix(gap, tail, control)) for answer in answers if (gap := _gap(template, answer)) is not None
+    ]
     if not prompt:
         others = [_gap(template, [USER, USER]), _gap(template, [USER, SYSTEM])]
         shared = [_common_prefix(tail, other) for other in others if other is not None]
@@ -435,7 +436,7 @@ def _probe_openers(
     except Refused:
         text = ""
     head = text.split(USER["content"])[0]
-    openers += [match[0] for match in token.finditer(head) if text.count(match[0]) > 2][:1]
+    openers += [match[0] for match in token.finditer(head) if text.count(match[0]) > 1][:1]
     ends = token.match((at_end or "").lstrip())
     return frozenset(openers) - {ends[0] if ends else ""}
 
@@ -471,6 +472,8 @@ def _stops(
     control: re.Pattern[str],
     other: frozenset[str],
     turn_stops: Iterable[str] = (),
+    *,
+    by_next_role: bool = True,
 ) -> frozenset[str]:
     """Return the texts that end a turn.
 
@@ -478,7 +481,8 @@ def _stops(
     before another message. The result is the last special token of the common beginning, before
     any text of `other`; without special tokens, the common beginning; without a common beginning,
     the first special token of each text. `turn_stops` asks for additional stops of tool calls: none
-    if a text already contains a turn stop.
+    if a text already contains a turn stop. `by_next_role` allows the first token of the next message
+    as a stop.
 
         at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
     """
@@ -493,6 +497,8 @@ def _stops(
         return frozenset([tokens[-1]])
     if common.strip() and not turn_stops:
         return frozenset([common.strip()])
+    if len(texts) == 2 and not by_next_role:
+        return frozenset()
     firsts = (_first_token(text, control, other if turn_stops else (), tags=not turn_stops) for text in texts)
     return frozenset(token for token in firsts if token)
 
