@@ -138,7 +138,8 @@ HEADERS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start\|>|<\|START_OF_TURN_TOKEN\|>|<\|header_start\|>"
     r"|<\|start_of_role\|>|<｜User｜>|<｜Assistant｜>|<\|im_(?:user|assistant|system)\|>|<\|(?:user|assistant|system|observation)\|>"
     r"|\[INST\]|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[/INST\]|<\|(?:user|system|developer|assistant)_start\|>"
-    r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|(?:assistant|user|system|function result)<\|role_sep\|>|<(?:user|assistant|system|tool_response)>\n"
+    r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|(?:assistant|user|system|function result)<\|role_sep\|>"
+    r"|<(?:user|assistant|system|tool_response)>\n"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
 )
 """Texts that begin a message in some family of templates."""
@@ -196,7 +197,7 @@ def _judge(encoder: ChatEncoder, template: str, shape: str) -> tuple[str, str]:
         if oracle.text is None:
             return "raises", str(refused)
         return ("lossless" if oracle.lossless() else "refused"), str(refused)
-    except Exception as error:  # noqa: BLE001: a crash is a verdict
+    except Exception as error:  # noqa: BLE001 (a crash is a verdict)
         return "crash", f"{type(error).__name__}: {error}"
     for text, example in zip(rendered.texts, examples, strict=True):
         spans = [(span.start, span.end) for span in text.spans]
@@ -239,7 +240,7 @@ class Oracle:
                 add_generation_prompt=prompt,
                 date_string=date.today().strftime("%d %b %Y"),
             )
-        except Exception:  # noqa: BLE001: a template may raise anything
+        except Exception:  # noqa: BLE001 (a template may raise anything)
             return None
         return text
 
