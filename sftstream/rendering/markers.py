@@ -17,16 +17,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from sftstream.excerpt import excerpt
 from sftstream.records import REASONING_KEYS, Refused
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
-MARK = re.compile(r"ZqM(\d{1,9})x([012])x(\d{1,9})([be])Zq")
-"""A marker: message, index of the kind, payload number, b(egin) or e(nd).
+PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
+"""Beginnings of markers; a conversation is marked with the first beginning absent from its texts.
 
-Letters and digits pass through JSON and `trim` unchanged.
+A marker is the beginning, the message, the index of the kind, the payload number, and b(egin) or
+e(nd). Letters and digits pass through JSON and `trim` unchanged.
 """
 
 KINDS = ("reasoning", "content", "call")
@@ -54,10 +56,12 @@ class Located(NamedTuple):
     payloads: list[Payload]
     dropped: list[tuple[int, str, str]]
     """Unprinted payloads as (message, kind, text)."""
+    fill_blanks: bool = False
+    """True if blank messages are among the payloads, with empty text."""
 
 
-PayloadTexts = dict[tuple[int, int, int], str]
-"""Payload texts by (message, index of the kind, number)."""
+Key = tuple[int, int, int]
+"""A payload by message, index of the kind, and number."""
 
 
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
@@ -68,7 +72,7 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
     if unsplit is not None and not unsplit.dropped:
-        return unsplit
+        return unsplit._replace(payloads=[part for p in unsplit.payloads for part in _part_thought(p, text, messages)])
     # Some templates split `<think>...</think>` off the content: mark thought and rest separately.
     split = _locate(template, text, messages, tools, split_thoughts=True)
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
@@ -88,19 +92,43 @@ def _locate(
     split_thoughts: bool,
 ) -> Located | None:
     """Render with markers; return None if the text without markers differs from `text`."""
-    payload_texts: PayloadTexts = {}
-    marked = [_mark_message(index, message, payload_texts, split_thoughts) for index, message in enumerate(messages)]
-    unmarked, printed = _unmark(template.render(marked, tools))
-    if unmarked != text:
+    # A marked blank message shows its place; templates that ask whether a message is blank then print other text.
+    for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
+        marking = Marking(messages, tools, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
+        unmarked, printed = marking.remove(template.render(marking.mark(messages), tools))
+        if unmarked == text:
+            break
+    else:
         return None
     for payload, key in printed:
-        _check_verbatim(text[payload.start : payload.end], payload_texts[key], payload)
+        _check_verbatim(text[payload.start : payload.end], marking.texts[key], payload)
     printed_keys = {key for _, key in printed}
     dropped = [
-        (key[0], KINDS[key[1]], payload_text) for key, payload_text in payload_texts.items() if key not in printed_keys
+        (key[0], KINDS[key[1]], payload_text)
+        for key, payload_text in marking.texts.items()
+        if key not in printed_keys and payload_text
     ]
     payloads = [_include_tag(payload, text, messages) if split_thoughts else payload for payload, _ in printed]
-    return Located(text, payloads, dropped)
+    return Located(text, payloads, dropped, fill_blanks)
+
+
+def _is_blank(message: TemplateMessage) -> bool:
+    """Return True for a blank message of another role than the assistant's."""
+    return message["role"] != "assistant" and not message["content"].strip()
+
+
+def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
+    """Part a content printed unchanged into its `<think>...</think>` and the rest.
+
+    "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
+    """
+    printed = text[payload.start : payload.end]
+    thought = _THOUGHT.fullmatch(printed) if payload.kind == "content" and "</think>" in printed else None
+    if not thought or messages[payload.message]["role"] != "assistant":
+        return [payload]
+    reasoning = payload._replace(end=payload.start + thought.start(2), kind="reasoning", number=-1 - payload.number)
+    start = payload.end - len(thought[2].lstrip())
+    return [reasoning, payload._replace(start=start)] if start < payload.end else [reasoning]
 
 
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
@@ -118,50 +146,109 @@ def _indent(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def mark_all(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
-    """Return the messages with markers around every payload."""
-    payload_texts: PayloadTexts = {}
-    return [
-        _mark_message(index, message, payload_texts, split_thoughts=False) for index, message in enumerate(messages)
-    ]
+class Marking:
+    """The markers of one conversation: put around every payload, and found again in the render."""
+
+    def __init__(
+        self,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[Any] = (),
+        *,
+        split_thoughts: bool = False,
+        fill_blanks: bool = False,
+    ) -> None:
+        self._prefix = _absent_prefix([*messages, *tools])
+        self._split_thoughts = split_thoughts
+        self._fill_blanks = fill_blanks
+        self.texts: dict[Key, str] = {}
+        """Text of each payload marked so far; "" for a blank message that shows its place."""
+
+    def mark(self, messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
+        """Return the messages with markers around every payload."""
+        return [self._mark_message(index, message) for index, message in enumerate(messages)]
+
+    def _mark_message(self, index: int, message: TemplateMessage) -> TemplateMessage:
+        new = dict(message)
+        if "reasoning_content" in new:
+            new |= dict.fromkeys(REASONING_KEYS, self._mark(index, 0, new["reasoning_content"]))
+        thought = _THOUGHT.fullmatch(new["content"]) if self._split_thoughts and new["role"] == "assistant" else None
+        if thought:
+            inner, rest = self._mark(index, 0, thought[1]), self._mark(index, 1, thought[2])
+            new["content"] = f"{new['content'][: thought.start(1)]}{inner}</think>{rest}"
+        elif self._fill_blanks and _is_blank(new):
+            new["content"] += self._wrap(index, 1, "")
+        else:
+            new["content"] = self._mark(index, 1, new["content"])
+        if "tool_calls" in new:
+            new["tool_calls"] = [
+                {**call, "function": self._mark(index, 2, call["function"])} for call in new["tool_calls"]
+            ]
+        return new
+
+    def _mark(self, index: int, kind: int, value: Any) -> Any:
+        """Return the value with markers around every string in it, inside the outer white space.
+
+        A template that trims thus removes equal white space with and without markers.
+        """
+        if isinstance(value, Mapping):
+            return {key: self._mark(index, kind, item) for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [self._mark(index, kind, item) for item in value]
+        if not isinstance(value, str) or not (stripped := value.strip()):
+            return value
+        at = value.index(stripped)
+        return value[:at] + self._wrap(index, kind, stripped) + value[at + len(stripped) :]
+
+    def _wrap(self, index: int, kind: int, text: str) -> str:
+        number = len(self.texts)
+        self.texts[index, kind, number] = text
+        name = f"{self._prefix}{index}x{kind}x{number}"
+        return f"{name}bZq{text}{name}eZq"
+
+    def remove(self, marked: str) -> tuple[str, list[tuple[Payload, Key]]]:
+        """Return the text without markers, and the payload and key of each pair of markers."""
+        pieces: list[str] = []
+        payloads: list[tuple[Payload, Key]] = []
+        opened: dict[Key, int] = {}
+        at = 0
+        for piece, mark in self._pieces(marked):
+            pieces.append(piece)
+            at += len(piece)
+            if mark is None:
+                break
+            key = int(mark[1]), int(mark[2]), int(mark[3])
+            if mark[4] == "b":
+                opened[key] = at
+            elif key in opened:
+                payloads.append((Payload(opened.pop(key), at, key[0], KINDS[key[1]], key[2]), key))
+        return "".join(pieces), sorted(payloads)
+
+    def tail(self, marked: str) -> str:
+        """Return the text behind the last marker."""
+        *_, (rest, _) = self._pieces(marked)
+        return rest
+
+    def _pieces(self, marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
+        """Yield the text before each marker with the marker, then the rest with None."""
+        at = 0
+        for mark in _marker_pattern(self._prefix).finditer(marked):
+            yield marked[at : mark.start()], mark
+            at = mark.end()
+        yield marked[at:], None
 
 
-def _mark_message(
-    index: int, message: TemplateMessage, payload_texts: PayloadTexts, split_thoughts: bool
-) -> TemplateMessage:
-    """Return the message with markers around every payload; add the payloads to `payload_texts`."""
-    new = dict(message)
-    if "reasoning_content" in new:
-        new |= dict.fromkeys(REASONING_KEYS, _mark(index, 0, new["reasoning_content"], payload_texts))
-    thought = _THOUGHT.fullmatch(new["content"]) if split_thoughts and new["role"] == "assistant" else None
-    if thought:
-        inner, rest = _mark(index, 0, thought[1], payload_texts), _mark(index, 1, thought[2], payload_texts)
-        new["content"] = f"{new['content'][: thought.start(1)]}{inner}</think>{rest}"
-    else:
-        new["content"] = _mark(index, 1, new["content"], payload_texts)
-    if "tool_calls" in new:
-        new["tool_calls"] = [
-            {**call, "function": _mark(index, 2, call["function"], payload_texts)} for call in new["tool_calls"]
-        ]
-    return new
+@cache
+def _marker_pattern(prefix: str) -> re.Pattern[str]:
+    return re.compile(prefix + r"(\d{1,9})x([012])x(\d{1,9})([be])Zq")
 
 
-def _mark(index: int, kind: int, value: Any, payload_texts: PayloadTexts) -> Any:
-    """Return the value with markers around every string in it, inside the outer white space.
-
-    A template that trims thus removes equal white space with and without markers.
-    """
-    if isinstance(value, Mapping):
-        return {key: _mark(index, kind, item, payload_texts) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_mark(index, kind, item, payload_texts) for item in value]
-    if not isinstance(value, str) or not (stripped := value.strip()):
-        return value
-    number = len(payload_texts)
-    payload_texts[index, kind, number] = stripped
-    name = f"ZqM{index}x{kind}x{number}"
-    at = value.index(stripped)
-    return f"{value[:at]}{name}bZq{stripped}{name}eZq{value[at + len(stripped) :]}"
+def _absent_prefix(values: Sequence[Any]) -> str:
+    """Return a beginning of markers that no string holds; raises `Refused` if there is none."""
+    held = [text for text in strings(values) if "Zq" in text]
+    for prefix in PREFIXES:
+        if not any(prefix in text for text in held):
+            return prefix
+    raise Refused("markers typed", "the texts hold every beginning of the markers that locate a message's text")
 
 
 def names(message: TemplateMessage) -> Iterator[str]:
@@ -190,34 +277,6 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for item in value:
             yield from strings(item)
-
-
-def _unmark(marked: str) -> tuple[str, list[tuple[Payload, tuple[int, int, int]]]]:
-    """Return the text without markers, and the payload and key of each pair of markers."""
-    pieces: list[str] = []
-    payloads: list[tuple[Payload, tuple[int, int, int]]] = []
-    opened: dict[tuple[int, int, int], int] = {}
-    at = 0
-    for piece, mark in _pieces(marked):
-        pieces.append(piece)
-        at += len(piece)
-        if mark is None:
-            break
-        key = int(mark[1]), int(mark[2]), int(mark[3])
-        if mark[4] == "b":
-            opened[key] = at
-        elif key in opened:
-            payloads.append((Payload(opened.pop(key), at, key[0], KINDS[key[1]], key[2]), key))
-    return "".join(pieces), sorted(payloads)
-
-
-def _pieces(marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-    """Yield the text before each marker with the marker, then the rest with None."""
-    at = 0
-    for mark in MARK.finditer(marked):
-        yield marked[at : mark.start()], mark
-        at = mark.end()
-    yield marked[at:], None
 
 
 def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:

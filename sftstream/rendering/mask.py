@@ -29,9 +29,11 @@ def rendered(
     """
     by_message = {turn.message: turn for turn in turns}
     spans: list[Span] = []
-    for index in _trained_messages(messages, policy):
+    for index in trained_messages(messages, policy):
         turn = by_message.get(index)
-        message_spans = _turn_spans(turn, policy) if turn else _payload_spans(index, located, turn_format)
+        message_spans = (
+            _turn_spans(turn, policy) if turn else _payload_spans(index, messages[index], located, turn_format)
+        )
         _refuse_foreign_text(message_spans, index, located.payloads)
         spans += message_spans
     spans = sorted(span for span in spans if span.start < span.end)
@@ -60,7 +62,8 @@ def require_whole(
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
 
 
-def _trained_messages(messages: Sequence[Message], policy: Policy) -> list[int]:
+def trained_messages(messages: Sequence[Message], policy: Policy) -> list[int]:
+    """Return the indices of the messages trained by the policy."""
     trained = [index for index, message in enumerate(messages) if _is_trained(message, policy)]
     return trained[-1:] if policy.train_turns == "last" else trained
 
@@ -70,29 +73,43 @@ def _is_trained(message: Message, policy: Policy) -> bool:
 
 
 def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
-    """Return an assistant turn's span without the parts left out by the policy.
+    """Return an assistant turn's spans without the parts left out by the policy.
 
-    Template text around a left-out part is left out too. Raises `Refused` if a payload lies outside
-    the turn.
+    Template text between a left-out part and the next kept part is left out too. Raises `Refused`
+    if a payload lies outside the turn.
+
+    For a turn of reasoning, content and call, without reasoning and calls: the content alone.
     """
-    start, end = turn.span
-    kinds = {kind: [p for p in turn.payloads if p.kind == kind] for kind in ("reasoning", "content", "call")}
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
         raise Refused("payload outside its turn", f"message {turn.message} is not wholly inside its turn")
-    if not policy.train_reasoning and kinds["reasoning"]:
-        start = min((p.start for p in kinds["content"] + kinds["call"]), default=end)
-    if not policy.train_tool_calls and kinds["call"]:
-        end = max((p.end for p in kinds["reasoning"] + kinds["content"]), default=start)
-    return [Span(start, max(start, end))]
+    left_out = {"reasoning": not policy.train_reasoning, "call": not policy.train_tool_calls}
+    runs = [(out, list(run)) for out, run in itertools.groupby(turn.payloads, lambda p: left_out.get(p.kind, False))]
+    if not runs:
+        return [turn.span]
+    return [
+        Span(
+            turn.span.start if number == 0 else run[0].start,
+            turn.span.end if number == len(runs) - 1 else run[-1].end,
+        )
+        for number, (out, run) in enumerate(runs)
+        if not out
+    ]
 
 
-def _payload_spans(index: int, located: Located, turn_format: TurnFormat) -> list[Span]:
-    """Return the first print of a system, user or tool message, with a stop token right behind."""
+def _payload_spans(index: int, message: Message, located: Located, turn_format: TurnFormat) -> list[Span]:
+    """Return the first print of a system, user or tool message, with a stop token right behind.
+
+    White space at the message's end may be printed before the stop.
+    """
     payload = next((payload for payload in located.payloads if payload.message == index), None)
-    if payload is None:
+    if payload is None or payload.start == payload.end:
         return []
-    stop = next((stop for stop in turn_format.stops if located.text.startswith(stop, payload.end)), "")
-    return [Span(payload.start, payload.end + len(stop))]
+    content = message.content or ""
+    for space in dict.fromkeys(("", content[len(content.rstrip()) :])):
+        for stop in turn_format.stops:
+            if located.text.startswith(space + stop, payload.end):
+                return [Span(payload.start, payload.end + len(space + stop))]
+    return [Span(payload.start, payload.end)]
 
 
 def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: Iterable[Payload]) -> None:

@@ -8,13 +8,22 @@ from typing import Any
 
 import msgspec
 
-from sftstream.records import REASONING_KEYS, Refused
+from sftstream.records import Refused
 from sftstream.rendering.markers import locate
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded_memory
-from sftstream.rendering.turns import ANSWER, CALLED, RESULT, SAID, TOOL, USER, TurnFormat, probe_turn_format
+from sftstream.rendering.turns import (
+    ANSWER,
+    CALLED,
+    RESULT,
+    SAID,
+    SYSTEM,
+    THOUGHT,
+    TOOL,
+    USER,
+    TurnFormat,
+    probe_turn_format,
+)
 
-SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
-THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
 INLINE: TemplateMessage = {"role": "assistant", "content": "<think>\nZq thought Zq\n</think>\n\n" + SAID}
 SPACED: TemplateMessage = {"role": "user", "content": "  Zq asked Zq\n"}
 
@@ -70,6 +79,22 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
         date=template.date.isoformat() if template.date else None,
         has_generation_tags=template.has_generation_tags,
     )
+
+
+def reading_content(template: ChatTemplate) -> ChatTemplate:
+    """Return the template, or its copy with content as parts if only the copy prints a content."""
+    with bounded_memory():
+        for candidate in (template, template.with_content_as_parts()):
+            for tools in ((), (TOOL,)):
+                try:
+                    text = candidate.render([USER, ANSWER], tools)
+                except Refused as refused:
+                    if refused.reason == "template takes too long":
+                        return template
+                    continue
+                if SAID in text and USER["content"] in text:
+                    return candidate
+    return template
 
 
 def _judge(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> str:

@@ -12,8 +12,8 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import locate, names, strings
-from sftstream.rendering.mask import rendered, require_whole
-from sftstream.rendering.probe import probe
+from sftstream.rendering.mask import rendered, require_whole, trained_messages
+from sftstream.rendering.probe import probe, reading_content
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
 
@@ -38,7 +38,7 @@ class Renderer:
     def __init__(
         self, template: ChatTemplate, policy: Policy, special: Sequence[str], control: re.Pattern[str]
     ) -> None:
-        self.template = template
+        self.template = template = reading_content(template)
         self.policy = policy
         self._control = control
         self.report = probe(template, control)
@@ -59,18 +59,28 @@ class Renderer:
     def render_conversation(self, conversation: Conversation) -> RenderedConversation:
         """Return the texts of a conversation by `policy.history`; raises `Refused`.
 
-        If the template prints earlier turns differently once the conversation goes on, "per_turn"
-        gives one text per trained turn, and "error" refuses the conversation.
+        If the template prints text before the end of a trained message differently once the
+        conversation goes on, "per_turn" gives one text per trained message, and "error" refuses the
+        conversation.
         """
         whole = self.render(conversation)
-        if self.policy.history == "as_rendered" or not self.report.rewrites_history:
+        if self.policy.history == "as_rendered":
             return RenderedConversation(conversation, (whole,))
-        turns = [self.render(part) for part in _up_to_each_turn(conversation)]
-        if all(whole.text.startswith(turn.text[: turn.bounds[-1]]) for turn in turns):
+        trained = trained_messages(conversation.messages, self.policy)
+        parts = [_up_to(conversation, index) for index in trained]
+        if trained and trained[-1] == len(conversation.messages) - 1:
+            earlier, last = [self.render(part) for part in parts[:-1]], parts[-1:]
+        else:
+            earlier, last = [self.render(part) for part in parts], []
+        if all(whole.text.startswith(part.text[: max(part.bounds, default=0)]) for part in earlier):
             return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
-            raise Refused("history rewritten", "an earlier turn is printed differently once the conversation goes on")
-        return RenderedConversation(conversation, tuple(turns))
+            raise Refused(
+                "history rewritten",
+                "text before a trained message is printed differently once the conversation goes on",
+            )
+        texts = (*earlier, *map(self.render, last))
+        return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return text and trained spans of the whole conversation; raises `Refused`.
@@ -121,9 +131,7 @@ class Renderer:
                 raise Refused("control token in text", f"{holder} contains {found[0]!r} in a name or key")
 
 
-def _up_to_each_turn(conversation: Conversation) -> Iterator[Conversation]:
-    """Yield the conversation up to each trained assistant message, earlier messages untrained."""
-    for index, message in enumerate(conversation.messages):
-        if message.role == "assistant" and message.train is not False:
-            earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
-            yield Conversation((*earlier, message), conversation.tools)
+def _up_to(conversation: Conversation, index: int) -> Conversation:
+    """Return the conversation up to message `index`, earlier messages untrained."""
+    earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
+    return Conversation((*earlier, conversation.messages[index]), conversation.tools)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import marshal
 import re
 import resource
@@ -62,7 +63,15 @@ class ChatTemplate:
             self._compiled = _compiled(text)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from None
+        self.content_as_parts = False
+        """True for a template that reads a content as `[{"type": "text", "text": ...}]` only."""
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
+
+    def with_content_as_parts(self) -> ChatTemplate:
+        """Return a copy that gives the template each content as a list of one text part."""
+        result = copy.copy(self)
+        result.content_as_parts = True
+        return result
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
         """Return the text, with `prompt` ending in the generation prompt.
@@ -86,6 +95,8 @@ class ChatTemplate:
 
     def context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
         """Return all variables of a render."""
+        if self.content_as_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         return {
             "messages": list(messages),
             "tools": list(tools) or None,

@@ -15,12 +15,13 @@ Example. Template `<{{ m.role }}>{{ m.content }}</s>` for each message, prompt `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
-from sftstream.rendering.markers import MARK, Located, Payload, mark_all
-from sftstream.rendering.template import ChatTemplate, TemplateMessage
+from sftstream.rendering.markers import Located, Marking, Payload, locate
+from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage
 
 SAID = "Zq said Zq"
 """The assistant's text in probes; "Zq" occurs in no template."""
@@ -34,6 +35,8 @@ CALLED: TemplateMessage = {
         {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"key": SAID}}}
     ],
 }
+THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
+SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
 RESULT: TemplateMessage = {"role": "tool", "name": "look_up", "content": "Zq found Zq", "tool_call_id": "abcdefghi"}
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -55,9 +58,8 @@ class TurnFormat(NamedTuple):
     prompt: str
     """The generation prompt after a user's message; empty if the template has none (Mistral)."""
     role_marker: str
-    """The beginning of the prompt that names the role, without a thought opened by the prompt.
-
-    `<|im_start|>assistant\\n` of the prompt `<|im_start|>assistant\\n<think>\\n`.
+    """The beginning of the prompt that names the role, as far as the template prints the beginning
+    before every answer: `<|im_start|>assistant\\n` of the prompt `<|im_start|>assistant\\n<think>\\n`.
     """
     stops: tuple[str, ...]
     """Texts that end a turn, `("<|im_end|>",)` for example."""
@@ -76,6 +78,8 @@ class Turn(NamedTuple):
     payloads: tuple[Payload, ...]
     by_prompt: bool = False
     """True if the start was searched by a render of the generation prompt."""
+    by_comparison: bool = False
+    """True if further renders were compared; the start holds for this conversation only."""
 
 
 def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
@@ -85,25 +89,30 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
     print a user's message, does not end, or ends an assistant turn by nothing.
     """
     prompt = _probe_prompt(template, control)
+    role_marker = _probe_role_marker(template, control, prompt)
     at_end, in_middle = _text_after(template, [USER, ANSWER]), _text_after(template, [USER, ANSWER, USER])
-    stops = _stops(at_end, in_middle, control)
+    openers = _probe_openers(template, control, role_marker, at_end)
+    stops = _stops(at_end, in_middle, control, openers)
     if not stops:
         raise ValueError(
             "nothing ends an assistant's turn in this chat template, so a model could not learn to stop; "
             "use another template"
         )
+    open_end = at_end is not None and not _contains(at_end, stops)
     call_stops = _stops(
         _text_after(template, [USER, CALLED]),
         _text_after(template, [USER, CALLED, RESULT]),
         control,
+        openers | _texts_between_calls(template, control),
         turn_stops=stops,
+        by_next_role=open_end,
     )
     return TurnFormat(
         prompt=prompt,
-        role_marker=re.split(r"<think|\[THINK", prompt)[0],
+        role_marker=role_marker,
         stops=tuple(sorted(stops)),
         call_stops=tuple(sorted(call_stops)),
-        open_end=at_end is not None and not _contains(at_end, stops),
+        open_end=open_end,
     )
 
 
@@ -120,117 +129,222 @@ def find_turns(
     """Return the assistant turns in order; raises `Refused` if a start or an end cannot be shown.
 
     With `shortcut`, a payload right behind a whole generation prompt starts a turn without further
-    evidence; without, each prompt is rendered for comparison. The turns are equal either way.
+    evidence; without, each prompt is rendered for comparison. The turns are equal either way. An
+    empty message without a header or a stop of its own has no turn.
     """
-
-    def prompt_tail(index: int) -> str | None:
-        """Return the text from the last payload before message `index` to the model's reply."""
-        try:
-            prompt = template.render(mark_all(messages[:index]), tools, prompt=True)
-        except Refused:
-            return None
-        marks = list(MARK.finditer(prompt))
-        return prompt[marks[-1].end() :] if marks else prompt
-
-    search = _TurnSearch(turn_format, control, located.text, located.payloads, prompt_tail, shortcut)
+    search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            stops = turn_format.stops, turn_format.call_stops if message.get("tool_calls") else ()
-            open_end = turn_format.open_end and index == len(messages) - 1
-            turns.append(search.turn(index, turns[-1].span.end if turns else 0, stops, open_end=open_end))
+            try:
+                turns.append(search.turn(index, turns[-1].span.end if turns else 0))
+            except Refused as refused:
+                if search.has_payload(index) or refused.reason not in ("no header", "no stop token"):
+                    raise
     if template.has_generation_tags:
         tags = template.tagged_spans(messages, tools)
         return _narrow_to_tags(turns, tags, located.text, turn_format.stops) or turns
     return turns
 
 
-class _TurnSearch(NamedTuple):
+class _Start(NamedTuple):
+    """The start of a turn and the evidence."""
+
+    offset: int
+    by_prompt: bool = True
+    by_comparison: bool = False
+
+
+class _TurnSearch:
     """The search for turns in the text of one conversation."""
 
-    turn_format: TurnFormat
-    control: re.Pattern[str]
-    text: str
-    payloads: list[Payload]
-    prompt_tail: Callable[[int], str | None]
-    """Function from a message's index to the end of its rendered prompt; None if refused."""
-    shortcut: bool
+    def __init__(
+        self,
+        template: ChatTemplate,
+        turn_format: TurnFormat,
+        control: re.Pattern[str],
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[Any],
+        located: Located,
+        *,
+        shortcut: bool,
+        compare: bool = True,
+    ) -> None:
+        self._template = template
+        self._format = turn_format
+        self._control = control
+        self._messages = messages
+        self._tools = tools
+        self._text = located.text
+        self._payloads = located.payloads
+        self._fill_blanks = located.fill_blanks
+        self._shortcut = shortcut
+        self._compare = compare
 
-    def turn(self, index: int, earliest: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> Turn:
+    def has_payload(self, index: int) -> bool:
+        """Return True if a text of message `index` is printed."""
+        return any(payload.message == index for payload in self._payloads)
+
+    def turn(self, index: int, earliest: int) -> Turn:
         """Return the turn of assistant message `index`, at or after `earliest`.
 
         Raises `Refused` if start or end are not found.
         """
         # Some templates repeat earlier messages later: count only payloads before the message.
-        first = min((p.start for p in self.payloads if p.message == index), default=len(self.text))
-        before = max((p.end for p in self.payloads if p.message < index and p.end <= first), default=0)
+        first = min((p.start for p in self._payloads if p.message == index), default=len(self._text))
+        before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
         payloads = self._first_prints(index, max(before, earliest))
         limit = payloads[0].start if payloads else self._next_message(index, before)
-        start, by_prompt = self._start(index, before, limit, empty=not payloads)
-        if start < earliest:
+        start = self._start(index, before, limit, empty=not payloads)
+        if start.offset < earliest:
             raise Refused("messages out of order", f"message {index} begins inside the turn before it")
-        last = max((p.end for p in payloads), default=start)
-        end = self._end(index, last, self._next_message(index, last), stops, open_end=open_end)
-        return Turn(index, Span(start, end), tuple(payloads), by_prompt)
+        payloads = [p._replace(start=max(p.start, start.offset)) for p in payloads if p.end > start.offset]
+        last = max((p.end for p in payloads), default=start.offset)
+        end = self._end(index, last, self._next_message(index, last))
+        return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
         """Return the message's payloads from `earliest` on, each at its first print, in order."""
         first_prints: dict[tuple[str, int], Payload] = {}
-        for payload in self.payloads:
+        for payload in self._payloads:
             if payload.message == index and payload.start >= earliest:
                 first_prints.setdefault((payload.kind, payload.number), payload)
         return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
         """Return the first start at or after `offset` of a later message, or the text's end."""
-        starts = (p.start for p in self.payloads if p.message > index and p.start >= offset)
-        return min(starts, default=len(self.text))
+        starts = (p.start for p in self._payloads if p.message > index and p.start >= offset)
+        return min(starts, default=len(self._text))
 
-    def _start(self, index: int, before: int, limit: int, *, empty: bool) -> tuple[int, bool]:
-        """Return a start in `[before, limit]`, and True if the prompt was rendered."""
-        gap = self.text[before:limit]
-        prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
-        if self.shortcut and prompt and not empty and gap.endswith(prompt):
-            return limit, False
-        start = self._start_by_prompt(index, gap)
-        if start is None:
-            start = self._start_by_role_marker(gap)
+    def _start(self, index: int, before: int, limit: int, *, empty: bool) -> _Start:
+        """Return a start from `before` on; before a message with text, at most at `limit`.
+
+        A thought that the generation prompt opens may reach into the message's text.
+        """
+        gap = self._text[before:limit]
+        prompt, role_marker = self._format.prompt, self._format.role_marker
+        if self._shortcut and prompt and not empty and gap.endswith(prompt):
+            return _Start(limit, by_prompt=False)
+        start = self._start_by_prompt(index, before, gap, empty=empty)
+        if start is None and (at := self._start_by_role_marker(gap)) is not None:
+            start = _Start(at)
+        if start is None and not empty and self._compare:
+            start = self._start_without_header(index, gap)
         if start is None:
             missing = repr(role_marker) if role_marker else "the template's text before an assistant message"
             raise Refused("no header", f"{missing} is missing before message {index}")
-        return before + start, True
+        return start._replace(offset=before + start.offset)
 
-    def _start_by_prompt(self, index: int, gap: str) -> int | None:
-        """Return the length of the prompt's tail in `gap`; None if the role marker is cut off.
+    def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
+        """Return the start in `gap`, compared with the prompt of inference; None if not shown.
 
-        A prompt that opens a thought counts as far as the gap follows the prompt.
+        The gap holds the template's text before the message, `tail` the end of the prompt. Three
+        cases show a start:
+
+            the tail is a beginning of the gap      the rest of the gap is said by the model
+            the gap is the tail, or a beginning,    all of the gap is said by the prompt
+              or the tail without a middle part
+            both agree up to the role's name        the rest of the gap is said by the model
         """
-        tail = self.prompt_tail(index)
+        tail = self._tail(self._messages[:index], prompt=True)
         if tail is None:
             return None
-        cut = _cut(_common_prefix(gap, tail), tail, self.control)
-        role_marker = self.turn_format.role_marker
-        needed = tail.rfind(role_marker) + len(role_marker) if role_marker and role_marker in tail else len(tail)
-        return cut if cut >= needed else None
+        role_marker = self._format.role_marker
+        shown = role_marker in tail if role_marker else index > 0
+        following = self._text[before:]
+        if following.startswith(tail) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
+            start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(following, gap, tail)
+        elif not empty and _is_within(gap, tail):
+            start = self._thought_in_message(following, gap, tail)
+        else:
+            cut = len(_cut_prefix(gap, tail, self._control))
+            if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
+                return None
+            start = cut + _shared_end(gap[cut:], tail[cut:])
+        return _Start(start) if self._is_said(gap[start:], empty=empty) else None
+
+    def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
+        """Return the end of the gap, or of a thought's tag behind that prompt and message both print.
+
+        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn starts at
+        `hm`, as it does for a template that prints the tag and a reasoning.
+        """
+        if tail.startswith(gap) and _opens_thought(tail[len(gap) :]):
+            return max(len(gap), len(_cut_prefix(following, tail, self._control)))
+        return len(gap)
+
+    def _is_said(self, lead: str, *, empty: bool) -> bool:
+        """Return True unless the text before the message's own text holds a role marker."""
+        role_marker = self._format.role_marker
+        return empty or not role_marker or role_marker not in lead
 
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the end of the gap's only role marker and of the prompt's matching rest."""
-        prompt, role_marker = self.turn_format.prompt, self.turn_format.role_marker
+        prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
             return None
         at = gap.index(role_marker)
-        return at + max(_cut(_common_prefix(gap[at:], prompt), prompt, self.control), len(role_marker))
+        return at + max(_cut(_common_prefix(gap[at:], prompt), prompt, self._control), len(role_marker))
 
-    def _end(self, index: int, last: int, following: int, stops: Sequence[Sequence[str]], *, open_end: bool) -> int:
-        """Return the end of the first stop in `[last, following)`; an earlier group wins."""
-        rest = self.text[last:following]
-        for group in stops:
-            ends = [at + len(stop) for stop in group if (at := rest.find(stop)) >= 0]
-            if ends:
-                return last + min(ends)
-        if open_end and following == len(self.text):
-            return len(self.text.rstrip())
-        raise Refused("no stop token", f"none of {[stop for group in stops for stop in group]} ends message {index}")
+    def _start_without_header(self, index: int, gap: str) -> _Start | None:
+        """Return the start of a message that the template prints without a header.
+
+        The evidence: the gap is text of the generation prompt, then text that the template prints
+        behind the header if the message answers a question.
+        """
+        tail = self._tail(self._messages[:index], prompt=True)
+        plain = self._tail(self._messages[:index], prompt=False)
+        if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
+            return None
+        asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
+        control, options = [*asked, self._messages[index]], {"shortcut": self._shortcut, "compare": False}
+        try:
+            located = locate(self._template, control, self._tools)
+            search = _TurnSearch(self._template, self._format, self._control, control, self._tools, located, **options)
+            turn = search.turn(1, 0)
+        except Refused:
+            return None
+        lead = located.text[turn.span.start : turn.payloads[0].start] if turn.payloads else ""
+        start = len(gap) - len(lead)
+        return _Start(start, by_comparison=True) if gap.endswith(lead) and _is_within(gap[:start], tail) else None
+
+    def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
+        """Return the rendered text behind the last payload of the messages; None if refused."""
+        marking = Marking(self._messages, self._tools, fill_blanks=self._fill_blanks)
+        try:
+            return marking.tail(self._template.render(marking.mark(messages), self._tools, prompt=prompt))
+        except Refused:
+            return None
+
+    def _end(self, index: int, last: int, following: int) -> int:
+        """Return the end of the first stop in `[last, following)`, before any role marker."""
+        rest = self._text[last:following]
+        message = self._messages[index]
+        stops = self._format.stops + (self._format.call_stops if message.get("tool_calls") else ())
+        begins = min((at for at in map(rest.find, self._openers) if at >= 0), default=len(rest))
+        ends = [(at, at + len(stop)) for stop in stops if 0 <= (at := rest.find(stop)) <= begins]
+        if ends:
+            return last + min(ends)[1]
+        if self._format.open_end and index == len(self._messages) - 1 and following == len(self._text):
+            return last + len(rest.rstrip()) if rest.strip() else last + self._printed_space(index, rest)
+        raise Refused("no stop token", f"none of {list(stops)} ends message {index}")
+
+    @cached_property
+    def _openers(self) -> list[str]:
+        """Texts that begin a message and end none."""
+        stops = self._format.stops + self._format.call_stops
+        begins = self._control.match(self._format.role_marker.lstrip())
+        return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
+
+    def _printed_space(self, index: int, rest: str) -> int:
+        """Return the length of the message's own white space at the text's end, if printed."""
+        content = "" if self._messages[index].get("tool_calls") else self._messages[index]["content"]
+        space = content[len(content.rstrip()) :]
+        if not space or rest != space:
+            return 0
+        # A template that trims, and prints equal white space itself, prints the letter beside the word.
+        longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
+        return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
@@ -269,7 +383,74 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     if prompted.startswith(plain):
         return prompted[len(plain) :]
     # Some templates close a conversation without a prompt (Phi): the prompt begins before that end.
-    return prompted[_cut(_common_prefix(plain, prompted), prompted, control) :]
+    asked = prompted.rfind(USER["content"]) + len(USER["content"])
+    return prompted[max(asked, _cut(_common_prefix(plain, prompted), prompted, control)) :]
+
+
+def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
+    """Return the prompt's beginning, as far as the template prints the beginning before answers.
+
+    A prompt may open a thought, hold an empty one, or begin the answer. Without a prompt, but with
+    a role's name printed at the end of every conversation, return the name.
+    """
+    answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
+    tail = _gap(template, [USER], prompt=True) or ""
+    printed = [
+        len(_cut_prefix(gap, tail, control)) for answer in answers if (gap := _gap(template, answer)) is not None
+    ]
+    if not prompt:
+        others = [_gap(template, [USER, USER]), _gap(template, [USER, SYSTEM])]
+        shared = [_common_prefix(tail, other) for other in others if other is not None]
+        begin = max((len(text[: _cut(text, tail, control)]) for text in shared), default=len(tail))
+        return tail[begin : min(printed)] if printed and begin < min(printed) else ""
+    before = len(tail) - len(prompt)
+    lengths = [length - before for length in printed if length > before]
+    opened = len(re.split(r"<think|\[THINK", prompt)[0])
+    return prompt[: min([opened, *lengths])]
+
+
+def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:
+    """Return the text between the first payload and the next, or to the end; None if refused."""
+    for tools in ((), (TOOL,)):
+        try:
+            text = template.render(messages, tools, prompt=prompt)
+        except Refused:
+            continue
+        parts = text.split(USER["content"], 1)
+        if len(parts) == 2:
+            return parts[1].split("Zq ", 1)[0]
+    return None
+
+
+def _probe_openers(
+    template: ChatTemplate, control: re.Pattern[str], role_marker: str, at_end: str | None
+) -> frozenset[str]:
+    """Return the tokens and tags that begin messages.
+
+    Either the first of the role marker, or the first of the text that returns with each message.
+    """
+    token = re.compile(rf"{control.pattern}|{_TAG.pattern}")
+    openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
+    try:
+        text = template.render([USER, ANSWER, USER, ANSWER])
+    except Refused:
+        text = ""
+    head = text.split(USER["content"])[0]
+    openers += [match[0] for match in token.finditer(head) if text.count(match[0]) > 1][:1]
+    ends = token.match((at_end or "").lstrip())
+    return frozenset(openers) - {ends[0] if ends else ""}
+
+
+def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> frozenset[str]:
+    """Return the tokens and tags between two calls of one message; none of them ends a turn."""
+    (call,) = CALLED["tool_calls"]
+    try:
+        text = template.render([USER, {**CALLED, "tool_calls": [call, {**call, "id": "bcdefghij"}]}], (TOOL,))
+    except Refused:
+        return frozenset()
+    between = text.split(SAID)[1:-1]
+    token = re.compile(rf"{control.pattern}|{_TAG.pattern}")
+    return frozenset(match[0] for part in between for match in token.finditer(part))
 
 
 def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:
@@ -286,15 +467,22 @@ def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str 
 
 
 def _stops(
-    at_end: str | None, in_middle: str | None, control: re.Pattern[str], turn_stops: Iterable[str] = ()
+    at_end: str | None,
+    in_middle: str | None,
+    control: re.Pattern[str],
+    other: frozenset[str],
+    turn_stops: Iterable[str] = (),
+    *,
+    by_next_role: bool = True,
 ) -> frozenset[str]:
     """Return the texts that end a turn.
 
     `at_end` and `in_middle` are the texts behind the turn's payload at a conversation's end and
-    before another message. The result is the last special token of the common beginning; without
-    special tokens, the common beginning; without a common beginning, the first special token of
-    each text. `turn_stops` asks for additional stops of tool calls: none if a text already contains
-    a turn stop.
+    before another message. The result is the last special token of the common beginning, before
+    any text of `other`; without special tokens, the common beginning; without a common beginning,
+    the first special token of each text. `turn_stops` asks for additional stops of tool calls: none
+    if a text already contains a turn stop. `by_next_role` allows the first token of the next message
+    as a stop.
 
         at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
     """
@@ -303,13 +491,23 @@ def _stops(
         return frozenset()
     common = _common_prefix(*texts) if len(texts) == 2 else ""
     common = common[: _cut(common, max(texts, key=len), control)] if common not in texts else common
-    if tokens := list(control.finditer(common)):
-        return frozenset([common[tokens[-1].start() : tokens[-1].end()]])
+    if not turn_stops:
+        common = common[: min((at for at in map(common.find, other) if at >= 0), default=len(common))]
+    if tokens := [match[0] for match in control.finditer(common) if match[0] not in other]:
+        return frozenset([tokens[-1]])
     if common.strip() and not turn_stops:
         return frozenset([common.strip()])
-    return frozenset(
-        token[0] for text in texts if (token := control.search(text) or (_TAG.match(text) if not turn_stops else None))
-    )
+    if len(texts) == 2 and not by_next_role:
+        return frozenset()
+    firsts = (_first_token(text, control, other if turn_stops else (), tags=not turn_stops) for text in texts)
+    return frozenset(token for token in firsts if token)
+
+
+def _first_token(text: str, control: re.Pattern[str], other: Iterable[str], *, tags: bool) -> str | None:
+    """Return the first special token that is not in `other`, or else a tag that begins the text."""
+    tokens = (match[0] for match in control.finditer(text) if match[0] not in other)
+    tag = _TAG.match(text) if tags else None
+    return next(tokens, tag[0] if tag else None)
 
 
 def _contains(text: str, stops: Iterable[str]) -> bool:
@@ -322,6 +520,34 @@ _TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 def _common_prefix(left: str, right: str) -> str:
     lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return left[: next(lengths, min(len(left), len(right)))]
+
+
+def _is_within(gap: str, tail: str) -> bool:
+    """Return True if `gap` is `tail`, or `tail` without its end or a middle part."""
+    common = len(_common_prefix(gap, tail))
+    return len(gap) <= len(tail) and tail.endswith(gap[common:])
+
+
+def _shared_end(lead: str, tail: str) -> int:
+    """Return the length of the longest end of `tail` that begins `lead`, from a tag on.
+
+    `tail` "<think></think>" and `lead` "</think>call" share "</think>".
+    """
+    ends = (tail[match.start() :] for match in _TAG.finditer(tail))
+    return next((len(end) for end in ends if lead.startswith(end)), 0)
+
+
+def _cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
+    """Return the common beginning up to the last token, tag or line end of `right`."""
+    common = _common_prefix(left, right)
+    return common[: _cut(common, right, control)]
+
+
+_THOUGHT = re.compile(r"\s*(<think|\[THINK)")
+
+
+def _opens_thought(text: str) -> bool:
+    return bool(_THOUGHT.match(text))
 
 
 def _cut(prefix: str, text: str, control: re.Pattern[str]) -> int:

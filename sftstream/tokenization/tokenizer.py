@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.normalizers import NFC
 
+from sftstream.excerpt import excerpt
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
 from sftstream.tokenization.alignment import ByteBounds, align_batch, align_by_offsets, span_byte_bounds
@@ -87,7 +88,7 @@ class Tokenizer:
             return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
-        byte_bounds = self._byte_bounds(texts)
+        byte_bounds = self._byte_bounds([self._squeezed(text) for text in texts] if self._absorbing else texts)
         tokens, offsets = self._ids_of_all(texts)
         inside, *counts = align_batch(lengths.take(tokens), offsets, byte_bounds)
         return [
@@ -119,7 +120,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             return _surrogate_refusal(text.text, error)
         encoding = self._encoding(text.text)
-        inside, trained, straddling = align_by_offsets(encoding.offsets, text.spans)
+        tokens = self._without_absorbed(text.text, encoding) if self._absorbing else encoding.offsets
+        inside, trained, straddling = align_by_offsets(tokens, text.spans)
+        if straddling and (stop := self._cut_stop(text, tokens)):
+            return Refused("stop token cut", f"the token at {excerpt(stop)} reaches over the end of the turn")
         targets = trained - int(inside[:1].sum())
         return Example(np.array(encoding.ids, np.int32), inside, targets, _notes(straddling)) if trained else _refusal()
 
@@ -149,6 +153,62 @@ class Tokenizer:
         backend = self._backend.from_str(self.vocabulary.description)
         backend.encode_special_tokens = True
         return backend
+
+    @cached_property
+    def _absorbing(self) -> frozenset[int]:
+        """Ids of added tokens that absorb white space beside their text.
+
+        Phi-3's `<|end|>` (`rstrip = true`) takes the line end behind itself into its token.
+        """
+        added = self._backend.get_added_tokens_decoder().items()
+        return frozenset(index for index, token in added if token.lstrip or token.rstrip)
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        """Pattern of all added tokens with the white space that they absorb, longest first."""
+        added = sorted(self._backend.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
+        return re.compile(
+            "|".join(
+                (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+                for token in added
+            )
+        )
+
+    def _squeezed(self, text: Rendered) -> Rendered:
+        """Return the text without white space absorbed by added tokens, and with bounds moved.
+
+        The lengths of tokens count a token's own text only. With a `<|end|>` that absorbs a line
+        end, the text "hi<|end|>\\n<|user|>" with the span `(0, 9)` becomes "hi<|end|><|user|>".
+        """
+        gaps = [
+            gap
+            for start, end, typed in _pieces(text)
+            if not typed
+            for match in self._added.finditer(text.text, start, end)
+            for gap in _absorbed(match)
+        ]
+        if not gaps:
+            return text
+        kept = [0, *chain.from_iterable(gaps), len(text.text)]
+        pieces = [text.text[start:end] for start, end in zip(kept[::2], kept[1::2], strict=True)]
+        bounds = tuple(bound - sum(max(0, min(bound, end) - start) for start, end in gaps) for bound in text.bounds)
+        return Rendered("".join(pieces), bounds)
+
+    def _without_absorbed(self, text: str, encoding: Any) -> list[tuple[int, int]]:
+        """Return the character offsets of the tokens, without white space absorbed by added tokens."""
+        return [
+            (end - len(held.lstrip()), start + len(held.rstrip()))
+            if token in self._absorbing and (held := text[start:end]).strip()
+            else (start, end)
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
+        """Return the special token at a span's end that a token reaches over, or None."""
+        ends = {span.end for span in text.spans}
+        cut = (end for end in ends if any(start < end < stop for start, stop in tokens))
+        held = (match[0] for end in cut for match in self.control.finditer(text.text, 0, end) if match.end() == end)
+        return next(held, None)
 
     @cached_property
     def _normalize(self) -> Callable[[str], str] | None:
@@ -191,6 +251,14 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
         at = end
     pieces.append((at, len(rendered.text), False))
     return [(start, end, typed) for start, end, typed in pieces if start < end]
+
+
+def _absorbed(match: re.Match[str]) -> list[tuple[int, int]]:
+    """Return the outer white space of a match as ranges of characters."""
+    held = match[0]
+    left, right = len(held) - len(held.lstrip()), len(held) - len(held.rstrip())
+    ranges = [(match.start(), match.start() + left), (match.end() - right, match.end())]
+    return [(start, end) for start, end in ranges if start < end]
 
 
 def _notes(straddling: int) -> Mapping[str, int]:

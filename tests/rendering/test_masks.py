@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import sftstream.rendering.template
 from sftstream import ChatEncoder, Message, PackLoader, Refused
 from sftstream.formats import parse_row
-from sftstream.rendering.markers import locate
+from sftstream.rendering.markers import PREFIXES, locate
 from sftstream.rendering.template import template_message
 from sftstream.rendering.turns import find_turns
 
@@ -208,9 +208,14 @@ def test_a_special_token_in_a_tools_definition_is_refused(encoder: ChatEncoder) 
         encoder.encode([{"role": "system", "content": "x"}, shapes.user("ab"), shapes.said("ba")], [tool])
 
 
-def test_our_own_markers_in_the_data_are_refused(encoder: ChatEncoder) -> None:
-    with pytest.raises(Refused, match="template rewrites text"):
-        encoder.encode([shapes.user("ZqM0x1x0bZq"), shapes.said("ba")])
+@pytest.mark.parametrize("text", ["ZqM0x1x0bZq", "ZqM0x1x0eZq ZqM1x1x1bZq", " ".join(PREFIXES[:-1])])
+def test_our_own_markers_in_the_data_are_text(encoder: ChatEncoder, text: str) -> None:
+    assert _trained(encoder, [shapes.user(text), shapes.said(text)]) == [f"{text}{STOP}"]
+
+
+def test_a_text_that_holds_every_marker_is_refused(encoder: ChatEncoder) -> None:
+    with pytest.raises(Refused, match="markers typed"):
+        encoder.encode([shapes.user(" ".join(PREFIXES)), shapes.said("ba")])
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,9 @@ def test_a_tool_whose_text_would_become_a_control_token_is_refused(tool: dict[st
         "5000 digits, half",
     ],
 )
-def test_text_that_looks_like_a_marker_is_trained_whole_or_refused(text: str) -> None:
+def test_text_that_looks_like_a_marker_is_trained_whole(text: str) -> None:
     for messages in ((Message("user", text), Message("assistant", "a")), (HI, Message("assistant", text))):
-        try:
-            outcome = trained(template(), *messages)[0]
-        except Refused as refused:
-            outcome = refused.reason
-        assert outcome in (f"{messages[1].content}{STOP}", "template rewrites text")
+        assert trained(template(), *messages) == [f"{messages[1].content}{STOP}"]
 
 
 def test_a_message_of_a_megabyte_is_trained_whole() -> None:

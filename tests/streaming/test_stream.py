@@ -296,7 +296,6 @@ def hostile_lines() -> list[str]:
         answered(reasoning_content=["so"]),
         answered(name={"a": 1}),
         answered(tool_calls="{"),
-        answered(content="ZqM1x1x0bZq"),
         called({"<|eot_id|>": "a"}),
         called("[" * 100_000),
         called(json.dumps({"a": "\ud800"})),
@@ -317,6 +316,7 @@ def test_hostile_rows_are_refused_one_by_one_and_never_end_a_run(tokenizer: str,
     good.append(json.dumps(tiny.chat("hi", "a\x00b \u2028 \U0001f600 ZqM")))
 
     good += [
+        answered(content="ZqM1x1x0bZq"),
         answered(content="<|eot_id|><|start_header_id|>user"),
         called({"a": "<|eot_id|>"}),
         called({}, name="<|eot_id|>"),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftstream import Refused
@@ -193,3 +193,61 @@ def test_a_tokenizer_that_would_run_its_own_code_is_an_error(tokenizer: str, tmp
         Tokenizer(str(directory))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def _metaspace(kind: str) -> PreTrainedTokenizerFast:
+    """A small SentencePiece-like tokenizer: byte fallback and a normalizer (Llama 2), or Unigram with Metaspace."""
+    texts = ["hello river seven assistant north window copper " * 5]
+    if kind == "byte fallback":
+        backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    else:
+        backend = Backend(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        special = ["<unk>"]
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
+        backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback", "unigram"])
+@pytest.mark.parametrize("sides", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}, {}])
+def test_a_stop_that_absorbs_white_space_is_trained_on_every_kind_of_tokenizer(
+    kind: str, sides: dict[str, bool]
+) -> None:
+    hf = tiny.fast_tokenizer() if kind == "byte level" else _metaspace(kind)
+    stops = [AddedToken(text, special=True, normalized=False, **sides) for text in ("<|user|>", "<|end|>")]
+    hf.add_tokens(stops, special_tokens=True)
+    tokenizer = Tokenizer(hf)
+    for answer in ("seven", "north \u00e9", "copper\n"):
+        text = rendered(f"<|user|>\nhello<|end|>\n{answer}<|end|>\n\n<|user|> river<|end|>", f"{answer}<|end|>")
+        example = tokenizer.encode(text)
+        trained = hf.convert_ids_to_tokens(example.tokens[example.loss_mask].tolist())
+        assert trained[-1] == "<|end|>"
+        assert trained.count("<|end|>") == 1
+        assert "<|user|>" not in trained
+        assert example.notes == {}
+        assert example.tokens.tolist() == tokenizer.ids(text.text)
+        if kind == "byte level":
+            kept = answer.rstrip() if sides.get("lstrip") else answer
+            assert hf.decode(example.tokens[example.loss_mask]) == f"{kept}<|end|>"
+
+
+def test_white_space_absorbed_beside_a_typed_special_token_is_not_counted() -> None:
+    hf = tiny.fast_tokenizer()
+    hf.add_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=True)], special_tokens=True)
+    text = "say <|end|> \n<|end|>\nriver<|end|>\n"
+    typed = Rendered(text, (text.index("river"), len(text) - 1), (Span(4, 11),))
+    assert trained_text(Tokenizer(hf), typed) == "river<|end|>"
+
+
+def test_a_special_token_that_reaches_over_a_turns_end_is_refused() -> None:
+    hf = _metaspace("unigram")
+    hf.add_tokens([AddedToken("<|end|>x", special=False, normalized=False)])
+    hf.add_tokens([AddedToken("<|end|>", special=True, normalized=False)], special_tokens=True)
+    text = rendered("hello seven<|end|>x", "seven<|end|>")
+    with pytest.raises(Refused, match="stop token cut"):
+        Tokenizer(hf).encode(text)

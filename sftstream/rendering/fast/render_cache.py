@@ -94,6 +94,8 @@ class RenderCache:
 
         The guards of the prompts count too: other answers could move a turn's start.
         """
+        if any(turn.by_comparison for turn in turns):
+            return None
         recorder = Recorder()
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
