@@ -7,12 +7,39 @@ from typing import Literal
 
 import msgspec
 
+from sftstream.records import Role
+
 Shuffle = bool | Literal["shards"]
 """true: all rows in a new order each epoch; "shards": shards in a new order; false: stored
 order."""
 
 
-class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reading of a source's rows: columns, left out columns, names of roles."""
+
+    columns: dict[str, str] | None = None
+    """Renamed columns, for layouts that are not recognised: name in a known layout -> name of the
+    column in the files. `{instruction = "q", output = "a"}` reads columns `q` and `a` as an
+    instruction and an output. All other columns are ignored. Default: columns as stored."""
+    ignore: tuple[str, ...] = ()
+    """Columns, and keys of messages, that are left out on purpose. A row is refused if a column or
+    key with a name known to carry words of a conversation (`context`, `functions`, ...) has a
+    value that the row's layout does not read; `ignore = ["context"]` trains the row without the
+    column. Default: nothing is left out."""
+    roles: dict[str, Role] | None = None
+    """Further names of roles: name in the files -> "system", "user", "assistant" or "tool".
+    `{narrator = "user"}` reads a turn of `narrator` as a user's. Default: the known names alone."""
+
+    def __post_init__(self) -> None:
+        if self.columns is not None and not self.columns:
+            raise ValueError(
+                "columns is empty, so no column would be read; name at least one column, or leave columns out"
+            )
+        if both := sorted({*self.ignore} & {*(self.columns or ()), *(self.columns or {}).values()}):
+            raise ValueError(f"columns and ignore both name {both[0]!r}; remove the name from one of the two")
+
+
+class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One source of conversations."""
 
     path: str
@@ -30,10 +57,6 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Default: the only subset, or the subset that `datasets` loads by default."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset. Default: the main branch."""
-    columns: dict[str, str] | None = None
-    """Renamed columns, for layouts that are not recognised: name in a known layout -> name of the
-    column in the files. `{instruction = "q", output = "a"}` reads columns `q` and `a` as an
-    instruction and an output. All other columns are ignored. Default: columns as stored."""
     weight: float | None = None
     """Share of the draws from this source, relative to the weights of all sources; a positive
     number. `data.mix_by` is the unit. Give weights to all sources or to none. Default: draws in
@@ -59,10 +82,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; name a file, a glob, a directory or a dataset")
-        if self.columns is not None and not self.columns:
-            raise ValueError(
-                "columns is empty, so no column would be read; name at least one column, or leave columns out"
-            )
+        super().__post_init__()
         for field in ("weight", "repeat"):
             value = getattr(self, field)
             if value is not None and not 0 < value < float("inf"):
@@ -109,8 +129,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The trained parts of a conversation, and the treatment of long conversations."""
 
     train_on: tuple[Literal["assistant", "user", "system", "tool", "all"], ...] = ("assistant",)
-    """Roles whose messages are trained; at least one, "all" for every role. A message with
-    `train: false` or `weight: 0` in the data is never trained."""
+    """Roles whose messages are trained; at least one, "all" for every role. A message excluded by a
+    mark in the data (`train: false`, `weight: 0`, `loss: false`, `masked: true`, ...) is never
+    trained."""
     train_turns: Literal["all", "last"] = "all"
     """Trained messages among the messages of `train_on`: "all", or only the "last"."""
     train_reasoning: bool = True

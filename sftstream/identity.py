@@ -14,6 +14,7 @@ import msgspec
 
 from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
 from sftstream.excerpt import excerpt
+from sftstream.records import Role
 from sftstream.rendering.turns import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
@@ -34,6 +35,10 @@ WITHOUT_EFFECT = {
 }
 """Config fields without an effect on any pack. A resume compares all remaining fields."""
 
+ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles"}}
+"""Config fields younger than the format: left out of the identity while they have their default,
+so that states written before the field resume."""
+
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A source's files in order, size, and settings."""
@@ -47,6 +52,8 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     shuffle: Shuffle | None = None
     shards: int | None = None
     """Shards of a streamed source; None for a source read by row number."""
+    ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
@@ -101,7 +108,13 @@ def _compared_fields(config: DataConfig | SourceConfig) -> dict[str, Any]:
     """Return the config fields compared by a resume, by name."""
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
     names = [name for name in config.__struct_fields__ if name not in left_out]
-    return {name: getattr(config, name) for name in names}
+    compared = {name: getattr(config, name) for name in names}
+    absent = {
+        field.name
+        for field in msgspec.structs.fields(config)
+        if field.name in ABSENT_BY_DEFAULT[type(config)] and compared[field.name] == field.default
+    }
+    return {name: value for name, value in compared.items() if name not in absent}
 
 
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:

@@ -23,6 +23,7 @@ from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus
 from sftstream.state import DataState, StreamState
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
+from sftstream.streaming.example_reader import unread_columns
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packer import Packer
@@ -287,6 +288,17 @@ class PackLoader:
     def total_rows(self) -> int | None:
         """Rows drawn in all epochs; None for an endless run or with a streamed source."""
         return rows_in_all_epochs(self._run)
+
+    def unread_columns(self) -> list[str]:
+        """Return a line for each source with columns, or keys of messages, that nothing reads.
+
+        Such columns are harmless unless named differently from a known layout: `columns` renames
+        them, `ignore` silences the line. Looks at a sample of 100 rows of each source.
+        """
+        unread = zip(self.config.sources, unread_columns(self.corpus), strict=True)
+        return [
+            f"source {source.path!r}: nothing reads {', '.join(sorted(names))}" for source, names in unread if names
+        ]
 
     @property
     def exhausted(self) -> bool:

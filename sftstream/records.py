@@ -45,6 +45,16 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Errors of `msgspec.json.decode` on bytes that are not JSON, or on JSON nested deeper than
 Python follows."""
 
+
+class Unreadable(msgspec.Struct, frozen=True, gc=False):
+    """Placeholder of a column's value that Python cannot hold, with the reason.
+
+    A row is refused only if its layout reads the column.
+    """
+
+    reason: str
+
+
 RawRow = bytes | Mapping[str, Any]
 """A stored row: JSON text, not yet decoded, or the columns of a table's row as Python values."""
 

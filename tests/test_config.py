@@ -100,6 +100,14 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
             {"sources": [{"path": "a", "columns": {}}]},
             "columns is empty, so no column would be read; name at least one column, or leave columns out - at `$.sources[0]`",
         ),
+        (
+            {"sources": [{"path": "a", "columns": {"prompt": "q"}, "ignore": ["q"]}]},
+            "columns and ignore both name 'q'; remove the name from one of the two - at `$.sources[0]`",
+        ),
+        (
+            {"sources": [{"path": "a", "roles": {"narrator": "owner"}}]},
+            "Invalid enum value 'owner' - at `$.sources[0].roles[...]`",
+        ),
         ({"sources": [{"path": "a", "weight": 0}]}, "weight = 0.0 must be a positive number - at `$.sources[0]`"),
         ({"sources": [{"path": "a", "weight": -2}]}, "weight = -2.0 must be a positive number - at `$.sources[0]`"),
         (

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftstream import Conversation, Message, Refused, ToolCall
+from sftstream.config import RowSettings
 from sftstream.formats import LAYOUTS, ROLES, parse_row
 from sftstream.formats.layouts import parse_layout
 from sftstream.formats.typed import typed_json, typed_messages
@@ -72,9 +73,10 @@ def test_every_layout_gives_the_same_conversation(row: dict[str, Any]) -> None:
 def test_the_layouts_are_those_the_error_lists() -> None:
     assert refusal({"text": "hi", "b": 1}) == (
         "unknown layout: columns ['b', 'text'] match none of messages | conversations | conversation | "
-        "instruction+output | instruction+response | prompt+completion | prompt+response | question+answer | data"
+        "instruction + output/response/answer/completion/chosen | "
+        "prompt/question/query/input + completion/response/answer/output/chosen | data"
     )
-    assert len(LAYOUTS) == 9
+    assert len(LAYOUTS) == 6
 
 
 def test_alpaca_joins_the_input_to_the_instruction_by_an_empty_line() -> None:
@@ -99,7 +101,7 @@ def test_a_system_prompt_in_a_column_of_its_own_comes_first(column: str) -> None
 
 @pytest.mark.parametrize(("name", "role"), ROLES.items())
 def test_every_name_of_a_role_is_known(name: str, role: str) -> None:
-    content = FUNCTION if name == "function_call" else "x"
+    content = FUNCTION if name.endswith("_call") else "x"
     turns = [HI, {"role": name, "content": content}, {"role": "assistant", "content": "hello"}]
     assert messages({"messages": turns})[1].role == role
 
@@ -419,17 +421,20 @@ def test_a_message_cannot_be_trained_half() -> None:
 def test_columns_are_renamed_and_the_others_left_out() -> None:
     columns = {"instruction": "q", "output": "r"}
     for row in ({"q": "hi", "r": "hello", "messages": 5}, b'{"messages": 5, "r": "hello", "q": "hi"}'):
-        assert parse_row(row, columns) == Conversation((USER, ANSWER))
+        assert parse_row(row, RowSettings(columns=columns)) == Conversation((USER, ANSWER))
     typed = {"messages": [HI, ANSWERED], "q": "a", "r": "b"}
     for row in (typed, msgspec.json.encode(typed)):
-        assert parse_row(row, columns).messages == (Message("user", "a"), Message("assistant", "b"))
+        assert parse_row(row, RowSettings(columns=columns)).messages == (
+            Message("user", "a"),
+            Message("assistant", "b"),
+        )
     with pytest.raises(Refused, match=r"^unknown layout: columns \['output'\] match none of"):
-        parse_row({"r": None}, columns)
+        parse_row({"r": None}, RowSettings(columns=columns))
     with pytest.raises(BrokenRow) as error:
-        parse_row({"s": 1, "messages": 2}, columns)
+        parse_row({"s": 1, "messages": 2}, RowSettings(columns=columns))
     assert str(error.value) == "has none of the columns ['q', 'r']; it has ['messages', 's']"
     with pytest.raises(Refused, match="unknown layout: the row is a list, not an object"):
-        parse_row(b"[1]", columns)
+        parse_row(b"[1]", RowSettings(columns=columns))
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def say_start(run: Run, restored: Restored) -> None:
     """Print the model, the data, damaged checkpoints and the step of a resume."""
     directory, rejected = run.config.run.directory, run.saves.store.rejected
     run.display.say(model_message(directory, run.model, run.total_rows, run.topology))
+    for line in run.step_reader.loader.unread_columns() if run.topology.first and run.step_reader.loader else ():
+        run.display.say(line)
     if run.validation:
         run.display.say(run.validation.describe())
     for line in damage_messages(rejected, restarted=not restored.resumed):

@@ -11,6 +11,6 @@ Conversation((Message("user", "hi"), Message("assistant", "hello"))):
 
 from sftstream.formats.layouts import LAYOUTS
 from sftstream.formats.messages import ROLES
-from sftstream.formats.rows import decode_row, parse_row
+from sftstream.formats.rows import decode_row, parse_row, unread_columns
 
-__all__ = ["LAYOUTS", "ROLES", "decode_row", "parse_row"]
+__all__ = ["LAYOUTS", "ROLES", "decode_row", "parse_row", "unread_columns"]

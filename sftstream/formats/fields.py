@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -68,6 +68,24 @@ def first(fields: Mapping[str, Any], *names: str) -> Any:
         if (value := fields.get(name)) is not None:
             return value
     return None
+
+
+def carries_words(value: Any) -> bool:
+    """Return True of a text, a list or an object that is not empty."""
+    return bool(value.strip() if isinstance(value, str) else isinstance(value, Mapping | Sequence) and value)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts in lists and objects at any depth, except names of roles and types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "from", "type"):
+                yield from texts_in(item)
+    elif is_list(value):
+        for item in value:
+            yield from texts_in(item)
 
 
 def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | None:

@@ -2,113 +2,187 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import Row, decoded, is_list, refuse_deep, require_text
-from sftstream.formats.messages import parse_turns, system_message
-from sftstream.records import Message, Refused, Role
+from sftstream.formats.messages import SYSTEM, parse_texts, parse_turns, require_words, system_message, turns_in
+from sftstream.records import Message, Refused
+
+DEFAULT = RowSettings()
+QUESTIONS = ("prompt", "question", "query", "input")
+ANSWERS = ("completion", "response", "answer", "output", "chosen")
+CONTEXT = ("input", "context")
+"""Columns of the text that an instruction is about; the first with a value counts."""
 
 
-def parse_layout(row: Row) -> tuple[Message, ...]:
-    """Return the messages of a row; raises Refused if the columns match no layout."""
-    refuse_deep(row)
+class Layout(NamedTuple):
+    """A layout of rows: required columns, each with alternative names, and the reader of a row."""
+
+    required: tuple[tuple[str, ...], ...]
+    optional: tuple[tuple[str, ...], ...]
+    """Optional columns, each with alternative names; the first with a value is read."""
+    read: Callable[[Row, RowSettings], Iterable[Message]]
+
+    def __str__(self) -> str:
+        return " + ".join("/".join(names) for names in self.required)
+
+
+def find_layout(row: Row) -> Layout:
+    """Return the layout of a row; raises Refused if the columns match no layout."""
     layout = _layout(tuple(key for key, value in row.items() if value is not None))
     if layout is None:
-        known = " | ".join("+".join(keys) for keys, _ in LAYOUTS)
-        raise Refused("unknown layout", f"columns {sorted(map(str, row))} match none of {known}")
-    return tuple(layout(row))
+        raise Refused(
+            "unknown layout", f"columns {sorted(map(str, row))} match none of {' | '.join(map(str, LAYOUTS))}"
+        )
+    return layout
+
+
+def columns_read(row: Row, layout: Layout) -> set[str]:
+    """Return the columns of a row that a layout reads."""
+    required = {_present(row, names) for names in layout.required}
+    optional = {_valued(row, names) for names in (*layout.optional, SYSTEM)}
+    return {name for name in required | optional if name is not None}
+
+
+def parse_layout(row: Row, settings: RowSettings = DEFAULT) -> tuple[Message, ...]:
+    """Return the messages of a row; raises Refused if the columns match no layout."""
+    refuse_deep(row)
+    messages = tuple(find_layout(row).read(row, settings))
+    if len(messages) > 1 and messages[0] == messages[1] and _valued(row, SYSTEM) and messages[0].role == "system":
+        return messages[1:]  # the column repeats the system message of the turns
+    return messages
 
 
 @lru_cache(maxsize=4096)
-def _layout(columns: tuple[Any, ...]) -> Callable[[Row], Iterable[Message]] | None:
-    return next((layout for keys, layout in LAYOUTS if all(key in columns for key in keys)), None)
+def _layout(columns: tuple[Any, ...]) -> Layout | None:
+    def fits(layout: Layout) -> bool:
+        return all(any(name in columns for name in names) for names in layout.required)
+
+    return next(filter(fits, LAYOUTS), None)
 
 
-def _present(row: Row, key: str) -> bool:
-    return row.get(key) is not None
+def _present(row: Row, names: tuple[str, ...]) -> str | None:
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    return None
 
 
-def _openai(row: Row) -> Iterable[Message]:
-    """Read `messages`: role/content as in the OpenAI API, or from/value."""
-    return parse_turns(row, "messages")
+def _valued(row: Row, names: tuple[str, ...]) -> str | None:
+    for name in names:
+        if row.get(name):
+            return name
+    return None
 
 
-def _sharegpt(row: Row) -> Iterable[Message]:
-    """Read `conversations`: from/value, or role/content; the system prompt may have a column."""
-    return parse_turns(row, "conversations")
+def _column_of_turns(column: str) -> Callable[[Row, RowSettings], Iterator[Message]]:
+    """Return a reader of turns (role/content or from/value), or of texts by turns, in a column."""
+
+    def read(row: Row, settings: RowSettings) -> Iterator[Message]:
+        turns = decoded(row[column])
+        yield from system_message(row)
+        yield from parse_texts(turns, column) if _is_texts(turns) else parse_turns(turns, column, settings)
+
+    return read
 
 
-def _rounds(row: Row) -> Iterable[Message]:
+def _is_texts(turns: Any) -> bool:
+    return (
+        is_list(turns)
+        and bool(turns)
+        and isinstance(turns[0], str)
+        and all(isinstance(turn, str) for turn in turns)
+        and not any(isinstance(decoded(turn), Mapping) for turn in turns)
+    )
+
+
+def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read `conversation`: pairs of input and output with optional system prompts, or messages."""
     rounds = decoded(row["conversation"])
     if not is_list(rounds) or not all(isinstance(pair, Mapping) and "input" in pair for pair in rounds):
-        yield from parse_turns(row, "conversation")
+        yield from _column_of_turns("conversation")(row, settings)
         return
     yield from system_message(row)
     for index, pair in enumerate(rounds):
         yield from system_message(pair)
-        yield Message("user", require_text(pair["input"], f"conversation[{index}].input"))
-        yield Message("assistant", require_text(pair.get("output"), f"conversation[{index}].output"))
+        yield Message("user", require_words(pair["input"], f"conversation[{index}].input"))
+        yield Message("assistant", require_words(pair.get("output"), f"conversation[{index}].output"))
 
 
-def _by_turns(row: Row) -> Iterable[Message]:
+def _by_turns(row: Row, _settings: RowSettings) -> Iterator[Message]:
     """Read `data`: texts of the user and the assistant in turn, as first published by UltraChat."""
     texts = decoded(row["data"])
     if not is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
     yield from system_message(row)
-    for index, text in enumerate(texts):
-        yield Message(("user", "assistant")[index % 2], require_text(text, f"data[{index}]"))
+    yield from parse_texts(texts, "data")
 
 
-def _alpaca(row: Row) -> Iterable[Message]:
-    """Read `instruction` with `output` or `response`, and optional `input`, `system`, `history`.
-
-    `history` holds [question, answer] pairs from before the instruction.
-    """
+def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
+    """Read `instruction` with an answer, and optional `input` or `context`, `system`, `history`."""
     yield from system_message(row)
-    history = row.get("history") or []
-    for pair in history if is_list(history) else [history]:
-        if not is_list(pair) or len(pair) != 2:
-            raise Refused("bad history", f"{excerpt(pair)} is not a pair of question and answer")
-        yield Message("user", require_text(pair[0], "history"))
-        yield Message("assistant", require_text(pair[1], "history"))
-    question = require_text(row["instruction"], "instruction")
-    if row.get("input"):
-        question += "\n\n" + require_text(row["input"], "input")
+    yield from _history(row.get("history"), settings)
+    question = require_words(row["instruction"], "instruction")
+    if column := _valued(row, CONTEXT):
+        question += "\n\n" + require_words(row[column], column)
     yield Message("user", question)
-    answer = "output" if _present(row, "output") else "response"
-    yield Message("assistant", require_text(row[answer], answer))
+    answer = _present(row, _ALPACA_ANSWERS)
+    assert answer is not None
+    yield Message("assistant", require_words(row[answer], answer))
 
 
-def _pair(question: str, answer: str) -> Callable[[Row], Iterable[Message]]:
-    """Return a layout of two columns, each of text or of messages."""
+def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
+    """Read `history`: [question, answer] pairs from before the instruction, or messages."""
+    history = decoded(history)
+    if not history:
+        return
+    if is_list(history) and any(isinstance(decoded(turn), Mapping) for turn in history):
+        yield from parse_turns(history, "history", settings)
+        return
+    for pair in history if is_list(history) else [history]:
+        texts = decoded(pair)
+        if not is_list(texts) or len(texts) != 2:
+            raise Refused("bad history", f"{excerpt(pair)} is not a pair of question and answer")
+        yield Message("user", require_text(texts[0], "history"))
+        yield Message("assistant", require_text(texts[1], "history"))
 
-    columns: tuple[tuple[str, Role], ...] = ((question, "user"), (answer, "assistant"))
 
-    def layout(row: Row) -> Iterable[Message]:
-        yield from system_message(row)
-        for column, role in columns:
-            if isinstance(row[column], str):
-                yield Message(role, row[column])
-            else:
-                yield from parse_turns({column: row[column]}, column)
+def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
+    """Read a question and an answer, each of text or of messages, and optional `history`.
 
-    return layout
+    An answer that begins with the question's messages (preference data: `prompt` and `chosen`) is
+    the whole conversation.
+    """
+    question, answer = _present(row, QUESTIONS), _present(row, ANSWERS)
+    assert question is not None
+    assert answer is not None
+    asked = tuple(_side(row[question], question, Message("user", ""), settings))
+    answered = tuple(_side(row[answer], answer, Message("assistant", ""), settings))
+    yield from system_message(row)
+    yield from _history(row.get("history"), settings)
+    yield from answered if answered[: len(asked)] == asked else asked + answered
 
 
-LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Row], Iterable[Message]]], ...] = (
-    (("messages",), _openai),
-    (("conversations",), _sharegpt),
-    (("conversation",), _rounds),
-    (("instruction", "output"), _alpaca),
-    (("instruction", "response"), _alpaca),
-    (("prompt", "completion"), _pair("prompt", "completion")),
-    (("prompt", "response"), _pair("prompt", "response")),
-    (("question", "answer"), _pair("question", "answer")),
-    (("data",), _by_turns),
+def _side(value: Any, column: str, empty: Message, settings: RowSettings) -> Iterator[Message]:
+    turns = turns_in(value, column) if isinstance(value, str) else value
+    if turns is None:
+        yield Message(empty.role, value)
+    else:
+        yield from parse_turns(turns, column, settings)
+
+
+_ALPACA_ANSWERS = ("output", "response", "answer", "completion", "chosen")
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout((("messages",),), (), _column_of_turns("messages")),
+    Layout((("conversations",),), (), _column_of_turns("conversations")),
+    Layout((("conversation",),), (), _rounds),
+    Layout((("instruction",), _ALPACA_ANSWERS), (CONTEXT, ("history",)), _alpaca),
+    Layout((QUESTIONS, ANSWERS), (("history",),), _pair),
+    Layout((("data",),), (), _by_turns),
 )
-"""Required columns -> reader of the row; the first match counts."""
+"""The layouts; the first match counts."""

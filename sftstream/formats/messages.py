@@ -1,17 +1,22 @@
-"""Turns of a conversation -> messages: roles, content parts, tool calls, reasoning."""
+"""Turns of a conversation -> messages: roles, content, tool calls, reasoning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import msgspec
 
+from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import Row, decoded, first, is_list, optional_text, require_text
+from sftstream.formats.exclusions import MARKS, parse_train
+from sftstream.formats.fields import Row, carries_words, decoded, first, is_list, optional_text, require_text
+from sftstream.formats.items import ITEMS, join_items, parse_item
+from sftstream.formats.parts import parse_parts, split_results
 from sftstream.formats.tools import parse_calls
-from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCall, ToolCalls
+from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -19,105 +24,221 @@ ROLES: dict[str, Role] = {
     "user": "user",
     "human": "user",
     "assistant": "assistant",
+    "ai": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "tool_result": "tool",
 }
-"""Name of a role in datasets -> role in chat templates."""
+"""Name of a role in datasets, in small letters -> role in chat templates."""
+
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Columns of a system prompt; the first with a value counts."""
+
+_CALLING = frozenset({"function_call", "tool_call"})
+"""Roles whose content is a tool call."""
+_CONTENT = ("content", "value", "text")
+_READ = frozenset(
+    {"role", "from", "type", *_CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
+)
+"""Keys of a message that are read."""
+_WORDS = frozenset(
+    {"tools", "functions", "tool_defs", "context", "documents", "system", "input", "output", "thought", "thoughts"}
+    | {"reasoning_text", "refusal", "images", "audio", "videos", "response", "arguments"}
+)
+"""Keys of a message that carry words of a conversation, and are not read."""
+_SPELLED_TURNS = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?['"](?:role|from)['"]\s*:\s*['"](\w+)['"]""")
 
 
 def system_message(row: Row) -> Iterable[Message]:
     """Yield the message of a system prompt in a separate column, if any."""
-    prompt = row.get("system") or row.get("system_prompt")
-    if prompt:
-        yield Message("system", require_text(prompt, "system"))
+    for column in SYSTEM:
+        if prompt := row.get(column):
+            yield Message("system", require_text(prompt, "system"))
+            return
 
 
-def parse_turns(row: Row, column: str) -> Iterable[Message]:
-    """Yield the messages of a column that holds a list of turns."""
-    turns = decoded(row[column])
+def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]:
+    """Return the messages of a column's list of turns.
+
+    Accepts JSON text, also of single turns, and an object of lists: `{"role": [...], "content":
+    [...]}`.
+    """
+    turns = decoded(turns)
+    if isinstance(turns, Mapping):
+        turns = _turned(turns, column)
     if not is_list(turns):
         raise Refused("bad messages", f"{column} is a {type(turns).__name__}, not a list of messages")
-    yield from system_message(row)
+    roles = {**ROLES, **settings.roles} if settings.roles else ROLES
+    messages: list[Message] = []
+    has_items = False
     for index, turn in enumerate(turns):
-        yield _plain(turn) or _message(turn, f"{column}[{index}]")
+        if message := _plain(turn, roles):
+            messages.append(message)
+            continue
+        parsed = decoded(turn)
+        has_items = has_items or _is_item(parsed)
+        messages += _messages(parsed, f"{column}[{index}]", roles, settings)
+    return join_items(messages) if has_items else messages
 
 
-def _plain(turn: Any) -> Message | None:
+def parse_texts(texts: Sequence[Any], path: str) -> Iterator[Message]:
+    """Yield the messages of texts by the user and the assistant in turn."""
+    for index, text in enumerate(texts):
+        yield Message(("user", "assistant")[index % 2], require_words(text, f"{path}[{index}]"))
+
+
+def require_words(value: Any, path: str) -> str:
+    """Return a text of plain words; raises Refused of a list of messages written as text."""
+    text = require_text(value, path)
+    if turns_in(text, path) is not None:
+        raise Refused(
+            "bad messages", f"{path} holds a list of messages as text; read it by columns = {{messages = ...}}"
+        )
+    return text
+
+
+def turns_in(text: str, path: str) -> list[Any] | None:
+    """Return the list of turns that a text holds as JSON; None of plain words.
+
+    Raises Refused if the text spells a list of turns in another notation, for example Python's.
+    """
+    if text.lstrip()[:1] != "[":
+        return None
+    turns = decoded(text)
+    if not isinstance(turns, str):
+        return turns if turns and all(_is_turn(turn) for turn in turns) else None
+    if (spelled := _SPELLED_TURNS.match(text)) and spelled[1].lower() in ROLES:
+        raise Refused("bad messages", f"{path} spells a list of messages that is not JSON: {excerpt(text)}")
+    return None
+
+
+def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
+    """Return the keys of a list of turns that nothing reads."""
+    turns = decoded(turns)
+    messages = [turn for turn in map(decoded, turns if is_list(turns) else ()) if isinstance(turn, Mapping)]
+    return {
+        key
+        for turn in messages
+        if turn.get("type") not in ITEMS
+        for key, value in turn.items()
+        if value is not None and key not in _READ and key not in settings.ignore
+    }
+
+
+def _plain(turn: Any, roles: Mapping[str, Role]) -> Message | None:
     """Return the message of a turn with just a role and a text; None of any other turn.
 
-    Most turns are plain; `_message` would give the same message in ten times the time.
+    Most turns are plain; `_messages` would give the same message in ten times the time.
     """
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-    if type(role) is str and type(content) is str and role in ROLES and role != "function_call":
-        return Message(ROLES[role], content)
+    if type(role) is str and type(content) is str and role in roles and role not in _CALLING:
+        return Message(roles[role], content)
     return None
 
 
-def _message(turn: Any, path: str) -> Message:
+def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSettings) -> Iterator[Message]:
+    """Yield the messages of a turn: one, except of a turn with results of several tools."""
     if not isinstance(turn, Mapping):
         raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
-    named = first(turn, "role", "from")
-    role = ROLES.get(named) if isinstance(named, str) else None
-    if role is None:
-        raise Refused("unknown role", f"{path} has role {named!r}; known are {', '.join(ROLES)}")
-    content = first(turn, "content", "value")
-    if named == "function_call":
-        text, reasoning, calls = None, None, parse_calls(content, path)
-    else:
-        text, reasoning, calls = _parts(content, role, path)
+    if settings.ignore:
+        turn = {key: value for key, value in turn.items() if key not in settings.ignore}
+    if _is_item(turn) and turn["type"] != "message":
+        yield from parse_item(turn, path)
+        return
+    named, role = _role(turn, path, roles)
+    _require_read(turn, path)
+    content = _content(turn, path)
+    results: list[Message] = []
+    if is_list(content) and role in ("user", "tool"):
+        results, content = split_results(content, path)
+    yield from results
+    if results and not content:
+        return
+    text, reasoning, calls = _read_content(content, named, role, path)
     fields = [parse_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
     calls = ToolCalls(chain(calls, *fields))
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
-    return Message(
+    yield Message(
         role=role,
         content=text,
         reasoning=reasoning or optional_text(turn, path, *REASONING_KEYS),
         tool_calls=calls,
         name=optional_text(turn, path, "name"),
         tool_call_id=optional_text(turn, path, "tool_call_id"),
-        train=_train(turn, path),
+        train=parse_train(turn, path),
     )
 
 
-def _train(turn: Mapping[str, Any], path: str) -> bool | None:
-    """Return a turn's `train` (a boolean) or `weight` (0 or 1) as a boolean, or None."""
-    flag = first(turn, "train", "weight")
-    if flag is not None and flag not in (0, 1):
-        raise Refused("bad weight", f"{path} has train or weight {excerpt(flag)}; use true or false, 1 or 0")
-    return None if flag is None else bool(flag)
+def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> tuple[str, Role]:
+    """Return a turn's name of its role, and the role."""
+    named = first(turn, "role", "from", "type")
+    if isinstance(named, str):
+        for name in (named, named.lower()):
+            if role := roles.get(name):
+                return name, role
+    raise Refused(
+        "unknown role", f"{path} has role {named!r}; known are {', '.join(roles)}; roles = {{...}} adds names"
+    )
 
 
-def _parts(content: Any, role: str, path: str) -> tuple[str | None, str | None, ToolCalls]:
-    """Return text, reasoning and tool calls of content: a text, or a list of typed parts."""
-    if content is None or isinstance(content, str):
-        return content, None, ToolCalls()
+def _content(turn: Mapping[str, Any], path: str) -> Any:
+    """Return a turn's content; raises Refused if two keys hold different contents."""
+    contents = [turn[key] for key in _CONTENT if turn.get(key) is not None]
+    if any(content != contents[0] for content in contents[1:]):
+        raise Refused("two contents", f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}")
+    return contents[0] if contents else None
+
+
+def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str | None, str | None, ToolCalls]:
+    """Return text, reasoning and tool calls of a turn's content."""
+    if named in _CALLING:
+        return None, None, parse_calls(content, path)
     if role == "tool" and isinstance(content, Mapping):
         # Some datasets store tool results as objects, but a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
-    if not is_list(content):
-        raise Refused("not text", f"{path} has content {excerpt(content)}, neither text nor a list of parts")
-    texts, reasonings = [], []
-    calls: list[ToolCall] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "tool_call":
-            calls += parse_calls(part.get("value"), path)
-        elif kind in ("text", "output_text", "input_text"):
-            texts.append(require_text(first(part, "text", "value"), path))
-        elif kind in ("reasoning", "thinking"):
-            reasonings.append(require_text(first(part, kind, "text", "value"), path))
-        else:
-            raise Refused(
-                "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
-            )
-    return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
+    return parse_parts(content, path)
+
+
+def _require_read(turn: Mapping[str, Any], path: str) -> None:
+    """Raise Refused if a key of the turn carries words that are not read."""
+    if unread := sorted(key for key in _WORDS.intersection(turn) if carries_words(turn[key])):
+        raise Refused(
+            "unread words",
+            f"{path}.{unread[0]} holds words that no layout reads: {excerpt(turn[unread[0]])}; move them to content "
+            f"or a column, or leave them out by ignore = [{unread[0]!r}]",
+        )
+
+
+def _is_turn(turn: Any) -> bool:
+    role = first(turn, "role", "from") if isinstance(turn, Mapping) else None
+    return isinstance(role, str) and role.lower() in ROLES
+
+
+def _is_item(turn: Any) -> bool:
+    return (
+        isinstance(turn, Mapping) and turn.get("type") in ITEMS and (turn["type"] == "message" or not turn.get("role"))
+    )
+
+
+def _turned(columns: Mapping[str, Any], path: str) -> Any:
+    """Return the turns of an object of lists, as `datasets` stores sequences of objects."""
+    lists = {key: value for key, value in columns.items() if value is not None}
+    if not lists.keys() & {"role", "from"} or not all(is_list(value) for value in lists.values()):
+        return columns
+    if len(set(map(len, lists.values()))) > 1:
+        lengths = {key: len(value) for key, value in lists.items()}
+        raise Refused("bad messages", f"{path} is an object of lists of different lengths: {lengths}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

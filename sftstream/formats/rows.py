@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from sftstream.config import RowSettings
 from sftstream.formats.fields import Row
-from sftstream.formats.layouts import parse_layout
+from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
 from sftstream.formats.typed import typed_json, typed_messages
-from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused
+from sftstream.formats.unread import BESIDE_MESSAGES, require_read, require_readable, tools_of, unread_names
+from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
+
+_DIGITS = 4300
+"""Digits of an integer that Python refuses to read."""
 
 
-def parse_row(row: RawRow, columns: Mapping[str, str] | None = None) -> Conversation:
+def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     """Return the conversation that a stored row holds.
 
-    `columns` renames a source's own columns: {"instruction": "q"} reads column `q` as
-    `instruction`. Raises BrokenRow if the row is not JSON or has none of the columns, and Refused,
-    naming the field, if the layout is not understood.
+    Raises BrokenRow if the row is not JSON or has none of the columns of `settings.columns`, and
+    Refused, naming the field, if the layout is not understood or words would be lost.
     """
-    if columns is None and isinstance(row, bytes) and (conversation := typed_json(row)):
+    plain = settings.columns is None and not settings.ignore and not settings.roles
+    if plain and isinstance(row, bytes) and (conversation := typed_json(row)):
         return conversation
-    decoded = decode_row(row)
-    if not isinstance(decoded, Mapping):
-        raise Refused("unknown layout", f"the row is a {type(decoded).__name__}, not an object with columns")
-    fields = decoded if columns is None else _renamed(decoded, columns)
-    messages = typed_messages(fields) or parse_layout(fields)
+    fields = _fields(row, settings)
+    known = fields.keys().isdisjoint(BESIDE_MESSAGES)
+    messages = typed_messages(fields) if known and (plain or not settings.roles) else None
+    if messages is None:
+        require_readable(fields, settings)
+        messages = parse_layout(fields, settings)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    return Conversation(messages, parse_tools(fields.get("tools")))
+    conversation = Conversation(messages, parse_tools(tools_of(fields)))
+    if not known or settings.columns is not None:
+        require_read(fields, conversation, settings)
+    return conversation
+
+
+def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
+    """Return the columns of a row, and the keys of its messages, that nothing reads.
+
+    Empty for a row that is refused.
+    """
+    try:
+        return unread_names(_fields(row, settings), settings)
+    except (Refused, BrokenRow):
+        return set()
 
 
 def decode_row(row: RawRow) -> Any:
     """Return the value of a row's JSON text, or a table's row unchanged.
 
+    A column with NaN, a number out of range, or half a surrogate pair becomes an `Unreadable`.
     Raises BrokenRow if the text is not JSON.
     """
     if not isinstance(row, bytes):
@@ -45,7 +67,45 @@ def decode_row(row: RawRow) -> Any:
     try:
         return msgspec.json.decode(row)
     except UNDECODABLE as error:
+        if (columns := _readable_columns(row)) is not None:
+            return columns
         raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def _fields(row: RawRow, settings: RowSettings) -> Row:
+    """Return the columns of a row under the names that a layout knows, without ignored columns."""
+    decoded = decode_row(row)
+    if not isinstance(decoded, Mapping):
+        raise Refused("unknown layout", f"the row is a {type(decoded).__name__}, not an object with columns")
+    fields = decoded if settings.columns is None else _renamed(decoded, settings.columns)
+    if settings.ignore:
+        fields = {column: value for column, value in fields.items() if column not in settings.ignore}
+    return fields
+
+
+def _readable_columns(text: bytes) -> dict[str, Any] | None:
+    """Return the columns of an object that Python's JSON reader accepts; None of any other text.
+
+    `{"a": "x", "score": NaN}` gives `{"a": "x", "score": Unreadable("...")}`.
+    """
+    try:
+        row = json.loads(text.decode(), parse_int=_integer)
+        if not isinstance(row, dict):
+            return None
+        return {_column(json.dumps(column)): _column(json.dumps(value)) for column, value in row.items()}
+    except (*UNDECODABLE, ValueError, TypeError):
+        return None
+
+
+def _column(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except UNDECODABLE as error:
+        return Unreadable(f"is not JSON: {error}")
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < _DIGITS else float(digits)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:

@@ -9,6 +9,9 @@ from sftstream.excerpt import excerpt
 from sftstream.formats.fields import decoded, first, is_list, optional_text
 from sftstream.records import Refused, ToolCall, ToolCalls
 
+_ARGUMENTS = ("arguments", "parameters", "input")
+"""Names of a call's arguments; the first name present counts."""
+
 
 def parse_calls(value: Any, path: str) -> ToolCalls:
     """Return tool calls of any spelling.
@@ -24,20 +27,35 @@ def parse_calls(value: Any, path: str) -> ToolCalls:
 
 def _call(call: Any, path: str) -> ToolCall:
     if isinstance(call, Mapping):
-        function = call.get("function") or call
+        function = decoded(call.get("function")) or call
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        if named and ("arguments" in function or "parameters" in function):
-            arguments = decoded(first(function, "arguments", "parameters") or {})
+        if named and any(name in function for name in _ARGUMENTS):
+            arguments = decoded(first(function, *_ARGUMENTS) or {})
             if isinstance(arguments, Mapping):
-                return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id"))
+                return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id", "call_id"))
     raise Refused("bad tool call", f"{path}: {excerpt(call)} has no name and arguments")
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Return tool definitions of any spelling, each as `{"type": "function", ...}`."""
+    """Return tool definitions of any spelling, each as `{"type": "function", ...}`.
+
+    Accepts a single definition or a list, JSON text or objects, with or without a `function`
+    wrapper, and an object of name -> definition: `{"add": {"description": "adds"}}`.
+    """
     if not value or not (value := decoded(value)):
         return ()
+    if isinstance(value, Mapping) and not isinstance(value.get("name"), str) and "function" not in value:
+        value = _named(value)
     tools = [decoded(tool) for tool in (value if is_list(value) else [value])]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise Refused("bad tools", f"{excerpt(value)} is not a list of tool definitions")
     return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
+
+
+def _named(definitions: Mapping[str, Any]) -> list[Any]:
+    """Return the definitions of an object of name -> definition, each with its name."""
+    tools = {name: decoded(tool) for name, tool in definitions.items()}
+    for name, tool in tools.items():
+        if not isinstance(tool, Mapping) or tool.get("name", name) != name:
+            raise Refused("bad tools", f"{excerpt(definitions)} is neither a tool definition nor name -> definition")
+    return [tool if "function" in tool else {"name": name, **tool} for name, tool in tools.items()]

@@ -1,8 +1,8 @@
 """Rows of files: by number in any order, or read forward from streamed sources."""
 
 from sftstream.sources.corpus import Corpus, CorpusReader, FileSet
-from sftstream.sources.rows import FileIdentity, RowFile
+from sftstream.sources.rows import FileIdentity, ReadRow, RowFile
 from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
 
-__all__ = ["Corpus", "CorpusReader", "FileIdentity", "FileSet", "RowFile", "ShardReader", "StreamedSource"]
+__all__ = ["Corpus", "CorpusReader", "FileIdentity", "FileSet", "ReadRow", "RowFile", "ShardReader", "StreamedSource"]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.cache import cached
-from sftstream.records import UNDECODABLE, BrokenRow
+from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
 from sftstream.sources.rows import (
     OPEN_FILES,
     FileIdentity,
@@ -30,7 +30,15 @@ Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
 UNREADABLE = (pa.ArrowException, OSError)
 """Errors of Arrow on files that are damaged or not Arrow files."""
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+_UNHOLDABLE = (pa.ArrowException, *UNDECODABLE, ValueError, TypeError, KeyError, ArithmeticError)
+"""Errors of Arrow's conversion of a value to Python: numbers and dates out of range, keys that
+cannot be hashed, unknown time zones, text that is not UTF-8."""
+_LISTS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
+_BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+"""Type of text -> binary type of equal layout."""
 _FILE, _END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 """First bytes of Arrow's file format, and last bytes of Arrow's stream format."""
 
@@ -39,13 +47,14 @@ class Batches:
     """Rows of record batches by number, as Python values.
 
     A table stores the missing fields of a row as null, in structs at any depth; `read` leaves the
-    fields out again. Text of the type `arrow.json` is decoded.
+    fields out again. Text of the type `arrow.json` is decoded. A value that Python cannot hold, for
+    example a date of the year 20000, becomes an `Unreadable`.
     """
 
     def __init__(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
         self._batches = [batch for batch in batches if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
-        self._plain = _struct(schema)
+        self._decoders = _decoders(schema)
         self._valid: set[int] = set()
 
     def __len__(self) -> int:
@@ -54,15 +63,21 @@ class Batches:
     def read(self, row: int) -> Mapping[str, Any]:
         index = bisect_right(self._ends, row)
         batch = self._batches[index]
-        try:
-            if index not in self._valid:
-                _validate(batch)
-                self._valid.add(index)
-            return self._plain(batch.slice(row - self._ends[index] + batch.num_rows, 1).to_pylist()[0])
-        except pa.ArrowInvalid as error:
-            raise BrokenRow(f"is in a damaged record batch: {error}") from None
-        except UNDECODABLE as error:
-            raise BrokenRow(f"cannot be decoded: {error}") from None
+        if index not in self._valid:
+            try:
+                _validate_batch(batch)
+            except pa.ArrowInvalid as error:
+                raise BrokenRow(f"is in a damaged record batch: {error}") from None
+            self._valid.add(index)
+        row += batch.num_rows - self._ends[index]
+        values = {}
+        for column, (name, decode) in zip(batch.columns, self._decoders.items(), strict=True):
+            try:
+                if (value := column[row].as_py()) is not None:
+                    values[name] = decode(value)
+            except _UNHOLDABLE as error:
+                values[name] = Unreadable(" ".join(str(error).split()))
+        return values
 
 
 class Arrow:
@@ -180,7 +195,7 @@ def _source(stored: Stored, mapped: mmap.mmap) -> Source:
 def _checked(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Source:
     def checked() -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            _validate(batch)  # Arrow aborts the process if it writes a damaged batch
+            _validate_batch(batch)  # Arrow aborts the process if it writes a damaged batch
             yield batch
 
     return schema, checked()
@@ -198,35 +213,72 @@ def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
     return Batches(*_source(stored, mapped)), mapped
 
 
-def _validate(batch: pa.RecordBatch) -> None:
-    """Raise ArrowInvalid if the batch's offsets are invalid.
+def _validate_batch(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid if any offset, index or length in the batch is invalid.
 
-    Text is checked for valid UTF-8 when a row is read.
+    Text is not checked: text that is not UTF-8 concerns its row alone.
     """
-    batch.to_struct_array().view(_untexted(pa.struct(batch.schema))).validate(full=True)
+    for column in batch.columns:
+        column.validate()
+        _validate(column)
 
 
-def _untexted(kind: pa.DataType) -> pa.DataType:
-    """Return the type with all text types replaced by binary types of equal layout."""
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_untexted(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_untexted(kind.value_type)))
+def _validate(array: pa.Array) -> None:
+    """Raise ArrowInvalid if an offset or index at any depth is invalid.
+
+    Each level is checked apart from its children, with nulls in place of the children: Arrow's
+    own check would refuse text that is not UTF-8.
+    """
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        _validate(array.storage)
+    elif kind in _BINARY:
+        array.view(_BINARY[kind]).validate(full=True)
+    elif pa.types.is_struct(kind):
+        for index in range(kind.num_fields):
+            _validate(array.field(index))
+    elif pa.types.is_map(kind):
+        _outline(array, pa.list_(pa.null()), len(array.keys)).validate(full=True)
+        _validate(array.keys)
+        _validate(array.items)
+    elif any(is_list(kind) for is_list in _LISTS):
+        _outline(array, _list_of_nulls(kind), len(array.values)).validate(full=True)
+        _validate(array.values)
+    elif pa.types.is_dictionary(kind):
+        pa.DictionaryArray.from_arrays(array.indices, pa.nulls(len(array.dictionary)), safe=True)
+        _validate(array.dictionary)
+    else:
+        array.validate(full=True)
+
+
+def _outline(array: pa.Array, kind: pa.DataType, children: int) -> pa.Array:
+    """Return a list array of the same offsets over `children` nulls."""
+    buffers = array.buffers()[: kind.num_buffers]
+    return pa.Array.from_buffers(kind, len(array), buffers, offset=array.offset, children=[pa.nulls(children)])
+
+
+def _list_of_nulls(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_untexted(kind.value_type)))
-    return kind
+        return pa.large_list(pa.null())
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(pa.null(), kind.list_size)
+    if pa.types.is_list_view(kind):
+        return pa.list_view(pa.null())
+    return pa.large_list_view(pa.null()) if pa.types.is_large_list_view(kind) else pa.list_(pa.null())
 
 
-def _struct(fields: Iterable[pa.Field]) -> Callable[[Any], dict[str, Any]]:
-    decoders = {}
+def _decoders(fields: Iterable[pa.Field]) -> dict[str, Decoder]:
+    """Return the decoder of each field; raises ArrowInvalid if two fields have one name."""
+    decoders: dict[str, Decoder] = {}
     for field in fields:
         if field.name in decoders:
             raise pa.ArrowInvalid(f"two of its fields have the name {field.name!r}")
         decoders[field.name] = _decoder(field.type)
+    return decoders
+
+
+def _struct(fields: Iterable[pa.Field]) -> Decoder:
+    decoders = _decoders(fields)
     return lambda value: {name: decoders[name](item) for name, item in value.items() if item is not None}
 
 

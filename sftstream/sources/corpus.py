@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from itertools import accumulate
 
-from sftstream.config import SourceConfig
+from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
 from sftstream.sources.resolve import open_source
 from sftstream.sources.rows import FileIdentity, RowFile
@@ -23,7 +23,7 @@ class FileSet:
         self.files = open_source(source)
         self.shards = tuple(len(file) for file in self.files)
         self._path = source.path
-        self.columns = source.columns
+        self.settings: RowSettings = source
         self._ends = list(accumulate(self.shards))
         if not len(self):
             raise ValueError(
@@ -81,15 +81,15 @@ class Corpus:
 class CorpusReader:
     """Reads the rows of all sources for one logical stream.
 
-    Each reader has separate positions in streamed sources. `columns` holds the `columns` setting of
-    each source, for `formats.parse_row`.
+    Each reader has separate positions in streamed sources. `settings` holds the settings of each
+    source for `formats.parse_row`.
     """
 
     def __init__(self, corpus: Corpus) -> None:
         self.sources: list[FileSet | ShardReader] = [
             ShardReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
         ]
-        self.columns = [source.columns for source in corpus.sources]
+        self.settings = [source.settings for source in corpus.sources]
         self._corpus = corpus
 
     def expect(self, ref: Ref) -> None:

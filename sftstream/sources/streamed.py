@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sftstream.config import SourceConfig
+from sftstream.config import RowSettings, SourceConfig
 from sftstream.sources.arrow import UNREADABLE
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
@@ -23,7 +23,7 @@ class StreamedSource:
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        self.columns = source.columns
+        self.settings: RowSettings = source
         self._locations = _locations(source)
         fingerprints = [location.fingerprint() for location in self._locations]
         self._markers = [marker for marker, _ in fingerprints]

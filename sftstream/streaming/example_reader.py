@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
-from sftstream.config import SourceConfig
+from sftstream import formats
+from sftstream.config import RowSettings, SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
-from sftstream.sources import Corpus, CorpusReader, FileSet
+from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
+
+_SAMPLED = 100
+"""Rows of a source in which columns that nothing reads are looked for."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class ExampleReader:
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
         """Yield the conversation of each row, or the reason for a refusal."""
-        read, columns = self.corpus.read, self.corpus.columns
+        read, settings = self.corpus.read, self.corpus.settings
         for ref in refs:
             try:
-                yield parse_row(read(ref), columns[ref.source])
+                yield parse_row(read(ref), settings[ref.source])
             except Refused as refused:
                 yield refused
             except BrokenRow as broken:
@@ -61,3 +67,28 @@ def read_conversations(path: str) -> Iterator[Conversation]:
             raise ValueError(f"{rows.locate_row(row)} {broken}") from None
         except Refused as refused:
             raise ValueError(f"{rows.locate_row(row)}: {refused}") from None
+
+
+def unread_columns(corpus: Corpus) -> list[set[str]]:
+    """Return for each source the columns, and keys of messages, that nothing reads.
+
+    Looks at up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
+    streamed source. Columns left out by the config do not count.
+    """
+    return [
+        set[str]().union(*(_unread(read, source.settings) for read in _sample(source))) for source in corpus.sources
+    ]
+
+
+def _sample(source: FileSet | StreamedSource) -> Iterator[ReadRow]:
+    if isinstance(source, StreamedSource):
+        return islice(source.open(0, 0).rows, _SAMPLED)
+    step = -(-len(source) // _SAMPLED)
+    return (partial(source.read, row) for row in range(0, len(source), step))
+
+
+def _unread(read: ReadRow, settings: RowSettings) -> set[str]:
+    try:
+        return formats.unread_columns(read(), settings)
+    except (BrokenRow, Refused):
+        return set()

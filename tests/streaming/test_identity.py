@@ -202,6 +202,27 @@ def test_files_may_move_and_be_touched(workspace: Workspace, tmp_path: Path) -> 
     assert tiny.digests(resumed) == tiny.digests(loader)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("ignore", ["note"], "data.sources[0].ignore: None -> ('note',)"),
+        ("roles", {"narrator": "user"}, "data.sources[0].roles: None -> {'narrator': 'user'}"),
+    ],
+)
+def test_a_younger_setting_is_in_the_identity_only_while_it_differs_from_its_default(
+    workspace: Workspace, field: str, value: Any, named: str
+) -> None:
+    source = {"path": f"{workspace.directory}/a.jsonl"}
+    workspace.settings = {"sources": [source]}
+    state = state_of(workspace)
+    assert field not in state["identity"]["sources"][0]
+    workspace.settings = {"sources": [source | {field: value}]}
+    assert refusal(workspace, state) == named
+    state = state_of(workspace)
+    assert field in state["identity"]["sources"][0]
+    workspace.load(state)
+
+
 @pytest.mark.parametrize("settings", [{"workers": 2}, {"prefetch": 1}])
 def test_workers_and_prefetch_are_no_part_of_the_identity(workspace: Workspace, settings: dict[str, Any]) -> None:
     state = state_of(workspace)

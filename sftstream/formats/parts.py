@@ -1,0 +1,65 @@
+"""Content of a message: a text, or a list of typed parts (OpenAI's and Anthropic's)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sftstream.excerpt import excerpt
+from sftstream.formats.fields import first, is_list, require_text
+from sftstream.formats.tools import parse_calls
+from sftstream.records import Message, Refused, ToolCall, ToolCalls
+
+_TEXT = ("text", "output_text", "input_text")
+_REASONING = ("reasoning", "thinking", "reasoning_text", "summary_text")
+
+
+def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCalls]:
+    """Return text, reasoning and tool calls of content: a text, or a list of typed parts."""
+    if content is None or isinstance(content, str):
+        return content, None, ToolCalls()
+    if not is_list(content):
+        raise Refused("not text", f"{path} has content {excerpt(content)}, neither text nor a list of parts")
+    texts, reasonings = [], []
+    calls: list[ToolCall] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "tool_call":
+            calls += parse_calls(first(part, "value", "tool_call") or part, path)
+        elif kind == "tool_use":
+            calls += parse_calls(part, path)
+        elif kind in _TEXT:
+            texts.append(require_text(first(part, "text", "value"), path))
+        elif kind in _REASONING:
+            reasonings.append(require_text(first(part, kind, "text", "value"), path))
+        else:
+            raise Refused(
+                "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
+            )
+    return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
+
+
+def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], list[Any]]:
+    """Return a tool's message for each part of the type `tool_result`, and all parts behind.
+
+    Raises Refused if a result stands behind other parts (Anthropic's Messages API puts results
+    first).
+    """
+    is_result = [isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content]
+    count = sum(is_result)
+    if not all(is_result[:count]):
+        raise Refused("bad messages", f"{path} has words before a tool_result; move the words behind the results")
+    return [_result(part, path) for part in content[:count]], list(content[count:])
+
+
+def _result(part: Mapping[str, Any], path: str) -> Message:
+    result = part.get("content")
+    if isinstance(result, Mapping):
+        result = msgspec.json.encode(result).decode()
+    text, reasoning, calls = parse_parts(result, path)
+    if reasoning or calls:
+        raise Refused("unknown content part", f"{path} has a tool_result {excerpt(result)}; text is known")
+    call_id = part.get("tool_use_id")
+    return Message("tool", text or "", tool_call_id=None if call_id is None else require_text(call_id, path))

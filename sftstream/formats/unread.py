@@ -1,0 +1,96 @@
+"""Columns and keys that nothing reads: refused if known to carry words, else named to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from sftstream.config import RowSettings
+from sftstream.excerpt import excerpt
+from sftstream.formats.fields import Row, carries_words, decoded, is_list, texts_in
+from sftstream.formats.layouts import LAYOUTS, columns_read, find_layout
+from sftstream.formats.messages import SYSTEM, unread_keys
+from sftstream.records import BrokenRow, Conversation, Refused, Unreadable
+
+TOOLS = (
+    *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
+    *("available_tools", "available_functions", "tool_schemas", "tools_schema", "tool_list"),
+)
+"""Columns of tool definitions; the first with a value counts."""
+_OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
+WORDS = frozenset(
+    _OF_LAYOUTS
+    | {*SYSTEM, *TOOLS, "context", "history", "chat_history", "dialogue", "dialog", "turns", "documents", "document"}
+    | {"passage", "knowledge", "background", "persona", "reasoning_content", "thinking", "thought", "thoughts"}
+)
+"""Names of columns known to carry words of a conversation."""
+BESIDE_MESSAGES = WORDS - {"messages", "tools"}
+"""Names whose presence needs a check, in a row of `messages` and `tools`."""
+
+
+def tools_of(row: Row) -> Any:
+    """Return the tool definitions of a row, in any spelling; None if the row has none."""
+    return next((row[column] for column in TOOLS if row.get(column)), None)
+
+
+def require_read(row: Row, conversation: Conversation, settings: RowSettings) -> None:
+    """Raise Refused if a column carries words that are missing from the conversation."""
+    present = tuple([column for column, value in row.items() if value is not None])
+    valued = tuple([column for column, value in row.items() if value])
+    if not (suspects := _suspects(present, valued, settings.columns is not None)):
+        return
+    words = " ".join(" ".join(_words(conversation)).split())
+    for column in suspects:
+        texts = texts_in(decoded(row[column])) if _carries(column, row[column]) else ()
+        if not all(" ".join(text.split()) in words for text in texts):
+            raise Refused(
+                "unread words",
+                f"column {column!r} holds words that the layout {find_layout(row)} does not read: "
+                f"{excerpt(row[column])}; read the column under a known name by columns = {{...}}, or leave the "
+                f"column out by ignore = [{column!r}]",
+            )
+
+
+@lru_cache(maxsize=4096)
+def _suspects(present: tuple[str, ...], valued: tuple[str, ...], renamed: bool) -> tuple[str, ...]:
+    """Return the columns with values that may carry words, unread by the row's layout."""
+    read = _read({column: column in valued for column in present})
+    return tuple(column for column in valued if (renamed or column in WORDS) and column not in read)
+
+
+def require_readable(row: Row, settings: RowSettings) -> None:
+    """Raise BrokenRow if a column that may carry words holds a value that cannot be read."""
+    for column, value in row.items():
+        if type(value) is Unreadable and (column in WORDS or settings.columns is not None):
+            raise BrokenRow(f"cannot be decoded: column {column!r}: {value.reason}")
+
+
+def unread_names(row: Row, settings: RowSettings) -> set[str]:
+    """Return the columns of a row, and the keys of its messages, that nothing reads.
+
+    Keys of messages are named `messages[].key`. Raises Refused if the layout is unknown.
+    """
+    read = _read(row)
+    names = {str(column) for column, value in row.items() if column not in read and value is not None}
+    for column in read & {"messages", "conversations", "conversation"}:
+        names |= {f"{column}[].{key}" for key in unread_keys(row[column], settings)}
+    return names
+
+
+def _read(row: Row) -> set[str]:
+    tools = next((column for column in TOOLS if row.get(column)), None)
+    return columns_read(row, find_layout(row)) | ({tools} if tools else set())
+
+
+def _carries(column: str, value: Any) -> bool:
+    if column == "data":  # a usual name of anything
+        value = decoded(value)
+        return is_list(value) and any(isinstance(text, str) for text in value)
+    return carries_words(value)
+
+
+def _words(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        yield from filter(None, (message.content, message.reasoning))
+    yield from texts_in(conversation.tools)

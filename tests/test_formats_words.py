@@ -1,0 +1,274 @@
+"""Words of a row are read, or the row is refused: no column, key or spelling loses words in silence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftstream import Conversation, Message, Refused, ToolCall
+from sftstream.config import RowSettings
+from sftstream.formats import parse_row, unread_columns
+
+HI = {"role": "user", "content": "hi"}
+HELLO = {"role": "assistant", "content": "hello"}
+SAID = (Message("user", "hi"), Message("assistant", "hello"))
+FUNCTION = {"name": "add", "arguments": {"a": 1}}
+ADD = ToolCall("add", {"a": 1})
+
+
+def messages(row: Any, **settings: Any) -> tuple[Message, ...]:
+    return parse_row(row, RowSettings(**settings)).messages
+
+
+def refusal(row: Any, **settings: Any) -> str:
+    with pytest.raises(Refused) as error:
+        parse_row(row, RowSettings(**settings))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": json.dumps([HI]), "completion": json.dumps([HELLO])},
+        {"prompt": [HI], "completion": json.dumps([HELLO])},
+        {"prompt": "hi", "chosen": json.dumps([HI, HELLO])},
+        {"question": "hi", "chosen": "hello", "rejected": "no"},
+        {"conversations": json.dumps([HI, HELLO])},
+        {"conversations": [json.dumps(HI), json.dumps(HELLO)]},
+        {"conversations": ["hi", "hello"]},
+        {"messages": ["hi", "hello"], "source": "lima"},
+        {"conversations": {"from": ["human", "gpt"], "value": ["hi", "hello"]}},
+        {"messages": {"role": ["user", "assistant"], "content": ["hi", "hello"], "name": None}},
+        {"query": "hi", "response": "hello"},
+        {"input": "hi", "output": "hello"},
+        {"messages": [{"role": "User", "content": "hi"}, {"role": "ASSISTANT", "content": "hello"}]},
+        {"messages": [{"type": "human", "content": "hi"}, {"type": "ai", "content": "hello"}]},
+        {"messages": [{"role": "user", "text": "hi"}, {"role": "assistant", "text": "hello"}]},
+        {
+            "messages": [
+                HI,
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hello"}]},
+            ]
+        },
+        {"messages": [HI, HELLO], "prompt": " hi ", "answer": "hello", "score": 3.5, "functions": []},
+    ],
+)
+def test_layouts_of_others_give_the_same_conversation(row: dict[str, Any]) -> None:
+    assert parse_row(row) == Conversation(SAID)
+    assert parse_row(json.dumps(row).encode()) == Conversation(SAID)
+
+
+def test_the_examples_of_the_page_give_the_same_conversation() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| [^|]+ \| `(\{.*\})` \|$", page, re.MULTILINE)
+    assert len(examples) == 12
+    for example in examples:
+        assert parse_row(example.encode()) == Conversation(SAID)
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_messages_in_another_notation_than_json_are_refused(column: str) -> None:
+    row = {"prompt": "hi", "completion": "hello", column: str([HI, HELLO])}
+    assert refusal(row).startswith(f"bad messages: {column} spells a list of messages that is not JSON: ")
+
+
+@pytest.mark.parametrize("row", [{"instruction": json.dumps([HI]), "output": "x"}, {"data": [json.dumps([HI]), "x"]}])
+def test_messages_as_text_are_refused_in_a_layout_of_texts(row: dict[str, Any]) -> None:
+    assert " holds a list of messages as text; read it by columns" in refusal(row)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '[{"a": 1}]', "[{'role': 'admin'}]", '{"role": "user"}', "[", "[]", ""])
+def test_text_that_only_looks_like_messages_is_words(text: str) -> None:
+    assert messages({"prompt": text, "completion": "hello"})[0].content == text
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["a", "b"]],
+        json.dumps([["a", "b"]]),
+        ['["a", "b"]'],
+        [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}],
+    ],
+)
+@pytest.mark.parametrize("row", [{"instruction": "hi", "output": "hello"}, {"query": "hi", "response": "hello"}])
+def test_history_is_read_as_pairs_messages_or_json(history: Any, row: dict[str, Any]) -> None:
+    assert messages({**row, "history": history}) == (Message("user", "a"), Message("assistant", "b"), *SAID)
+
+
+def test_the_context_of_an_instruction_is_its_input() -> None:
+    row = {"instruction": "hi", "context": "there", "response": "hello", "category": "qa"}
+    assert messages(row)[0] == Message("user", "hi\n\nthere")
+    assert messages({**row, "context": ""})[0] == Message("user", "hi")
+    assert refusal({**row, "input": "here"}).startswith("unread words: column 'context' holds words that the layout ")
+
+
+@pytest.mark.parametrize("name", ["functions", "tool_defs", "tool_definitions", "available_tools"])
+def test_tool_definitions_are_read_under_each_name(name: str) -> None:
+    definition = {"name": "add", "description": "adds", "parameters": {}}
+    expected = ({"type": "function", "function": definition},)
+    for tools in ([definition], {"add": {"description": "adds", "parameters": {}}}, json.dumps([definition])):
+        assert parse_row({"messages": [HI, HELLO], name: tools}).tools == expected
+
+
+def test_an_object_that_names_no_definitions_is_refused() -> None:
+    assert refusal({"messages": [HI, HELLO], "tools": {"add": 5}}).startswith("bad tools: {'add': 5} is neither")
+
+
+@pytest.mark.parametrize("column", ["context", "history", "documents", "prompt", "answer", "instruction", "knowledge"])
+def test_a_column_of_words_that_nothing_reads_is_refused_until_the_config_decides(column: str) -> None:
+    row = {"messages": [HI, HELLO], column: "other words"}
+    for stored in (row, json.dumps(row).encode()):
+        said = refusal(stored)
+        assert said.startswith(f"unread words: column {column!r} holds words that the layout messages does not read: ")
+        assert said.endswith(f"or leave the column out by ignore = [{column!r}]")
+        assert messages(stored, ignore=(column,)) == SAID
+        assert messages(stored, columns={"messages": "messages"}) == SAID
+
+
+def test_a_renamed_column_that_no_layout_reads_is_refused() -> None:
+    row = {"q": "hi", "a": "hello", "c": "words"}
+    assert refusal(row, columns={"prompt": "q", "completion": "a", "contxt": "c"}).startswith(
+        "unread words: column 'contxt'"
+    )
+
+
+def test_a_system_prompt_that_two_places_hold_is_read_once() -> None:
+    system = {"role": "system", "content": "be kind"}
+    row = {"messages": [system, HI, HELLO], "system": "be kind", "system_prompt": "be kind"}
+    assert messages(row) == (Message("system", "be kind"), *SAID)
+    assert len(messages({**row, "system": "be brief", "system_prompt": ""})) == 4
+    assert refusal({**row, "system_prompt": "be brief"}).startswith("unread words: column 'system_prompt'")
+
+
+@pytest.mark.parametrize("key", ["tools", "context", "thought", "refusal"])
+def test_a_key_of_a_message_with_words_is_refused_until_it_is_ignored(key: str) -> None:
+    row = {"messages": [HI, {**HELLO, key: "words"}]}
+    assert refusal(row).startswith(f"unread words: messages[1].{key} holds words that no layout reads: 'words'; ")
+    assert messages(row, ignore=(key,)) == SAID
+
+
+def test_two_different_contents_of_a_message_are_refused() -> None:
+    assert refusal({"messages": [HI, {**HELLO, "value": "bye"}]}).startswith("two contents: messages[1] has different")
+    assert messages({"messages": [HI, {**HELLO, "value": "hello"}]}) == SAID
+
+
+def test_columns_and_keys_that_nothing_reads_are_named() -> None:
+    turns = [{**HI, "id": 1, "train": None}, {**HELLO, "markdown": True, "loss": True}]
+    row = {"messages": turns, "topic": "x", "score": 1, "system": None, "tools": [], "prompt": "hi"}
+    assert unread_columns(row) == {"topic", "score", "prompt", "tools", "messages[].id", "messages[].markdown"}
+    assert unread_columns(row, RowSettings(ignore=("topic", "id"))) == {
+        "score",
+        "prompt",
+        "tools",
+        "messages[].markdown",
+    }
+    assert unread_columns(b"{") == set()
+
+
+@pytest.mark.parametrize(
+    ("marks", "train"),
+    [
+        *[({name: False}, False) for name in ("train", "training", "trainable", "loss", "compute_loss")],
+        *[({name: True}, True) for name in ("train", "training", "trainable", "loss")],
+        *[({name: 0}, False) for name in ("weight", "loss_weight", "loss_scale", "loss_mask", "loss")],
+        *[({name: 1}, None) for name in ("loss_weight", "loss_scale", "loss_mask")],
+        *[({name: True}, False) for name in ("masked", "is_masked", "no_loss", "ignore_loss")],
+        *[({name: False}, None) for name in ("masked", "is_masked", "no_loss")],
+        ({"loss": "false"}, False),
+        ({"loss_weight": 0.0, "train": None}, False),
+        ({"loss": None, "mask": None}, None),
+        ({"train": False, "masked": True, "weight": 0}, False),
+    ],
+)
+def test_the_marks_of_others_are_obeyed(marks: dict[str, Any], train: bool | None) -> None:
+    assert messages({"conversations": [HI, {**HELLO, **marks}]})[1].train is train
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        *({"weight": 0.5}, {"weight": 2}, {"loss": "no"}, {"train": []}, {"loss_weight": 0.3}, {"mask": True}),
+        *({"train": True, "weight": 0}, {"masked": True, "train": 1}, {"train_detail": [{"begin_offset": 0}]}),
+    ],
+)
+def test_a_mark_that_cannot_be_obeyed_is_refused(marks: dict[str, Any]) -> None:
+    assert refusal({"messages": [HI, {**HELLO, **marks}]}).startswith("bad weight: messages[1]")
+
+
+def test_names_of_roles_are_added_by_the_config() -> None:
+    row = {"messages": [{"role": "narrator", "content": "hi"}, HELLO]}
+    assert refusal(row).endswith("roles = {...} adds names")
+    assert messages(row, roles={"narrator": "user"}) == SAID
+
+
+def test_turns_of_tool_calls_and_responses_are_read() -> None:
+    turns = [
+        HI,
+        {"role": "tool_call", "content": json.dumps(FUNCTION)},
+        {"role": "tool_response", "content": "2"},
+        HELLO,
+    ]
+    assert messages({"messages": turns}) == (
+        SAID[0],
+        Message("assistant", tool_calls=(ADD,)),  # type: ignore[arg-type]
+        Message("tool", "2"),
+        SAID[1],
+    )
+
+
+def test_parts_of_anthropics_messages_are_read() -> None:
+    call = {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}}
+    thinking = {"type": "thinking", "thinking": "hm"}
+    results = [
+        {"type": "tool_result", "tool_use_id": "c1", "content": "2"},
+        {"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "3"}]},
+        {"type": "text", "text": "and?"},
+    ]
+    turns = [
+        HI,
+        {"role": "assistant", "content": [thinking, {"type": "text", "text": "so"}, call]},
+        {"role": "user", "content": results},
+        HELLO,
+    ]
+    assert messages({"messages": turns}) == (
+        SAID[0],
+        Message("assistant", "so", "hm", (ToolCall("add", {"a": 1}, "c1"),)),  # type: ignore[arg-type]
+        Message("tool", "2", tool_call_id="c1"),
+        Message("tool", "3", tool_call_id="c2"),
+        Message("user", "and?"),
+        SAID[1],
+    )
+    turns[2] = {"role": "user", "content": results[:1]}
+    assert [message.role for message in messages({"messages": turns})] == ["user", "assistant", "tool", "assistant"]
+    turns[2] = {"role": "user", "content": results[::-1]}
+    assert refusal({"messages": turns}).startswith("bad messages: messages[2] has words before a tool_result")
+    turns[1] = {"role": "assistant", "content": results}
+    assert refusal({"messages": turns}).startswith("unknown content part: messages[1] has a part")
+
+
+def test_items_of_the_responses_api_are_read() -> None:
+    items = [
+        HI,
+        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}', "status": "completed"},
+        {"type": "function_call", "call_id": "c2", "name": "add", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "2"},
+        {"type": "function_call_output", "call_id": "c2", "output": "2"},
+        {"type": "reasoning", "summary": []},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hello"}]},
+    ]
+    calls = (ToolCall("add", {"a": 1}, "c1"), ToolCall("add", {"a": 1}, "c2"))
+    assert messages({"messages": items}) == (
+        SAID[0],
+        Message("assistant", None, "hm", calls),  # type: ignore[arg-type]
+        Message("tool", "2", tool_call_id="c1"),
+        Message("tool", "2", tool_call_id="c2"),
+        SAID[1],
+    )
+    assert "an item of reasoning is followed by neither" in refusal({"messages": items[:2] + items[4:]})
