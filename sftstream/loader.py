@@ -20,14 +20,14 @@ from sftstream.config import DataConfig
 from sftstream.identity import accepted_changes, identify
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
-from sftstream.sources import Corpus
-from sftstream.state import DataState, StreamState
+from sftstream.sources import Corpus, FileSet
+from sftstream.state import NO_PAST_ORDERS, DataState, PastOrders, StreamState
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.graph import build_stream
-from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packer import Packer
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import RefusalLimit
+from sftstream.streaming.sampler import row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
 EncodedStreams = Mapping[int, bytes]
@@ -83,6 +83,7 @@ class PackStreams(IterableDataset[Read | Failed]):
         encoder: ChatEncoder,
         packs: int,
         start: EncodedStreams,
+        past: PastOrders = NO_PAST_ORDERS,
     ) -> None:
         super().__init__()
         self._config = config
@@ -90,6 +91,7 @@ class PackStreams(IterableDataset[Read | Failed]):
         self._encoder = encoder
         self._packs = packs
         self._start = start
+        self._past = past
 
     def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
@@ -106,7 +108,7 @@ class PackStreams(IterableDataset[Read | Failed]):
             yield Read(pack, msgspec.msgpack.encode(node.state))
 
     def _open(self, stream: int) -> Packer:
-        node = build_stream(self._config, self._corpus, self._encoder, stream)
+        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past)
         node.reset(msgspec.msgpack.decode(self._start[stream]))
         return node
 
@@ -274,12 +276,14 @@ class PackLoader:
     @property
     def total_rows(self) -> int | None:
         """Rows drawn in all epochs; None for an endless run or with a streamed source."""
-        epochs, sizes = self.config.epochs, [size for size in self.corpus.sizes if size is not None]
-        if epochs is None or len(sizes) < len(self.config.sources):
+        epochs = self.config.epochs
+        sources = [source for source in self.corpus.sources if isinstance(source, FileSet)]
+        if epochs is None or len(sources) < len(self.config.sources):
             return None
+        past = self._run.orders
         return sum(
-            draws_of_source(size, source.repeat, epochs)
-            for size, source in zip(sizes, self.config.sources, strict=True)
+            row_order(opened.shards, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
+            for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 
     @property
@@ -387,7 +391,7 @@ class PackLoader:
         streams = {
             stream: encoded for stream, encoded in progress.streams.items() if self._assignment.worker(stream) == worker
         }
-        dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams)
+        dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams, self._run.orders)
         return Reader(dataset, self.config.prefetch if self.workers else None)
 
     def _empty_pack(self) -> Pack:

@@ -66,6 +66,7 @@ ORDER = {
         "streaming.packer",
         "streaming.graph",
         "streaming.refusals",
+        "source_changes",
         "rebase",
         "loader",
         "",
