@@ -20,8 +20,8 @@ from sftstream.config import DataConfig
 from sftstream.identity import accepted_changes, identify
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
-from sftstream.sources import Corpus
-from sftstream.state import DataState, StreamState
+from sftstream.sources import Corpus, FileSet
+from sftstream.state import NO_PAST_ORDERS, DataState, PastOrders, StreamState
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
 from sftstream.streaming.graph import build_stream
@@ -29,6 +29,7 @@ from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packer import Packer
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import RefusalLimit
+from sftstream.streaming.sampler import row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
 EncodedStreams = Mapping[int, bytes]
@@ -84,6 +85,7 @@ class PackStreams(IterableDataset[Read | Failed]):
         encoder: ChatEncoder,
         packs: int,
         start: EncodedStreams,
+        past: PastOrders = NO_PAST_ORDERS,
     ) -> None:
         super().__init__()
         self._config = config
@@ -91,6 +93,7 @@ class PackStreams(IterableDataset[Read | Failed]):
         self._encoder = encoder
         self._packs = packs
         self._start = start
+        self._past = past
 
     def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
@@ -107,7 +110,7 @@ class PackStreams(IterableDataset[Read | Failed]):
             yield Read(pack, msgspec.msgpack.encode(node.state))
 
     def _open(self, stream: int) -> Packer:
-        node = build_stream(self._config, self._corpus, self._encoder, stream)
+        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past)
         node.reset(msgspec.msgpack.decode(self._start[stream]))
         return node
 
@@ -287,7 +290,15 @@ class PackLoader:
     @property
     def total_rows(self) -> int | None:
         """Rows drawn in all epochs; None for an endless run or with a streamed source."""
-        return rows_in_all_epochs(self._run)
+        epochs = self.config.epochs
+        sources = [source for source in self.corpus.sources if isinstance(source, FileSet)]
+        if epochs is None or len(sources) < len(self.config.sources):
+            return None
+        past = self._run.orders
+        return sum(
+            row_order(opened.shards, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
+            for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
+        )
 
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that nothing reads.
@@ -405,7 +416,7 @@ class PackLoader:
         streams = {
             stream: encoded for stream, encoded in progress.streams.items() if self._assignment.worker(stream) == worker
         }
-        dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams)
+        dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams, self._run.orders)
         return Reader(dataset, self.config.prefetch if self.workers else None)
 
     def _empty_pack(self) -> Pack:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from sftstream.config import DataConfig
 from sftstream.identity import Identity
-from sftstream.records import Amount, Ref, Refusal, Refused, Segment
+from sftstream.records import Amount, Example, Ref, Refusal, Refused, Segment
+from sftstream.source_changes import follow_sources
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import Change, DataState, Leftover, StreamState
+from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState
 from sftstream.streaming.example_reader import ExampleReader
-from sftstream.streaming.order import RowOrder, draws_of_stream
-from sftstream.streaming.sampler import RowSampler, open_cursors
+from sftstream.streaming.order import draws_of_stream
+from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
 FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
@@ -30,11 +32,13 @@ still to come."""
 
 
 class Waiting(NamedTuple):
-    """A conversation drawn and not yet given, or the parts not yet given."""
+    """A row drawn and not yet given as a whole."""
 
     ref: Ref
-    parts: tuple[int, ...] | None
-    """Numbers of the waiting parts; None for all parts."""
+    lengths: Mapping[int, int] | None
+    """Tokens of each waiting part, by number; None if the row was never read."""
+    known_parts: int = 0
+    """Parts of the row when it was read; 0 if the state does not tell."""
 
 
 def rebase(
@@ -50,13 +54,14 @@ def rebase(
     Raises ValueError if the change would lose or repeat a conversation.
     """
     _require_possible(saved, identity, changed)
+    saved = follow_sources(saved, identity, config, corpus)
     streams = (
         _divide_streams(saved, identity, config, corpus)
         if identity.streams != saved.identity.streams
         else _keep_streams(saved, identity)
     )
     rebased = {
-        number: _read_again(stream, waiting, config, ExampleReader.of(corpus, encoder), number)
+        number: _read_again(stream, waiting, config, ExampleReader.of(corpus, encoder), number, saved.orders)
         for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch
@@ -66,6 +71,7 @@ def rebase(
         packs=steps * identity.global_batch,
         streams=rebased,
         history=(*saved.history, change),
+        past_orders=saved.past_orders,
     )
 
 
@@ -102,7 +108,8 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
 
 def _keep_streams(saved: DataState, identity: Identity) -> dict[int, tuple[StreamState, list[Waiting]]]:
     return {
-        number: (_add_sources(stream, identity), list(_waiting(stream))) for number, stream in saved.streams.items()
+        number: (_add_sources(stream, identity), list(_waiting(stream, saved.identity)))
+        for number, stream in saved.streams.items()
     }
 
 
@@ -119,19 +126,26 @@ def _divide_streams(
     ends = [_end(olds, source) for source in range(len(identity.sources))]
     waiting = sorted(
         [
-            *_undrawn_rows(olds, ends, config, corpus),
-            *(item for stream in olds for item in _waiting(stream)),
-        ]
+            *_undrawn_rows(olds, ends, config, corpus, saved.orders),
+            *(item for stream in olds for item in _waiting(stream, saved.identity)),
+        ],
+        key=lambda item: item.ref,
     )
     count = identity.streams
     return {number: (_split_counters(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
 
 
-def _waiting(stream: StreamState) -> Iterator[Waiting]:
-    segments = stream.waiting
-    for ref in dict.fromkeys(segment.ref for segment in segments):
-        parts = sorted(segment.part for segment in segments if segment.ref == ref)
-        yield Waiting(ref, tuple(parts))
+def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:
+    in_parts = identity.overflow == "split" or identity.history == "per_turn"
+    recorded = stream.row_parts
+    counts = {} if isinstance(recorded, UnsetType) else {parts.ref: parts.count for parts in recorded}
+    # A state of an earlier version has no record of rows in several parts.
+    otherwise = 0 if in_parts and isinstance(recorded, UnsetType) else 1
+    lengths: dict[Ref, dict[int, int]] = {}
+    for segment in stream.waiting:
+        lengths.setdefault(segment.ref, {})[segment.part] = segment.length
+    for ref, parts in lengths.items():
+        yield Waiting(ref, parts, counts.get(ref, otherwise))
 
 
 def _end(olds: Sequence[StreamState], source: int) -> int:
@@ -143,14 +157,13 @@ def _end(olds: Sequence[StreamState], source: int) -> int:
 
 
 def _undrawn_rows(
-    olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus
+    olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus, past: PastOrders
 ) -> Iterator[Waiting]:
     """Yield the draws below each source's end, skipped by the old streams."""
     for source, end in enumerate(ends):
         files = corpus.sources[source]
         assert isinstance(files, FileSet)
-        shuffle = config.shuffle_of(config.sources[source])
-        order = RowOrder(files.shards, config.seed, source, shuffle)
+        order = row_order(files.shards, config, source, past.get(source, ()))
         for number, stream in enumerate(olds):
             for draw in range(number + stream.drawn[source] * len(olds), end, len(olds)):
                 row, epoch = order.at(draw)
@@ -180,6 +193,7 @@ def _carry_totals(stream: StreamState, olds: Sequence[StreamState]) -> StreamSta
         tokens=sum(old.tokens for old in olds),
         refused=_sum_counts(old.refused for old in olds),
         notes=_sum_counts(old.notes for old in olds),
+        unlisted=tuple(refusal for old in olds for refusal in old.unlisted),
         accepted=tuple(sum(amounts, Amount()) for amounts in accepted),
     )
 
@@ -206,39 +220,79 @@ def _read_again(
     config: DataConfig,
     reader: ExampleReader,
     number: int,
+    past: PastOrders,
 ) -> StreamState:
-    """Return the stream with all waiting conversations as leftovers under the new settings."""
+    """Return the stream with all waiting conversations as leftovers under the new settings.
+
+    Refusals go to `unlisted`, to be listed by the stream's next pack.
+    """
     leftovers: list[Leftover] = []
     refused: list[Refusal] = []
+    row_parts: list[RowParts] = []
     for item in waiting:
         reader.expect(item.ref)
     for item in waiting:
         try:
-            leftovers += [Leftover(segment, 0) for segment in _segments(item, config, reader)]
+            examples = _examples(item, config, reader)
         except Refused as reason:
             refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
+            continue
         except RuntimeError as gone:
             raise ValueError(f"a conversation that was read and waits must stay in its source: {gone}") from None
-    sampler = RowSampler(config, open_cursors(config, reader.corpus, number))
+        due, lost = _parts_due(item, [len(example.tokens) for example in examples])
+        leftovers += [Leftover(_segment(item.ref, part, examples[part]), 0) for part in due]
+        refused += lost
+        if due and len(examples) > 1:
+            row_parts.append(RowParts(*item.ref, len(examples)))
+    sampler = RowSampler(config, open_cursors(config, reader.corpus, number, past))
     sampler.reset(msgspec.to_builtins(stream))
+    unlisted = (*stream.unlisted, *refused)
+    in_parts = config.overflow == "split" or config.history == "per_turn"
     return msgspec.structs.replace(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
         refused=_sum_counts([stream.refused, Counter(refusal.reason for refusal in refused)]),
-        unlisted=tuple(refused),
-        exhausted=not leftovers and sampler.exhausted,
+        unlisted=unlisted,
+        # The stream goes on to a pack that lists the refusals.
+        exhausted=not leftovers and not unlisted and sampler.exhausted,
+        row_parts=tuple(row_parts) if in_parts else UNSET,
     )
 
 
-def _segments(item: Waiting, config: DataConfig, reader: ExampleReader) -> Iterator[Segment]:
+def _examples(item: Waiting, config: DataConfig, reader: ExampleReader) -> list[Example]:
     examples = reader.examples(item.ref)
     if (longest := max(len(example.tokens) for example in examples)) > config.capacity:
         raise Refused(
             "longer than capacity",
             f"{longest} tokens do not fit into a pack of {config.capacity}",
         )
-    for part, example in enumerate(examples):
-        if item.parts is None or part in item.parts:
-            source, row, epoch = item.ref
-            yield Segment(source, row, len(example.tokens), epoch, part)
+    return examples
+
+
+def _parts_due(item: Waiting, lengths: Sequence[int]) -> tuple[list[int], list[Refusal]]:
+    """Return the parts of a row still to be given, and refusals for parts without a match.
+
+    `lengths` holds the tokens of the parts that the row gives now. Of a row of 3 parts, with part 0
+    given before, the parts 1 and 2 are due; if the row gives 4 parts now, also part 3; if the row
+    gives 2 parts now, part 1 is due and part 2 is refused.
+    """
+    if item.lengths is None:
+        return list(range(len(lengths))), []
+    known = item.known_parts or max(item.lengths) + 1
+    given = set(range(known)) - item.lengths.keys()
+    lost: list[Refusal] = []
+    if gone := [part for part in item.lengths if part >= len(lengths)]:
+        detail = f"the parts {sorted(gone)} waited, and the row gives {len(lengths)} parts now"
+        lost.append(Refusal.at(item.ref, "part no longer there", detail))
+    if item.known_parts == 0 and len(lengths) > known:
+        # A state of an earlier version: the last parts may have been given.
+        given |= set(range(known, len(lengths)))
+        if any(lengths[part] != length for part, length in item.lengths.items()):
+            detail = f"the state does not tell if the parts from {known} to {len(lengths) - 1} were given"
+            lost.append(Refusal.at(item.ref, "part perhaps given", detail))
+    return [part for part in range(len(lengths)) if part not in given], lost
+
+
+def _segment(ref: Ref, part: int, example: Example) -> Segment:
+    return Segment(ref.source, ref.row, len(example.tokens), ref.epoch, part)

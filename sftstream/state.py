@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from sftstream.identity import Identity, differences
-from sftstream.records import Amount, Refusal, Segment
+from sftstream.records import Amount, Ref, Refusal, Segment
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True):
@@ -23,6 +25,35 @@ class Leftover(msgspec.Struct, frozen=True, array_like=True):
     segment: Segment
     waited: int
     """Windows waited."""
+
+
+class PastOrder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The order of a source's rows before an accepted change of the source's files."""
+
+    epochs: int
+    """First epoch of the next order."""
+    files: tuple[tuple[int, int], ...]
+    """Number of rows of each file before the change, and the first row's number now."""
+
+
+PastOrders = Mapping[int, Sequence[PastOrder]]
+"""Past orders by source number, oldest first; a source without an entry never changed."""
+NO_PAST_ORDERS: PastOrders = MappingProxyType({})
+
+
+class RowParts(msgspec.Struct, frozen=True, array_like=True):
+    """The number of examples of a row, for policies with several examples of a row."""
+
+    source: int
+    row: int
+    epoch: int
+    count: int
+    """Number of examples; 0 if the row was read by a version without this record."""
+
+    @property
+    def ref(self) -> Ref:
+        """Reference to the row."""
+        return Ref(self.source, self.row, self.epoch)
 
 
 class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
@@ -70,6 +101,8 @@ class StreamState(Position, frozen=True, kw_only=True):
     """Rows refused by an accepted change of settings; listed by the next pack."""
     notes: dict[str, int] = {}
     """Counts of modified conversations: truncated, split, tokens across a span's border."""
+    row_parts: tuple[RowParts, ...] | UnsetType = UNSET
+    """Waiting rows with several examples; absent in states of policies with one example a row."""
 
     @property
     def waiting(self) -> list[Segment]:
@@ -97,6 +130,13 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True):
     streams: dict[int, StreamState]
     history: tuple[Change, ...] = ()
     """Accepted changes of data or settings, oldest first."""
+    past_orders: dict[int, tuple[PastOrder, ...]] | UnsetType = UNSET
+    """Orders of rows before accepted changes of files; absent without such a change."""
+
+    @property
+    def orders(self) -> PastOrders:
+        """`past_orders`, empty if absent."""
+        return {} if isinstance(self.past_orders, UnsetType) else self.past_orders
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
@@ -133,6 +173,8 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
         changed = differences(msgspec.to_builtins(parsed[0].identity), msgspec.to_builtins(state.identity))
         if changed:
             raise ValueError(f"state {index} is of other data than state 0: {'; '.join(changed)}")
+        if state.past_orders != parsed[0].past_orders:
+            raise ValueError(f"state {index} has other past orders of rows than state 0; merge states of one run")
         if state.packs != packs and not all(s.exhausted for s in state.streams.values()):
             raise ValueError(
                 f"state {index} stands at pack {state.packs}, another at {packs}; take them after the same step"

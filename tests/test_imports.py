@@ -76,6 +76,7 @@ ORDER = {
         "streaming.packer",
         "streaming.graph",
         "streaming.refusals",
+        "source_changes",
         "rebase",
         "loader",
         "",

@@ -110,7 +110,9 @@ def _stage_times(config: DataConfig, seconds: float) -> StageTimes:
         encoder.tokenizer.fast_tokenizer.load()
     spent: dict[str, float] = {}
     running: list[float] = []
-    node = build_stream(config, loader.corpus, encoder, 0, lambda name, node: Stopwatch(name, node, spent, running))
+    node = build_stream(
+        config, loader.corpus, encoder, 0, watch=lambda name, node: Stopwatch(name, node, spent, running)
+    )
     node.reset()
     for _ in _take(seconds, Stopwatch("pack", node, spent, running)):
         pass

@@ -92,7 +92,8 @@ def _locate(
     split_thoughts: bool,
 ) -> Located | None:
     """Render with markers; return None if the text without markers differs from `text`."""
-    # A marked blank message shows its place; templates that ask whether a message is blank then print other text.
+    # A marked blank message shows its offset, but a template may ask whether a message is blank and
+    # then print other text: without marks as the second try.
     for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
         marking = Marking(messages, tools, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
         unmarked, printed = marking.remove(template.render(marking.mark(messages), tools))

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sftstream.records import Refused, Span
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.markers import Located, Marking, Payload, locate
-from sftstream.rendering.template import REASONING_KEYS, ChatTemplate, TemplateMessage
+from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 SAID = "Zq said Zq"
 """The assistant's text in probes; "Zq" occurs in no template."""
@@ -59,7 +59,8 @@ class TurnFormat(NamedTuple):
     """The generation prompt after a user's message; empty if the template has none (Mistral)."""
     role_marker: str
     """The beginning of the prompt that names the role, as far as the template prints the beginning
-    before every answer: `<|im_start|>assistant\\n` of the prompt `<|im_start|>assistant\\n<think>\\n`.
+    before every answer: `<|im_start|>assistant\\n` of the prompt
+    `<|im_start|>assistant\\n<think>\\n`.
     """
     stops: tuple[str, ...]
     """Texts that end a turn, `("<|im_end|>",)` for example."""
@@ -264,10 +265,10 @@ class _TurnSearch:
         return _Start(start) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
-        """Return the end of the gap, or of a thought's tag behind that prompt and message both print.
+        """Return the end of the gap, or of a thought's tag that prompt and message both print next.
 
-        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn starts at
-        `hm`, as it does for a template that prints the tag and a reasoning.
+        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn
+        starts at `hm`, as for a template that prints the tag and a reasoning.
         """
         if tail.startswith(gap) and _opens_thought(tail[len(gap) :]):
             return max(len(gap), len(_cut_prefix(following, tail, self._control)))
@@ -342,7 +343,7 @@ class _TurnSearch:
         space = content[len(content.rstrip()) :]
         if not space or rest != space:
             return 0
-        # A template that trims, and prints equal white space itself, prints the letter beside the word.
+        # A template that trims and prints equal white space itself puts the letter beside the word.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
 
@@ -481,8 +482,8 @@ def _stops(
     before another message. The result is the last special token of the common beginning, before
     any text of `other`; without special tokens, the common beginning; without a common beginning,
     the first special token of each text. `turn_stops` asks for additional stops of tool calls: none
-    if a text already contains a turn stop. `by_next_role` allows the first token of the next message
-    as a stop.
+    if a text already contains a turn stop. `by_next_role` allows the first token of the next
+    message as a stop.
 
         at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
     """

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
+from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Stored, begins_with, skip_bom
 
 _CHUNK = 1 << 20
 """Bytes searched for line breaks at a time: small enough for a core's cache."""
@@ -25,6 +25,15 @@ class JsonLines(IndexedFile):
 
     def read(self, row: int) -> bytes:
         return self._index.read(row)
+
+    def rows_of(self, before: FileIdentity) -> int | None:
+        """Return the rows of the file `before` if lines were appended to it, else None."""
+        if not begins_with(self._stored, before):
+            return None
+        with self._stored.open() as file:
+            border = os.pread(file.fileno(), 2, max(0, before.size - 1))
+        # A last line without a line break goes on, unless the appended bytes begin with one.
+        return self._index.rows_before(before.size) if b"\n" in border or before.size == 0 else None
 
 
 def lines_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:

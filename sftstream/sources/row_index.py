@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from io import FileIO
@@ -77,6 +77,10 @@ class RowIndex:
                 f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore the file"
             )
         return span
+
+    def rows_before(self, offset: int) -> int:
+        """Return the number of rows that begin before a byte of the file."""
+        return bisect_left(_opened(self).borders, offset, hi=self._rows)
 
     def head(self) -> bytes:
         """Return the bytes before the first row."""

@@ -112,6 +112,18 @@ def stored(path: Path, display_name: str | None = None, *, full: bool = False) -
     return Stored(path, display_name or str(path), identity, key, seal)
 
 
+def begins_with(stored: Stored, before: FileIdentity) -> bool:
+    """Return True if the first bytes of a file are the whole of the file `before`."""
+    if before.sampled or before.size > stored.seal[0]:
+        return False
+    digest, left = hashlib.sha256(), before.size
+    with stored.open() as file:
+        while left and (block := file.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest() == before.sha256
+
+
 def copy_of(original: Stored, path: Path, key: str) -> Stored:
     """Return the copy at `path`, to be read in place of `original`."""
     return Stored(path, original.display_name, original.identity, key, sealed(path.stat()))

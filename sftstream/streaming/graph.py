@@ -10,6 +10,7 @@ from torchdata.nodes import BaseNode
 from sftstream.config import DataConfig
 from sftstream.records import Refused
 from sftstream.sources import Corpus
+from sftstream.state import NO_PAST_ORDERS, PastOrders
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.packer import Packer, PackerConfig
 from sftstream.streaming.sampler import RowBatch, RowSampler, open_cursors
@@ -59,11 +60,12 @@ def build_stream(
     corpus: Corpus,
     encoder: ChatEncoder,
     stream: int,
+    past: PastOrders = NO_PAST_ORDERS,
     watch: Watch = lambda _, node: node,
 ) -> Packer:
     """Return the last node of logical stream `stream`'s graph. `reset` must come before `next`."""
     reader = ExampleReader.of(corpus, encoder)
-    sampler = RowSampler(config, open_cursors(config, reader.corpus, stream))
+    sampler = RowSampler(config, open_cursors(config, reader.corpus, stream, past))
     drawn = watch("draw", sampler)
     loaded = watch("load", Map(drawn, reader.load))
     rendered = watch("template", Map(loaded, encoder.renderer.render_conversations))
@@ -75,6 +77,7 @@ def build_stream(
         seed=config.seed,
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
+        in_parts=config.overflow == "split" or config.history == "per_turn",
         rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
     return Packer(tokenized, sampler, reader, stream, packer)

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.config import Shuffle
+from sftstream.state import PastOrder
 
 ROUNDS, SMALL, ROUNDS_OF_SMALL = 8, 256, 24
 """Rounds of the Feistel network, and a larger number of rounds for permutations of fewer than
@@ -118,7 +120,7 @@ def draws_of_source(rows: int, repeat: float, epochs: int) -> int:
 
 def draws_of_stream(draws: int, stream: int, streams: int) -> int:
     """Return how many of a source's `draws` belong to logical stream `stream` of `streams`."""
-    return len(range(stream, draws, streams))
+    return max(0, -(-(draws - stream) // streams))
 
 
 class RowOrder:
@@ -127,14 +129,26 @@ class RowOrder:
     Logical streams pass from epoch to epoch without waiting for each other,
     and a source with fewer rows than streams still reaches every stream. `shards` holds the number
     of rows of each of the source's files, in order.
+
+    `past` holds the orders of earlier epochs. A file of 3 rows that had 2 rows in epoch 0 has
+    `past = [PastOrder(epochs=1, files=((2, 0),))]`; without shuffling the draws 0 to 4 are the rows
+    0 and 1 of epoch 0, and 0, 1 and 2 of epoch 1.
     """
 
-    def __init__(self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
+    def __init__(
+        self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle, past: Sequence[PastOrder] = ()
+    ) -> None:
         self.rows = sum(shards)
-        self._shards = shards
-        self._words = seed, source
-        self._shuffle = shuffle
-        self._epoch = -1
+        self._orders: list[_Stretch] = []
+        draw = epoch = 0
+        for order in past:
+            sizes = [rows for rows, _ in order.files]
+            starts = np.array([first for _, first in order.files], np.int64)
+            moves: Integers = starts - (np.cumsum(sizes, dtype=np.int64) - np.array(sizes, np.int64))
+            self._orders.append(_Stretch(draw, epoch, EpochOrder(sizes, seed, source, shuffle), moves))
+            draw += (order.epochs - epoch) * sum(sizes)
+            epoch = order.epochs
+        self._orders.append(_Stretch(draw, epoch, EpochOrder(shards, seed, source, shuffle), None))
 
     def at(self, draw: int) -> tuple[int, int]:
         """Return `(row, epoch)` of a draw."""
@@ -146,11 +160,43 @@ class RowOrder:
 
         Returns at most `most` rows and stops at the end of the epoch.
         """
-        epoch, index = divmod(first, self.rows)
-        count = min(most, -(-(self.rows - index) // step))
-        return self._rows(np.arange(index, index + count * step, step), epoch).tolist(), epoch
+        begun = next(order for order in reversed(self._orders) if order.draw <= first)
+        order = begun.order
+        epoch, index = divmod(first - begun.draw, order.rows)
+        count = min(most, -(-(order.rows - index) // step))
+        rows = order.at(np.arange(index, index + count * step, step), epoch + begun.epoch)
+        if begun.moves is not None:
+            rows = rows + begun.moves[order.files_of(rows)]
+        return rows.tolist(), epoch + begun.epoch
 
-    def _rows(self, indices: Integers, epoch: int) -> Integers:
+    def draws(self, repeat: float, epochs: int) -> int:
+        """Return the number of draws in all epochs."""
+        passes = Fraction(str(repeat)) * epochs
+        last = next(order for order in reversed(self._orders) if order.epoch <= passes)
+        return last.draw + int((passes - last.epoch) * last.order.rows)
+
+    def first_epoch_after(self, draw: int) -> int:
+        """Return the first epoch with no draw before `draw`."""
+        begun = next(order for order in reversed(self._orders) if order.draw <= draw)
+        return begun.epoch - (begun.draw - draw) // begun.order.rows
+
+
+class EpochOrder:
+    """The order of a source's rows in each epoch."""
+
+    def __init__(self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
+        self.rows = sum(shards)
+        self._shards = shards
+        self._words = seed, source
+        self._shuffle = shuffle
+        self._epoch = -1
+
+    def files_of(self, rows: Integers) -> Integers:
+        """Return the index of each row's file."""
+        files: Integers = np.cumsum(self._shards).searchsorted(rows, "right")
+        return files
+
+    def at(self, indices: Integers, epoch: int) -> Integers:
         """Return the rows at `indices` of an epoch's order."""
         if self._shuffle == "shards":
             return self._in_shards(indices, epoch)
@@ -175,3 +221,12 @@ class RowOrder:
         self._sizes = sizes[order]
         self._ends = self._sizes.cumsum()
         self._epoch = epoch
+
+
+class _Stretch(NamedTuple):
+    """An order with the first draw and epoch, and each file's move to the present row numbers."""
+
+    draw: int
+    epoch: int
+    order: EpochOrder
+    moves: Integers | None

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from torchdata.nodes import BaseNode
 
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
-from sftstream.state import Leftover, StreamState
+from sftstream.state import Leftover, RowParts, StreamState
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import shuffled
 from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
@@ -32,6 +33,8 @@ class PackerConfig(NamedTuple):
     pad_id: int
     rows: int
     """Rows of all sources, for the limit on consecutive refusals."""
+    in_parts: bool = False
+    """A row may give several examples."""
 
 
 class Window(NamedTuple):
@@ -111,6 +114,7 @@ class Packer(BaseNode[Pack]):
             **msgspec.structs.asdict(position),
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
+            row_parts=() if self._config.in_parts else UNSET,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
@@ -176,12 +180,27 @@ class Packer(BaseNode[Pack]):
             refused=dict(Counter(state.refused) + Counter(r.reason for r in read.refused)),
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
+            row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
         # Copies: a view of a few examples would keep the arrays of a whole batch alive.
         self._left = {segments[i]: joined([examples[i]]) for i in left}
         # Joined now, while the examples are in the core's cache.
         self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
+
+    def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
+        """Return the number of examples of each waiting row with several examples.
+
+        `read` holds the window's segments, all parts of each row.
+        """
+        leftovers = dict.fromkeys(leftover.segment.ref for leftover in self.state.leftovers)
+        before = self.state.row_parts
+        if isinstance(before, UnsetType):
+            old = [RowParts(*ref, 0) for ref in leftovers]
+        else:
+            old = [parts for parts in before if parts.ref in leftovers]
+        counts = Counter(segment.ref for segment in read)
+        return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
     def _read(self, size: int) -> Window:
         """Read rows until `size` examples are accepted or the sampler is exhausted."""

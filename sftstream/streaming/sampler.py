@@ -12,7 +12,7 @@ from torchdata.nodes import BaseNode
 from sftstream.config import DataConfig
 from sftstream.records import Ref, Refused
 from sftstream.sources import CorpusReader, ShardReader
-from sftstream.state import Position, ShardPosition
+from sftstream.state import NO_PAST_ORDERS, PastOrder, PastOrders, Position, ShardPosition
 from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream, next_source
 
 X = TypeVar("X")
@@ -35,14 +35,21 @@ class RowBatch(NamedTuple, Generic[X]):
 class IndexedCursor:
     """A stream's position in a source with random access to rows."""
 
-    def __init__(self, shards: Sequence[int], config: DataConfig, source: int, stream: int) -> None:
+    def __init__(
+        self,
+        shards: Sequence[int],
+        config: DataConfig,
+        source: int,
+        stream: int,
+        past: Sequence[PastOrder] = (),
+    ) -> None:
         self.rows = sum(shards)
         self.drawn = 0
         """Past draws of the stream, over all epochs."""
         self._source, self._stream, self._streams = source, stream, config.streams
-        shuffle = config.shuffle_of(config.sources[source])
-        self._order = RowOrder(shards, config.seed, source, shuffle)
-        self._limit = _limit(config, source, self.rows, stream)
+        self._order = row_order(shards, config, source, past)
+        draws = None if config.epochs is None else self._order.draws(config.sources[source].repeat, config.epochs)
+        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
         self._ahead: list[int] = []
         self._ahead_from = self._epoch = 0
 
@@ -145,12 +152,19 @@ class StreamingCursor:
 Cursor = IndexedCursor | StreamingCursor
 
 
-def open_cursors(config: DataConfig, reader: CorpusReader, stream: int) -> list[Cursor]:
+def row_order(shards: Sequence[int], config: DataConfig, source: int, past: Sequence[PastOrder] = ()) -> RowOrder:
+    """Return the order of a source with random access to rows."""
+    return RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]), past)
+
+
+def open_cursors(
+    config: DataConfig, reader: CorpusReader, stream: int, past: PastOrders = NO_PAST_ORDERS
+) -> list[Cursor]:
     """Return a cursor at the beginning of each source, for a logical stream."""
     return [
         StreamingCursor(opened, config, source, stream)
         if isinstance(opened, ShardReader)
-        else IndexedCursor(opened.shards, config, source, stream)
+        else IndexedCursor(opened.shards, config, source, stream, past.get(source, ()))
         for source, opened in enumerate(reader.sources)
     ]
 

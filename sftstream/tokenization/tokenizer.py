@@ -195,7 +195,7 @@ class Tokenizer:
         return Rendered("".join(pieces), bounds)
 
     def _without_absorbed(self, text: str, encoding: Any) -> list[tuple[int, int]]:
-        """Return the character offsets of the tokens, without white space absorbed by added tokens."""
+        """Return the tokens' character offsets without white space absorbed by added tokens."""
         return [
             (end - len(held.lstrip()), start + len(held.rstrip()))
             if token in self._absorbing and (held := text[start:end]).strip()

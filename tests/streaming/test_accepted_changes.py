@@ -1,0 +1,222 @@
+"""Random chains of accepted changes and interrupts: each drawn row is given or listed once an epoch, and refused changes
+change nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from test_interrupts import Interrupt, interrupt_after
+
+from sftstream import DataConfig, Pack, PackLoader
+
+SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
+DRAWS = 6
+MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 500)
+OTHER_TEMPLATE = tiny.TEMPLATE.replace("{{- bos_token }}", '{{- bos_token + "Read slowly. " }}')
+
+
+class Run:
+    """A run whose files and settings change, with a record of everything given and listed."""
+
+    def __init__(self, draw: random.Random, directory: Path, tokenizer: str) -> None:
+        self.draw = draw
+        self.directory = directory
+        self.rows = 0
+        directory.mkdir()
+        for name in draw.sample("abcdef", draw.randint(1, 3)):
+            self.write(name, self.more_rows(draw.randint(2, 25)))
+        (directory / "shards").mkdir()
+        for number in range(3):
+            tiny.write_jsonl(directory / "shards" / f"{number}.jsonl", self.more_rows(6))
+        indexed = {"path": f"{directory}/*.jsonl", "shuffle": draw.choice([None, True, False, "shards"])}
+        sources = [indexed]
+        if streamed := draw.random() < 0.3:
+            indexed["weight"] = 2
+            sources.append({"path": f"{directory}/shards", "streaming": True, "shuffle": "shards", "weight": 1})
+        self.streamed = streamed
+        self.settings: dict[str, Any] = {
+            "tokenizer": {"path": tokenizer},
+            "sources": sources,
+            "streams": draw.choice([1, 2, 4]),
+            "global_batch": draw.choice([2, 4]),
+            "capacity": draw.choice([96, 256]),
+            "window": draw.choice([1, 5, 12]),
+            "epochs": draw.randint(1, 4),
+            "overflow": draw.choice(["drop", "truncate", "split"]),
+            "history": draw.choice(["as_rendered", "as_rendered", "per_turn"]),
+            "seed": draw.randint(0, 9),
+        }
+        self.given: Counter[tuple[str, int, int]] = Counter()
+        self.listed: Counter[tuple[str, int]] = Counter()
+        self.log: list[str] = []
+
+    @property
+    def in_parts(self) -> bool:
+        return self.settings["overflow"] == "split" or self.settings["history"] == "per_turn"
+
+    def config(self, accept: bool = False) -> DataConfig:
+        return tiny.data_config(**self.settings, accept_changed=("data",) if accept else ())
+
+    def more_rows(self, count: int) -> list[dict[str, Any]]:
+        """Rows with an id, some of them refused."""
+        rows = []
+        for row in tiny.rows(count, seed=self.draw.randrange(10**6)):
+            rows.append({"id": self.rows} | (row if self.draw.random() < 0.9 else {"text": "?"}))
+            self.rows += 1
+        return rows
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        tiny.write_jsonl(self.directory / f"{name}.jsonl", rows)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / f"{name}.jsonl").read_text().splitlines()]
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self.directory.glob("*.jsonl"))
+
+    def record(self, loader: PackLoader, packs: list[Pack]) -> None:
+        for pack in packs:
+            for segment in pack.segments:
+                self.given[_id(loader, segment.source, segment.row), segment.epoch, segment.part] += 1
+            for refusal in pack.refused:
+                self.listed[_id(loader, refusal.source, refusal.row), refusal.epoch] += 1
+
+    def append(self) -> None:
+        name = self.draw.choice(self.names())
+        self.write(name, [*self.read(name), *self.more_rows(self.draw.randint(1, 9))])
+
+    def add(self) -> None:
+        free = [name for name in "abcdefgh" if name not in self.names()]
+        if free:
+            self.write(self.draw.choice(free), self.more_rows(self.draw.randint(1, 9)))
+
+    def rename(self) -> None:
+        free = [name for name in "abcdefgh" if name not in self.names()]
+        if free:
+            path = self.directory / f"{self.draw.choice(self.names())}.jsonl"
+            path.rename(self.directory / f"{self.draw.choice(free)}.jsonl")
+
+    def edit(self) -> None:
+        name = self.draw.choice(self.names())
+        rows = self.read(name)
+        for i in self.draw.sample(range(len(rows)), min(len(rows), self.draw.randint(1, 6))):
+            new = tiny.rows(1, seed=self.draw.randrange(10**6))[0] if self.draw.random() < 0.8 else {"text": "?"}
+            rows[i] = {"id": rows[i]["id"]} | new
+        self.write(name, rows)
+
+    def setting(self) -> None:
+        changes = {"window": [3, 8], "global_batch": [2, 6], "train_turns": ["all", "last"], "epochs": [4, 5]}
+        if not self.streamed:
+            changes["streams"] = [1, 3, 5]
+        if not self.in_parts:
+            changes |= {"capacity": [80, 300]}
+        name = self.draw.choice(list(changes))
+        self.settings[name] = self.draw.choice(changes[name])
+
+    def template(self) -> None:
+        self.settings["tokenizer"] = {**self.settings["tokenizer"], "template": OTHER_TEMPLATE}
+
+    def change(self, state: Any) -> PackLoader:
+        for name in self.draw.choices(
+            ["append", "add", "rename", "edit", "setting", "template"], k=self.draw.randint(1, 3)
+        ):
+            self.log.append(name)
+            before = (copy.deepcopy(self.settings), {name: self.read(name) for name in self.names()})
+            getattr(self, name)()
+            try:
+                PackLoader(self.config(accept=True), state=state)
+            except ValueError as error:
+                # Several changes at once may leave no way to tell the rows: the message says so.
+                if "change one file at a time" not in str(error) and "grew, but not at its end" not in str(error):
+                    raise
+                self.log.append("refused")
+                self.restore(*before)
+        return PackLoader(self.config(accept=True), state=state)
+
+    def restore(self, settings: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> None:
+        self.settings = settings
+        for name in self.names():
+            (self.directory / f"{name}.jsonl").unlink()
+        for name, rows in files.items():
+            self.write(name, rows)
+
+    def take(self, loader: PackLoader) -> bool:
+        """Take a step, at times interrupted before; return False at the end."""
+        if self.draw.random() < 0.1:
+            state = loader.state_dict()
+            try:
+                with interrupt_after(self.draw.randint(1, 5000)):
+                    packs = loader.next_step()
+            except Interrupt:
+                assert loader.state_dict() == state
+                packs = loader.next_step()
+        else:
+            packs = loader.next_step()
+        self.record(loader, packs)
+        return not loader.exhausted
+
+    def check(self, loader: PackLoader) -> None:
+        epochs = defaultdict(set)
+        for (row, epoch, part), count in self.given.items():
+            assert count == 1, f"row {row} of epoch {epoch}, part {part}, came {count} times"
+            epochs[row].add(epoch)
+        if not self.in_parts:
+            twice = {(row, epoch) for row, epoch, part in self.given if part} | (
+                {(row, epoch) for row, epoch, _ in self.given} & set(self.listed)
+            )
+            assert not twice
+            assert set(self.listed.values()) <= {1}
+        for row, epoch in self.listed:
+            epochs[row].add(epoch)
+        end = self.settings["epochs"]
+        first = {row: min(seen) for row, seen in epochs.items()}
+        assert all(epochs[row] == set(range(first[row], max(end, max(epochs[row]) + 1))) for row in epochs)
+        assert sum(sum(stream.refused.values()) for stream in loader.state.streams.values()) == self.listed.total()
+
+
+def _id(loader: PackLoader, source: int, row: int) -> str:
+    files: Any = loader.corpus.sources[source]
+    return str(json.loads(files.read(row))["id"]) if hasattr(files, "read") else f"streamed {row}"
+
+
+def _check(number: int, tmp_path: Path, tokenizer: str) -> list[str]:
+    draw = random.Random(f"{SEED}/{number}")
+    run = Run(draw, tmp_path / str(number), tokenizer)
+    initial = [row["id"] for name in run.names() for row in run.read(name)]
+    loader = PackLoader(run.config())
+    going, changes = True, draw.randint(1, 4)
+    try:
+        while going or changes:
+            for _ in range(draw.randint(0, 6)):
+                going = going and run.take(loader)
+            if changes:
+                changes -= 1
+                loader = run.change(loader.state_dict())
+                going = not loader.exhausted
+        run.check(loader)
+        begun = {row for row, epoch, _ in run.given if epoch == 0} | {row for row, epoch in run.listed if epoch == 0}
+        assert {str(row) for row in initial} <= begun
+    except (AssertionError, ValueError) as error:
+        raise AssertionError(f"seed {SEED}, draw {number}, {run.log}, {run.settings}: {error}") from error
+    return run.log
+
+
+def test_random_chains_of_changes_give_or_list_each_row_once_an_epoch(tmp_path: Path, tokenizer: str) -> None:
+    print(f"seed {SEED}")
+    for number in range(DRAWS):
+        _check(number, tmp_path, tokenizer)
+
+
+@pytest.mark.slow
+def test_hundreds_of_chains_of_changes(tmp_path: Path, tokenizer: str) -> None:
+    print(f"seed {SEED}")
+    logs = [log for number in range(1000, 1000 + MORE_DRAWS) for log in _check(number, tmp_path, tokenizer)]
+    assert {"append", "add", "rename", "edit", "setting", "template"} <= set(logs)
