@@ -100,9 +100,11 @@ ORDER = {
         "__main__",
     ],
     "trainer": [
+        "duration",
         "distributed",
         "distributed.determinism",
         "distributed.mesh",
+        "distributed.watch",
         "llama",
         "llama.config",
         "llama.rotary",
