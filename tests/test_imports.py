@@ -111,9 +111,11 @@ ORDER = {
         "__main__",
     ],
     "trainer": [
+        "duration",
         "distributed",
         "distributed.determinism",
         "distributed.mesh",
+        "distributed.watch",
         "llama",
         "llama.config",
         "llama.rotary",

@@ -7,7 +7,6 @@ Example: `load_config(Path("run.toml"), ["run.steps=10", "data.sources.0.path=ro
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from checkpoints import Retention
 from sftstream import DataConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
+from trainer.duration import parse_duration
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
@@ -117,24 +117,6 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def export_directory(self) -> Path:
         """Directory of the finished model, in the Hugging Face layout."""
         return self.directory / "export"
-
-
-_DURATION = re.compile(r"(?:(\d{1,4})d)?(?:(\d{1,5})h)?(?:(\d{1,7})m)?(?:(\d{1,9})s)?")
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds of a text such as "3h50m": days, hours, minutes, seconds, in this order.
-
-    Raises ValueError if the text has another form or stands for 0 seconds.
-    """
-    match = _DURATION.fullmatch(text)
-    parts = [int(part or 0) for part in match.groups()] if match else []
-    seconds = sum(part * unit for part, unit in zip(parts, (86_400, 3600, 60, 1), strict=False))
-    if not seconds:
-        raise ValueError(
-            f'{text!r} is no time above 0; write days, hours, minutes and seconds as in "1d", "3h50m", "90s"'
-        )
-    return float(seconds)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

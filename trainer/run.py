@@ -16,6 +16,7 @@ from trainer.checkpointing.snapshot import Restored, take_snapshot
 from trainer.config import TrainConfig
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
+from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.reporting.display import Display
 from trainer.reporting.messages import refusals_message
@@ -94,9 +95,10 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool
 def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
-    with stopping as stop, _open_log(run, progress) as log, run.display:
+    watch = Watch(run.config.parallel.timeout_seconds)
+    with stopping as stop, _open_log(run, progress) as log, run.display, watch:
         while not done:
-            step = _take_step(run, progress, stop)
+            step = _take_step(run, progress, stop, watch)
             progress = step.progress
             if log:
                 _report(run, step, log)
@@ -105,7 +107,8 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
                 run.directory.mark_stopped(True)
             # A step without a trained token leaves the optimizer without a state to save.
             if progress.trained_tokens and (done or progress.step % run.config.checkpoint.every == 0):
-                _save(run, step, log, last=done)
+                with watch.waiting_for(progress.step, "the checkpoint of all ranks"):
+                    _save(run, step, log, last=done)
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
@@ -115,24 +118,29 @@ def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | N
     return RunLog(run.config.run.directory, progress.step) if run.topology.first else nullcontext()
 
 
-def _take_step(run: Run, progress: Progress, stop: StopRequest) -> FinishedStep:
+def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch) -> FinishedStep:
     """Read the packs, train on them, and validate after every `validation.every`-th step."""
     config, began = run.config, time.perf_counter()
-    batch = _next_batch(run, progress, stop)
+    number = progress.step + 1
+    with watch.waiting_for(number, "the packs and counts of all ranks"):
+        batch = _next_batch(run, progress, stop)
     rate = run.learning_rate(progress)
-    result = train_step(
-        run.model,
-        run.optimizer,
-        batch.packs,
-        run.topology,
-        trained_tokens=batch.totals.trained_tokens,
-        learning_rate=rate,
-        clip=config.optimizer.clip,
-    )
+    with watch.waiting_for(number, "the loss and gradients of all ranks"):
+        result = train_step(
+            run.model,
+            run.optimizer,
+            batch.packs,
+            run.topology,
+            trained_tokens=batch.totals.trained_tokens,
+            learning_rate=rate,
+            clip=config.optimizer.clip,
+        )
     progress = progress.after(batch.totals, result)
-    refusals = gather_refusals(batch.packs, run.step_reader, run.topology) if batch.totals.refused else []
+    with watch.waiting_for(number, "the refused rows of all ranks"):
+        refusals = gather_refusals(batch.packs, run.step_reader, run.topology) if batch.totals.refused else []
     seconds = time.perf_counter() - began
-    validation_loss = run.validation.after(progress.step, run.model) if run.validation else None
+    with watch.waiting_for(number, "the validation loss of all ranks"):
+        validation_loss = run.validation.after(progress.step, run.model) if run.validation else None
     return FinishedStep(progress, batch, result, rate, refusals, seconds, validation_loss)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
 from trainer.checkpointing.snapshot import Snapshot
@@ -23,7 +24,8 @@ class Saves:
         self.config = config.checkpoint
         self.display = display
         root = self.config.root or config.run.directory / "checkpoints"
-        self.store = CheckpointStore(root, self.config.retention)
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        self.store = CheckpointStore(root, self.config.retention, timeout=timeout)
         self.store.claim()
 
     def latest(self) -> int | None:

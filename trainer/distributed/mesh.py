@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal, Never
 
 import msgspec
@@ -23,8 +24,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from checkpoints import CheckpointError, one_line, printable
+from checkpoints import CheckpointError, LostRank, one_line, printable
 from sftstream import Shard
+from trainer.duration import parse_duration
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,18 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     float32 gradients until then), or after each "pack" (each rank keeps its shard only: less
     memory, more traffic)."""
 
+    timeout: str = "30m"
+    """Longest wait for other ranks, such as "30m" or "90s"; then the run ends with a line that
+    names rank, step and the work waited for. Give more than the longest validation pass, checkpoint
+    or compilation takes."""
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Seconds of `timeout`. Raises ValueError for a text of another form."""
+        return parse_duration(self.timeout)
+
     def __post_init__(self) -> None:
+        _ = self.timeout_seconds
         for name in ("tp", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -127,13 +140,19 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     alone = "MASTER_PORT" not in os.environ
     # gloo beside NCCL: counts and packs of a step travel between CPUs, without a wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=parallel.timeout_seconds)
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
-        backend
+        backend, timeout=timeout
     )
+    complete = True
     try:
         yield Topology(data_and_tensor_mesh(torch_device.type, parallel), torch_device, parallel)
+    except LostRank:
+        complete = False  # to leave a group, NCCL may wait for the lost rank for ever
+        raise
     finally:
-        dist.destroy_process_group()
+        if complete:
+            dist.destroy_process_group()
 
 
 def _device(kind: str) -> torch.device:
