@@ -69,6 +69,7 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     with bounded_memory():
         turn_format = probe_turn_format(template, control)
         shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
+        _refuse_addresses(template)
         rewrites_history = any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE))
     return TemplateReport(
         turn_format=turn_format,
@@ -79,6 +80,22 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
         date=template.date.isoformat() if template.date else None,
         has_generation_tags=template.has_generation_tags,
     )
+
+
+def _refuse_addresses(template: ChatTemplate) -> None:
+    """Raise ValueError if the template prints an object's address, which differs in each process."""
+    for name in ("system prompt, several turns", "tool call", "reasoning", "thoughts in the text"):
+        try:
+            address = _ADDRESS.search(template.render(*SHAPES[name], prompt=True))
+        except Refused:
+            continue
+        if address and address[0] not in template.text:
+            raise ValueError(
+                f"the chat template prints {address[0]!r}, an address that differs in each process; use another template"
+            )
+
+
+_ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:
