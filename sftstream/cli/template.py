@@ -29,5 +29,5 @@ def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
         table.add_row(name, value)
     table.add_section()
     for shape, verdict in report.shapes.items():
-        table.add_row(shape, "printed whole" if verdict == "whole" else verdict)
+        table.add_row(shape, f"printed {verdict}" if verdict.startswith("whole") else verdict)
     (console or Console(highlight=False, markup=False)).print(table)

@@ -21,6 +21,7 @@ from sftstream.rendering.turns import (
     TOOL,
     USER,
     TurnFormat,
+    find_turns,
     probe_turn_format,
 )
 
@@ -52,7 +53,10 @@ class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
 
     turn_format: TurnFormat
     shapes: dict[str, str]
-    """Verdict on each of `SHAPES`: "whole", "drops user content" and the like, or the refusal."""
+    """Verdict on each of `SHAPES`: "whole", "drops user content" and the like, or the refusal.
+
+    "whole, but no stop token: ..." if the template prints the shape whole and shows no turn.
+    """
     rewrites_history: bool
     """True if an earlier turn is printed differently once the conversation goes on (Qwen3)."""
     prints_reasoning: bool
@@ -68,17 +72,34 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     """Return the report; raises ValueError if the template cannot be trained on."""
     with bounded_memory():
         turn_format = probe_turn_format(template, control)
-        shapes = {name: _judge(template, *shape) for name, shape in SHAPES.items()}
+        shapes = {name: _judge(template, turn_format, control, *shape) for name, shape in SHAPES.items()}
+        _refuse_addresses(template)
         rewrites_history = any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE))
     return TemplateReport(
         turn_format=turn_format,
         shapes=shapes,
         rewrites_history=rewrites_history,
-        prints_reasoning=shapes["reasoning"] == "whole",
-        prints_thoughts=shapes["thoughts in the text"] == "whole",
+        prints_reasoning=shapes["reasoning"].startswith("whole"),
+        prints_thoughts=shapes["thoughts in the text"].startswith("whole"),
         date=template.date.isoformat() if template.date else None,
         has_generation_tags=template.has_generation_tags,
     )
+
+
+def _refuse_addresses(template: ChatTemplate) -> None:
+    """Raise ValueError if the template prints an object's address, which differs in each process."""
+    for name in ("system prompt, several turns", "tool call", "reasoning", "thoughts in the text"):
+        try:
+            address = _ADDRESS.search(template.render(*SHAPES[name], prompt=True))
+        except Refused:
+            continue
+        if address and address[0] not in template.text:
+            raise ValueError(
+                f"the chat template prints {address[0]!r}, an address that differs in each process; use another template"
+            )
+
+
+_ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:
@@ -97,14 +118,26 @@ def reading_content(template: ChatTemplate) -> ChatTemplate:
     return template
 
 
-def _judge(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> str:
+def _judge(
+    template: ChatTemplate,
+    turn_format: TurnFormat,
+    control: re.Pattern[str],
+    messages: Sequence[TemplateMessage],
+    tools: Sequence[Any],
+) -> str:
     """Return the verdict on a shape, as in `TemplateReport.shapes`."""
     try:
         located = locate(template, messages, tools)
     except Refused as refused:
         return str(refused)
-    dropped = dict.fromkeys(f"{messages[message]['role']} {kind}" for message, kind, _ in located.dropped)
-    return f"drops {', '.join(dropped)}" if dropped else "whole"
+    if located.dropped:
+        dropped = dict.fromkeys(f"{messages[message]['role']} {kind}" for message, kind, _ in located.dropped)
+        return f"drops {', '.join(dropped)}"
+    try:
+        find_turns(template, turn_format, control, messages, tools, located)
+    except Refused as refused:
+        return f"whole, but {refused}"
+    return "whole"
 
 
 def _rewrites(template: ChatTemplate, answer: TemplateMessage) -> bool:

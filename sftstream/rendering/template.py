@@ -107,12 +107,15 @@ class ChatTemplate:
 
 
 def _compiled(text: str) -> Any:
-    """Compile in transformers' environment, with a cache behind `tojson`.
+    """Compile in transformers' environment, with a cache behind `tojson` and without chance.
 
     Conversations of one source often share tool definitions; each definition is encoded once.
+    `random` and `lipsum` would print another text in each process.
     """
     environment = _compile_jinja_template("").environment.overlay()  # "" since only the environment is wanted
-    environment.filters = {**environment.filters, "tojson": _JsonCache(environment.filters["tojson"])}
+    filters = {name: function for name, function in environment.filters.items() if name != "random"}
+    environment.filters = {**filters, "tojson": _JsonCache(environment.filters["tojson"])}
+    environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
     return environment.from_string(text)
 
 

@@ -334,7 +334,7 @@ class _TurnSearch:
     def _openers(self) -> list[str]:
         """Texts that begin a message and end none."""
         stops = self._format.stops + self._format.call_stops
-        begins = self._control.match(self._format.role_marker.lstrip())
+        begins = _token(self._control).match(self._format.role_marker.lstrip())
         return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
@@ -430,7 +430,7 @@ def _probe_openers(
 
     Either the first of the role marker, or the first of the text that returns with each message.
     """
-    token = re.compile(rf"{control.pattern}|{_TAG.pattern}")
+    token = _token(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
     try:
         text = template.render([USER, ANSWER, USER, ANSWER])
@@ -450,7 +450,7 @@ def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> fr
     except Refused:
         return frozenset()
     between = text.split(SAID)[1:-1]
-    token = re.compile(rf"{control.pattern}|{_TAG.pattern}")
+    token = _token(control)
     return frozenset(match[0] for part in between for match in token.finditer(part))
 
 
@@ -513,6 +513,11 @@ def _first_token(text: str, control: re.Pattern[str], other: Iterable[str], *, t
 
 def _contains(text: str, stops: Iterable[str]) -> bool:
     return any(stop in text for stop in stops)
+
+
+def _token(control: re.Pattern[str]) -> re.Pattern[str]:
+    """Return a pattern of special tokens and tags."""
+    return re.compile(rf"{control.pattern}|{_TAG.pattern}")
 
 
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")

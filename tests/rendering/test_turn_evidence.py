@@ -48,6 +48,13 @@ def test_a_call_without_a_stop_is_refused_and_never_ends_in_the_next_message() -
         assert trained(template, shape) == "no stop token", shape
 
 
+def test_the_report_names_a_shape_without_evidence() -> None:
+    template = LOOP.replace("<|end|>{% endfor %}", "{% if not m.tool_calls %}<|end|>{% endif %}{% endfor %}") + PROMPT
+    shapes_ = judge.open_encoder(template).report.shapes
+    assert shapes_["ends with a tool call"].startswith("whole, but no stop token")
+    assert shapes_["question, answer"] == "whole"
+
+
 STOP_BY_KIND = (
     LOOP.replace("<|end|>{% endfor %}", "{{ '<|call|>' if m.tool_calls else '<|end|>' }}{% endfor %}") + PROMPT
 )

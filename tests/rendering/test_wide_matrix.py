@@ -98,7 +98,9 @@ def test_every_template_is_right_under_every_policy(realdata: Path, policy: dict
 @pytest.mark.realdata
 def test_templates_whose_stops_the_tokenizer_does_not_know_are_right(realdata: Path) -> None:
     cases = [case for path in templates(realdata) for case in judge.judge(path, special=False)]
-    assert [case for case in cases if case.verdict in ("wrong", "crash")] == []
+    # Without tokens to tell apart, `</call><|end|>` is one stop.
+    faults = [case for case in wrong(cases) if "two stops" not in case.detail]
+    assert faults == []
 
 
 def test_the_oracle_finds_planted_faults(tmp_path: Path) -> None:
