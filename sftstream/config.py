@@ -118,8 +118,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     path: str
     """Directory or hub name of a Hugging Face tokenizer."""
     template: str | None = None
-    """Jinja chat template: the path of a file, or the template's text. Default: the tokenizer's own
-    template."""
+    """Jinja chat template: the path of a file, the template's text, or the name of one of the
+    tokenizer's templates, "name:tool_use". Default: the tokenizer's only template, or the template
+    named "default"."""
     backend: Literal["auto", "huggingface", "fastokens"] = "auto"
     """Implementation that computes token ids. "huggingface": the `tokenizers` library. "fastokens":
     the fastokens library, after a check that both libraries give the same ids. "auto": fastokens if
