@@ -29,12 +29,17 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     roles: dict[str, Role] | None = None
     """Further names of roles: name in the files -> "system", "user", "assistant" or "tool".
     `{narrator = "user"}` reads a turn of `narrator` as a user's. Default: the known names alone."""
+    max_row_bytes: int = 16 << 20
+    """Largest row in bytes; at least 1. A larger row is refused before it is parsed or rendered,
+    since a row of megabytes takes minutes and gigabytes. Of a row in a table, the texts count."""
 
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
             raise ValueError(
                 "columns is empty, so no column would be read; name at least one column, or leave columns out"
             )
+        if self.max_row_bytes < 1:
+            raise ValueError(f"max_row_bytes = {self.max_row_bytes} must be at least 1")
         if both := sorted({*self.ignore} & {*(self.columns or ()), *(self.columns or {}).values()}):
             raise ValueError(f"columns and ignore both name {both[0]!r}; remove the name from one of the two")
 
@@ -44,11 +49,11 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
 
     path: str
     """Location of the source. A local path comes first: a file (.jsonl, .ndjson, .json, .csv, .tsv,
-    .parquet, .arrow, each also compressed as .gz or .zst), a glob or a directory (files in sorted
-    order), a dataset written by `save_to_disk`, or a directory laid out like a dataset of the
-    Hugging Face hub. If no local path matches: a remote path with a scheme (hf://, s3://, gs://,
-    https://, ...), fetched once into the cache, or the name of a hub dataset,
-    `organisation/name`."""
+    .parquet, .arrow, each also compressed as .gz, .zst, .bz2 or .xz; the content decides over the
+    suffix), a glob or a directory (files in sorted order), a dataset written by `save_to_disk`, or
+    a directory laid out like a dataset of the Hugging Face hub. If no local path matches: a remote
+    path with a scheme (hf://, s3://, gs://, https://, ...), fetched once into the cache, or the
+    name of a hub dataset, `organisation/name`."""
     split: str | None = None
     """Split of a hub dataset, of a directory laid out like a hub dataset (both in the syntax of
     `datasets`: "train", "train[:10%]") or of a saved dataset. Default: the only split."""
@@ -113,8 +118,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     path: str
     """Directory or hub name of a Hugging Face tokenizer."""
     template: str | None = None
-    """Jinja chat template: the path of a file, or the template's text. Default: the tokenizer's own
-    template."""
+    """Jinja chat template: the path of a file, the template's text, or the name of one of the
+    tokenizer's templates, "name:tool_use". Default: the tokenizer's only template, or the template
+    named "default"."""
     backend: Literal["auto", "huggingface", "fastokens"] = "auto"
     """Implementation that computes token ids. "huggingface": the `tokenizers` library. "fastokens":
     the fastokens library, after a check that both libraries give the same ids. "auto": fastokens if

@@ -35,7 +35,7 @@ WITHOUT_EFFECT = {
 }
 """Config fields without an effect on any pack. A resume compares all remaining fields."""
 
-ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles"}}
+ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles", "max_row_bytes"}}
 """Config fields younger than the format: left out of the identity while they have their default,
 so that states written before the field resume."""
 
@@ -54,6 +54,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Shards of a streamed source; None for a source read by row number."""
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
+    max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):

@@ -108,6 +108,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
             {"sources": [{"path": "a", "roles": {"narrator": "owner"}}]},
             "Invalid enum value 'owner' - at `$.sources[0].roles[...]`",
         ),
+        ({"sources": [{"path": "a", "max_row_bytes": 0}]}, "max_row_bytes = 0 must be at least 1 - at `$.sources[0]`"),
         ({"sources": [{"path": "a", "weight": 0}]}, "weight = 0.0 must be a positive number - at `$.sources[0]`"),
         ({"sources": [{"path": "a", "weight": -2}]}, "weight = -2.0 must be a positive number - at `$.sources[0]`"),
         (

@@ -272,3 +272,18 @@ def test_items_of_the_responses_api_are_read() -> None:
         SAID[1],
     )
     assert "an item of reasoning is followed by neither" in refusal({"messages": items[:2] + items[4:]})
+
+
+@pytest.mark.parametrize("row", [{"messages": [HI, HELLO]}, {"prompt": "hi", "completion": "hello"}])
+def test_a_row_above_the_limit_is_refused_before_it_is_parsed(row: dict[str, Any]) -> None:
+    text = json.dumps(row).encode()
+    assert messages(text, max_row_bytes=len(text)) == SAID
+    said = refusal(text, max_row_bytes=len(text) - 1)
+    assert said.startswith(
+        f"row too large: it has {len(text)} bytes, more than max_row_bytes = {len(text) - 1} of its "
+    )
+    assert refusal(b"{" + b" " * 100, max_row_bytes=100).startswith("row too large: it has 101 bytes")
+    large = {**row, "note": "x" * 1000}
+    assert messages(large, max_row_bytes=2000) == SAID
+    assert refusal(large, max_row_bytes=1000).startswith("row too large: it has 1,0")
+    assert refusal(b'{"prompt": "' + b"x" * (16 << 20) + b'"}').startswith("row too large: it has 16,777,230 bytes")

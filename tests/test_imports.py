@@ -25,6 +25,7 @@ ORDER = {
         "sources.arrow",
         "sources.parquet",
         "sources.compressed",
+        "sources.content",
         "sources.location",
         "sources.remote",
         "sources.kinds",

@@ -26,10 +26,14 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     Raises BrokenRow if the row is not JSON or has none of the columns of `settings.columns`, and
     Refused, naming the field, if the layout is not understood or words would be lost.
     """
+    if isinstance(row, bytes) and len(row) > settings.max_row_bytes:
+        raise _too_large(len(row), settings)
     plain = settings.columns is None and not settings.ignore and not settings.roles
     if plain and isinstance(row, bytes) and (conversation := typed_json(row)):
         return conversation
     fields = _fields(row, settings)
+    if not isinstance(row, bytes) and (size := _size(fields, settings.max_row_bytes)) > settings.max_row_bytes:
+        raise _too_large(size, settings)
     known = fields.keys().isdisjoint(BESIDE_MESSAGES)
     messages = typed_messages(fields) if known and (plain or not settings.roles) else None
     if messages is None:
@@ -70,6 +74,28 @@ def decode_row(row: RawRow) -> Any:
         if (columns := _readable_columns(row)) is not None:
             return columns
         raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def _too_large(size: int, settings: RowSettings) -> Refused:
+    return Refused(
+        "row too large",
+        f"it has {size:,} bytes, more than max_row_bytes = {settings.max_row_bytes:,} of its source; raise "
+        "max_row_bytes, or shorten the row",
+    )
+
+
+def _size(fields: Row, enough: int) -> int:
+    """Return the size of a row's texts in characters, or a size above `enough`."""
+    size, layer = 0, [*fields.values()]
+    while layer and size <= enough:
+        value = layer.pop()
+        if type(value) is str:
+            size += len(value)
+        elif type(value) is dict:
+            layer += value.values()
+        elif type(value) is list:
+            layer += value
+    return size
 
 
 def _fields(row: RawRow, settings: RowSettings) -> Row:

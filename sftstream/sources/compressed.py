@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import lzma
 from collections.abc import Iterator
 from io import BufferedReader
+from typing import Any
 
 import pyarrow as pa
 
 from sftstream.cache import cached
 from sftstream.sources.rows import Stored, copy_of, derived
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""Suffix -> Arrow's name for the codec."""
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+"""Suffix -> name of the codec."""
+DAMAGED = (OSError, EOFError, lzma.LZMAError)
+"""Errors of a codec on content that is damaged or truncated."""
 _BLOCK = 4 << 20
 """Bytes unpacked at a time."""
 
 
-def unpacked(packed: Stored, suffix: str) -> Stored:
+def unpacked(packed: Stored, codec: str) -> Stored:
     """Return the unpacked copy of a file; raises ValueError if the file is damaged or truncated."""
     key = derived("unpacked", packed.key)
-    return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, CODECS[suffix])), key)
+    return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, codec)), key)
 
 
-def unpacking(file: BufferedReader, suffix: str) -> BufferedReader:
-    """Return the content of an open file, unpacked during reading."""
-    return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), CODECS[suffix]))
+def unpacking(file: Any, codec: str) -> BufferedReader:
+    """Return the content of an open file, unpacked during reading; reads raise `DAMAGED`."""
+    if codec == "xz":
+        return BufferedReader(lzma.LZMAFile(file))
+    return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec))
 
 
 def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:
     try:
-        with packed.open() as file, pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+        with packed.open() as file, unpacking(file, codec) as stream:
             while block := stream.read(_BLOCK):
                 yield block
             packed.require_unchanged(file)
-    except OSError as error:
+    except DAMAGED as error:
         raise ValueError(f"{packed.display_name} cannot be unpacked: {error}; restore the file") from None

@@ -51,13 +51,14 @@ def records_forward(file: BufferedReader, name: str, _start: int, *, delimiter: 
 def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     """Return the column names of a header.
 
-    Raises ValueError if a name is unreadable, empty or repeated.
+    The first name may be empty, as of an index that pandas wrote. Raises ValueError if a name is
+    unreadable or repeated, or any other name is empty.
     """
     try:
         columns = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{display_name} has no readable header: {error}") from None
-    if "" in columns or len(set(columns)) < len(columns):
+    if "" in columns[1:] or len(set(columns)) < len(columns):
         raise ValueError(f"{display_name} has the header {columns}; give each column a name of its own")
     return columns
 
@@ -73,7 +74,7 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
         raise BrokenRow(f"is not CSV: {error}") from None
     if len(cells) != len(columns):
         raise BrokenRow(f"has {len(cells)} cells for the {len(columns)} columns of the header")
-    return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
+    return {column: cell for column, cell in zip(columns, cells, strict=True) if cell and column}
 
 
 def _cells(text: bytes, delimiter: str) -> list[str]:

@@ -37,11 +37,6 @@ class JsonArray(IndexedFile):
         """Do nothing: elements may begin anywhere in a line."""
 
 
-def begins_array(head: bytes) -> bool:
-    """Return True if the first bytes of a file begin a JSON array, False for JSON lines."""
-    return head.removeprefix(BOM).lstrip().startswith(b"[")
-
-
 def elements_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
     """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
     try:

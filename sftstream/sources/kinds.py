@@ -10,15 +10,22 @@ from typing import NamedTuple
 
 from sftstream.sources.arrow import arrow, arrow_forward
 from sftstream.sources.compressed import CODECS, unpacked, unpacking
+from sftstream.sources.content import (
+    HEAD,
+    codec_of,
+    is_array,
+    is_readable,
+    kind_of,
+    require_lines,
+    require_row,
+    require_rows,
+)
 from sftstream.sources.delimited import Delimited, records_forward
-from sftstream.sources.json_array import JsonArray, begins_array, elements_forward
+from sftstream.sources.json_array import JsonArray, elements_forward
 from sftstream.sources.jsonl import JsonLines, lines_forward
 from sftstream.sources.location import FileLocation
 from sftstream.sources.parquet import parquet, parquet_forward
 from sftstream.sources.rows import RowFile, RowsFrom, Stored
-
-_HEAD = 4096
-"""First bytes of a .json file, read to tell a JSON array from JSON lines."""
 
 
 class FileKind(NamedTuple):
@@ -30,16 +37,28 @@ class FileKind(NamedTuple):
     """Reads an open file, given its name, from a start row or any earlier row to the end."""
 
 
-def _json_by_number(stored: Stored) -> RowFile:
-    # Many published .json files hold JSON lines.
-    with stored.open() as file:
-        array = begins_array(file.read(_HEAD))
-    return JsonArray(stored) if array else JsonLines(stored)
+def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
+    # Many published .json files hold JSON lines, and .jsonl files arrays.
+    head = _head(stored)
+    if is_array(head, lines=lines):
+        return JsonArray(stored)
+    require_lines(head, stored.display_name)
+    rows = JsonLines(stored)
+    if len(rows) == 1:
+        require_row(rows.read(0), stored.display_name)
+    return rows
 
 
-def _json_forward(file: BufferedReader, name: str, start: int) -> RowsFrom:
-    forward = elements_forward if begins_array(file.peek(_HEAD)) else lines_forward
-    return forward(file, name, start)
+def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -> RowsFrom:
+    head = file.peek(HEAD)
+    if is_array(head, lines=lines):
+        return elements_forward(file, name, start)
+    require_lines(head, name)
+    return lines_forward(file, name, start)
+
+
+def _json(*, lines: bool) -> FileKind:
+    return FileKind(partial(_json_by_number, lines=lines), partial(_json_forward, lines=lines))
 
 
 def _delimited(delimiter: str) -> FileKind:
@@ -47,16 +66,16 @@ def _delimited(delimiter: str) -> FileKind:
 
 
 KINDS = {
-    ".jsonl": FileKind(JsonLines, lines_forward),
-    ".ndjson": FileKind(JsonLines, lines_forward),
-    ".json": FileKind(_json_by_number, _json_forward),
+    ".jsonl": _json(lines=True),
+    ".ndjson": _json(lines=True),
+    ".json": _json(lines=False),
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
     ".parquet": FileKind(parquet, parquet_forward),
     ".arrow": FileKind(arrow, arrow_forward),
 }
 """Suffix of a file name -> readers."""
-KNOWN = f"{', '.join(KINDS)}, and these with {' or '.join(CODECS)}"
+KNOWN = f"{', '.join(KINDS)}, and these with .gz, .zst, .bz2 or .xz"
 """The known suffixes, for messages."""
 
 
@@ -68,23 +87,44 @@ def is_known(name: str) -> bool:
 def open_file(location: FileLocation) -> RowFile:
     """Open a file for reading by row number.
 
-    Raises ValueError if the suffix is unknown, or the content does not fit the suffix.
+    The content decides over the suffix. Raises ValueError if the suffix is unknown, or the file
+    holds no rows.
     """
     kind, packed = _suffixes(location.name)
     if kind not in KINDS:
         raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
-    return KINDS[kind].by_number(unpacked(stored, packed) if packed else stored)
+    head = _head(stored)
+    if codec := _codec(head, packed):
+        stored = unpacked(stored, codec)
+        head = _head(stored)
+    require_rows(head, location.display_name)
+    return KINDS[kind_of(head, kind)].by_number(stored)
 
 
 def read_forward(location: FileLocation, start: int) -> RowsFrom:
     """Read the rows of a file from row `start`, or any earlier row, to the end.
 
-    Raises ValueError, now or during reading, if the content does not fit the suffix.
+    The content decides over the suffix. Raises ValueError, now or during reading, if the file holds
+    no rows.
     """
     kind, packed = _suffixes(location.name)
-    file = unpacking(location.open(), packed) if packed else location.open()
-    return KINDS[kind].forward(file, location.display_name, start)
+    file = location.open()
+    if codec := _codec(file.peek(HEAD), packed):
+        file = unpacking(file, codec)
+    head = file.peek(HEAD)
+    require_rows(head, location.display_name)
+    return KINDS[kind_of(head, kind)].forward(file, location.display_name, start)
+
+
+def _codec(head: bytes, packed: str) -> str | None:
+    """Return the codec of a file by the first bytes, or by the suffix if the bytes are unclear."""
+    return codec_of(head) or (CODECS[packed] if packed and not is_readable(head) else None)
+
+
+def _head(stored: Stored) -> bytes:
+    with stored.open() as file:
+        return file.read(HEAD)
 
 
 def _suffixes(name: str) -> tuple[str, str]:

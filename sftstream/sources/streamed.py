@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.sources.arrow import UNREADABLE
+from sftstream.sources.compressed import DAMAGED
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
@@ -80,7 +81,7 @@ class StreamedSource:
 
 def _failures() -> tuple[type[Exception], ...]:
     """Return the errors raised for a file that is damaged or out of reach."""
-    return *UNREADABLE, *connection_errors(), ValueError
+    return *UNREADABLE, *DAMAGED, *connection_errors(), ValueError
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
+from math import inf
 
 from sftstream import formats
 from sftstream.config import RowSettings, SourceConfig
@@ -39,11 +40,34 @@ class ExampleReader:
         read, settings = self.corpus.read, self.corpus.settings
         for ref in refs:
             try:
-                yield parse_row(read(ref), settings[ref.source])
+                conversation = parse_row(read(ref), settings[ref.source])
+                self._require_fitting(conversation)
+                yield conversation
             except Refused as refused:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
+
+    @cached_property
+    def _most_letters(self) -> float:
+        """Number of letters that fit into a pack of the tokenizer's longest tokens.
+
+        Infinite if long conversations are shortened, or if the template may leave letters out.
+        """
+        policy, lengths = self.encoder.policy, self.encoder.tokenizer.vocabulary.byte_lengths
+        if policy.overflow != "drop" or lengths is None or self.encoder.report.rewrites_history:
+            return inf
+        return policy.capacity * int(lengths.max())
+
+    def _require_fitting(self, conversation: Conversation) -> None:
+        """Raise Refused if the texts cannot fit into a pack: rendering megabytes takes minutes."""
+        letters = sum([len(message.content) for message in conversation.messages if message.content])
+        if letters > self._most_letters:
+            capacity = self.encoder.policy.capacity
+            raise Refused(
+                "longer than capacity",
+                f"its texts of {letters:,} characters do not fit into {capacity} tokens; raise capacity, or set overflow",
+            )
 
     def examples(self, ref: Ref) -> list[Example]:
         """Return the examples of a row; raises `Refused`."""

@@ -18,16 +18,21 @@ from sftstream.rendering.renderer import RenderedConversation, Renderer
 from sftstream.rendering.template import ChatTemplate
 from sftstream.tokenization.overflow import shorten
 from sftstream.tokenization.tokenizer import Backend, Tokenizer
+from sftstream.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NAMED = "name:"
+"""Beginning of a template given by its name in the tokenizer: "name:tool_use"."""
 
 
 class ChatEncoder:
     """Conversations -> tokens and loss masks, each verified or refused.
 
     `tokenizer` is a transformers tokenizer, its directory or a hub name. `template` is the path or
-    the text of a Jinja chat template; default: the tokenizer's own. `date` (YYYY-MM-DD) is printed
+    the text of a Jinja chat template, or `name:` and the name of a template in the tokenizer;
+    default: the tokenizer's own. `date` (YYYY-MM-DD) is printed
     by templates as today's date; default: today. `backend` computes the token ids. All further
     arguments are settings of the `[data]` table (`Policy`), or given together as `policy`. Raises
     ValueError if no conversation can be trained on with the template.
@@ -47,11 +52,9 @@ class ChatEncoder:
         self.policy = policy or msgspec.convert({"train_on": list(train_on), **policy_fields}, Policy)
         self.tokenizer = Tokenizer(tokenizer, backend)
         vocabulary = self.tokenizer.vocabulary
-        text = _template_text(template) if template is not None else vocabulary.template
+        text = _template_text(template, vocabulary) if template is not None else vocabulary.template
         if text is None:
-            raise ValueError(
-                f'tokenizer {self.tokenizer.name!r} has no chat template; name one: template = "chat.jinja"'
-            )
+            raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
         chat_template = ChatTemplate(text, vocabulary.variables, _parse_date(date) if date else None)
         self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
 
@@ -132,16 +135,29 @@ def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refuse
     return [msgspec.structs.replace(e, notes={**e.notes, "examples of single turns": 1}) for e in examples]
 
 
-def _template_text(template: str) -> str:
-    """Return Jinja text, given itself or by the path of a file (ValueError if there is no file)."""
+def _template_text(template: str, vocabulary: Vocabulary) -> str:
+    """Return Jinja text, given itself, by a name in the tokenizer, or by the path of a file.
+
+    Raises ValueError if there is no template of the name, or no file.
+    """
     if "{%" in template or "{{" in template:
         return template
+    if template.startswith(_NAMED):
+        text = vocabulary.templates.get(template.removeprefix(_NAMED))
+        if text is None:
+            raise ValueError(f"chat template {template!r} is none of the tokenizer's; {_remedy(vocabulary)}")
+        return text
     try:
         return Path(template).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"chat template {template!r} cannot be read: {error.strerror}; give a file or the Jinja text"
         ) from None
+
+
+def _remedy(vocabulary: Vocabulary) -> str:
+    names = ", ".join(f'template = "{_NAMED}{name}"' for name in vocabulary.templates)
+    return f"set one of {names}" if names else 'name one: template = "chat.jinja"'
 
 
 def _parse_date(date: str) -> Date:

@@ -46,7 +46,9 @@ class Vocabulary(msgspec.Struct, frozen=True):
     description: str
     """Text of a tokenizer.json, as `Tokenizer.from_str` of `tokenizers` reads it."""
     template: str | None
-    """Text of the tokenizer's own chat template."""
+    """Text of the tokenizer's own chat template: the only one, or the template named "default"."""
+    templates: dict[str, str]
+    """Texts of the tokenizer's named chat templates; empty if the template has no name."""
     variables: dict[str, str]
     """Variables of chat templates, such as `{"bos_token": "<s>"}`."""
     special: tuple[str, ...]
@@ -97,14 +99,19 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
     return Opened(vocabulary, hf.backend_tokenizer, hf)
 
 
+_UNLOADABLE = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
+"""Errors of transformers on a directory without a tokenizer, or with one of an unknown type."""
+
+
 def load(source: str) -> Any:
     """Load a tokenizer with transformers; raises ValueError if there is none, or it is not fast."""
     from transformers import AutoTokenizer  # takes 0.2 s, and a cached vocabulary does not need it
 
     try:
         hf = AutoTokenizer.from_pretrained(os.path.expanduser(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except _UNLOADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer {source!r} cannot be loaded: {reason}") from None
     _backend(hf)
     return hf
 
@@ -140,9 +147,11 @@ def describe(hf: Any) -> Vocabulary:
     special = {str(token) for token in hf.added_tokens_decoder.values() if token.special}
     pad_id = next(i for i in (hf.pad_token_id, hf.eos_token_id, 0) if i is not None)
     lengths = _byte_lengths(backend)
+    templates = {"default": hf.chat_template} if isinstance(hf.chat_template, str) else dict(hf.chat_template or {})
     return Vocabulary(
         description=with_short_merges(description),
-        template=hf.chat_template if isinstance(hf.chat_template, str) else None,
+        template=next(iter(templates.values())) if len(templates) == 1 else templates.get("default"),
+        templates={} if isinstance(hf.chat_template, str) else templates,
         variables=variables,
         special=tuple(sorted(special, key=lambda text: (-len(text), text))),
         pad_id=pad_id,

@@ -201,7 +201,7 @@ def test_a_directory_without_files_of_known_kinds_is_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_bytes(lines(1))
     assert refusal(tmp_path) == (
         f"source '{tmp_path}' is a directory without a file of a known suffix "
-        "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz or .zst); "
+        "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz, .zst, .bz2 or .xz); "
         "name files in subdirectories by a glob, or set split if the directory has the layout of a hub dataset"
     )
 
@@ -244,12 +244,12 @@ def test_a_broken_row_is_located_by_file_and_line(tmp_path: Path) -> None:
         next(rows)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.bz2", ".bz2"), ("a.gz", ".gz"), ("a", "")])
+@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.lz4", ".lz4"), ("a.gz", ".gz"), ("a", "")])
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(lines(1))
     assert refusal(tmp_path / name) == (
         f"{tmp_path / name} has the unknown suffix '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
-        "and these with .gz or .zst"
+        "and these with .gz, .zst, .bz2 or .xz"
     )
 
 

@@ -206,6 +206,7 @@ def test_files_may_move_and_be_touched(workspace: Workspace, tmp_path: Path) -> 
     ("field", "value", "named"),
     [
         ("ignore", ["note"], "data.sources[0].ignore: None -> ('note',)"),
+        ("max_row_bytes", 1000, "data.sources[0].max_row_bytes: None -> 1000"),
         ("roles", {"narrator": "user"}, "data.sources[0].roles: None -> {'narrator': 'user'}"),
     ],
 )

@@ -1,0 +1,133 @@
+"""The content of a file by its first bytes: compression, kind, and mistakes of the whole file."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftstream.records import UNDECODABLE
+from sftstream.sources.rows import BOM
+
+HEAD = 1 << 16
+"""First bytes of a file, read to recognise the content."""
+_CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+_TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
+_HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
+_HOLDERS = frozenset(
+    {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
+    | {"rows", "data", "dataset", "examples", "items", "samples", "records"}
+)
+"""Keys of an object that holds all rows of a file."""
+
+
+def codec_of(head: bytes) -> str | None:
+    """Return the codec of compressed content, by the first bytes; None of any other content."""
+    return next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
+
+
+def is_readable(head: bytes) -> bool:
+    """Return True of the first bytes of a table or of text, False of anything else."""
+    return _table(head) is not None or _is_text(head)
+
+
+def kind_of(head: bytes, suffix: str) -> str:
+    """Return the suffix that fits the first bytes of a file, by default `suffix`."""
+    if table := _table(head):
+        return table
+    text = head.removeprefix(BOM).lstrip()
+    if suffix in (".jsonl", ".ndjson", ".json") or text[:1] not in (b"{", b"[") or not _is_text(head):
+        return suffix
+    is_header = suffix in (".csv", ".tsv") and not _is_json(text.partition(b"\n")[0])
+    return suffix if is_header else ".json"
+
+
+def is_array(head: bytes, *, lines: bool) -> bool:
+    """Return True if the first bytes begin a JSON array of rows, False for JSON lines.
+
+    A first line that is a whole list is a row if further lines follow. `lines` tells that the
+    file's suffix promises lines: then a list alone is a row too, unless a list of objects, and a
+    first line that no further line completes.
+    """
+    line, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
+    if not line.startswith(b"["):
+        return False
+    try:
+        elements = msgspec.json.decode(line)
+    except UNDECODABLE as error:
+        return not lines or "truncated" in str(error)
+    return not rest.strip() and (not lines or all(isinstance(row, dict) for row in elements))
+
+
+def require_rows(head: bytes, display_name: str) -> None:
+    """Raise ValueError if the first bytes show that the file holds no rows: an archive, a page."""
+    text = head.removeprefix(BOM).lstrip()
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        raise ValueError(f"{display_name} is a pointer of Git LFS, not the file itself; fetch the file by git lfs pull")
+    if text[:20].lower().startswith(_HTML):
+        raise ValueError(f"{display_name} is a web page; download the file itself, not the page that shows the file")
+    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
+        raise ValueError(f"{display_name} is an archive of files; unpack the archive and name the files inside")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _has_wide_letters(head):
+        raise ValueError(f"{display_name} is UTF-16 or UTF-32 text; convert the file to UTF-8, for example by iconv")
+
+
+def require_lines(head: bytes, display_name: str) -> None:
+    """Raise ValueError if the first lines are parts of an object written over several lines."""
+    line, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
+    begun = rest.lstrip()[:1]
+    if line.startswith(b"{") and begun and begun not in (b"{", b"[") and not _is_json(line) and _is_truncated(line):
+        raise ValueError(
+            f"{display_name} holds JSON objects written over several lines; write each row on a line of its own, for "
+            f"example by jq -c . {display_name}"
+        )
+
+
+def require_row(text: bytes, display_name: str) -> None:
+    """Raise ValueError if the only row of a file holds the rows: `{"train": [...]}`."""
+    try:
+        row = msgspec.json.decode(text)
+    except UNDECODABLE:
+        return
+    held = [key for key in row if key in _HOLDERS and _holds_rows(row[key])] if isinstance(row, dict) else []
+    if held:
+        raise ValueError(
+            f"{display_name} is one JSON object with rows under {', '.join(map(repr, held))}; write the rows as a file "
+            f"of their own, for example by jq -c '.{held[0]}[]' {display_name}"
+        )
+
+
+def _table(head: bytes) -> str | None:
+    return next((suffix for magic, suffix in _TABLES.items() if head.startswith(magic)), None)
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        head[:-4].decode()  # the last letter may be cut off
+    except UnicodeDecodeError:
+        return False
+    return bool(head) and b"\0" not in head
+
+
+def _has_wide_letters(head: bytes) -> bool:
+    """Return True if every second byte of the first four is zero, as in UTF-16 of plain letters."""
+    first = head[:4]
+    return len(first) == 4 and (first[0::2] == b"\0\0") != (first[1::2] == b"\0\0")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except UNDECODABLE:
+        return False
+    return True
+
+
+def _is_truncated(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except UNDECODABLE as error:
+        return "truncated" in str(error)
+    return False
+
+
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)

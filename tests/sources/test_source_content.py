@@ -1,0 +1,167 @@
+"""Files are read by content, and a mistake of the whole file is one error that names the file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+from pyarrow.parquet import write_table
+
+from sftstream.config import SourceConfig
+from sftstream.formats import decode_row
+from sftstream.sources import FileSet, StreamedSource
+
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+PRETTY = json.dumps(ROWS, indent=2).encode()
+
+
+def by_number(path: Path) -> list[Any]:
+    source = FileSet(SourceConfig(path=str(path)))
+    return [decode_row(source.read(row)) for row in range(len(source))]
+
+
+def forward(path: Path) -> list[Any]:
+    return [decode_row(row()) for row in StreamedSource(SourceConfig(path=str(path))).open(0, 0).rows]
+
+
+READERS = [by_number, forward]
+
+
+def parquet() -> bytes:
+    sink = io.BytesIO()
+    write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue()
+
+
+def arrow(new: Callable[..., Any]) -> bytes:
+    sink, table = io.BytesIO(), pa.Table.from_pylist(ROWS)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+CONTENTS = {
+    "lines": LINES,
+    "array": json.dumps(ROWS).encode(),
+    "pretty array": PRETTY,
+    "BOM and pretty array": b"\xef\xbb\xbf\n" + PRETTY,
+    "Parquet": parquet(),
+    "Arrow file": arrow(pa.ipc.new_file),
+    "Arrow stream": arrow(pa.ipc.new_stream),
+}
+CODECS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_is_read_by_its_content_under_every_suffix(
+    tmp_path: Path, content: str, codec: str, read: Callable[[Path], list[Any]]
+) -> None:
+    packed = CODECS[codec](CONTENTS[content])
+    for suffix in (".jsonl", ".json", ".parquet", ".arrow", f".jsonl{codec}", ".ndjson.gz"):
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(packed)
+        assert read(path) == ROWS, suffix
+
+
+@pytest.mark.parametrize("codec", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("read", READERS)
+def test_a_truncated_archive_is_one_error(tmp_path: Path, codec: str, read: Callable[[Path], list[Any]]) -> None:
+    packed = CODECS[codec](LINES * 50)
+    for length in (len(packed) - 1, len(packed) // 2, 12):
+        path = tmp_path / f"{length}.jsonl{codec}"
+        path.write_bytes(packed[:length])
+        with pytest.raises(ValueError, match=rf"^{path} cannot be (unpacked|read)"):
+            read(path)
+
+
+def zipped() -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("a.jsonl", LINES)
+    return sink.getvalue()
+
+
+def tarred() -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    return sink.getvalue()
+
+
+MISTAKES = {
+    "UTF-16": (LINES.decode().encode("utf-16"), "is UTF-16 or UTF-32 text; convert the file to UTF-8"),
+    "UTF-16 without mark": (LINES.decode().encode("utf-16-le"), "is UTF-16 or UTF-32 text"),
+    "UTF-32": (LINES.decode().encode("utf-32-be"), "is UTF-16 or UTF-32 text"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
+    "web page": (b"\n<!DOCTYPE html>\n<html></html>\n", "is a web page; download the file itself"),
+    "zip": (zipped(), "is an archive of files; unpack the archive"),
+    "tar": (tarred(), "is an archive of files; unpack the archive"),
+    "pretty objects": (
+        b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS),
+        "holds JSON objects written over",
+    ),
+    "pretty object": (json.dumps({"train": ROWS}, indent=1).encode(), "holds JSON objects written over several lines"),
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_whole_file_is_one_error(
+    tmp_path: Path, mistake: str, suffix: str, read: Callable[[Path], list[Any]]
+) -> None:
+    content, said = MISTAKES[mistake]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["train", "data", "rows"])
+def test_an_object_that_holds_all_rows_is_one_error(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({key: ROWS, "version": 1}))
+    with pytest.raises(ValueError, match=rf"a.json is one JSON object with rows under '{key}'; .* jq -c '.{key}\[\]' "):
+        by_number(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "a", "completion": "b"}\n',
+        b'{"data": ["a", "b"]}',
+        b'{"conversation": [{"input": "a", "output": "b"}]}',
+        b'{"prompt": \n{"prompt": "a", "completion": "b"}\n',
+        b'["a"]\n{"prompt": "a", "completion": "b"}\n',
+        b'"x\n5\n',
+    ],
+)
+def test_a_mistake_of_a_row_is_no_mistake_of_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert len(FileSet(SourceConfig(path=str(tmp_path / "a.jsonl")))) == content.rstrip().count(b"\n") + 1
+
+
+def test_the_index_that_pandas_writes_without_a_name_is_no_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",prompt,completion\n0,hi,hello\n")
+    assert by_number(tmp_path / "a.csv") == [{"prompt": "hi", "completion": "hello"}]

@@ -1,0 +1,47 @@
+"""A tokenizer may hold several chat templates by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sftstream import ChatEncoder
+
+
+def with_templates(directory: Path, templates: dict[str, str]) -> str:
+    tokenizer = Path(tiny.save_tokenizer(directory / "tokenizer", None))
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(tokenizer)
+
+
+OTHER = tiny.TEMPLATE + "{#- other -#}"
+
+
+def test_a_template_is_chosen_by_name_and_the_default_otherwise(tmp_path: Path) -> None:
+    tokenizer = with_templates(tmp_path, {"tool_use": OTHER, "default": tiny.TEMPLATE})
+    for _ in range(2):  # the second time from the cache
+        assert ChatEncoder(tokenizer).template.text == tiny.TEMPLATE
+        assert ChatEncoder(tokenizer, "name:tool_use").template.text == OTHER
+    with pytest.raises(
+        ValueError, match=r"^chat template 'name:rag' is none of the tokenizer's; set one of template = "
+    ):
+        ChatEncoder(tokenizer, "name:rag")
+
+
+def test_without_a_default_the_only_template_is_taken_and_several_are_listed(tmp_path: Path) -> None:
+    assert ChatEncoder(with_templates(tmp_path / "a", {"rag": OTHER})).template.text == OTHER
+    with pytest.raises(ValueError, match=r'set one of template = "name:rag", template = "name:tool_use"$'):
+        ChatEncoder(with_templates(tmp_path / "b", {"rag": OTHER, "tool_use": OTHER}))
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "unheard"}', "{}", "[]", "x"])
+def test_a_directory_without_a_known_tokenizer_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^tokenizer '[^\n]*$"):
+        ChatEncoder(str(tmp_path))
