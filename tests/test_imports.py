@@ -67,6 +67,7 @@ ORDER = {
         "streaming.graph",
         "streaming.refusals",
         "source_changes",
+        "state_checks",
         "rebase",
         "loader",
         "",
