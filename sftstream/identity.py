@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ IN_OTHER_FORM = {
 }
 """Config fields with an effect on packs, held by the identity as digests or sizes instead."""
 
+FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
+"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
+still to come."""
+
 WITHOUT_EFFECT = {
     DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
     SourceConfig: {"digest"},
@@ -40,7 +45,7 @@ ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles", "
 so that states written before the field resume."""
 
 
-class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True):
+class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A source's files in order, size, and settings."""
 
     files: tuple[FileIdentity, ...]
@@ -144,11 +149,19 @@ def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) ->
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and a resume would not be exact: "
-            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run; "
-            f"data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
-            "here, and records the change in the state"
+            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{_advice(changed, refused)}"
         )
     return changed
+
+
+def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
+    """Return how to accept the first difference, or "" if a difference is never accepted."""
+    if any(FIXED.fullmatch(change.split(":")[0]) for change in changed):
+        return ""
+    return (
+        f"; data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
+        "here, and records the change in the state"
+    )
 
 
 def _covers(name: str, change: str) -> bool:

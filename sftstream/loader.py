@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
@@ -22,8 +23,9 @@ from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import NO_PAST_ORDERS, DataState, PastOrders, StreamState
+from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
-from sftstream.streaming.example_reader import unread_columns
+from sftstream.streaming.example_reader import SourceCheck, unread_columns
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packer import Packer
@@ -97,11 +99,12 @@ class PackStreams(IterableDataset[Read | Failed]):
 
     def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
+        check = SourceCheck(self._corpus, self._encoder, self._config.capacity)
         for number in itertools.count(self._packs):
             stream = number % self._config.streams
             if stream not in self._start:
                 continue
-            node = nodes[stream] = nodes.get(stream) or self._open(stream)
+            node = nodes[stream] = nodes.get(stream) or self._open(stream, check)
             try:
                 pack = next(node)
             except (ValueError, RuntimeError, OSError) as error:
@@ -109,8 +112,8 @@ class PackStreams(IterableDataset[Read | Failed]):
                 return
             yield Read(pack, msgspec.msgpack.encode(node.state))
 
-    def _open(self, stream: int) -> Packer:
-        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past)
+    def _open(self, stream: int, check: SourceCheck) -> Packer:
+        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)
         node.reset(msgspec.msgpack.decode(self._start[stream]))
         return node
 
@@ -210,7 +213,7 @@ class PackLoader:
         self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
-        self.encoder = _open_encoder(config, saved)
+        self.encoder = _open_encoder(config, saved, shard)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._progress = Progress(
@@ -431,6 +434,7 @@ class PackLoader:
             return DataState(identity=identity, packs=0, streams=streams)
         if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
+        require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
                 f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the "
@@ -450,12 +454,24 @@ class PackLoader:
         return node.state
 
 
-def _open_encoder(config: DataConfig, saved: DataState | None) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date` the date is the first start's day."""
+def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
+    """Open tokenizer and template. Without `tokenizer.date` the date is the first start's UTC day.
+
+    Raises ValueError if several shards would each take the day of their own start.
+    """
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
+    today = datetime.now(UTC).date().isoformat()
     with _without_collector():
-        return ChatEncoder(tokenizer.path, tokenizer.template, date=date, policy=config, backend=tokenizer.backend)
+        encoder = ChatEncoder(
+            tokenizer.path, tokenizer.template, date=date or today, policy=config, backend=tokenizer.backend
+        )
+    if shard.count > 1 and date is None and encoder.template.date:
+        raise ValueError(
+            f"the template prints a date, and each of {shard.count} shards would print the day of its own start; "
+            f'set data.tokenizer.date = "{today}"'
+        )
+    return encoder
 
 
 @contextmanager

@@ -7,7 +7,6 @@ streams changes, the draws are divided anew: see `_divide_streams`. Nothing is l
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sftstream.config import DataConfig
-from sftstream.identity import Identity
+from sftstream.identity import FIXED, Identity
 from sftstream.records import Amount, Example, Ref, Refusal, Refused, Segment
 from sftstream.source_changes import follow_sources
 from sftstream.sources import Corpus, FileSet
@@ -25,10 +24,6 @@ from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
-
-FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
-"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
-still to come."""
 
 
 class Waiting(NamedTuple):

@@ -46,7 +46,7 @@ def follow_sources(saved: DataState, identity: Identity, config: DataConfig, cor
 def _require_streamed_alike(source: int, before: SourceIdentity, now: SourceIdentity) -> None:
     """Raise ValueError unless the shards of a streamed source were renamed at most.
 
-    `rebase.FIXED` refuses another number of shards.
+    `identity.FIXED` refuses another number of shards.
     """
     for old, new in zip(before.files, now.files, strict=True):
         if _content(old) != _content(new):

@@ -19,7 +19,7 @@ from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
 
 
-class Leftover(msgspec.Struct, frozen=True, array_like=True):
+class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """An example without a full pack yet."""
 
     segment: Segment
@@ -41,7 +41,7 @@ PastOrders = Mapping[int, Sequence[PastOrder]]
 NO_PAST_ORDERS: PastOrders = MappingProxyType({})
 
 
-class RowParts(msgspec.Struct, frozen=True, array_like=True):
+class RowParts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The number of examples of a row, for policies with several examples of a row."""
 
     source: int
@@ -56,7 +56,7 @@ class RowParts(msgspec.Struct, frozen=True, array_like=True):
         return Ref(self.source, self.row, self.epoch)
 
 
-class ShardPosition(msgspec.Struct, frozen=True, array_like=True):
+class ShardPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A stream's position in a streamed source."""
 
     shards: int = 0
@@ -77,7 +77,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     stage: int = 0
 
 
-class StreamState(Position, frozen=True, kw_only=True):
+class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A logical stream after a pack."""
 
     accepted: tuple[Amount, ...] = ()
@@ -113,7 +113,7 @@ class StreamState(Position, frozen=True, kw_only=True):
         ]
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A change of data or settings accepted in the course of a run."""
 
     packs: int
@@ -121,7 +121,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     differences: tuple[str, ...]
 
 
-class DataState(msgspec.Struct, frozen=True, kw_only=True):
+class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A loader after some packs: identity, position in the run, and streams by number."""
 
     identity: Identity
@@ -208,7 +208,9 @@ def _progress_lines(data: DataState) -> list[str]:
     packs = sum(stream.packs for stream in streams)
     conversations = sum(stream.conversations for stream in streams)
     tokens = sum(stream.tokens for stream in streams)
-    fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs else ""
+    # After a change of capacity packs of two sizes were given, and nobody counted how many of each.
+    same_capacity = not any(d.startswith("data.capacity:") for change in data.history for d in change.differences)
+    fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs and same_capacity else ""
     waiting = sum(len(stream.waiting) for stream in streams)
     return [
         f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",

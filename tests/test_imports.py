@@ -78,6 +78,7 @@ ORDER = {
         "streaming.graph",
         "streaming.refusals",
         "source_changes",
+        "state_checks",
         "rebase",
         "loader",
         "",

@@ -87,7 +87,7 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
 
 
 def _refuse_addresses(template: ChatTemplate) -> None:
-    """Raise ValueError if the template prints an object's address, which differs in each process."""
+    """Raise ValueError if the template prints an object's address, different in each process."""
     for name in ("system prompt, several turns", "tool call", "reasoning", "thoughts in the text"):
         try:
             address = _ADDRESS.search(template.render(*SHAPES[name], prompt=True))

@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 _BLOCK, _BLOCKS = 1 << 20, 128
 
 
-class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
+class FileIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Identity of a file's content, independent of directory and modification time."""
 
     name: str

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from math import inf
 
+import numpy as np
+
 from sftstream import formats
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
+from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 
 _SAMPLED = 100
 """Rows of a source in which columns that nothing reads are looked for."""
+
+CHECKED_AT_ONCE = 64
+"""Rows of a random order computed at once, most often more than enough."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,57 @@ class ExampleReader:
         if isinstance(loaded, Refused):
             raise loaded
         return self.encoder.encode_conversation(loaded)
+
+
+class SourceCheck:
+    """Finds sources without one conversation, which an endless stream would read for ever.
+
+    Called at a refusal by a stream that has no conversation of the source yet: one good row is
+    enough, and rows are tried in a random order, so the check is short unless the source is bad.
+    """
+
+    def __init__(self, corpus: Corpus, encoder: ChatEncoder, capacity: int) -> None:
+        self._corpus = corpus
+        self._encoder = encoder
+        self._capacity = capacity
+        self._good: set[int] = set()
+
+    def require_conversation(self, source: int) -> None:
+        """Raise ValueError if each row of a source is refused."""
+        if source in self._good:
+            return
+        reasons: Counter[str] = Counter()
+        reader = ExampleReader.of(self._corpus, self._encoder)
+        for ref in self._rows(source, reader.corpus):
+            try:
+                examples = reader.examples(ref)
+            except Refused as refused:
+                reasons[refused.reason] += 1
+                continue
+            if max(len(example.tokens) for example in examples) <= self._capacity:
+                self._good.add(source)
+                return
+            reasons["longer than capacity"] += 1
+        counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+        raise ValueError(
+            f"source {source} holds no conversation to train: each of its {reasons.total():,} rows is refused "
+            f"({counts}); correct the source, or remove it"
+        )
+
+    def _rows(self, source: int, reader: CorpusReader) -> Iterator[Ref]:
+        opened = reader.sources[source]
+        if isinstance(opened, FileSet):
+            keys = round_keys("check", source)
+            for first in range(0, len(opened), CHECKED_AT_ONCE):
+                indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
+                yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
+            return
+        for shard in range(opened.source.shards):
+            for index in itertools.count():
+                ref = Ref(source, opened.source.number(shard, index), 0)
+                if not opened.reaches(ref):
+                    break
+                yield ref
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:

@@ -11,7 +11,7 @@ from sftstream.config import DataConfig
 from sftstream.records import Refused
 from sftstream.sources import Corpus
 from sftstream.state import NO_PAST_ORDERS, PastOrders
-from sftstream.streaming.example_reader import ExampleReader
+from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.packer import Packer, PackerConfig
 from sftstream.streaming.sampler import RowBatch, RowSampler, open_cursors
 from sftstream.tokenization.encoder import ChatEncoder
@@ -61,9 +61,13 @@ def build_stream(
     encoder: ChatEncoder,
     stream: int,
     past: PastOrders = NO_PAST_ORDERS,
+    check: SourceCheck | None = None,
     watch: Watch = lambda _, node: node,
 ) -> Packer:
-    """Return the last node of logical stream `stream`'s graph. `reset` must come before `next`."""
+    """Return the last node of logical stream `stream`'s graph. `reset` must come before `next`.
+
+    Streams of a process share `check`, so that a source is checked once.
+    """
     reader = ExampleReader.of(corpus, encoder)
     sampler = RowSampler(config, open_cursors(config, reader.corpus, stream, past))
     drawn = watch("draw", sampler)
@@ -80,4 +84,5 @@ def build_stream(
         in_parts=config.overflow == "split" or config.history == "per_turn",
         rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    return Packer(tokenized, sampler, reader, stream, packer)
+    check = check or SourceCheck(corpus, encoder, config.capacity)
+    return Packer(tokenized, sampler, reader, stream, packer, check)

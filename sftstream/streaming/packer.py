@@ -12,7 +12,7 @@ from torchdata.nodes import BaseNode
 
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
 from sftstream.state import Leftover, RowParts, StreamState
-from sftstream.streaming.example_reader import ExampleReader
+from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
 from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
 from sftstream.streaming.sampler import RowBatch, RowSampler
@@ -68,6 +68,7 @@ class Packer(BaseNode[Pack]):
         reader: ExampleReader,
         stream: int,
         config: PackerConfig,
+        check: SourceCheck | None = None,
     ) -> None:
         """Make the node behind `source`, a chain of stages beginning at `sampler`."""
         super().__init__()
@@ -76,6 +77,7 @@ class Packer(BaseNode[Pack]):
         self._reader = reader
         self._stream = stream
         self._config = config
+        self._check = check
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at a state returned by `get_state`, or at the beginning."""
@@ -221,6 +223,8 @@ class Packer(BaseNode[Pack]):
                 else:
                     read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
                     in_a_row += 1
+                    if self._check and not read.accepted[ref.source][0]:
+                        self._check.require_conversation(ref.source)
                     self._require_progress(in_a_row, read.refused)
         return read
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,9 +25,11 @@ from trainer.distributed.mesh import Topology
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
     """Open the loader of this rank's shard at `state`, or return None on ranks without a loader.
 
+    Collective: without a date in `config` or `state`, all ranks take the first rank's day in UTC.
     `vocabulary` is the model's number of tokens. Raises ValueError if the tokenizer has more, or if
     `state` does not belong to the data of `config`.
     """
+    config = _with_date(config, state)
     if not topology.leads:
         return None
     loader = PackLoader(config, shard=topology.shard, state=state)
@@ -36,6 +40,16 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
             "or with model.init_from use the tokenizer of that model"
         )
     return loader
+
+
+def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
+    """Return `config` with a date for the template, equal on all ranks. Collective."""
+    days = [datetime.now(UTC).date().isoformat()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(days, src=0)
+    if config.tokenizer.date or (state and state.identity.date):
+        return config
+    return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
 class LocalStep(NamedTuple):

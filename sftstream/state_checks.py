@@ -1,0 +1,149 @@
+"""Checks of a state at the door: a damaged or edited state is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sftstream.config import DataConfig
+from sftstream.identity import Identity
+from sftstream.records import Amount, Ref
+from sftstream.sources import Corpus, FileSet
+from sftstream.state import DataState, StreamState
+from sftstream.streaming.order import RowOrder, draws_of_stream
+from sftstream.streaming.sampler import row_order
+
+LARGEST = 1 << 53
+"""Limit of all counters: the integers that JSON readers keep exactly."""
+WINDOWS_OF_WAITING_ROWS = 5
+"""Windows of which a row may wait: `MAX_WAIT`, the present window and a margin."""
+MOST_DRAWS_CHECKED = 20_000
+
+
+def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
+    """Raise ValueError naming the first contradiction in a state of `config` and its sources.
+
+    Counters of streams are compared with each other only before an accepted change: a change
+    divides streams and reads waiting rows anew.
+    """
+    if not 0 <= state.packs < LARGEST:
+        raise ValueError(f"the state is damaged: packs = {state.packs}; use another state")
+    for number, stream in state.streams.items():
+        for problem in _problems(state, number, stream, config, corpus):
+            raise ValueError(f"the state is damaged: stream {number}: {problem}; use another state")
+
+
+def _problems(state: DataState, number: int, stream: StreamState, config: DataConfig, corpus: Corpus) -> Iterator[str]:
+    if not 0 <= number < state.identity.streams:
+        yield f"the run has {state.identity.streams} streams"
+    yield from _bad_shapes(stream, state.identity)
+    yield from _bad_segments(stream, state.identity)
+    orders = _orders(state, config, corpus)
+    yield from _bad_positions(number, stream, config, orders)
+    if not state.history:
+        yield from _bad_counters(state, number, stream)
+        yield from _foreign_rows(number, stream, config, orders)
+
+
+def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
+    """Return the orders of the sources with random access to rows."""
+    return {
+        source: row_order(files.shards, config, source, state.orders.get(source, ()))
+        for source, files in enumerate(corpus.sources)
+        if isinstance(files, FileSet)
+    }
+
+
+def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
+    sources = len(identity.sources)
+    for name in ("drawn", "mixed", "accepted"):
+        if len(values := getattr(stream, name)) != sources:
+            yield f"{name} has {len(values)} entries for {sources} sources"
+    counters = {
+        "drawn": stream.drawn,
+        "mixed": stream.mixed,
+        "accepted": [number for a in stream.accepted for number in (a.conversations, a.tokens, a.trained_tokens)],
+        "refused": stream.refused.values(),
+        "notes": stream.notes.values(),
+        "waited": [leftover.waited for leftover in stream.leftovers],
+        "places": [number for place in stream.shard_positions.values() for number in (place.shards, place.rows)],
+    }
+    for name in ("windows", "packs", "conversations", "tokens"):
+        counters[name] = [getattr(stream, name)]
+    for name, numbers in counters.items():
+        if bad := [number for number in numbers if not 0 <= number < LARGEST]:
+            yield f"{name} holds {bad[0]}"
+    if not 0 <= stream.stage <= len(identity.stages):
+        yield f"stage = {stream.stage} of {len(identity.stages)} stages"
+    if unknown := [s for s in stream.shard_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
+        yield f"source {unknown[0]} is not streamed and has a place in a shard"
+    if stream.exhausted and (stream.planned or stream.leftovers or stream.unlisted):
+        yield "the stream is exhausted and has rows waiting"
+
+
+def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
+    segments = stream.waiting
+    for segment in segments:
+        if not 0 <= segment.source < len(identity.sources):
+            yield f"a row of source {segment.source} waits"
+            return
+        rows = identity.sources[segment.source].rows
+        if not 0 <= segment.row < (LARGEST if rows is None else rows):
+            yield f"row {segment.row} of source {segment.source} waits, which has {rows} rows"
+        if not 0 < segment.length <= identity.capacity:
+            yield f"a part of {segment.length} tokens waits for packs of {identity.capacity}"
+        if not 0 <= segment.epoch < LARGEST or not 0 <= segment.part < LARGEST:
+            yield f"epoch {segment.epoch}, part {segment.part} of a row waits"
+    parts = [(segment.ref, segment.part) for segment in segments]
+    if len(set(parts)) < len(parts):
+        yield "a part of a row waits twice"
+    for pack in stream.planned:
+        if not 0 < sum(segment.length for segment in pack) <= identity.capacity:
+            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, of {identity.capacity}"
+
+
+def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
+    if config.epochs is None:
+        return
+    for source, order in orders.items():
+        draws = order.draws(config.sources[source].repeat, config.epochs)
+        most = draws_of_stream(draws, number, config.streams)
+        if stream.drawn[source] > most and config.sources[source].repeat >= 1:
+            yield f"{stream.drawn[source]} rows of source {source} were drawn, of {most} in all epochs"
+
+
+def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterator[str]:
+    given = draws_of_stream(state.packs, number, state.identity.streams)
+    if stream.packs > given or (stream.packs < given and not stream.exhausted):
+        yield f"packs = {stream.packs}, of {given} up to pack {state.packs} of the run"
+    accepted = sum(stream.accepted, Amount())
+    waiting = stream.waiting
+    amounts = {
+        "rows": (sum(stream.drawn), accepted.conversations + sum(stream.refused.values())),
+        "conversations": (accepted.conversations, stream.conversations + sum(s.part == 0 for s in waiting)),
+        "tokens": (accepted.tokens, stream.tokens + sum(s.length for s in waiting)),
+    }
+    for name, (read, known) in amounts.items():
+        if read != known:
+            yield f"{read} {name} were read, and {known} are given, waiting or refused"
+    if not state.identity.stages:
+        by = {"conversations": stream.drawn, "tokens": [a.tokens for a in stream.accepted]}
+        expected: Sequence[int] = by.get(state.identity.mix_by, [a.trained_tokens for a in stream.accepted])
+        if list(stream.mixed) != list(expected):
+            yield f"mixed = {list(stream.mixed)}, by {state.identity.mix_by} {list(expected)}"
+
+
+def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
+    """Yield a problem if a waiting row is none of the stream's last draws."""
+    most = WINDOWS_OF_WAITING_ROWS * config.window + sum(stream.refused.values())
+    if most > MOST_DRAWS_CHECKED:
+        return
+    for source, order in orders.items():
+        drawn, draw = set[Ref](), max(0, stream.drawn[source] - most)
+        while draw < stream.drawn[source]:
+            first = number + draw * config.streams
+            rows, epoch = order.stretch(first, config.streams, stream.drawn[source] - draw)
+            drawn.update(Ref(source, row, epoch) for row in rows)
+            draw += len(rows)
+        foreign = [segment for segment in stream.waiting if segment.source == source and segment.ref not in drawn]
+        if foreign:
+            yield f"row {foreign[0].row} of source {source} waits, and the stream did not draw the row lately"
