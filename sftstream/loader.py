@@ -1,48 +1,32 @@
-"""Logical streams -> the packs of a shard. Only this file knows workers and StatefulDataLoader."""
+"""Logical streams -> the packs of a shard: progress, state and resume over worker processes."""
 
 from __future__ import annotations
 
 import gc
-import itertools
-import signal
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
-import torch
-from torch.utils.data import IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftstream.config import DataConfig
 from sftstream.identity import accepted_changes, identify
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import NO_PAST_ORDERS, DataState, PastOrders, StreamState
+from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
-from sftstream.streaming.example_reader import SourceCheck, unread_columns
+from sftstream.streaming.example_reader import unread_columns
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.order import draws_of_source
-from sftstream.streaming.packer import Packer
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import RefusalLimit
 from sftstream.streaming.sampler import row_order
+from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 from sftstream.tokenization.encoder import ChatEncoder
-
-EncodedStreams = Mapping[int, bytes]
-"""Logical stream -> `StreamState` as MessagePack: encoded once, by the reading process, and stored
-unchanged in a checkpoint."""
-
-
-class Failed(NamedTuple):
-    """An error on the way out of a worker: raised there, the error would arrive in a traceback."""
-
-    message: str
 
 
 class LoaderPosition(NamedTuple):
@@ -61,95 +45,6 @@ class LoaderPosition(NamedTuple):
             for number, encoded in self.encoded_streams.items()
         }
         return msgspec.structs.replace(self.run, streams=streams)
-
-
-class Read(NamedTuple):
-    """A pack with the state of its stream after the pack.
-
-    Pack and state travel together: a state asked for later may belong to another pack.
-    """
-
-    pack: Pack
-    state: bytes
-    """`StreamState` as MessagePack."""
-
-
-class PackStreams(IterableDataset[Read | Failed]):
-    """Some of a shard's streams, read by a single process: packs in the order of the run.
-
-    `start` holds the streams' states, `packs` the number of the run's next pack.
-    """
-
-    def __init__(
-        self,
-        config: DataConfig,
-        corpus: Corpus,
-        encoder: ChatEncoder,
-        packs: int,
-        start: EncodedStreams,
-        past: PastOrders = NO_PAST_ORDERS,
-    ) -> None:
-        super().__init__()
-        self._config = config
-        self._corpus = corpus
-        self._encoder = encoder
-        self._packs = packs
-        self._start = start
-        self._past = past
-
-    def __iter__(self) -> Iterator[Read | Failed]:
-        nodes: dict[int, Packer] = {}
-        check = SourceCheck(self._corpus, self._encoder, self._config.capacity)
-        for number in itertools.count(self._packs):
-            stream = number % self._config.streams
-            if stream not in self._start:
-                continue
-            node = nodes[stream] = nodes.get(stream) or self._open(stream, check)
-            try:
-                pack = next(node)
-            except (ValueError, RuntimeError, OSError) as error:
-                yield Failed(str(error))
-                return
-            yield Read(pack, msgspec.msgpack.encode(node.state))
-
-    def _open(self, stream: int, check: SourceCheck) -> Packer:
-        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)
-        node.reset(msgspec.msgpack.decode(self._start[stream]))
-        return node
-
-
-class Reader:
-    """A process for reading streams ahead; with `prefetch = None`, the calling process."""
-
-    def __init__(self, dataset: PackStreams, prefetch: int | None) -> None:
-        with warnings.catch_warnings():
-            # torchdata 0.11 under torch 2.13
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            self._loader: StatefulDataLoader[Read | Failed] = StatefulDataLoader(
-                dataset,
-                batch_size=None,
-                # One worker a loader: a loader of several workers takes packs in turn, and the
-                # next pack's stream may belong to another worker.
-                num_workers=0 if prefetch is None else 1,
-                collate_fn=_unchanged,
-                prefetch_factor=prefetch,
-                worker_init_fn=_begin_work,
-                # fork: workers inherit the row index, the tokenizer and the compiled template.
-                multiprocessing_context=None if prefetch is None else "fork",
-                # Without a generator the loader draws a seed from the global generator.
-                generator=torch.Generator(),
-            )
-        self._packs = iter(self._loader)
-
-    def __next__(self) -> Read:
-        read: Read | Failed = next(self._packs)
-        if isinstance(read, Failed):
-            raise ValueError(read.message)
-        return read
-
-    def close(self) -> None:
-        """End the worker now: the garbage collector might wait for an exception to be handled."""
-        del self._packs, self._loader
 
 
 class Progress(NamedTuple):
@@ -222,8 +117,8 @@ class PackLoader:
             frozenset(number for number, stream in start.streams.items() if stream.exhausted),
             RefusalLimit.of(config.max_refused, start.streams.values()),
         )
-        self._readers: dict[int, Reader] = {}
-        self._readers_at: EncodedStreams | None = None
+        self._workers: dict[int, StreamWorker] = {}
+        self._workers_at: EncodedStreams | None = None
         """Stream states after the readers' last pack; None while the readers are in between."""
         self._reading_thread: int | None = None
 
@@ -349,8 +244,8 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The position stays, and the next pack starts workers again."""
-        readers, self._readers = self._readers, {}
-        self._readers_at = None
+        readers, self._workers = self._workers, {}
+        self._workers_at = None
         for reader in readers.values():
             reader.close()
 
@@ -373,18 +268,18 @@ class PackLoader:
         """Read the shard's next pack after `before`; return the pack and the progress after it."""
         number = self._next_pack(before)
         stream = number % self.config.streams
-        if self._readers_at is not before.streams:
+        if self._workers_at is not before.streams:
             self.close()
-            self._open_readers(before)
-        self._readers_at = None
-        pack, state = next(self._readers[self._assignment.worker(stream)])
+            self._open_workers(before)
+        self._workers_at = None
+        pack, state = next(self._workers[self._assignment.worker(stream)])
         after = Progress(
             number + 1,
             {**before.streams, stream: state},
             before.exhausted | {stream} if pack.exhausted else before.exhausted,
             before.refusals.counted(pack),
         )
-        self._readers_at = after.streams
+        self._workers_at = after.streams
         return pack, after
 
     def _next_pack(self, progress: Progress) -> int:
@@ -409,18 +304,18 @@ class PackLoader:
     def _is_exhausted(self, progress: Progress) -> bool:
         return len(progress.exhausted) == len(progress.streams)
 
-    def _open_readers(self, progress: Progress) -> None:
+    def _open_workers(self, progress: Progress) -> None:
         # Only workers with a stream: others would look for their next pack for ever.
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
-        self._readers = {worker: self._open(worker, progress) for worker in workers}
+        self._workers = {worker: self._open(worker, progress) for worker in workers}
 
-    def _open(self, worker: int, progress: Progress) -> Reader:
+    def _open(self, worker: int, progress: Progress) -> StreamWorker:
         streams = {
             stream: encoded for stream, encoded in progress.streams.items() if self._assignment.worker(stream) == worker
         }
         dataset = PackStreams(self.config, self.corpus, self.encoder, progress.at, streams, self._run.orders)
-        return Reader(dataset, self.config.prefetch if self.workers else None)
+        return StreamWorker(dataset, self.config.prefetch if self.workers else None)
 
     def _empty_pack(self) -> Pack:
         pad_id = self.encoder.tokenizer.vocabulary.pad_id
@@ -492,15 +387,3 @@ def _check_topology(shard: Shard, workers: int) -> None:
         raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
     if workers < 0:
         raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")
-
-
-def _unchanged(read: Read | Failed) -> Read | Failed:
-    return read
-
-
-def _begin_work(_worker: int) -> None:
-    # A collection would write to pages shared with the parent, and so copy them.
-    gc.freeze()
-    # Ctrl-C reaches the whole process group; the trainer needs its loader to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -77,6 +77,7 @@ ORDER = {
         "streaming.packer",
         "streaming.graph",
         "streaming.refusals",
+        "streaming.worker",
         "source_changes",
         "state_checks",
         "rebase",

@@ -1,0 +1,135 @@
+"""Streams read by a process of their own. The only file that knows StatefulDataLoader."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from sftstream.config import DataConfig
+from sftstream.records import Pack
+from sftstream.sources import Corpus
+from sftstream.state import NO_PAST_ORDERS, PastOrders
+from sftstream.streaming.example_reader import SourceCheck
+from sftstream.streaming.graph import build_stream
+from sftstream.streaming.packer import Packer
+from sftstream.tokenization.encoder import ChatEncoder
+
+EncodedStreams = Mapping[int, bytes]
+"""Logical stream -> `StreamState` as MessagePack: encoded once, by the reading process, and stored
+unchanged in a checkpoint."""
+
+
+class Failed(NamedTuple):
+    """An error on the way out of a worker: raised there, the error would arrive in a traceback."""
+
+    message: str
+
+
+class Read(NamedTuple):
+    """A pack with the state of its stream after the pack.
+
+    Pack and state travel together: a state asked for later may belong to another pack.
+    """
+
+    pack: Pack
+    state: bytes
+    """`StreamState` as MessagePack."""
+
+
+class PackStreams(IterableDataset[Read | Failed]):
+    """Some of a shard's streams, read by a single process: packs in the order of the run.
+
+    `start` holds the streams' states, `packs` the number of the run's next pack.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        corpus: Corpus,
+        encoder: ChatEncoder,
+        packs: int,
+        start: EncodedStreams,
+        past: PastOrders = NO_PAST_ORDERS,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._corpus = corpus
+        self._encoder = encoder
+        self._packs = packs
+        self._start = start
+        self._past = past
+
+    def __iter__(self) -> Iterator[Read | Failed]:
+        nodes: dict[int, Packer] = {}
+        check = SourceCheck(self._corpus, self._encoder, self._config.capacity)
+        for number in itertools.count(self._packs):
+            stream = number % self._config.streams
+            if stream not in self._start:
+                continue
+            node = nodes[stream] = nodes.get(stream) or self._open(stream, check)
+            try:
+                pack = next(node)
+            except (ValueError, RuntimeError, OSError) as error:
+                yield Failed(str(error))
+                return
+            yield Read(pack, msgspec.msgpack.encode(node.state))
+
+    def _open(self, stream: int, check: SourceCheck) -> Packer:
+        node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)
+        node.reset(msgspec.msgpack.decode(self._start[stream]))
+        return node
+
+
+class StreamWorker:
+    """A process for reading streams ahead; with `prefetch = None`, the calling process."""
+
+    def __init__(self, dataset: PackStreams, prefetch: int | None) -> None:
+        with warnings.catch_warnings():
+            # torchdata 0.11 under torch 2.13
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            self._loader: StatefulDataLoader[Read | Failed] = StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                # One worker a loader: a loader of several workers takes packs in turn, and the
+                # next pack's stream may belong to another worker.
+                num_workers=0 if prefetch is None else 1,
+                collate_fn=_unchanged,
+                prefetch_factor=prefetch,
+                worker_init_fn=_begin_work,
+                # fork: workers inherit the row index, the tokenizer and the compiled template.
+                multiprocessing_context=None if prefetch is None else "fork",
+                # Without a generator the loader draws a seed from the global generator.
+                generator=torch.Generator(),
+            )
+        self._packs = iter(self._loader)
+
+    def __next__(self) -> Read:
+        read: Read | Failed = next(self._packs)
+        if isinstance(read, Failed):
+            raise ValueError(read.message)
+        return read
+
+    def close(self) -> None:
+        """End the worker now: the garbage collector might wait for an exception to be handled."""
+        del self._packs, self._loader
+
+
+def _unchanged(read: Read | Failed) -> Read | Failed:
+    return read
+
+
+def _begin_work(_worker: int) -> None:
+    # A collection would write to pages shared with the parent, and so copy them.
+    gc.freeze()
+    # Ctrl-C reaches the whole process group; the trainer needs its loader to finish a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
