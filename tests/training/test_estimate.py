@@ -218,10 +218,10 @@ def test_the_estimate_is_for_the_running_processes_by_default(
     assert [path.name for path in written.iterdir()] == ["run.toml"]
 
 
-@pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8"])
+@pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8", "--plan=100000"])
 def test_an_invalid_number_of_gpus_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 1
-    assert f"error: {flag}: give a number of GPUs, as in --plan=32" in capsys.readouterr().err
+    assert f"error: {flag}: give a number of GPUs from 1 to 99999, as in --plan=32" in capsys.readouterr().err
 
 
 def test_an_estimate_of_a_run_that_cannot_start_is_refused(tmp_path: Path) -> None:
