@@ -95,7 +95,7 @@ def _locate(
     # A marked blank message shows its offset, but a template may ask whether a message is blank and
     # then print other text: without marks as the second try.
     for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
-        marking = Marking(messages, tools, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
+        marking = Marking(messages, text, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
         unmarked, printed = marking.remove(template.render(marking.mark(messages), tools))
         if unmarked == text:
             break
@@ -153,12 +153,13 @@ class Marking:
     def __init__(
         self,
         messages: Sequence[TemplateMessage],
-        tools: Sequence[Any] = (),
+        text: str,
         *,
         split_thoughts: bool = False,
         fill_blanks: bool = False,
     ) -> None:
-        self._prefix = _absent_prefix([*messages, *tools])
+        """`text` is the conversation as rendered without markers."""
+        self._prefix = _absent_prefix(messages, text)
         self._split_thoughts = split_thoughts
         self._fill_blanks = fill_blanks
         self.texts: dict[Key, str] = {}
@@ -243,13 +244,25 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
     return re.compile(prefix + r"(\d{1,9})x([012])x(\d{1,9})([be])Zq")
 
 
-def _absent_prefix(values: Sequence[Any]) -> str:
-    """Return a beginning of markers that no string holds; raises `Refused` if there is none."""
-    held = [text for text in strings(values) if "Zq" in text]
+def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
+    """Return a beginning of markers that neither the text nor an unprinted string of a message holds.
+
+    Raises `Refused` if there is none.
+    """
+    if "Zq" not in text and not any("Zq" in string for message in messages for string in _unprinted(message)):
+        return PREFIXES[0]
+    held = [text, *strings(messages)]
     for prefix in PREFIXES:
-        if not any(prefix in text for text in held):
+        if not any(prefix in string for string in held):
             return prefix
     raise Refused("markers typed", "the texts hold every beginning of the markers that locate a message's text")
+
+
+def _unprinted(message: TemplateMessage) -> Iterator[str]:
+    """Yield the strings that a template may print in one render of a message and not in another."""
+    yield message["content"]
+    yield message.get("reasoning_content", "")
+    yield from strings(message.get("tool_calls", ()))
 
 
 def names(message: TemplateMessage) -> Iterator[str]:

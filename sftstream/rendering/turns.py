@@ -311,7 +311,7 @@ class _TurnSearch:
 
     def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
         """Return the rendered text behind the last payload of the messages; None if refused."""
-        marking = Marking(self._messages, self._tools, fill_blanks=self._fill_blanks)
+        marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
         try:
             return marking.tail(self._template.render(marking.mark(messages), self._tools, prompt=prompt))
         except Refused:
