@@ -103,12 +103,14 @@ class SourceCheck:
         if source in self._good:
             return
         reasons: Counter[str] = Counter()
+        last = ""
         reader = ExampleReader.of(self._corpus, self._encoder)
         for ref in self._rows(source, reader.corpus):
             try:
                 examples = reader.examples(ref)
             except Refused as refused:
                 reasons[refused.reason] += 1
+                last = f"; the last: row {ref.row}, {refused.detail}"
                 continue
             if max(len(example.tokens) for example in examples) <= self._capacity:
                 self._good.add(source)
@@ -117,7 +119,7 @@ class SourceCheck:
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
         raise ValueError(
             f"source {source} holds no conversation to train: each of its {reasons.total():,} rows is refused "
-            f"({counts}); correct the source, or remove it"
+            f"({counts}{last}); correct the source, or remove it"
         )
 
     def _rows(self, source: int, reader: CorpusReader) -> Iterator[Ref]:

@@ -33,7 +33,7 @@ def test_a_source_without_a_conversation_is_an_error_at_once(
     started = time.monotonic()
     with pytest.raises(
         ValueError,
-        match=r"source 1 holds no conversation to train: each of its 3 rows is refused \(unknown layout: 3\)",
+        match=r"source 1 holds no conversation to train: each of its 3 rows is refused \(unknown layout: 3",
     ):
         list(loader)
     assert time.monotonic() - started < 20
@@ -65,7 +65,7 @@ def test_one_good_row_is_enough(tokenizer: str, tmp_path: Path, mix_by: str) -> 
 
 def test_rows_too_long_for_a_pack_are_no_conversations(tokenizer: str, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "long.jsonl", [tiny.chat("Hello?", "north " * 500)] * 3)
-    with pytest.raises(ValueError, match=r"each of its 3 rows is refused \(longer than capacity: 3\)"):
+    with pytest.raises(ValueError, match=r"each of its 3 rows is refused \(longer than capacity: 3"):
         list(PackLoader(tiny.data_config(tokenizer, path, epochs=None)))
 
 

@@ -82,7 +82,6 @@ def shapes(
     """Configs of two epochs that end in every way a stream can end."""
     directory = tmp_path_factory.mktemp("shapes")
     few = tiny.write_jsonl(directory / "few.jsonl", tiny.rows(3))
-    hopeless = tiny.write_jsonl(directory / "hopeless.jsonl", [{}] * 5)
     return {
         "plain": tiny.data_config(tokenizer, corpus_path),
         "unshuffled": tiny.data_config(tokenizer, corpus_path, shuffle=False),
@@ -91,7 +90,6 @@ def shapes(
         "refused rows": tiny.data_config(tokenizer, spoiled),
         "several sources": tiny.data_config(tokenizer, corpus_path, few, spoiled),
         "fewer rows than streams": tiny.data_config(tokenizer, few, streams=8),
-        "refused rows alone": tiny.data_config(tokenizer, hopeless),
         "split rows": tiny.data_config(tokenizer, spoiled, capacity=80, overflow="split"),
         "cut rows": tiny.data_config(tokenizer, spoiled, capacity=80, overflow="truncate"),
     }
@@ -105,7 +103,6 @@ SHAPES = (
     "refused rows",
     "several sources",
     "fewer rows than streams",
-    "refused rows alone",
     "split rows",
     "cut rows",
 )

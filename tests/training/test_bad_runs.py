@@ -71,14 +71,14 @@ def test_a_tensor_parallel_size_that_does_not_divide_ranks_or_heads_is_refused(
 def test_an_endless_run_without_a_trainable_row_stops_with_the_reasons(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
     line = _fails(tmp_path, config)
-    assert "found none to train (unknown layout: 5)" in line
+    assert "source 0 holds no conversation to train: each of its 2 rows is refused (unknown layout: 2" in line
     assert "columns ['text'] match none of" in line
 
 
 def test_a_finite_run_that_refuses_every_row_ends_with_an_error(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["sources"] = [{"path": tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": "b"}])}]
     config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
-    assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in _fails(tmp_path, config)
+    assert "source 0 holds no conversation to train: each of its 2 rows is refused" in _fails(tmp_path, config)
 
 
 @pytest.mark.parametrize(

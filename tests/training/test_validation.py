@@ -146,7 +146,7 @@ def test_held_out_sources_without_a_trainable_token_are_refused(config: dict[str
     job = runs.Job(tmp_path, config | {"validation": {"sources": [{"path": source}]}})
     assert job.finish() == 1
     assert (
-        "error: validation.sources hold no trained token; use other sources (0 conversations are held out"
+        "error: source 0 holds no conversation to train: each of its 1 rows is refused (unknown layout: 1"
         in job.output()
     )
     assert "unknown layout: 1" in job.output()
