@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 import msgspec
 
 from sftstream.records import UNDECODABLE
@@ -9,6 +11,8 @@ from sftstream.sources.rows import BOM
 
 HEAD = 1 << 16
 """First bytes of a file, read to recognise the content."""
+_MAGIC = 6
+"""Bytes of the longest mark of a codec: fewer bytes may be a truncated mark."""
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
@@ -101,10 +105,10 @@ def _table(head: bytes) -> str | None:
 
 def _is_text(head: bytes) -> bool:
     try:
-        head[:-4].decode()  # the last letter may be cut off
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut off
     except UnicodeDecodeError:
         return False
-    return bool(head) and b"\0" not in head
+    return len(head) >= _MAGIC and b"\0" not in head
 
 
 def _has_wide_letters(head: bytes) -> bool:
