@@ -245,7 +245,7 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
-    """Return a beginning of markers that neither the text nor an unprinted string of a message holds.
+    """Return a beginning of markers, absent from the text and from all unprinted strings of a message.
 
     Raises `Refused` if there is none.
     """
