@@ -101,7 +101,7 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Rows drawn in the whole run, over all streams, before the weights hold; at least 1."""
     weights: tuple[float, ...]
     """One weight for each source, in the order of `sources`; 0 or more, not all 0. A source of
-    weight 0 is not drawn from."""
+    weight 0 is drawn last."""
 
     def __post_init__(self) -> None:
         if self.after < 1:

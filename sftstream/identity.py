@@ -16,13 +16,13 @@ import msgspec
 from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
 from sftstream.excerpt import excerpt
 from sftstream.records import Role
-from sftstream.rendering.turns import TurnFormat
+from sftstream.rendering.turn_format import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 3
-"""Version of the state and of the code that decides packs. Raise the number with a change of a
-config's packs or of a state's meaning."""
+"""Version of the stored state and of the code that decides packs. Raise the number with a change of
+a config's packs or of a state's meaning."""
 
 IN_OTHER_FORM = {
     DataConfig: {"sources", "tokenizer"},

@@ -90,7 +90,7 @@ class PackLoader:
     and a step's packs evenly, the numbers of packs in a step differ, and a state can be
     taken at a step's border only.
 
-    Raises ValueError if the topology cannot read the config, or if `state` is of different data.
+    Raises ValueError if the topology does not fit the config, or if `state` is of different data.
     """
 
     def __init__(

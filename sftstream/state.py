@@ -71,7 +71,8 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     drawn: tuple[int, ...]
     """Rows drawn from each source by the stream, over all epochs."""
     mixed: tuple[int, ...] = ()
-    """Amounts counted by the mixture for each source, since the current stage began."""
+    """Conversations, tokens or trained tokens drawn from each source since the current stage of the
+    mixture began: the unit of `mix_by`."""
     shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
     """Positions in streamed sources, by source number."""
     stage: int = 0
@@ -98,7 +99,7 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     refused: dict[str, int] = {}
     """Rows refused, by reason."""
     unlisted: tuple[Refusal, ...] = ()
-    """Rows refused by an accepted change of settings; listed by the next pack."""
+    """Rows refused by a rebase; reported with the next pack."""
     notes: dict[str, int] = {}
     """Counts of modified conversations: truncated, split, tokens across a span's border."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET

@@ -133,7 +133,8 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
 
 
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
-    """Extend a thought's payload over the content's `<think>` if printed unchanged."""
+    """Move the start of a thought's payload back to include `<think>`, if the tag is printed
+    unchanged."""
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
@@ -245,7 +246,7 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
-    """Return a beginning of markers, absent from the text and from all unprinted strings of a message.
+    """Return a beginning of markers, absent from the text and from all unprinted strings.
 
     Raises `Refused` if there is none.
     """

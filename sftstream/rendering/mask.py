@@ -10,7 +10,8 @@ from sftstream.config import Policy
 from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
 from sftstream.rendering.markers import Located, Payload
-from sftstream.rendering.turns import Turn, TurnFormat
+from sftstream.rendering.turn_format import TurnFormat
+from sftstream.rendering.turns import Turn
 
 
 def rendered(
@@ -48,8 +49,8 @@ def require_whole(
 ) -> None:
     """Raise Refused if required content was not printed.
 
-    Reasoning is not required if the template prints reasoning in the last turn and forgets earlier
-    turns' reasoning: inference forgets too, and `policy.history` decides.
+    Earlier turns' reasoning may be missing if the template prints the last turn's reasoning only,
+    as at inference, unless `policy.history` is "error".
     """
     for message, kind, text in located.dropped:
         can_print = prints_reasoning if messages[message].reasoning else prints_thoughts

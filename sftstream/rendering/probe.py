@@ -10,20 +10,10 @@ import msgspec
 
 from sftstream.records import Refused
 from sftstream.rendering.markers import locate
+from sftstream.rendering.probe_messages import ANSWER, CALLED, RESULT, SAID, SYSTEM, THOUGHT, TOOL, USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded_memory
-from sftstream.rendering.turns import (
-    ANSWER,
-    CALLED,
-    RESULT,
-    SAID,
-    SYSTEM,
-    THOUGHT,
-    TOOL,
-    USER,
-    TurnFormat,
-    find_turns,
-    probe_turn_format,
-)
+from sftstream.rendering.turn_format import TurnFormat, probe_turn_format
+from sftstream.rendering.turns import find_turns
 
 INLINE: TemplateMessage = {"role": "assistant", "content": "<think>\nZq thought Zq\n</think>\n\n" + SAID}
 SPACED: TemplateMessage = {"role": "user", "content": "  Zq asked Zq\n"}

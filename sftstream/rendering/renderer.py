@@ -1,4 +1,5 @@
-"""Conversation -> text with trained spans: template, plans of known shapes and policy combined."""
+"""Conversation -> text with trained spans: by the template, or by a stored plan for a known
+shape."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from sftstream.rendering.template import ChatTemplate, TemplateMessage, template
 from sftstream.rendering.turns import Turn, find_turns
 
 CHECK_INTERVAL = 4096
-"""Conversations rendered from plans per comparison of a plan's output with the template's."""
+"""After this many renders by plan, a conversation is also rendered by the template, and
+compared."""
 
 
 class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
@@ -120,7 +122,7 @@ class Renderer:
     def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
         """Raise `Refused` if a name, an id, a key or a tool's definition holds a special token.
 
-        Markers follow the words of messages through the template, but not names and keys.
+        Names and keys get no markers, so special tokens in them cannot be traced.
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),

@@ -15,59 +15,24 @@ Example. Template `<{{ m.role }}>{{ m.content }}</s>` for each message, prompt `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sftstream.records import REASONING_KEYS, Refused, Span
+from sftstream.records import Refused, Span
 from sftstream.rendering.markers import Located, Marking, Payload, locate
+from sftstream.rendering.overlap import (
+    common_prefix,
+    cut,
+    cut_prefix,
+    is_within,
+    opens_thought,
+    shared_end,
+    token_or_tag,
+)
+from sftstream.rendering.probe_messages import USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
-
-SAID = "Zq said Zq"
-"""The assistant's text in probes; "Zq" occurs in no template."""
-
-USER: TemplateMessage = {"role": "user", "content": "Zq asked Zq"}
-ANSWER: TemplateMessage = {"role": "assistant", "content": SAID}
-CALLED: TemplateMessage = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"key": SAID}}}
-    ],
-}
-THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
-SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
-RESULT: TemplateMessage = {"role": "tool", "name": "look_up", "content": "Zq found Zq", "tool_call_id": "abcdefghi"}
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks a key up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"key": {"type": "string", "description": "What to look up."}},
-            "required": ["key"],
-        },
-    },
-}
-
-
-class TurnFormat(NamedTuple):
-    """The texts around an assistant turn. A state stores the fields as an array, in this order."""
-
-    prompt: str
-    """The generation prompt after a user's message; empty if the template has none (Mistral)."""
-    role_marker: str
-    """The beginning of the prompt that names the role, as far as the template prints the beginning
-    before every answer: `<|im_start|>assistant\\n` of the prompt
-    `<|im_start|>assistant\\n<think>\\n`.
-    """
-    stops: tuple[str, ...]
-    """Texts that end a turn, `("<|im_end|>",)` for example."""
-    call_stops: tuple[str, ...]
-    """Further texts that end a turn with tool calls; empty if `stops` end tool calls too."""
-    open_end: bool
-    """True if a conversation's last turn has no stop: the next role's marker is the stop (GLM)."""
+from sftstream.rendering.turn_format import TurnFormat
 
 
 class Turn(NamedTuple):
@@ -81,40 +46,6 @@ class Turn(NamedTuple):
     """True if the start was searched by a render of the generation prompt."""
     by_comparison: bool = False
     """True if further renders were compared; the start holds for this conversation only."""
-
-
-def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
-    """Learn the turn format from renders of short conversations.
-
-    `control` matches the text of every special token. Raises ValueError if the template cannot
-    print a user's message, does not end, or ends an assistant turn by nothing.
-    """
-    prompt = _probe_prompt(template, control)
-    role_marker = _probe_role_marker(template, control, prompt)
-    at_end, in_middle = _text_after(template, [USER, ANSWER]), _text_after(template, [USER, ANSWER, USER])
-    openers = _probe_openers(template, control, role_marker, at_end)
-    stops = _stops(at_end, in_middle, control, openers)
-    if not stops:
-        raise ValueError(
-            "nothing ends an assistant's turn in this chat template, so a model could not learn to stop; "
-            "use another template"
-        )
-    open_end = at_end is not None and not _contains(at_end, stops)
-    call_stops = _stops(
-        _text_after(template, [USER, CALLED]),
-        _text_after(template, [USER, CALLED, RESULT]),
-        control,
-        openers | _texts_between_calls(template, control),
-        turn_stops=stops,
-        by_next_role=open_end,
-    )
-    return TurnFormat(
-        prompt=prompt,
-        role_marker=role_marker,
-        stops=tuple(sorted(stops)),
-        call_stops=tuple(sorted(call_stops)),
-        open_end=open_end,
-    )
 
 
 def find_turns(
@@ -255,13 +186,13 @@ class _TurnSearch:
         following = self._text[before:]
         if following.startswith(tail) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
             start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(following, gap, tail)
-        elif not empty and _is_within(gap, tail):
+        elif not empty and is_within(gap, tail):
             start = self._thought_in_message(following, gap, tail)
         else:
-            cut = len(_cut_prefix(gap, tail, self._control))
+            cut = len(cut_prefix(gap, tail, self._control))
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
                 return None
-            start = cut + _shared_end(gap[cut:], tail[cut:])
+            start = cut + shared_end(gap[cut:], tail[cut:])
         return _Start(start) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
@@ -270,8 +201,8 @@ class _TurnSearch:
         Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn
         starts at `hm`, as for a template that prints the tag and a reasoning.
         """
-        if tail.startswith(gap) and _opens_thought(tail[len(gap) :]):
-            return max(len(gap), len(_cut_prefix(following, tail, self._control)))
+        if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
+            return max(len(gap), len(cut_prefix(following, tail, self._control)))
         return len(gap)
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:
@@ -285,7 +216,7 @@ class _TurnSearch:
         if not role_marker or gap.count(role_marker) != 1:
             return None
         at = gap.index(role_marker)
-        return at + max(_cut(_common_prefix(gap[at:], prompt), prompt, self._control), len(role_marker))
+        return at + max(cut(common_prefix(gap[at:], prompt), prompt, self._control), len(role_marker))
 
     def _start_without_header(self, index: int, gap: str) -> _Start | None:
         """Return the start of a message that the template prints without a header.
@@ -307,7 +238,7 @@ class _TurnSearch:
             return None
         lead = located.text[turn.span.start : turn.payloads[0].start] if turn.payloads else ""
         start = len(gap) - len(lead)
-        return _Start(start, by_comparison=True) if gap.endswith(lead) and _is_within(gap[:start], tail) else None
+        return _Start(start, by_comparison=True) if gap.endswith(lead) and is_within(gap[:start], tail) else None
 
     def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
         """Return the rendered text behind the last payload of the messages; None if refused."""
@@ -334,7 +265,7 @@ class _TurnSearch:
     def _openers(self) -> list[str]:
         """Texts that begin a message and end none."""
         stops = self._format.stops + self._format.call_stops
-        begins = _token(self._control).match(self._format.role_marker.lstrip())
+        begins = token_or_tag(self._control).match(self._format.role_marker.lstrip())
         return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
@@ -365,203 +296,3 @@ def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Seque
         tag_end = max(tag.end, turn.span.end) if stop_follows else turn.span.end
         result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(tag_end, turn.span.end))))
     return result
-
-
-def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
-    """Return the text that `add_generation_prompt` adds behind a user's message."""
-    try:
-        plain, prompted = template.render([USER]), template.render([USER], prompt=True)
-    except Refused as refused:
-        if refused.reason == "template takes too long":
-            raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
-        try:
-            plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
-        except Refused:
-            raise ValueError(
-                f"the chat template cannot print a user's message, with or without a tool ({refused.detail}); "
-                "use another template"
-            ) from None
-    if prompted.startswith(plain):
-        return prompted[len(plain) :]
-    # Some templates close a conversation without a prompt (Phi): the prompt begins before that end.
-    asked = prompted.rfind(USER["content"]) + len(USER["content"])
-    return prompted[max(asked, _cut(_common_prefix(plain, prompted), prompted, control)) :]
-
-
-def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
-    """Return the prompt's beginning, as far as the template prints the beginning before answers.
-
-    A prompt may open a thought, hold an empty one, or begin the answer. Without a prompt, but with
-    a role's name printed at the end of every conversation, return the name.
-    """
-    answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
-    tail = _gap(template, [USER], prompt=True) or ""
-    printed = [
-        len(_cut_prefix(gap, tail, control)) for answer in answers if (gap := _gap(template, answer)) is not None
-    ]
-    if not prompt:
-        others = [_gap(template, [USER, USER]), _gap(template, [USER, SYSTEM])]
-        shared = [_common_prefix(tail, other) for other in others if other is not None]
-        begin = max((len(text[: _cut(text, tail, control)]) for text in shared), default=len(tail))
-        return tail[begin : min(printed)] if printed and begin < min(printed) else ""
-    before = len(tail) - len(prompt)
-    lengths = [length - before for length in printed if length > before]
-    opened = len(re.split(r"<think|\[THINK", prompt)[0])
-    return prompt[: min([opened, *lengths])]
-
-
-def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:
-    """Return the text between the first payload and the next, or to the end; None if refused."""
-    for tools in ((), (TOOL,)):
-        try:
-            text = template.render(messages, tools, prompt=prompt)
-        except Refused:
-            continue
-        parts = text.split(USER["content"], 1)
-        if len(parts) == 2:
-            return parts[1].split("Zq ", 1)[0]
-    return None
-
-
-def _probe_openers(
-    template: ChatTemplate, control: re.Pattern[str], role_marker: str, at_end: str | None
-) -> frozenset[str]:
-    """Return the tokens and tags that begin messages.
-
-    Either the first of the role marker, or the first of the text that returns with each message.
-    """
-    token = _token(control)
-    openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
-    try:
-        text = template.render([USER, ANSWER, USER, ANSWER])
-    except Refused:
-        text = ""
-    head = text.split(USER["content"])[0]
-    openers += [match[0] for match in token.finditer(head) if text.count(match[0]) > 1][:1]
-    ends = token.match((at_end or "").lstrip())
-    return frozenset(openers) - {ends[0] if ends else ""}
-
-
-def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> frozenset[str]:
-    """Return the tokens and tags between two calls of one message; none of them ends a turn."""
-    (call,) = CALLED["tool_calls"]
-    try:
-        text = template.render([USER, {**CALLED, "tool_calls": [call, {**call, "id": "bcdefghij"}]}], (TOOL,))
-    except Refused:
-        return frozenset()
-    between = text.split(SAID)[1:-1]
-    token = _token(control)
-    return frozenset(match[0] for part in between for match in token.finditer(part))
-
-
-def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:
-    """Return the text from the assistant's payload to the next payload; None if not printed."""
-    called = any("tool_calls" in message for message in messages)
-    for tools in ((TOOL,),) if called else ((), (TOOL,)):
-        try:
-            text = template.render(messages, tools)
-        except Refused:
-            continue
-        if SAID in text:
-            return text[text.rindex(SAID) + len(SAID) :].split("Zq ")[0]
-    return None
-
-
-def _stops(
-    at_end: str | None,
-    in_middle: str | None,
-    control: re.Pattern[str],
-    other: frozenset[str],
-    turn_stops: Iterable[str] = (),
-    *,
-    by_next_role: bool = True,
-) -> frozenset[str]:
-    """Return the texts that end a turn.
-
-    `at_end` and `in_middle` are the texts behind the turn's payload at a conversation's end and
-    before another message. The result is the last special token of the common beginning, before
-    any text of `other`; without special tokens, the common beginning; without a common beginning,
-    the first special token of each text. `turn_stops` asks for additional stops of tool calls: none
-    if a text already contains a turn stop. `by_next_role` allows the first token of the next
-    message as a stop.
-
-        at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
-    """
-    texts = [text for text in (at_end, in_middle) if text is not None]
-    if not texts or any(_contains(text, turn_stops) for text in texts):
-        return frozenset()
-    common = _common_prefix(*texts) if len(texts) == 2 else ""
-    common = common[: _cut(common, max(texts, key=len), control)] if common not in texts else common
-    if not turn_stops:
-        common = common[: min((at for at in map(common.find, other) if at >= 0), default=len(common))]
-    if tokens := [match[0] for match in control.finditer(common) if match[0] not in other]:
-        return frozenset([tokens[-1]])
-    if common.strip() and not turn_stops:
-        return frozenset([common.strip()])
-    if len(texts) == 2 and not by_next_role:
-        return frozenset()
-    firsts = (_first_token(text, control, other if turn_stops else (), tags=not turn_stops) for text in texts)
-    return frozenset(token for token in firsts if token)
-
-
-def _first_token(text: str, control: re.Pattern[str], other: Iterable[str], *, tags: bool) -> str | None:
-    """Return the first special token that is not in `other`, or else a tag that begins the text."""
-    tokens = (match[0] for match in control.finditer(text) if match[0] not in other)
-    tag = _TAG.match(text) if tags else None
-    return next(tokens, tag[0] if tag else None)
-
-
-def _contains(text: str, stops: Iterable[str]) -> bool:
-    return any(stop in text for stop in stops)
-
-
-def _token(control: re.Pattern[str]) -> re.Pattern[str]:
-    """Return a pattern of special tokens and tags."""
-    return re.compile(rf"{control.pattern}|{_TAG.pattern}")
-
-
-_TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
-
-
-def _common_prefix(left: str, right: str) -> str:
-    lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return left[: next(lengths, min(len(left), len(right)))]
-
-
-def _is_within(gap: str, tail: str) -> bool:
-    """Return True if `gap` is `tail`, or `tail` without its end or a middle part."""
-    common = len(_common_prefix(gap, tail))
-    return len(gap) <= len(tail) and tail.endswith(gap[common:])
-
-
-def _shared_end(lead: str, tail: str) -> int:
-    """Return the length of the longest end of `tail` that begins `lead`, from a tag on.
-
-    `tail` "<think></think>" and `lead` "</think>call" share "</think>".
-    """
-    ends = (tail[match.start() :] for match in _TAG.finditer(tail))
-    return next((len(end) for end in ends if lead.startswith(end)), 0)
-
-
-def _cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
-    """Return the common beginning up to the last token, tag or line end of `right`."""
-    common = _common_prefix(left, right)
-    return common[: _cut(common, right, control)]
-
-
-_THOUGHT = re.compile(r"\s*(<think|\[THINK)")
-
-
-def _opens_thought(text: str) -> bool:
-    return bool(_THOUGHT.match(text))
-
-
-def _cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
-    """Return the length of `prefix` up to the last token, tag or line end of `text`.
-
-    `prefix` is a beginning of `text`; a prefix equal to the text is not cut.
-    """
-    if len(prefix) == len(text):
-        return len(text)
-    border = re.compile(rf"{control.pattern}|{_TAG.pattern}|\n+")
-    return max((match.end() for match in border.finditer(text) if match.end() <= len(prefix)), default=0)

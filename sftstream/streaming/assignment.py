@@ -61,7 +61,8 @@ class PackAssignment:
         return [self.shard(pack) for pack in range(first, first + self.global_batch)]
 
     def micro_batches(self, number: int) -> int:
-        """Return the packs run by every shard in a step, empty packs of an uneven step included."""
+        """Return the number of packs run by every shard in a step, empty packs of an uneven step
+        included."""
         return max(Counter(self.step(number)).values())
 
     @property
@@ -76,5 +77,5 @@ class PackAssignment:
 
     @property
     def even(self) -> bool:
-        """After equally many turns all shards have taken equally many packs."""
+        """True if all shards get the same number of packs in every step."""
         return self.streams % self.shards == 0 and self.global_batch % self.shards == 0

@@ -40,7 +40,7 @@ class ExampleReader:
         return cls(CorpusReader(corpus), encoder)
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row read before a state was taken: the row will be read again."""
+        """Announce a row that was read before a saved state and will be read once more."""
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:

@@ -26,7 +26,7 @@ ROWS_OF_A_STREAMED_SOURCE = 1_000_000
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Applies a pure stage to batches of rows. Refusals of earlier stages pass through unchanged.
 
-    A stage gets a batch at once, which keeps code and tables in the core's cache: row by row the
+    A stage gets a batch at once, which keeps code and tables in the CPU cache: row by row the
     stages take twice as long. The node has no state.
     """
 

@@ -21,8 +21,8 @@ from sftstream.state import PastOrder
 
 ROUNDS, SMALL, ROUNDS_OF_SMALL = 8, 256, 24
 """Rounds of the Feistel network, and a larger number of rounds for permutations of fewer than
-`SMALL` indices. With 8 rounds and about 100 indices some differences of neighbours are up to 8 %
-too frequent; with 16 rounds no bias was measured, and 24 leave a margin."""
+`SMALL` indices. With 8 rounds and about 100 indices the distance between consecutive rows is biased
+by up to 8 %; with 16 rounds no bias was measured, and 24 leave a margin."""
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -96,8 +96,8 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
 
     `amounts` counts the past draws of each source. Sainte-Lague's method: the source with the
     largest `weight / (2 * amount + 1)` is next. With conversations as amounts and sizes as weights
-    all sources end an epoch together, and each source is always within a conversation of the exact
-    share. A source of weight 0 is drawn last.
+    all sources end an epoch together, and no source is ever more than a conversation away from the
+    exact share. A source of weight 0 is drawn last.
 
     With weights 2 and 1 the order is 0, 1, 0, 0, 1, 0, ...: 2/1 against 1/1 gives source 0, then
     2/3 against 1/1 gives source 1, then 2/3 against 1/3 gives source 0. Ties: the lower number.

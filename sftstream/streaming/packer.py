@@ -18,8 +18,8 @@ from sftstream.streaming.packing import build_pack, joined, plan_packs, window_s
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
-"""Most windows for a leftover to wait. Without a limit packs are no fuller, and some leftovers
-waited 41 windows."""
+"""Largest number of windows that a leftover waits. Longer waits made packs no fuller; without a
+limit some leftovers waited 41 windows."""
 
 
 class PackerConfig(NamedTuple):
@@ -87,8 +87,8 @@ class Packer(BaseNode[Pack]):
         self._left: dict[Segment, Example] = {}
         """Examples of the leftovers."""
         self._joined: list[Example] = []
-        """Concatenated examples of the planned packs, the next pack last. Packs planned before a
-        reset have none."""
+        """Concatenated examples of the planned packs, the next pack last. After a reset the list is
+        empty, and rows are read again."""
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
@@ -186,7 +186,7 @@ class Packer(BaseNode[Pack]):
         )
         # Copies: a view of a few examples would keep the arrays of a whole batch alive.
         self._left = {segments[i]: joined([examples[i]]) for i in left}
-        # Joined now, while the examples are in the core's cache.
+        # Joined now, while the examples are in the CPU cache.
         self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
@@ -254,7 +254,8 @@ class Packer(BaseNode[Pack]):
         return None
 
     def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
-        """Raise ValueError after too many consecutive refusals: an endless stream would not end."""
+        """Raise ValueError after too many consecutive refusals: an endless stream of refused rows
+        would loop for ever."""
         if in_a_row <= 2 * self._config.rows:
             return
         counts = Counter(refusal.reason for refusal in refused).most_common()
@@ -279,7 +280,8 @@ class Packer(BaseNode[Pack]):
         return self._ordered(packs), left
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
-        """Sort packs by first example, then shuffle: long examples would always come first."""
+        """Put packs in the order of reading, since planning puts long examples first; then
+        shuffle."""
         packs = sorted(packs)
         if not self._config.shuffle:
             return packs

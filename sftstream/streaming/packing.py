@@ -55,7 +55,7 @@ def build_pack(
 ) -> Pack:
     """Concatenate `examples` and fill the rest of `capacity` with a padding segment of `pad_id`.
 
-    The examples hold the tokens of `segments` in order; an example may hold several segments.
+    The examples hold the tokens of `segments` in order; examples of several segments may be joined.
 
     For segments of 3 and 2 tokens and capacity 8 the borders are `[0, 3, 5, 8]`.
     """

@@ -87,9 +87,9 @@ class IndexedCursor:
 class StreamingCursor:
     """A stream's position in a source without random access: shards are read forward.
 
-    Streams take turns in whole shards. If a source has fewer shards than the run has streams, a
-    shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the shard, and
-    each of the `n` streams reads the whole shard.
+    Shards are dealt to streams one whole shard at a time. If a source has fewer shards than the run
+    has streams, a shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the
+    shard, and each of the `n` streams reads the whole shard.
     """
 
     rows = None
@@ -186,8 +186,8 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
     """The first node of a stream's graph: row references in order, mixed by counters.
 
     The packer asks for a number of rows by `request`, to draw no row beyond a window, and reports
-    the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches, or
-    singly if a row's content or a shard's end decides the next draw.
+    the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches; one at
+    a time for a mixture by tokens, since the content of a row decides the next draw.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
@@ -211,7 +211,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
                 cursor.position = position.shard_positions.get(source, ShardPosition())
 
     def request(self, rows: int) -> None:
-        """Limit the following batches to `rows` rows each."""
+        """Limit the next batches to `rows` rows each."""
         self._requested = rows
 
     def next(self) -> RowBatch[Ref]:
@@ -288,7 +288,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
 
 
 def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor | None:
-    """Return the cursor of all rows if nothing has to be checked between two draws, else None."""
+    """Return the only source's cursor if rows can be drawn in bulk, else None."""
     if len(cursors) > 1 or config.stages or config.mix_by != "conversations":
         return None
     return next((cursor for cursor in cursors if isinstance(cursor, IndexedCursor)), None)

@@ -25,7 +25,7 @@ from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.fast.render_plan import Offset, Slot
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicStr, TracedTemplate, ValueRef
 from sftstream.rendering.template import ChatTemplate
-from sftstream.rendering.turns import TurnFormat
+from sftstream.rendering.turn_format import TurnFormat
 
 LOOP = (
     "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n%s<|eot_id|>{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 import shapes
 
 from sftstream import ChatEncoder, Refused
-from sftstream.rendering.turns import TurnFormat
+from sftstream.rendering.turn_format import TurnFormat
 
 END = "<|end|>"
 CALL = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}({{ c.function.arguments | tojson }})</call>{% endfor %}"

@@ -10,7 +10,7 @@ A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`:
     export              Recipe of the model's export
     run_token           token of the run, equal to the token in its directory
 
-A resume on other numbers of ranks reads the streams of its own shards from the keys.
+After a change in the number of ranks each rank loads the streams it now owns.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def take_snapshot(
     run: RunDescription,
     validation_loss: float | None,
 ) -> Snapshot:
-    """Return the run after `progress.step` steps, without a copy of a tensor. Collective.
+    """Return the run after `progress.step` steps, with references to tensors, not copies.
+    Collective.
 
     `position` is None on ranks without a loader.
     """

@@ -31,7 +31,8 @@ from sftstream.rendering.fast.shape import (
 )
 from sftstream.rendering.fast.symbolic import Recorder, Trace, TracedTemplate
 from sftstream.rendering.template import ChatTemplate
-from sftstream.rendering.turns import Turn, TurnFormat
+from sftstream.rendering.turn_format import TurnFormat
+from sftstream.rendering.turns import Turn
 
 SHAPES, CHARACTERS = 4096, 16 << 20
 """Limits on the shapes kept and on their plans' template characters; the oldest shapes go first."""

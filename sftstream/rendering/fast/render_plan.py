@@ -14,7 +14,7 @@ The trace of the template gives the plan
     slots    (Slot(0, str.strip), Slot(1, str.strip))
     bounds   (Offset(1, 21), Offset(2, 25))
 
-Offset(1, 21) reads: behind the first printed value and 21 template characters, "<user>" and
+Offset(1, 21) means: after the first printed value and 21 template characters, "<user>" and
 "</s><assistant>", so at 2 + 21 = 23. Another conversation of equal shape, values ["where? ",
 "north"], prints "where?" and "north" into the empty pieces at the indices 1 and 3:
 
@@ -40,7 +40,7 @@ Convert = Callable[[Any], Any]
 
 
 class Offset(NamedTuple):
-    """A text offset that is independent of the values' lengths.
+    """A text offset, stored in a form that fits values of any length.
 
     In a concrete text: `template_characters` plus the printed lengths of the first `values_before`
     slots.

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from sftstream.records import REASONING_KEYS, Conversation, Message
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicJson, SymbolicStr, TracedTemplate, ValueRef
+from sftstream.rendering.probe_messages import CALLED, SAID, TOOL, USER
 from sftstream.rendering.template import TemplateMessage, exact_key, template_message
-from sftstream.rendering.turns import CALLED, SAID, TOOL, USER
 
 Shape = tuple[Any, ...]
 
@@ -42,7 +42,8 @@ class ReadsInside(NamedTuple):
 
 
 def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
-    """Trace a call with tools, then arguments, as one object; a failed trace means True."""
+    """Trace a call with tools, then arguments, as one object; True if the template can be traced
+    with plain values but not with the object."""
     recorder = Recorder()
 
     def can_trace(tool: Any, *messages: TemplateMessage) -> bool:

@@ -87,8 +87,8 @@ class Untraceable(BaseException):
 class _Symbolic:
     """Base class that refuses every operation; subclasses add the recorded operations.
 
-    Conversion to a real string is refused as well. All attributes begin with an underscore, since
-    Jinja's sandbox hides underscored names from templates.
+    Conversion to a real string is refused as well. All data attributes begin with an underscore,
+    since Jinja's sandbox hides underscored names from templates.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -303,7 +303,8 @@ def _merge(parts: Iterable[Any]) -> list[str | ValueRef]:
 
 
 def _equals_no_string(other: object) -> bool:
-    """Return False for anything but a symbolic object; two symbolic strings may be equal or not."""
+    """Return False for anything but a symbolic object; comparing two symbolic strings cannot be
+    recorded."""
     if isinstance(other, _Symbolic):
         raise Untraceable
     return False

@@ -1,0 +1,64 @@
+"""Comparisons of printed texts: common beginnings, cut at special tokens and tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
+
+
+_THOUGHT = re.compile(r"\s*(<think|\[THINK)")
+
+
+def contains(text: str, stops: Iterable[str]) -> bool:
+    """Return True if a stop is in the text."""
+    return any(stop in text for stop in stops)
+
+
+def common_prefix(left: str, right: str) -> str:
+    """Return the common beginning of two texts: "ab" of "abc" and "abd"."""
+    lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return left[: next(lengths, min(len(left), len(right)))]
+
+
+def is_within(gap: str, tail: str) -> bool:
+    """Return True if `gap` is `tail`, or `tail` without its end or a middle part."""
+    common = len(common_prefix(gap, tail))
+    return len(gap) <= len(tail) and tail.endswith(gap[common:])
+
+
+def shared_end(lead: str, tail: str) -> int:
+    """Return the length of the longest end of `tail` that begins `lead`, from a tag on.
+
+    `tail` "<think></think>" and `lead` "</think>call" share "</think>".
+    """
+    ends = (tail[match.start() :] for match in TAG.finditer(tail))
+    return next((len(end) for end in ends if lead.startswith(end)), 0)
+
+
+def cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
+    """Return the common beginning up to the last token, tag or line end of `right`."""
+    common = common_prefix(left, right)
+    return common[: cut(common, right, control)]
+
+
+def opens_thought(text: str) -> bool:
+    """Return True if the text begins with the opening tag of a thought."""
+    return bool(_THOUGHT.match(text))
+
+
+def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
+    """Return the length of `prefix` up to the last token, tag or line end of `text`.
+
+    `prefix` is a beginning of `text`; a prefix equal to the text is not cut.
+    """
+    if len(prefix) == len(text):
+        return len(text)
+    border = re.compile(rf"{control.pattern}|{TAG.pattern}|\n+")
+    return max((match.end() for match in border.finditer(text) if match.end() <= len(prefix)), default=0)
+
+
+def token_or_tag(control: re.Pattern[str]) -> re.Pattern[str]:
+    """Return a pattern of special tokens and tags."""
+    return re.compile(rf"{control.pattern}|{TAG.pattern}")

@@ -1,0 +1,35 @@
+"""Messages for probing a template: short texts, each between "Zq", a word of no template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftstream.records import REASONING_KEYS
+from sftstream.rendering.template import TemplateMessage
+
+SAID = "Zq said Zq"
+"""The assistant's text in probes; "Zq" occurs in no template."""
+USER: TemplateMessage = {"role": "user", "content": "Zq asked Zq"}
+ANSWER: TemplateMessage = {"role": "assistant", "content": SAID}
+CALLED: TemplateMessage = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"key": SAID}}}
+    ],
+}
+THOUGHT: TemplateMessage = {"role": "assistant", "content": SAID} | dict.fromkeys(REASONING_KEYS, "Zq thought Zq")
+SYSTEM: TemplateMessage = {"role": "system", "content": "Zq told Zq"}
+RESULT: TemplateMessage = {"role": "tool", "name": "look_up", "content": "Zq found Zq", "tool_call_id": "abcdefghi"}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a key up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "What to look up."}},
+            "required": ["key"],
+        },
+    },
+}
