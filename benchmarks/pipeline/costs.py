@@ -22,7 +22,7 @@ from corpus import DAY, Job
 
 from sftstream import DataConfig, PackAssignment, PackLoader
 from sftstream.cli.bench import private_memory
-from sftstream.state import DataState
+from sftstream.state import DataState, StreamState
 from trainer.training.step_reader import StepReader
 
 PACE = 100_000
@@ -89,9 +89,22 @@ def half_way(config: DataConfig, request: Request) -> DataState:
     saved = msgspec.msgpack.decode(Path(request.job.directory, "state").read_bytes(), type=DataState)
     with Path(request.path).open("rb") as file:
         rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b""))
-    drawn = (rows // 2 // config.streams,)
-    streams = {n: msgspec.structs.replace(s, drawn=drawn, mixed=drawn) for n, s in saved.streams.items()}
+    half = rows // 2 // config.streams
+    streams = {number: _moved_forward(stream, half) for number, stream in saved.streams.items()}
     return msgspec.structs.replace(saved, streams=streams)
+
+
+def _moved_forward(stream: StreamState, drawn: int) -> StreamState:
+    """Return the stream after `drawn` rows, as if the rows between had been given."""
+    more = max(0, drawn - stream.drawn[0])
+    (accepted,) = stream.accepted
+    return msgspec.structs.replace(
+        stream,
+        drawn=(stream.drawn[0] + more,),
+        mixed=(stream.mixed[0] + more,),
+        accepted=(msgspec.structs.replace(accepted, conversations=accepted.conversations + more),),
+        conversations=stream.conversations + more,
+    )
 
 
 def state(request: Request) -> dict[str, float]:

@@ -91,7 +91,7 @@ def test_a_run_of_refused_rows_leaves_no_checkpoint_and_gives_its_reason_at_ever
     config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
     config["checkpoint"] = {"every": 1}
     for _ in range(2):
-        assert "nothing was trained: all 2 rows were refused; see refused.jsonl" in fails(tmp_path, config)
+        assert "source 0 holds no conversation to train: each of its 2 rows is refused" in fails(tmp_path, config)
         assert store(tmp_path).steps() == []
     tiny.write_jsonl(Path(path), tiny.rows(9))
     runs.run(tmp_path, config)  # the corrected file needs no other name
