@@ -1,6 +1,7 @@
 """Templates on many shapes of conversation, judged by marker words: nothing wrong, little refused.
 
-`python tests/judge.py DIRECTORY` prints the whole table; SFTSTREAM_SEED and SFTSTREAM_DRAWS set the quick draw.
+`python tests/judge.py DIRECTORY` prints the whole table. SFTSTREAM_SEED and SFTSTREAM_DRAWS set the
+quick draw, SFTSTREAM_TEMPLATES the number of templates drawn for the slow tests (default: all).
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ FOLDERS = ("templates", "templates_more")
 
 def templates(realdata: Path) -> list[Path]:
     return [path for folder in FOLDERS for path in sorted((realdata / folder).glob("*.jinja"))]
+
+
+def chosen(realdata: Path) -> list[Path]:
+    """All templates, or a draw of SFTSTREAM_TEMPLATES."""
+    paths = templates(realdata)
+    count = int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths))
+    print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
+    return paths if count >= len(paths) else random.Random(SEED).sample(paths, count)
 
 
 def wrong(cases: list[judge.Case]) -> list[judge.Case]:
@@ -75,29 +84,30 @@ def test_a_draw_of_templates_and_shapes_is_printed_as_planned(realdata: Path) ->
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_every_template_and_shape_is_printed_as_planned(realdata: Path) -> None:
-    assert [d for path in templates(realdata) for d in plan_differences(path, list(judge.SHAPES))] == []
+    assert [d for path in chosen(realdata) for d in plan_differences(path, list(judge.SHAPES))] == []
 
 
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_every_template_is_right_on_every_shape(realdata: Path) -> None:
-    cases = [case for path in templates(realdata) for case in judge.judge(path)]
+    paths = chosen(realdata)
+    cases = [case for path in paths for case in judge.judge(path)]
     print(judge.table(cases))
     assert wrong(cases) == []
-    assert judge.accepted_share(cases) >= 0.97
+    assert judge.accepted_share(cases) >= 0.97 or paths != templates(realdata)
 
 
 @pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.parametrize("policy", judge.POLICIES, ids=str)
 def test_every_template_is_right_under_every_policy(realdata: Path, policy: dict[str, Any]) -> None:
-    assert wrong([case for path in templates(realdata) for case in judge.judge(path, **policy)]) == []
+    assert wrong([case for path in chosen(realdata) for case in judge.judge(path, **policy)]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_templates_whose_stops_the_tokenizer_does_not_know_are_right(realdata: Path) -> None:
-    cases = [case for path in templates(realdata) for case in judge.judge(path, special=False)]
+    cases = [case for path in chosen(realdata) for case in judge.judge(path, special=False)]
     # Without tokens to tell apart, `</call><|end|>` is one stop.
     faults = [case for case in wrong(cases) if "two stops" not in case.detail]
     assert faults == []
