@@ -39,6 +39,11 @@ def wrong(cases: list[judge.Case]) -> list[judge.Case]:
     return [case for case in cases if case.verdict in ("wrong", "crash", "unopened")]
 
 
+def opened(cases: list[judge.Case]) -> list[judge.Case]:
+    """Leave out templates refused at start: a tokenizer may know none of the stops, as of Apriel."""
+    return [case for case in cases if case.verdict != "unopened"]
+
+
 @pytest.mark.realdata
 def test_a_draw_of_templates_shapes_and_policies_has_no_wrong_mask(realdata: Path) -> None:
     print(f"SFTSTREAM_SEED={SEED}")
@@ -46,7 +51,9 @@ def test_a_draw_of_templates_shapes_and_policies_has_no_wrong_mask(realdata: Pat
     cases = []
     for path in templates(realdata):
         policy = draw.choice(({}, {}, *judge.POLICIES))
-        cases += judge.judge(path, draw.sample(judge.SHAPES, DRAWS), special=draw.random() < 0.8, **policy)
+        special = draw.random() < 0.8
+        judged = judge.judge(path, draw.sample(judge.SHAPES, DRAWS), special=special, **policy)
+        cases += judged if special else opened(judged)
     assert wrong(cases) == [], f"SFTSTREAM_SEED={SEED}"
     assert sum(case.verdict == "right" for case in cases) > len(cases) / 4
 
@@ -109,7 +116,7 @@ def test_every_template_is_right_under_every_policy(realdata: Path, policy: dict
 def test_templates_whose_stops_the_tokenizer_does_not_know_are_right(realdata: Path) -> None:
     cases = [case for path in chosen(realdata) for case in judge.judge(path, special=False)]
     # Without tokens to tell apart, `</call><|end|>` is one stop.
-    faults = [case for case in wrong(cases) if "two stops" not in case.detail]
+    faults = [case for case in wrong(opened(cases)) if "two stops" not in case.detail]
     assert faults == []
 
 
