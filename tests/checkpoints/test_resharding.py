@@ -12,7 +12,7 @@ import torch
 from gloo_ranks import run_ranks
 from test_checkpoint_ranks import frozen
 from tiny_llama import CONFIG, TIED
-from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from checkpoints import CheckpointStore
@@ -61,7 +61,7 @@ def load(root: Path, model: Llama, optimizer: torch.optim.Optimizer) -> Any:
     store = CheckpointStore(root)
     assert store.latest() == 2
     store.load(2, state)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, get_model_state_dict(model) | state["model"])  # a tied head is not saved
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return frozen(_tensors(model, optimizer))
 
