@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from math import inf
 
 import numpy as np
@@ -167,7 +166,7 @@ def unread_columns(corpus: Corpus) -> list[set[str]]:
 
 def _sample(source: FileSet | StreamedSource) -> Iterator[ReadRow]:
     if isinstance(source, StreamedSource):
-        return islice(source.open(0, 0).rows, _SAMPLED)
+        return itertools.islice(source.open(0, 0).rows, _SAMPLED)
     step = -(-len(source) // _SAMPLED)
     return (partial(source.read, row) for row in range(0, len(source), step))
 

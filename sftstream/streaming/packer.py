@@ -93,8 +93,7 @@ class Packer(BaseNode[Pack]):
             self._reader.expect(segment.ref)
 
     def get_state(self) -> dict[str, Any]:
-        # New builtins from a frozen struct: StatefulDataLoader compares a worker's states by value,
-        # and a live object would compare equal to itself, so that the change would be lost.
+        # New builtins from a frozen struct: the caller may keep or change the result.
         result: dict[str, Any] = msgspec.to_builtins(self.state)
         return result
 

@@ -1,6 +1,6 @@
 """fastokens instead of `tokenizers`: 20 to 40 times faster, used once its ids have proved equal.
 
-https://pypi.org/project/fastokens
+the package `fastokens` on PyPI
 """
 
 from __future__ import annotations
