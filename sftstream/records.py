@@ -153,7 +153,7 @@ class Example(msgspec.Struct, frozen=True, gc=False):
     notes: Mapping[str, int] = NO_NOTES
 
 
-class Amount(msgspec.Struct, frozen=True, array_like=True):
+class Amount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Counts of conversations, tokens and trained tokens."""
 
     conversations: int = 0
@@ -168,7 +168,7 @@ class Amount(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """An example's part of a pack, named by the row.
 
     A state keeps segments instead of tokens: reading `row` of `source` again gives the segment's
@@ -189,7 +189,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return Ref(self.source, self.row, self.epoch)
 
 
-class Refusal(msgspec.Struct, frozen=True, array_like=True):
+class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A row that is not trained.
 
     `reason` is a short phrase to count by, `detail` an explanation for people.

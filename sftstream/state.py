@@ -2,11 +2,14 @@
 
 A few kilobytes a stream.
 
-A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable.
+A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable. A
+field younger than the format has the default UNSET, and is absent from a state until it has a
+value.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -15,8 +18,15 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from sftstream.earlier_formats import in_present_format
+from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
+
+CHECKSUM = "checksum"
+"""Key of a state dict: SHA-256 of the rest of the state dict as JSON with sorted keys."""
+FIRST_WITH_CHECKSUM = 4
+"""First format of states with a checksum."""
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -141,19 +151,53 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
-        """Return a state dict as a typed record; raises ValueError with the path of a bad value."""
+        """Return a state dict of this or an earlier format as a typed record.
+
+        Raises ValueError with the path of a bad value, or if the state was edited.
+        """
         if isinstance(state, DataState):
             return state
+        content = {key: value for key, value in state.items() if key != CHECKSUM}
+        parsed = cls._convert(content)
+        if CHECKSUM in state or state["identity"]["format"] >= FIRST_WITH_CHECKSUM:
+            _require_unedited(state.get(CHECKSUM), content)
+        return parsed
+
+    @classmethod
+    def from_parts(cls, run: Mapping[str, Any], streams: Mapping[int, bytes]) -> DataState:
+        """Return the state of a run and its streams stored one by one, as MessagePack.
+
+        The parts have no checksum: the store of the parts has its own. Raises ValueError with the
+        path of a bad value.
+        """
+        return cls._convert({**run, "streams": {str(n): msgspec.msgpack.decode(blob) for n, blob in streams.items()}})
+
+    @classmethod
+    def _convert(cls, content: Mapping[str, Any]) -> DataState:
         try:
-            return msgspec.convert(state, cls, str_keys=True)
+            return msgspec.convert(in_present_format(content), cls, str_keys=True)
         except msgspec.ValidationError as error:
             raise ValueError(f"this is not a data state of this version: {error}") from None
 
     def builtins(self) -> dict[str, Any]:
-        """Return a new state dict of JSON-able values."""
+        """Return a new state dict of JSON-able values, with a checksum."""
         # By way of JSON, so that tuples are lists before and after a file, and two dicts compare.
         result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return result
+        return {**result, CHECKSUM: _checksum(result)}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def _require_unedited(checksum: object, content: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `checksum` is that of `content`."""
+    if checksum != (now := _checksum(content)):
+        found = f"its checksum is {excerpt(checksum, 12)}" if checksum else "it has no checksum"
+        raise ValueError(
+            f"the state was edited or damaged: {found}, and its content gives {excerpt(now, 12)}; resume from the state "
+            "as it was written, and change settings in the config, with data.accept_changed"
+        )
 
 
 StateDict = Mapping[str, Any]
