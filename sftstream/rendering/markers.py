@@ -50,8 +50,8 @@ class Payload(NamedTuple):
     kind: str
     """A member of `KINDS`."""
     number: int
-    """Number of the payload in the conversation. A payload printed twice has two records with the
-    same number.
+    """Number of the payload in the conversation, the same for both prints of a payload that is
+    printed twice. A thought split off a content has a negative number.
     """
 
 
