@@ -98,7 +98,8 @@ order is used. A chat template reads one of the keys."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A turn of a conversation. `content` is None only if the assistant calls tools without text."""
+    """A turn of a conversation. `content` is None only if the assistant calls tools without
+    text."""
 
     role: Role
     content: str | None = None
