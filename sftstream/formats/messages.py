@@ -214,7 +214,8 @@ def _content(turn: Mapping[str, Any], path: str) -> Any:
     if any(content != contents[0] for content in contents[1:]):
         raise Refused(
             "two contents",
-            f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}; keep one of the keys",
+            f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}; leave out the wrong keys "
+            "by ignore = [...]",
         )
     return contents[0] if contents else None
 
