@@ -1,4 +1,8 @@
-"""The known layouts, and a reader for the rows of each layout."""
+"""The known layouts, and a reader for the rows of each layout.
+
+The row `{"instruction": "hi", "output": "hello"}` matches the layout "instruction" with an answer;
+`_alpaca` reads the row and yields Message("user", "hi") and Message("assistant", "hello").
+"""
 
 from __future__ import annotations
 

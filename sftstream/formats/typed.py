@@ -38,7 +38,7 @@ class _Typed(msgspec.Struct, gc=False):
 
 
 class _TypedJson(_Typed, forbid_unknown_fields=True, gc=False):
-    """A `_Typed` row without other columns, whose nesting msgspec would not limit."""
+    """A `_Typed` row without other columns: msgspec would not limit their nesting."""
 
     tools: msgspec.Raw = msgspec.Raw()
 

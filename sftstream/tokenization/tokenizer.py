@@ -221,9 +221,9 @@ class Tokenizer:
         ]
 
     def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
-        """Return the text of a special token that ends a span, but whose token id reaches further.
+        """Return the special token at the end of a span, if one of `tokens` crosses this end.
 
-        Return None if there is no such token.
+        Return None if no token crosses the end of a span, or no special token ends there.
         """
         ends = {span.end for span in text.spans}
         cut = (end for end in ends if any(start < end < stop for start, stop in tokens))

@@ -86,8 +86,8 @@ class RenderPlan(NamedTuple):
     untrimmed: tuple[int, ...]
     """Indices of slots that print white space at both ends of a value: `{{ m.content }}`.
 
-    If a value in such a slot begins or ends with white space, the plan does not hold: markers are put
-    inside of the white space, so the search for turns might find other bounds.
+    If a value in such a slot begins or ends with white space, the plan does not hold: the search
+    for turns takes white space at the ends for template text, and would find other bounds.
     """
     must_be_verbatim: tuple[int, ...]
     """Indices of slots with a partial strip: `m.content.strip('xy')`, `m.content.lstrip()`.
