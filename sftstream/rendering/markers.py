@@ -86,7 +86,8 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
         raise Refused(
-            "template rewrites text", "with markers around the messages' text, the template prints other text"
+            "template rewrites text",
+            "with markers around the messages' text, the template prints other text; use another template",
         )
     return best
 
@@ -323,5 +324,7 @@ def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
     """Raise Refused unless `printed` is `stored`, unchanged or escaped as inside a JSON string."""
     if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
-            "template alters text", f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}"
+            "template alters text",
+            f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}; use a template that prints "
+            "texts unchanged",
         )

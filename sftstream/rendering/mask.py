@@ -61,9 +61,16 @@ def require_whole(
     for message, kind, text in located.dropped:
         can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
         if kind != "reasoning" or not can_print:
-            raise Refused(f"template drops {_NAMES[kind]}", f"message {message}: {excerpt(text)} is not printed")
+            raise Refused(
+                f"template drops {_NAMES[kind]}",
+                f"message {message}: {excerpt(text)} is not printed; use a template that prints {_NAMES[kind]}",
+            )
         if policy.history == "error":
-            raise Refused("history rewritten", f"message {message}: its reasoning {excerpt(text)} is not printed")
+            raise Refused(
+                "history rewritten",
+                f"message {message}: its reasoning {excerpt(text)} is not printed; "
+                'set history = "per_turn" or "as_rendered"',
+            )
 
 
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}

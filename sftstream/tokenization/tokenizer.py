@@ -39,7 +39,7 @@ class Tokenizer:
     that computes the ids:
 
         "huggingface"  the library `tokenizers`
-        "fastokens"    faster; used after its ids equal those of `tokenizers` on many probes
+        "fastokens"    faster; used after its ids equal those of `tokenizers` on many test texts
         "auto"         "fastokens" if it is installed and the tokenizer is byte-level, otherwise
                        "huggingface"
 
@@ -128,7 +128,8 @@ class Tokenizer:
         if text.typed:
             return Refused(
                 "special token typed",
-                "a tokenizer that is not byte-level cannot encode a special token's text as words",
+                "a tokenizer that is not byte-level cannot encode a special token's text as words; remove the text from "
+                "the message",
             )
         try:
             text.text.encode()
