@@ -1,4 +1,8 @@
-"""The fast path: rows in the field names of `Message`, decoded by msgspec."""
+"""The fast path: decode rows whose turns have the fields of `Message` directly with msgspec.
+
+`{"messages": [{"role": "user", "content": "hi"}, ...]}` is such a row. All other rows, for example
+with `from` and `value`, are read by their layout, with the same result but ten times slower.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from sftstream.records import UNDECODABLE, Conversation, Message, Refused, ToolC
 
 
 def typed_json(text: bytes) -> Conversation | None:
-    """Return the conversation of JSON text that is a `_TypedJson`; None of any other text."""
+    """Return the conversation of a row of JSON text; None if the row does not fit `_TypedJson`."""
     if not text.startswith(_BEGINNING):
         return None
     try:
@@ -26,7 +30,7 @@ def typed_json(text: bytes) -> Conversation | None:
 
 
 class _Typed(msgspec.Struct, gc=False):
-    """A row in the field names of `Message`; a tenth of the time of `parse_layout`."""
+    """A row whose turns have only the fields of `Message`, and without a system prompt column."""
 
     messages: tuple[Message, ...]
     system: None = None
@@ -34,13 +38,13 @@ class _Typed(msgspec.Struct, gc=False):
 
 
 class _TypedJson(_Typed, forbid_unknown_fields=True, gc=False):
-    """A `_Typed` row without further columns, since msgspec would not check their nesting."""
+    """A `_Typed` row without other columns: msgspec would not limit their nesting."""
 
     tools: msgspec.Raw = msgspec.Raw()
 
 
 def _tool_calls(_type: type, value: Any) -> ToolCalls:
-    refuse_deep([[[value]]])  # wrapped as deep as in the row
+    refuse_deep([[[value]]])  # tool calls are three levels deep in a row
     return parse_calls(value, "tool_calls")
 
 
@@ -48,11 +52,11 @@ _TYPED = msgspec.json.Decoder(_TypedJson, dec_hook=_tool_calls)
 
 
 _BEGINNING = b'{"messages"'
-"""First bytes of most JSON rows that `_TYPED` decodes; other rows skip the attempt."""
+"""First bytes of a row that `_TYPED` tries to decode."""
 
 
 def typed_messages(row: Row) -> tuple[Message, ...] | None:
-    """Return the messages of a `_Typed` row; None of any other row."""
+    """Return the messages of a row; None if the row does not fit `_Typed`."""
     try:
         messages = msgspec.convert(row, _Typed, dec_hook=_tool_calls).messages
     except msgspec.ValidationError:
@@ -65,7 +69,7 @@ def typed_messages(row: Row) -> tuple[Message, ...] | None:
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """Return True if each message has content or tool calls and the assistant has a message."""
+    """Return True if each message has content or tool calls, and one is from the assistant."""
     answered = False
     for message in messages:
         if message.content is None and not message.tool_calls:
@@ -76,7 +80,7 @@ def _answered(messages: Sequence[Message]) -> bool:
 
 @lru_cache(maxsize=128)
 def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
-    """Return the tools of JSON text; cached, since many conversations share tools."""
+    """Return the tool definitions of JSON text. Cached, since many conversations share tools."""
     tools = msgspec.json.decode(text)
     refuse_deep([tools])
     return parse_tools(tools)

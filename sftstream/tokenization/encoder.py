@@ -69,12 +69,12 @@ class ChatEncoder:
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, with the date that it prints as today's."""
+        """The chat template; its `date` is printed as today's date."""
         return self.renderer.template
 
     @property
     def report(self) -> TemplateReport:
-        """The report on the template: its turn format, and the probes that it prints whole."""
+        """The report on the template: the turn format, and how each probe is printed."""
         return self.renderer.report
 
     @property

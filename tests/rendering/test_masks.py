@@ -204,7 +204,7 @@ def test_a_special_token_that_somebody_types_stays_text(encoder: ChatEncoder, te
 
 def test_a_special_token_in_a_tools_definition_is_refused(encoder: ChatEncoder) -> None:
     tool = {"name": "f", "description": f"says {STOP}", "parameters": {}}
-    with pytest.raises(Refused, match="control token in text: the tools contains"):
+    with pytest.raises(Refused, match="control token in text: a tool definition contains"):
         encoder.encode([{"role": "system", "content": "x"}, shapes.user("ab"), shapes.said("ba")], [tool])
 
 

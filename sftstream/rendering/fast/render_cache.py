@@ -4,8 +4,9 @@ The first conversation of a shape takes the full path: the template renders the 
 and without markers, and the turns are found and verified. `RenderCache.learn` then traces the
 template on symbolic values (`symbolic.py`), and keeps the plan (`render_plan.py`) if the plan
 prints the same text with the same trained spans. `RenderCache.render` uses the plan for a later
-conversation if three conditions hold: the conversation has the same shape (`shape.py`), its values
-answer the guards as the first conversation's did, and no value contains markup.
+conversation if three conditions hold: the conversation has the same shape (`shape.py`); the
+template's questions about the values have the same answers as for the first conversation; no value
+contains markup.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
 
