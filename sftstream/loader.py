@@ -355,8 +355,9 @@ class PackLoader:
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
-    """Open tokenizer and template. The default of `tokenizer.date` is the UTC day of the first
-    start.
+    """Open tokenizer and template. Without `tokenizer.date`, the date is the UTC day of the start.
+
+    A resume uses the date of the state instead.
 
     Raises ValueError if the template prints the date and several shards have no common date.
     """

@@ -264,7 +264,7 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise repeat"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 selects none of its 5 files, .*; raise repeat"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
 
@@ -279,7 +279,7 @@ def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) ->
 def test_a_stream_without_any_row_is_an_error_where_it_would_look_for_ever(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(
-        ValueError, match="stream 0 finds no row in its parts of source 0, which has 1 shards; shuffle the"
+        ValueError, match="stream 0 finds no row in its share of source 0, which has 1 files; remove files without"
     ):
         next(PackLoader(configured(tokenizer, str(tmp_path), epochs=None)))
     assert [pack.segments for pack in PackLoader(configured(tokenizer, str(tmp_path)))] == [()] * 4

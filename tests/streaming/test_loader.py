@@ -246,7 +246,7 @@ def test_a_run_shorter_than_a_step_is_filled_with_empty_packs(tokenizer: str, tm
         (
             Shard(0, 9),
             2,
-            "streams = 8 cannot be shared by 9 shards, of which each needs one; raise data.streams to 9 or more",
+            "streams = 8 is too low for 9 shards, which need a stream each; raise data.streams to 9 or more",
         ),
         (Shard(0, 1), -1, "workers = -1 must be 0 (load in this process) or more"),
     ],
