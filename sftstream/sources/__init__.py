@@ -1,4 +1,4 @@
-"""Rows of files: by number in any order, or read forward from streamed sources."""
+"""Read rows of files: by row number in any order, or from the beginning of a file to its end."""
 
 from sftstream.sources.corpus import Corpus, CorpusReader, FileSet
 from sftstream.sources.rows import FileIdentity, ReadRow, RowFile

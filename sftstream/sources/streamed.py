@@ -1,4 +1,4 @@
-"""Streamed sources: shards of rows that are read forward, neither fetched nor indexed."""
+"""Open streamed sources, whose files are read from beginning to end, not downloaded or indexed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
-    """The shards of a streamed source: the files of a path, or of a hub dataset.
+    """A streamed source: the files of a path or of a hub dataset. A shard is one of these files.
 
-    Rows are numbered round-robin over `K` shards, since the shards' sizes are unknown: row `n` is
-    row `n // K` of shard `n % K`. With 5 shards, row 12 is row 2 of shard 2.
+    The sizes of the files are unknown, so rows are numbered round-robin over the `K` files: row `n`
+    is row `n // K` of file `n % K`. With 5 files, row 12 is row 2 of file 2.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -32,27 +32,27 @@ class StreamedSource:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Number of files."""
         return len(self._locations)
 
     def shard_and_index(self, row: int) -> tuple[int, int]:
-        """Return the shard of a row, and the row's index in the shard."""
+        """Return the number of a row's file, and the row's number in the file."""
         index, shard = divmod(row, self.shards)
         return shard, index
 
     def number(self, shard: int, index: int) -> int:
-        """Return the number of row `index` of a shard."""
+        """Return the number, in the source, of row `index` of a file."""
         return index * self.shards + shard
 
     def locate_row(self, row: int) -> str:
-        """Return the row's location for messages: `shard[index]`."""
+        """Return the row's location for messages: `file[index]`."""
         shard, index = self.shard_and_index(row)
         return f"{self._locations[shard].display_name}[{index}]"
 
     def open(self, shard: int, start: int) -> RowsFrom:
-        """Read the rows of a shard, from index `start` or earlier.
+        """Read file number `shard` from row `start`, or from an earlier row, to its end.
 
-        Raises ValueError if the shard is unreadable, and RuntimeError if the shard has changed.
+        Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
         """
         self._require_unchanged(shard)
         location = self._locations[shard]
@@ -67,7 +67,7 @@ class StreamedSource:
             yield from rows
         except _failures() as error:
             raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
-        self._require_unchanged(shard)  # a file truncated at a row's border reads like a shorter file
+        self._require_unchanged(shard)  # a file truncated after a row seems complete
 
     def _require_unchanged(self, shard: int) -> None:
         location = self._locations[shard]
@@ -80,7 +80,7 @@ class StreamedSource:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Return the errors raised for a file that is damaged or out of reach."""
+    """Return the types of errors for a file that is damaged or cannot be reached."""
     return *UNREADABLE, *DAMAGED, *connection_errors(), ValueError
 
 

@@ -128,7 +128,8 @@ class StreamingCursor:
             if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
                 raise ValueError(
                     f"stream {self._stream} finds no row in its share of source {self._source}, which has "
-                    f'{self._reader.source.shards} files; set shuffle = "shards", or fewer data.streams'
+                    f"{self._reader.source.shards} files; remove files without rows, set fewer data.streams, or set "
+                    'shuffle = "shards"'
                 )
             self.position = ShardPosition(self.position.shards + 1)
 

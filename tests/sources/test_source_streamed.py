@@ -387,7 +387,7 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     (Path(path) / "notes.txt").write_text("hello")
     assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
-    assert "lacks 1 of 2 shards, first a-00001-of-00002.jsonl" in said(path)
+    assert "lacks 1 of 2 files, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
     with pytest.raises(ValueError, match="is streamed, so its size is unknown; give weights to all sources"):
         tiny.data_config(tokenizer, sources=two, shuffle=False)
