@@ -1,6 +1,11 @@
-"""The identity of a stream: all data and settings with an effect on packs.
+"""Identify the data and settings that decide the packs, and compare them before a resume.
 
-A state resumes on an equal identity only.
+An identity holds digests of files, tokenizer and template, and settings such as `capacity`. A run
+resumes from a state only if the state's identity is the same as the identity of the run's config.
+
+A field that was added after `FORMAT` was last raised has the default UNSET, and is left out of the
+identity if the setting has its default. So states from before the field was added still resume. The
+default of such a setting must never change; `tests/streaming/test_identity.py` checks the defaults.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from sftstream.rendering.turn_format import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
-FORMAT = 3
+FORMAT = 4
 """Version of the stored state and of the code that decides packs. Raise the number if a config
 produces other packs than before, or if a field of the state changes its meaning."""
 
@@ -31,7 +36,7 @@ IN_OTHER_FORM = {
 """Config fields that decide packs, but are stored in the identity in another form: as digests of
 the content, or as numbers of rows."""
 
-FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
+FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
 """Paths of settings that decide the order of rows. A change cannot be accepted, because the rows
 drawn before the change and the rows left after it would overlap or have gaps."""
 
@@ -40,10 +45,6 @@ WITHOUT_EFFECT = {
     SourceConfig: {"digest"},
 }
 """Config fields that do not affect packs, so a resume may change them."""
-
-ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles", "max_row_bytes"}}
-"""Config fields younger than the format: left out of the identity while they have their default,
-so that states written before the field resume."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,7 +99,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
-        **_compared_fields(config),
+        **_compared_fields(config, Identity),
     )
 
 
@@ -107,21 +108,23 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
         shards=opened.shards if isinstance(opened, StreamedSource) else None,
-        **_compared_fields(source),
+        **_compared_fields(source, SourceIdentity),
     )
 
 
-def _compared_fields(config: DataConfig | SourceConfig) -> dict[str, Any]:
-    """Return the config fields compared by a resume, by name."""
+def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the config fields that a resume compares, as name -> value.
+
+    A field that has the default UNSET in `identity` is left out if the config has its default.
+    """
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
-    names = [name for name in config.__struct_fields__ if name not in left_out]
-    compared = {name: getattr(config, name) for name in names}
-    absent = {
-        field.name
+    younger = {field.name for field in msgspec.structs.fields(identity) if field.default is msgspec.UNSET}
+    return {
+        field.name: value
         for field in msgspec.structs.fields(config)
-        if field.name in ABSENT_BY_DEFAULT[type(config)] and compared[field.name] == field.default
+        if field.name not in left_out
+        and not ((value := getattr(config, field.name)) == field.default and field.name in younger)
     }
-    return {name: value for name, value in compared.items() if name not in absent}
 
 
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:

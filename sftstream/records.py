@@ -160,7 +160,7 @@ class Example(msgspec.Struct, frozen=True, gc=False):
     notes: Mapping[str, int] = NO_NOTES
 
 
-class Amount(msgspec.Struct, frozen=True, array_like=True):
+class Amount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Counts of conversations, tokens and trained tokens."""
 
     conversations: int = 0
@@ -175,7 +175,7 @@ class Amount(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """The place of an example in a pack, named by the row of the example.
 
     A state stores segments instead of tokens: if `row` of `source` is read again, its example has
@@ -196,7 +196,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return Ref(self.source, self.row, self.epoch)
 
 
-class Refusal(msgspec.Struct, frozen=True, array_like=True):
+class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Record of a row that is not trained, with the reason and the detail of a `Refused`."""
 
     source: int

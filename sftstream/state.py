@@ -1,12 +1,13 @@
-"""Positions of streams as frozen values: counters and references, never tokens.
+"""Define the state of a loader: frozen records of counters and references, never of tokens.
 
-A few kilobytes a stream.
-
-A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable.
+The state of a stream has a few kilobytes. The records keep the states of earlier versions readable:
+a renamed field keeps its stored name in `msgspec.field(name=...)`, and a field that was added after
+`FORMAT` was last raised has the default UNSET and is left out of a state until it has a value.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -15,8 +16,15 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from sftstream.earlier_formats import in_present_format
+from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
+
+CHECKSUM = "checksum"
+"""Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
+FIRST_WITH_CHECKSUM = 4
+"""Number of the first format whose states have a checksum."""
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -151,20 +159,55 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
-        """Return a state dict as a typed record; raises ValueError with the path of a bad value."""
+        """Return the typed record of a state dict in this format or an earlier one.
+
+        Raises ValueError with the path of a bad value, or if the state was edited.
+        """
         if isinstance(state, DataState):
             return state
+        content = {key: value for key, value in state.items() if key != CHECKSUM}
+        parsed = cls._convert(content)
+        if CHECKSUM in state or state["identity"]["format"] >= FIRST_WITH_CHECKSUM:
+            _require_unedited(state.get(CHECKSUM), content)
+        return parsed
+
+    @classmethod
+    def from_parts(cls, run: Mapping[str, Any], streams: Mapping[int, bytes]) -> DataState:
+        """Return the state made of a run's state without streams, and of its streams as
+        MessagePack.
+
+        Checkpoints store these pieces separately, without the checksum of a state dict, because a
+        checkpoint has its own digests. Raises ValueError with the path of a bad value.
+        """
+        return cls._convert({**run, "streams": {str(n): msgspec.msgpack.decode(blob) for n, blob in streams.items()}})
+
+    @classmethod
+    def _convert(cls, content: Mapping[str, Any]) -> DataState:
         try:
-            return msgspec.convert(state, cls, str_keys=True)
+            return msgspec.convert(in_present_format(content), cls, str_keys=True)
         except msgspec.ValidationError as error:
             raise ValueError(f"this is not a data state of this version: {error}") from None
 
     def builtins(self) -> dict[str, Any]:
-        """Return a new state dict of JSON-able values."""
+        """Return a new state dict of JSON-able values, with a checksum."""
         # Through JSON, so that a state dict has lists, never tuples, and is equal to one read from
         # a file.
         result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return result
+        return {**result, CHECKSUM: _checksum(result)}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def _require_unedited(checksum: object, content: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `checksum` is the checksum of `content`."""
+    if checksum != (now := _checksum(content)):
+        found = f"its checksum is {excerpt(checksum, 12)}" if checksum else "it has no checksum"
+        raise ValueError(
+            f"the state was edited or damaged: {found}, and its content gives {excerpt(now, 12)}; resume from the state "
+            "as it was written, and change settings in the config, with data.accept_changed"
+        )
 
 
 StateDict = Mapping[str, Any]

@@ -184,7 +184,7 @@ def test_a_change_needs_a_steps_border_and_all_streams(config: DataConfig) -> No
     with pytest.raises(
         ValueError, match="the state lacks 1 of 4 streams, and a change needs all; merge the shards' states"
     ):
-        PackLoader(after, state=state)
+        PackLoader(after, state=tiny.resealed(state))
 
 
 def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(config: DataConfig, tmp_path: Path) -> None:

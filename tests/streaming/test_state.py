@@ -97,11 +97,11 @@ def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, 
     with pytest.raises(
         ValueError, match=r"state 1 is of pack 6 and another state of pack 8; save all states after the same step"
     ):
-        merge([states[0], states[1] | {"packs": 6}])
+        merge([states[0], tiny.resealed(states[1] | {"packs": 6})])
     with pytest.raises(
         ValueError, match=r"state 0 is of pack 6 and another state of pack 8; save all states after the same step"
     ):
-        merge([states[0] | {"packs": 6}, states[1]])
+        merge([tiny.resealed(states[0] | {"packs": 6}), states[1]])
 
 
 def test_merge_refuses_states_of_other_data_and_names_the_difference(states: list[dict[str, Any]]) -> None:
@@ -111,7 +111,7 @@ def test_merge_refuses_states_of_other_data_and_names_the_difference(states: lis
         ValueError,
         match=r"^state 1 has other data or settings than state 0: data.seed: 0 -> 5; merge states of one run$",
     ):
-        merge([states[0], other])
+        merge([states[0], tiny.resealed(other)])
 
 
 def test_an_exhausted_shard_merges_with_a_shard_that_goes_on(config: DataConfig) -> None:
@@ -153,7 +153,7 @@ def test_a_difference_names_each_field(states: list[dict[str, Any]]) -> None:
     other["streams"]["2"]["drawn"] = [99]
     drawn = states[0]["streams"]["2"]["drawn"][0]
     assert diff(states[0], states[0]) == []
-    assert diff(states[0], other) == ["state.packs: 8 -> 12", f"state.streams.2.drawn[0]: {drawn} -> 99"]
+    assert diff(states[0], tiny.resealed(other)) == ["state.packs: 8 -> 12", f"state.streams.2.drawn[0]: {drawn} -> 99"]
     assert "state.streams.1: None -> {" in "\n".join(diff(states[0], states[1]))
 
 
