@@ -30,7 +30,7 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 
 class LoaderPosition(NamedTuple):
-    """The position of a shard between two packs. Taking it costs microseconds."""
+    """The position of a shard between two packs. Cheap to make: nothing is decoded."""
 
     run: DataState
     """State of the run without its streams: identity, number of packs, history."""
@@ -55,8 +55,8 @@ class Progress(NamedTuple):
     """
 
     at: int
-    """Number in the run of the pack after the shard's last pack. The packs from here to the shard's
-    next pack belong to other shards."""
+    """Number, in the run, of the pack that follows the last returned pack of this shard. That pack
+    may belong to another shard."""
     streams: EncodedStreams
     """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
@@ -343,7 +343,7 @@ class PackLoader:
         shared = self._assignment.even and saved.packs % self.shard.count == 0
         if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
             raise ValueError(
-                f"the state is of pack {saved.packs}, inside a step that {self.shard.count} "
+                f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
                 "shards cannot share evenly; save a state at the end of a step"
             )
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})

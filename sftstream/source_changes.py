@@ -52,7 +52,7 @@ def _require_streamed_alike(source: int, before: SourceIdentity, now: SourceIden
     for old, new in zip(before.files, now.files, strict=True):
         if _content(old) != _content(new):
             raise ValueError(
-                f"data.sources[{source}]: {new.name!r} is not {old.name!r} of before, and rows of a streamed "
+                f"data.sources[{source}]: {new.name!r} has other content than {old.name!r} had, and rows of a streamed "
                 "source are not counted, so the rows still to come are unknown; restore the file, or start a new run"
             )
 
@@ -67,7 +67,7 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
     if len(unknown) > 1:
         names = ", ".join(repr(before.files[number].name) for number in unknown[:3])
         raise ValueError(
-            f"data.sources[{source}]: {names} changed inside, and the state holds only the sum of their rows; "
+            f"data.sources[{source}]: {names} changed inside, and the state has only the sum of their rows; "
             "change one file at a time and resume after each, or start a new run"
         )
     for number in unknown:
@@ -81,7 +81,7 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
         counts[number], rest = rest, 0
     if rest:
         raise ValueError(
-            f"data.sources[{source}] had {before.rows} rows, and its files give {(before.rows or 0) - rest}; "
+            f"data.sources[{source}] had {before.rows} rows, but its files have {(before.rows or 0) - rest} of these rows now; "
             "restore the files, or start a new run"
         )
     return tuple((count or 0, starts[index]) for count, index in zip(counts, indices, strict=True))
