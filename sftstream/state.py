@@ -234,8 +234,8 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
             raise ValueError(f"state {index} has other past orders of rows than state 0; merge states of one run")
         if state.packs != packs and not all(s.exhausted for s in state.streams.values()):
             raise ValueError(
-                f"state {index} was saved after {state.packs} packs and another state after {packs} packs; save all states after the "
-                "same step"
+                f"state {index} was saved after {state.packs} packs and another state after {packs} packs; "
+                "save all states after the same step"
             )
         if twice := streams.keys() & state.streams.keys():
             raise ValueError(
