@@ -107,7 +107,7 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        shards=opened.shards if isinstance(opened, StreamedSource) else None,
+        shards=opened.file_count if isinstance(opened, StreamedSource) else None,
         **_compared_fields(source, SourceIdentity),
     )
 

@@ -32,7 +32,7 @@ from sftstream.tokenization.encoder import ChatEncoder
 class LoaderPosition(NamedTuple):
     """The position of a shard between two packs. Cheap to make: nothing is decoded."""
 
-    run: DataState
+    header: DataState
     """State of the run without its streams: identity, number of packs, history."""
     encoded_streams: EncodedStreams
     """States of the shard's streams, as MessagePack."""
@@ -44,7 +44,7 @@ class LoaderPosition(NamedTuple):
             number: msgspec.msgpack.decode(encoded, type=StreamState)
             for number, encoded in self.encoded_streams.items()
         }
-        return msgspec.structs.replace(self.run, streams=streams)
+        return msgspec.structs.replace(self.header, streams=streams)
 
 
 class Progress(NamedTuple):
@@ -162,7 +162,7 @@ class PackLoader:
                 f"`next` has returned {taken} of the {batch} packs of this step; call `next` for the rest of the step"
             )
         count = self._assignment.micro_batches(step)
-        own = 0 if self._is_exhausted(before) else self._assignment.step(step).count(self.shard.index)
+        own = 0 if self._is_exhausted(before) else self._assignment.shards_of_step(step).count(self.shard.index)
         self._require_only_reader()
         try:
             self._reading_thread = threading.get_ident()
@@ -198,7 +198,7 @@ class PackLoader:
             return None
         past = self._run.orders
         return sum(
-            row_order(opened.shards, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
+            row_order(opened.file_sizes, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 

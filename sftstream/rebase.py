@@ -161,7 +161,7 @@ def _undrawn_rows(
     for source, end in enumerate(ends):
         files = corpus.sources[source]
         assert isinstance(files, FileSet)
-        order = row_order(files.shards, config, source, past.get(source, ()))
+        order = row_order(files.file_sizes, config, source, past.get(source, ()))
         for number, stream in enumerate(olds):
             for draw in range(number + stream.drawn[source] * len(olds), end, len(olds)):
                 row, epoch = order.at(draw)

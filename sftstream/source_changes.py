@@ -59,7 +59,7 @@ def _require_streamed_alike(source: int, before: SourceIdentity, now: SourceIden
 
 def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
     """Return each old file's number of rows and the present number of its first row."""
-    starts = [0, *accumulate(files.shards)]
+    starts = [0, *accumulate(files.file_sizes)]
     indices = _indices(source, before.files, files.identities)
     counts = [_rows_known(old, files, index) for old, index in zip(before.files, indices, strict=True)]
     unknown = [number for number, count in enumerate(counts) if count is None]
@@ -71,7 +71,7 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
             "change one file at a time and resume after each, or start a new run"
         )
     for number in unknown:
-        name, now = before.files[number].name, files.shards[indices[number]]
+        name, now = before.files[number].name, files.file_sizes[indices[number]]
         if now != rest:
             change = "lost rows" if now < rest else "grew, but not at its end alone"
             raise ValueError(
@@ -125,13 +125,13 @@ def _rows_known(old: FileIdentity, files: FileSet, index: int) -> int | None:
     """Return the number of rows of an old file; None if rows were edited, removed or inserted."""
     file = files.files[index]
     if _content(old) == _content(file.identity):
-        return files.shards[index]
+        return files.file_sizes[index]
     return file.rows_of(old) if isinstance(file, JsonLines) else None
 
 
 def _follow(saved: DataState, source: int, moved: Files, files: FileSet, config: DataConfig) -> DataState:
     past = saved.orders.get(source, ())
-    unmoved = tuple(zip(files.shards, [0, *accumulate(files.shards)], strict=False))
+    unmoved = tuple(zip(files.file_sizes, [0, *accumulate(files.file_sizes)], strict=False))
     if moved == unmoved:
         return saved  # rows were edited in place
     order = row_order([rows for rows, _ in moved], config, source, past)

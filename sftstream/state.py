@@ -71,10 +71,10 @@ class RowParts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return Ref(self.source, self.row, self.epoch)
 
 
-class ShardPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A stream's position in a streamed source, counted in stripes (see `StreamingCursor`)."""
 
-    shards: int = 0
+    stripes: int = 0
     """Number of stripes read to the end, over all epochs."""
     rows: int = 0
     """Rows drawn from the current stripe."""
@@ -88,7 +88,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     mixed: tuple[int, ...] = ()
     """Amount drawn from each source since the current mixture stage began, in the unit of `mix_by`:
     conversations, tokens or trained tokens."""
-    shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
+    stripe_positions: dict[int, StripePosition] = msgspec.field(name="places", default={})
     """Number of a streamed source -> position in the source."""
     stage: int = 0
     """Number of mixture stages entered."""

@@ -49,7 +49,7 @@ def _problems(state: DataState, number: int, stream: StreamState, config: DataCo
 def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
     """Return source number -> order of rows, without streamed sources."""
     return {
-        source: row_order(files.shards, config, source, state.orders.get(source, ()))
+        source: row_order(files.file_sizes, config, source, state.orders.get(source, ()))
         for source, files in enumerate(corpus.sources)
         if isinstance(files, FileSet)
     }
@@ -67,7 +67,7 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
         "refused": stream.refused.values(),
         "notes": stream.notes.values(),
         "waited": [leftover.waited for leftover in stream.leftovers],
-        "places": [number for place in stream.shard_positions.values() for number in (place.shards, place.rows)],
+        "places": [number for place in stream.stripe_positions.values() for number in (place.stripes, place.rows)],
     }
     for name in ("windows", "packs", "conversations", "tokens"):
         counters[name] = [getattr(stream, name)]
@@ -76,7 +76,7 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
             yield f"{name} holds {bad[0]}"
     if not 0 <= stream.stage <= len(identity.stages):
         yield f"stage = {stream.stage}, but the config has {len(identity.stages)} mixture stages"
-    if unknown := [s for s in stream.shard_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
+    if unknown := [s for s in stream.stripe_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
         yield f"source {unknown[0]} is not streamed but has a position in a file"
     if stream.exhausted and (stream.planned or stream.leftovers or stream.unlisted):
         yield "the stream is exhausted, but rows are waiting"

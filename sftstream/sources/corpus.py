@@ -9,23 +9,23 @@ from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
 from sftstream.sources.resolve import open_source
 from sftstream.sources.rows import FileIdentity, RowFile
-from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
+from sftstream.sources.streamed_reader import StreamedReader
 
 
 class FileSet:
     """Rows of a source that is not streamed, numbered through all its files in order.
 
-    `shards` holds the number of rows of each file. Example: files of 3 and 2 rows have the row
+    `file_sizes` holds the number of rows of each file. Example: files of 3 and 2 rows have the row
     numbers 0 to 2 and 3 to 4. Raises ValueError if the source holds no row.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
-        self.shards = tuple(len(file) for file in self.files)
+        self.file_sizes = tuple(len(file) for file in self.files)
         self._path = source.path
         self.settings: RowSettings = source
-        self._ends = list(accumulate(self.shards))
+        self._ends = list(accumulate(self.file_sizes))
         if not len(self):
             raise ValueError(
                 f"source {source.path!r} holds no row; remove the source or name a file with conversations"
@@ -87,8 +87,8 @@ class CorpusReader:
     """
 
     def __init__(self, corpus: Corpus) -> None:
-        self.sources: list[FileSet | ShardReader] = [
-            ShardReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
+        self.sources: list[FileSet | StreamedReader] = [
+            StreamedReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
         ]
         self.settings = [source.settings for source in corpus.sources]
         self._corpus = corpus
@@ -96,7 +96,7 @@ class CorpusReader:
     def expect(self, ref: Ref) -> None:
         """Announce that a row will be read again, because a loaded state refers to it."""
         source = self.sources[ref.source]
-        if isinstance(source, ShardReader):
+        if isinstance(source, StreamedReader):
             source.expect(ref)
 
     def read(self, ref: Ref) -> RawRow:
@@ -105,7 +105,7 @@ class CorpusReader:
         A row of a streamed source can be read once, and once more for each announcement.
         """
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
+        return source.read(ref) if isinstance(source, StreamedReader) else source.read(ref.row)
 
     def locate_broken(self, ref: Ref) -> str:
         """Return the location of a broken row.

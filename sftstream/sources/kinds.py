@@ -28,7 +28,7 @@ from sftstream.sources.parquet import parquet, parquet_forward
 from sftstream.sources.rows import RowFile, RowsFrom, Stored
 
 
-class FileKind(NamedTuple):
+class FileFormat(NamedTuple):
     """The two readers of a file format."""
 
     by_number: Callable[[Stored], RowFile]
@@ -58,31 +58,31 @@ def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -
     return lines_forward(file, name, start)
 
 
-def _json(*, lines: bool) -> FileKind:
-    return FileKind(partial(_json_by_number, lines=lines), partial(_json_forward, lines=lines))
+def _json(*, lines: bool) -> FileFormat:
+    return FileFormat(partial(_json_by_number, lines=lines), partial(_json_forward, lines=lines))
 
 
-def _delimited(delimiter: str) -> FileKind:
-    return FileKind(partial(Delimited, delimiter=delimiter), partial(records_forward, delimiter=delimiter))
+def _delimited(delimiter: str) -> FileFormat:
+    return FileFormat(partial(Delimited, delimiter=delimiter), partial(records_forward, delimiter=delimiter))
 
 
-KINDS = {
+FILE_FORMATS = {
     ".jsonl": _json(lines=True),
     ".ndjson": _json(lines=True),
     ".json": _json(lines=False),
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
-    ".parquet": FileKind(parquet, parquet_forward),
-    ".arrow": FileKind(arrow, arrow_forward),
+    ".parquet": FileFormat(parquet, parquet_forward),
+    ".arrow": FileFormat(arrow, arrow_forward),
 }
 """Suffix of a file name -> readers of the format."""
-KNOWN = f"{', '.join(KINDS)}, and these with .gz, .zst, .bz2 or .xz"
+KNOWN = f"{', '.join(FILE_FORMATS)}, and these with .gz, .zst, .bz2 or .xz"
 """List of the known suffixes, for messages."""
 
 
 def is_known(name: str) -> bool:
     """Return True if a file name has a known suffix."""
-    return _suffixes(name)[0] in KINDS
+    return _suffixes(name)[0] in FILE_FORMATS
 
 
 def open_file(location: FileLocation) -> RowFile:
@@ -92,7 +92,7 @@ def open_file(location: FileLocation) -> RowFile:
     or the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    if kind not in KINDS:
+    if kind not in FILE_FORMATS:
         raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     head = _head(stored)
@@ -100,7 +100,7 @@ def open_file(location: FileLocation) -> RowFile:
         stored = unpacked(stored, codec)
         head = _head(stored)
     require_rows(head, location.display_name)
-    return KINDS[kind_of(head, kind)].by_number(stored)
+    return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
 
 
 def read_forward(location: FileLocation, start: int) -> RowsFrom:
@@ -115,7 +115,7 @@ def read_forward(location: FileLocation, start: int) -> RowsFrom:
         file = unpacking(file, codec)
     head = file.peek(HEAD)
     require_rows(head, location.display_name)
-    return KINDS[kind_of(head, kind)].forward(file, location.display_name, start)
+    return FILE_FORMATS[kind_of(head, kind)].forward(file, location.display_name, start)
 
 
 def _codec(head: bytes, packed: str) -> str | None:

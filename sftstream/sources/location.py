@@ -110,11 +110,11 @@ class LocalLocation:
 
 def require_whole(directory: str, names: list[str]) -> None:
     """Raise ValueError if files are missing among names such as `train-00001-of-00005.jsonl`."""
-    shards: dict[tuple[str, int, str], set[int]] = {}
+    found: dict[tuple[str, int, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, names)):
         series = (match["stem"], int(match["count"]), match["suffix"] or "")
-        shards.setdefault(series, set()).add(int(match["number"]))
-    for (stem, count, suffix), numbers in shards.items():
+        found.setdefault(series, set()).add(int(match["number"]))
+    for (stem, count, suffix), numbers in found.items():
         if missing := sorted(set(range(count)) - numbers):
             raise ValueError(
                 f"{directory} lacks {len(missing)} of {count} files, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "

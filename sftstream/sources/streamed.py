@@ -31,22 +31,22 @@ class StreamedSource:
         self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
 
     @property
-    def shards(self) -> int:
+    def file_count(self) -> int:
         """Number of files."""
         return len(self._locations)
 
-    def shard_and_index(self, row: int) -> tuple[int, int]:
+    def file_and_index(self, row: int) -> tuple[int, int]:
         """Return the number of a row's file, and the row's number in the file."""
-        index, shard = divmod(row, self.shards)
+        index, shard = divmod(row, self.file_count)
         return shard, index
 
     def number(self, shard: int, index: int) -> int:
         """Return the number, in the source, of row `index` of a file."""
-        return index * self.shards + shard
+        return index * self.file_count + shard
 
     def locate_row(self, row: int) -> str:
         """Return the row's location for messages: `file[index]`."""
-        shard, index = self.shard_and_index(row)
+        shard, index = self.file_and_index(row)
         return f"{self._locations[shard].display_name}[{index}]"
 
     def open(self, shard: int, start: int) -> RowsFrom:

@@ -56,7 +56,7 @@ class PackAssignment:
         """Return the number, inside the shard, of the worker that reads a stream."""
         return stream // self.shards % self.workers
 
-    def step(self, number: int) -> list[int]:
+    def shards_of_step(self, number: int) -> list[int]:
         """Return the shard of each pack in step `number`: `[0, 1, 0, 1]` for 4 packs on 2
         shards."""
         first = number * self.global_batch
@@ -67,7 +67,7 @@ class PackAssignment:
 
         All shards run as many packs as the shard with the most packs in the step.
         """
-        return max(Counter(self.step(number)).values())
+        return max(Counter(self.shards_of_step(number)).values())
 
     @property
     def most_micro_batches(self) -> int:

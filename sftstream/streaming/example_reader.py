@@ -132,9 +132,9 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        for shard in range(opened.source.shards):
+        for file in range(opened.source.file_count):
             for index in itertools.count():
-                ref = Ref(source, opened.source.number(shard, index), 0)
+                ref = Ref(source, opened.source.number(file, index), 0)
                 if not opened.reaches(ref):
                     break
                 yield ref

@@ -30,10 +30,10 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     transform in the CPU cache; row by row, the transforms would take twice as long.
     """
 
-    def __init__(self, source: BaseNode[RowBatch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+    def __init__(self, source: BaseNode[RowBatch[X]], transform: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
         super().__init__()
         self.source = source
-        self._stage = stage
+        self._transform = transform
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -42,8 +42,8 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     def next(self) -> RowBatch[Y]:
         refs, values = next(self.source)
         if Refused not in set(map(type, values)):
-            return RowBatch(refs, list(self._stage(values)))
-        results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
+            return RowBatch(refs, list(self._transform(values)))
+        results = iter(self._transform([value for value in values if not isinstance(value, Refused)]))
         return RowBatch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class RowOrder:
 
     Draws are numbered through all epochs, so logical streams enter an epoch without waiting for
     each other, and even a source with fewer rows than streams provides rows to every stream.
-    `shards` holds the number of rows of each file of the source, in order.
+    `file_sizes` holds the number of rows of each file of the source, in order.
 
     `past` holds the orders of epochs that were begun before the source's files changed. Example: a
     file had 2 rows in epoch 0 and has 3 rows now, so `past = [PastOrder(epochs=1, files=((2,
@@ -148,9 +148,9 @@ class RowOrder:
     """
 
     def __init__(
-        self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle, past: Sequence[PastOrder] = ()
+        self, file_sizes: Sequence[int], seed: int, source: int, shuffle: Shuffle, past: Sequence[PastOrder] = ()
     ) -> None:
-        self.rows = sum(shards)
+        self.rows = sum(file_sizes)
         self._orders: list[_Stretch] = []
         draw = epoch = 0
         for order in past:
@@ -160,7 +160,7 @@ class RowOrder:
             self._orders.append(_Stretch(draw, epoch, EpochOrder(sizes, seed, source, shuffle), moves))
             draw += (order.epochs - epoch) * sum(sizes)
             epoch = order.epochs
-        self._orders.append(_Stretch(draw, epoch, EpochOrder(shards, seed, source, shuffle), None))
+        self._orders.append(_Stretch(draw, epoch, EpochOrder(file_sizes, seed, source, shuffle), None))
 
     def at(self, draw: int) -> tuple[int, int]:
         """Return `(row, epoch)` of a draw."""
@@ -196,16 +196,16 @@ class RowOrder:
 class EpochOrder:
     """The order of a source's rows in each epoch."""
 
-    def __init__(self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
-        self.rows = sum(shards)
-        self._shards = shards
+    def __init__(self, file_sizes: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
+        self.rows = sum(file_sizes)
+        self._file_sizes = file_sizes
         self._words = seed, source
         self._shuffle = shuffle
         self._epoch = -1
 
     def files_of(self, rows: Integers) -> Integers:
         """Return the index of the file of each row."""
-        files: Integers = np.cumsum(self._shards).searchsorted(rows, "right")
+        files: Integers = np.cumsum(self._file_sizes).searchsorted(rows, "right")
         return files
 
     def at(self, indices: Integers, epoch: int) -> Integers:
@@ -220,14 +220,14 @@ class EpochOrder:
     def _in_shards(self, indices: Integers, epoch: int) -> Integers:
         if epoch != self._epoch:
             self._lay_out(epoch)
-        shard = self._ends.searchsorted(indices, "right")
-        rows: Integers = self._starts[shard] + indices - self._ends[shard] + self._sizes[shard]
+        file = self._ends.searchsorted(indices, "right")
+        rows: Integers = self._starts[file] + indices - self._ends[file] + self._sizes[file]
         return rows
 
     def _lay_out(self, epoch: int) -> None:
         """Compute the order of files in an epoch: sizes, first rows, and ends in the epoch's
         order."""
-        sizes = np.array(self._shards)
+        sizes = np.array(self._file_sizes)
         keys = round_keys("shard", *self._words, epoch)
         order = permute(np.arange(len(sizes)), len(sizes), keys)
         self._starts = (sizes.cumsum() - sizes)[order]

@@ -11,8 +11,8 @@ from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
 from sftstream.records import Ref, Refused
-from sftstream.sources import CorpusReader, ShardReader
-from sftstream.state import NO_PAST_ORDERS, PastOrder, PastOrders, Position, ShardPosition
+from sftstream.sources import CorpusReader, StreamedReader
+from sftstream.state import NO_PAST_ORDERS, PastOrder, PastOrders, Position, StripePosition
 from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream, next_source
 
 X = TypeVar("X")
@@ -37,17 +37,17 @@ class IndexedCursor:
 
     def __init__(
         self,
-        shards: Sequence[int],
+        file_sizes: Sequence[int],
         config: DataConfig,
         source: int,
         stream: int,
         past: Sequence[PastOrder] = (),
     ) -> None:
-        self.rows = sum(shards)
+        self.rows = sum(file_sizes)
         self.drawn = 0
         """Number of draws that the stream has made, over all epochs."""
         self._source, self._stream, self._streams = source, stream, config.streams
-        self._order = row_order(shards, config, source, past)
+        self._order = row_order(file_sizes, config, source, past)
         draws = None if config.epochs is None else self._order.draws(config.sources[source].repeat, config.epochs)
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
         self._ahead: list[int] = []
@@ -95,27 +95,27 @@ class StreamingCursor:
 
     rows = None
 
-    def __init__(self, reader: ShardReader, config: DataConfig, source: int, stream: int) -> None:
+    def __init__(self, reader: StreamedReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
-        self.position = ShardPosition()
+        self.position = StripePosition()
         self._reader, self._source = reader, source
         self._stream, self._streams = stream, config.streams
-        self._part, self._part_number = (0, 0), -1
-        shards = reader.source.shards
-        self._parts = -(-config.streams // shards)
+        self._stripe, self._stripe_number = (0, 0), -1
+        files = reader.source.file_count
+        self._stripes_per_file = -(-config.streams // files)
         shuffle = bool(config.shuffle_of(config.sources[source]))
-        self._order = RowOrder((shards * self._parts,), config.seed, source, shuffle)
+        self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
         self._limit = _limit(config, source, self._order.rows, stream)
         if draws_of(config, source, self._order.rows) == 0:
             raise ValueError(
                 f"repeat = {config.sources[source].repeat} of source {source} selects none of its "
-                f"{shards} files, since a streamed source is repeated by whole files; raise repeat"
+                f"{files} files, since a streamed source is repeated by whole files; raise repeat"
             )
 
     @property
     def exhausted(self) -> bool:
         """True if the stream has read all its stripes to the end."""
-        return self._limit is not None and self.position.shards >= self._limit
+        return self._limit is not None and self.position.stripes >= self._limit
 
     def skip_empty(self) -> None:
         """Move to the next stripe that has a row. The size of a file is unknown before its end.
@@ -128,34 +128,34 @@ class StreamingCursor:
             if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
                 raise ValueError(
                     f"stream {self._stream} finds no row in its share of source {self._source}, which has "
-                    f"{self._reader.source.shards} files; remove files without rows, set fewer data.streams, or set "
+                    f"{self._reader.source.file_count} files; remove files without rows, set fewer data.streams, or set "
                     'shuffle = "shards"'
                 )
-            self.position = ShardPosition(self.position.shards + 1)
+            self.position = StripePosition(self.position.stripes + 1)
 
     def draw(self) -> Ref:
         """Return a reference to the next row. Call `skip_empty` before."""
         ref = self._next()
         self.drawn += 1
-        self.position = ShardPosition(self.position.shards, self.position.rows + 1)
+        self.position = StripePosition(self.position.stripes, self.position.rows + 1)
         return ref
 
     def _next(self) -> Ref:
-        if self._part_number != self.position.shards:
-            self._part_number = self.position.shards
-            self._part = self._order.at(self._stream + self.position.shards * self._streams)
-        part, epoch = self._part
-        first, shard = divmod(part, self._reader.source.shards)
-        index = first + self.position.rows * self._parts
-        return Ref(self._source, self._reader.source.number(shard, index), epoch)
+        if self._stripe_number != self.position.stripes:
+            self._stripe_number = self.position.stripes
+            self._stripe = self._order.at(self._stream + self.position.stripes * self._streams)
+        stripe, epoch = self._stripe
+        first, file = divmod(stripe, self._reader.source.file_count)
+        index = first + self.position.rows * self._stripes_per_file
+        return Ref(self._source, self._reader.source.number(file, index), epoch)
 
 
 Cursor = IndexedCursor | StreamingCursor
 
 
-def row_order(shards: Sequence[int], config: DataConfig, source: int, past: Sequence[PastOrder] = ()) -> RowOrder:
+def row_order(file_sizes: Sequence[int], config: DataConfig, source: int, past: Sequence[PastOrder] = ()) -> RowOrder:
     """Return the order of the rows of a source that is not streamed."""
-    return RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]), past)
+    return RowOrder(file_sizes, config.seed, source, config.shuffle_of(config.sources[source]), past)
 
 
 def open_cursors(
@@ -164,8 +164,8 @@ def open_cursors(
     """Return for each source a cursor of logical stream number `stream`, at the beginning."""
     return [
         StreamingCursor(opened, config, source, stream)
-        if isinstance(opened, ShardReader)
-        else IndexedCursor(opened.shards, config, source, stream, past.get(source, ()))
+        if isinstance(opened, StreamedReader)
+        else IndexedCursor(opened.file_sizes, config, source, stream, past.get(source, ()))
         for source, opened in enumerate(reader.sources)
     ]
 
@@ -210,7 +210,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         for source, cursor in enumerate(self._cursors):
             cursor.drawn = position.drawn[source]
             if isinstance(cursor, StreamingCursor):
-                cursor.position = position.shard_positions.get(source, ShardPosition())
+                cursor.position = position.stripe_positions.get(source, StripePosition())
 
     def request(self, rows: int) -> None:
         """Limit each of the next batches to `rows` rows."""
@@ -235,7 +235,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         return Position(
             drawn=tuple([cursor.drawn for cursor in self._cursors]),
             mixed=tuple(self._mixed),
-            shard_positions={
+            stripe_positions={
                 source: cursor.position
                 for source, cursor in enumerate(self._cursors)
                 if isinstance(cursor, StreamingCursor)

@@ -9,8 +9,8 @@ from sftstream.sources.rows import ReadRow
 from sftstream.sources.streamed import StreamedSource
 
 
-class ShardReader:
-    """Reads rows of a streamed source by number. Here a shard is a file of the source.
+class StreamedReader:
+    """Reads rows of a streamed source by number, for one logical stream.
 
     A file can only be read from its beginning to its end, so a step backwards opens it again. After
     a resume, `expect` announces the rows that the state refers to. When the reader passes an
@@ -21,14 +21,14 @@ class ShardReader:
     def __init__(self, source: StreamedSource) -> None:
         self.source = source
         self._rows: Iterator[ReadRow] = iter(())
-        self._shard = self._next = -1
+        self._file = self._next = -1
         self._kept: dict[Ref, list[RawRow | BrokenRow]] = {}
         self._expected: dict[int, dict[int, list[Ref]]] = {}  # file -> index of the row -> references
 
     def expect(self, ref: Ref) -> None:
         """Announce one later `read` of a row, because a loaded state refers to the row."""
-        shard, index = self.source.shard_and_index(ref.row)
-        self._expected.setdefault(shard, {}).setdefault(index, []).append(ref)
+        file, index = self.source.file_and_index(ref.row)
+        self._expected.setdefault(file, {}).setdefault(index, []).append(ref)
 
     def reaches(self, ref: Ref) -> bool:
         """Return True if the row exists; False if the file ends before the row."""
@@ -53,12 +53,12 @@ class ShardReader:
         return content
 
     def _seek(self, ref: Ref) -> None:
-        shard, index = self.source.shard_and_index(ref.row)
-        expected = self._expected.get(shard, {})
+        file, index = self.source.file_and_index(ref.row)
+        expected = self._expected.get(file, {})
         first, last = min([index, *expected]), max([index, *expected])
-        if shard != self._shard or index < self._next:
-            self._shard = shard
-            self._next, self._rows = self.source.open(shard, first)
+        if file != self._file or index < self._next:
+            self._file = file
+            self._next, self._rows = self.source.open(file, first)
         while self._next <= last and (row := next(self._rows, None)) is not None:
             wanted = expected.pop(self._next, [])
             if self._next == index and ref not in wanted:  # the announcement may be for another epoch
