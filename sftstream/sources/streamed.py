@@ -17,7 +17,7 @@ from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
-    """A streamed source: the files of a path or of a hub dataset. A shard is one of these files.
+    """A streamed source: the files of a path or of a hub dataset.
 
     The sizes of the files are unknown, so rows are numbered round-robin over the `K` files: row `n`
     is row `n // K` of file `n % K`. With 5 files, row 12 is row 2 of file 2.
@@ -37,45 +37,45 @@ class StreamedSource:
 
     def file_and_index(self, row: int) -> tuple[int, int]:
         """Return the number of a row's file, and the row's number in the file."""
-        index, shard = divmod(row, self.file_count)
-        return shard, index
+        index, file = divmod(row, self.file_count)
+        return file, index
 
-    def number(self, shard: int, index: int) -> int:
+    def number(self, file: int, index: int) -> int:
         """Return the number, in the source, of row `index` of a file."""
-        return index * self.file_count + shard
+        return index * self.file_count + file
 
     def locate_row(self, row: int) -> str:
         """Return the row's location for messages: `file[index]`."""
-        shard, index = self.file_and_index(row)
-        return f"{self._locations[shard].display_name}[{index}]"
+        file, index = self.file_and_index(row)
+        return f"{self._locations[file].display_name}[{index}]"
 
-    def open(self, shard: int, start: int) -> RowsFrom:
-        """Read file number `shard` from row `start`, or from an earlier row, to its end.
+    def open(self, file: int, start: int) -> RowsFrom:
+        """Read file number `file` from row `start`, or from an earlier row, to its end.
 
         Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
         """
-        self._require_unchanged(shard)
-        location = self._locations[shard]
+        self._require_unchanged(file)
+        location = self._locations[file]
         try:
             first, rows = read_forward(location, start)
         except _failures() as error:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
-        return RowsFrom(first, self._to_the_end(shard, rows))
+        return RowsFrom(first, self._to_the_end(file, rows))
 
-    def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+    def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         try:
             yield from rows
         except _failures() as error:
-            raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
-        self._require_unchanged(shard)  # a file truncated after a row seems complete
+            raise ValueError(f"{self._locations[file].display_name} cannot be read to its end: {error}") from None
+        self._require_unchanged(file)  # a file truncated after a row seems complete
 
-    def _require_unchanged(self, shard: int) -> None:
-        location = self._locations[shard]
+    def _require_unchanged(self, file: int) -> None:
+        location = self._locations[file]
         try:
             marker = location.change_marker()
         except connection_errors() as error:
             raise ValueError(f"{location.display_name} cannot be read: {error}") from None
-        if marker != self._markers[shard]:
+        if marker != self._markers[file]:
             raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
 
 

@@ -48,7 +48,7 @@ def state(mixed: DataConfig) -> dict[str, Any]:
         (["streams", "0", "drawn", 0], 10**9, "1000000000 rows of source 0 were drawn, but all epochs have 31"),
         (["streams", "0", "drawn"], [3], "drawn has 1 entries for 2 sources"),
         (["streams", "0", "planned", 0, 0, 0], 7, "a row of source 7 waits"),
-        (["streams", "0", "planned", 0, 0, 1], 10**6, "row 1000000 of source"),
+        (["streams", "0", "planned", 0, 0, 1], 10**6, "row 1000000 waits, but source 0 has 61 rows"),
         (["streams", "0", "planned", 0, 0, 2], 0, "a part of 0 tokens waits, outside 1 to 128"),
         (["streams", "0", "planned", 0, 0, 4], -1, "part -1 of a row waits"),
         (["streams", "0", "planned"], [], "are returned, waiting or refused"),
