@@ -33,7 +33,7 @@ ORDER = {
         "sources.hub",
         "sources.resolve",
         "sources.streamed",
-        "sources.shard_reader",
+        "sources.streamed_reader",
         "sources.corpus",
         "sources",
         "formats.fields",
