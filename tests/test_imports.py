@@ -70,6 +70,7 @@ ORDER = {
         "tokenization.overflow",
         "tokenization.encoder",
         "identity",
+        "earlier_formats",
         "state",
         "streaming",
         "streaming.assignment",
