@@ -44,7 +44,7 @@ ROLES: dict[str, Role] = {
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a column with the system prompt; the first with a value is read."""
 
-_CALLING = frozenset({"function_call", "tool_call"})
+CALLING = frozenset({"function_call", "tool_call"})
 """Names of roles whose content is a tool call."""
 _CONTENT = ("content", "value", "text")
 """Keys of a turn's content."""
@@ -153,7 +153,7 @@ def _plain(turn: Any, roles: Mapping[str, Role]) -> Message | None:
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-    if type(role) is str and type(content) is str and role in roles and role not in _CALLING:
+    if type(role) is str and type(content) is str and role in roles and role not in CALLING:
         return Message(roles[role], content)
     return None
 
@@ -222,7 +222,7 @@ def _content(turn: Mapping[str, Any], path: str) -> Any:
 
 def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str | None, str | None, ToolCalls]:
     """Return the text, the reasoning and the tool calls in the content of a turn."""
-    if named in _CALLING:
+    if named in CALLING:
         return None, None, parse_calls(content, path)
     if role == "tool" and isinstance(content, Mapping):
         # Some datasets store tool results as objects, but a template prints text.

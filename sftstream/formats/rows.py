@@ -16,7 +16,7 @@ from sftstream.config import RowSettings
 from sftstream.formats.fields import Row
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
-from sftstream.formats.typed import typed_json, typed_messages
+from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
 from sftstream.formats.unread import BESIDE_MESSAGES, require_read, require_readable, tools_of, unread_names
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
@@ -30,16 +30,19 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     Raises BrokenRow if the row is not JSON or has none of the columns in `settings.columns`. Raises
     Refused, naming the field, if the row matches no layout or words of the row would be lost.
     """
-    if isinstance(row, bytes) and len(row) > settings.max_row_bytes:
-        raise _too_large(len(row), settings)
-    plain = settings.columns is None and not settings.ignore and not settings.roles
-    if plain and isinstance(row, bytes) and (conversation := typed_json(row)):
-        return conversation
+    usual = not settings.roles and MESSAGE_KEYS.isdisjoint(settings.ignore)
+    if isinstance(row, bytes):
+        if len(row) > settings.max_row_bytes:
+            raise _too_large(len(row), settings)
+        if usual and settings.columns is None and not settings.ignore and (conversation := typed_json(row)):
+            return conversation
     fields = _fields(row, settings)
+    if usual and not isinstance(row, bytes) and (conversation := typed_row(fields, settings.max_row_bytes)):
+        return conversation
     if not isinstance(row, bytes) and (size := _size(fields, settings.max_row_bytes)) > settings.max_row_bytes:
         raise _too_large(size, settings)
     known = fields.keys().isdisjoint(BESIDE_MESSAGES)
-    messages = typed_messages(fields) if known and (plain or not settings.roles) else None
+    messages = typed_messages(fields) if known and usual else None
     if messages is None:
         require_readable(fields, settings)
         messages = parse_layout(fields, settings)
