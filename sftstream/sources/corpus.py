@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
-from sftstream.sources.resolve import open_source
+from sftstream.sources.resolve import open_source, source_door
 from sftstream.sources.rows import FileIdentity, RowFile
 from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
@@ -23,6 +23,7 @@ class FileSet:
         self.files = open_source(source)
         self.shards = tuple(len(file) for file in self.files)
         self._path = source.path
+        self.door = source_door(source)
         self.settings: RowSettings = source
         self._ends = list(accumulate(self.shards))
         if not len(self):
@@ -104,7 +105,10 @@ class CorpusReader:
         A streamed source gives each row once, or as often as announced.
         """
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
+        if isinstance(source, ShardReader):
+            return source.read(ref)
+        with source.door:
+            return source.read(ref.row)
 
     def locate_broken(self, ref: Ref) -> str:
         """Return the location of a broken row.

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.config import SourceConfig
+from sftstream.door import Door
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
 from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
@@ -119,14 +120,12 @@ def _asking(source: SourceConfig) -> Iterator[None]:
 
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    is_local = Path(source.path).is_dir()
+    kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
+    request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
     try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        is_local = Path(source.path).is_dir()
-        kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
-        request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"source {source.path!r} cannot be read as {kind} ({request}): {reason}") from None
+        with Door(f"source {source.path!r} cannot be read as {kind} ({request})"):
+            yield
     finally:
         if had_progress_bars:
             datasets.enable_progress_bars()

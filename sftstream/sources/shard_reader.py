@@ -63,7 +63,8 @@ class ShardReader:
             if self._next == index and ref not in wanted:  # an announcement may be of a different epoch
                 wanted.append(ref)
             if wanted:
-                content = _read(row)
+                with self.source.door:
+                    content = _read(row)
                 for wanted_ref in wanted:
                     self._kept.setdefault(wanted_ref, []).append(content)
             self._next += 1
