@@ -17,8 +17,12 @@ def read_state(path: Path) -> DataState:
     """Return the state in a JSON file. Raises ValueError if the file holds no readable state."""
     with Door(f"{path} cannot be read"):
         content = path.read_bytes()
-    with Door(f"{path} is not a state in a JSON file"):
-        return DataState.parse(msgspec.json.decode(content))
+    try:
+        with Door("not JSON"):
+            value = msgspec.json.decode(content)
+        return DataState.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_data_config(path: Path, accept: list[str]) -> DataConfig:
