@@ -1,4 +1,4 @@
-"""Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
+"""Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences

@@ -1,4 +1,4 @@
-"""Checks of a state at the door: a damaged or edited state is refused by name."""
+"""Check a state when it is loaded: an error names the first contradiction in a damaged state."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from sftstream.streaming.order import RowOrder, draws_of_stream
 from sftstream.streaming.sampler import row_order
 
 LARGEST = 1 << 53
-"""Limit of all counters: the integers that JSON readers keep exactly."""
+"""Limit of all counters: JSON readers represent integers exactly up to this number."""
 WINDOWS_OF_WAITING_ROWS = 5
-"""Windows of which a row may wait: `MAX_WAIT`, the present window and a margin."""
+"""Waiting rows were drawn for at most this number of windows: `MAX_WAIT` windows, the current
+window, and a margin."""
 MOST_DRAWS_CHECKED = 20_000
+"""Largest number of draws compared with the waiting rows; the check is skipped above."""
 
 
 def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
-    """Raise ValueError naming the first contradiction in a state of `config` and its sources.
+    """Raise ValueError naming the first contradiction in a state, or with `config` and `corpus`.
 
-    Counters of streams are compared with each other only before an accepted change: a change
-    divides streams and reads waiting rows anew.
+    Counters of a stream are compared with each other only if no change was ever accepted: an
+    accepted change may divide the draws among other streams, and reads waiting rows again.
     """
     if not 0 <= state.packs < LARGEST:
         raise ValueError(f"the state is damaged: packs = {state.packs}; use another state")
@@ -45,7 +47,7 @@ def _problems(state: DataState, number: int, stream: StreamState, config: DataCo
 
 
 def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
-    """Return the orders of the sources with random access to rows."""
+    """Return source number -> order of rows, without streamed sources."""
     return {
         source: row_order(files.shards, config, source, state.orders.get(source, ()))
         for source, files in enumerate(corpus.sources)
@@ -88,7 +90,7 @@ def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
             return
         rows = identity.sources[segment.source].rows
         if not 0 <= segment.row < (LARGEST if rows is None else rows):
-            yield f"row {segment.row} of source {segment.source} waits, which has {rows} rows"
+            yield f"row {segment.row} waits, but source {segment.source} has {rows} rows"
         if not 0 < segment.length <= identity.capacity:
             yield f"a part of {segment.length} tokens waits for packs of {identity.capacity}"
         if not 0 <= segment.epoch < LARGEST or not 0 <= segment.part < LARGEST:
@@ -133,7 +135,7 @@ def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterato
 
 
 def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
-    """Yield a problem if a waiting row is none of the stream's last draws."""
+    """Yield a problem if a waiting row is not among the stream's last draws."""
     most = WINDOWS_OF_WAITING_ROWS * config.window + sum(stream.refused.values())
     if most > MOST_DRAWS_CHECKED:
         return

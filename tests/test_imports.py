@@ -74,6 +74,7 @@ ORDER = {
         "tokenization.overflow",
         "tokenization.encoder",
         "identity",
+        "earlier_formats",
         "state",
         "streaming",
         "streaming.assignment",

@@ -1,15 +1,22 @@
-"""Locate each message's own text in the rendered conversation, by markers.
+"""Locate each message's own text in the rendered conversation.
 
-Every payload (a content, a reasoning, the name and the strings of a tool call) is put between two
-markers and the conversation is rendered again. The second text without markers must equal the first
-text; then each pair of markers shows the place of a payload. A template that prints differently
-because of the markers depends on the text itself, and the conversation is refused.
+A payload is a text of the conversation itself: a content, a reasoning, the name of a called tool,
+or a string in the arguments of a call. The conversation is rendered twice: once as stored, once
+with every payload between two markers. After removal of the markers, the second text must equal
+the first. Each pair of markers then shows where a payload is printed. If the two texts differ, the
+template's output depends on the words of the messages, and the conversation is refused.
 
-Example. Template `<{{ m.role }}>{{ m.content | trim }}</s>` for each message, a user's "hi ":
+Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message. The user's
+message has the content "hi ":
 
-    text       <user>hi</s>
-    marked     <user>ZqM0x1x0bZqhiZqM0x1x0eZq</s>     content "ZqM0x1x0bZqhiZqM0x1x0eZq "
-    payload    Payload(start=6, end=8, message=0, kind="content", number=0)
+    first render    <user>hi</s>
+    marked content  "ZqM0x1x0bZqhiZqM0x1x0eZq "
+    second render   <user>ZqM0x1x0bZqhiZqM0x1x0eZq</s>
+    payload         Payload(start=6, end=8, message=0, kind="content", number=0)
+
+The marker `ZqM0x1x0bZq` reads: prefix `ZqM`, message 0, kind 1 (`KINDS[1]` is "content"), payload
+number 0, `b` for the begin of the payload. `ZqM0x1x0eZq` marks the end of the same payload. Markers
+consist of letters and digits, so JSON encoding and `trim` do not change a marker.
 """
 
 from __future__ import annotations
@@ -25,19 +32,16 @@ from sftstream.records import REASONING_KEYS, Refused
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
-"""Beginnings of markers; a conversation is marked with the first beginning absent from its texts.
-
-A marker is the beginning, the message, the index of the kind, the payload number, and b(egin) or
-e(nd). Letters and digits pass through JSON and `trim` unchanged.
-"""
+"""Possible prefixes of markers. A conversation gets the first prefix absent from its texts."""
 
 KINDS = ("reasoning", "content", "call")
+"""Parts of a message that hold payloads; a marker names the kind by its index."""
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Payload(NamedTuple):
-    """A message's own text at characters `[start, end)` of the rendered text."""
+    """A printed text of a message, at characters `[start, end)` of the rendered text."""
 
     start: int
     end: int
@@ -46,34 +50,38 @@ class Payload(NamedTuple):
     kind: str
     """A member of `KINDS`."""
     number: int
-    """Number of the payload in the conversation; two prints of a payload share the number."""
+    """Number of the payload in the conversation, the same for both prints of a payload that is
+    printed twice. A thought split off a content has a negative number.
+    """
 
 
 class Located(NamedTuple):
-    """A rendered text, the printed payloads in order, and the dropped payloads."""
+    """A rendered text, its payloads in order of print, and the payloads that are not printed."""
 
     text: str
     payloads: list[Payload]
     dropped: list[tuple[int, str, str]]
-    """Unprinted payloads as (message, kind, text)."""
+    """Payloads that the template leaves out, as (message, kind, text)."""
     fill_blanks: bool = False
-    """True if blank messages are among the payloads, with empty text."""
+    """True if `payloads` also lists blank messages, each as an empty range."""
 
 
 Key = tuple[int, int, int]
-"""A payload by message, index of the kind, and number."""
+"""Identity of a payload: index of the message, index into `KINDS`, number of the payload."""
 
 
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
-    """Return the text and the payloads.
+    """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails or the markers change the rest of the text.
+    Raises `Refused` if a render fails, if the markers change other text, or if a payload is printed
+    with altered words.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
     if unsplit is not None and not unsplit.dropped:
         return unsplit._replace(payloads=[part for p in unsplit.payloads for part in _part_thought(p, text, messages)])
-    # Some templates split `<think>...</think>` off the content: mark thought and rest separately.
+    # Some templates move `<think>...</think>` out of the content and would tear the two markers of
+    # the content apart. The second try puts markers around the thought and around the rest.
     split = _locate(template, text, messages, tools, split_thoughts=True)
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
@@ -91,9 +99,14 @@ def _locate(
     *,
     split_thoughts: bool,
 ) -> Located | None:
-    """Render with markers; return None if the text without markers differs from `text`."""
-    # A marked blank message shows its offset, but a template may ask whether a message is blank and
-    # then print other text: without marks as the second try.
+    """Render with markers and return the payloads.
+
+    Return None if the marked render, after removal of the markers, differs from `text`. With
+    `split_thoughts`, the inside of `<think>...</think>` and the rest of a content are two payloads.
+    """
+    # A marker in a blank message shows the message's offset. But a template may ask whether a
+    # content is blank, and print other text because of the marker. The second try leaves blank
+    # messages unmarked.
     for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
         marking = Marking(messages, text, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
         unmarked, printed = marking.remove(template.render(marking.mark(messages), tools))
@@ -114,12 +127,12 @@ def _locate(
 
 
 def _is_blank(message: TemplateMessage) -> bool:
-    """Return True for a blank message of another role than the assistant's."""
+    """Return True for a message of a user, system or tool with an empty or white-space content."""
     return message["role"] != "assistant" and not message["content"].strip()
 
 
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
-    """Part a content printed unchanged into its `<think>...</think>` and the rest.
+    """Split an assistant's content into its thought and the rest, if both are printed unchanged.
 
     "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
     """
@@ -133,8 +146,7 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
 
 
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
-    """Move the start of a thought's payload back to include `<think>`, if the tag is printed
-    unchanged."""
+    """Extend the payload of a thought to its `<think>` tag, if the tag is printed unchanged."""
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
@@ -145,11 +157,15 @@ def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage
 
 
 def _indent(text: str) -> str:
+    """Return the white space at the beginning of the text."""
     return text[: len(text) - len(text.lstrip())]
 
 
 class Marking:
-    """The markers of one conversation: put around every payload, and found again in the render."""
+    """The markers of one conversation.
+
+    `mark` puts markers around the payloads of messages, `remove` finds the markers in a render.
+    """
 
     def __init__(
         self,
@@ -159,15 +175,19 @@ class Marking:
         split_thoughts: bool = False,
         fill_blanks: bool = False,
     ) -> None:
-        """`text` is the conversation as rendered without markers."""
+        """Choose a prefix absent from `text`, the render without markers, and from the messages.
+
+        `split_thoughts` marks `<think>...</think>` separately from the rest of a content;
+        `fill_blanks` puts a pair of markers into blank messages too.
+        """
         self._prefix = _absent_prefix(messages, text)
         self._split_thoughts = split_thoughts
         self._fill_blanks = fill_blanks
         self.texts: dict[Key, str] = {}
-        """Text of each payload marked so far; "" for a blank message that shows its place."""
+        """Text of each payload marked so far; "" for a blank message."""
 
     def mark(self, messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
-        """Return the messages with markers around every payload."""
+        """Return copies of the messages with markers around every payload."""
         return [self._mark_message(index, message) for index, message in enumerate(messages)]
 
     def _mark_message(self, index: int, message: TemplateMessage) -> TemplateMessage:
@@ -189,9 +209,10 @@ class Marking:
         return new
 
     def _mark(self, index: int, kind: int, value: Any) -> Any:
-        """Return the value with markers around every string in it, inside the outer white space.
+        """Return a copy of the value with markers around every string.
 
-        A template that trims thus removes equal white space with and without markers.
+        White space at both ends stays outside of the markers: " hi" becomes " ZqM...hiZqM...". A
+        template that trims therefore removes the same white space with and without markers.
         """
         if isinstance(value, Mapping):
             return {key: self._mark(index, kind, item) for key, item in value.items()}
@@ -227,12 +248,12 @@ class Marking:
         return "".join(pieces), sorted(payloads)
 
     def tail(self, marked: str) -> str:
-        """Return the text behind the last marker."""
+        """Return the text after the last marker."""
         *_, (rest, _) = self._pieces(marked)
         return rest
 
     def _pieces(self, marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-        """Yield the text before each marker with the marker, then the rest with None."""
+        """Yield each marker together with the text before it; finally (rest of the text, None)."""
         at = 0
         for mark in _marker_pattern(self._prefix).finditer(marked):
             yield marked[at : mark.start()], mark
@@ -246,9 +267,9 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
-    """Return a beginning of markers, absent from the text and from all unprinted strings.
+    """Return a member of `PREFIXES` that occurs neither in the text nor in a payload.
 
-    Raises `Refused` if there is none.
+    Raises `Refused` if every prefix occurs.
     """
     if "Zq" not in text and not any("Zq" in string for message in messages for string in _unprinted(message)):
         return PREFIXES[0]
@@ -256,18 +277,22 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
     for prefix in PREFIXES:
         if not any(prefix in string for string in held):
             return prefix
-    raise Refused("markers typed", "the texts hold every beginning of the markers that locate a message's text")
+    raise Refused(
+        "markers typed",
+        f"the conversation contains all {len(PREFIXES)} prefixes of the markers that locate messages "
+        f"({PREFIXES[0]}, {PREFIXES[1]}, ...); remove one of the prefixes from the conversation",
+    )
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings that a template may print in one render of a message and not in another."""
+    """Yield the strings of a message that one render may print and another render leave out."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))
 
 
 def names(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings of a message outside payloads: role, name, ids, argument keys."""
+    """Yield the strings of a message that get no markers: role, name, ids, argument keys."""
     yield from (message.get(key, "") for key in ("role", "name", "tool_call_id"))
     for call in message.get("tool_calls", ()):
         yield call["id"]
@@ -284,7 +309,7 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every string in a JSON-like value, keys included."""
+    """Yield every string in a JSON-like value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -295,7 +320,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
-    """Raise Refused unless the payload is printed unchanged or JSON-escaped."""
+    """Raise Refused unless `printed` is `stored`, unchanged or escaped as inside a JSON string."""
     if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
             "template alters text", f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}"

@@ -36,18 +36,18 @@ MEMORY = 256 << 20
 """Bytes that a template may allocate during the probe: 256 MiB."""
 
 REMEMBERED = 2048
-"""Results in one generation of the JSON cache; two generations are kept."""
+"""Number of results in one generation of `_JsonCache`, which keeps two generations."""
 
 # A template is a program and may add None to a string, split by "", divide by 0 or never return.
 _RUNNING = Door("", error=lambda line: Refused("template raises", line.removeprefix(": ")))
 
 
 class ChatTemplate:
-    """A compiled chat template with the variables of every render.
+    """A compiled chat template, with the variables that every render gets.
 
-    `variables` are the tokenizer's (`bos_token`, ...). A template that prints the date, by
-    `strftime_now` or `date_string`, prints `date`, by default the day of construction. Raises
-    ValueError if `text` is not valid Jinja.
+    `variables` come from the tokenizer: `{"bos_token": "<s>"}`. A template that prints today's date
+    (with `strftime_now` or `date_string`) prints `date` instead; the default is the day on which
+    the object is made. Raises ValueError if `text` is not valid Jinja.
     """
 
     def __init__(self, text: str, variables: Mapping[str, str], date: Date | None = None) -> None:
@@ -64,17 +64,17 @@ class ChatTemplate:
         with Door("the chat template is not valid Jinja"):
             self._compiled = _compiled(text)
         self.content_as_parts = False
-        """True for a template that reads a content as `[{"type": "text", "text": ...}]` only."""
+        """True if the template gets a content "hi" as `[{"type": "text", "text": "hi"}]`."""
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
 
     def with_content_as_parts(self) -> ChatTemplate:
-        """Return a copy that gives the template each content as a list of one text part."""
+        """Return a copy of the template that gets each content as a list of one text part."""
         result = copy.copy(self)
         result.content_as_parts = True
         return result
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
-        """Return the text, with `prompt` ending in the generation prompt.
+        """Return the rendered text; with `prompt`, the text ends with the generation prompt.
 
         Raises `Refused` if the template raises or does too much work.
         """
@@ -83,7 +83,7 @@ class ChatTemplate:
         return text
 
     def tagged_spans(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> list[Span]:
-        """Return the spans of `{% generation %}` tags. Raises `Refused` like `render`."""
+        """Return the spans printed inside `{% generation %}` blocks; raises `Refused`."""
         with bounded():
             _, spans = _render_with_assistant_indices(self._compiled, **self.context(messages, tools, False))
         return [Span(start, end) for start, end in spans]
@@ -94,7 +94,7 @@ class ChatTemplate:
         return self._compiled.environment
 
     def context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
-        """Return all variables of a render."""
+        """Return all variables that the template gets for a render."""
         if self.content_as_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         return {
@@ -107,12 +107,12 @@ class ChatTemplate:
 
 
 def _compiled(text: str) -> Any:
-    """Compile in transformers' environment, with a cache behind `tojson` and without chance.
+    """Compile the template in the Jinja environment of transformers, with two changes.
 
-    Conversations of one source often share tool definitions; each definition is encoded once.
-    `random` and `lipsum` would print another text in each process.
+    `tojson` gets a cache, since conversations of one source often share tool definitions. `random`
+    and `lipsum` are removed, since their output differs in each process.
     """
-    environment = _compile_jinja_template("").environment.overlay()  # "" since only the environment is wanted
+    environment = _compile_jinja_template("").environment.overlay()  # "": only the environment is needed
     filters = {name: function for name, function in environment.filters.items() if name != "random"}
     environment.filters = {**filters, "tojson": _JsonCache(environment.filters["tojson"])}
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
@@ -123,20 +123,21 @@ def _compiled(text: str) -> Any:
 
 
 def exact_key(value: Any) -> bytes:
-    """Return a key unique to each JSON value.
+    """Return a key that differs for any two different JSON values.
 
-    1, 1.0, True and "1" have different keys, as have a list and a tuple; a NumPy array has the key
-    of its bytes. Raises ValueError if the value holds a further type, a date for example: a JSON
-    encoder would give a date and a string one key.
+    1, 1.0, True and "1" have four different keys; a list and a tuple of equal items have different
+    keys. A NumPy array has the key of its bytes. Raises ValueError if the value contains another
+    type, for example a date. (A JSON encoder would give a date and its text the same key.)
     """
-    return marshal.dumps(value, 2)  # versions 3 and 4 give equal values different bytes
+    return marshal.dumps(value, 2)  # versions 3 and 4 may encode equal values differently
 
 
 class _JsonCache:
-    """A cache of a function's results by `exact_key` of the arguments.
+    """A function with a cache of its results, keyed by `exact_key` of the arguments.
 
-    Two generations of up to `REMEMBERED` results: a full generation becomes the earlier one, and a
-    result found there moves to the current generation.
+    The cache holds a current and an earlier generation, each of up to `REMEMBERED` results. Once
+    the current generation is full, it replaces the earlier one, and an empty generation begins. A
+    result found in the earlier generation is copied to the current one.
     """
 
     def __init__(self, function: Callable[..., str]) -> None:
@@ -171,7 +172,7 @@ def bounded() -> Iterator[None]:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Limit the process to `MEMORY` further bytes of address space.
+    """Let the process allocate at most `MEMORY` more bytes of address space inside the body.
 
     A template that allocates without end raises MemoryError instead of exhausting the machine.
     """
@@ -187,7 +188,7 @@ def bounded_memory() -> Iterator[None]:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    # Signals reach the main thread only; other threads render without a time limit.
+    # Python delivers signals to the main thread only, so other threads render without a time limit.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -216,7 +217,7 @@ def template_message(message: Message) -> TemplateMessage:
     if message.reasoning:
         result |= dict.fromkeys(REASONING_KEYS, message.reasoning)
     if message.tool_calls:
-        # Mistral requires an id of nine letters and digits; any id serves for a call without one.
+        # Mistral requires an id of nine letters and digits. A call without an id gets a new one.
         result["tool_calls"] = [
             {
                 "type": "function",

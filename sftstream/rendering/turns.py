@@ -1,14 +1,20 @@
-"""Find the start and end of each assistant turn in a rendered text, by evidence from the template.
+"""Find the start and end of each assistant turn in a rendered text.
 
 A turn starts where the model would begin to speak at inference: after the generation prompt. A turn
-ends after the stop token, by which the model ends its reply. `probe_turn_format` learns prompt and
-stops from a few renders of the template, once; `find_turns` then finds the turns of a conversation
-around its located payloads, and refuses a turn without evidence.
+ends after its stop, the text that ends the model's reply. The prompt and the stops of a template
+are known from the start of the run (`turn_format.py`), the payloads of the conversation from
+`markers.py`. A turn whose start or end cannot be proved is refused.
 
-Example. Template `<{{ m.role }}>{{ m.content }}</s>` for each message, prompt `<assistant>`:
+Example. The template prints `<{{ m.role }}>{{ m.content }}</s>` for each message; its generation
+prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "seven":
 
-    format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
     text    <user>hi</s><assistant>seven</s>
+    format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
+    gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
+    tail    the text after the last payload if only the user's message is rendered with the
+            generation prompt, "<user>hi</s><assistant>": "</s><assistant>"
+    start   gap and tail are equal, so all text after the gap is said by the model: offset 23
+    end     after the first stop that follows "seven": offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
 """
 
@@ -36,16 +42,20 @@ from sftstream.rendering.turn_format import TurnFormat
 
 
 class Turn(NamedTuple):
-    """An assistant message's span, from after the prompt to after the stop token."""
+    """The place of an assistant message, from the end of the prompt to the end of the stop."""
 
     message: int
     """Index of the message in the conversation."""
     span: Span
     payloads: tuple[Payload, ...]
+    """Payloads of the message inside the turn, each at its first print."""
     by_prompt: bool = False
-    """True if the start was searched by a render of the generation prompt."""
+    """True if the earlier messages were rendered with the generation prompt to find the start."""
     by_comparison: bool = False
-    """True if further renders were compared; the start holds for this conversation only."""
+    """True if the start was found by a comparison with a shorter conversation.
+
+    Such a start is proved for this conversation only, not for others of the same shape.
+    """
 
 
 def find_turns(
@@ -58,11 +68,12 @@ def find_turns(
     *,
     shortcut: bool = True,
 ) -> list[Turn]:
-    """Return the assistant turns in order; raises `Refused` if a start or an end cannot be shown.
+    """Return the assistant turns in text order; raises `Refused` if a start or end is not proved.
 
-    With `shortcut`, a payload right behind a whole generation prompt starts a turn without further
-    evidence; without, each prompt is rendered for comparison. The turns are equal either way. An
-    empty message without a header or a stop of its own has no turn.
+    With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
+    further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
+    turn. Both ways return equal spans. An empty message that prints no header or no stop has no
+    turn.
     """
     search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
@@ -80,7 +91,7 @@ def find_turns(
 
 
 class _Start(NamedTuple):
-    """The start of a turn and the evidence."""
+    """The start of a turn, and the renders that proved it, as in `Turn`."""
 
     offset: int
     by_prompt: bool = True
@@ -88,7 +99,10 @@ class _Start(NamedTuple):
 
 
 class _TurnSearch:
-    """The search for turns in the text of one conversation."""
+    """The search for turns in the text of one conversation.
+
+    With `compare`, a start without a header may be proved by a shorter conversation.
+    """
 
     def __init__(
         self,
@@ -114,15 +128,17 @@ class _TurnSearch:
         self._compare = compare
 
     def has_payload(self, index: int) -> bool:
-        """Return True if a text of message `index` is printed."""
+        """Return True if a payload of message `index` is printed."""
         return any(payload.message == index for payload in self._payloads)
 
     def turn(self, index: int, earliest: int) -> Turn:
-        """Return the turn of assistant message `index`, at or after `earliest`.
+        """Return the turn of assistant message `index`, which may not start before `earliest`.
 
-        Raises `Refused` if start or end are not found.
+        `earliest` is the end of the turn before, or 0. Raises `Refused` if the start or the end is
+        not found.
         """
-        # Some templates repeat earlier messages later: count only payloads before the message.
+        # A template may print an earlier message a second time, after this message. Such prints do
+        # not count for `before`, the end of the earlier messages.
         first = min((p.start for p in self._payloads if p.message == index), default=len(self._text))
         before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
         payloads = self._first_prints(index, max(before, earliest))
@@ -136,7 +152,7 @@ class _TurnSearch:
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
-        """Return the message's payloads from `earliest` on, each at its first print, in order."""
+        """Return the first print, at or after `earliest`, of each payload of the message."""
         first_prints: dict[tuple[str, int], Payload] = {}
         for payload in self._payloads:
             if payload.message == index and payload.start >= earliest:
@@ -144,14 +160,21 @@ class _TurnSearch:
         return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
-        """Return the first start at or after `offset` of a later message, or the text's end."""
+        """Return where the first payload of a later message starts, at or after `offset`.
+
+        Return the end of the text if there is no such payload.
+        """
         starts = (p.start for p in self._payloads if p.message > index and p.start >= offset)
         return min(starts, default=len(self._text))
 
     def _start(self, index: int, before: int, limit: int, *, empty: bool) -> _Start:
-        """Return a start from `before` on; before a message with text, at most at `limit`.
+        """Return the start of the turn.
 
-        A thought that the generation prompt opens may reach into the message's text.
+        The gap is the text from `before`, the end of the earlier messages' payloads, to `limit`,
+        the beginning of the message's first payload. An `empty` message has no payload; its gap
+        ends at the next message. The start lies in the gap or at its end, except if the generation
+        prompt ends with a `<think>` that the message's own text begins with: the start then lies
+        after that `<think>`.
         """
         gap = self._text[before:limit]
         prompt, role_marker = self._format.prompt, self._format.role_marker
@@ -168,15 +191,28 @@ class _TurnSearch:
         return start._replace(offset=before + start.offset)
 
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
-        """Return the start in `gap`, compared with the prompt of inference; None if not shown.
+        """Return the start as an offset in `gap`, proved by a render of the generation prompt.
 
-        The gap holds the template's text before the message, `tail` the end of the prompt. Three
-        cases show a start:
+        The tail is the text after the last payload if the earlier messages are rendered with the
+        generation prompt: the text in front of which the model speaks at inference. The first of
+        three cases that applies decides:
 
-            the tail is a beginning of the gap      the rest of the gap is said by the model
-            the gap is the tail, or a beginning,    all of the gap is said by the prompt
-              or the tail without a middle part
-            both agree up to the role's name        the rest of the gap is said by the model
+            the gap begins with the tail          the model says the rest of the gap
+                gap   </s><assistant><tool_call>  the turn starts at <tool_call>
+                tail  </s><assistant>
+
+            the gap is the tail without its end   the model says nothing of the gap
+            or without a middle part
+                gap   </s><assistant>             the turn starts at the message's text
+                tail  </s><assistant><think></think>
+
+            both agree up to the role marker      the model says the gap from the difference on
+                gap   </s><assistant><quick>      the turn starts at <quick>
+                tail  </s><assistant><deep>
+
+        In the third case the gap may go on with the end of the tail, which the model does not say:
+        gap `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
+        Return None if no case applies, or if a role marker remains after the start.
         """
         tail = self._tail(self._messages[:index], prompt=True)
         if tail is None:
@@ -196,22 +232,32 @@ class _TurnSearch:
         return _Start(start) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
-        """Return the end of the gap, or of a thought's tag that prompt and message both print next.
+        """Return the start for a message that may begin with a `<think>` of the prompt.
 
-        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn
-        starts at `hm`, as for a template that prints the tag and a reasoning.
+        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the prompt
+        already contains `<think>`, so the turn starts at `hm`. The start is the end of the gap if
+        the rest of the tail does not open a thought.
         """
         if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
             return max(len(gap), len(cut_prefix(following, tail, self._control)))
         return len(gap)
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:
-        """Return True unless the text before the message's own text holds a role marker."""
+        """Return True if `lead`, the text from the start to the first payload, has no role marker.
+
+        A role marker in `lead` would show that the turn starts later. An `empty` message has no
+        payload, so nothing is checked.
+        """
         role_marker = self._format.role_marker
         return empty or not role_marker or role_marker not in lead
 
     def _start_by_role_marker(self, gap: str) -> int | None:
-        """Return the end of the gap's only role marker and of the prompt's matching rest."""
+        """Return the start after the gap's only role marker; None unless there is exactly one.
+
+        The text after the role marker belongs to the prompt as far as both are equal: for the gap
+        `<assistant>\\n<think>\\n\\n`, the role marker `<assistant>` and the prompt
+        `<assistant>\\n`, the turn starts at `<think>`.
+        """
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
             return None
@@ -221,8 +267,11 @@ class _TurnSearch:
     def _start_without_header(self, index: int, gap: str) -> _Start | None:
         """Return the start of a message that the template prints without a header.
 
-        The evidence: the gap is text of the generation prompt, then text that the template prints
-        behind the header if the message answers a question.
+        Apertus and DeepSeek 3.2 print no header before an answer to a tool's result. As evidence,
+        the last user's message and this message are rendered alone, where the template prints a
+        header. The text between that header and the message is the lead, `<|inner|>` for example.
+        The start is proved if the gap consists of text of the generation prompt followed by the
+        lead; the turn starts with the lead. Return None otherwise.
         """
         tail = self._tail(self._messages[:index], prompt=True)
         plain = self._tail(self._messages[:index], prompt=False)
@@ -241,7 +290,7 @@ class _TurnSearch:
         return _Start(start, by_comparison=True) if gap.endswith(lead) and is_within(gap[:start], tail) else None
 
     def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
-        """Return the rendered text behind the last payload of the messages; None if refused."""
+        """Render the messages and return the text after the last payload; None if refused."""
         marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
         try:
             return marking.tail(self._template.render(marking.mark(messages), self._tools, prompt=prompt))
@@ -249,7 +298,12 @@ class _TurnSearch:
             return None
 
     def _end(self, index: int, last: int, following: int) -> int:
-        """Return the end of the first stop in `[last, following)`, before any role marker."""
+        """Return the end of the turn: the end of the first stop after the message's last payload.
+
+        The stop is searched from `last`, the end of that payload, to `following`, the first payload
+        of a later message, and must come before any text that begins a message. Raises `Refused` if
+        there is no stop, unless the format has an open end and the message is the last.
+        """
         rest = self._text[last:following]
         message = self._messages[index]
         stops = self._format.stops + (self._format.call_stops if message.get("tool_calls") else ())
@@ -263,26 +317,32 @@ class _TurnSearch:
 
     @cached_property
     def _openers(self) -> list[str]:
-        """Texts that begin a message and end none."""
+        """Texts that begin a message: the role marker and its first token, without the stops."""
         stops = self._format.stops + self._format.call_stops
         begins = token_or_tag(self._control).match(self._format.role_marker.lstrip())
         return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
-        """Return the length of the message's own white space at the text's end, if printed."""
+        """Return how many characters of `rest` are white space of the message's own content.
+
+        `rest` is the white space between the message's last payload and the end of the text. The
+        result is the length of `rest` or 0.
+        """
         content = "" if self._messages[index].get("tool_calls") else self._messages[index]["content"]
         space = content[len(content.rstrip()) :]
         if not space or rest != space:
             return 0
-        # A template that trims and prints equal white space itself puts the letter beside the word.
+        # A template may trim the content and print the same white space itself. To find out, render
+        # the content with an "x" added at the end: only without a trim is "x" printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
-    """Narrow each turn to the `{% generation %}` tag around the payloads.
+    """Narrow each turn to the `{% generation %}` block around its payloads.
 
-    Return no turns if a turn's payloads lie in no tag.
+    `tags` are the spans printed inside such blocks. Return an empty list if the payloads of a turn
+    do not lie in a single block.
     """
     result = []
     for turn in turns:
@@ -291,7 +351,7 @@ def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Seque
         tag = next((tag for tag in tags if tag.start <= start and end <= tag.end), None)
         if tag is None:
             return []
-        # Some tags include the prompt, some leave the stop token out.
+        # Some blocks include the generation prompt, and some leave the stop out.
         stop_follows = text[tag.end : turn.span.end] in ("", *stops)
         tag_end = max(tag.end, turn.span.end) if stop_follows else turn.span.end
         result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(tag_end, turn.span.end))))

@@ -1,4 +1,4 @@
-"""Conversation -> Examples: `Renderer`, `Tokenizer` and the policy for overflow combined."""
+"""Conversation -> Examples: render, tokenize, and shorten conversations longer than a pack."""
 
 from __future__ import annotations
 
@@ -27,18 +27,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = "name:"
-"""Beginning of a template given by its name in the tokenizer: "name:tool_use"."""
+"""Prefix of a template given by the name that it has in the tokenizer: "name:tool_use"."""
 
 
 class ChatEncoder:
-    """Conversations -> tokens and loss masks, each verified or refused.
+    """Encodes conversations to tokens and verified loss masks, or refuses them.
 
-    `tokenizer` is a transformers tokenizer, its directory or a hub name. `template` is the path or
-    the text of a Jinja chat template, or `name:` and the name of a template in the tokenizer;
-    default: the tokenizer's own. `date` (YYYY-MM-DD) is printed
-    by templates as today's date; default: today. `backend` computes the token ids. All further
-    arguments are settings of the `[data]` table (`Policy`), or given together as `policy`. Raises
-    ValueError if no conversation can be trained on with the template.
+    `tokenizer` is a tokenizer of transformers, its directory, or its hub name.
+
+    `template` is one of: the path of a file with a Jinja chat template; the Jinja text itself;
+    `name:` followed by the name of a template in the tokenizer. Default: the tokenizer's own
+    template.
+
+    `date` (YYYY-MM-DD) is the date that templates print as today's. Default: today.
+
+    `backend` names the library that computes the token ids, as in `Tokenizer`.
+
+    `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
+    `ChatEncoder("model", overflow="split")`. A complete `policy` replaces `train_on` and
+    `policy_fields`.
+
+    Raises ValueError if no conversation can be trained on with the template.
     """
 
     def __init__(
@@ -67,17 +76,17 @@ class ChatEncoder:
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, and the date printed as today."""
+        """The chat template, with the date that it prints as today's."""
         return self.renderer.template
 
     @property
     def report(self) -> TemplateReport:
-        """The format of turns in the template, and the shapes of conversation printed whole."""
+        """The report on the template: its turn format, and the probes that it prints whole."""
         return self.renderer.report
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids of the tokens at the end of an assistant's turn, sorted."""
+        """Ids of the tokens that end an assistant's turn, in ascending order."""
         turn_format = self.report.turn_format
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
@@ -86,7 +95,7 @@ class ChatEncoder:
     ) -> list[Example]:
         """Return the examples of messages in any known layout; raises `Refused`.
 
-        A conversation gives a single example unless `history` is "per_turn" or `overflow` "split".
+        There is a single example, unless `history` is "per_turn" or `overflow` is "split".
         """
         return self.encode_conversation(parse_row({"messages": list(messages), "tools": tools}))
 
@@ -98,14 +107,17 @@ class ChatEncoder:
         return examples
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return text and trained spans of a conversation; raises `Refused`."""
+        """Return the text and the trained spans of a conversation; raises `Refused`."""
         return self.renderer.render(conversation)
 
     def tokenize_all(self, rendered: Sequence[RenderedConversation]) -> list[list[Example] | Refused]:
-        """Return the examples, or the refusal, of each conversation, by the policy for overflow."""
+        """Return the examples, or the refusal, of each conversation.
+
+        A conversation longer than `policy.capacity` is shortened if `policy.overflow` says so.
+        """
         encoded = self.tokenizer.encode_all([text for conversation in rendered for text in conversation.texts])
         if len(encoded) == len(rendered):
-            # The common case: a text of each, and no regrouping.
+            # The common case: each conversation has one text.
             examples = [example if isinstance(example, Refused) else [example] for example in encoded]
         else:
             remaining = iter(encoded)
@@ -115,9 +127,10 @@ class ChatEncoder:
         return [self._shortened(*pair) for pair in zip(rendered, examples, strict=True)]
 
     def _shortened(self, rendered: RenderedConversation, examples: list[Example] | Refused) -> list[Example] | Refused:
-        """Replace a single too long example by examples within the capacity.
+        """Replace an example longer than the capacity by examples that fit.
 
-        Examples of single turns are kept at any length; the packer drops too long ones.
+        If a conversation has several examples, one for each trained message, none is shortened; the
+        packer drops examples that are too long.
         """
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
@@ -131,7 +144,10 @@ class ChatEncoder:
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:
-    """Return all examples of a conversation, noted if there are several, or the first refusal."""
+    """Return the examples of a conversation's texts, or the first refusal among the texts.
+
+    Several examples get the note "examples of single turns".
+    """
     examples = []
     for example in encoded:
         if isinstance(example, Refused):
@@ -143,16 +159,17 @@ def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refuse
 
 
 def _template_text(template: str, vocabulary: Vocabulary) -> str:
-    """Return Jinja text, given itself, by a name in the tokenizer, or by the path of a file.
+    """Return the Jinja text of a template.
 
-    Raises ValueError if there is no template of the name, or no file.
+    `template` is the text itself, a name in the tokenizer ("name:tool_use"), or the path of a file.
+    Raises ValueError if the tokenizer has no template of the name, or the file cannot be read.
     """
     if _is_jinja(template):
         return template
     if template.startswith(_NAMED):
         text = vocabulary.templates.get(template.removeprefix(_NAMED))
         if text is None:
-            raise ValueError(f"chat template {template!r} is none of the tokenizer's; {_remedy(vocabulary)}")
+            raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
         return text
     try:
         with Door(f"chat template {excerpt(template)} cannot be read"):
@@ -174,11 +191,11 @@ def _is_jinja(template: str) -> bool:
 
 def _remedy(vocabulary: Vocabulary) -> str:
     names = ", ".join(f'template = "{_NAMED}{name}"' for name in vocabulary.templates)
-    return f"set one of {names}" if names else 'name one: template = "chat.jinja"'
+    return f"set one of {names}" if names else 'set the path of a file: template = "chat.jinja"'
 
 
 def _parse_date(date: str) -> Date:
     try:
         return Date.fromisoformat(date)
     except ValueError:
-        raise ValueError(f"date = {date!r} is no day; write it as YYYY-MM-DD") from None
+        raise ValueError(f"date = {date!r} is not a date; write a date as YYYY-MM-DD, such as 2025-01-31") from None

@@ -178,6 +178,6 @@ def test_no_state_can_be_taken_inside_an_unevenly_shared_step(tokenizer: str, co
     loader = PackLoader(tiny.data_config(tokenizer, corpus_path, streams=8, global_batch=8), shard=Shard(0, 3))
     next(loader)
     with pytest.raises(
-        ValueError, match="3 shards do not share a step of 8 packs evenly; take the state at its border"
+        ValueError, match="3 shards do not share a step of 8 packs evenly; take the state at the end of a step"
     ):
         loader.state_dict()

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoints import RECIPE, About, CheckpointStore, Recipe
-from sftstream import DataState, LoaderPosition, StreamState
+from sftstream import DataState, LoaderPosition
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
@@ -153,12 +153,8 @@ def restore(
     reseeded = store.manifest(step).about.mesh != topology.sizes or not _restore_rng(values, topology)
     if reseeded:
         torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + dist.get_rank()) % 2**63)
-    streams = {
-        int(key.removeprefix(STREAM)): msgspec.msgpack.decode(blob, type=StreamState)
-        for key, blob in values.items()
-        if key.startswith(STREAM)
-    }
-    data = DataState.parse({**values["data/run"], "streams": msgspec.to_builtins(streams, str_keys=True)})
+    streams = {int(key.removeprefix(STREAM)): blob for key, blob in values.items() if key.startswith(STREAM)}
+    data = DataState.from_parts(values["data/run"], streams)
     return Restored(msgspec.convert(values["progress"], Progress), settings, data, reseeded)
 
 

@@ -1,0 +1,26 @@
+"""States of earlier formats, brought into the present format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sftstream.identity import FORMAT
+
+
+def in_present_format(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a stored state in the present format.
+
+    A state without a number of a format is returned as given: its conversion to a record names the
+    fault. Raises ValueError for a format that this version does not read.
+    """
+    identity = state.get("identity")
+    number = identity.get("format") if isinstance(identity, Mapping) else None
+    if not isinstance(identity, Mapping) or not isinstance(number, int) or number == FORMAT:
+        return state
+    if number == 3:
+        return {**state, "identity": {**identity, "format": 4}}
+    raise ValueError(
+        f"the state has format {number}, and this version of sftstream reads formats 3 and {FORMAT}; "
+        "resume with the version that wrote the state"
+    )
