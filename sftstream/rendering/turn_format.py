@@ -97,8 +97,8 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     try:
         plain, prompted = template.render([USER]), template.render([USER], prompt=True)
     except Refused as refused:
-        if refused.reason == "template takes too long":
-            raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
+        if refused.reason == "template does too much":
+            raise ValueError(f"the chat template does too much: {refused.detail}; use another template") from None
         try:
             plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
         except Refused:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.cache import cached
+from sftstream.door import Door
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
 from sftstream.sources.rows import (
     OPEN_FILES,
@@ -28,8 +29,6 @@ from sftstream.sources.rows import (
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
-UNREADABLE = (pa.ArrowException, OSError)
-"""Errors of Arrow on files that are damaged or not Arrow files."""
 _UNHOLDABLE = (pa.ArrowException, *UNDECODABLE, ValueError, TypeError, KeyError, ArithmeticError)
 """Errors of Arrow when it converts a value to Python: numbers and dates out of range, keys that
 cannot be hashed, unknown time zones, text that is not UTF-8."""
@@ -116,14 +115,12 @@ def arrow(stored: Stored) -> Arrow:
     A file with compressed batches cannot be mapped, so it is copied into the cache. Raises
     ValueError if the file is not a readable Arrow file.
     """
-    try:
+    with Door(f"{stored.display_name} is not a readable Arrow file"):
         mapped = _mapped(stored)
         filled = (batch for batch in _source(stored, mapped)[1] if batch.num_rows)
         if all(_lies_in(mapped, batch) for batch in islice(filled, 1)):
             return Arrow(stored)
         return in_columns(stored, lambda: _checked(*_source(stored, mapped)))
-    except UNREADABLE as error:
-        raise ValueError(f"{stored.display_name} is not a readable Arrow file: {error}") from None
 
 
 def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:

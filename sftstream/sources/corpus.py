@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
-from sftstream.sources.resolve import open_source
+from sftstream.sources.resolve import open_source, source_door
 from sftstream.sources.rows import FileIdentity, RowFile
 from sftstream.sources.streamed import StreamedSource
 from sftstream.sources.streamed_reader import StreamedReader
@@ -24,6 +24,7 @@ class FileSet:
         self.files = open_source(source)
         self.file_sizes = tuple(len(file) for file in self.files)
         self._path = source.path
+        self.door = source_door(source)
         self.settings: RowSettings = source
         self._ends = list(accumulate(self.file_sizes))
         if not len(self):
@@ -105,7 +106,10 @@ class CorpusReader:
         A row of a streamed source can be read once, and once more for each announcement.
         """
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, StreamedReader) else source.read(ref.row)
+        if isinstance(source, StreamedReader):
+            return source.read(ref)
+        with source.door:
+            return source.read(ref.row)
 
     def locate_broken(self, ref: Ref) -> str:
         """Return the location of a broken row.

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.config import SourceConfig
+from sftstream.door import Door
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
 from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
@@ -19,6 +20,8 @@ from sftstream.sources.saved import choose
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DECLARED = re.compile(r"---\n(?:(?!---).*\n)*?(?:configs|dataset_info):")
+_VALUES = 1_000_000
+"""Values in the YAML of a dataset card; cards with hundreds of subsets have some 10,000."""
 _SLICE, _SLICES = 1000, 128
 """Number of rows in a slice of a digest, and of slices in a sampled digest."""
 
@@ -112,6 +115,35 @@ def _cache(directory: Path) -> str | None:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / derived(*content))
 
 
+def _require_bounded_card(directory: Path) -> None:
+    """Raise ValueError if aliases make the YAML of a directory's dataset card explode.
+
+    `datasets` walks the values as a tree: 9 lists of 9 aliases each, 9 levels deep, are 400 million
+    values in a card of 300 bytes.
+    """
+    card = directory / "README.md"
+    if not card.is_file():
+        return
+    import yaml
+
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    root = yaml.compose(parts[1], Loader=yaml.SafeLoader) if len(parts) == 3 and not parts[0].strip() else None
+    if (size := _tree_size(root, {})) > _VALUES:
+        raise ValueError(
+            f"source {str(directory)!r} has a dataset card whose aliases stand for {size:.3g} values, above {_VALUES:,}; "
+            "write the values out in README.md, or remove the aliases"
+        )
+
+
+def _tree_size(node: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values below a YAML node, shared nodes counted each time."""
+    if id(node) not in sizes:
+        inner = node.value if isinstance(getattr(node, "value", None), list) else ()
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_tree_size(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 @contextmanager
 def _asking(source: SourceConfig) -> Iterator[None]:
     """Hide the progress bars of `datasets`, and turn its errors into a ValueError of one line."""
@@ -119,14 +151,13 @@ def _asking(source: SourceConfig) -> Iterator[None]:
 
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    is_local = Path(source.path).is_dir()
+    kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
+    request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
     try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        is_local = Path(source.path).is_dir()
-        kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
-        request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"source {source.path!r} cannot be read as {kind} ({request}): {reason}") from None
+        with Door(f"source {source.path!r} cannot be read as {kind} ({request})"):
+            _require_bounded_card(Path(source.path))
+            yield
     finally:
         if had_progress_bars:
             datasets.enable_progress_bars()

@@ -37,12 +37,12 @@ class JsonArray(IndexedFile):
         """Do nothing: an element may begin anywhere in a line, so there is nothing to check."""
 
 
-def elements_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
+def elements_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
     """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
     try:
         elements = _ELEMENTS.decode(skip_bom(file).read())
     except UNDECODABLE as error:
-        raise ValueError(f"not a JSON array of conversations: {error}") from None
+        raise ValueError(f"{name} is not a JSON array of conversations: {error}") from None
     return RowsFrom(0, (partial(bytes, element) for element in elements))
 
 

@@ -13,7 +13,8 @@ from itertools import accumulate
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns, rows_of, seekable
+from sftstream.door import Door
+from sftstream.sources.arrow import Arrow, Source, in_columns, rows_of, seekable
 from sftstream.sources.rows import RowsFrom, Stored
 
 _BATCH = 1000
@@ -23,10 +24,8 @@ group."""
 
 def parquet(stored: Stored) -> Arrow:
     """Return the rows of a Parquet file; raises ValueError if damaged or not a Parquet file."""
-    try:
+    with Door(f"{stored.display_name} is not a readable Parquet file"):
         return in_columns(stored, lambda: _source(stored))
-    except UNREADABLE as error:
-        raise ValueError(f"{stored.display_name} is not a readable Parquet file: {error}") from None
 
 
 def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from sftstream.config import SourceConfig
+from sftstream.door import Door
 from sftstream.sources.hub import Loaded, is_hub_name, is_repository
 from sftstream.sources.kinds import KNOWN, is_known, open_file
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
@@ -33,8 +33,8 @@ def resolve(source: SourceConfig) -> Resolved:
     Raises ValueError if the path matches nothing or a setting does not apply to the path.
     """
     full = source.digest == "full"
-    location: FileLocation = LocalLocation(Path(source.path).expanduser(), full)
-    with _reading(source):
+    location: FileLocation = LocalLocation(Path(os.path.expanduser(source.path)), full)
+    with source_door(source):
         if not location.is_file() and not location.is_directory() and "://" in source.path:
             location = remote(source.path, full=full)
         # is_file first: is_directory would download a file from a web server
@@ -51,16 +51,13 @@ def open_source(source: SourceConfig) -> list[RowFile]:
     Raises ValueError if a file is unreadable.
     """
     resolved = resolve(source)
-    with _reading(source):
+    with source_door(source):
         return [Loaded(resolved.source)] if isinstance(resolved, Dataset) else [open_file(file) for file in resolved]
 
 
-@contextmanager
-def _reading(source: SourceConfig) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
+def source_door(source: SourceConfig) -> Door:
+    """Return the door that names the source in the errors of libraries."""
+    return Door(f"source {source.path!r} cannot be read")
 
 
 def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Resolved:

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sftstream.config import RowSettings, SourceConfig
-from sftstream.sources.arrow import UNREADABLE
-from sftstream.sources.compressed import DAMAGED
+from sftstream.door import Door
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
-from sftstream.sources.remote import connection_errors, remote
-from sftstream.sources.resolve import Dataset, resolve
+from sftstream.sources.remote import remote
+from sftstream.sources.resolve import Dataset, resolve, source_door
 from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
@@ -25,8 +24,10 @@ class StreamedSource:
 
     def __init__(self, source: SourceConfig) -> None:
         self.settings: RowSettings = source
-        self._locations = _locations(source)
-        fingerprints = [location.fingerprint() for location in self._locations]
+        self.door = source_door(source)
+        with self.door:
+            self._locations = _locations(source)
+            fingerprints = [location.fingerprint() for location in self._locations]
         self._markers = [marker for marker, _ in fingerprints]
         self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
 
@@ -56,32 +57,21 @@ class StreamedSource:
         """
         self._require_unchanged(file)
         location = self._locations[file]
-        try:
+        with Door(f"{location.display_name} cannot be read"):
             first, rows = read_forward(location, start)
-        except _failures() as error:
-            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         return RowsFrom(first, self._to_the_end(file, rows))
 
     def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
-        try:
+        with Door(f"{self._locations[file].display_name} cannot be read to its end"):
             yield from rows
-        except _failures() as error:
-            raise ValueError(f"{self._locations[file].display_name} cannot be read to its end: {error}") from None
         self._require_unchanged(file)  # a file truncated after a row seems complete
 
     def _require_unchanged(self, file: int) -> None:
         location = self._locations[file]
-        try:
+        with Door(f"{location.display_name} cannot be read"):
             marker = location.change_marker()
-        except connection_errors() as error:
-            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
         if marker != self._markers[file]:
             raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Return the types of errors for a file that is damaged or cannot be reached."""
-    return *UNREADABLE, *DAMAGED, *connection_errors(), ValueError
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:

@@ -64,7 +64,8 @@ class StreamedReader:
             if self._next == index and ref not in wanted:  # the announcement may be for another epoch
                 wanted.append(ref)
             if wanted:
-                content = _read(row)
+                with self.source.door:
+                    content = _read(row)
                 for wanted_ref in wanted:
                     self._kept.setdefault(wanted_ref, []).append(content)
             self._next += 1

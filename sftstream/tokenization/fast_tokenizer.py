@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 
 REMEDY = "set data.tokenizer.backend = 'huggingface'"
@@ -114,9 +115,10 @@ class FastTokenizer:
         import fastokens
 
         try:
-            tokenizer = fastokens.Tokenizer.from_json_str(self._description)
+            with Door(f"{version()} cannot load this tokenizer"):
+                tokenizer = fastokens.Tokenizer.from_json_str(self._description)
         except ValueError as error:
-            self._refused = f"{version()} cannot load this tokenizer: {error}; {REMEDY}"
+            self._refused = f"{error}; {REMEDY}"
             return
 
         def encode(texts: Sequence[str]) -> Ids:

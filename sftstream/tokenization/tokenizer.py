@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.normalizers import NFC
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "huggingface", "fastokens"]
 """Library that computes token ids, as described in `Tokenizer`."""
+
+_ENCODING = Door("the text cannot be tokenized", error=lambda line: Refused("tokenizer raises", line))
 
 
 class Tokenizer:
@@ -93,14 +96,18 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
         """Return the example, or the refusal, of each text."""
-        if self._lengths is None:
-            return [self._by_offsets(text) for text in texts]
         try:
-            return self._by_lengths(texts, self._lengths)
+            with _ENCODING:
+                if self._lengths is None:
+                    return [self._by_offsets(text) for text in texts]
+                return self._by_lengths(texts, self._lengths)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_surrogate_refusal(texts[0].text, error)]
-            return [self.encode_all([text])[0] for text in texts]
+        except Refused as refused:
+            if len(texts) == 1:
+                return [refused]
+        return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
         byte_bounds = self._byte_bounds([self._squeezed(text) for text in texts] if self._absorbing else texts)
