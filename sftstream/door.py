@@ -59,8 +59,11 @@ def _is_error(error: BaseException) -> bool:
 
 
 def _is_ours(error: BaseException, trace: TracebackType | None) -> bool:
-    """Return True for an error with a message of this package: raised by a `raise` statement, not by
-    the call of an extension module, and of no type of another package, such as ArrowInvalid."""
+    """Return True for an error with a message of this package.
+
+    Such an error is raised by a `raise` statement, not by the call of an extension module, and its
+    type is from no other package, as ArrowInvalid would be.
+    """
     if not isinstance(error, ValueError | RuntimeError) or trace is None:
         return False
     if type(error).__module__.partition(".")[0] not in ("builtins", _PACKAGE):

@@ -73,8 +73,8 @@ Key = tuple[int, int, int]
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
     """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails, if the markers change other text, or if a payload is neither
-    printed as stored nor as inside a JSON string.
+    Raises `Refused` if a render fails, if the markers change text outside the payloads, or if a
+    payload is printed neither unchanged nor escaped as in a JSON string.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
@@ -286,7 +286,8 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings of a message that one render may print and another render leave out."""
+    """Yield the strings that may be absent from the plain render and still be printed by a render
+    with markers. A marker must not occur in them."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))

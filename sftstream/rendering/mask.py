@@ -1,7 +1,7 @@
 """Choose the trained spans of a rendered conversation.
 
 The policy decides which roles and which parts of a turn are trained. A conversation is refused if a
-span would contain text that another role said.
+span would contain text of another message.
 """
 
 from __future__ import annotations

@@ -111,9 +111,9 @@ _ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 def reading_content(template: ChatTemplate) -> ChatTemplate:
     """Return the template in the variant that prints contents.
 
-    Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". If only
-    the copy of the template that gets such lists prints the content, return the copy; otherwise
-    return the template unchanged.
+    Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". Return a
+    copy of the template that passes such lists, if the copy prints the content and the template
+    itself does not. Otherwise return the template unchanged.
     """
     with bounded_memory():
         for candidate in (template, template.with_content_as_parts()):

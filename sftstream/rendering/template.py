@@ -27,7 +27,8 @@ TemplateMessage = dict[str, Any]
 SECONDS = 60.0
 """Time limit for one render, in seconds; a long conversation takes a few milliseconds.
 
-Ends the run: a row refused by a clock would be refused on some machines only.
+Exceeding the limit ends the run. It does not refuse the row, because a faster machine would accept
+the same row.
 """
 _LONGEST = 1 << 20
 """Characters of a template; published templates have up to 40,000."""
@@ -107,10 +108,11 @@ class ChatTemplate:
 
 
 def _compiled(text: str) -> Any:
-    """Compile the template in the Jinja environment of transformers, with two changes.
+    """Compile the template in the Jinja environment of transformers, with three changes.
 
     `tojson` gets a cache, since conversations of one source often share tool definitions. `random`
-    and `lipsum` are removed, since their output differs in each process.
+    and `lipsum` are removed, since their output differs in each process. The work of a render is
+    counted (see `bounds`).
     """
     environment = _compile_jinja_template("").environment.overlay()  # "": only the environment is needed
     filters = {name: function for name, function in environment.filters.items() if name != "random"}

@@ -11,8 +11,8 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
     text    <user>hi</s><assistant>seven</s>
     format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
     gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
-    tail    the text after the last payload if only the user's message is rendered with the
-            generation prompt, "<user>hi</s><assistant>": "</s><assistant>"
+    tail    the user's message alone, rendered with the generation prompt, is
+            "<user>hi</s><assistant>"; the tail is the text after "hi": "</s><assistant>"
     start   gap and tail are equal, so the model says all text after the gap: offset 23
     end     the first stop after "seven" ends at offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
@@ -210,8 +210,9 @@ class _TurnSearch:
                 gap   </s><assistant><quick>      the turn starts at <quick>
                 tail  </s><assistant><deep>
 
-        In the third case the gap may go on with the end of the tail, which the model does not say:
-        gap `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
+        In the third case, the text after the common beginning may start with a suffix of the tail.
+        The prompt contains that suffix, so the turn starts after it: gap
+        `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
         Return None if no case applies, or if a role marker remains after the start.
         """
         tail = self._tail(self._messages[:index], prompt=True)
@@ -254,9 +255,9 @@ class _TurnSearch:
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the start after the gap's only role marker; None unless there is exactly one.
 
-        The text after the role marker belongs to the prompt as far as both are equal: for the gap
-        `<assistant>\\n<think>\\n\\n`, the role marker `<assistant>` and the prompt
-        `<assistant>\\n`, the turn starts at `<think>`.
+        From the role marker on, the gap is compared with the prompt. The text in which both are
+        equal belongs to the prompt: for the gap `<assistant>\\n<think>\\n\\n`, the role marker
+        `<assistant>` and the prompt `<assistant>\\n`, the turn starts at `<think>`.
         """
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
@@ -333,8 +334,9 @@ class _TurnSearch:
         space = content[len(content.rstrip()) :]
         if not space or rest != space:
             return 0
-        # A template may trim the content and print the same white space itself. To find out, render
-        # the content with an "x" added at the end: only without a trim is "x" printed last.
+        # A template may trim the content and print the same white space itself. To find out, the
+        # content is rendered with an "x" added at its end. If the template prints the space itself,
+        # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
 

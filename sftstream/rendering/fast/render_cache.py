@@ -64,7 +64,8 @@ class RenderCache:
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        self._to_json: Any = template.environment.filters["tojson"].__wrapped__  # rows print no more than they hold
+        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
