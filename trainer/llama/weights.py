@@ -120,11 +120,31 @@ def load_weights(model: Llama, directory: StrPath) -> None:
 def opened(directory: Path) -> Iterator[dict[str, Any]]:
     """Open the safetensors files of `directory`, and yield a mapping from tensor name to open file.
 
-    Raises ValueError if a file or the index is missing or damaged.
+    The index decides between two files that hold a tensor. Raises ValueError if a file or the index
+    is missing or damaged, or if two files hold a tensor that is not in the index.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in weight_files(directory)]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+        files = {path.name: stack.enter_context(_opened(path)) for path in weight_files(directory)}
+        holders: dict[str, list[str]] = {}
+        for file, opened_file in files.items():
+            for name in opened_file.keys():  # noqa: SIM118 - not a mapping
+                holders.setdefault(name, []).append(file)
+        chosen = _chosen(holders, _weight_map(directory), directory)
+        yield {name: files[file] for name, file in chosen.items()}
+
+
+def _chosen(holders: Mapping[str, list[str]], weight_map: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Return the file of each tensor: the file in the index, or else the only file with the tensor."""
+    for name, file in weight_map.items():
+        if file not in holders.get(name, ()):
+            raise ValueError(f"{directory / file} holds no {name}, but {INDEX} says so: fetch the model again")
+    for name, files in holders.items():
+        if name not in weight_map and len(files) > 1:
+            raise ValueError(
+                f"{directory}: {' and '.join(files)} both hold {name}, which is not in {INDEX}: remove one of the files, "
+                "or fetch the model again"
+            )
+    return {name: weight_map.get(name, files[0]) for name, files in holders.items()}
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -132,16 +152,25 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises ValueError if the index is damaged or names a file outside of the directory.
     """
-    index = directory / INDEX
-    if not index.exists():
+    if not (directory / INDEX).exists():
         return [directory / "model.safetensors"]
-    try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"{index}: {error}") from error
+    names = sorted(set(_weight_map(directory).values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]!r}: weight files must lie in the directory of the index")
+        raise ValueError(
+            f"{directory / INDEX} names {outside[0]!r}: weight files must lie in the directory of the index"
+        )
     return [directory / name for name in names]
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor in the index, or nothing without an index."""
+    index = directory / INDEX
+    try:
+        return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except FileNotFoundError:
+        return {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{index}: {error}") from error
 
 
 def _opened(path: Path) -> Any:
