@@ -134,9 +134,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: LlamaConfig | None = None
     """Shape of a new model. In the TOML file the keys of the shape stand directly in `[model]`."""
 
+    resize_vocabulary: bool = False
+    """Add rows to the embedding and the head of `init_from` if the tokenizer has more ids than the
+    model, up to a multiple of 64 that tensor parallelism can split. Each new row is the mean of the
+    model's rows. The checkpoints record the number of rows before. False: more ids are an error."""
+
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
             raise ValueError("give either init_from (a Hugging Face directory or hub name) or the shape of a new model")
+        if self.resize_vocabulary and self.init_from is None:
+            raise ValueError(
+                "resize_vocabulary changes the model of init_from, and a new model has any size; set vocab_size instead"
+            )
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -313,7 +322,7 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
             data = {**data, key: run[key]}
     # In the file the keys of the shape stand beside init_from.
     model = dict(table.get("model", {}))
-    nested = {key: model.pop(key) for key in ("init_from",) if key in model}
+    nested = {key: model.pop(key) for key in ("init_from", "resize_vocabulary") if key in model}
     if model:
         nested["shape"] = model
     try:

@@ -23,6 +23,8 @@ from trainer.llama.model import Llama
 from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"
+_ROWS = 16_384
+"""Rows of an embedding read at a time."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Accepted dtypes of safetensors; other dtypes hold the codes of a quantization."""
 
@@ -101,19 +103,24 @@ def shapes(model: Llama) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def load_weights(model: Llama, directory: StrPath) -> None:
+def load_weights(model: Llama, directory: StrPath, rows_before: int | None = None) -> None:
     """Load the safetensors of a Hugging Face directory, one file or several, into `model`.
 
     Each rank reads only the rows and columns that the rank holds, converted to the dtype of the
-    parameters. Raises ValueError, before anything is loaded, if a file is missing or damaged, or
-    if a tensor is missing, unexpected, quantized or has a shape that differs from `config.json`.
+    parameters. `rows_before` is the number of tokens in `directory` if the model has more: each
+    further row of the embedding and the head is the mean of the stored rows. Raises ValueError,
+    before anything is loaded, if a file is missing or damaged, or if a tensor is missing,
+    unexpected, quantized or has a shape that differs from `config.json`.
     """
     directory = Path(directory)
     with opened(directory) as tensors:
-        _check_tensors(model, tensors, directory)
+        stored = msgspec.structs.replace(model.config, vocab_size=rows_before or model.config.vocab_size)
+        _check_tensors(model, tensors, directory, stored.vocab_size)
         parameters = dict(model.named_parameters())
-        for name, pieces in layout(model.config).items():
+        for name, pieces in layout(stored).items():
             _fill(parameters[name], pieces, tensors)
+            if name in ("embedding.weight", "head.weight"):
+                _fill_with_mean(parameters[name], pieces[0], tensors)
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def opened(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def _chosen(holders: Mapping[str, list[str]], weight_map: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """Return the file of each tensor: the file in the index, or else the only file with the tensor."""
+    """Return the file of each tensor: the file in the index, or else the only file."""
     for name, file in weight_map.items():
         if file not in holders.get(name, ()):
             raise ValueError(f"{directory / file} holds no {name}, but {INDEX} says so: fetch the model again")
@@ -182,8 +189,11 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or not a safetensors file, fetch it again: {error}") from error
 
 
-def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) -> None:
+def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vocabulary: int) -> None:
     expected = shapes(model)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in expected:
+            expected[name][0] = vocabulary
     stored = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:
         ends = [
@@ -222,6 +232,18 @@ def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]
             read = tensors[piece.tensor].get_slice(piece.tensor)[(slice(low + shift, high + shift), *columns)]
             local(parameter)[low - rows.start : high - rows.start].copy_(read)
         offset += piece.rows
+
+
+def _fill_with_mean(parameter: Tensor, stored: Piece, tensors: Mapping[str, Any]) -> None:
+    """Set the local rows after the stored rows to the mean of all stored rows."""
+    rows, *columns = window(parameter)
+    if rows.stop <= stored.rows:
+        return
+    tensor = tensors[stored.tensor].get_slice(stored.tensor)
+    total = torch.zeros(parameter.shape[1], dtype=torch.float64)[columns[0]]
+    for low in range(0, stored.rows, _ROWS):
+        total += tensor[(slice(low, min(low + _ROWS, stored.rows)), *columns)].double().sum(0)
+    local(parameter)[max(0, stored.rows - rows.start) :].copy_(total / stored.rows)
 
 
 def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
