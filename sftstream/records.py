@@ -151,7 +151,7 @@ class Example(msgspec.Struct, frozen=True, gc=False):
 
     `targets` is the number of trained tokens without the first token of the example, which no token
     predicts: 2 for the loss mask `[1, 0, 1, 1]`. `notes` counts modifications of the conversation
-    by name, for example `{"truncated": 1}`.
+    by name, such as truncations.
     """
 
     tokens: NDArray[np.int32]

@@ -1,6 +1,7 @@
-"""The fast path: rows of the usual layouts without further columns, decoded by msgspec.
+"""The fast path: decode rows of the usual layouts, without further columns, with msgspec.
 
-`layouts.parse_layout` gives the same messages in three to ten times the time.
+`{"messages": [{"role": "user", "content": "hi"}, ...]}` is such a row. `layouts.parse_layout` reads
+all other rows; for a usual row it returns the same messages in three to ten times the time.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def _first_column(text: bytes) -> bytes:
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """Return True if each message has content or tool calls and the assistant has a message."""
+    """Return True if each message has content or tool calls, and one is from the assistant."""
     answered = False
     for message in messages:
         if message.content is None and not message.tool_calls:
@@ -188,7 +189,7 @@ def _answered(messages: Sequence[Message]) -> bool:
 
 @lru_cache(maxsize=128)
 def _known_tools(text: bytes) -> tuple[dict[str, Any], ...]:
-    """Return the tools of JSON text; cached, since many conversations share tools."""
+    """Return the tool definitions of JSON text. Cached, since many conversations share tools."""
     tools = msgspec.json.decode(text)
     refuse_deep([tools])
     return parse_tools(tools)

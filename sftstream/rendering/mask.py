@@ -1,4 +1,8 @@
-"""Choose the trained spans of a rendered conversation by policy, and verify the speaker."""
+"""Choose the trained spans of a rendered conversation.
+
+The policy decides which roles and which parts of a turn are trained. A conversation is refused if a
+span would contain text that another role said.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +61,16 @@ def require_whole(
     for message, kind, text in located.dropped:
         can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
         if kind != "reasoning" or not can_print:
-            raise Refused(f"template drops {_NAMES[kind]}", f"message {message}: {excerpt(text)} is not printed")
+            raise Refused(
+                f"template drops {_NAMES[kind]}",
+                f"message {message}: {excerpt(text)} is not printed; use a template that prints {_NAMES[kind]}",
+            )
         if policy.history == "error":
-            raise Refused("history rewritten", f"message {message}: its reasoning {excerpt(text)} is not printed")
+            raise Refused(
+                "history rewritten",
+                f"message {message}: its reasoning {excerpt(text)} is not printed; "
+                'set history = "per_turn" or "as_rendered"',
+            )
 
 
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
@@ -105,10 +116,11 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
 
 
 def _payload_spans(index: int, message: Message, located: Located, turn_format: TurnFormat) -> list[Span]:
-    """Return the span of a system, user or tool message: its first payload and the next stop.
+    """Return the span of a system, user or tool message: the first payload and the stop after it.
 
-    The stop must follow the payload at once, or after the white space that ends the content.
-    Otherwise the span is the payload alone. A message without printed text has no span.
+    A stop belongs to the span if it follows the payload directly, or after the white space that
+    ends the content. Otherwise the span is the payload alone. A message without printed text has no
+    span.
     """
     payload = next((payload for payload in located.payloads if payload.message == index), None)
     if payload is None or payload.start == payload.end:

@@ -143,11 +143,13 @@ class Renderer:
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
-            ("the tools", strings(tools)),
+            ("a tool definition", strings(tools)),
         ]
         for holder, texts in named:
             if found := self._control.search("\0".join(texts)):
-                raise Refused("control token in text", f"{holder} contains {found[0]!r} in a name or key")
+                raise Refused(
+                    "control token in text", f"{holder} contains {found[0]!r} in a name or key; remove the token"
+                )
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:

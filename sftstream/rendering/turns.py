@@ -13,8 +13,8 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
     gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
     tail    the text after the last payload if only the user's message is rendered with the
             generation prompt, "<user>hi</s><assistant>": "</s><assistant>"
-    start   gap and tail are equal, so all text after the gap is said by the model: offset 23
-    end     after the first stop that follows "seven": offset 32
+    start   gap and tail are equal, so the model says all text after the gap: offset 23
+    end     the first stop after "seven" ends at offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
 """
 
@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     """Index of the message in the conversation."""
     span: Span
     payloads: tuple[Payload, ...]
-    """Payloads of the message inside the turn, each at its first print."""
+    """Payloads of the message inside the turn; of a payload printed twice, the first occurrence."""
     by_prompt: bool = False
     """True if the earlier messages were rendered with the generation prompt to find the start."""
     by_comparison: bool = False
@@ -137,8 +137,8 @@ class _TurnSearch:
         `earliest` is the end of the turn before, or 0. Raises `Refused` if the start or the end is
         not found.
         """
-        # A template may print an earlier message a second time, after this message. Such prints do
-        # not count for `before`, the end of the earlier messages.
+        # A template may print an earlier message a second time, after this message. The second
+        # occurrence does not count for `before`, the end of the earlier messages.
         first = min((p.start for p in self._payloads if p.message == index), default=len(self._text))
         before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
         payloads = self._first_prints(index, max(before, earliest))
@@ -152,7 +152,7 @@ class _TurnSearch:
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
-        """Return the first print, at or after `earliest`, of each payload of the message."""
+        """Return the first occurrence, at or after `earliest`, of each payload of the message."""
         first_prints: dict[tuple[str, int], Payload] = {}
         for payload in self._payloads:
             if payload.message == index and payload.start >= earliest:
@@ -193,9 +193,9 @@ class _TurnSearch:
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
         """Return the start as an offset in `gap`, proved by a render of the generation prompt.
 
-        The tail is the text after the last payload if the earlier messages are rendered with the
-        generation prompt: the text in front of which the model speaks at inference. The first of
-        three cases that applies decides:
+        For the tail, only the earlier messages are rendered, with the generation prompt. The tail
+        is the text after their last payload; at inference the model speaks after the tail. Of three
+        cases, the first that applies decides:
 
             the gap begins with the tail          the model says the rest of the gap
                 gap   </s><assistant><tool_call>  the turn starts at <tool_call>
@@ -300,9 +300,10 @@ class _TurnSearch:
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
 
-        The stop is searched from `last`, the end of that payload, to `following`, the first payload
-        of a later message, and must come before any text that begins a message. Raises `Refused` if
-        there is no stop, unless the format has an open end and the message is the last.
+        The stop is searched between `last`, the end of that payload, and `following`, the first
+        payload of a later message. A text that begins a message ends the search. Without a stop,
+        raise `Refused`. If the format has an open end, the last message of the conversation needs
+        no stop: its turn ends with the text.
         """
         rest = self._text[last:following]
         message = self._messages[index]
