@@ -45,7 +45,7 @@ def rendered(
 
 
 def require_whole(
-    messages: Sequence[Message], located: Located, policy: Policy, *, prints_reasoning: bool, prints_thoughts: bool
+    messages: Sequence[Message], located: Located, policy: Policy, prints_reasoning: bool, prints_thoughts: bool
 ) -> None:
     """Raise Refused if the template left out a payload.
 
