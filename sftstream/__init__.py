@@ -1,4 +1,4 @@
-"""Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
+"""Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
@@ -21,6 +21,7 @@ from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.toml_file import read_toml
 
 __version__ = "0.2.0"
 
@@ -54,5 +55,6 @@ __all__ = [
     "identify_file",
     "merge",
     "read_conversations",
+    "read_toml",
     "rows_in_all_epochs",
 ]

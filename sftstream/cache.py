@@ -1,6 +1,6 @@
-"""The machine's cache of derived files: row indexes, and copies in formats with random access.
+"""Keep derived files in a cache directory: row indexes, and copies in formats with random access.
 
-Deleting the cache loses nothing: missing files are made again.
+It is safe to delete the cache: missing files are made again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def directory() -> Path:
 
 
 def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] = lambda _: True) -> Path:
-    """Return the file with the bytes that `blocks()` yields for `key`; make the file if missing.
+    """Return the cached file of `key`; if missing, write the bytes that `blocks()` yields.
 
-    The first process to ask makes the file while all other processes wait. The file's name is its
-    size, so a truncated file is recognised; a file is also made again if `fits(path)` is False.
+    The first process that calls `cached` writes the file while all other processes wait. The size
+    is part of the file's name, for example `1234.spans`, so a truncated file is recognised and
+    written again. A file is also written again if `fits(path)` returns False.
+
     Raises Unwritable, and any error of `blocks`.
     """
     folder = _folder(key)
@@ -47,7 +49,7 @@ def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] =
 
 
 def found(key: str, suffix: str) -> Path | None:
-    """Return the file of `cached` if already made, else None."""
+    """Return the cached file of `key` if it exists, else None."""
     return _find(_folder(key), suffix, lambda _: True)
 
 
@@ -62,7 +64,7 @@ def _find(folder: Path, suffix: str, fits: Callable[[Path], bool]) -> Path | Non
 
 def _make(folder: Path, suffix: str, blocks: Blocks, locked: bool) -> Path:
     for left in folder.glob("*.partial") if locked else ():
-        left.unlink()  # left by a killed process
+        left.unlink()  # a killed process did not finish this file
     partial = folder / f"{secrets.token_hex(8)}.partial"
     try:
         with _create(partial) as file:
@@ -91,9 +93,10 @@ def _lock(folder: Path) -> FileIO:
 
 @_writing()
 def _locked(lock: FileIO) -> bool:
-    """Wait for the lock; return False on a filesystem without locks.
+    """Wait for the lock and return True; return False on a filesystem without locks.
 
-    Without locks, as on some network filesystems, a file may be made twice, which is harmless.
+    Some network filesystems have no locks. Two processes may then write a file twice, which is
+    harmless.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,10 +1,11 @@
-"""The identity of a stream: all data and settings with an effect on packs.
+"""Identify the data and settings that decide the packs, and compare them before a resume.
 
-A state resumes on an equal identity only.
+An identity holds digests of files, tokenizer and template, and settings such as `capacity`. A run
+resumes from a state only if the state's identity is the same as the identity of the run's config.
 
-A field younger than the format has the default UNSET and is absent while the setting has its
-default, so that states written before the field resume. So the default of such a setting must never
-change; `tests/streaming/test_identity.py` holds the defaults.
+A field that was added after `FORMAT` was last raised has the default UNSET, and is left out of the
+identity if the setting has its default. So states from before the field was added still resume. The
+default of such a setting must never change; `tests/streaming/test_identity.py` checks the defaults.
 """
 
 from __future__ import annotations
@@ -25,56 +26,57 @@ from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 4
-"""Version of the stored state and of the code that decides packs. Raise the number with a change of
-a config's packs or of a state's meaning."""
+"""Version of the stored state and of the code that decides packs. Raise the number if a config
+produces other packs than before, or if a field of the state changes its meaning."""
 
 IN_OTHER_FORM = {
     DataConfig: {"sources", "tokenizer"},
     SourceConfig: {"path", "split", "subset", "revision", "streaming"},
 }
-"""Config fields with an effect on packs, held by the identity as digests or sizes instead."""
+"""Config fields that decide packs, but are stored in the identity in another form: as digests of
+the content, or as numbers of rows."""
 
 FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
-"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
-still to come."""
+"""Paths of settings that decide the order of rows. A change cannot be accepted, because the rows
+drawn before the change and the rows left after it would overlap or have gaps."""
 
 WITHOUT_EFFECT = {
     DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
     SourceConfig: {"digest"},
 }
-"""Config fields without an effect on any pack. A resume compares all remaining fields."""
+"""Config fields that do not affect packs, so a resume may change them."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A source's files in order, size, and settings."""
+    """Files, number of rows, and settings of a source."""
 
     files: tuple[FileIdentity, ...]
     rows: int | None
-    """Rows of all files; None for a streamed source."""
+    """Number of rows of all files; None for a streamed source."""
     weight: float | None
     repeat: float
     columns: dict[str, str] | None = None
     shuffle: Shuffle | None = None
     shards: int | None = None
-    """Shards of a streamed source; None for a source read by row number."""
+    """Number of files of a streamed source; None for a source that is not streamed."""
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
     max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
-    """All data and settings with an effect on a stream's packs, without locations of files."""
+    """All data and settings that decide packs. It has no paths: files may be moved."""
 
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name and version of a library in place of `tokenizers`."""
+    """Name and version of the library used instead of `tokenizers`; None for `tokenizers`."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
     turn_format: TurnFormat = msgspec.field(name="form")
-    """The format of assistant turns found by probing the template."""
+    """Format of assistant turns, found by rendering test conversations with the template."""
     streams: int
     global_batch: int
     window: int
@@ -89,7 +91,7 @@ class Identity(Policy, frozen=True, kw_only=True):
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """Return the identity of a config with opened sources and tokenizer."""
+    """Return the identity of a config, its opened sources and its tokenizer."""
     date = encoder.template.date
     return Identity(
         format=FORMAT,
@@ -108,15 +110,15 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        shards=opened.shards if isinstance(opened, StreamedSource) else None,
+        shards=opened.file_count if isinstance(opened, StreamedSource) else None,
         **_compared_fields(source, SourceIdentity),
     )
 
 
 def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the config fields compared by a resume, by name.
+    """Return the config fields that a resume compares, as name -> value.
 
-    A field with the default UNSET in `identity` is left out while the config has its default.
+    A field that has the default UNSET in `identity` is left out if the config has its default.
     """
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
     younger = {field.name for field in msgspec.structs.fields(identity) if field.default is msgspec.UNSET}
@@ -131,8 +133,8 @@ def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.S
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     """Return each differing field as `path: before -> after`.
 
-    Takes builtins, as returned by `msgspec.to_builtins`.
-    `differences({"seed": 0}, {"seed": 1})` is `["data.seed: 0 -> 1"]`.
+    Both arguments are dicts, lists and plain values, as returned by `msgspec.to_builtins`.
+    `differences({"seed": 0}, {"seed": 1})` returns `["data.seed: 0 -> 1"]`.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
@@ -144,9 +146,10 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
 
 
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
-    """Return the differences between two identities, all accepted by path.
+    """Return the differences between two identities if all are accepted.
 
-    Raises ValueError naming the first ten differences not covered by `accepted`.
+    `accepted` holds names such as "data.capacity"; "data.sources[2]" also accepts all differences
+    inside the source. Raises ValueError naming the first ten differences that are not accepted.
     """
     changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
     refused = [change for change in changed if not any(_covers(name, change) for name in accepted)]
@@ -160,7 +163,7 @@ def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) ->
 
 
 def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
-    """Return how to accept the first difference, or "" if a difference is never accepted."""
+    """Return advice on accepting the first difference, or "" if acceptance is impossible."""
     if any(FIXED.fullmatch(change.split(":")[0]) for change in changed):
         return ""
     return (

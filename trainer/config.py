@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from checkpoints import Retention
-from sftstream import DataConfig, SourceConfig
+from sftstream import DataConfig, SourceConfig, read_toml
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.blocks import Recompute
@@ -279,16 +279,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ValueError, with the wrong key, if the file or an override is not valid.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise ValueError(
-            f"config {str(path)!r} is nested too deeply; a run's config has lists in tables only"
-        ) from None
-    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
-        raise ValueError(f"config {str(path)!r} is not TOML: {error}") from None
+    table = read_toml(path)
     for override in overrides:
         _override(table, override)
     return parse_config(table)

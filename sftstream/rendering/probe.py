@@ -134,7 +134,7 @@ def reading_content(template: ChatTemplate) -> ChatTemplate:
                 try:
                     text = candidate.render([USER, ANSWER], tools)
                 except Refused as refused:
-                    if refused.reason == "template takes too long":
+                    if refused.reason == "template does too much":
                         return template
                     continue
                 if SAID in text and USER["content"] in text:

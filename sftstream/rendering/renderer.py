@@ -165,12 +165,14 @@ class Renderer:
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
-            ("the tools", strings(tools)),
+            ("a tool definition", strings(tools)),
             ("chat_template_kwargs", strings(variables)),
         ]
         for holder, texts in named:
             if found := self._control.search("\0".join(texts)):
-                raise Refused("control token in text", f"{holder} contains {found[0]!r} in a name, key or value")
+                raise Refused(
+                    "control token in text", f"{holder} contains {found[0]!r} in a name, key or value; remove the token"
+                )
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:

@@ -1,4 +1,4 @@
-"""Render messages with the model's chat template: compiled once, date fixed, time limited."""
+"""Render messages by the model's chat template: compiled once, date fixed, work bounded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ import jinja2
 from jinja2 import meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
+from sftstream.door import Door
 from sftstream.records import REASONING_KEYS, Message, Refused, Span
+from sftstream.rendering.bounds import bound, compiled_names, metered
 
 TemplateMessage = dict[str, Any]
 
-SECONDS = 10.0
-"""Time limit for one render, in seconds. Even a long conversation needs only milliseconds."""
+SECONDS = 60.0
+"""Time limit for one render, in seconds; a long conversation takes a few milliseconds.
+
+Ends the run: a row refused by a clock would be refused on some machines only.
+"""
+_LONGEST = 1 << 20
+"""Characters of a template; published templates have up to 40,000."""
 
 MEMORY = 256 << 20
 """Bytes that a template may allocate during the probe: 256 MiB."""
@@ -38,17 +45,8 @@ SET_BY_RENDERER = frozenset(
 )
 """Names that a render sets itself, beside the special tokens of the tokenizer."""
 
-# A template is a program: it may add None to a string, split at "", divide by 0 or run forever.
-_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
+# A template is a program and may add None to a string, split by "", divide by 0 or never return.
+_RUNNING = Door("", error=lambda line: Refused("template raises", line.removeprefix(": ")))
 
 
 class ChatTemplate:
@@ -68,10 +66,12 @@ class ChatTemplate:
         """Names that `with_variables` refuses."""
         if self.date is not None:
             self._variables |= {"strftime_now": self.date.strftime, "date_string": self.date.strftime("%d %b %Y")}
-        try:
+        if len(text) > _LONGEST:
+            raise ValueError(
+                f"the chat template has {len(text):,} characters, above {_LONGEST:,}; use another template"
+            )
+        with Door("the chat template is not valid Jinja"):
             self._compiled = _compiled(text)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not valid Jinja: {error}") from None
         self.variables: Mapping[str, Any] = {}
         """Further variables of every render, from the config or a row."""
         self.content_as_parts = False
@@ -124,7 +124,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
         """Return the rendered text; with `prompt`, the text ends with the generation prompt.
 
-        Raises `Refused` if the template raises an error or exceeds the time limit.
+        Raises `Refused` if the template raises or does too much work.
         """
         with bounded():
             text: str = self._compiled.render(**self.context(messages, tools, prompt))
@@ -165,7 +165,10 @@ def _compiled(text: str) -> Any:
     filters = {name: function for name, function in environment.filters.items() if name != "random"}
     environment.filters = {**filters, "tojson": _JsonCache(environment.filters["tojson"])}
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
-    return environment.from_string(text)
+    bound(environment)
+    compiled = environment.from_string(text)
+    compiled.root_render_func.__globals__.update(compiled_names())
+    return compiled
 
 
 def exact_key(value: Any) -> bytes:
@@ -208,16 +211,12 @@ class _JsonCache:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raise `Refused` if the body raises an error of a template or exceeds the time limit."""
-    try:
-        with _alarm():
-            yield
-    except TimeoutError:
-        raise Refused("template takes too long", f"it did not end within {SECONDS:.0f} s") from None
-    except Refused:
-        raise
-    except _ERRORS as error:
-        raise Refused("template raises", " ".join(str(error).split()) or type(error).__name__) from None
+    """Convert errors of a template, and the limits of its work, to `Refused`.
+
+    Raises RuntimeError, which ends a run, if the template uses up the time limit all the same.
+    """
+    with _RUNNING, _alarm(), metered():
+        yield
 
 
 @contextmanager
@@ -252,7 +251,10 @@ def _alarm() -> Iterator[None]:
 
 
 def _too_late(_number: int, _frame: FrameType | None) -> None:
-    raise TimeoutError
+    raise RuntimeError(
+        f"the chat template did not print a conversation within {SECONDS:.0f} s; use another template, or lower "
+        "max_row_bytes of the sources"
+    )
 
 
 def template_message(message: Message) -> TemplateMessage:

@@ -97,8 +97,8 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     try:
         plain, prompted = template.render([USER]), template.render([USER], prompt=True)
     except Refused as refused:
-        if refused.reason == "template takes too long":
-            raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
+        if refused.reason == "template does too much":
+            raise ValueError(f"the chat template does too much: {refused.detail}; use another template") from None
         try:
             plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
         except Refused:
@@ -115,7 +115,7 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
 
 
 def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
-    """Return the longest beginning of the prompt that the template also prints before every answer.
+    """Return the longest beginning of the prompt that is also printed before every answer.
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought
     (`<think></think>`), or the first words of the answer. Some templates have no prompt, but print
@@ -156,8 +156,9 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    A token or tag is an opener if it begins the role marker, or if it is the first one before the
-    first message that is printed again later. A text that ends a turn is no opener.
+    The result holds the token or tag that begins the role marker, and the first token or tag before
+    the first user's text that the template prints more than once. A text that ends a turn is left
+    out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []

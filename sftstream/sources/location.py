@@ -1,4 +1,4 @@
-"""Locations of files: the interface, and the implementation for local paths."""
+"""Define locations of files: the interface, and the class for local paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FileLocation(Protocol):
 
     @property
     def display_name(self) -> str:
-        """The location in the user's spelling, for messages."""
+        """The location as the user wrote it, for messages."""
 
     @property
     def name(self) -> str:
@@ -36,24 +36,25 @@ class FileLocation(Protocol):
         """Return the files of a directory, sorted, without hidden files and subdirectories."""
 
     def matches(self) -> list[FileLocation]:
-        """Return the files that match a glob, sorted."""
+        """Return the files that match this glob, sorted."""
 
     def stored(self) -> Stored:
-        """Return the file on a local disk, fetched if remote; raises ValueError if unreadable."""
+        """Return the file on a local disk, downloaded if remote; raises ValueError if
+        unreadable."""
 
     def open(self) -> BufferedReader:
-        """Open the file in place; raises OSError."""
+        """Open the file without downloading it; raises OSError."""
 
     def change_marker(self) -> object:
-        """Return a cheap marker that changes when the file changes; raises OSError.
+        """Return a value that changes when the file changes, without reading the file.
 
-        The marker is made without reading the file.
+        For example size and modification time. Raises OSError.
         """
 
     def fingerprint(self) -> tuple[object, FileIdentity]:
-        """Return the change marker and the identity, without fetching the file.
+        """Return the change marker and the identity, without downloading the file.
 
-        Raises ValueError if the server gives no version to identify the content.
+        Raises ValueError if the server sends no version that identifies the content.
         """
 
 
@@ -63,7 +64,7 @@ class LocalLocation:
 
     path: Path
     full: bool = False
-    """True if digests cover every byte of huge files."""
+    """True if the digest covers every byte, also of files above 256 MiB."""
 
     @property
     def display_name(self) -> str:
@@ -108,14 +109,14 @@ class LocalLocation:
 
 
 def require_whole(directory: str, names: list[str]) -> None:
-    """Raise ValueError if shards are missing among names such as `train-00001-of-00005.jsonl`."""
-    shards: dict[tuple[str, int, str], set[int]] = {}
+    """Raise ValueError if files are missing among names such as `train-00001-of-00005.jsonl`."""
+    found: dict[tuple[str, int, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, names)):
         series = (match["stem"], int(match["count"]), match["suffix"] or "")
-        shards.setdefault(series, set()).add(int(match["number"]))
-    for (stem, count, suffix), numbers in shards.items():
+        found.setdefault(series, set()).add(int(match["number"]))
+    for (stem, count, suffix), numbers in found.items():
         if missing := sorted(set(range(count)) - numbers):
             raise ValueError(
-                f"{directory} lacks {len(missing)} of {count} shards, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "
-                "restore the shards, or name the present files by a glob"
+                f"{directory} lacks {len(missing)} of {count} files, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "
+                "restore the files, or name the present files by a glob"
             )

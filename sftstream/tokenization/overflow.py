@@ -79,7 +79,7 @@ def _longest_beginning(
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:
-    """Return every number of messages after which an answer has just ended.
+    """Return each count of messages whose last message is an answer.
 
     `[user, assistant, user, assistant]` gives `[2, 4]`.
     """
@@ -87,7 +87,7 @@ def _ends(messages: Sequence[Message]) -> list[int]:
 
 
 def _ends_before_user(messages: Sequence[Message]) -> list[int]:
-    """Return the numbers of `_ends` that a message of the user, or no message, follows."""
+    """Return the counts of `_ends` before a message of the user or at the conversation's end."""
     return [count for count in _ends(messages) if count == len(messages) or messages[count].role == "user"]
 
 

@@ -28,10 +28,11 @@ Shape = tuple[Any, ...]
 
 
 class ReadsInside(NamedTuple):
-    """Two answers about a template: does it read single fields of tools, and of call arguments?
+    """Answers whether a template reads single fields of tool definitions and call arguments.
 
-    A tool definition, or the arguments of a call, that the template prints whole as JSON is a
-    value. If the template reads single fields, the definition or the arguments belong to the shape.
+    If the template prints a definition whole, as JSON, the definition is a value. If the template
+    reads single fields of the definition, the definition belongs to the shape. The same holds for
+    the arguments of a call.
     """
 
     tools: bool
@@ -39,7 +40,7 @@ class ReadsInside(NamedTuple):
     arguments: bool
     """True for `{% for key, text in call.function.arguments.items() %}`, False for `tojson`.
 
-    In both cases, a string directly in the arguments is a value: "x" of `{"key": "x"}`.
+    If True, a string directly in the arguments is still a value: "x" of `{"key": "x"}`.
     """
 
 
