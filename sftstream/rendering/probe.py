@@ -89,6 +89,19 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     )
 
 
+def prints_last_reasoning(
+    template: ChatTemplate, turn_format: TurnFormat, control: re.Pattern[str]
+) -> tuple[bool, bool]:
+    """Return whether the template prints the reasoning of the last message.
+
+    The first answer is for `reasoning_content`, the second for `<think>...</think>` in the content.
+    """
+    field, inline = (
+        _judge(template, turn_format, control, *SHAPES[name]) for name in ("reasoning", "thoughts in the text")
+    )
+    return field.startswith("whole"), inline.startswith("whole")
+
+
 def _refuse_addresses(template: ChatTemplate) -> None:
     """Raise ValueError if the template prints the address of an object in memory.
 

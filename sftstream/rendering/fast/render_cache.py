@@ -112,12 +112,13 @@ class RenderCache:
         """
         if any(turn.by_comparison for turn in turns):
             return None
-        recorder = Recorder()
+        recorder, variables = Recorder(), conversation.variables
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
-            if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
+            earlier = messages[: turn.message]
+            if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        return self._traced.trace(recorder, messages, tools, variables=variables)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:
