@@ -20,12 +20,14 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 
 __version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "TOO_LONG",
     "ChatEncoder",
     "Conversation",
     "DataConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "Policy",
     "Refusal",
     "Refused",
+    "RowCounts",
     "Segment",
     "Shard",
     "SourceConfig",
@@ -51,8 +54,11 @@ __all__ = [
     "describe",
     "diff",
     "differences",
+    "exceeded_limits",
     "identify_file",
     "merge",
     "read_conversations",
+    "require_few_refused",
     "rows_in_all_epochs",
+    "sum_row_counts",
 ]

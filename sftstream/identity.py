@@ -39,7 +39,7 @@ FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
 still to come."""
 
 WITHOUT_EFFECT = {
-    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
+    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
     SourceConfig: {"digest"},
 }
 """Config fields without an effect on any pack. A resume compares all remaining fields."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -75,6 +75,14 @@ class ShardPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     """Rows drawn from the current part."""
 
 
+def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> tuple[dict[str, int], ...]:
+    """Return the counts of refused rows by source and reason, with further refused rows."""
+    counts = [Counter(reasons) for reasons in refused]
+    for refusal in more:
+        counts[refusal.source][refusal.reason] += 1
+    return tuple(map(dict, counts))
+
+
 class Position(msgspec.Struct, frozen=True, kw_only=True):
     """The position of a logical stream's rows."""
 
@@ -106,8 +114,8 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Conversations given."""
     tokens: int = 0
     """Tokens of the conversations given."""
-    refused: dict[str, int] = {}
-    """Rows refused, by reason."""
+    refused: tuple[dict[str, int], ...] = ()
+    """Rows refused of each source, by reason."""
     unlisted: tuple[Refusal, ...] = ()
     """Rows refused by a rebase; reported with the next pack."""
     notes: dict[str, int] = {}
@@ -294,7 +302,7 @@ def _shares(part: Amount, total: Amount) -> str:
 def _count_lines(data: DataState) -> list[str]:
     streams = data.streams.values()
     notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
     return [
         *(f"{note}: {count:,}" for note, count in notes.most_common()),
         *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),

@@ -12,7 +12,7 @@ from math import inf
 import numpy as np
 
 from sftstream import formats
-from sftstream.config import RowSettings, SourceConfig
+from sftstream.config import DataConfig, RowSettings, SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
@@ -22,6 +22,9 @@ from sftstream.tokenization.encoder import ChatEncoder
 _SAMPLED = 100
 """Rows of a source in which columns that nothing reads are looked for."""
 
+SEARCHED, SEARCHED_OF_A_SHARD = 10_000, 500
+"""Most rows of a source, and first rows of each shard of a streamed source, tried in search of a
+conversation."""
 CHECKED_AT_ONCE = 64
 """Rows of a random order computed at once, most often more than enough."""
 
@@ -89,12 +92,14 @@ class SourceCheck:
 
     Called at a refusal by a stream that has no conversation of the source yet: one good row is
     enough, and rows are tried in a random order, so the check is short unless the source is bad.
+    The search ends after `SEARCHED` rows, unless the config sets no limit on refused rows.
     """
 
-    def __init__(self, corpus: Corpus, encoder: ChatEncoder, capacity: int) -> None:
+    def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:
         self._corpus = corpus
         self._encoder = encoder
-        self._capacity = capacity
+        self._capacity = config.capacity
+        self._most = None if max(config.max_refused, config.max_too_long) == 1 else SEARCHED
         self._good: set[int] = set()
 
     def require_conversation(self, source: int) -> None:
@@ -104,7 +109,7 @@ class SourceCheck:
         reasons: Counter[str] = Counter()
         last = ""
         reader = ExampleReader.of(self._corpus, self._encoder)
-        for ref in self._rows(source, reader.corpus):
+        for ref in itertools.islice(self._rows(source, reader.corpus), self._most):
             try:
                 examples = reader.examples(ref)
             except Refused as refused:
@@ -116,10 +121,13 @@ class SourceCheck:
                 return
             reasons["longer than capacity"] += 1
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"source {source} holds no conversation to train: each of its {reasons.total():,} rows is refused "
-            f"({counts}{last}); correct the source, or remove it"
+        rows = reasons.total()
+        found = (
+            f"holds no conversation to train: each of its {rows:,} rows is refused"
+            if rows != self._most
+            else f"holds no conversation to train among {rows:,} rows tried"
         )
+        raise ValueError(f"source {source} {found} ({counts}{last}); correct the source, or remove it")
 
     def _rows(self, source: int, reader: CorpusReader) -> Iterator[Ref]:
         opened = reader.sources[source]
@@ -129,12 +137,18 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        for shard in range(opened.source.shards):
-            for index in itertools.count():
-                ref = Ref(source, opened.source.number(shard, index), 0)
-                if not opened.reaches(ref):
-                    break
-                yield ref
+        # Some rows of each shard in turn, so that a short search meets many shards.
+        shards, first, end = list(range(opened.source.shards)), 0, SEARCHED_OF_A_SHARD
+        while shards:
+            for shard in tuple(shards):
+                rows = (Ref(source, opened.source.number(shard, index), 0) for index in range(first, end))
+                for ref in rows:
+                    if not opened.reaches(ref):
+                        shards.remove(shard)
+                        break
+                    yield ref
+            # Longer from turn to turn: at each turn a shard is read again from its beginning.
+            first, end = end, 4 * end
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:

@@ -19,9 +19,6 @@ from sftstream.tokenization.encoder import ChatEncoder
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-ROWS_OF_A_STREAMED_SOURCE = 1_000_000
-"""Assumed number of rows of a source of unknown size, for the limit on consecutive refusals."""
-
 
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Applies a pure stage to batches of rows. Refusals of earlier stages pass through unchanged.
@@ -82,7 +79,6 @@ def build_stream(
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
         in_parts=config.overflow == "split" or config.history == "per_turn",
-        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    check = check or SourceCheck(corpus, encoder, config.capacity)
+    check = check or SourceCheck(corpus, encoder, config)
     return Packer(tokenized, sampler, reader, stream, packer, check)
