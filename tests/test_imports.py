@@ -130,6 +130,7 @@ ORDER = {
         "llama.sharding",
         "llama.model",
         "llama.init",
+        "llama.working",
         "llama.parallel",
         "llama.blocks",
         "llama.hf_config",

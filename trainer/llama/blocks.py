@@ -27,9 +27,9 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
     "full", all but the input of the block. Recomputation changes no bit.
 
-    `compiled` changes rounding. The code is compiled once for all blocks and all packs of a
-    capacity: only attention sees the segment borders, and attention stays outside the compiled
-    code.
+    `compiled` also compiles the elementwise work of the head's loss, and changes rounding. The code
+    is compiled once for all blocks and all packs of a capacity: only attention sees the segment
+    borders, and attention stays outside the compiled code.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -43,6 +43,7 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
         # Without this flag the compiler picks kernels by their time, and another pick sums in
         # another order.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
+        model.head.compiled = True
         model.register_forward_pre_hook(_expect_any_borders)
 
 
