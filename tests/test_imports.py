@@ -124,6 +124,7 @@ ORDER = {
         "distributed.watch",
         "llama",
         "llama.config",
+        "llama.flops",
         "llama.rotary",
         "llama.attention",
         "llama.loss",

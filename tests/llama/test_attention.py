@@ -180,7 +180,9 @@ def test_a_kernel_that_breaks_a_guarantee_is_passed_over_with_the_reason(
         assert kernel.name == "sdpa"
         assert len(passed) == 1
         assert reason in passed[0]
-        with pytest.raises(ValueError, match=f'no attention kernel can be used: "fa2": .*{reason}.*; set run.attention'):
+        with pytest.raises(
+            ValueError, match=f'no attention kernel can be used: "fa2": .*{reason}.*; set run.attention'
+        ):
             choose_kernel("fa2", SHAPE, CPU, torch.float32)
     if run is jittering:
         assert choose_kernel("auto", SHAPE, CPU, torch.float32)[0].name == "fa2"

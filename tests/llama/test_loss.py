@@ -82,7 +82,10 @@ def test_any_cut_gives_the_loss_and_gradients_of_torch(
 
 def test_bfloat16_gradients_are_near_those_of_fp32() -> None:
     (hidden, weight), targets = head(), labels(0, rows=24, columns=40)
-    exact, rounded = ([x.clone().bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)] for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        [x.clone().bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     head_loss(*exact, targets, ONE).backward()
     loss = head_loss(*rounded, targets, ONE)
     loss.backward()

@@ -15,13 +15,16 @@ import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.llama.attention import Kernel
 from trainer.llama.model import Block, Llama
 
 Recompute = Literal["none", "selective", "full"]
 
 
-def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> None:
-    """Set recomputation and compilation for each block of `model`, in place.
+def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None) -> None:
+    """Set recomputation, compilation and attention kernel for each block of `model`, in place.
+
+    Without a `kernel` attention uses the kernel of each device that needs no other package.
 
     `recompute` selects the activations that the backward pass computes again instead of storing
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
@@ -33,6 +36,7 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
     """
     for block in model.blocks:
         assert isinstance(block, Block)
+        block.attention.kernel = kernel
         if recompute == "selective":
             _replace_forward(block.mlp, _recomputed)
         if compiled:

@@ -177,9 +177,7 @@ def _exchange(x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
 
 def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
     # The loss's scale is an input in float32; all other inputs have the compute dtype already.
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root holds embedding, norm and head together, since a tied weight is one parameter. Both
