@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from sftstream import DataConfig, Pack
+from sftstream import Pack
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -18,9 +19,11 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
+from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
+from trainer.reporting.trace import Trace
 from trainer.setup import Run, prepare_run, say_start
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
@@ -96,10 +99,12 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
     watch = Watch(run.config.parallel.timeout_seconds)
-    with stopping as stop, _open_log(run, progress) as log, run.display, watch:
+    with stopping as stop, _open_log(run, progress) as log, run.display, watch, _open_trace(run) as trace:
         while not done:
+            trace.before(progress.step + 1)
             step = _take_step(run, progress, stop, watch)
             progress = step.progress
+            trace.after(progress.step)
             if log:
                 _report(run, step, log)
             done = step.stopped or run.is_complete(progress)
@@ -112,6 +117,10 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
+
+
+def _open_trace(run: Run) -> Trace:
+    return Trace(run.config.run.profile if run.topology.first else None, run.config.run.directory, run.display)
 
 
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
@@ -158,14 +167,20 @@ def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
 
 def _report(run: Run, step: FinishedStep, log: RunLog) -> None:
     """Write the step's line and its refused rows, and show the step to the user."""
-    metrics = _metrics(run.config.data, step)
+    metrics = _metrics(run, step)
     log.step(metrics)
     log.refused(metrics.step, step.refusals)
     run.display.step(metrics, run.share(step.progress), last=run.is_complete(step.progress))
 
 
-def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
-    totals = step.batch.totals
+def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
+    totals, data, device = step.batch.totals, run.config.data, run.topology.device
+    mfu = peak = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        flops = peak_flops(torch.cuda.get_device_name(device))
+        needed = model_flops(run.source.shape, totals.tokens, totals.trained_tokens, totals.squares)
+        mfu = needed / (step.seconds * dist.get_world_size() * flops) if flops else None
     return StepMetrics(
         step=step.progress.step,
         loss=step.result.loss,
@@ -178,6 +193,9 @@ def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
         refused_by_reason=dict(Counter(refusal.reason for refusal, _ in step.refusals)),
         fill=totals.tokens / (data.capacity * data.global_batch),
         tokens_per_second=totals.tokens / step.seconds,
+        gpu_tokens_per_second=totals.tokens / step.seconds / dist.get_world_size(),
+        mfu=mfu,
+        peak_memory=peak,
         data_wait=step.batch.waited,
         seconds=step.seconds,
         batch_digest=totals.digest,

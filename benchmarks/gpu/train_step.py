@@ -34,8 +34,8 @@ from trainer.distributed.mesh import ParallelConfig, distributed
 from trainer.llama.attention import Shape, choose_kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
-from trainer.llama.loss import compile_head
 from trainer.llama.flops import model_flops, peak_flops, squared_lengths
+from trainer.llama.loss import compile_head
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer

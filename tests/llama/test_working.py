@@ -85,6 +85,10 @@ def test_copies_are_filled_once_between_two_changes(monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         loss_of(model, PACKS[0]).backward()
     assert filled == [len(list(model.parameters()))]
+    stored = with_copies(TIED, torch.bfloat16, torch.bfloat16)
+    loss_of(stored, PACKS[0]).backward()
+    assert stored.norm.weight_copy.data_ptr() == stored.norm.weight.data_ptr()
+    assert len(filled) == 1
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

@@ -1,12 +1,12 @@
 """Causal attention inside each segment of a pack; the only file that knows attention kernels.
 
-| name  | package                                     | devices   | dtypes           | head sizes     |
-|-------|---------------------------------------------|-----------|------------------|----------------|
-| fa4   | flash-attn-4 (`flash_attn.cute`)            | cuda      | bf16, fp16       | 8, 16, ... 256 |
-| fa3   | flash-attn-3 (`flash_attn_interface`)       | cuda      | bf16, fp16       | 8, 16, ... 256 |
-| fa2   | flash-attn (`flash_attn`)                   | cuda      | bf16, fp16       | 8, 16, ... 256 |
-| torch | torch's variable-length FlashAttention 2    | cuda      | bf16, fp16       | 8, 16, ... 256 |
-| sdpa  | torch's attention, one segment at a time    | cpu, cuda | fp32, fp64, bf16 | any            |
+| name  | package                                 | devices   | dtypes           | head sizes     |
+|-------|-----------------------------------------|-----------|------------------|----------------|
+| fa4   | flash-attn-4 (`flash_attn.cute`)        | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| fa3   | flash-attn-3 (`flash_attn_interface`)   | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| fa2   | flash-attn (`flash_attn`)               | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| torch | torch's own FlashAttention 2            | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| sdpa  | torch, one segment at a time            | cpu, cuda | fp32, fp64, bf16 | any            |
 
 `choose_kernel` returns the first kernel of `ORDER` that is installed and proves itself on the
 device. To add a kernel, write a function that imports the package and returns a function `(q, k, v,
@@ -80,7 +80,7 @@ class Kernel(NamedTuple):
     head_sizes: range
 
     def require(self, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-        """Raise ValueError if the kernel does not support the device, the dtype or the head size."""
+        """Raise ValueError if the kernel does not support device, dtype or head size."""
         if device.type not in self.devices:
             raise ValueError(
                 f'attention "{self.name}" has kernels for {" and ".join(self.devices)}, not for {device.type}: '
@@ -135,7 +135,7 @@ def choose_kernel(
     "auto" is the first kernel of `ORDER` that is installed and passes `prove`; a name is that
     kernel or an error. Raises ValueError if no wanted kernel can be used.
     """
-    passed = []
+    passed: list[str] = []
     for name in ORDER[device.type] if wanted == "auto" else (wanted,):
         try:
             KERNELS[name].require(device, dtype, shape.size)
@@ -248,7 +248,7 @@ def _options() -> dict[str, bool]:
 
 
 def _named_borders(segments: Segments) -> dict[str, Any]:
-    """Return borders and longest segment of queries and keys, named as FlashAttention names them."""
+    """Return borders and longest segment under the argument names of FlashAttention."""
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     return dict(zip(names, _borders(segments), strict=True))
 

@@ -17,6 +17,7 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.loss import Vocabulary, head_loss
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
+from trainer.llama.swiglu import swiglu
 
 
 class Embedding(nn.Embedding):
@@ -97,8 +98,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).unflatten(1, (-1, 2, self.block)).unbind(2)
-        return self.down((F.silu(gate) * up).flatten(1))  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(x), self.block))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

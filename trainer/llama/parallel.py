@@ -122,7 +122,7 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
         role = path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
             # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
-            split = distribute_tensor(parameter, tp, [_placement(role)], src_data_rank=None)
+            split = distribute_tensor(parameter, tp, [placement_of(role)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split))
         if role in ("qkv", "gate_up", "select"):
             module.register_forward_pre_hook(gather)
@@ -131,7 +131,7 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
     model.tie()
 
 
-def _placement(role: str) -> Placement:
+def placement_of(role: str) -> Placement:
     """Return the placement of a weight over "tp"; `role` is the last part of the module's name."""
     if role.endswith("norm"):
         return Replicate()

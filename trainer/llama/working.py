@@ -4,11 +4,11 @@ FSDP casts the weights that it gathers. Where data parallelism shards nothing, t
 same with less work: a module computes with a copy of its weight, made once after each change of the
 weight, and each gradient goes from the copy to the weight.
 
-| weights  | computation | copies         | gradient of one pack | gradient of several packs             |
-|----------|-------------|----------------|----------------------|---------------------------------------|
-| float32  | bfloat16    | bfloat16       | float32              | float32 sum                           |
-| bfloat16 | bfloat16    | share storage  | bfloat16             | float32 sum, rounded at the end       |
-| bfloat16 | float32     | float32        | bfloat16             | float32 sum, rounded at the end       |
+| weights  | computation | copies        | gradient of a pack | of several packs         |
+|----------|-------------|---------------|--------------------|--------------------------|
+| float32  | bfloat16    | bfloat16      | float32            | float32 sum              |
+| bfloat16 | bfloat16    | share storage | bfloat16           | float32 sum, rounded     |
+| bfloat16 | float32     | float32       | bfloat16           | float32 sum, rounded     |
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class WorkingCopies:
         versions = [version for weight in self._copies for version in (weight._version, _detached(weight)._version)]
         if versions != self._versions:
             self._versions = versions
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._copies.values()), [_detached(weight) for weight in self._copies])
+            cast = {weight: copy for weight, copy in self._copies.items() if weight.dtype != self.dtype}
+            if cast:
+                with torch.no_grad():
+                    torch._foreach_copy_(list(cast.values()), [_detached(weight) for weight in cast])
 
     def weights_changed(self, *_: Any) -> None:
         """Fill the copies again in the next forward pass; a post-hook of an optimizer's step."""

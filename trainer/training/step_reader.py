@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sftstream import DataConfig, DataState, LoaderPosition, Pack, PackAssignment, PackLoader, Refusal, batch_digest
 from trainer.distributed.mesh import Topology
+from trainer.llama.flops import squared_lengths
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
@@ -57,7 +58,8 @@ class LocalStep(NamedTuple):
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, and 1 if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, and 1 if the shard is not
+    exhausted, else 0."""
     digests: list[int]
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
@@ -136,6 +138,7 @@ def _read(loader: PackLoader) -> LocalStep:
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
+        sum(squared_lengths(pack) for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
         int(not loader.exhausted),
@@ -169,6 +172,8 @@ class StepTotals(NamedTuple):
     """Tokens in the loss."""
     tokens: int
     """Tokens of conversations, padding excluded."""
+    squares: int
+    """Sum of the conversations' squared lengths, which the cost of attention follows."""
     rows: int
     """Conversations in the packs, and refused rows."""
     refused: int
@@ -189,7 +194,7 @@ def reduce_totals(
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
     numbers, digests = (
-        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
+        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 6, [0] * 4 * len(packs))
     )
     row = torch.tensor([*numbers, int(stop), *digests])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
@@ -202,9 +207,9 @@ def reduce_totals(
     for shard in step_reader.assignment.step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
+    trained_tokens, tokens, squares, read, refused, unexhausted, stopping = totals
     digest = batch_digest(map(_hex, in_order))
-    return StepTotals(trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest)
+    return StepTotals(trained_tokens, tokens, squares, read, refused, unexhausted, stopping, digest)
 
 
 def _words(digest: str) -> list[int]:
