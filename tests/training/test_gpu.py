@@ -197,7 +197,7 @@ def test_the_heads_loss_equals_that_of_torch(rows: int, compiled: bool, monkeypa
 
 
 @pytest.mark.parametrize(("inner", "block"), [(8192, 1024), (14336, 1792), (256, 128)])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)])
 def test_the_fused_gradient_of_the_feed_forward_equals_the_plain_one(
     inner: int, block: int, dtype: torch.dtype, rounding: float
 ) -> None:

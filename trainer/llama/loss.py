@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,9 @@ class Vocabulary(NamedTuple):
     """Smallest id."""
     group: dist.ProcessGroup | None = None
     """Ranks with the other parts; None if this rank has all ids."""
+
+
+WHOLE = Vocabulary()
 
 
 class Kernels(NamedTuple):
@@ -67,7 +71,7 @@ def head_loss(
     weight: Tensor,
     labels: Tensor,
     scale: Tensor,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: Vocabulary = WHOLE,
     *,
     compiled: bool = False,
 ) -> Tensor:
@@ -84,7 +88,7 @@ def head_loss(
     elementwise work as compiled code, which rounds differently.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    kernels = _COMPILED if compiled else _PLAIN
+    kernels = _compiled() if compiled else _PLAIN
     loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, kernels, wanted)  # type: ignore[no-untyped-call]
     return loss
 
@@ -99,8 +103,8 @@ def compile_head(rows: int, width: int, dtype: torch.dtype, device: torch.device
     rows = max(2, chunk_rows(rows, width, dtype.itemsize))
     logits = torch.zeros(rows, width, dtype=dtype, device=device)
     column = torch.zeros(rows, dtype=torch.int64, device=device)
-    _statistics_of(_COMPILED, logits, column)
-    _gradient_of(_COMPILED, logits, column, torch.zeros(rows, device=device), torch.zeros(rows, device=device))
+    _statistics_of(_compiled(), logits, column)
+    _gradient_of(_compiled(), logits, column, torch.zeros(rows, device=device), torch.zeros(rows, device=device))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -203,4 +207,9 @@ def _gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) 
 
 
 _PLAIN = Kernels(_statistics, _gradient)
-_COMPILED = Kernels(torch.compile(_statistics), torch.compile(_gradient))
+
+
+@cache
+def _compiled() -> Kernels:
+    # Not at import: the compiler starts processes, which a fork of this process could not use.
+    return Kernels(torch.compile(_statistics), torch.compile(_gradient))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
-from trainer.llama.loss import Vocabulary, head_loss
+from trainer.llama.loss import WHOLE, Vocabulary, head_loss
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu
@@ -143,7 +143,7 @@ class Head(Linear):
 
     def loss(self, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """Return `scale` times the summed cross-entropy, as `head_loss` does."""
-        rows, vocabulary = weight_of(self), Vocabulary()
+        rows, vocabulary = weight_of(self), WHOLE
         if isinstance(self.weight, DTensor):
             mesh = self.weight.device_mesh
             vocabulary = Vocabulary(mesh.get_local_rank() * len(rows), mesh.get_group())
