@@ -14,7 +14,8 @@ from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings, carry_over_rows
-from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore
+from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore, saved_settings
+from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
 from trainer.llama.export import require_replaceable
@@ -89,12 +90,15 @@ def prepare_run(
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     source = find_source(config.model, config.data.tokenizer.path)
-    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
+    saved = None if latest is None else saved_settings(saves.store, latest)
+    config, kernel, choice = choose(config, source.shape, topology, saved)
+    display.say(choice)
+    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     if topology.first:
         require_replaceable(config.run.export_directory)
     token = _own(directory, saves, latest)
-    model = build_model(config, source, topology, initialize=latest is None)
+    model = build_model(config, source, topology, kernel, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
     restored = Restored(Progress(), settings)
     if latest is not None:

@@ -30,6 +30,7 @@ from sftstream import (
     batch_digest,
 )
 from trainer.distributed.mesh import Topology
+from trainer.llama.flops import squared_lengths
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
@@ -67,7 +68,8 @@ class LocalStep(NamedTuple):
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, and 1 if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, and 1 if the shard is not
+    exhausted, else 0."""
     counts: list[int]
     """Rows accepted, too long and refused otherwise since the run's start, for one source after the
     other, of the shard's streams."""
@@ -151,6 +153,7 @@ def _read(loader: PackLoader) -> LocalStep:
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
+        sum(squared_lengths(pack) for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
         int(not loader.exhausted),
@@ -186,6 +189,8 @@ class StepTotals(NamedTuple):
     """Tokens in the loss."""
     tokens: int
     """Tokens of conversations, padding excluded."""
+    squares: int
+    """Sum of the conversations' squared lengths, which the cost of attention follows."""
     rows: int
     """Conversations in the packs, and refused rows."""
     refused: int
@@ -208,7 +213,7 @@ def reduce_totals(
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
     mine = step_reader.step
-    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * 5, [0] * 3 * step_reader.sources)
+    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * 6, [0] * 3 * step_reader.sources)
     sums = [*numbers, int(stop), *counts]
     row = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
@@ -221,10 +226,10 @@ def reduce_totals(
     for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, *row_numbers = totals
+    trained_tokens, tokens, squares, read, refused, unexhausted, stopping, *row_numbers = totals
     digest = batch_digest(map(_hex, in_order))
     row_counts = tuple(RowCounts(*row_numbers[i : i + 3]) for i in range(0, len(row_numbers), 3))
-    return StepTotals(trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest, row_counts)
+    return StepTotals(trained_tokens, tokens, squares, read, refused, unexhausted, stopping, digest, row_counts)
 
 
 def _words(digest: str) -> list[int]:
