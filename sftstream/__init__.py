@@ -20,6 +20,7 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
 from sftstream.tokenization.encoder import ChatEncoder
 
 __version__ = "0.2.0"
@@ -31,6 +32,7 @@ __all__ = [
     "DataConfig",
     "DataState",
     "Example",
+    "Forecast",
     "LoaderPosition",
     "Message",
     "Pack",

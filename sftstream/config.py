@@ -171,12 +171,14 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
     """The tokenizer and the chat template."""
-    streams: int = 64
-    """Logical streams, each with a fixed part of every epoch's rows; at least 1, fixed for a
-    run. Any number of data-parallel shards and workers can read the streams. If shards x workers
-    divides `streams` and shards divides `global_batch`, all shards have the same number of packs
-    in each step; otherwise some shards run empty packs. Choose few streams for little data: a
-    stream should hold several windows of conversations."""
+    streams: int | Literal["auto"] = "auto"
+    """Logical streams, each with a fixed part of every epoch's rows; at least 1, fixed for a run.
+    "auto": chosen when the run first starts, from the number of rows, a sample of their lengths,
+    `capacity`, `window` and the number of data-parallel shards: 1 to 64 times the shards' number,
+    few for little data, since each stream ends with a partly filled pack. A resume keeps the
+    number. Any number of shards up to `streams` can read the streams, with any number of workers.
+    If shards divides `streams` and `global_batch`, all shards have the same number of packs in each
+    step; otherwise some shards run empty packs."""
     global_batch: int = 64
     """Packs of an optimizer step, over all shards; at least 1."""
     shuffle: Shuffle = True
@@ -218,7 +220,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         super().__post_init__()
         if not 0 <= self.max_refused <= 1:
             raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
-        for field in ("streams", "global_batch", "window", "prefetch"):
+        if self.streams != "auto" and self.streams < 1:
+            raise ValueError(f'streams = {self.streams} must be at least 1, or "auto"')
+        for field in ("global_batch", "window", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
         if self.workers < 0:
@@ -261,6 +265,12 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if len(self.sources) > 1 and source.weight is None:
             raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
+
+    @property
+    def stream_count(self) -> int:
+        """`streams` as a number; a loader replaces "auto" by a number."""
+        assert self.streams != "auto", 'streams = "auto" has no number before a loader is open'
+        return self.streams
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
         """Return the shuffling of a source: the source's own value, or else `shuffle`."""

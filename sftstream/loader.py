@@ -20,7 +20,9 @@ from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
+from sftstream.streaming.forecast import Forecast, choose_streams, foresee
 from sftstream.streaming.graph import build_stream
+from sftstream.streaming.length_sample import TO_CHOOSE, TO_FORESEE, sample_lengths
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import RefusalLimit
@@ -86,6 +88,8 @@ class PackLoader:
     dicts. A finite run ends at a step's border; exhausted streams give empty packs until then.
     Several shards may end at different steps.
 
+    `config` is the given config with a number of streams in place of "auto".
+
     Any number of shards and workers gives the same packs. If the shards do not share the streams
     and a step's packs evenly, the numbers of packs in a step differ, and a state can be
     taken at a step's border only.
@@ -101,14 +105,16 @@ class PackLoader:
         workers: int | None = None,
         state: Mapping[str, Any] | DataState | None = None,
     ) -> None:
-        self.config = config
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(self.shard, self.workers)
-        self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved, shard)
+        self.config = config = _with_streams(config, saved, self.corpus, self.encoder, shard)
+        self._assignment = PackAssignment(
+            config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
+        )
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._progress = Progress(
@@ -198,6 +204,10 @@ class PackLoader:
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 
+    def forecast(self) -> Forecast:
+        """Return the packs and the fill to expect of the whole run, from a sample of rows."""
+        return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
+
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that nothing reads.
 
@@ -267,7 +277,7 @@ class PackLoader:
     def _advance(self, before: Progress) -> tuple[Pack, Progress]:
         """Read the shard's next pack after `before`; return the pack and the progress after it."""
         number = self._next_pack(before)
-        stream = number % self.config.streams
+        stream = number % self.config.stream_count
         if self._workers_at is not before.streams:
             self.close()
             self._open_workers(before)
@@ -347,6 +357,18 @@ class PackLoader:
         node = build_stream(self.config, self.corpus, self.encoder, stream)
         node.reset()
         return node.state
+
+
+def _with_streams(
+    config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
+) -> DataConfig:
+    """Return `config` with a number of streams: the state's, or a choice for a new run."""
+    if config.streams != "auto":
+        return config
+    if saved is not None:
+        return msgspec.structs.replace(config, streams=saved.identity.streams)
+    streams = choose_streams(config, corpus, sample_lengths(corpus, encoder, TO_CHOOSE), shard.count)
+    return msgspec.structs.replace(config, streams=streams)
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:

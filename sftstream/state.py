@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -104,6 +104,10 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Counts of modified conversations: truncated, split, tokens across a span's border."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples; absent in states of policies with one example a row."""
+
+    planning: Literal[4] | UnsetType = UNSET
+    """Format with the first stream planned by the same rules as the next windows; absent for a
+    stream begun under format 3, which goes on under the rules of that format."""
 
     @property
     def waiting(self) -> list[Segment]:

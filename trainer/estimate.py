@@ -90,7 +90,9 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     sharded = _held(shape, parallel, gpus, data.capacity)
     gathered = _held(shape, ParallelConfig(tp=parallel.tp), parallel.tp, data.capacity)
     dp = gpus // parallel.tp
-    packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
+    # Every chosen number of streams is a multiple of the shards, and divides packs alike.
+    streams = dp if data.streams == "auto" else data.streams
+    packs = PackAssignment(streams, data.global_batch, dp).most_micro_batches
     return RunEstimate(
         parameters=sum(p.numel() for p in model.parameters()),
         gpus=gpus,

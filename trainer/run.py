@@ -19,6 +19,7 @@ from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.reporting.display import Display
+from trainer.reporting.fill import FillWatch
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.setup import Run, prepare_run, say_start
@@ -95,6 +96,7 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool
 def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
+    fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
     watch = Watch(run.config.parallel.timeout_seconds)
     with stopping as stop, _open_log(run, progress) as log, run.display, watch:
         while not done:
@@ -102,6 +104,8 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
             progress = step.progress
             if log:
                 _report(run, step, log)
+                if message := fill.after(step.batch.totals, last=run.is_complete(progress)):
+                    run.display.say(message)
             done = step.stopped or run.is_complete(progress)
             if log and done and not run.is_complete(progress):
                 run.directory.mark_stopped(True)

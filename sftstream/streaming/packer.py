@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -14,12 +14,25 @@ from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segm
 from sftstream.state import Leftover, RowParts, StreamState
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
-from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
+from sftstream.streaming.packing import (
+    WindowPlan,
+    WindowSize,
+    build_pack,
+    joined,
+    plan_last_window,
+    plan_packs,
+    plan_window,
+    plan_window_of_format_3,
+    ramped,
+    window_size,
+)
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. Longer waits made packs no fuller; without a
 limit some leftovers waited 41 windows."""
+PLANNING: Final = 4
+"""`StreamState.planning` of a new stream."""
 
 
 class PackerConfig(NamedTuple):
@@ -52,9 +65,9 @@ class Window(NamedTuple):
 class Packer(BaseNode[Pack]):
     """Reads a window of examples, plans packs on lengths alone, and returns a pack at a time.
 
-    The emptiest pack of a window is dissolved: the examples are planned again with the next window
-    (`MAX_WAIT` times at most). With a window of 4, capacity 100 and lengths 60, 30, 50, 40 the
-    packs are 60 + 40 and 50 + 30; the second is dissolved, and 50 and 30 are leftovers.
+    The emptiest packs of a window are dissolved: their examples are planned again with the next
+    window (`MAX_WAIT` times at most). With a window of 4, capacity 100 and lengths 60, 30, 50, 40
+    the packs are 60 + 40 and 50 + 30; the second is dissolved, and 50 and 30 are leftovers.
 
     The state holds references, never tokens. After a reset nothing is tokenized in advance:
     `reader` reads a planned pack's rows when the pack is due, and a leftover's row with the next
@@ -78,6 +91,7 @@ class Packer(BaseNode[Pack]):
         self._stream = stream
         self._config = config
         self._check = check
+        self._mixed_by_content = sampler.mixes_by_content
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at a state returned by `get_state`, or at the beginning."""
@@ -116,6 +130,7 @@ class Packer(BaseNode[Pack]):
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
             row_parts=() if self._config.in_parts else UNSET,
+            planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
@@ -160,8 +175,7 @@ class Packer(BaseNode[Pack]):
     def _plan_window(self) -> list[Refusal]:
         """Read the next window, plan packs from window and leftovers, and return the refusals."""
         state = self.state
-        window, streams = self._config.window, self._config.streams
-        read = self._read(window_size(window, state.windows, self._stream, streams))
+        read = self._read(self._window_size())
         exhausted = self._sampler.exhausted
         segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
         waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
@@ -170,7 +184,7 @@ class Packer(BaseNode[Pack]):
             *read.examples,
         ]
         lengths = [segment.length for segment in segments]
-        packs, left = self._plan(lengths, waited, keep_all=exhausted)
+        packs, left = self._plan(lengths, waited, last=exhausted)
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
@@ -203,13 +217,23 @@ class Packer(BaseNode[Pack]):
         counts = Counter(segment.ref for segment in read)
         return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
-    def _read(self, size: int) -> Window:
-        """Read rows until `size` examples are accepted or the sampler is exhausted."""
+    def _window_size(self) -> WindowSize:
+        config, windows = self._config, self.state.windows
+        if self.state.planning is UNSET:
+            size = ramped(config.window, windows, self._stream, config.streams)
+            return WindowSize(size, 0, size)
+        return window_size(
+            config.window, config.capacity, windows, self._stream, config.streams, self._sampler.rows_left
+        )
+
+    def _read(self, size: WindowSize) -> Window:
+        """Read rows until the window has its size or the sampler is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
+        before = sum([tokens for _, tokens, _ in accepted])
         in_a_row = 0
-        while len(read.segments) < size:
-            self._sampler.request(size - len(read.segments))
+        while missing := size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before):
+            self._sampler.request(missing)
             try:
                 batch = next(self.source)
             except StopIteration:
@@ -240,7 +264,8 @@ class Packer(BaseNode[Pack]):
             accepted[2] += example.targets
             if example.notes:
                 read.notes.update(example.notes)
-            self._sampler.count_tokens(source, length, example.targets)
+            if self._mixed_by_content:
+                self._sampler.count_tokens(source, length, example.targets)
 
     def _too_long(self, examples: Sequence[Example]) -> Refused | None:
         capacity = self._config.capacity
@@ -265,18 +290,16 @@ class Packer(BaseNode[Pack]):
             f"({reasons}); the last: row {last.row} of source {last.source}, {last.detail}"
         )
 
-    def _plan(
-        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
-    ) -> tuple[list[list[int]], list[int]]:
+    def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the packs' indices in order, and the indices left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
-        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
-        left: list[int] = []
-        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
-        if patient and not keep_all:
-            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
-            packs.remove(left)
-        return self._ordered(packs), left
+        capacity, of_format_3 = self._config.capacity, self.state.planning is UNSET
+        if last:
+            plan_all = plan_packs if of_format_3 else plan_last_window
+            plan = WindowPlan(plan_all(lengths, capacity, urgent), [])
+        else:
+            plan = (plan_window_of_format_3 if of_format_3 else plan_window)(lengths, capacity, urgent)
+        return WindowPlan(self._ordered([sorted(pack) for pack in plan.packs]), plan.left)
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Put packs in the order of reading, since planning puts long examples first; then

@@ -42,6 +42,16 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     return loader
 
 
+def assign_packs(loader: PackLoader | None, data: DataConfig, topology: Topology) -> PackAssignment:
+    """Return the assignment of the packs of `data` to shards. Collective.
+
+    All ranks take the number of streams from the first rank's loader.
+    """
+    streams = [loader.config.stream_count if loader else 0]
+    dist.broadcast_object_list(streams, src=0)
+    return PackAssignment(streams[0], data.global_batch, topology.dp)
+
+
 def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     """Return `config` with a date for the template, equal on all ranks. Collective."""
     days = [datetime.now(UTC).date().isoformat()]
@@ -52,12 +62,17 @@ def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
+COUNTS = 6
+"""Length of `LocalStep.numbers`."""
+
+
 class LocalStep(NamedTuple):
     """One rank's packs of a step, with counts and the position after the step."""
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, and 1 if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, rows, refused rows, packs with conversations, and 1 if the shard is
+    not exhausted, else 0."""
     digests: list[int]
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
@@ -138,6 +153,7 @@ def _read(loader: PackLoader) -> LocalStep:
         sum(pack.tokens for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
+        sum(bool(pack.segments) for pack in packs),
         int(not loader.exhausted),
     ]
     return LocalStep(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.position())
@@ -173,6 +189,8 @@ class StepTotals(NamedTuple):
     """Conversations in the packs, and refused rows."""
     refused: int
     """Rows refused on the way to the packs."""
+    filled_packs: int
+    """Packs with conversations."""
     unexhausted_shards: int
     """Shards with rows left to read; 0 after the last step of the data."""
     stop: int
@@ -189,7 +207,9 @@ def reduce_totals(
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
     numbers, digests = (
-        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
+        (step_reader.step.numbers, step_reader.step.digests)
+        if step_reader.step
+        else ([0] * COUNTS, [0] * 4 * len(packs))
     )
     row = torch.tensor([*numbers, int(stop), *digests])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
@@ -202,9 +222,9 @@ def reduce_totals(
     for shard in step_reader.assignment.step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
+    trained_tokens, tokens, rows_read, refused, filled_packs, unexhausted_shards, stopping = totals
     digest = batch_digest(map(_hex, in_order))
-    return StepTotals(trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest)
+    return StepTotals(trained_tokens, tokens, rows_read, refused, filled_packs, unexhausted_shards, stopping, digest)
 
 
 def _words(digest: str) -> list[int]:
