@@ -220,11 +220,9 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         super().__post_init__()
         if not 0 <= self.max_refused <= 1:
             raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
-        if self.streams != "auto" and self.streams < 1:
-            raise ValueError(f'streams = {self.streams} must be at least 1, or "auto"')
-        for field in ("global_batch", "window", "prefetch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+        for field in ("streams", "global_batch", "window", "prefetch"):
+            if (value := getattr(self, field)) != "auto" and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers} must be 0 (load in the training process) or more")
         if self.epochs is not None and self.epochs < 1:

@@ -126,7 +126,7 @@ def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] 
         return Forecast(streams, batch, capacity, None, float(1 / warm))
     ideal = Fraction(tokens, capacity)
     whole = streams == 1 and planned == per_stream
-    total = packs if whole else math.ceil(ideal * warm + Fraction(streams, 2))
+    total = packs if whole else max(min(streams, examples), math.ceil(ideal * warm + Fraction(streams, 2)))
     return Forecast(streams, batch, capacity, total, float(ideal / total))
 
 

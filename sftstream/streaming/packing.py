@@ -75,7 +75,7 @@ def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -
     `EXCHANGED`, for left examples that fill the room exactly, or else as far as possible.
 
     For lengths `[6, 3, 5, 2, 2]` and capacity 10 the packs of `plan_packs` are 6 + 3 and 5 + 2 + 2.
-    The second is dissolved, and the first exchanges 3 for 2 + 2. The plan: `([[0, 3, 4]], [1, 2])`.
+    The second is dissolved, and the first exchanges 3 for 2 + 2. The plan: `([[0, 4, 3]], [1, 2])`.
     """
     packs, rooms = _best_fit(lengths, capacity, urgent)
     dissolved = _emptiest(packs, rooms, urgent)

@@ -12,7 +12,7 @@ STEPS = 20
 LOW = 0.9
 """Share of filled slots under which a message is due."""
 FEW_CONVERSATIONS = 4
-"""Conversations of a pack below which their lengths leave room: with more, one of many fits."""
+"""Conversations of mean length in a full pack up to which lengths leave room: of more, one fits."""
 
 
 class FillWatch:
@@ -55,7 +55,7 @@ class FillWatch:
                 f"{packs - filled:,} of {packs:,} packs are empty, since streams have reached the end of the data; "
                 f"{fewer} data.global_batch leaves fewer in the next run"
             )
-        if conversations < FEW_CONVERSATIONS * filled:
+        if tokens * FEW_CONVERSATIONS > capacity * conversations:
             return (
                 f"a pack holds {conversations / filled:.1f} conversations of {tokens / conversations:,.0f} tokens, and no "
                 f"further one fits; raise data.capacity = {capacity}, in a run under way with "
