@@ -54,7 +54,7 @@ def choose_streams(config: DataConfig, corpus: Corpus, samples: Sequence[LengthS
     stream for one shard, 8 streams for 8 shards. 100,000 rows of 360 tokens: 64 and 64 streams.
     """
     if samples is None:
-        files = min(source.shards for source in corpus.sources if isinstance(source, StreamedSource))
+        files = min(source.file_count for source in corpus.sources if isinstance(source, StreamedSource))
         most = min(MOST_STREAMS, files)
     else:
         contents = estimate_content(config, corpus, samples)

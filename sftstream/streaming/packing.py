@@ -1,4 +1,4 @@
-"""Plan packs from lengths alone, and build a pack from examples: pure functions."""
+"""Divide examples into packs by their lengths, and build a pack from examples: pure functions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ SHARE_LEFT = 3
 """A window leaves at most one in `SHARE_LEFT` of its packs."""
 EXCHANGED = 4
 """Most examples that leave a pack in an exchange."""
+MOST_TOKENS_EXCHANGED = 1 << 15
+"""Most tokens that an exchange brings in: sums of left examples are the bits of an integer."""
 CAPACITIES_OF_A_WINDOW = 4
 """Capacities that a window fills at least, so that a pack of many short examples finds company."""
 LONGEST_WINDOW = 4
@@ -25,13 +27,15 @@ LONGEST_WINDOW = 4
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
-    """Group indices into packs by best-fit decreasing, O(n log n). No length exceeds `capacity`.
+    """Divide the indices of `lengths` into packs: best-fit decreasing, O(n log n).
 
-    The longest example comes first and goes into the fullest pack with enough room; `urgent`
-    examples come before all others.
+    Examples are placed from the longest to the shortest, `urgent` examples before all others. Each
+    example goes into the fullest pack that has enough room, or else opens a new pack. No length may
+    exceed `capacity`.
 
-    For lengths `[60, 30, 50, 40]`, capacity 100 and nothing urgent the packs are
-    `[[0, 3], [2, 1]]`: 60 and 50 open a pack each, 40 fills the first, 30 goes into the second.
+    Example: for the lengths `[60, 30, 50, 40]`, capacity 100 and no urgent examples, the result is
+    `[[0, 3], [2, 1]]`. 60 opens the first pack, and 50 the second. 40 fills the first. 30 goes into
+    the second.
     """
     packs, _ = _best_fit(lengths, capacity, urgent)
     return packs
@@ -123,6 +127,8 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
         if urgent[index]:
             break
         goal += lengths[index]
+        if goal > MOST_TOKENS_EXCHANGED:
+            break
         goals.append(goal)
     if not goals:
         return
@@ -171,7 +177,7 @@ def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], 
 
 
 def joined(examples: Sequence[Example]) -> Example:
-    """Concatenate examples."""
+    """Return one example with the tokens of all `examples`, in order."""
     return Example(
         np.concatenate([example.tokens for example in examples]),
         np.concatenate([example.loss_mask for example in examples]),
@@ -187,11 +193,11 @@ def build_pack(
     refused: Sequence[Refusal] = (),
     exhausted: bool = False,
 ) -> Pack:
-    """Concatenate `examples` and fill the rest of `capacity` with a padding segment of `pad_id`.
+    """Return a pack with the tokens of `examples`, padded to `capacity` with `pad_id`.
 
-    The examples hold the tokens of `segments` in order; examples of several segments may be joined.
-
-    For segments of 3 and 2 tokens and capacity 8 the borders are `[0, 3, 5, 8]`.
+    `examples` concatenated are the tokens of `segments`. An item of `examples` may be the joined
+    tokens of several segments (see `joined`). For segments of 3 and 2 tokens and capacity 8, the
+    borders are `[0, 3, 5, 8]`.
     """
     lengths = [segment.length for segment in segments]
     used = sum(lengths)

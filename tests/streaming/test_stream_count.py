@@ -136,10 +136,10 @@ def test_more_shards_than_streams_are_an_error_whose_remedy_works(auto: DataConf
     loader = PackLoader(auto)
     given = Counter((s.row, s.epoch) for _ in range(3) for pack in loader.next_step() for s in pack.segments)
     state = loader.state_dict()
-    with pytest.raises(ValueError, match=r"^streams = 8 cannot be shared by 9 shards") as error:
+    with pytest.raises(ValueError, match=r"^streams = 8 is too low for 9 shards") as error:
         PackLoader(auto, state=state, shard=Shard(0, 9))
     remedy = 'set data.streams = 9 and data.accept_changed = ["data.streams"] to rebase the state'
-    assert str(error.value) == f"streams = 8 cannot be shared by 9 shards, of which each needs one; {remedy}"
+    assert str(error.value) == f"streams = 8 is too low for 9 shards, which need a stream each; {remedy}"
     wider = msgspec.structs.replace(auto, streams=9, accept_changed=("data.streams",))
     shards = [PackLoader(wider, state=state, shard=Shard(index, 9)) for index in range(9)]
     given += Counter((s.row, s.epoch) for loader in shards for pack in loader for s in pack.segments)
