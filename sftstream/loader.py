@@ -20,7 +20,9 @@ from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
+from sftstream.streaming.forecast import Forecast, choose_streams, foresee
 from sftstream.streaming.graph import build_stream
+from sftstream.streaming.length_sample import TO_CHOOSE, TO_FORESEE, sample_lengths
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import (
@@ -101,6 +103,8 @@ class PackLoader:
     state remains that of the last returned pack or step. The next call continues from there.
     `state_dict` may be called from any thread, and from a signal handler.
 
+    `config` is the given config with a number of streams in place of "auto".
+
     Raises ValueError if the topology does not fit the config, or if `state` has other data or
     settings than `config`.
     """
@@ -113,14 +117,16 @@ class PackLoader:
         workers: int | None = None,
         state: Mapping[str, Any] | DataState | None = None,
     ) -> None:
-        self.config = config
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(self.shard, self.workers)
-        self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved, shard)
+        self.config = config = _with_streams(config, saved, self.corpus, self.encoder, shard)
+        self._assignment = PackAssignment(
+            config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
+        )
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._progress = Progress(
@@ -219,6 +225,10 @@ class PackLoader:
         """Rows accepted and refused by the shard's streams so far, by source."""
         return sum_row_counts(self._progress.counts.values())
 
+    def forecast(self) -> Forecast:
+        """Return the packs and the fill to expect of the whole run, from a sample of rows."""
+        return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
+
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that no layout reads.
 
@@ -289,7 +299,7 @@ class PackLoader:
     def _advance(self, before: Progress) -> tuple[Pack, Progress]:
         """Read the shard's next pack after `before`; return it with the progress after the pack."""
         number = self._next_pack(before)
-        stream = number % self.config.streams
+        stream = number % self.config.stream_count
         if self._workers_at is not before.streams:
             self.close()
             self._open_workers(before)
@@ -388,6 +398,18 @@ class PackLoader:
         node = build_stream(self.config, self.corpus, self.encoder, stream)
         node.reset()
         return node.state
+
+
+def _with_streams(
+    config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
+) -> DataConfig:
+    """Return `config` with a number of streams: the state's, or a choice for a new run."""
+    if config.streams != "auto":
+        return config
+    if saved is not None:
+        return msgspec.structs.replace(config, streams=saved.identity.streams)
+    streams = choose_streams(config, corpus, sample_lengths(corpus, encoder, TO_CHOOSE), shard.count)
+    return msgspec.structs.replace(config, streams=streams)
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:

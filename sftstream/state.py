@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -129,6 +129,10 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     border of a span."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
+
+    planning: Literal[4] | UnsetType = UNSET
+    """Format with the first stream planned by the same rules as the next windows; absent for a
+    stream begun under format 3, which goes on under the rules of that format."""
 
     @property
     def waiting(self) -> list[Segment]:
