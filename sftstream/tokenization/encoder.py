@@ -145,9 +145,21 @@ class ChatEncoder:
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
         try:
-            return shorten(rendered.conversation, self.policy, self._encode_part)
+            borders = self._borders(rendered.conversation)
+            return shorten(rendered.conversation, self.policy, self._encode_part, borders)
         except Refused as refused:
             return refused
+
+    def _borders(self, conversation: Conversation) -> list[int]:
+        """Return for each message the number of tokens up to the end of the last turn so far."""
+        rendered, turns = self.renderer.render_whole(conversation)
+        ends = {turn.message: turn.span.end for turn in turns}
+        at, borders = 0, [0]
+        for index in range(len(conversation.messages)):
+            end = max(at, ends.get(index, at))
+            borders.append(borders[-1] + len(self.tokenizer.ids(rendered.text[at:end])))
+            at = end
+        return borders[1:]
 
     def _encode_part(self, conversation: Conversation) -> Example:
         return self.tokenizer.encode(self.render(conversation))
