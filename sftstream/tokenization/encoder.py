@@ -125,7 +125,8 @@ class ChatEncoder:
 
         A conversation longer than `policy.capacity` is shortened if `policy.overflow` says so.
         """
-        encoded = self.tokenizer.encode_all([text for conversation in rendered for text in conversation.texts])
+        texts = [text for conversation in rendered for text in conversation.texts]
+        encoded = self.tokenizer.encode_all(texts, self._stops)
         if len(encoded) == len(rendered):
             # The common case: each conversation has one text.
             examples = [example if isinstance(example, Refused) else [example] for example in encoded]
@@ -162,7 +163,11 @@ class ChatEncoder:
         return borders[1:]
 
     def _encode_part(self, conversation: Conversation) -> Example:
-        return self.tokenizer.encode(self.render(conversation))
+        return self.tokenizer.encode(self.render(conversation), self._stops)
+
+    @property
+    def _stops(self) -> tuple[str, ...]:
+        return self.report.turn_format.stops + self.report.turn_format.call_stops
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:

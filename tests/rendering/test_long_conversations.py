@@ -23,7 +23,8 @@ SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(1
 CODES = ("u a", "u ar", "u ac t a", "u ac t ac t a", "u ai", "u a a", "u a-", "s u a", "u arc t ar", "u a~")
 LOOP = (
     "{# <|user|> <|assistant|> <|tool|> <|call|> #}{% for m in messages %}<|{{ m.role }}|>"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ m.content }}<|end|>"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{{ m.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
