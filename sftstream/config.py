@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -158,6 +158,12 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     date: str | None = None
     """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day of the run's
     first start, which a resume keeps."""
+    variables: dict[str, Any] = {}
+    """Further variables of the template: name -> text, number, true, false, list or table.
+    `{enable_thinking = false}` is for Qwen3 what `chat_template_kwargs` is in an inference server.
+    A row's column `chat_template_kwargs` overrides single variables for the row. Names that every
+    render sets are refused: `messages`, `tools`, `add_generation_prompt`, `bos_token`, ... Default:
+    no further variables."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,10 +1,11 @@
-"""The identity of a stream: all data and settings with an effect on packs.
+"""Identify the data and settings that decide the packs, and compare them before a resume.
 
-A state resumes on an equal identity only.
+An identity holds digests of files, tokenizer and template, and settings such as `capacity`. A run
+resumes from a state only if the state's identity is the same as the identity of the run's config.
 
-A field younger than the format has the default UNSET and is absent while the setting has its
-default, so that states written before the field resume. So the default of such a setting must never
-change; `tests/streaming/test_identity.py` holds the defaults.
+A field that was added after `FORMAT` was last raised has the default UNSET, and is left out of the
+identity if the setting has its default. So states from before the field was added still resume. The
+default of such a setting must never change; `tests/streaming/test_identity.py` checks the defaults.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Identity(Policy, frozen=True, kw_only=True):
     mix_by: str
     stages: tuple[StageConfig, ...]
     ends_with: str
+    variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Variables of the chat template given by `tokenizer.variables`."""
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
@@ -98,6 +101,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
+        variables=config.tokenizer.variables or msgspec.UNSET,
         **_compared_fields(config, Identity),
     )
 
@@ -106,15 +110,15 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        shards=opened.shards if isinstance(opened, StreamedSource) else None,
+        shards=opened.file_count if isinstance(opened, StreamedSource) else None,
         **_compared_fields(source, SourceIdentity),
     )
 
 
 def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the config fields compared by a resume, by name.
+    """Return the config fields that a resume compares, as name -> value.
 
-    A field with the default UNSET in `identity` is left out while the config has its default.
+    A field that has the default UNSET in `identity` is left out if the config has its default.
     """
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
     younger = {field.name for field in msgspec.structs.fields(identity) if field.default is msgspec.UNSET}

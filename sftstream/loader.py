@@ -30,9 +30,9 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 
 class LoaderPosition(NamedTuple):
-    """The position of a shard between two packs. Taking it costs microseconds."""
+    """The position of a shard between two packs. Cheap to make: nothing is decoded."""
 
-    run: DataState
+    header: DataState
     """State of the run without its streams: identity, number of packs, history."""
     encoded_streams: EncodedStreams
     """States of the shard's streams, as MessagePack."""
@@ -44,7 +44,7 @@ class LoaderPosition(NamedTuple):
             number: msgspec.msgpack.decode(encoded, type=StreamState)
             for number, encoded in self.encoded_streams.items()
         }
-        return msgspec.structs.replace(self.run, streams=streams)
+        return msgspec.structs.replace(self.header, streams=streams)
 
 
 class Progress(NamedTuple):
@@ -55,8 +55,8 @@ class Progress(NamedTuple):
     """
 
     at: int
-    """Number in the run of the pack after the shard's last pack. The packs from here to the shard's
-    next pack belong to other shards."""
+    """Number, in the run, of the pack that follows the last returned pack of this shard. That pack
+    may belong to another shard."""
     streams: EncodedStreams
     """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
@@ -162,7 +162,7 @@ class PackLoader:
                 f"`next` has returned {taken} of the {batch} packs of this step; call `next` for the rest of the step"
             )
         count = self._assignment.micro_batches(step)
-        own = 0 if self._is_exhausted(before) else self._assignment.step(step).count(self.shard.index)
+        own = 0 if self._is_exhausted(before) else self._assignment.shards_of_step(step).count(self.shard.index)
         self._require_only_reader()
         try:
             self._reading_thread = threading.get_ident()
@@ -198,7 +198,7 @@ class PackLoader:
             return None
         past = self._run.orders
         return sum(
-            row_order(opened.shards, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
+            row_order(opened.file_sizes, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 
@@ -343,7 +343,7 @@ class PackLoader:
         shared = self._assignment.even and saved.packs % self.shard.count == 0
         if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
             raise ValueError(
-                f"the state is of pack {saved.packs}, inside a step that {self.shard.count} "
+                f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
                 "shards cannot share evenly; save a state at the end of a step"
             )
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
@@ -355,8 +355,9 @@ class PackLoader:
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
-    """Open tokenizer and template. The default of `tokenizer.date` is the UTC day of the first
-    start.
+    """Open tokenizer and template. Without `tokenizer.date`, the date is the UTC day of the start.
+
+    A resume uses the date of the state instead.
 
     Raises ValueError if the template prints the date and several shards have no common date.
     """
@@ -365,7 +366,12 @@ def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> 
     today = datetime.now(UTC).date().isoformat()
     with _without_collector():
         encoder = ChatEncoder(
-            tokenizer.path, tokenizer.template, date=date or today, policy=config, backend=tokenizer.backend
+            tokenizer.path,
+            tokenizer.template,
+            date=date or today,
+            variables=tokenizer.variables,
+            policy=config,
+            backend=tokenizer.backend,
         )
     if shard.count > 1 and date is None and encoder.template.date:
         raise ValueError(

@@ -32,7 +32,7 @@ class Waiting(NamedTuple):
 
     ref: Ref
     lengths: Mapping[int, int] | None
-    """Number of each waiting part -> its tokens; None if the row was never read."""
+    """Waiting parts: number of the part -> its tokens. None if the row was never read."""
     known_parts: int = 0
     """Number of parts of the row when it was read; 0 if unknown, in states of version 0.1.0."""
 
@@ -88,7 +88,7 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
         )
     if saved.packs % before.global_batch:
         raise ValueError(
-            f"the state is of pack {saved.packs}, inside a step of {before.global_batch} packs; save "
+            f"the state was saved after {saved.packs} packs, inside a step of {before.global_batch} packs; save "
             "a state at the end of a step"
         )
     if len(identity.sources) < len(before.sources):
@@ -161,7 +161,7 @@ def _undrawn_rows(
     for source, end in enumerate(ends):
         files = corpus.sources[source]
         assert isinstance(files, FileSet)
-        order = row_order(files.shards, config, source, past.get(source, ()))
+        order = row_order(files.file_sizes, config, source, past.get(source, ()))
         for number, stream in enumerate(olds):
             for draw in range(number + stream.drawn[source] * len(olds), end, len(olds)):
                 row, epoch = order.at(draw)

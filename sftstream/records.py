@@ -116,6 +116,8 @@ class Conversation(msgspec.Struct, frozen=True, gc=False):
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    variables: dict[str, Any] = {}
+    """Variables that the chat template gets for this conversation, by name."""
 
 
 class Span(NamedTuple):
@@ -151,7 +153,7 @@ class Example(msgspec.Struct, frozen=True, gc=False):
 
     `targets` is the number of trained tokens without the first token of the example, which no token
     predicts: 2 for the loss mask `[1, 0, 1, 1]`. `notes` counts modifications of the conversation
-    by name, for example `{"truncated": 1}`.
+    by name, such as truncations.
     """
 
     tokens: NDArray[np.int32]

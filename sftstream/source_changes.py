@@ -52,14 +52,14 @@ def _require_streamed_alike(source: int, before: SourceIdentity, now: SourceIden
     for old, new in zip(before.files, now.files, strict=True):
         if _content(old) != _content(new):
             raise ValueError(
-                f"data.sources[{source}]: {new.name!r} is not {old.name!r} of before, and rows of a streamed "
+                f"data.sources[{source}]: {new.name!r} has other content than {old.name!r} had, and rows of a streamed "
                 "source are not counted, so the rows still to come are unknown; restore the file, or start a new run"
             )
 
 
 def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
     """Return each old file's number of rows and the present number of its first row."""
-    starts = [0, *accumulate(files.shards)]
+    starts = [0, *accumulate(files.file_sizes)]
     indices = _indices(source, before.files, files.identities)
     counts = [_rows_known(old, files, index) for old, index in zip(before.files, indices, strict=True)]
     unknown = [number for number, count in enumerate(counts) if count is None]
@@ -67,11 +67,11 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
     if len(unknown) > 1:
         names = ", ".join(repr(before.files[number].name) for number in unknown[:3])
         raise ValueError(
-            f"data.sources[{source}]: {names} changed inside, and the state holds only the sum of their rows; "
+            f"data.sources[{source}]: {names} changed inside, and the state has only the sum of their rows; "
             "change one file at a time and resume after each, or start a new run"
         )
     for number in unknown:
-        name, now = before.files[number].name, files.shards[indices[number]]
+        name, now = before.files[number].name, files.file_sizes[indices[number]]
         if now != rest:
             change = "lost rows" if now < rest else "grew, but not at its end alone"
             raise ValueError(
@@ -81,7 +81,7 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
         counts[number], rest = rest, 0
     if rest:
         raise ValueError(
-            f"data.sources[{source}] had {before.rows} rows, and its files give {(before.rows or 0) - rest}; "
+            f"data.sources[{source}] had {before.rows} rows, but its files have {(before.rows or 0) - rest} of these rows now; "
             "restore the files, or start a new run"
         )
     return tuple((count or 0, starts[index]) for count, index in zip(counts, indices, strict=True))
@@ -125,13 +125,13 @@ def _rows_known(old: FileIdentity, files: FileSet, index: int) -> int | None:
     """Return the number of rows of an old file; None if rows were edited, removed or inserted."""
     file = files.files[index]
     if _content(old) == _content(file.identity):
-        return files.shards[index]
+        return files.file_sizes[index]
     return file.rows_of(old) if isinstance(file, JsonLines) else None
 
 
 def _follow(saved: DataState, source: int, moved: Files, files: FileSet, config: DataConfig) -> DataState:
     past = saved.orders.get(source, ())
-    unmoved = tuple(zip(files.shards, [0, *accumulate(files.shards)], strict=False))
+    unmoved = tuple(zip(files.file_sizes, [0, *accumulate(files.file_sizes)], strict=False))
     if moved == unmoved:
         return saved  # rows were edited in place
     order = row_order([rows for rows, _ in moved], config, source, past)

@@ -1,10 +1,8 @@
-"""Positions of streams as frozen values: counters and references, never tokens.
+"""Define the state of a loader: frozen records of counters and references, never of tokens.
 
-A few kilobytes a stream.
-
-A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable. A
-field younger than the format has the default UNSET, and is absent from a state until it has a
-value.
+The state of a stream has a few kilobytes. The records keep the states of earlier versions readable:
+a renamed field keeps its stored name in `msgspec.field(name=...)`, and a field that was added after
+`FORMAT` was last raised has the default UNSET and is left out of a state until it has a value.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
 
 CHECKSUM = "checksum"
-"""Key of a state dict: SHA-256 of the rest of the state dict as JSON with sorted keys."""
+"""Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
 FIRST_WITH_CHECKSUM = 4
-"""First format of states with a checksum."""
+"""Number of the first format whose states have a checksum."""
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -73,10 +71,10 @@ class RowParts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return Ref(self.source, self.row, self.epoch)
 
 
-class ShardPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A stream's position in a streamed source, counted in stripes (see `StreamingCursor`)."""
 
-    shards: int = 0
+    stripes: int = 0
     """Number of stripes read to the end, over all epochs."""
     rows: int = 0
     """Rows drawn from the current stripe."""
@@ -90,7 +88,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     mixed: tuple[int, ...] = ()
     """Amount drawn from each source since the current mixture stage began, in the unit of `mix_by`:
     conversations, tokens or trained tokens."""
-    shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
+    stripe_positions: dict[int, StripePosition] = msgspec.field(name="places", default={})
     """Number of a streamed source -> position in the source."""
     stage: int = 0
     """Number of mixture stages entered."""
@@ -161,7 +159,7 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
-        """Return a state dict of this or an earlier format as a typed record.
+        """Return the typed record of a state dict in this format or an earlier one.
 
         Raises ValueError with the path of a bad value, or if the state was edited.
         """
@@ -175,10 +173,11 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def from_parts(cls, run: Mapping[str, Any], streams: Mapping[int, bytes]) -> DataState:
-        """Return the state of a run and its streams stored one by one, as MessagePack.
+        """Return the state made of a run's state without streams, and of its streams as
+        MessagePack.
 
-        The parts have no checksum: the store of the parts has its own. Raises ValueError with the
-        path of a bad value.
+        Checkpoints store these pieces separately, without the checksum of a state dict, because a
+        checkpoint has its own digests. Raises ValueError with the path of a bad value.
         """
         return cls._convert({**run, "streams": {str(n): msgspec.msgpack.decode(blob) for n, blob in streams.items()}})
 
@@ -202,7 +201,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _require_unedited(checksum: object, content: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `checksum` is that of `content`."""
+    """Raise ValueError unless `checksum` is the checksum of `content`."""
     if checksum != (now := _checksum(content)):
         found = f"its checksum is {excerpt(checksum, 12)}" if checksum else "it has no checksum"
         raise ValueError(
@@ -235,8 +234,8 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
             raise ValueError(f"state {index} has other past orders of rows than state 0; merge states of one run")
         if state.packs != packs and not all(s.exhausted for s in state.streams.values()):
             raise ValueError(
-                f"state {index} is of pack {state.packs} and another state of pack {packs}; save all states after the "
-                "same step"
+                f"state {index} was saved after {state.packs} packs and another state after {packs} packs; "
+                "save all states after the same step"
             )
         if twice := streams.keys() & state.streams.keys():
             raise ValueError(

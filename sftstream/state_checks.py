@@ -49,7 +49,7 @@ def _problems(state: DataState, number: int, stream: StreamState, config: DataCo
 def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
     """Return source number -> order of rows, without streamed sources."""
     return {
-        source: row_order(files.shards, config, source, state.orders.get(source, ()))
+        source: row_order(files.file_sizes, config, source, state.orders.get(source, ()))
         for source, files in enumerate(corpus.sources)
         if isinstance(files, FileSet)
     }
@@ -67,7 +67,7 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
         "refused": stream.refused.values(),
         "notes": stream.notes.values(),
         "waited": [leftover.waited for leftover in stream.leftovers],
-        "places": [number for place in stream.shard_positions.values() for number in (place.shards, place.rows)],
+        "places": [number for place in stream.stripe_positions.values() for number in (place.stripes, place.rows)],
     }
     for name in ("windows", "packs", "conversations", "tokens"):
         counters[name] = [getattr(stream, name)]
@@ -75,24 +75,24 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
         if bad := [number for number in numbers if not 0 <= number < LARGEST]:
             yield f"{name} holds {bad[0]}"
     if not 0 <= stream.stage <= len(identity.stages):
-        yield f"stage = {stream.stage} of {len(identity.stages)} stages"
-    if unknown := [s for s in stream.shard_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
-        yield f"source {unknown[0]} is not streamed and has a place in a shard"
+        yield f"stage = {stream.stage}, but the config has {len(identity.stages)} mixture stages"
+    if unknown := [s for s in stream.stripe_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
+        yield f"source {unknown[0]} is not streamed but has a position in a file"
     if stream.exhausted and (stream.planned or stream.leftovers or stream.unlisted):
-        yield "the stream is exhausted and has rows waiting"
+        yield "the stream is exhausted, but rows are waiting"
 
 
 def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
     segments = stream.waiting
     for segment in segments:
         if not 0 <= segment.source < len(identity.sources):
-            yield f"a row of source {segment.source} waits"
+            yield f"a row of source {segment.source} waits, but the config has {len(identity.sources)} sources"
             return
         rows = identity.sources[segment.source].rows
         if not 0 <= segment.row < (LARGEST if rows is None else rows):
             yield f"row {segment.row} waits, but source {segment.source} has {rows} rows"
         if not 0 < segment.length <= identity.capacity:
-            yield f"a part of {segment.length} tokens waits for packs of {identity.capacity}"
+            yield f"a part of {segment.length} tokens waits, outside 1 to {identity.capacity}"
         if not 0 <= segment.epoch < LARGEST or not 0 <= segment.part < LARGEST:
             yield f"epoch {segment.epoch}, part {segment.part} of a row waits"
     parts = [(segment.ref, segment.part) for segment in segments]
@@ -100,7 +100,7 @@ def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
         yield "a part of a row waits twice"
     for pack in stream.planned:
         if not 0 < sum(segment.length for segment in pack) <= identity.capacity:
-            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, of {identity.capacity}"
+            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, outside 1 to {identity.capacity}"
 
 
 def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
@@ -110,13 +110,13 @@ def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders:
         draws = order.draws(config.sources[source].repeat, config.epochs)
         most = draws_of_stream(draws, number, config.streams)
         if stream.drawn[source] > most and config.sources[source].repeat >= 1:
-            yield f"{stream.drawn[source]} rows of source {source} were drawn, of {most} in all epochs"
+            yield f"{stream.drawn[source]} rows of source {source} were drawn, but all epochs have {most}"
 
 
 def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterator[str]:
     given = draws_of_stream(state.packs, number, state.identity.streams)
     if stream.packs > given or (stream.packs < given and not stream.exhausted):
-        yield f"packs = {stream.packs}, of {given} up to pack {state.packs} of the run"
+        yield f"packs = {stream.packs}, but the first {state.packs} packs of the run have {given} of this stream"
     accepted = sum(stream.accepted, Amount())
     waiting = stream.waiting
     amounts = {
@@ -126,12 +126,12 @@ def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterato
     }
     for name, (read, known) in amounts.items():
         if read != known:
-            yield f"{read} {name} were read, and {known} are given, waiting or refused"
+            yield f"{read} {name} were read, but {known} are returned, waiting or refused"
     if not state.identity.stages:
         by = {"conversations": stream.drawn, "tokens": [a.tokens for a in stream.accepted]}
         expected: Sequence[int] = by.get(state.identity.mix_by, [a.trained_tokens for a in stream.accepted])
         if list(stream.mixed) != list(expected):
-            yield f"mixed = {list(stream.mixed)}, by {state.identity.mix_by} {list(expected)}"
+            yield f"mixed = {list(stream.mixed)}, but the {state.identity.mix_by} read are {list(expected)}"
 
 
 def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
@@ -148,4 +148,4 @@ def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: 
             draw += len(rows)
         foreign = [segment for segment in stream.waiting if segment.source == source and segment.ref not in drawn]
         if foreign:
-            yield f"row {foreign[0].row} of source {source} waits, and the stream did not draw the row lately"
+            yield f"row {foreign[0].row} of source {source} waits, but the stream has not drawn it recently"

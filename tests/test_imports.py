@@ -35,7 +35,7 @@ ORDER = {
         "sources.hub",
         "sources.resolve",
         "sources.streamed",
-        "sources.shard_reader",
+        "sources.streamed_reader",
         "sources.corpus",
         "sources",
         "formats.fields",

@@ -221,4 +221,4 @@ def _about(
 ) -> About | None:
     if loader is None:
         return None
-    return about(config, topology, loader.position().run, validation.digest if validation else None)
+    return about(config, topology, loader.position().header, validation.digest if validation else None)

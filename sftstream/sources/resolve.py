@@ -1,4 +1,4 @@
-"""Resolution of a source's path: a local path first, then a remote path, then a hub dataset."""
+"""Find the files of a source: a local path first, then a remote path, then a hub dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sftstream.sources.saved import is_saved, saved_files
 
 
 class Dataset(NamedTuple):
-    """A source that the `datasets` library reads."""
+    """A source that is read by the `datasets` library."""
 
     source: SourceConfig
 
@@ -28,7 +28,7 @@ Resolved = list[FileLocation] | Dataset
 
 
 def resolve(source: SourceConfig) -> Resolved:
-    """Return the files of a source's path in order, or the dataset.
+    """Return the files of a source in order, or a Dataset.
 
     Raises ValueError if the path matches nothing or a setting does not apply to the path.
     """
@@ -37,7 +37,7 @@ def resolve(source: SourceConfig) -> Resolved:
     with source_door(source):
         if not location.is_file() and not location.is_directory() and "://" in source.path:
             location = remote(source.path, full=full)
-        # is_file first: a web server's file would be read to find out if it is a directory
+        # is_file first: is_directory would download a file from a web server
         if location.is_file():
             return _files(source, location, [location])
         if location.is_directory():

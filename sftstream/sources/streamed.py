@@ -1,4 +1,4 @@
-"""Streamed sources: shards of rows that are read forward, neither fetched nor indexed."""
+"""Open streamed sources, whose files are read from beginning to end, not downloaded or indexed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
-    """The shards of a streamed source: the files of a path, or of a hub dataset.
+    """A streamed source: the files of a path or of a hub dataset.
 
-    Rows are numbered round-robin over `K` shards, since the shards' sizes are unknown: row `n` is
-    row `n // K` of shard `n % K`. With 5 shards, row 12 is row 2 of shard 2.
+    The sizes of the files are unknown, so rows are numbered round-robin over the `K` files: row `n`
+    is row `n // K` of file `n % K`. With 5 files, row 12 is row 2 of file 2.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -32,45 +32,45 @@ class StreamedSource:
         self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
 
     @property
-    def shards(self) -> int:
-        """Number of shards."""
+    def file_count(self) -> int:
+        """Number of files."""
         return len(self._locations)
 
-    def shard_and_index(self, row: int) -> tuple[int, int]:
-        """Return the shard of a row, and the row's index in the shard."""
-        index, shard = divmod(row, self.shards)
-        return shard, index
+    def file_and_index(self, row: int) -> tuple[int, int]:
+        """Return the number of a row's file, and the row's number in the file."""
+        index, file = divmod(row, self.file_count)
+        return file, index
 
-    def number(self, shard: int, index: int) -> int:
-        """Return the number of row `index` of a shard."""
-        return index * self.shards + shard
+    def number(self, file: int, index: int) -> int:
+        """Return the number, in the source, of row `index` of a file."""
+        return index * self.file_count + file
 
     def locate_row(self, row: int) -> str:
-        """Return the row's location for messages: `shard[index]`."""
-        shard, index = self.shard_and_index(row)
-        return f"{self._locations[shard].display_name}[{index}]"
+        """Return the row's location for messages: `file[index]`."""
+        file, index = self.file_and_index(row)
+        return f"{self._locations[file].display_name}[{index}]"
 
-    def open(self, shard: int, start: int) -> RowsFrom:
-        """Read the rows of a shard, from index `start` or earlier.
+    def open(self, file: int, start: int) -> RowsFrom:
+        """Read file number `file` from row `start`, or from an earlier row, to its end.
 
-        Raises ValueError if the shard is unreadable, and RuntimeError if the shard has changed.
+        Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
         """
-        self._require_unchanged(shard)
-        location = self._locations[shard]
+        self._require_unchanged(file)
+        location = self._locations[file]
         with Door(f"{location.display_name} cannot be read"):
             first, rows = read_forward(location, start)
-        return RowsFrom(first, self._to_the_end(shard, rows))
+        return RowsFrom(first, self._to_the_end(file, rows))
 
-    def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
-        with Door(f"{self._locations[shard].display_name} cannot be read to its end"):
+    def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+        with Door(f"{self._locations[file].display_name} cannot be read to its end"):
             yield from rows
-        self._require_unchanged(shard)  # a file truncated at a row's border reads like a shorter file
+        self._require_unchanged(file)  # a file truncated after a row seems complete
 
-    def _require_unchanged(self, shard: int) -> None:
-        location = self._locations[shard]
+    def _require_unchanged(self, file: int) -> None:
+        location = self._locations[file]
         with Door(f"{location.display_name} cannot be read"):
             marker = location.change_marker()
-        if marker != self._markers[shard]:
+        if marker != self._markers[file]:
             raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
 
 

@@ -1,4 +1,4 @@
-"""The limit on refused rows of a run."""
+"""Stop a run in which too many rows are refused."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ MIN_ROWS_TO_JUDGE = 100
 
 @dataclass(frozen=True)
 class RefusalLimit:
-    """Counts of accepted and refused rows, to stop a run with too many refusals."""
+    """Numbers of accepted and refused rows, compared with the limit `data.max_refused`."""
 
     max_refused: float
     accepted: int
     refused: Mapping[str, int]
-    """Refused rows by reason."""
+    """Reason -> number of refused rows."""
 
     @classmethod
     def of(cls, max_refused: float, streams: Collection[StreamState]) -> RefusalLimit:
-        """Return the counts of states, without refusals that the next packs list."""
+        """Return the counts of `streams`, without refusals that the next packs will list."""
         refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
         refused.subtract(refusal.reason for stream in streams for refusal in stream.unlisted)
         return cls(max_refused, sum(stream.conversations for stream in streams), +refused)
 
     def counted(self, pack: Pack) -> RefusalLimit:
-        """Return the counts with a pack's rows.
+        """Return the counts after a pack.
 
         Raises ValueError if the share of refused rows is above `max_refused`.
         """

@@ -42,7 +42,7 @@ class Tokenizer:
     that computes the ids:
 
         "huggingface"  the library `tokenizers`
-        "fastokens"    faster; used after its ids equal those of `tokenizers` on many probes
+        "fastokens"    faster; used after its ids equal those of `tokenizers` on many test texts
         "auto"         "fastokens" if it is installed and the tokenizer is byte-level, otherwise
                        "huggingface"
 
@@ -135,7 +135,8 @@ class Tokenizer:
         if text.typed:
             return Refused(
                 "special token typed",
-                "a tokenizer that is not byte-level cannot encode a special token's text as words",
+                "a tokenizer that is not byte-level cannot encode a special token's text as words; remove the text from "
+                "the message",
             )
         try:
             text.text.encode()
@@ -228,9 +229,9 @@ class Tokenizer:
         ]
 
     def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
-        """Return the text of a special token that ends a span, but whose token id reaches further.
+        """Return the special token at the end of a span, if one of `tokens` crosses this end.
 
-        Return None if there is no such token.
+        Return None if no token crosses the end of a span, or no special token ends there.
         """
         ends = {span.end for span in text.spans}
         cut = (end for end in ends if any(start < end < stop for start, stop in tokens))

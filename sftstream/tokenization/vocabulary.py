@@ -238,7 +238,7 @@ def _write_cached(key: str, vocabulary: Vocabulary) -> None:
 
 
 def _content(path: Path) -> bytes | None:
-    """Return the content of a cached file, which follows its digest; None if the digest differs."""
+    """Return the content of a cached file without its digest; None if the digest is wrong."""
     content = path.read_bytes()
     return content[DIGEST:] if _digest(content[DIGEST:]) == content[:DIGEST] else None
 

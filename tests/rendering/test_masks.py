@@ -203,7 +203,7 @@ def test_a_special_token_that_somebody_types_stays_text(encoder: ChatEncoder, te
 
 def test_a_special_token_in_a_tools_definition_is_refused(encoder: ChatEncoder) -> None:
     tool = {"name": "f", "description": f"says {STOP}", "parameters": {}}
-    with pytest.raises(Refused, match="control token in text: the tools contains"):
+    with pytest.raises(Refused, match="control token in text: a tool definition contains"):
         encoder.encode([{"role": "system", "content": "x"}, shapes.user("ab"), shapes.said("ba")], [tool])
 
 
@@ -339,7 +339,7 @@ def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, templa
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer: str) -> None:
     endless = "{% for a in range(90000) %}" * 4 + "{% set b = a %}" + "{% endfor %}" * 4
-    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 steps"):
+    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 units of work"):
         ChatEncoder(tokenizer, endless)
     patient = tiny.TEMPLATE.replace(
         "{{- message.content", "{%- if 'loop' in message.content %}" + endless + "{% endif %}{{- message.content"

@@ -122,7 +122,7 @@ def _steps(
         assert {len(own) for own in packs} == {assignment.micro_batches(step)}
         taken: Counter[int] = Counter()
         digests = []
-        for shard in assignment.step(step):
+        for shard in assignment.shards_of_step(step):
             digests.append(packs[shard][taken[shard]].digest())
             taken[shard] += 1
         result.append(digests)

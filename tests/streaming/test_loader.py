@@ -246,7 +246,7 @@ def test_a_run_shorter_than_a_step_is_filled_with_empty_packs(tokenizer: str, tm
         (
             Shard(0, 9),
             2,
-            "streams = 8 cannot be shared by 9 shards, of which each needs one; raise data.streams to 9 or more",
+            "streams = 8 is too low for 9 shards, which need a stream each; raise data.streams to 9 or more",
         ),
         (Shard(0, 1), -1, "workers = -1 must be 0 (load in this process) or more"),
     ],
@@ -279,7 +279,7 @@ def test_a_state_in_the_middle_of_a_step_is_an_error_where_shards_cannot_share_i
     state = loader.state_dict()
     assert next(PackLoader(wide, shard=Shard(1, 2), state=state)).digest() == tiny.digests(tiny.take(loader, 2))[1]
     with pytest.raises(
-        ValueError, match="the state is of pack 10, inside a step that 4 shards cannot share evenly; save a"
+        ValueError, match="the state was saved after 10 packs, inside a step that 4 shards cannot share evenly; save a"
     ):
         PackLoader(wide, shard=Shard(0, 4), state=state)
 

@@ -95,11 +95,13 @@ def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, 
     ):
         merge([states[0], states[0]])
     with pytest.raises(
-        ValueError, match=r"state 1 is of pack 6 and another state of pack 8; save all states after the same step"
+        ValueError,
+        match=r"state 1 was saved after 6 packs and another state after 8 packs; save all states after the same step",
     ):
         merge([states[0], tiny.resealed(states[1] | {"packs": 6})])
     with pytest.raises(
-        ValueError, match=r"state 0 is of pack 6 and another state of pack 8; save all states after the same step"
+        ValueError,
+        match=r"state 0 was saved after 6 packs and another state after 8 packs; save all states after the same step",
     ):
         merge([tiny.resealed(states[0] | {"packs": 6}), states[1]])
 

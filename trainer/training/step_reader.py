@@ -199,7 +199,7 @@ def reduce_totals(
     words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
-    for shard in step_reader.assignment.step(step):
+    for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
     trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
