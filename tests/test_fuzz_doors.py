@@ -41,7 +41,7 @@ from trainer.llama.weights import load_weights
 
 SEED = int(os.environ.get("SFTSTREAM_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 DOORS = 6
-SECONDS = float(os.environ.get("SFTSTREAM_FUZZ_SECONDS", "6")) / DOORS
+SECONDS = float(os.environ.get("SFTSTREAM_FUZZ_SECONDS", "3")) / DOORS
 LONGEST, MOST_MEMORY = 60, 4 << 30
 """Limits of an input: seconds, and further bytes of address space."""
 

@@ -21,7 +21,7 @@ from typing import Literal, Never
 import msgspec
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -158,7 +158,7 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
             dist.destroy_process_group()
 
 
-def _meeting(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def _meeting(timeout: timedelta) -> tuple[Store, int, int]:
     """Return the store in which the ranks meet, this process's rank, and the number of ranks.
 
     With a fixed `--master-addr`, the store of torchrun outlives workers that are started again:
