@@ -248,14 +248,20 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names of differences from the checkpoint that a resume accepts, for example
     "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
     resume stops at any difference."""
-    max_refused: float = 1.0
-    """Largest share of refused rows, from 0 to 1. If more rows are refused, the run stops; the
-    share is first checked after 100 rows. Default: 1.0, the run never stops."""
+    max_refused: float = 0.1
+    """Largest share of a source's rows that may be refused for other reasons than their length,
+    from 0 to 1. Judged for each source over all shards at the end of a step, from 100 rows of the
+    source on; a run above the share stops. Before the whole source was read, three standard
+    deviations are added for chance. 1 never stops."""
+    max_too_long: float = 0.5
+    """Largest share of a source's rows that may be refused for their length (longer than `capacity`
+    or `max_row_bytes`), from 0 to 1. Judged like `max_refused`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_refused <= 1:
-            raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
+        for field in ("max_refused", "max_too_long"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} = {getattr(self, field)} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -80,6 +80,14 @@ class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     """Rows drawn from the current stripe."""
 
 
+def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> tuple[dict[str, int], ...]:
+    """Return the counts of refused rows by source and reason, with further refused rows."""
+    counts = [Counter(reasons) for reasons in refused]
+    for refusal in more:
+        counts[refusal.source][refusal.reason] += 1
+    return tuple(map(dict, counts))
+
+
 class Position(msgspec.Struct, frozen=True, kw_only=True):
     """A logical stream's position in its sources."""
 
@@ -112,8 +120,8 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Conversations returned in packs."""
     tokens: int = 0
     """Tokens of the returned conversations."""
-    refused: dict[str, int] = {}
-    """Reason -> number of refused rows."""
+    refused: tuple[dict[str, int], ...] = ()
+    """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
     """Rows refused by a rebase, to be listed in the next pack."""
     notes: dict[str, int] = {}
@@ -306,7 +314,7 @@ def _shares(part: Amount, total: Amount) -> str:
 def _count_lines(data: DataState) -> list[str]:
     streams = data.streams.values()
     notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
     return [
         *(f"{note}: {count:,}" for note, count in notes.most_common()),
         *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),

@@ -155,6 +155,7 @@ ORDER = {
         "reporting.metrics",
         "reporting.messages",
         "reporting.display",
+        "reporting.losses",
         "checkpointing",
         "checkpointing.about",
         "checkpointing.settings",

@@ -286,12 +286,20 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def held_out(self, sources: tuple[SourceConfig, ...]) -> DataConfig:
         """Return the data config of one unshuffled pass over held-out `sources`.
 
-        Other settings are those of training.
+        Other settings are those of training, without limits on refused rows.
 
         Raises ValueError if the sources cannot be mixed.
         """
         return msgspec.structs.replace(
-            self.data, sources=sources, shuffle=False, epochs=1, stages=(), ends_with="all", accept_changed=()
+            self.data,
+            sources=sources,
+            shuffle=False,
+            epochs=1,
+            stages=(),
+            ends_with="all",
+            accept_changed=(),
+            max_refused=1.0,
+            max_too_long=1.0,
         )
 
 

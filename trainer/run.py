@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from sftstream import DataConfig, Pack
+from sftstream import DataConfig, Pack, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -19,6 +19,7 @@ from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.reporting.display import Display
+from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.setup import Run, prepare_run, say_start
@@ -97,11 +98,13 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     done = False
     watch = Watch(run.config.parallel.timeout_seconds)
     with stopping as stop, _open_log(run, progress) as log, run.display, watch:
+        loader = run.step_reader.loader
+        losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:
             step = _take_step(run, progress, stop, watch)
             progress = step.progress
-            if log:
-                _report(run, step, log)
+            if log and losses:
+                _report(run, step, log, losses)
             done = step.stopped or run.is_complete(progress)
             if log and done and not run.is_complete(progress):
                 run.directory.mark_stopped(True)
@@ -124,6 +127,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch) ->
     number = progress.step + 1
     with watch.waiting_for(number, "the packs and counts of all ranks"):
         batch = _next_batch(run, progress, stop)
+        _require_few_refused(run, batch)
     rate = run.learning_rate(progress)
     with watch.waiting_for(number, "the loss and gradients of all ranks"):
         result = train_step(
@@ -156,11 +160,20 @@ def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
     return GlobalBatch(packs, totals, waited)
 
 
-def _report(run: Run, step: FinishedStep, log: RunLog) -> None:
+def _require_few_refused(run: Run, batch: GlobalBatch) -> None:
+    """Raise ValueError on all ranks if too many rows of a source are refused. Collective."""
+    counts = batch.totals.row_counts
+    if exceeded_limits(run.config.data, run.sizes, counts):
+        located = gather_refusals(batch.packs, run.step_reader, run.topology)
+        require_few_refused(run.config.data, run.sizes, counts, located)
+
+
+def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport) -> None:
     """Write the step's line and its refused rows, and show the step to the user."""
     metrics = _metrics(run.config.data, step)
     log.step(metrics)
     log.refused(metrics.step, step.refusals)
+    losses.check(step.batch.totals.row_counts)
     run.display.step(metrics, run.share(step.progress), last=run.is_complete(step.progress))
 
 

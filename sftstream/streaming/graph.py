@@ -19,9 +19,6 @@ from sftstream.tokenization.encoder import ChatEncoder
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-ROWS_OF_A_STREAMED_SOURCE = 1_000_000
-"""Assumed number of rows of a streamed source, for the limit on consecutive refusals."""
-
 
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Node that applies a pure function, the transform, to batches of rows. It has no state.
@@ -83,7 +80,6 @@ def build_stream(
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
         in_parts=config.overflow == "split" or config.history == "per_turn",
-        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    check = check or SourceCheck(corpus, encoder, config.capacity)
+    check = check or SourceCheck(corpus, encoder, config)
     return Packer(tokenized, sampler, reader, stream, packer, check)

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from torchdata.nodes import BaseNode
 
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
-from sftstream.state import Leftover, RowParts, StreamState
+from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
 from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
@@ -20,6 +20,13 @@ from sftstream.streaming.sampler import RowBatch, RowSampler
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. A larger number did not fill packs better.
 Without a limit, some leftovers waited 41 windows."""
+MOST_REFUSED = 1000
+"""Number of refused rows after which a window ends early. So a run soon reaches the end of a step,
+where refusals are judged, even if nearly all rows of a source are refused."""
+REFUSED_SHARE = 16
+"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
+So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
+mixture differs from the weights by less than 0.2 %."""
 
 
 class PackerConfig(NamedTuple):
@@ -31,8 +38,6 @@ class PackerConfig(NamedTuple):
     seed: int
     shuffle: bool
     pad_id: int
-    rows: int
-    """Number of rows of all sources, for the limit on consecutive refusals."""
     in_parts: bool = False
     """True if the settings may make several examples from one row."""
 
@@ -103,9 +108,9 @@ class Packer(BaseNode[Pack]):
         return result
 
     def next(self) -> Pack:
-        """Return the next pack, or an empty pack if the stream is exhausted."""
+        """Return the next pack, or an empty pack if nothing is left or many rows were refused."""
         refused = list(self.state.unlisted)
-        while not self.state.planned and not self.state.exhausted:
+        while not self.state.planned and not self.state.exhausted and len(refused) < MOST_REFUSED:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
         examples = self._examples_of(segments)
@@ -120,6 +125,7 @@ class Packer(BaseNode[Pack]):
             **msgspec.structs.asdict(position),
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
+            refused=({},) * len(position.drawn),
             row_parts=() if self._config.in_parts else UNSET,
         )
 
@@ -183,7 +189,7 @@ class Packer(BaseNode[Pack]):
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
             exhausted=not packs and not left and exhausted,
-            refused=dict(Counter(state.refused) + Counter(r.reason for r in read.refused)),
+            refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
@@ -209,12 +215,12 @@ class Packer(BaseNode[Pack]):
         return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
     def _read(self, size: int) -> Window:
-        """Read rows until `size` examples are accepted or the sampler is exhausted."""
+        """Read rows until `size` examples are accepted, `MOST_REFUSED` rows are refused, or the
+        sampler is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
-        in_a_row = 0
-        while len(read.segments) < size:
-            self._sampler.request(size - len(read.segments))
+        while len(read.segments) < size and len(read.refused) < MOST_REFUSED:
+            self._sampler.request(min(size - len(read.segments), MOST_REFUSED - len(read.refused)))
             try:
                 batch = next(self.source)
             except StopIteration:
@@ -223,13 +229,8 @@ class Packer(BaseNode[Pack]):
                 refused = value if isinstance(value, Refused) else self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
-                    in_a_row = 0
                 else:
-                    read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
-                    in_a_row += 1
-                    if self._check and not read.accepted[ref.source][0]:
-                        self._check.require_conversation(ref.source)
-                    self._require_progress(in_a_row, read.refused)
+                    self._refuse(ref, refused, read)
         return read
 
     def _accept(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
@@ -247,6 +248,14 @@ class Packer(BaseNode[Pack]):
                 read.notes.update(example.notes)
             self._sampler.count_tokens(source, length, example.targets)
 
+    def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
+        read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
+        if self._check and not read.accepted[ref.source][0]:
+            self._check.require_conversation(ref.source)
+        conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
+        parts = REFUSED_SHARE * max(conversations, 1)
+        self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
+
     def _too_long(self, examples: Sequence[Example]) -> Refused | None:
         capacity = self._config.capacity
         for example in examples:
@@ -256,19 +265,6 @@ class Packer(BaseNode[Pack]):
                     f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
                 )
         return None
-
-    def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
-        """Raise ValueError after too many consecutive refusals, since the loop might never end."""
-        if in_a_row <= 2 * self._config.rows:
-            return
-        counts = Counter(refusal.reason for refusal in refused).most_common()
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts)
-        last = refused[-1]
-        raise ValueError(
-            f"stream {self._stream} refused {in_a_row} rows in a row and found none to train "
-            f"({reasons}; the last: row {last.row} of source {last.source}, {last.detail}); correct the source, or "
-            "remove it"
-        )
 
     def _plan(
         self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
