@@ -1,6 +1,11 @@
-"""The identity of a stream: all data and settings with an effect on packs.
+"""Identify the data and settings that decide the packs, and compare them before a resume.
 
-A state resumes on an equal identity only.
+An identity holds digests of files, tokenizer and template, and settings such as `capacity`. A run
+resumes from a state only if the state's identity is the same as the identity of the run's config.
+
+A field that was added after `FORMAT` was last raised has the default UNSET, and is left out of the
+identity if the setting has its default. So states from before the field was added still resume. The
+default of such a setting must never change; `tests/streaming/test_identity.py` checks the defaults.
 """
 
 from __future__ import annotations
@@ -20,61 +25,58 @@ from sftstream.rendering.turn_format import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
-FORMAT = 3
-"""Version of the stored state and of the code that decides packs. Raise the number with a change of
-a config's packs or of a state's meaning."""
+FORMAT = 4
+"""Version of the stored state and of the code that decides packs. Raise the number if a config
+produces other packs than before, or if a field of the state changes its meaning."""
 
 IN_OTHER_FORM = {
     DataConfig: {"sources", "tokenizer"},
     SourceConfig: {"path", "split", "subset", "revision", "streaming"},
 }
-"""Config fields with an effect on packs, held by the identity as digests or sizes instead."""
+"""Config fields that decide packs, but are stored in the identity in another form: as digests of
+the content, or as numbers of rows."""
 
-FIXED = re.compile(r"data\.(format|seed|(sources\[\d+\]\.)?(shuffle|shards))")
-"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
-still to come."""
+FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
+"""Paths of settings that decide the order of rows. A change cannot be accepted, because the rows
+drawn before the change and the rows left after it would overlap or have gaps."""
 
 WITHOUT_EFFECT = {
-    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
+    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
     SourceConfig: {"digest"},
 }
-"""Config fields without an effect on any pack. A resume compares all remaining fields."""
-
-ABSENT_BY_DEFAULT = {DataConfig: set[str](), SourceConfig: {"ignore", "roles", "max_row_bytes"}}
-"""Config fields younger than the format: left out of the identity while they have their default,
-so that states written before the field resume."""
+"""Config fields that do not affect packs, so a resume may change them."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A source's files in order, size, and settings."""
+    """Files, number of rows, and settings of a source."""
 
     files: tuple[FileIdentity, ...]
     rows: int | None
-    """Rows of all files; None for a streamed source."""
+    """Number of rows of all files; None for a streamed source."""
     weight: float | None
     repeat: float
     columns: dict[str, str] | None = None
     shuffle: Shuffle | None = None
     shards: int | None = None
-    """Shards of a streamed source; None for a source read by row number."""
+    """Number of files of a streamed source; None for a source that is not streamed."""
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
     max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
-    """All data and settings with an effect on a stream's packs, without locations of files."""
+    """All data and settings that decide packs. It has no paths: files may be moved."""
 
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name and version of a library in place of `tokenizers`."""
+    """Name and version of the library used instead of `tokenizers`; None for `tokenizers`."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
     turn_format: TurnFormat = msgspec.field(name="form")
-    """The format of assistant turns found by probing the template."""
+    """Format of assistant turns, found by rendering test conversations with the template."""
     streams: int
     global_batch: int
     window: int
@@ -84,10 +86,12 @@ class Identity(Policy, frozen=True, kw_only=True):
     mix_by: str
     stages: tuple[StageConfig, ...]
     ends_with: str
+    variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Variables of the chat template given by `tokenizer.variables`."""
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """Return the identity of a config with opened sources and tokenizer."""
+    """Return the identity of a config, its opened sources and its tokenizer."""
     date = encoder.template.date
     return Identity(
         format=FORMAT,
@@ -97,7 +101,8 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
-        **_compared_fields(config),
+        variables=config.tokenizer.variables or msgspec.UNSET,
+        **_compared_fields(config, Identity),
     )
 
 
@@ -105,29 +110,31 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        shards=opened.shards if isinstance(opened, StreamedSource) else None,
-        **_compared_fields(source),
+        shards=opened.file_count if isinstance(opened, StreamedSource) else None,
+        **_compared_fields(source, SourceIdentity),
     )
 
 
-def _compared_fields(config: DataConfig | SourceConfig) -> dict[str, Any]:
-    """Return the config fields compared by a resume, by name."""
+def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the config fields that a resume compares, as name -> value.
+
+    A field that has the default UNSET in `identity` is left out if the config has its default.
+    """
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
-    names = [name for name in config.__struct_fields__ if name not in left_out]
-    compared = {name: getattr(config, name) for name in names}
-    absent = {
-        field.name
+    younger = {field.name for field in msgspec.structs.fields(identity) if field.default is msgspec.UNSET}
+    return {
+        field.name: value
         for field in msgspec.structs.fields(config)
-        if field.name in ABSENT_BY_DEFAULT[type(config)] and compared[field.name] == field.default
+        if field.name not in left_out
+        and not ((value := getattr(config, field.name)) == field.default and field.name in younger)
     }
-    return {name: value for name, value in compared.items() if name not in absent}
 
 
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     """Return each differing field as `path: before -> after`.
 
-    Takes builtins, as returned by `msgspec.to_builtins`.
-    `differences({"seed": 0}, {"seed": 1})` is `["data.seed: 0 -> 1"]`.
+    Both arguments are dicts, lists and plain values, as returned by `msgspec.to_builtins`.
+    `differences({"seed": 0}, {"seed": 1})` returns `["data.seed: 0 -> 1"]`.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
@@ -139,9 +146,10 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
 
 
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
-    """Return the differences between two identities, all accepted by path.
+    """Return the differences between two identities if all are accepted.
 
-    Raises ValueError naming the first ten differences not covered by `accepted`.
+    `accepted` holds names such as "data.capacity"; "data.sources[2]" also accepts all differences
+    inside the source. Raises ValueError naming the first ten differences that are not accepted.
     """
     changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
     refused = [change for change in changed if not any(_covers(name, change) for name in accepted)]
@@ -155,7 +163,7 @@ def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) ->
 
 
 def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
-    """Return how to accept the first difference, or "" if a difference is never accepted."""
+    """Return advice on accepting the first difference, or "" if acceptance is impossible."""
     if any(FIXED.fullmatch(change.split(":")[0]) for change in changed):
         return ""
     return (

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from sftstream import DataConfig, Pack, PackLoader
+from sftstream import DataConfig, DataState, Pack, PackLoader
 
 Row = dict[str, Any]
 
@@ -145,6 +145,12 @@ def data_config(tokenizer: str | dict[str, str], *paths: str, **changes: Any) ->
 
 def digests(packs: Iterable[Pack]) -> list[str]:
     return [pack.digest() for pack in packs]
+
+
+def resealed(state: dict[str, Any]) -> dict[str, Any]:
+    """An edited state with the checksum of its content, as whoever can write states would give it."""
+    content = {key: value for key, value in state.items() if key != "checksum"}
+    return msgspec.convert(content, DataState, str_keys=True).builtins()
 
 
 def take(loader: PackLoader, count: int) -> list[Pack]:

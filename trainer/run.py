@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from sftstream import Pack
+from sftstream import Pack, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -21,6 +21,7 @@ from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
+from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.reporting.trace import Trace
@@ -100,13 +101,15 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     done = False
     watch = Watch(run.config.parallel.timeout_seconds)
     with stopping as stop, _open_log(run, progress) as log, run.display, watch, _open_trace(run) as trace:
+        loader = run.step_reader.loader
+        losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:
             trace.before(progress.step + 1)
             step = _take_step(run, progress, stop, watch)
             progress = step.progress
             trace.after(progress.step)
-            if log:
-                _report(run, step, log)
+            if log and losses:
+                _report(run, step, log, losses)
             done = step.stopped or run.is_complete(progress)
             if log and done and not run.is_complete(progress):
                 run.directory.mark_stopped(True)
@@ -133,6 +136,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch) ->
     number = progress.step + 1
     with watch.waiting_for(number, "the packs and counts of all ranks"):
         batch = _next_batch(run, progress, stop)
+        _require_few_refused(run, batch)
     rate = run.learning_rate(progress)
     with watch.waiting_for(number, "the loss and gradients of all ranks"):
         result = train_step(
@@ -165,11 +169,20 @@ def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
     return GlobalBatch(packs, totals, waited)
 
 
-def _report(run: Run, step: FinishedStep, log: RunLog) -> None:
+def _require_few_refused(run: Run, batch: GlobalBatch) -> None:
+    """Raise ValueError on all ranks if too many rows of a source are refused. Collective."""
+    counts = batch.totals.row_counts
+    if exceeded_limits(run.config.data, run.sizes, counts):
+        located = gather_refusals(batch.packs, run.step_reader, run.topology)
+        require_few_refused(run.config.data, run.sizes, counts, located)
+
+
+def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport) -> None:
     """Write the step's line and its refused rows, and show the step to the user."""
     metrics = _metrics(run, step)
     log.step(metrics)
     log.refused(metrics.step, step.refusals)
+    losses.check(step.batch.totals.row_counts)
     run.display.step(metrics, run.share(step.progress), last=run.is_complete(step.progress))
 
 

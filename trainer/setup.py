@@ -50,6 +50,8 @@ class Run:
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
     streamed."""
+    sizes: tuple[int | None, ...]
+    """Rows of each source, equal on all ranks; None for a streamed source."""
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
     questions: list[Question]
@@ -87,7 +89,7 @@ def prepare_run(
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
-    source = find_source(config.model)
+    source = find_source(config.model, config.data.tokenizer.path)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     config, kernel, choice = choose(config, source.shape, topology, saved)
@@ -102,7 +104,7 @@ def prepare_run(
     if latest is not None:
         restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
-    total_rows = _total_rows(loader)
+    total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
     validation = _open_validation(config, topology, saves, restored, loader)
@@ -118,6 +120,7 @@ def prepare_run(
         optimizer=optimizer,
         step_reader=_open_step_reader(config, topology, loader),
         total_rows=total_rows,
+        sizes=sizes,
         validation=validation,
         questions=questions,
         description=description,
@@ -186,7 +189,9 @@ def _follow_data(
 
 def _open_step_reader(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> StepReader:
     assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
-    return StepReader(loader, assignment, config.data.capacity, topology.tp_group, ahead=True)
+    return StepReader(
+        loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
+    )
 
 
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:
@@ -203,8 +208,9 @@ def _recipe(config: TrainConfig, source: ModelSource, model: Llama, loader: Pack
     return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
 
 
-def _total_rows(loader: PackLoader | None) -> int | None:
-    box = [loader.total_rows if loader else None]
+def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int | None, ...]]:
+    """Return the rows of all epochs and of each source, as known by the first rank. Collective."""
+    box = [(loader.total_rows, loader.corpus.sizes) if loader else (None, ())]
     dist.broadcast_object_list(box)
     return box[0]
 
@@ -225,4 +231,4 @@ def _about(
 ) -> About | None:
     if loader is None:
         return None
-    return about(config, topology, loader.position().run, validation.digest if validation else None)
+    return about(config, topology, loader.position().header, validation.digest if validation else None)

@@ -1,43 +1,49 @@
-"""Locate each message's own text in the rendered conversation, by markers.
+"""Locate each message's own text in the rendered conversation.
 
-Every payload (a content, a reasoning, the name and the strings of a tool call) is put between two
-markers and the conversation is rendered again. The second text without markers must equal the first
-text; then each pair of markers shows the place of a payload. A template that prints differently
-because of the markers depends on the text itself, and the conversation is refused.
+A payload is a text of the conversation itself: a content, a reasoning, the name of a called tool,
+or a string in the arguments of a call. The conversation is rendered twice: once as stored, once
+with every payload between two markers. After removal of the markers, the second text must equal
+the first. Each pair of markers then shows where a payload is printed. If the two texts differ, the
+template's output depends on the words of the messages, and the conversation is refused.
 
-Example. Template `<{{ m.role }}>{{ m.content | trim }}</s>` for each message, a user's "hi ":
+Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message. The user's
+message has the content "hi ":
 
-    text       <user>hi</s>
-    marked     <user>ZqM0x1x0bZqhiZqM0x1x0eZq</s>     content "ZqM0x1x0bZqhiZqM0x1x0eZq "
-    payload    Payload(start=6, end=8, message=0, kind="content", number=0)
+    first render    <user>hi</s>
+    marked content  "ZqM0x1x0bZqhiZqM0x1x0eZq "
+    second render   <user>ZqM0x1x0bZqhiZqM0x1x0eZq</s>
+    payload         Payload(start=6, end=8, message=0, kind="content", number=0)
+
+The marker `ZqM0x1x0bZq` reads: prefix `ZqM`, message 0, kind 1 (`KINDS[1]` is "content"), payload
+number 0, `b` for the beginning. `ZqM0x1x0eZq` marks the end of the same payload. Markers
+consist of letters and digits, so JSON encoding and `trim` do not change a marker.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from sftstream.excerpt import excerpt
-from sftstream.records import REASONING_KEYS, Refused
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
-"""Beginnings of markers; a conversation is marked with the first beginning absent from its texts.
-
-A marker is the beginning, the message, the index of the kind, the payload number, and b(egin) or
-e(nd). Letters and digits pass through JSON and `trim` unchanged.
-"""
+"""Possible prefixes of markers. A conversation gets the first prefix absent from its texts."""
 
 KINDS = ("reasoning", "content", "call")
+"""Kinds of payloads. A marker contains the index of the payload's kind."""
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Payload(NamedTuple):
-    """A message's own text at characters `[start, end)` of the rendered text."""
+    """An occurrence of a message's text, at characters `[start, end)` of the rendered text."""
 
     start: int
     end: int
@@ -46,39 +52,80 @@ class Payload(NamedTuple):
     kind: str
     """A member of `KINDS`."""
     number: int
-    """Number of the payload in the conversation; two prints of a payload share the number."""
+    """Number of the payload in the conversation. If a template prints a payload twice, both records
+    have the same number. A thought split off a content has a negative number.
+    """
 
 
 class Located(NamedTuple):
-    """A rendered text, the printed payloads in order, and the dropped payloads."""
+    """A rendered text, the payloads in text order, and the payloads that are not printed."""
 
     text: str
     payloads: list[Payload]
     dropped: list[tuple[int, str, str]]
-    """Unprinted payloads as (message, kind, text)."""
+    """Payloads that the template leaves out, as (message, kind, text)."""
     fill_blanks: bool = False
-    """True if blank messages are among the payloads, with empty text."""
+    """True if `payloads` also lists blank messages, each as an empty range."""
+
+
+class PayloadIndex:
+    """Payloads of a rendered text, for searches by message and by offset without a full scan."""
+
+    def __init__(self, payloads: Sequence[Payload]) -> None:
+        self._by_start = sorted(payloads)
+        self._starts = [payload.start for payload in self._by_start]
+        self._by_end = sorted((payload.end, payload.message) for payload in payloads)
+        self._latest_end = list(accumulate((payload.end for payload in self._by_start), max))
+        self._of: dict[int, list[Payload]] = {}
+        for payload in self._by_start:
+            self._of.setdefault(payload.message, []).append(payload)
+
+    def of(self, message: int) -> Sequence[Payload]:
+        """Return the payloads of a message, in order of print."""
+        return self._of.get(message, ())
+
+    def last_end(self, message: int, offset: int) -> int:
+        """Return the end of the last payload before `offset` of an earlier message, or 0."""
+        found = bisect_right(self._by_end, (offset, len(self._by_end) + message)) - 1
+        while found >= 0 and self._by_end[found][1] >= message:
+            found -= 1
+        return self._by_end[found][0] if found >= 0 else 0
+
+    def next_start(self, message: int, offset: int) -> int | None:
+        """Return the start of the first payload of a later message from `offset` on, or None."""
+        for payload in islice(self._by_start, bisect_left(self._starts, offset), None):
+            if payload.message > message:
+                return payload.start
+        return None
+
+    def overlapping(self, span: Span) -> list[Payload]:
+        """Return the payloads that share a character with the span."""
+        first, last = bisect_right(self._latest_end, span.start), bisect_left(self._starts, span.end)
+        return [p for p in self._by_start[first:last] if span.start < p.end]
 
 
 Key = tuple[int, int, int]
-"""A payload by message, index of the kind, and number."""
+"""Identity of a payload: index of the message, index into `KINDS`, number of the payload."""
 
 
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
-    """Return the text and the payloads.
+    """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails or the markers change the rest of the text.
+    Raises `Refused` if a render fails, if the markers change text outside the payloads, or if a
+    payload is printed neither unchanged nor escaped as in a JSON string.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
     if unsplit is not None and not unsplit.dropped:
         return unsplit._replace(payloads=[part for p in unsplit.payloads for part in _part_thought(p, text, messages)])
-    # Some templates split `<think>...</think>` off the content: mark thought and rest separately.
+    # Some templates move `<think>...</think>` out of the content and would tear the two markers of
+    # the content apart. The second try puts markers around the thought and around the rest.
     split = _locate(template, text, messages, tools, split_thoughts=True)
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
         raise Refused(
-            "template rewrites text", "with markers around the messages' text, the template prints other text"
+            "template rewrites text",
+            "with markers around the messages' text, the template prints other text; use another template",
         )
     return best
 
@@ -91,9 +138,14 @@ def _locate(
     *,
     split_thoughts: bool,
 ) -> Located | None:
-    """Render with markers; return None if the text without markers differs from `text`."""
-    # A marked blank message shows its offset, but a template may ask whether a message is blank and
-    # then print other text: without marks as the second try.
+    """Render with markers and return the payloads.
+
+    Return None if the marked render, after removal of the markers, differs from `text`. With
+    `split_thoughts`, the inside of `<think>...</think>` and the rest of a content are two payloads.
+    """
+    # A marker in a blank message shows the message's offset. But a template may ask whether a
+    # content is blank, and print other text because of the marker. The second try leaves blank
+    # messages unmarked.
     for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
         marking = Marking(messages, text, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
         unmarked, printed = marking.remove(template.render(marking.mark(messages), tools))
@@ -114,12 +166,12 @@ def _locate(
 
 
 def _is_blank(message: TemplateMessage) -> bool:
-    """Return True for a blank message of another role than the assistant's."""
+    """Return True if a message of a user, system or tool is empty or only white space."""
     return message["role"] != "assistant" and not message["content"].strip()
 
 
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
-    """Part a content printed unchanged into its `<think>...</think>` and the rest.
+    """Split an assistant's content into its thought and the rest, if both are printed unchanged.
 
     "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
     """
@@ -133,8 +185,7 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
 
 
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
-    """Move the start of a thought's payload back to include `<think>`, if the tag is printed
-    unchanged."""
+    """Extend the payload of a thought to its `<think>` tag, if the tag is printed unchanged."""
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
@@ -145,11 +196,15 @@ def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage
 
 
 def _indent(text: str) -> str:
+    """Return the white space at the beginning of the text."""
     return text[: len(text) - len(text.lstrip())]
 
 
 class Marking:
-    """The markers of one conversation: put around every payload, and found again in the render."""
+    """The markers of one conversation.
+
+    `mark` puts markers around the payloads of messages, `remove` finds the markers in a render.
+    """
 
     def __init__(
         self,
@@ -159,15 +214,19 @@ class Marking:
         split_thoughts: bool = False,
         fill_blanks: bool = False,
     ) -> None:
-        """`text` is the conversation as rendered without markers."""
+        """Choose a prefix absent from `text`, the render without markers, and from the messages.
+
+        `split_thoughts` marks `<think>...</think>` separately from the rest of a content;
+        `fill_blanks` puts a pair of markers into blank messages too.
+        """
         self._prefix = _absent_prefix(messages, text)
         self._split_thoughts = split_thoughts
         self._fill_blanks = fill_blanks
         self.texts: dict[Key, str] = {}
-        """Text of each payload marked so far; "" for a blank message that shows its place."""
+        """Text of each payload marked so far; "" for a blank message."""
 
     def mark(self, messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
-        """Return the messages with markers around every payload."""
+        """Return copies of the messages with markers around every payload."""
         return [self._mark_message(index, message) for index, message in enumerate(messages)]
 
     def _mark_message(self, index: int, message: TemplateMessage) -> TemplateMessage:
@@ -189,9 +248,10 @@ class Marking:
         return new
 
     def _mark(self, index: int, kind: int, value: Any) -> Any:
-        """Return the value with markers around every string in it, inside the outer white space.
+        """Return a copy of the value with markers around every string.
 
-        A template that trims thus removes equal white space with and without markers.
+        White space at both ends stays outside of the markers: " hi" becomes " ZqM...hiZqM...". A
+        template that trims therefore removes the same white space with and without markers.
         """
         if isinstance(value, Mapping):
             return {key: self._mark(index, kind, item) for key, item in value.items()}
@@ -227,12 +287,12 @@ class Marking:
         return "".join(pieces), sorted(payloads)
 
     def tail(self, marked: str) -> str:
-        """Return the text behind the last marker."""
+        """Return the text after the last marker."""
         *_, (rest, _) = self._pieces(marked)
         return rest
 
     def _pieces(self, marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-        """Yield the text before each marker with the marker, then the rest with None."""
+        """Yield pairs (text before a marker, marker); the last pair is (rest, None)."""
         at = 0
         for mark in _marker_pattern(self._prefix).finditer(marked):
             yield marked[at : mark.start()], mark
@@ -246,9 +306,9 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
-    """Return a beginning of markers, absent from the text and from all unprinted strings.
+    """Return a member of `PREFIXES` that occurs neither in the text nor in a payload.
 
-    Raises `Refused` if there is none.
+    Raises `Refused` if every prefix occurs.
     """
     if "Zq" not in text and not any("Zq" in string for message in messages for string in _unprinted(message)):
         return PREFIXES[0]
@@ -256,18 +316,23 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
     for prefix in PREFIXES:
         if not any(prefix in string for string in held):
             return prefix
-    raise Refused("markers typed", "the texts hold every beginning of the markers that locate a message's text")
+    raise Refused(
+        "markers typed",
+        f"the conversation contains all {len(PREFIXES)} prefixes of the markers that locate messages "
+        f"({PREFIXES[0]}, {PREFIXES[1]}, ...); remove one of the prefixes from the conversation",
+    )
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings that a template may print in one render of a message and not in another."""
+    """Yield the strings that may be absent from the plain render and still be printed by a render
+    with markers. A marker must not occur in them."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))
 
 
 def names(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings of a message outside payloads: role, name, ids, argument keys."""
+    """Yield the strings of a message that get no markers: role, name, ids, argument keys."""
     yield from (message.get(key, "") for key in ("role", "name", "tool_call_id"))
     for call in message.get("tool_calls", ()):
         yield call["id"]
@@ -284,7 +349,7 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every string in a JSON-like value, keys included."""
+    """Yield every string in a JSON-like value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -295,8 +360,10 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
-    """Raise Refused unless the payload is printed unchanged or JSON-escaped."""
+    """Raise Refused unless `printed` is `stored`, unchanged or escaped as inside a JSON string."""
     if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
-            "template alters text", f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}"
+            "template alters text",
+            f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}; use a template that prints "
+            "texts unchanged",
         )

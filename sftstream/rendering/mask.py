@@ -1,4 +1,8 @@
-"""Choose the trained spans of a rendered conversation by policy, and verify the speaker."""
+"""Choose the trained spans of a rendered conversation.
+
+The policy decides which roles and which parts of a turn are trained. A conversation is refused if a
+span would contain text of another message.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from sftstream.config import Policy
 from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
-from sftstream.rendering.markers import Located, Payload
+from sftstream.rendering.markers import Located, PayloadIndex
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.rendering.turns import Turn
 
@@ -22,49 +26,61 @@ def rendered(
     policy: Policy,
     control: re.Pattern[str],
 ) -> Rendered:
-    """Return the text with trained spans.
+    """Return the text with the spans that the policy trains.
 
-    `control` matches the text of every special token. Matches inside payloads are listed in
-    `Rendered.typed`: typed by a person, to be tokenized as plain text. Raises `Refused` if a span
-    holds text of an untrained message or two spans overlap.
+    `control` matches the text of any special token. A match inside a payload was typed by a person
+    and is listed in `Rendered.typed`, to be tokenized as plain words. Raises `Refused` if a span
+    contains text of another message, if two spans overlap, or if a payload lies outside its turn.
     """
     by_message = {turn.message: turn for turn in turns}
+    payloads = PayloadIndex(located.payloads)
     spans: list[Span] = []
     for index in trained_messages(messages, policy):
         turn = by_message.get(index)
         message_spans = (
-            _turn_spans(turn, policy) if turn else _payload_spans(index, messages[index], located, turn_format)
+            _turn_spans(turn, policy)
+            if turn
+            else _payload_spans(index, messages[index], located.text, payloads, turn_format)
         )
-        _refuse_foreign_text(message_spans, index, located.payloads)
+        _refuse_foreign_text(message_spans, index, payloads)
         spans += message_spans
     spans = sorted(span for span in spans if span.start < span.end)
     for before, after in itertools.pairwise(spans):
         if after.start < before.end:
-            raise Refused("messages out of order", f"spans {tuple(before)} and {tuple(after)} overlap")
+            raise Refused("messages out of order", f"the trained characters {tuple(before)} and {tuple(after)} overlap")
     return Rendered(located.text, tuple(itertools.chain.from_iterable(spans)), tuple(_typed(located, control)))
 
 
 def require_whole(
-    messages: Sequence[Message], located: Located, policy: Policy, *, prints_reasoning: bool, prints_thoughts: bool
+    messages: Sequence[Message], located: Located, policy: Policy, prints_reasoning: bool, prints_thoughts: bool
 ) -> None:
-    """Raise Refused if required content was not printed.
+    """Raise Refused if the template left out a payload.
 
-    Earlier turns' reasoning may be missing if the template prints the last turn's reasoning only,
-    as at inference, unless `policy.history` is "error".
+    One omission is allowed: a template may print the reasoning of the last turn and leave out the
+    reasoning of earlier turns, as at inference. If `policy.history` is "error", this omission is
+    refused too. `prints_reasoning` and `prints_thoughts` tell whether the template prints the last
+    turn's reasoning field, and its `<think>...</think>` inside the content.
     """
     for message, kind, text in located.dropped:
         can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
         if kind != "reasoning" or not can_print:
-            raise Refused(f"template drops {_NAMES[kind]}", f"message {message}: {excerpt(text)} is not printed")
+            raise Refused(
+                f"template drops {_NAMES[kind]}",
+                f"message {message}: {excerpt(text)} is not printed; use a template that prints {_NAMES[kind]}",
+            )
         if policy.history == "error":
-            raise Refused("history rewritten", f"message {message}: its reasoning {excerpt(text)} is not printed")
+            raise Refused(
+                "history rewritten",
+                f"message {message}: its reasoning {excerpt(text)} is not printed; "
+                'set history = "per_turn" or "as_rendered"',
+            )
 
 
 _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
 
 
 def trained_messages(messages: Sequence[Message], policy: Policy) -> list[int]:
-    """Return the indices of the messages trained by the policy."""
+    """Return the indices of the messages that the policy trains."""
     trained = [index for index, message in enumerate(messages) if _is_trained(message, policy)]
     return trained[-1:] if policy.train_turns == "last" else trained
 
@@ -74,12 +90,17 @@ def _is_trained(message: Message, policy: Policy) -> bool:
 
 
 def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
-    """Return an assistant turn's spans without the parts left out by the policy.
+    """Return the trained spans of an assistant turn.
 
-    Template text between a left-out part and the next kept part is left out too. Raises `Refused`
-    if a payload lies outside the turn.
+    Reasoning and calls are left out if the policy does not train reasoning or calls. Template text
+    between a left-out payload and a trained payload is left out too:
 
-    For a turn of reasoning, content and call, without reasoning and calls: the content alone.
+        turn                             <think>hm</think>seven<call>add</call></s>
+        without reasoning                seven<call>add</call></s>
+        without calls                    <think>hm</think>seven
+        without reasoning and calls      seven
+
+    Raises `Refused` if a payload lies outside the turn.
     """
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
         raise Refused("payload outside its turn", f"message {turn.message} is not wholly inside its turn")
@@ -97,31 +118,35 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
     ]
 
 
-def _payload_spans(index: int, message: Message, located: Located, turn_format: TurnFormat) -> list[Span]:
-    """Return the first print of a system, user or tool message, with a stop token right behind.
+def _payload_spans(
+    index: int, message: Message, text: str, payloads: PayloadIndex, turn_format: TurnFormat
+) -> list[Span]:
+    """Return the span of a system, user or tool message: the first payload and the stop after it.
 
-    White space at the message's end may be printed before the stop.
+    A stop belongs to the span if it follows the payload directly, or after the white space that
+    ends the content. Otherwise the span is the payload alone. A message without printed text has no
+    span.
     """
-    payload = next((payload for payload in located.payloads if payload.message == index), None)
+    payload = next(iter(payloads.of(index)), None)
     if payload is None or payload.start == payload.end:
         return []
     content = message.content or ""
     for space in dict.fromkeys(("", content[len(content.rstrip()) :])):
         for stop in turn_format.stops:
-            if located.text.startswith(space + stop, payload.end):
+            if text.startswith(space + stop, payload.end):
                 return [Span(payload.start, payload.end + len(space + stop))]
     return [Span(payload.start, payload.end)]
 
 
-def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: Iterable[Payload]) -> None:
-    """Raise Refused if a payload of another message overlaps the spans of message `index`."""
-    for payload in payloads:
-        if payload.message != index and any(s.start < payload.end and payload.start < s.end for s in spans):
+def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: PayloadIndex) -> None:
+    """Raise Refused if a payload of another message lies inside the spans of message `index`."""
+    for payload in (payload for span in spans for payload in payloads.overlapping(span)):
+        if payload.message != index:
             raise Refused("foreign text in span", f"message {payload.message} is printed inside message {index}")
 
 
 def _typed(located: Located, control: re.Pattern[str]) -> Iterable[Span]:
-    """Yield the spans of special tokens' texts inside payloads."""
+    """Yield the ranges of payloads that spell a special token, as typed by a person."""
     for payload in located.payloads:
         for match in control.finditer(located.text, payload.start, payload.end):
             yield Span(match.start(), match.end())

@@ -1,4 +1,8 @@
-"""Comparisons of printed texts: common beginnings, cut at special tokens and tags."""
+"""Comparisons of printed texts: common beginnings, cut at special tokens and tags.
+
+A tag is a word in angle or square brackets: `<think>`, `[INST]`. A cut shortens a text so that it
+ends with a whole special token, a whole tag or a line end, never inside a token.
+"""
 
 from __future__ import annotations
 
@@ -12,46 +16,55 @@ _THOUGHT = re.compile(r"\s*(<think|\[THINK)")
 
 
 def contains(text: str, stops: Iterable[str]) -> bool:
-    """Return True if a stop is in the text."""
+    """Return True if the text contains one of the stops."""
     return any(stop in text for stop in stops)
 
 
 def common_prefix(left: str, right: str) -> str:
-    """Return the common beginning of two texts: "ab" of "abc" and "abd"."""
+    """Return the common beginning of two texts: "ab" for "abc" and "abd"."""
     lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return left[: next(lengths, min(len(left), len(right)))]
 
 
 def is_within(gap: str, tail: str) -> bool:
-    """Return True if `gap` is `tail`, or `tail` without its end or a middle part."""
+    """Return True if `gap` is `tail`, or `tail` without its end, or without a middle part.
+
+    For the tail "<a><b><c>", the gaps "<a><b><c>", "<a>" and "<a><c>" are within the tail.
+    """
     common = len(common_prefix(gap, tail))
     return len(gap) <= len(tail) and tail.endswith(gap[common:])
 
 
 def shared_end(lead: str, tail: str) -> int:
-    """Return the length of the longest end of `tail` that begins `lead`, from a tag on.
+    """Return the length of the longest suffix of `tail` that starts with a tag and is a prefix of
+    `lead`.
 
-    `tail` "<think></think>" and `lead` "</think>call" share "</think>".
+    `tail` "<think></think>" and `lead` "</think>call" share "</think>", 8 characters. The result is
+    0 if nothing is shared.
     """
     ends = (tail[match.start() :] for match in TAG.finditer(tail))
     return next((len(end) for end in ends if lead.startswith(end)), 0)
 
 
 def cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
-    """Return the common beginning up to the last token, tag or line end of `right`."""
+    """Return the common beginning, cut after the last whole token, tag or line end of `right`.
+
+    "<a><bc>" and "<a><bd>" give "<a>".
+    """
     common = common_prefix(left, right)
     return common[: cut(common, right, control)]
 
 
 def opens_thought(text: str) -> bool:
-    """Return True if the text begins with the opening tag of a thought."""
+    """Return True if the text begins with `<think` or `[THINK`, white space aside."""
     return bool(_THOUGHT.match(text))
 
 
 def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
-    """Return the length of `prefix` up to the last token, tag or line end of `text`.
+    """Return the length of `prefix`, cut after the last whole token, tag or line end of `text`.
 
-    `prefix` is a beginning of `text`; a prefix equal to the text is not cut.
+    `prefix` is a beginning of `text`: for the prefix "<a><b" of the text "<a><bc>", the result is
+    3, the length of "<a>". A prefix equal to the text is not cut.
     """
     if len(prefix) == len(text):
         return len(text)
@@ -60,5 +73,5 @@ def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
 
 
 def token_or_tag(control: re.Pattern[str]) -> re.Pattern[str]:
-    """Return a pattern of special tokens and tags."""
+    """Return a pattern that matches any special token and any tag."""
     return re.compile(rf"{control.pattern}|{TAG.pattern}")

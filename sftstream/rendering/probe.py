@@ -1,4 +1,9 @@
-"""Probe a chat template on short conversations of 15 shapes, once, at the start: milliseconds."""
+"""Probe a chat template at the start of a run: render 15 short conversations and judge each one.
+
+Each probe has a shape of its own: a question and an answer, a tool call, reasoning, and so on. The
+report tells whether the template prints a shape whole, and which part the template leaves out. All
+probes together take milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -35,31 +40,39 @@ SHAPES: dict[str, tuple[list[TemplateMessage], tuple[Any, ...]]] = {
     "two answers in a row": ([USER, ANSWER, ANSWER], ()),
     "white space": ([SPACED, ANSWER], ()),
 }
-"""The probed conversations by name: messages and tools."""
+"""The probes: name of the shape -> (messages, tool definitions)."""
 
 
 class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The turn format of a template and its treatment of conversations."""
+    """The turn format of a template, and how the template prints the probes."""
 
     turn_format: TurnFormat
     shapes: dict[str, str]
-    """Verdict on each of `SHAPES`: "whole", "drops user content" and the like, or the refusal.
+    """Name of each of `SHAPES` -> verdict.
 
-    "whole, but no stop token: ..." if the template prints the shape whole and shows no turn.
+        "whole"                         all payloads are printed, all turns found
+        "whole, but no stop token: ..." all payloads are printed, a turn is not found
+        "drops user content"            the template leaves out the user's content
+        "template raises: ..."          the template refuses the messages
     """
     rewrites_history: bool
-    """True if an earlier turn is printed differently once the conversation goes on (Qwen3)."""
+    """True if a turn is printed differently once further messages follow (Qwen3)."""
     prints_reasoning: bool
     """True if `reasoning_content` of the last message is printed."""
     prints_thoughts: bool
     """True if `<think>...</think>` in the last message's content is printed."""
     date: str | None
-    """Today's date as the template prints it, YYYY-MM-DD; None if the template prints no date."""
+    """The date that the template prints as today's, YYYY-MM-DD; None if no date is printed."""
     has_generation_tags: bool
+    """True if the template contains `{% generation %}` blocks."""
 
 
 def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
-    """Return the report; raises ValueError if the template cannot be trained on."""
+    """Return the report on a template.
+
+    `control` matches the text of any special token. Raises ValueError if no conversation can be
+    trained on with the template: it prints no stop, no user's message, or an address in memory.
+    """
     with bounded_memory():
         turn_format = probe_turn_format(template, control)
         shapes = {name: _judge(template, turn_format, control, *shape) for name, shape in SHAPES.items()}
@@ -76,8 +89,24 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     )
 
 
+def prints_last_reasoning(
+    template: ChatTemplate, turn_format: TurnFormat, control: re.Pattern[str]
+) -> tuple[bool, bool]:
+    """Return whether the template prints the reasoning of the last message.
+
+    The first answer is for `reasoning_content`, the second for `<think>...</think>` in the content.
+    """
+    field, inline = (
+        _judge(template, turn_format, control, *SHAPES[name]) for name in ("reasoning", "thoughts in the text")
+    )
+    return field.startswith("whole"), inline.startswith("whole")
+
+
 def _refuse_addresses(template: ChatTemplate) -> None:
-    """Raise ValueError if the template prints an object's address, different in each process."""
+    """Raise ValueError if the template prints the address of an object in memory.
+
+    `<function f at 0x7f3a...>` differs in each process, so a resumed run would train other text.
+    """
     for name in ("system prompt, several turns", "tool call", "reasoning", "thoughts in the text"):
         try:
             address = _ADDRESS.search(template.render(*SHAPES[name], prompt=True))
@@ -93,14 +122,19 @@ _ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:
-    """Return the template, or its copy with content as parts if only the copy prints a content."""
+    """Return the template in the variant that prints contents.
+
+    Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". Return a
+    copy of the template that passes such lists, if the copy prints the content and the template
+    itself does not. Otherwise return the template unchanged.
+    """
     with bounded_memory():
         for candidate in (template, template.with_content_as_parts()):
             for tools in ((), (TOOL,)):
                 try:
                     text = candidate.render([USER, ANSWER], tools)
                 except Refused as refused:
-                    if refused.reason == "template takes too long":
+                    if refused.reason == "template does too much":
                         return template
                     continue
                 if SAID in text and USER["content"] in text:
@@ -115,7 +149,7 @@ def _judge(
     messages: Sequence[TemplateMessage],
     tools: Sequence[Any],
 ) -> str:
-    """Return the verdict on a shape, as in `TemplateReport.shapes`."""
+    """Return the verdict on a probe, as in `TemplateReport.shapes`."""
     try:
         located = locate(template, messages, tools)
     except Refused as refused:
@@ -131,7 +165,7 @@ def _judge(
 
 
 def _rewrites(template: ChatTemplate, answer: TemplateMessage) -> bool:
-    """Return True if the text up to the answer's end changes once another turn follows."""
+    """Return True if the text up to the end of the answer changes once another turn follows."""
     try:
         short, long = (template.render([USER, answer][:2] + more) for more in ([], [USER, answer]))
     except Refused:

@@ -1,4 +1,4 @@
-"""Messages for probing a template: short texts, each between "Zq", a word of no template."""
+"""Messages of the probes. Each text begins and ends with "Zq", a word of no template."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sftstream.records import REASONING_KEYS
 from sftstream.rendering.template import TemplateMessage
 
 SAID = "Zq said Zq"
-"""The assistant's text in probes; "Zq" occurs in no template."""
+"""The assistant's text in all probes."""
 USER: TemplateMessage = {"role": "user", "content": "Zq asked Zq"}
 ANSWER: TemplateMessage = {"role": "assistant", "content": SAID}
 CALLED: TemplateMessage = {

@@ -1,10 +1,14 @@
-"""Conversation -> text with trained spans: by the template, or by a stored plan for a known
-shape."""
+"""Conversation -> text with trained spans.
+
+The first conversation of a shape is rendered by the template. Later conversations of the shape are
+rendered from a stored plan with the same result (`fast/`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -14,17 +18,20 @@ from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
-from sftstream.rendering.probe import probe, reading_content
+from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
 
 CHECK_INTERVAL = 4096
-"""After this many renders by plan, a conversation is also rendered by the template, and
-compared."""
+"""Number of conversations rendered from plans up to the next comparison with the template."""
 
 
 class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
-    """A conversation and the texts to be tokenized: a single text unless history is rewritten."""
+    """A conversation and its rendered texts, each of which is tokenized to one example.
+
+    There is a single text, unless `policy.history` is "per_turn" and the template prints earlier
+    turns differently once further messages follow; then each trained message has a text.
+    """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
@@ -33,8 +40,8 @@ class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
 class Renderer:
     """Renders conversations with one chat template under one policy.
 
-    `special` holds the texts of the tokenizer's special tokens; `control` matches any of them.
-    Raises ValueError if no conversation can be trained on with the template.
+    `special` are the texts of the tokenizer's special tokens, `control` a pattern that matches any
+    of the texts. Raises ValueError if no conversation can be trained on with the template.
     """
 
     def __init__(
@@ -46,9 +53,9 @@ class Renderer:
         self.report = probe(template, control)
         self.render_cache = RenderCache(template, self.report.turn_format, special)
         self.rendered = 0
-        """Conversations rendered."""
+        """Number of conversations rendered."""
         self.planned = 0
-        """Conversations rendered from a plan, without running the template."""
+        """Number of conversations rendered from a plan."""
 
     def render_conversations(self, conversations: Iterable[Conversation]) -> Iterator[RenderedConversation | Refused]:
         """Yield the texts, or the refusal, of each conversation."""
@@ -59,11 +66,14 @@ class Renderer:
                 yield refused
 
     def render_conversation(self, conversation: Conversation) -> RenderedConversation:
-        """Return the texts of a conversation by `policy.history`; raises `Refused`.
+        """Return the texts of a conversation; raises `Refused`.
 
-        If the template prints text before the end of a trained message differently once the
-        conversation goes on, "per_turn" gives one text per trained message, and "error" refuses the
-        conversation.
+        Some templates print a turn differently once further messages follow; Qwen3, for example,
+        drops the reasoning of earlier turns. `policy.history` decides about such a conversation:
+
+            as_rendered  one text, the whole conversation
+            per_turn     one text for each trained message, which ends with that message
+            error        the conversation is refused
         """
         whole = self.render(conversation)
         if self.policy.history == "as_rendered":
@@ -79,16 +89,17 @@ class Renderer:
         if self.policy.history == "error":
             raise Refused(
                 "history rewritten",
-                "text before a trained message is printed differently once the conversation goes on",
+                "the template prints a trained message, or text before the message, differently once further "
+                'messages follow; set history = "per_turn" or "as_rendered"',
             )
         texts = (*earlier, *map(self.render, last))
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return text and trained spans of the whole conversation; raises `Refused`.
+        """Return the text and the trained spans of the whole conversation; raises `Refused`.
 
-        Every `CHECK_INTERVAL`th conversation rendered from a plan is rendered by the template too.
-        Raises RuntimeError if the two differ.
+        Uses a plan if one holds for the conversation. Every `CHECK_INTERVAL`th conversation
+        rendered from a plan is also rendered by the template; a difference raises RuntimeError.
         """
         self.rendered += 1
         planned = self.render_cache.render(conversation)
@@ -100,40 +111,71 @@ class Renderer:
         if planned is None:
             self.render_cache.learn(conversation, rendered, turns)
         elif rendered != planned:
-            raise RuntimeError(f"a plan of this chat template gave {planned} where the template gives {rendered}")
+            raise RuntimeError(
+                f"a plan of this chat template gave {planned}, but the template itself prints {rendered}; "
+                "report the template as a bug of sftstream"
+            )
         return rendered
 
     def render_whole(self, conversation: Conversation) -> tuple[Rendered, list[Turn]]:
-        """Run the template on the conversation; return text, spans and turns. Raises `Refused`."""
-        messages = [template_message(message) for message in conversation.messages]
-        self._refuse_typed_names(messages, conversation.tools)
-        located = locate(self.template, messages, conversation.tools)
-        require_whole(
-            conversation.messages,
-            located,
-            self.policy,
-            prints_reasoning=self.report.prints_reasoning,
-            prints_thoughts=self.report.prints_thoughts,
-        )
-        turn_format = self.report.turn_format
-        turns = find_turns(self.template, turn_format, self._control, messages, conversation.tools, located)
+        """Run the template on the conversation, without a plan.
+
+        Return the text with the trained spans, and the turns. Raises `Refused`.
+        """
+        try:
+            return self._render_whole(conversation, self._with_variables(conversation.variables))
+        except Refused as refused:
+            if not refused.reason.startswith(("template drops", "template raises")) or not self._unset_variables:
+                raise
+            names = ", ".join(self._unset_variables)
+            hint = f"the template also reads variables that are not set ({names}); set them by data.tokenizer.variables"
+            raise Refused(refused.reason, f"{refused.detail}; {hint}") from None
+
+    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn]]:
+        messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
+        self._refuse_typed_names(messages, tools, conversation.variables)
+        located = locate(template, messages, tools)
+        turn_format, own = self.report.turn_format, bool(conversation.variables)
+        prints = (self.report.prints_reasoning, self.report.prints_thoughts)
+        if own and located.dropped:
+            prints = prints_last_reasoning(template, turn_format, self._control)
+        require_whole(conversation.messages, located, self.policy, *prints)
+        # The turn format is known for the variables of the config. A conversation with variables of
+        # its own may have another generation prompt, so each start is proved by a render.
+        turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
         return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
 
-    def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
-        """Raise `Refused` if a name, an id, a key or a tool's definition holds a special token.
+    def _with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        try:
+            return self.template.with_variables(variables)
+        except ValueError as error:
+            raise Refused("bad template variables", str(error)) from None
 
-        Names and keys get no markers, so special tokens in them cannot be traced.
+    @cached_property
+    def _unset_variables(self) -> tuple[str, ...]:
+        return self.template.unset_variables
+
+    def _refuse_typed_names(
+        self, messages: list[TemplateMessage], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> None:
+        """Raise `Refused` if a name, id, key, tool definition or variable contains a special token.
+
+        Names, keys and variables get no markers. A special token of the template could therefore
+        not be told from a special token typed in one of these texts.
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
-            ("the tools", strings(tools)),
+            ("a tool definition", strings(tools)),
+            ("chat_template_kwargs", strings(variables)),
         ]
         for holder, texts in named:
             if found := self._control.search("\0".join(texts)):
-                raise Refused("control token in text", f"{holder} contains {found[0]!r} in a name or key")
+                raise Refused(
+                    "control token in text", f"{holder} contains {found[0]!r} in a name, key or value; remove the token"
+                )
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:
-    """Return the conversation up to message `index`, earlier messages untrained."""
+    """Return the conversation up to message `index`, with only that message to be trained."""
     earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
-    return Conversation((*earlier, conversation.messages[index]), conversation.tools)
+    return msgspec.structs.replace(conversation, messages=(*earlier, conversation.messages[index]))

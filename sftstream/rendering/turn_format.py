@@ -1,4 +1,22 @@
-"""Learn the texts around an assistant turn from a few renders of the template, once."""
+"""Learn the template's texts around an assistant turn: the generation prompt and the stops.
+
+The texts are learned once per run, from renders of short conversations (`probe_messages.py`).
+
+Example. Two probes are rendered with ChatML: a question and an answer, and the same with another
+question after them. After the answer the template prints
+
+    at the conversation's end      "<|im_end|>\\n"
+    before another message         "<|im_end|>\\n<|im_start|>user\\n"
+
+The common beginning is "<|im_end|>\\n"; its last special token, "<|im_end|>", is the stop. With
+`add_generation_prompt` the template adds "<|im_start|>assistant\\n" to the question; the template
+prints the same text before every answer, so the text is both generation prompt and role marker:
+
+    TurnFormat(
+        prompt="<|im_start|>assistant\\n", role_marker="<|im_start|>assistant\\n",
+        stops=("<|im_end|>",), call_stops=(), open_end=False,
+    )
+"""
 
 from __future__ import annotations
 
@@ -13,28 +31,39 @@ from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 
 class TurnFormat(NamedTuple):
-    """The texts around an assistant turn. A state stores the fields as an array, in this order."""
+    """The template's texts around an assistant turn.
+
+    The saved data state stores the fields as an array, so their order must not change.
+    """
 
     prompt: str
-    """The generation prompt after a user's message; empty if the template has none (Mistral)."""
+    """The generation prompt after a user's message; empty if there is no prompt (Mistral)."""
     role_marker: str
-    """The beginning of the prompt that names the role, as far as the template prints the beginning
-    before every answer: `<|im_start|>assistant\\n` of the prompt
-    `<|im_start|>assistant\\n<think>\\n`.
+    """The beginning of the prompt that the template also prints before every answer.
+
+    `<|im_start|>assistant\\n` if the prompt is `<|im_start|>assistant\\n<think>\\n` and the
+    template prints answers without a thought.
     """
     stops: tuple[str, ...]
-    """Texts that end a turn, `("<|im_end|>",)` for example."""
+    """Texts that end a turn, for example `("<|im_end|>",)`."""
     call_stops: tuple[str, ...]
-    """Further texts that end a turn with tool calls; empty if `stops` end tool calls too."""
+    """Texts that end only turns with tool calls: `("<|call|>",)` for gpt-oss.
+
+    Empty if turns with tool calls end with a member of `stops`.
+    """
     open_end: bool
-    """True if a conversation's last turn has no stop: the next role's marker is the stop (GLM)."""
+    """True if the last turn of a conversation has no stop (GLM).
+
+    Such a template ends a turn by the beginning of the next message, `<|user|>` for example.
+    """
 
 
 def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnFormat:
-    """Learn the turn format from renders of short conversations.
+    """Return the turn format, learned from renders of short conversations.
 
-    `control` matches the text of every special token. Raises ValueError if the template cannot
-    print a user's message, does not end, or ends an assistant turn by nothing.
+    `control` matches the text of any special token. Raises ValueError if the template cannot print
+    a user's message, does too much work, or prints no text that ends an assistant turn, and
+    RuntimeError if a render exceeds the time limit.
     """
     prompt = _probe_prompt(template, control)
     role_marker = _probe_role_marker(template, control, prompt)
@@ -65,12 +94,12 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
 
 
 def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
-    """Return the text that `add_generation_prompt` adds behind a user's message."""
+    """Return the text that `add_generation_prompt` adds after a user's message."""
     try:
         plain, prompted = template.render([USER]), template.render([USER], prompt=True)
     except Refused as refused:
-        if refused.reason == "template takes too long":
-            raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
+        if refused.reason == "template does too much":
+            raise ValueError(f"the chat template does too much: {refused.detail}; use another template") from None
         try:
             plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
         except Refused:
@@ -80,16 +109,18 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
             ) from None
     if prompted.startswith(plain):
         return prompted[len(plain) :]
-    # Some templates close a conversation without a prompt (Phi): the prompt begins before that end.
+    # Phi prints an end-of-text token after the last message, but only without a prompt. The prompt
+    # then begins where the two texts begin to differ.
     asked = prompted.rfind(USER["content"]) + len(USER["content"])
     return prompted[max(asked, cut(common_prefix(plain, prompted), prompted, control)) :]
 
 
 def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
-    """Return the prompt's beginning, as far as the template prints the beginning before answers.
+    """Return the longest beginning of the prompt that is also printed before every answer.
 
-    A prompt may open a thought, hold an empty one, or begin the answer. Without a prompt, but with
-    a role's name printed at the end of every conversation, return the name.
+    The rest of a prompt may be an opened thought (`<think>`), an empty thought
+    (`<think></think>`), or the first words of the answer. Some templates have no prompt, but print
+    the assistant's role at the end of every conversation; the role is then returned.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""
@@ -106,7 +137,10 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
 
 
 def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:
-    """Return the text between the first payload and the next, or to the end; None if refused."""
+    """Return the text between the first payload and the next payload or the text's end.
+
+    Return None if the template refuses the messages, both with and without a tool definition.
+    """
     for tools in ((), (TOOL,)):
         try:
             text = template.render(messages, tools, prompt=prompt)
@@ -121,9 +155,11 @@ def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt:
 def _probe_openers(
     template: ChatTemplate, control: re.Pattern[str], role_marker: str, at_end: str | None
 ) -> frozenset[str]:
-    """Return the tokens and tags that begin messages.
+    """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    Either the first of the role marker, or the first of the text that returns with each message.
+    The result holds the token or tag that begins the role marker. It also holds, of the tokens and
+    tags before the first user's text, the first one that occurs more than once in the render. A
+    text that ends a turn is left out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
@@ -138,7 +174,10 @@ def _probe_openers(
 
 
 def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> frozenset[str]:
-    """Return the tokens and tags between two calls of one message; none of them ends a turn."""
+    """Return the special tokens and tags printed between two calls of one message.
+
+    The turn goes on after such a token or tag, which therefore is no stop.
+    """
     (call,) = CALLED["tool_calls"]
     try:
         text = template.render([USER, {**CALLED, "tool_calls": [call, {**call, "id": "bcdefghij"}]}], (TOOL,))
@@ -150,7 +189,10 @@ def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> fr
 
 
 def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:
-    """Return the text from the assistant's payload to the next payload; None if not printed."""
+    """Return the text from the assistant's last payload to the next payload or the text's end.
+
+    Return None if the template does not print the assistant's payload.
+    """
     called = any("tool_calls" in message for message in messages)
     for tools in ((TOOL,),) if called else ((), (TOOL,)):
         try:
@@ -173,14 +215,27 @@ def _stops(
 ) -> frozenset[str]:
     """Return the texts that end a turn.
 
-    `at_end` and `in_middle` are the texts behind the turn's payload at a conversation's end and
-    before another message. The result is the last special token of the common beginning, before
-    any text of `other`; without special tokens, the common beginning; without a common beginning,
-    the first special token of each text. `turn_stops` asks for additional stops of tool calls: none
-    if a text already contains a turn stop. `by_next_role` allows the first token of the next
-    message as a stop.
+    `at_end` is the text after the turn's payload at the end of a conversation, `in_middle` the text
+    after the same payload before another message; None if the template refuses the conversation.
+    `other` are tokens and tags that do not end a turn. The common beginning of `at_end` and
+    `in_middle` is cut after its last whole token, tag or line. Three rules are tried in order:
 
-        at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"    ->  {"<|im_end|>"}
+    1. the last special token of the common beginning, before any text of `other`:
+
+           at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"  ->  {"<|im_end|>"}
+
+    2. the common beginning itself:
+
+           at_end "[/A]\\n", in_middle "[/A]\\n[U]"  ->  {"[/A]"}
+
+    3. the first special token of each text, or a tag that begins the text (GLM):
+
+           at_end "", in_middle "<|user|>\\n"  ->  {"<|user|>"}
+
+    `turn_stops` are the known stops of turns without calls. If given, only stops that turns with
+    calls have in addition are returned: none if `at_end` or `in_middle` contains one of
+    `turn_stops`. With `turn_stops`, rule 2 is never applied. Without `by_next_role`, rule 3 does
+    not apply if both texts exist.
     """
     texts = [text for text in (at_end, in_middle) if text is not None]
     if not texts or any(contains(text, turn_stops) for text in texts):
@@ -200,7 +255,10 @@ def _stops(
 
 
 def _first_token(text: str, control: re.Pattern[str], other: Iterable[str], *, tags: bool) -> str | None:
-    """Return the first special token that is not in `other`, or else a tag that begins the text."""
+    """Return the first special token of the text that is not in `other`.
+
+    Without such a token, and with `tags`, return the tag that begins the text, if any.
+    """
     tokens = (match[0] for match in control.finditer(text) if match[0] not in other)
     tag = TAG.match(text) if tags else None
     return next(tokens, tag[0] if tag else None)

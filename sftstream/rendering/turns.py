@@ -1,26 +1,33 @@
-"""Find the start and end of each assistant turn in a rendered text, by evidence from the template.
+"""Find the start and end of each assistant turn in a rendered text.
 
 A turn starts where the model would begin to speak at inference: after the generation prompt. A turn
-ends after the stop token, by which the model ends its reply. `probe_turn_format` learns prompt and
-stops from a few renders of the template, once; `find_turns` then finds the turns of a conversation
-around its located payloads, and refuses a turn without evidence.
+ends after its stop, the text that ends the model's reply. The prompt and the stops of a template
+are known from the start of the run (`turn_format.py`), the payloads of the conversation from
+`markers.py`. A turn whose start or end cannot be proved is refused.
 
-Example. Template `<{{ m.role }}>{{ m.content }}</s>` for each message, prompt `<assistant>`:
+Example. The template prints `<{{ m.role }}>{{ m.content }}</s>` for each message; its generation
+prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "seven":
 
-    format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
     text    <user>hi</s><assistant>seven</s>
+    format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
+    gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
+    tail    the user's message alone, rendered with the generation prompt, is
+            "<user>hi</s><assistant>"; the tail is the text after "hi": "</s><assistant>"
+    start   gap and tail are equal, so the model says all text after the gap: offset 23
+    end     the first stop after "seven" ends at offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
-from sftstream.rendering.markers import Located, Marking, Payload, locate
+from sftstream.rendering.markers import Located, Marking, Payload, PayloadIndex, locate
 from sftstream.rendering.overlap import (
     common_prefix,
     cut,
@@ -36,16 +43,20 @@ from sftstream.rendering.turn_format import TurnFormat
 
 
 class Turn(NamedTuple):
-    """An assistant message's span, from after the prompt to after the stop token."""
+    """The place of an assistant message, from the end of the prompt to the end of the stop."""
 
     message: int
     """Index of the message in the conversation."""
     span: Span
     payloads: tuple[Payload, ...]
+    """Payloads of the message inside the turn; of a payload printed twice, the first occurrence."""
     by_prompt: bool = False
-    """True if the start was searched by a render of the generation prompt."""
+    """True if the earlier messages were rendered with the generation prompt to find the start."""
     by_comparison: bool = False
-    """True if further renders were compared; the start holds for this conversation only."""
+    """True if the start was found by a comparison with a shorter conversation.
+
+    Such a start is proved for this conversation only, not for others of the same shape.
+    """
 
 
 def find_turns(
@@ -58,11 +69,12 @@ def find_turns(
     *,
     shortcut: bool = True,
 ) -> list[Turn]:
-    """Return the assistant turns in order; raises `Refused` if a start or an end cannot be shown.
+    """Return the assistant turns in text order; raises `Refused` if a start or end is not proved.
 
-    With `shortcut`, a payload right behind a whole generation prompt starts a turn without further
-    evidence; without, each prompt is rendered for comparison. The turns are equal either way. An
-    empty message without a header or a stop of its own has no turn.
+    With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
+    further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
+    turn. Both ways return equal spans. An empty message that prints no header or no stop has no
+    turn.
     """
     search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
@@ -80,7 +92,7 @@ def find_turns(
 
 
 class _Start(NamedTuple):
-    """The start of a turn and the evidence."""
+    """The start of a turn, and the renders that proved it, as in `Turn`."""
 
     offset: int
     by_prompt: bool = True
@@ -88,7 +100,10 @@ class _Start(NamedTuple):
 
 
 class _TurnSearch:
-    """The search for turns in the text of one conversation."""
+    """The search for turns in the text of one conversation.
+
+    With `compare`, a start without a header may be proved by a shorter conversation.
+    """
 
     def __init__(
         self,
@@ -108,23 +123,28 @@ class _TurnSearch:
         self._messages = messages
         self._tools = tools
         self._text = located.text
-        self._payloads = located.payloads
+        self._payloads = PayloadIndex(located.payloads)
         self._fill_blanks = located.fill_blanks
         self._shortcut = shortcut
         self._compare = compare
+        self._kinds = [_kind(message) for message in messages]
+        self._kinds_before = _distinct_before(self._kinds)
+        self._tails: dict[tuple[Any, ...], str | None] = {}
 
     def has_payload(self, index: int) -> bool:
-        """Return True if a text of message `index` is printed."""
-        return any(payload.message == index for payload in self._payloads)
+        """Return True if a payload of message `index` is printed."""
+        return bool(self._payloads.of(index))
 
     def turn(self, index: int, earliest: int) -> Turn:
-        """Return the turn of assistant message `index`, at or after `earliest`.
+        """Return the turn of assistant message `index`, which may not start before `earliest`.
 
-        Raises `Refused` if start or end are not found.
+        `earliest` is the end of the turn before, or 0. Raises `Refused` if the start or the end is
+        not found.
         """
-        # Some templates repeat earlier messages later: count only payloads before the message.
-        first = min((p.start for p in self._payloads if p.message == index), default=len(self._text))
-        before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
+        # A template may print an earlier message a second time, after this message. The second
+        # occurrence does not count for `before`, the end of the earlier messages.
+        own = self._payloads.of(index)
+        before = self._payloads.last_end(index, own[0].start if own else len(self._text))
         payloads = self._first_prints(index, max(before, earliest))
         limit = payloads[0].start if payloads else self._next_message(index, before)
         start = self._start(index, before, limit, empty=not payloads)
@@ -136,22 +156,29 @@ class _TurnSearch:
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
-        """Return the message's payloads from `earliest` on, each at its first print, in order."""
+        """Return the first occurrence, at or after `earliest`, of each payload of the message."""
         first_prints: dict[tuple[str, int], Payload] = {}
-        for payload in self._payloads:
-            if payload.message == index and payload.start >= earliest:
+        for payload in self._payloads.of(index):
+            if payload.start >= earliest:
                 first_prints.setdefault((payload.kind, payload.number), payload)
         return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
-        """Return the first start at or after `offset` of a later message, or the text's end."""
-        starts = (p.start for p in self._payloads if p.message > index and p.start >= offset)
-        return min(starts, default=len(self._text))
+        """Return where the first payload of a later message starts, at or after `offset`.
+
+        Return the end of the text if there is no such payload.
+        """
+        start = self._payloads.next_start(index, offset)
+        return len(self._text) if start is None else start
 
     def _start(self, index: int, before: int, limit: int, *, empty: bool) -> _Start:
-        """Return a start from `before` on; before a message with text, at most at `limit`.
+        """Return the start of the turn.
 
-        A thought that the generation prompt opens may reach into the message's text.
+        The gap is the text from `before`, the end of the earlier messages' payloads, to `limit`,
+        the beginning of the message's first payload. An `empty` message has no payload; its gap
+        ends at the next message. The start lies in the gap or at its end, except if the generation
+        prompt ends with a `<think>` that the message's own text begins with: the start then lies
+        after that `<think>`.
         """
         gap = self._text[before:limit]
         prompt, role_marker = self._format.prompt, self._format.role_marker
@@ -168,17 +195,31 @@ class _TurnSearch:
         return start._replace(offset=before + start.offset)
 
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
-        """Return the start in `gap`, compared with the prompt of inference; None if not shown.
+        """Return the start as an offset in `gap`, proved by a render of the generation prompt.
 
-        The gap holds the template's text before the message, `tail` the end of the prompt. Three
-        cases show a start:
+        For the tail, only the earlier messages are rendered, with the generation prompt. The tail
+        is the text after their last payload; at inference the model speaks after the tail. Of three
+        cases, the first that applies decides:
 
-            the tail is a beginning of the gap      the rest of the gap is said by the model
-            the gap is the tail, or a beginning,    all of the gap is said by the prompt
-              or the tail without a middle part
-            both agree up to the role's name        the rest of the gap is said by the model
+            the gap begins with the tail          the model says the rest of the gap
+                gap   </s><assistant><tool_call>  the turn starts at <tool_call>
+                tail  </s><assistant>
+
+            the gap is the tail without its end   the model says nothing of the gap
+            or without a middle part
+                gap   </s><assistant>             the turn starts at the message's text
+                tail  </s><assistant><think></think>
+
+            both agree up to the role marker      the model says the gap from the difference on
+                gap   </s><assistant><quick>      the turn starts at <quick>
+                tail  </s><assistant><deep>
+
+        In the third case, the text after the common beginning may start with a suffix of the tail.
+        The prompt contains that suffix, so the turn starts after it: gap
+        `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
+        Return None if no case applies, or if a role marker remains after the start.
         """
-        tail = self._tail(self._messages[:index], prompt=True)
+        tail, rendered = self._tail(index, gap, prompt=True)
         if tail is None:
             return None
         role_marker = self._format.role_marker
@@ -193,25 +234,35 @@ class _TurnSearch:
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
                 return None
             start = cut + shared_end(gap[cut:], tail[cut:])
-        return _Start(start) if self._is_said(gap[start:], empty=empty) else None
+        return _Start(start, by_prompt=rendered) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
-        """Return the end of the gap, or of a thought's tag that prompt and message both print next.
+        """Return the start for a message that may begin with a `<think>` of the prompt.
 
-        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the turn
-        starts at `hm`, as for a template that prints the tag and a reasoning.
+        Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the prompt
+        already contains `<think>`, so the turn starts at `hm`. The start is the end of the gap if
+        the rest of the tail does not open a thought.
         """
         if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
             return max(len(gap), len(cut_prefix(following, tail, self._control)))
         return len(gap)
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:
-        """Return True unless the text before the message's own text holds a role marker."""
+        """Return True if `lead`, the text from the start to the first payload, has no role marker.
+
+        A role marker in `lead` would show that the turn starts later. An `empty` message has no
+        payload, so nothing is checked.
+        """
         role_marker = self._format.role_marker
         return empty or not role_marker or role_marker not in lead
 
     def _start_by_role_marker(self, gap: str) -> int | None:
-        """Return the end of the gap's only role marker and of the prompt's matching rest."""
+        """Return the start after the gap's only role marker; None unless there is exactly one.
+
+        From the role marker on, the gap is compared with the prompt. The text in which both are
+        equal belongs to the prompt: for the gap `<assistant>\\n<think>\\n\\n`, the role marker
+        `<assistant>` and the prompt `<assistant>\\n`, the turn starts at `<think>`.
+        """
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
             return None
@@ -221,11 +272,14 @@ class _TurnSearch:
     def _start_without_header(self, index: int, gap: str) -> _Start | None:
         """Return the start of a message that the template prints without a header.
 
-        The evidence: the gap is text of the generation prompt, then text that the template prints
-        behind the header if the message answers a question.
+        Apertus and DeepSeek 3.2 print no header before an answer to a tool's result. As evidence,
+        the last user's message and this message are rendered alone, where the template prints a
+        header. The text between that header and the message is the lead, `<|inner|>` for example.
+        The start is proved if the gap consists of text of the generation prompt followed by the
+        lead; the turn starts with the lead. Return None otherwise.
         """
-        tail = self._tail(self._messages[:index], prompt=True)
-        plain = self._tail(self._messages[:index], prompt=False)
+        tail, _ = self._tail(index, gap, prompt=True)
+        plain, _ = self._tail(index, gap, prompt=False)
         if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
@@ -240,16 +294,32 @@ class _TurnSearch:
         start = len(gap) - len(lead)
         return _Start(start, by_comparison=True) if gap.endswith(lead) and is_within(gap[:start], tail) else None
 
-    def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
-        """Return the rendered text behind the last payload of the messages; None if refused."""
-        marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
-        try:
-            return marking.tail(self._template.render(marking.mark(messages), self._tools, prompt=prompt))
-        except Refused:
-            return None
+    def _tail(self, index: int, gap: str, *, prompt: bool) -> tuple[str | None, bool]:
+        """Return the text after the last payload of a render of the messages before `index`.
+
+        The tail is None if the template refuses the messages. The second item tells whether the
+        messages were rendered for this call. A long conversation has few different tails, so a
+        render serves all turns of the same gap whose earlier messages have the same kinds, with the
+        last one of the same kind: 200 calls and answers need two renders.
+        """
+        key = (self._kinds_before[index], self._kinds[index - 1] if index else None, gap, prompt)
+        if rendered := key not in self._tails:
+            marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
+            try:
+                text = self._template.render(marking.mark(self._messages[:index]), self._tools, prompt=prompt)
+                self._tails[key] = marking.tail(text)
+            except Refused:
+                self._tails[key] = None
+        return self._tails[key], rendered
 
     def _end(self, index: int, last: int, following: int) -> int:
-        """Return the end of the first stop in `[last, following)`, before any role marker."""
+        """Return the end of the turn: the end of the first stop after the message's last payload.
+
+        The stop is searched between `last`, the end of that payload, and `following`, the first
+        payload of a later message. A text that begins a message ends the search. Without a stop,
+        raise `Refused`. If the format has an open end, the last message of the conversation needs
+        no stop: its turn ends with the text.
+        """
         rest = self._text[last:following]
         message = self._messages[index]
         stops = self._format.stops + (self._format.call_stops if message.get("tool_calls") else ())
@@ -263,35 +333,64 @@ class _TurnSearch:
 
     @cached_property
     def _openers(self) -> list[str]:
-        """Texts that begin a message and end none."""
+        """Texts that begin a message: the role marker and its first token, without the stops."""
         stops = self._format.stops + self._format.call_stops
         begins = token_or_tag(self._control).match(self._format.role_marker.lstrip())
         return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
-        """Return the length of the message's own white space at the text's end, if printed."""
+        """Return how many characters of `rest` are white space of the message's own content.
+
+        `rest` is the white space between the message's last payload and the end of the text. The
+        result is the length of `rest` or 0.
+        """
         content = "" if self._messages[index].get("tool_calls") else self._messages[index]["content"]
         space = content[len(content.rstrip()) :]
         if not space or rest != space:
             return 0
-        # A template that trims and prints equal white space itself puts the letter beside the word.
+        # A template may trim the content and print the same white space itself. To find out, the
+        # content is rendered with an "x" added at its end. If the template prints the space itself,
+        # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
 
 
-def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
-    """Narrow each turn to the `{% generation %}` tag around the payloads.
+def _kind(message: TemplateMessage) -> tuple[Any, ...]:
+    """Return all of a message that may change a template's text around it, without the words."""
+    content = message["content"]
+    return (
+        message["role"],
+        tuple(message),
+        bool(content.strip()),
+        opens_thought(content),
+        len(message.get("tool_calls", ())),
+    )
 
-    Return no turns if a turn's payloads lie in no tag.
+
+def _distinct_before(kinds: Sequence[Hashable]) -> list[int]:
+    """Return for each index the number of different kinds before: `"aab"` gives `[0, 1, 1]`."""
+    seen: set[Hashable] = set()
+    counts = []
+    for kind in kinds:
+        counts.append(len(seen))
+        seen.add(kind)
+    return counts
+
+
+def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
+    """Narrow each turn to the `{% generation %}` block around its payloads.
+
+    `tags` are the spans printed inside such blocks. Return an empty list if the payloads of a turn
+    do not lie in a single block.
     """
-    result = []
+    result, starts = [], [tag.start for tag in tags]
     for turn in turns:
         start = min((p.start for p in turn.payloads), default=turn.span.start)
         end = max((p.end for p in turn.payloads), default=turn.span.start)
-        tag = next((tag for tag in tags if tag.start <= start and end <= tag.end), None)
-        if tag is None:
+        tag = tags[max(0, bisect_right(starts, start) - 1)] if tags else Span(0, 0)
+        if not tag.start <= start <= end <= tag.end:
             return []
-        # Some tags include the prompt, some leave the stop token out.
+        # Some blocks include the generation prompt, and some leave the stop out.
         stop_follows = text[tag.end : turn.span.end] in ("", *stops)
         tag_end = max(tag.end, turn.span.end) if stop_follows else turn.span.end
         result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(tag_end, turn.span.end))))

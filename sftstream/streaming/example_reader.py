@@ -1,4 +1,4 @@
-"""Rows -> examples: all stages before packing, as functions on batches and on a single row."""
+"""Read rows and turn them into examples, in batches or one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from math import inf
 import numpy as np
 
 from sftstream import formats
-from sftstream.config import RowSettings, SourceConfig
+from sftstream.config import DataConfig, RowSettings, SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
@@ -20,10 +20,13 @@ from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 
 _SAMPLED = 100
-"""Rows of a source in which columns that nothing reads are looked for."""
+"""Number of rows of a source that are examined for unread columns."""
 
+SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
+"""Largest number of rows of a source, and number of first rows of each file of a streamed source,
+that are tried in the search of a conversation."""
 CHECKED_AT_ONCE = 64
-"""Rows of a random order computed at once, most often more than enough."""
+"""Number of rows of a random order computed at once."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class ExampleReader:
         return cls(CorpusReader(corpus), encoder)
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row that was read before a saved state and will be read once more."""
+        """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or the reason for a refusal."""
+        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
         read, settings = self.corpus.read, self.corpus.settings
         for ref in refs:
             try:
@@ -57,9 +60,9 @@ class ExampleReader:
 
     @cached_property
     def _most_letters(self) -> float:
-        """Number of letters that fit into a pack of the tokenizer's longest tokens.
+        """Largest number of characters that could fit into a pack, if all tokens were the longest.
 
-        Infinite if long conversations are shortened, or if the template may leave letters out.
+        Infinite if long conversations are shortened, or if the template may leave out text.
         """
         policy, lengths = self.encoder.policy, self.encoder.tokenizer.vocabulary.byte_lengths
         if policy.overflow != "drop" or lengths is None or self.encoder.report.rewrites_history:
@@ -67,17 +70,19 @@ class ExampleReader:
         return policy.capacity * int(lengths.max())
 
     def _require_fitting(self, conversation: Conversation) -> None:
-        """Raise Refused if the texts cannot fit into a pack: rendering megabytes takes minutes."""
+        """Raise Refused if the texts cannot fit into a pack, since rendering megabytes takes
+        minutes."""
         letters = sum([len(message.content) for message in conversation.messages if message.content])
         if letters > self._most_letters:
             capacity = self.encoder.policy.capacity
             raise Refused(
                 "longer than capacity",
-                f"its texts of {letters:,} characters do not fit into {capacity} tokens; raise capacity, or set overflow",
+                f"its texts of {letters:,} characters do not fit into {capacity} tokens; "
+                "raise data.capacity, or set data.overflow",
             )
 
     def examples(self, ref: Ref) -> list[Example]:
-        """Return the examples of a row; raises `Refused`."""
+        """Return the examples of a row; raises Refused if the row cannot be trained."""
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
@@ -85,26 +90,30 @@ class ExampleReader:
 
 
 class SourceCheck:
-    """Finds sources without one conversation, which an endless stream would read for ever.
+    """Finds sources in which every row is refused: a stream without a limit of epochs would read
+    such a source forever and never return a pack.
 
-    Called at a refusal by a stream that has no conversation of the source yet: one good row is
-    enough, and rows are tried in a random order, so the check is short unless the source is bad.
+    A stream calls the check when it refuses a row of a source before it has accepted any row of
+    that source. The check tries the rows of an indexed source in random order, and those of a
+    streamed source in stored order, some rows of each file in turn. It stops at the first good row,
+    and after `SEARCHED` rows unless the config sets no limit on refused rows.
     """
 
-    def __init__(self, corpus: Corpus, encoder: ChatEncoder, capacity: int) -> None:
+    def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:
         self._corpus = corpus
         self._encoder = encoder
-        self._capacity = capacity
+        self._capacity = config.capacity
+        self._most = None if max(config.max_refused, config.max_too_long) == 1 else SEARCHED
         self._good: set[int] = set()
 
     def require_conversation(self, source: int) -> None:
-        """Raise ValueError if each row of a source is refused."""
+        """Raise ValueError if every row of a source is refused."""
         if source in self._good:
             return
         reasons: Counter[str] = Counter()
         last = ""
         reader = ExampleReader.of(self._corpus, self._encoder)
-        for ref in self._rows(source, reader.corpus):
+        for ref in itertools.islice(self._rows(source, reader.corpus), self._most):
             try:
                 examples = reader.examples(ref)
             except Refused as refused:
@@ -116,10 +125,13 @@ class SourceCheck:
                 return
             reasons["longer than capacity"] += 1
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"source {source} holds no conversation to train: each of its {reasons.total():,} rows is refused "
-            f"({counts}{last}); correct the source, or remove it"
+        rows = reasons.total()
+        found = (
+            f"holds no conversation to train: each of its {rows:,} rows is refused"
+            if rows != self._most
+            else f"holds no conversation to train among {rows:,} rows tried"
         )
+        raise ValueError(f"source {source} {found} ({counts}{last}); correct the source, or remove it")
 
     def _rows(self, source: int, reader: CorpusReader) -> Iterator[Ref]:
         opened = reader.sources[source]
@@ -129,12 +141,18 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        for shard in range(opened.source.shards):
-            for index in itertools.count():
-                ref = Ref(source, opened.source.number(shard, index), 0)
-                if not opened.reaches(ref):
-                    break
-                yield ref
+        # Some rows of each file in turn, so that a short search meets many files.
+        files, first, end = list(range(opened.source.file_count)), 0, SEARCHED_IN_A_FILE
+        while files:
+            for file in tuple(files):
+                rows = (Ref(source, opened.source.number(file, index), 0) for index in range(first, end))
+                for ref in rows:
+                    if not opened.reaches(ref):
+                        files.remove(file)
+                        break
+                    yield ref
+            # More rows from turn to turn: at each turn a file is read again from its beginning.
+            first, end = end, 4 * end
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -154,10 +172,10 @@ def read_conversations(path: str) -> Iterator[Conversation]:
 
 
 def unread_columns(corpus: Corpus) -> list[set[str]]:
-    """Return for each source the columns, and keys of messages, that nothing reads.
+    """Return for each source the columns, and keys of messages, that no layout reads.
 
-    Looks at up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
-    streamed source. Columns left out by the config do not count.
+    Examines up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
+    streamed source. Columns that the config ignores are not returned.
     """
     return [
         set[str]().union(*(_unread(read, source.settings) for read in _sample(source))) for source in corpus.sources

@@ -1,7 +1,8 @@
-"""Conversation -> Examples: `Renderer`, `Tokenizer` and the policy for overflow combined."""
+"""Conversation -> Examples: render, tokenize, and shorten conversations longer than a pack."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
 from os import PathLike
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sftstream.config import Policy
+from sftstream.door import Door
+from sftstream.excerpt import excerpt
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Example, Refused, Rendered
 from sftstream.rendering.probe import TemplateReport
@@ -24,18 +27,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = "name:"
-"""Beginning of a template given by its name in the tokenizer: "name:tool_use"."""
+"""Prefix of a template given by the name that it has in the tokenizer: "name:tool_use"."""
 
 
 class ChatEncoder:
-    """Conversations -> tokens and loss masks, each verified or refused.
+    """Encodes conversations to tokens and verified loss masks, or refuses them.
 
-    `tokenizer` is a transformers tokenizer, its directory or a hub name. `template` is the path or
-    the text of a Jinja chat template, or `name:` and the name of a template in the tokenizer;
-    default: the tokenizer's own. `date` (YYYY-MM-DD) is printed
-    by templates as today's date; default: today. `backend` computes the token ids. All further
-    arguments are settings of the `[data]` table (`Policy`), or given together as `policy`. Raises
-    ValueError if no conversation can be trained on with the template.
+    `tokenizer` is a tokenizer of transformers, its directory, or its hub name.
+
+    `template` is one of: the path of a file with a Jinja chat template; the Jinja text itself;
+    `name:` followed by the name of a template in the tokenizer. Default: the tokenizer's own
+    template.
+
+    `date` (YYYY-MM-DD) is the date that templates print as today's. Default: today.
+
+    `variables` are further variables of the template: `{"enable_thinking": False}`.
+
+    `backend` names the library that computes the token ids, as in `Tokenizer`.
+
+    `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
+    `ChatEncoder("model", overflow="split")`. A complete `policy` replaces `train_on` and
+    `policy_fields`.
+
+    Raises ValueError if no conversation can be trained on with the template.
     """
 
     def __init__(
@@ -45,6 +59,7 @@ class ChatEncoder:
         train_on: Sequence[str] = ("assistant",),
         date: str | None = None,
         *,
+        variables: Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         backend: Backend = "auto",
         **policy_fields: Any,
@@ -55,33 +70,44 @@ class ChatEncoder:
         text = _template_text(template, vocabulary) if template is not None else vocabulary.template
         if text is None:
             raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
-        chat_template = ChatTemplate(text, vocabulary.variables, _parse_date(date) if date else None)
-        self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
+        day = _parse_date(date) if date else None
+        try:
+            chat_template = ChatTemplate(text, vocabulary.variables, day).with_variables(variables or {})
+            self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
+        except ValueError as error:
+            raise ValueError(f"{_template_name(template, self.tokenizer.name)}{error}") from error
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, and the date printed as today."""
+        """The chat template; its `date` is printed as today's date."""
         return self.renderer.template
 
     @property
     def report(self) -> TemplateReport:
-        """The format of turns in the template, and the shapes of conversation printed whole."""
+        """The report on the template: the turn format, and how each probe is printed."""
         return self.renderer.report
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids of the tokens at the end of an assistant's turn, sorted."""
+        """Ids of the tokens that end an assistant's turn, in ascending order."""
         turn_format = self.report.turn_format
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Example]:
         """Return the examples of messages in any known layout; raises `Refused`.
 
-        A conversation gives a single example unless `history` is "per_turn" or `overflow` "split".
+        `variables` are variables of the template for this conversation alone.
+
+        There is a single example, unless `history` is "per_turn" or `overflow` is "split".
         """
-        return self.encode_conversation(parse_row({"messages": list(messages), "tools": tools}))
+        return self.encode_conversation(
+            parse_row({"messages": list(messages), "tools": tools, "chat_template_kwargs": variables})
+        )
 
     def encode_conversation(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation; raises `Refused`."""
@@ -91,14 +117,17 @@ class ChatEncoder:
         return examples
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return text and trained spans of a conversation; raises `Refused`."""
+        """Return the text and the trained spans of a conversation; raises `Refused`."""
         return self.renderer.render(conversation)
 
     def tokenize_all(self, rendered: Sequence[RenderedConversation]) -> list[list[Example] | Refused]:
-        """Return the examples, or the refusal, of each conversation, by the policy for overflow."""
+        """Return the examples, or the refusal, of each conversation.
+
+        A conversation longer than `policy.capacity` is shortened if `policy.overflow` says so.
+        """
         encoded = self.tokenizer.encode_all([text for conversation in rendered for text in conversation.texts])
         if len(encoded) == len(rendered):
-            # The common case: a text of each, and no regrouping.
+            # The common case: each conversation has one text.
             examples = [example if isinstance(example, Refused) else [example] for example in encoded]
         else:
             remaining = iter(encoded)
@@ -108,9 +137,10 @@ class ChatEncoder:
         return [self._shortened(*pair) for pair in zip(rendered, examples, strict=True)]
 
     def _shortened(self, rendered: RenderedConversation, examples: list[Example] | Refused) -> list[Example] | Refused:
-        """Replace a single too long example by examples within the capacity.
+        """Replace an example longer than the capacity by examples that fit.
 
-        Examples of single turns are kept at any length; the packer drops too long ones.
+        If a conversation has several examples, one for each trained message, none is shortened; the
+        packer drops examples that are too long.
         """
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
@@ -124,7 +154,10 @@ class ChatEncoder:
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:
-    """Return all examples of a conversation, noted if there are several, or the first refusal."""
+    """Return the examples of a conversation's texts, or the first refusal among the texts.
+
+    Several examples get the note "examples of single turns".
+    """
     examples = []
     for example in encoded:
         if isinstance(example, Refused):
@@ -136,32 +169,43 @@ def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refuse
 
 
 def _template_text(template: str, vocabulary: Vocabulary) -> str:
-    """Return Jinja text, given itself, by a name in the tokenizer, or by the path of a file.
+    """Return the Jinja text of a template.
 
-    Raises ValueError if there is no template of the name, or no file.
+    `template` is the text itself, a name in the tokenizer ("name:tool_use"), or the path of a file.
+    Raises ValueError if the tokenizer has no template of the name, or the file cannot be read.
     """
-    if "{%" in template or "{{" in template:
+    if _is_jinja(template):
         return template
     if template.startswith(_NAMED):
         text = vocabulary.templates.get(template.removeprefix(_NAMED))
         if text is None:
-            raise ValueError(f"chat template {template!r} is none of the tokenizer's; {_remedy(vocabulary)}")
+            raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
         return text
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"chat template {template!r} cannot be read: {error.strerror}; give a file or the Jinja text"
-        ) from None
+        with Door(f"chat template {excerpt(template)} cannot be read"):
+            return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{error}; give a file or the Jinja text") from error
+
+
+def _template_name(template: str | None, tokenizer: str) -> str:
+    """Return the file of a template as the beginning of a message; "" for a Jinja text."""
+    if template is None or template.startswith(_NAMED):
+        return f"tokenizer {tokenizer!r}: "
+    return "" if _is_jinja(template) else f"chat template {template!r}: "
+
+
+def _is_jinja(template: str) -> bool:
+    return "{%" in template or "{{" in template
 
 
 def _remedy(vocabulary: Vocabulary) -> str:
     names = ", ".join(f'template = "{_NAMED}{name}"' for name in vocabulary.templates)
-    return f"set one of {names}" if names else 'name one: template = "chat.jinja"'
+    return f"set one of {names}" if names else 'set the path of a file: template = "chat.jinja"'
 
 
 def _parse_date(date: str) -> Date:
     try:
         return Date.fromisoformat(date)
     except ValueError:
-        raise ValueError(f"date = {date!r} is no day; write it as YYYY-MM-DD") from None
+        raise ValueError(f"date = {date!r} is not a date; write a date as YYYY-MM-DD, such as 2025-01-31") from None

@@ -1,6 +1,7 @@
-"""fastokens instead of `tokenizers`: 20 to 40 times faster, used once its ids have proved equal.
+"""Tokenize with the library fastokens, 20 to 40 times faster than Hugging Face's `tokenizers`.
 
-The package is `fastokens` on PyPI.
+fastokens (`pip install fastokens`) is used only if both libraries compute the same ids for many
+test texts (`probes`). During a run, the ids of some of the run's own texts are compared too.
 """
 
 from __future__ import annotations
@@ -17,31 +18,35 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 
 REMEDY = "set data.tokenizer.backend = 'huggingface'"
 
 Reference = Callable[[str], Sequence[int]]
+"""Function that returns the ids of a text, computed by `tokenizers`."""
 
 
 class Ids(NamedTuple):
-    """Token ids of several texts side by side.
+    """Token ids of several texts in a single array.
 
-    Text `i` has the ids `ids[offsets[i] : offsets[i + 1]]`.
+    Text `i` has the ids `ids[offsets[i] : offsets[i + 1]]`: with offsets `[0, 2, 5]`, the first
+    text has 2 ids and the second has 3.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
 
     def of(self, text: int) -> NDArray[np.int32]:
-        """Return the ids of text number `text`."""
+        """Return the ids of the text with the index `text`."""
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
 LOAD_AT_CALL = 2
-"""Call that starts loading; loading beside the first call would delay the first pack."""
+"""Number of the call that starts loading. Loading during the first call would delay the first pack.
+"""
 COMPARE_FIRST, COMPARE_EVERY = 32, 4096
-"""Compared texts of a run: the first 32, then every 4,096th."""
+"""The ids of the first 32 texts of a run are compared, then the ids of every 4,096th text."""
 
 
 def version() -> str | None:
@@ -50,14 +55,15 @@ def version() -> str | None:
 
 
 class FastTokenizer:
-    """Encoder with fastokens, used once all `probes` have the same ids as under `reference`.
+    """An encoder that uses fastokens once its ids of all test texts equal those of `reference`.
 
-    `description` is the text of a tokenizer.json. A thread loads it in about a second, in which
-    calls return None and the caller encodes with `reference`. Later, texts of the run are compared
-    too, and a difference raises RuntimeError.
+    `description` is the text of a tokenizer.json. A thread loads the description and compares the
+    test texts, which needs about a second. Until then, calls return None, and the caller has to
+    encode the texts with `reference`. Afterwards, some texts of the run are compared as well, and a
+    difference raises RuntimeError.
 
-    If a probe differs or fastokens cannot load the description, calls go on returning None, or
-    raise RuntimeError if fastokens is `required`.
+    If fastokens cannot load the description, or a test text has other ids, all later calls return
+    None, or raise RuntimeError if fastokens is `required`.
     """
 
     def __init__(
@@ -73,11 +79,14 @@ class FastTokenizer:
         self._count = 0
 
     def __call__(self, texts: Sequence[str]) -> Ids | None:
-        """Return the ids of texts, special tokens recognized, or None before loading is done."""
+        """Return the ids of the texts; None if fastokens is not loaded.
+
+        Texts of special tokens become special tokens.
+        """
         if self._encode is None:
             if self._refused is not None and self._required:
                 raise RuntimeError(self._refused)
-            if self._process != os.getpid():  # a fork has no copy of the thread
+            if self._process != os.getpid():  # a forked process has no copy of the loading thread
                 self._process, self._calls = os.getpid(), 0
             self._calls += 1
             if self._calls == LOAD_AT_CALL:
@@ -96,19 +105,20 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load fastokens and compare it on the probes.
+        """Load the description with fastokens, and compare the ids of the test texts.
 
-        Stop if the main thread has ended: an interpreter that exits while a thread runs native code
-        aborts.
+        Returns early if the main thread has ended: Python aborts if it exits while a thread runs
+        native code.
         """
-        # A loader has a process for each core, and the threads of fastokens spin while they wait.
+        # A data loader has a process per core; more threads of fastokens would only wait, busily.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         import fastokens
 
         try:
-            tokenizer = fastokens.Tokenizer.from_json_str(self._description)
+            with Door(f"{version()} cannot load this tokenizer"):
+                tokenizer = fastokens.Tokenizer.from_json_str(self._description)
         except ValueError as error:
-            self._refused = f"{version()} cannot load this tokenizer: {error}; {REMEDY}"
+            self._refused = f"{error}; {REMEDY}"
             return
 
         def encode(texts: Sequence[str]) -> Ids:
@@ -126,9 +136,10 @@ class FastTokenizer:
 
 
 def _release_memory() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the operating system.
 
-    Loading a large description allocates 250 MB and frees 150, but glibc keeps them for the thread.
+    Loading a large description allocates 250 MB and frees 150 MB, but glibc would keep the freed
+    memory for the thread.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -139,7 +150,7 @@ def _difference(text: str) -> str:
 
 
 def probes(special: Sequence[str]) -> Iterator[str]:
-    """Yield texts on which tokenizers may differ.
+    """Yield test texts, for which two tokenizer libraries may compute different ids.
 
     The texts mix characters of many scripts with spaces, digits, punctuation and special tokens.
     """

@@ -1,7 +1,7 @@
-"""Conversations longer than a pack -> examples that fit, by the policy for overflow.
+"""Shorten conversations that do not fit into a pack: truncate or split.
 
-With messages `[system, user 1, answer 1, user 2, answer 2]` and a capacity that holds the system
-prompt and a single question with its answer:
+Example: the messages are `[system, user 1, answer 1, user 2, answer 2]`, and a pack has room for
+the system prompt and one question with its answer.
 
     truncate  ->  [system, user 1, answer 1]
     split     ->  [system, user 1, answer 1], [system, user 2, answer 2]
@@ -17,14 +17,14 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Example, Message, Refused
 
 Encode = Callable[[Conversation], Example]
-"""Renders and tokenizes a conversation; raises `Refused`."""
+"""Function that renders and tokenizes a conversation; raises `Refused`."""
 
 
 def shorten(conversation: Conversation, policy: Policy, encode: Encode) -> list[Example]:
-    """Truncate or split a conversation by `policy.overflow`.
+    """Truncate or split a conversation, as `policy.overflow` says.
 
-    Return examples of at most `policy.capacity` tokens, with a note of the policy. Raises `Refused`
-    if the first answer does not fit.
+    Return examples of at most `policy.capacity` tokens, each with a note of the treatment. Raises
+    `Refused` if the messages up to the first answer do not fit.
     """
     if policy.overflow == "truncate":
         return [truncate(conversation, policy.capacity, encode)]
@@ -32,7 +32,7 @@ def shorten(conversation: Conversation, policy: Policy, encode: Encode) -> list[
 
 
 def truncate(conversation: Conversation, capacity: int, encode: Encode) -> Example:
-    """Return the example of the longest beginning within `capacity` with an answer at its end."""
+    """Return the example of the longest beginning that ends with an answer and fits."""
     _, example = _longest_beginning(conversation, _ends(conversation.messages), capacity, encode)
     if example is None:
         raise Refused("nothing to train", "the part that fits into a pack holds no trained token")
@@ -40,14 +40,15 @@ def truncate(conversation: Conversation, capacity: int, encode: Encode) -> Examp
 
 
 def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator[Example]:
-    """Yield examples of parts, each beginning with the system prompt and a user's message.
+    """Yield an example for each part of the conversation.
 
-    Parts are as long as fits. A part without a trained token gives no example.
+    Each part begins with the system prompt and a message of the user, and is as long as the
+    capacity allows. A part without a trained token yields no example.
     """
     system = tuple(message for message in conversation.messages if message.role == "system")
     rest = tuple(message for message in conversation.messages if message.role != "system")
     while any(message.role == "assistant" for message in rest):
-        part = Conversation((*system, *rest), conversation.tools)
+        part = msgspec.structs.replace(conversation, messages=(*system, *rest))
         used, example = _longest_beginning(part, _ends_before_user(part.messages), capacity, encode)
         rest = rest[used - len(system) :]
         if example is not None:
@@ -57,13 +58,14 @@ def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator
 def _longest_beginning(
     conversation: Conversation, ends: Sequence[int], capacity: int, encode: Encode
 ) -> tuple[int, Example | None]:
-    """Return the largest count of messages in `ends` within `capacity` tokens, and the example.
+    """Return the largest count in `ends` whose messages fit, and the example of these messages.
 
-    The example is None if no token of the beginning is trained. Raises `Refused` if no count fits.
+    With `ends` [2, 4], first try the first 4 messages, then the first 2. The example is None if no
+    token of the messages is trained. Raises `Refused` if no count fits.
     """
     for count in reversed(ends):
         try:
-            example = encode(Conversation(conversation.messages[:count], conversation.tools))
+            example = encode(msgspec.structs.replace(conversation, messages=conversation.messages[:count]))
         except Refused as refused:
             if refused.reason != "nothing to train":
                 raise
@@ -77,12 +79,15 @@ def _longest_beginning(
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:
-    """Return counts of messages that end with an answer, `[2, 4]` for two answered questions."""
+    """Return each count of messages whose last message is an answer.
+
+    `[user, assistant, user, assistant]` gives `[2, 4]`.
+    """
     return [count for count, message in enumerate(messages, 1) if message.role == "assistant"]
 
 
 def _ends_before_user(messages: Sequence[Message]) -> list[int]:
-    """Return counts of `_ends` before a user's message or at the end of the conversation."""
+    """Return the counts of `_ends` before a message of the user or at the conversation's end."""
     return [count for count in _ends(messages) if count == len(messages) or messages[count].role == "user"]
 
 

@@ -1,4 +1,9 @@
-"""Text and spans -> Example: token ids, and the loss mask from the byte offsets of tokens."""
+"""Text and spans -> Example: compute token ids and the loss mask.
+
+Example with a byte-level tokenizer: the text "<user>hi</s><assistant>seven</s>" with the span
+[23, 32) has the tokens "<user>", "hi", "</s>", "<assistant>", "se", "ven", "</s>". The tokens end
+at the bytes 6, 8, 12, 23, 25, 28 and 32, so the last three tokens are trained.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.normalizers import NFC
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
@@ -24,14 +30,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Backend = Literal["auto", "huggingface", "fastokens"]
+"""Library that computes token ids, as described in `Tokenizer`."""
+
+_ENCODING = Door("the text cannot be tokenized", error=lambda line: Refused("tokenizer raises", line))
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer: its directory, its hub name, or a loaded tokenizer.
+    """Tokenizes rendered conversations with a Hugging Face fast tokenizer.
 
-    `backend` names the library that computes the ids: "huggingface" is `tokenizers`; "fastokens" is
-    faster, and used once its ids of many probes have proved equal; "auto" is "fastokens" if
-    installed. Raises ValueError if the tokenizer cannot be loaded or is not a fast tokenizer.
+    `source` is a directory, a hub name, or a tokenizer of transformers. `backend` is the library
+    that computes the ids:
+
+        "huggingface"  the library `tokenizers`
+        "fastokens"    faster; used after its ids equal those of `tokenizers` on many test texts
+        "auto"         "fastokens" if it is installed and the tokenizer is byte-level, otherwise
+                       "huggingface"
+
+    Raises ValueError if the tokenizer cannot be loaded or is not a fast tokenizer.
     """
 
     def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
@@ -42,35 +57,38 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """Directory or hub name, for messages."""
+        """Directory or hub name of the tokenizer, for error messages."""
         return str(self._source if isinstance(self._source, str | PathLike) else self._source.name_or_path)
 
     @cached_property
     def hf(self) -> Any:
-        """Tokenizer of transformers, for exports; loaded at first use if not at the start."""
+        """The tokenizer of transformers, needed for exports; loaded at first use."""
         return load(self.name) if self._hf is None else self._hf
 
     @property
     def fast(self) -> str | None:
-        """Library and version that may compute ids instead of `tokenizers`, or None."""
+        """Name and version of the library that may replace `tokenizers`; None if there is none."""
         return fast_tokenizer.version() if self.fast_tokenizer else None
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        """Pattern of the texts of special tokens."""
+        """Pattern that matches the text of any special token."""
         return re.compile("|".join(map(re.escape, self.vocabulary.special)) or r"(?!)")
 
     def __len__(self) -> int:
-        """Return the number of tokens, added tokens included."""
-        return self._backend.get_vocab_size()
+        """Return the number of token ids: the largest id plus 1, added tokens included."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids that `tokenizers` gives for a text, special tokens recognized."""
+        """Return the ids of a text, computed by `tokenizers`.
+
+        Texts of special tokens become special tokens.
+        """
         result: list[int] = self._encoding(text).ids
         return result
 
     def encode(self, text: Rendered) -> Example:
-        """Return tokens and loss mask: tokens inside a span are trained. Raises `Refused`."""
+        """Return the tokens and the loss mask of a text; raises `Refused`."""
         (example,) = self.encode_all([text])
         if isinstance(example, Refused):
             raise example
@@ -78,14 +96,18 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
         """Return the example, or the refusal, of each text."""
-        if self._lengths is None:
-            return [self._by_offsets(text) for text in texts]
         try:
-            return self._by_lengths(texts, self._lengths)
+            with _ENCODING:
+                if self._lengths is None:
+                    return [self._by_offsets(text) for text in texts]
+                return self._by_lengths(texts, self._lengths)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_surrogate_refusal(texts[0].text, error)]
-            return [self.encode_all([text])[0] for text in texts]
+        except Refused as refused:
+            if len(texts) == 1:
+                return [refused]
+        return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
         byte_bounds = self._byte_bounds([self._squeezed(text) for text in texts] if self._absorbing else texts)
@@ -113,7 +135,8 @@ class Tokenizer:
         if text.typed:
             return Refused(
                 "special token typed",
-                "a tokenizer that is not byte-level cannot encode a special token's text as words",
+                "a tokenizer that is not byte-level cannot encode a special token's text as words; remove the text from "
+                "the message",
             )
         try:
             text.text.encode()
@@ -128,7 +151,7 @@ class Tokenizer:
         return Example(np.array(encoding.ids, np.int32), inside, targets, _notes(straddling)) if trained else _refusal()
 
     def _ids_of_all(self, texts: Sequence[Rendered]) -> Ids:
-        """Return the ids of all texts, special tokens typed in messages encoded as words."""
+        """Return the ids of all texts; special tokens typed in messages are encoded as words."""
         if self.fast_tokenizer and not any(text.typed for text in texts):
             ids = self.fast_tokenizer([text.text for text in texts])
             if ids is not None:
@@ -148,8 +171,8 @@ class Tokenizer:
 
     @cached_property
     def _words_backend(self) -> Any:
-        """Backend that encodes the texts of special tokens as words; rarely needed."""
-        # A copy, since a thread may be comparing fastokens with `_backend`.
+        """A copy of the backend that encodes the texts of special tokens as words."""
+        # A copy, because a thread may use `_backend` at the same time to check fastokens.
         backend = self._backend.from_str(self.vocabulary.description)
         backend.encode_special_tokens = True
         return backend
@@ -158,14 +181,15 @@ class Tokenizer:
     def _absorbing(self) -> frozenset[int]:
         """Ids of added tokens that absorb white space beside their text.
 
-        Phi-3's `<|end|>` (`rstrip = true`) takes the line end behind itself into its token.
+        Phi-3's `<|end|>` has `rstrip = true`: in "hi<|end|>\\n<|user|>", the line end belongs to
+        the token `<|end|>`.
         """
         added = self._backend.get_added_tokens_decoder().items()
         return frozenset(index for index, token in added if token.lstrip or token.rstrip)
 
     @cached_property
     def _added(self) -> re.Pattern[str]:
-        """Pattern of all added tokens with the white space that they absorb, longest first."""
+        """Pattern of all added tokens, each with the white space that the token absorbs."""
         added = sorted(self._backend.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
         return re.compile(
             "|".join(
@@ -175,10 +199,11 @@ class Tokenizer:
         )
 
     def _squeezed(self, text: Rendered) -> Rendered:
-        """Return the text without white space absorbed by added tokens, and with bounds moved.
+        """Return the text without the white space that added tokens absorb, with adapted bounds.
 
-        The lengths of tokens count a token's own text only. With a `<|end|>` that absorbs a line
-        end, the text "hi<|end|>\\n<|user|>" with the span `(0, 9)` becomes "hi<|end|><|user|>".
+        The byte length of a token does not count absorbed white space. If `<|end|>` absorbs a line
+        end, the text "hi<|end|>\\n<|user|>yo<|end|>" with the span [18, 27) becomes
+        "hi<|end|><|user|>yo<|end|>" with the span [17, 26).
         """
         gaps = [
             gap
@@ -195,7 +220,7 @@ class Tokenizer:
         return Rendered("".join(pieces), bounds)
 
     def _without_absorbed(self, text: str, encoding: Any) -> list[tuple[int, int]]:
-        """Return the tokens' character offsets without white space absorbed by added tokens."""
+        """Return the range of characters of each token, without absorbed white space."""
         return [
             (end - len(held.lstrip()), start + len(held.rstrip()))
             if token in self._absorbing and (held := text[start:end]).strip()
@@ -204,7 +229,10 @@ class Tokenizer:
         ]
 
     def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
-        """Return the special token at a span's end that a token reaches over, or None."""
+        """Return the special token at the end of a span, if one of `tokens` crosses this end.
+
+        Return None if no token crosses the end of a span, or no special token ends there.
+        """
         ends = {span.end for span in text.spans}
         cut = (end for end in ends if any(start < end < stop for start, stop in tokens))
         held = (match[0] for end in cut for match in self.control.finditer(text.text, 0, end) if match.end() == end)
@@ -212,7 +240,7 @@ class Tokenizer:
 
     @cached_property
     def _normalize(self) -> Callable[[str], str] | None:
-        """Normalizer of the tokenizer, or None without normalization."""
+        """The tokenizer's normalization of a text; None if the tokenizer does not normalize."""
         normalizer: Any = self._backend.normalizer
         if normalizer is None:
             return None
@@ -223,10 +251,13 @@ class Tokenizer:
     def _open_fast(self, backend: Backend) -> FastTokenizer | None:
         version = fast_tokenizer.version()
         if backend == "fastokens" and version is None:
-            raise ValueError("tokenizer backend 'fastokens' is not installed; pip install fastokens, or set \"auto\"")
+            raise ValueError(
+                "tokenizer backend 'fastokens' is not installed; run `pip install fastokens`, or set backend = \"auto\""
+            )
         if backend == "fastokens" and self._lengths is None:
             raise ValueError(
-                f"tokenizer backend 'fastokens' needs a byte-level tokenizer, and {self.name!r} is none; set \"auto\""
+                f"tokenizer backend 'fastokens' needs a byte-level tokenizer, and {self.name!r} is not byte-level; "
+                'set backend = "auto"'
             )
         if backend == "huggingface" or version is None or self._lengths is None:
             return None
@@ -238,12 +269,20 @@ class Tokenizer:
         )
 
 
+def count_token_ids(source: str) -> int:
+    """Return the number of token ids of a tokenizer: the largest id plus 1.
+
+    `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
+    """
+    return len(Tokenizer(source, "huggingface"))
+
+
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     """Cut a text around special tokens typed in messages; return pieces `(start, end, typed)`.
 
     A text of 30 characters with `typed = [(10, 20)]` gives
-    `[(0, 10, False), (10, 20, True), (20, 30, False)]`. Cutting changes no other ids: the tokenizer
-    itself splits texts at special tokens first.
+    `[(0, 10, False), (10, 20, True), (20, 30, False)]`. The cuts do not change the ids of the other
+    pieces, because a tokenizer splits every text at special tokens first.
     """
     pieces, at = [], 0
     for start, end in sorted(rendered.typed):
@@ -254,7 +293,7 @@ def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
 
 
 def _absorbed(match: re.Match[str]) -> list[tuple[int, int]]:
-    """Return the outer white space of a match as ranges of characters."""
+    """Return the ranges of white space at the beginning and at the end of a match."""
     held = match[0]
     left, right = len(held) - len(held.lstrip()), len(held) - len(held.rstrip())
     ranges = [(match.start(), match.start() + left), (match.end() - right, match.end())]

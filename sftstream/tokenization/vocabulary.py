@@ -1,7 +1,7 @@
-"""A tokenizer's files -> the values needed by a run (`Vocabulary`).
+"""A tokenizer's files -> the values that a run needs (`Vocabulary`).
 
-The values are cached by the content of the files: opening a tokenizer with transformers takes half
-of the time in which a run starts.
+The values are stored in the cache, under a key computed from the content of the files. Without the
+cache, opening a tokenizer with transformers would be half of the time that a run needs to start.
 """
 
 from __future__ import annotations
@@ -24,107 +24,115 @@ from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream.cache import Unwritable, cached, found
+from sftstream.door import Door
 from sftstream.sources.rows import derived
+from sftstream.tokenization.tokenizer_bounds import require_bounded
 
 SUFFIX, DIGEST = ".vocabulary", hashlib.sha256().digest_size
 VERSION = 2
-"""Version of cached files, to be raised when `Vocabulary` or the way to compute a field changes."""
+"""Version of the cached files. Raise the number if `Vocabulary` or the value of a field changes."""
 READ = (".json", ".jinja", ".model", ".txt")
-"""Suffixes of a tokenizer's files."""
+"""Suffixes of the files that may belong to a tokenizer."""
 MAX_BYTES = 256 << 20
-"""Bytes in a tokenizer's files above which a directory is not cached.
+"""Largest total size of a tokenizer's files for which the vocabulary is cached: 256 MiB.
 
-A larger directory holds more than a tokenizer, and hashing it at each start would be slow.
+A larger directory holds more than a tokenizer, and hashing its files at each start would be slow.
 """
 PYTHON_PARTS = (Normalizer, PreTokenizer, Decoder)
-"""Types of parts written in Python; the parts of `tokenizers` have subtypes."""
+"""Types of tokenizer parts written in Python; parts of the library `tokenizers` have subtypes."""
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """A tokenizer as values."""
+    """A tokenizer, reduced to plain values that can be stored in the cache."""
 
     description: str
-    """Text of a tokenizer.json, as `Tokenizer.from_str` of `tokenizers` reads it."""
+    """Text of a tokenizer.json, for `Tokenizer.from_str` of the library `tokenizers`."""
     template: str | None
-    """Text of the tokenizer's own chat template: the only one, or the template named "default"."""
+    """The tokenizer's own chat template: its only template, or else the template "default"."""
     templates: dict[str, str]
-    """Texts of the tokenizer's named chat templates; empty if the template has no name."""
+    """The tokenizer's chat templates by name; empty if its template has no name."""
     variables: dict[str, str]
     """Variables of chat templates, such as `{"bos_token": "<s>"}`."""
     special: tuple[str, ...]
     """Texts of special tokens, longest first."""
     pad_id: int
-    """Token id for the untrained tail of a pack."""
+    """Token id that fills the free slots at the end of a pack."""
     lengths: bytes | None
-    """Size of each token in bytes, an encoded array of `integers`; None if not byte-level.
+    """Number of bytes of each token, as the buffer of an array with the dtype `integers`.
 
-    Offsets from tokenizers of another kind are exact.
+    None if the tokenizer is not byte-level; the character offsets of its tokens are exact, and are
+    used instead of lengths.
     """
     integers: str
     """numpy dtype of `lengths`, such as "|u1"; empty if `lengths` is None."""
     sha256: str
-    """Digest (hex) of `description`, `variables` and `pad_id`, which decide all ids of a pack."""
+    """Hex digest of `description`, `variables` and `pad_id`, which decide all ids of a pack."""
 
     @property
     def byte_lengths(self) -> NDArray[np.integer[Any]] | None:
-        """`lengths` as an array `(tokens,)` of the smallest dtype, to fit into a core's cache."""
+        """`lengths` as an array of shape `(tokens,)`, small enough for a processor's cache."""
         return None if self.lengths is None else np.frombuffer(self.lengths, self.integers)
 
 
 class Opened(NamedTuple):
-    """An opened tokenizer."""
+    """A tokenizer, opened from the cache or with transformers."""
 
     vocabulary: Vocabulary
     backend: Backend
-    """Tokenizer of the library `tokenizers`."""
+    """The tokenizer of the library `tokenizers`."""
     hf: Any = None
-    """Tokenizer of transformers, unless the vocabulary was cached."""
+    """The tokenizer of transformers; None if the vocabulary came from the cache."""
 
 
 def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
-    """Open a directory, a hub name or a tokenizer of transformers, from the cache if possible.
+    """Open a tokenizer, from the cache if possible.
 
-    Raises ValueError if there is no fast tokenizer.
+    `source` is a directory, a hub name, or a tokenizer of transformers. Raises ValueError if
+    `source` has no fast tokenizer.
     """
     if not isinstance(source, str | PathLike):
-        return Opened(describe(source), source.backend_tokenizer, source)
-    directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
-    key = _cache_key(directory)
-    if key and (cached_vocabulary := _read_cached(key)):
-        return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
-    hf = load(str(source))
-    vocabulary = describe(hf)
-    if key and key == _cache_key(directory):  # else a file has changed in the meantime
-        _write_cached(key, vocabulary)
-    return Opened(vocabulary, hf.backend_tokenizer, hf)
+        with _door(source.name_or_path):
+            return Opened(describe(source), source.backend_tokenizer, source)
+    with _door(str(source)):
+        directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
+        key = _cache_key(directory)
+        if key and (cached_vocabulary := _read_cached(key)):
+            return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
+        if (file := directory / "tokenizer.json").is_file():
+            require_bounded(file.read_bytes(), str(source))
+        hf = load(str(source))
+        vocabulary = describe(hf)
+        if key and key == _cache_key(directory):  # else a file has changed in the meantime
+            _write_cached(key, vocabulary)
+        return Opened(vocabulary, hf.backend_tokenizer, hf)
 
 
-_UNLOADABLE = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
-"""Errors of transformers on a directory without a tokenizer, or with one of an unknown type."""
+def _door(source: str) -> Door:
+    return Door(f"tokenizer {source!r} cannot be loaded")
 
 
 def load(source: str) -> Any:
-    """Load a tokenizer with transformers; raises ValueError if there is none, or it is not fast."""
-    from transformers import AutoTokenizer  # takes 0.2 s, and a cached vocabulary does not need it
+    """Load a tokenizer with transformers.
 
-    try:
+    Raises ValueError if `source` has no tokenizer, or a tokenizer that is not fast.
+    """
+    from transformers import AutoTokenizer  # 0.2 s that a start from the cache saves
+
+    with _door(source):
         hf = AutoTokenizer.from_pretrained(os.path.expanduser(source), trust_remote_code=False)
-    except _UNLOADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"tokenizer {source!r} cannot be loaded: {reason}") from None
-    _backend(hf)
-    return hf
+        _backend(hf)
+        return hf
 
 
 def _backend(hf: Any) -> Backend:
-    """Return the tokenizer of `tokenizers` inside, without truncation and padding."""
+    """Return the tokenizer of the library `tokenizers`, with truncation and padding turned off."""
     if not hf.is_fast:
         raise ValueError(
             f"tokenizer {hf.name_or_path!r} has no tokenizer.json, so the offsets of its tokens are unknown; "
-            "convert it to a fast tokenizer (PreTrainedTokenizerFast)"
+            "save it as a fast tokenizer (PreTrainedTokenizerFast)"
         )
     backend: Backend = hf.backend_tokenizer
-    # A tokenizer.json can hold both from earlier uses. They would cut or extend texts silently.
+    # A tokenizer.json may store truncation and padding, which would cut or extend texts silently.
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -139,10 +147,11 @@ def describe(hf: Any) -> Vocabulary:
     parts = backend.normalizer, backend.pre_tokenizer, backend.decoder
     if python := [type(part).__name__ for part in parts if type(part) in PYTHON_PARTS]:
         raise ValueError(
-            f"tokenizer {hf.name_or_path!r} has a {python[0]} of Python code, which no tokenizer.json can hold; "
-            "replace it by a part of the library tokenizers"
+            f"tokenizer {hf.name_or_path!r} has a {python[0]} written in Python, which a tokenizer.json cannot store; "
+            f"use a {python[0]} of the library tokenizers"
         )
     description = backend.to_str()
+    require_bounded(description, hf.name_or_path)
     variables = {name: str(token) for name, token in hf.special_tokens_map.items() if isinstance(token, str)}
     special = {str(token) for token in hf.added_tokens_decoder.values() if token.special}
     pad_id = next(i for i in (hf.pad_token_id, hf.eos_token_id, 0) if i is not None)
@@ -162,33 +171,35 @@ def describe(hf: Any) -> Vocabulary:
 
 
 def with_short_merges(description: str) -> str:
-    """Return a tokenizer.json with merges in the older notation, `"a b"` for `["a", "b"]`.
+    """Return the tokenizer.json with its merges in the short notation, `"a b"` for `["a", "b"]`.
 
-    A vocabulary of 128,000 tokens loads in 3/4 of the time, and fastokens needs 20 % less memory.
-    A text with a merge outside that notation, such as `["a b", "c"]`, is returned unchanged.
+    In the short notation, a vocabulary of 128,000 tokens loads in 3/4 of the time, and fastokens
+    needs 20 % less memory. If a merge cannot be written in the short notation, for example
+    `["a b", "c"]`, the description is returned unchanged.
     """
     tokenizer = msgspec.json.decode(description, type=dict[str, msgspec.Raw])
     model = msgspec.json.decode(tokenizer["model"], type=dict[str, msgspec.Raw])
     lines = [" ".join(merge) for merge in msgspec.json.decode(model.get("merges", b"[]"))]
     text = "\n".join(("", *lines))
-    # `tokenizers` skips lines that begin with #version, once the heading of a file of merges.
+    # `tokenizers` skips a merge that begins with "#version", the heading of old files of merges.
     if not lines or text.count(" ") > len(lines) or "\n#version" in text:
         return description
     return msgspec.json.encode({**tokenizer, "model": {**model, "merges": lines}}).decode()
 
 
 def _byte_lengths(backend: Backend) -> NDArray[np.integer[Any]] | None:
-    """Return the size of each token in bytes, `(tokens,)`, or None if not byte-level.
+    """Return the number of bytes of each token, shape `(tokens,)`; None if not byte-level.
 
-    Offsets of byte-level tokens cannot tell the bytes: they count characters, and each of two
-    tokens that share a character covers the whole character.
+    The library's own offsets cannot replace the lengths, because offsets count characters. If the
+    bytes of a character, such as an emoji, lie in two tokens, both tokens have the same offsets.
     """
     if not isinstance(backend.decoder, ByteLevel):
         return None
     vocabulary, added = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
     tokens = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
     lengths = np.zeros(max(tokens.max(initial=-1), max(added, default=-1)) + 1, np.int64)
-    # Byte-level vocabularies print each byte as a single character, such as "Ġ" for a space.
+    # A byte-level vocabulary writes each byte as one character, such as "Ġ" for a space, so the
+    # number of characters is the number of bytes.
     lengths[tokens] = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     for index, token in added.items():
         lengths[index] = len(token.content.encode())
@@ -196,9 +207,9 @@ def _byte_lengths(backend: Backend) -> NDArray[np.integer[Any]] | None:
 
 
 def _cache_key(directory: Path) -> str | None:
-    """Return a key of the content of a directory's files and the versions of their readers.
+    """Return the cache key: a digest of the tokenizer's files and of the libraries' versions.
 
-    The result is None if the directory has no tokenizer.json or more than `MAX_BYTES`.
+    Return None if the directory has no tokenizer.json, or its files have more than `MAX_BYTES`.
     """
     readers = (metadata.version(library) for library in ("transformers", "tokenizers"))
     try:
@@ -227,7 +238,7 @@ def _write_cached(key: str, vocabulary: Vocabulary) -> None:
 
 
 def _content(path: Path) -> bytes | None:
-    """Return the bytes after the digest of a file, or None if the digest does not match."""
+    """Return the content of a cached file without its digest; None if the digest is wrong."""
     content = path.read_bytes()
     return content[DIGEST:] if _digest(content[DIGEST:]) == content[:DIGEST] else None
 

@@ -114,14 +114,16 @@ CALL = ToolCall("f", {"a": "x"})
     ],
 )
 def test_a_name_or_key_that_would_become_a_control_token_is_refused(message: Message) -> None:
-    expected = "control token in text: message 0 contains '<|eot_id|>' in a name or key"
+    expected = "control token in text: message 0 contains '<|eot_id|>' in a name, key or value; remove the token"
     assert refusal(template(), message, Message("assistant", "b")) == expected
 
 
 @pytest.mark.parametrize("tool", [{"description": "<|eot_id|>"}, {"<|eot_id|>": 1}, {"enum": [["a", "<|eot_id|>"]]}])
 def test_a_tool_whose_text_would_become_a_control_token_is_refused(tool: dict[str, Any]) -> None:
     tools = ({"type": "function", "function": {"name": "f", **tool}},)
-    expected = "control token in text: the tools contains '<|eot_id|>' in a name or key"
+    expected = (
+        "control token in text: a tool definition contains '<|eot_id|>' in a name, key or value; remove the token"
+    )
     assert refusal(template(), HI, Message("assistant", "b"), tools=tools) == expected
 
 
@@ -308,11 +310,13 @@ def test_an_encoder_takes_its_template_from_the_tokenizer_a_file_or_the_text(tok
 
 def test_an_encoder_without_a_template_or_with_a_wrong_date_is_an_error(tokenizer: str, tmp_path: Path) -> None:
     bare = tiny.save_tokenizer(tmp_path / "bare", template=None)
-    with pytest.raises(ValueError, match=r"tokenizer '.*/bare' has no chat template; name one: template = "):
+    with pytest.raises(
+        ValueError, match=r"tokenizer '.*/bare' has no chat template; set the path of a file: template = "
+    ):
         ChatEncoder(bare)
     with pytest.raises(ValueError, match=r"chat template '.*none.jinja' cannot be read: No such file.*; give a file"):
         ChatEncoder(tokenizer, template=str(tmp_path / "none.jinja"))
-    with pytest.raises(ValueError, match=r"date = 'today' is no day; write it as YYYY-MM-DD"):
+    with pytest.raises(ValueError, match=r"date = 'today' is not a date; write a date as YYYY-MM-DD"):
         ChatEncoder(tokenizer, date="today")
 
 

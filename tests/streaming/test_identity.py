@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tiny
 
 from sftstream import DataConfig, PackLoader, SourceConfig
-from sftstream import identity as identity_module
 from sftstream.identity import IN_OTHER_FORM, WITHOUT_EFFECT, Identity, SourceIdentity, differences
 
 TODAY = "2026-08-21"
@@ -54,7 +55,7 @@ def refusal(workspace: Workspace, state: Any) -> str:
     message = str(error.value)
     assert message.startswith("the state was taken from other data or settings, and a resume would not be exact: ")
     changes, remedy = message.split("exact: ")[1].split(". Restore them, or start a new run")
-    never = re.search(r"data\.(format|seed|shuffle)", changes)
+    never = re.search(r"data\.(seed|shuffle)", changes)
     assert remedy == (
         ""
         if never
@@ -181,10 +182,16 @@ def test_another_vocabulary_is_refused_by_name(workspace: Workspace) -> None:
     assert re.fullmatch("data.tokenizer_sha256: '.*' -> '.*'", refusal(workspace, state))
 
 
-def test_a_state_of_another_version_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [2, 5])
+def test_a_state_of_an_unknown_format_is_refused(workspace: Workspace, number: int) -> None:
     state = state_of(workspace)
-    monkeypatch.setattr(identity_module, "FORMAT", identity_module.FORMAT + 1)
-    assert refusal(workspace, state) == f"data.format: {identity_module.FORMAT - 1} -> {identity_module.FORMAT}"
+    state["identity"]["format"] = number
+    message = (
+        f"the state has format {number}, and this version of sftstream reads formats 3 and 4; "
+        "resume with the version that wrote the state"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        workspace.load(state)
 
 
 def test_several_changes_are_all_named(workspace: Workspace) -> None:
@@ -264,3 +271,65 @@ def test_every_config_field_is_in_the_identity_or_on_a_list_of_exceptions(config
     compared = set(config.__struct_fields__) - in_other_form - without_effect
     assert compared <= set(identity.__struct_fields__)
     assert not without_effect & set(identity.__struct_fields__)
+
+
+def test_the_identity_of_default_settings_is_as_stored_before(tokenizer: str, tmp_path: Path) -> None:
+    """Where this test fails on purpose, states of before cannot be resumed any more: raise `identity.FORMAT`."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(3))
+    table = {"sources": [{"path": path}], "tokenizer": {"path": tokenizer, "backend": "huggingface"}}
+    identity = PackLoader(msgspec.convert(table, DataConfig), workers=0).state_dict()["identity"]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    sha256 = identity["sources"][0]["files"][0]["sha256"]
+    assert identity == {
+        "train_on": ["assistant"],
+        "train_turns": "all",
+        "train_reasoning": True,
+        "train_tool_calls": True,
+        "history": "as_rendered",
+        "overflow": "drop",
+        "capacity": 8192,
+        "format": 4,
+        "sources": [
+            {
+                "files": [
+                    {"name": "rows.jsonl", "size": Path(path).stat().st_size, "sha256": sha256, "sampled": False}
+                ],
+                "rows": 3,
+                "weight": None,
+                "repeat": 1.0,
+                "columns": None,
+                "shuffle": None,
+                "shards": None,
+            }
+        ],
+        "tokenizer_sha256": identity["tokenizer_sha256"],
+        "fast_tokenizer": None,
+        "template_sha256": hashlib.sha256(tiny.TEMPLATE.encode()).hexdigest(),
+        "date": None,
+        "form": [header, header, ["<|eot_id|>"], [], False],
+        "streams": 64,
+        "global_batch": 64,
+        "window": 256,
+        "shuffle": True,
+        "seed": 0,
+        "epochs": None,
+        "mix_by": "conversations",
+        "stages": [],
+        "ends_with": "all",
+    }
+
+
+def test_settings_that_an_identity_leaves_out_keep_their_defaults() -> None:
+    """The default of such a setting must never change: a state of before means the default of before."""
+    younger = {
+        (config.__name__, field.name): config_field.default
+        for config, identity in ((DataConfig, Identity), (SourceConfig, SourceIdentity))
+        for field in msgspec.structs.fields(identity)
+        for config_field in msgspec.structs.fields(config)
+        if field.name == config_field.name and field.default is msgspec.UNSET
+    }
+    assert younger == {
+        ("SourceConfig", "ignore"): (),
+        ("SourceConfig", "roles"): None,
+        ("SourceConfig", "max_row_bytes"): 16 << 20,
+    }

@@ -83,7 +83,7 @@ def test_states_of_all_shards_merge_in_any_order(states: list[dict[str, Any]], c
 
 def test_merging_leaves_the_states_as_they_were(states: list[dict[str, Any]]) -> None:
     before = copy.deepcopy(states)
-    merge(states)["streams"]["0"]["refused"]["x"] = 1
+    merge(states)["streams"]["0"]["refused"][0]["x"] = 1
     assert states == before
 
 
@@ -91,20 +91,29 @@ def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, 
     with pytest.raises(ValueError, match="merge needs at least one state"):
         merge([])
     with pytest.raises(
-        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier state; give each shard's state once"
+        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier state; pass each shard's state once"
     ):
         merge([states[0], states[0]])
-    with pytest.raises(ValueError, match=r"state 1 stands at pack 6, another at 8; take them after the same step"):
-        merge([states[0], states[1] | {"packs": 6}])
-    with pytest.raises(ValueError, match=r"state 0 stands at pack 6, another at 8; take them after the same step"):
-        merge([states[0] | {"packs": 6}, states[1]])
+    with pytest.raises(
+        ValueError,
+        match=r"state 1 was saved after 6 packs and another state after 8 packs; save all states after the same step",
+    ):
+        merge([states[0], tiny.resealed(states[1] | {"packs": 6})])
+    with pytest.raises(
+        ValueError,
+        match=r"state 0 was saved after 6 packs and another state after 8 packs; save all states after the same step",
+    ):
+        merge([tiny.resealed(states[0] | {"packs": 6}), states[1]])
 
 
 def test_merge_refuses_states_of_other_data_and_names_the_difference(states: list[dict[str, Any]]) -> None:
     other = copy.deepcopy(states[1])
     other["identity"]["seed"] = 5
-    with pytest.raises(ValueError, match=r"^state 1 is of other data than state 0: data.seed: 0 -> 5$"):
-        merge([states[0], other])
+    with pytest.raises(
+        ValueError,
+        match=r"^state 1 has other data or settings than state 0: data.seed: 0 -> 5; merge states of one run$",
+    ):
+        merge([states[0], tiny.resealed(other)])
 
 
 def test_an_exhausted_shard_merges_with_a_shard_that_goes_on(config: DataConfig) -> None:
@@ -123,7 +132,7 @@ def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory:
     loader = PackLoader(tiny.data_config(tokenizer, path, streams=2, global_batch=2, epochs=1))
     assert describe(loader.state) == (
         "pack 0 is next; streams here: 2 of 2\n"
-        "given: 0 packs, 0 conversations, 0 tokens\n"
+        "returned: 0 packs, 0 conversations, 0 tokens\n"
         "read and waiting: 0 conversations\n"
         "source 0 (d.jsonl): 0 rows drawn, 0.000 epochs"
     )
@@ -132,7 +141,7 @@ def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory:
     tokens = sum(pack.tokens for pack in packs)
     assert describe(loader.state_dict()) == (
         f"pack {len(packs)} is next; streams here: 2 of 2\n"
-        f"given: {given} packs, 20 conversations, {tokens:,} tokens, {tokens / (256 * given):.2%} full\n"
+        f"returned: {given} packs, 20 conversations, {tokens:,} tokens, {tokens / (256 * given):.2%} full\n"
         "read and waiting: 0 conversations\n"
         "source 0 (d.jsonl): 22 rows drawn, 1.000 epochs\n"
         "refused, unknown layout: 2\n"
@@ -146,7 +155,7 @@ def test_a_difference_names_each_field(states: list[dict[str, Any]]) -> None:
     other["streams"]["2"]["drawn"] = [99]
     drawn = states[0]["streams"]["2"]["drawn"][0]
     assert diff(states[0], states[0]) == []
-    assert diff(states[0], other) == ["state.packs: 8 -> 12", f"state.streams.2.drawn[0]: {drawn} -> 99"]
+    assert diff(states[0], tiny.resealed(other)) == ["state.packs: 8 -> 12", f"state.streams.2.drawn[0]: {drawn} -> 99"]
     assert "state.streams.1: None -> {" in "\n".join(diff(states[0], states[1]))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 
-from sftstream import DataConfig, PackLoader, describe
+from sftstream import DataConfig, DataState, PackLoader, describe
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 120)
@@ -42,20 +42,20 @@ def state(mixed: DataConfig) -> dict[str, Any]:
     ("path", "value", "message"),
     [
         (["packs"], -4, "the state is damaged: packs = -4; use another state"),
-        (["packs"], 25, "packs = 6, of 7 up to pack 25 of the run"),
+        (["packs"], 25, "packs = 6, but the first 25 packs of the run have 7 of this stream"),
         (["packs"], 2**60, f"the state is damaged: packs = {2**60}"),
         (["streams", "0", "drawn", 0], -1, "stream 0: drawn holds -1"),
-        (["streams", "0", "drawn", 0], 10**9, "1000000000 rows of source 0 were drawn, of 31 in all epochs"),
+        (["streams", "0", "drawn", 0], 10**9, "1000000000 rows of source 0 were drawn, but all epochs have 31"),
         (["streams", "0", "drawn"], [3], "drawn has 1 entries for 2 sources"),
         (["streams", "0", "planned", 0, 0, 0], 7, "a row of source 7 waits"),
-        (["streams", "0", "planned", 0, 0, 1], 10**6, "row 1000000 of source"),
-        (["streams", "0", "planned", 0, 0, 2], 0, "a part of 0 tokens waits for packs of 128"),
+        (["streams", "0", "planned", 0, 0, 1], 10**6, "row 1000000 waits, but source 0 has 61 rows"),
+        (["streams", "0", "planned", 0, 0, 2], 0, "a part of 0 tokens waits, outside 1 to 128"),
         (["streams", "0", "planned", 0, 0, 4], -1, "part -1 of a row waits"),
-        (["streams", "0", "planned"], [], "are given, waiting or refused"),
-        (["streams", "0", "leftovers"], [], "are given, waiting or refused"),
-        (["streams", "0", "stage"], 3, "stage = 3 of 0 stages"),
-        (["streams", "0", "dry"], True, "the stream is exhausted and has rows waiting"),
-        (["streams", "0", "tokens"], 5, "tokens were read, and"),
+        (["streams", "0", "planned"], [], "are returned or waiting"),
+        (["streams", "0", "leftovers"], [], "are returned or waiting"),
+        (["streams", "0", "stage"], 3, "stage = 3, but the config has 0 mixture stages"),
+        (["streams", "0", "dry"], True, "the stream is exhausted, but rows are waiting"),
+        (["streams", "0", "tokens"], 5, "tokens were read, but"),
         (["streams", "0", "mixed", 0], 5, "mixed = "),
     ],
 )
@@ -68,15 +68,50 @@ def test_each_contradiction_is_named(
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(ValueError, match=r"the state is damaged: .*; use another state") as error:
-        PackLoader(mixed, state=edited)
+        PackLoader(mixed, state=tiny.resealed(edited))
     assert message in str(error.value)
+
+
+def test_an_edited_state_is_refused_by_its_checksum(mixed: DataConfig, state: dict[str, Any]) -> None:
+    draw = random.Random(SEED)
+    print(f"seed {SEED}")
+    content = {key: value for key, value in state.items() if key != "checksum"}
+    for path in draw.sample(list(_numbers(content, [])), 20):
+        edited = copy.deepcopy(state)
+        place = edited
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] += draw.choice([-1, 1])
+        with pytest.raises(ValueError, match="the state was edited or damaged: its checksum is"):
+            PackLoader(mixed, state=edited)
+
+
+def test_the_message_about_an_edited_state_names_both_checksums_and_the_remedy(state: dict[str, Any]) -> None:
+    edited = state | {"packs": 25}
+    remedy = "; resume from the state as it was written, and change settings in the config, with data.accept_changed"
+    before, now = state["checksum"][:8], tiny.resealed(edited)["checksum"][:8]
+    with pytest.raises(ValueError, match=r"^the state was edited or damaged: ") as error:
+        DataState.parse(edited)
+    assert str(error.value) == (
+        f"the state was edited or damaged: its checksum is '{before}..., and its content gives '{now}...{remedy}"
+    )
+    without = {key: value for key, value in state.items() if key != "checksum"}
+    with pytest.raises(
+        ValueError, match=r"^the state was edited or damaged: it has no checksum, and its content gives"
+    ):
+        DataState.parse(without)
+
+
+def test_a_checksum_holds_for_a_state_written_by_any_json_tool(mixed: DataConfig, state: dict[str, Any]) -> None:
+    rewritten = json.loads(json.dumps(state, sort_keys=True, indent=3, ensure_ascii=True))
+    assert PackLoader(mixed, state=rewritten).state_dict() == state
 
 
 @pytest.mark.parametrize("pair", [("0", "1"), ("1", "3")])
 def test_swapped_streams_are_refused(mixed: DataConfig, state: dict[str, Any], pair: tuple[str, str]) -> None:
     first, second = pair
     streams = state["streams"]
-    swapped = state | {"streams": streams | {first: streams[second], second: streams[first]}}
+    swapped = tiny.resealed(state | {"streams": streams | {first: streams[second], second: streams[first]}})
     with pytest.raises(ValueError, match="the state is damaged: stream"):
         PackLoader(mixed, state=swapped)
 
@@ -92,6 +127,15 @@ def test_unknown_keys_are_refused(mixed: DataConfig, state: dict[str, Any], path
         PackLoader(mixed, state=edited)
 
 
+def test_a_record_with_more_fields_than_known_is_refused(state: dict[str, Any]) -> None:
+    edited = copy.deepcopy(state)
+    edited["streams"]["0"]["planned"][0][0].append(1)
+    with pytest.raises(
+        ValueError, match="this is not a data state of this version: Expected `array` of at most length 5"
+    ):
+        DataState.parse(edited)
+
+
 def test_any_number_of_a_state_changed_is_refused_or_without_effect(mixed: DataConfig, state: dict[str, Any]) -> None:
     draw = random.Random(SEED)
     print(f"seed {SEED}")
@@ -105,7 +149,7 @@ def test_any_number_of_a_state_changed_is_refused_or_without_effect(mixed: DataC
             place = place[key]
         place[path[-1]] = draw.choice([-1, place[path[-1]] + draw.choice([-1, 1, 2]), 2**40])
         try:
-            loader = PackLoader(mixed, state=edited)
+            loader = PackLoader(mixed, state=tiny.resealed(edited))
         except ValueError:
             continue
         try:
@@ -116,9 +160,9 @@ def test_any_number_of_a_state_changed_is_refused_or_without_effect(mixed: DataC
             continue
         if digests != expected:
             accepted.append(path)
-    # A window's number and the time that a leftover waited contradict nothing else in a state; the
-    # number of a part of a row is compared when the row is read.
-    free = ("windows", "leftovers", "row_parts")
+    # A window's number, the time that a leftover waited and the share of refused rows in a mixture
+    # contradict nothing else in a state; the number of a part of a row is compared when the row is read.
+    free = ("windows", "leftovers", "row_parts", "mixed")
     assert [path for path in accepted if not set(path) & {*free, *WITHOUT_EFFECT}] == []
 
 

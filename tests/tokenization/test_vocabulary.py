@@ -154,7 +154,7 @@ def test_a_tokenizer_with_parts_of_python_code_is_an_error() -> None:
 
     hf = tiny.fast_tokenizer()
     hf.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Splitter())
-    with pytest.raises(ValueError, match=r"has a PreTokenizer of Python code, which no tokenizer\.json can hold"):
+    with pytest.raises(ValueError, match=r"has a PreTokenizer written in Python, which a tokenizer\.json cannot store"):
         open_vocabulary(hf)
 
 

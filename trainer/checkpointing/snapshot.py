@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoints import RECIPE, About, CheckpointStore, Recipe
-from sftstream import DataState, LoaderPosition, StreamState
+from sftstream import DataState, LoaderPosition
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
@@ -118,7 +118,7 @@ def take_snapshot(
         assert run.recipe is not None
         values[RECIPE] = run.recipe.builtins()
         values[TOKEN] = run.token
-        values["data/run"] = msgspec.to_builtins(position.run)
+        values["data/run"] = msgspec.to_builtins(position.header)
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(run.settings)
     about = run.about and msgspec.structs.replace(run.about, validation_loss=validation_loss)
@@ -153,12 +153,8 @@ def restore(
     reseeded = store.manifest(step).about.mesh != topology.sizes or not _restore_rng(values, topology)
     if reseeded:
         torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + dist.get_rank()) % 2**63)
-    streams = {
-        int(key.removeprefix(STREAM)): msgspec.msgpack.decode(blob, type=StreamState)
-        for key, blob in values.items()
-        if key.startswith(STREAM)
-    }
-    data = DataState.parse({**values["data/run"], "streams": msgspec.to_builtins(streams, str_keys=True)})
+    streams = {int(key.removeprefix(STREAM)): blob for key, blob in values.items() if key.startswith(STREAM)}
+    data = DataState.from_parts(values["data/run"], streams)
     return Restored(msgspec.convert(values["progress"], Progress), settings, data, reseeded)
 
 

@@ -17,6 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from sftstream import TOO_LONG
 from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,12 @@ class RunLog:
         for refusal, location in refusals:
             names = ("source", "row", "epoch", "reason", "detail")
             self._refused.add({"step": step, "place": location} | {name: getattr(refusal, name) for name in names})
+
+    def first_refused(self, source: int) -> str | None:
+        """Return location, reason and detail of the first row of a source refused for another
+        reason than its length; None if no such row is listed."""
+        rows = (line for line in self._refused.read() if line["source"] == source and line["reason"] not in TOO_LONG)
+        return next((f"{line['place']}: {line['reason']}: {line['detail']}" for line in rows), None)
 
     def refused_by_reason(self) -> Counter[str]:
         """Return the number of rows refused since the start of the run, by reason."""

@@ -18,7 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import DataConfig, DataState, LoaderPosition, Pack, PackAssignment, PackLoader, Refusal, batch_digest
+from sftstream import (
+    DataConfig,
+    DataState,
+    LoaderPosition,
+    Pack,
+    PackAssignment,
+    PackLoader,
+    Refusal,
+    RowCounts,
+    batch_digest,
+)
 from trainer.distributed.mesh import Topology
 from trainer.llama.flops import squared_lengths
 
@@ -38,7 +48,7 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     if tokens > vocabulary:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but model.vocab_size is {vocabulary}; set model.vocab_size = {tokens} or more, "
-            "or with model.init_from use the tokenizer of that model"
+            "or with model.init_from use the tokenizer of that model, or set model.resize_vocabulary = true"
         )
     return loader
 
@@ -60,6 +70,9 @@ class LocalStep(NamedTuple):
     numbers: list[int]
     """Trained tokens, tokens, squared lengths, rows, refused rows, and 1 if the shard is not
     exhausted, else 0."""
+    counts: list[int]
+    """Rows accepted, too long and refused otherwise since the run's start, for one source after the
+    other, of the shard's streams."""
     digests: list[int]
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
@@ -69,9 +82,9 @@ class LocalStep(NamedTuple):
 class StepReader:
     """Packs step by step, read by `loader` or received from the first rank of `group`.
 
-    `loader` is None on ranks without a loader; `group` is None if every rank reads. `ahead` allows
-    `read_ahead` to take the next step's packs from the loader's workers in a thread; `position`
-    stays at the step that `packs` returned.
+    `loader` is None on ranks without a loader; `group` is None if every rank reads; `sources` is
+    the number of sources. `ahead` allows `read_ahead` to take the next step's packs from the
+    loader's workers in a thread; `position` stays at the step that `packs` returned.
     """
 
     def __init__(
@@ -81,9 +94,11 @@ class StepReader:
         capacity: int,
         group: dist.ProcessGroup | None = None,
         *,
+        sources: int = 1,
         ahead: bool = False,
     ) -> None:
         self.loader = loader
+        self.sources = sources
         self.assignment = assignment
         self.step: LocalStep | None = None
         """The last step returned by `packs`; None on ranks without a loader."""
@@ -143,7 +158,9 @@ def _read(loader: PackLoader) -> LocalStep:
         refused,
         int(not loader.exhausted),
     ]
-    return LocalStep(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.position())
+    counts = [number for source in loader.row_counts for number in source]
+    digests = [word for pack in packs for word in _words(pack.digest())]
+    return LocalStep(packs, numbers, counts, digests, loader.position())
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -184,6 +201,8 @@ class StepTotals(NamedTuple):
     """Number of ranks with a request to stop."""
     digest: str
     """Hash of the packs of all shards, in the order of the run."""
+    row_counts: tuple[RowCounts, ...]
+    """Rows read from each source since the start of the run."""
 
 
 def reduce_totals(
@@ -193,23 +212,26 @@ def reduce_totals(
 
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
-    numbers, digests = (
-        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 6, [0] * 4 * len(packs))
-    )
-    row = torch.tensor([*numbers, int(stop), *digests])
+    mine = step_reader.step
+    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * 6, [0] * 3 * step_reader.sources)
+    sums = [*numbers, int(stop), *counts]
+    row = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
-    totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
-    words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
+    totals = table[..., : len(sums)].sum((0, 1)).tolist()
+    words = table[:, 0, len(sums) :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
-    for shard in step_reader.assignment.step(step):
+    for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, squares, read, refused, unexhausted, stopping = totals
+    trained_tokens, tokens, squares, conversations, refused, unexhausted, stopping, *row_numbers = totals
     digest = batch_digest(map(_hex, in_order))
-    return StepTotals(trained_tokens, tokens, squares, read, refused, unexhausted, stopping, digest)
+    row_counts = tuple(RowCounts(*row_numbers[i : i + 3]) for i in range(0, len(row_numbers), 3))
+    return StepTotals(
+        trained_tokens, tokens, squares, conversations, refused, unexhausted, stopping, digest, row_counts
+    )
 
 
 def _words(digest: str) -> list[int]:

@@ -1,10 +1,19 @@
 """Render conversations of a known shape without running the template.
 
-The first conversation of a shape goes the full path: rendered, marked, turns found and verified.
-`RenderCache.learn` then traces the template on symbolic values (`symbolic.py`) and keeps a plan
-(`render_plan.py`, with a worked example) if the plan reproduces the text and the trained spans.
-`RenderCache.render` uses the plan for later conversations of equal shape (`shape.py`) that answer
-the template's questions alike and hold no text that could be taken for a part of the template.
+The first conversation of a shape takes the full path: the template renders the conversation with
+and without markers, and the turns are found and verified. `RenderCache.learn` then traces the
+template on symbolic values (`symbolic.py`), and keeps the plan (`render_plan.py`) if the plan
+prints the same text with the same trained spans. `RenderCache.render` uses the plan for a later
+conversation if three conditions hold: the conversation has the same shape (`shape.py`); the
+template's questions about the values have the same answers as for the first conversation; no value
+contains markup.
+
+Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
+
+    learn   user "hi", assistant "seven"         full path, then a plan is kept
+    render  user "where? ", assistant "north"    "<user>where?</s><assistant>north</s>" by the plan
+    render  user "where?", assistant "a </s>"    None: the answer contains the stop
+    render  user "where?"                        None: another shape
 """
 
 from __future__ import annotations
@@ -35,30 +44,34 @@ from sftstream.rendering.turn_format import TurnFormat
 from sftstream.rendering.turns import Turn
 
 SHAPES, CHARACTERS = 4096, 16 << 20
-"""Limits on the shapes kept and on their plans' template characters; the oldest shapes go first."""
+"""Largest number of stored shapes, and of template characters in all stored plans.
+
+Above either limit, the oldest shape is removed with its plans.
+"""
 
 PLANS = 8
-"""Most plans of a shape, one for each set of answers to the template's questions."""
+"""Largest number of plans of a shape. Each has other answers to the template's questions."""
 
 NOT_JSON = TypeError, ValueError, RecursionError
-"""Errors for values without a JSON form or an exact key."""
+"""Errors raised by values that have no JSON form or no exact key, a date for example."""
 
 
 class RenderCache:
-    """The render plans of a template under a policy.
+    """The render plans of one template under one policy.
 
     `special` are the texts of the tokenizer's special tokens.
     """
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        self._to_json: Any = template.environment.filters["tojson"]
+        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
 
     def render(self, conversation: Conversation) -> Rendered | None:
-        """Return the text and the trained spans; None if no plan holds."""
+        """Return the text with the trained spans; None if no plan holds for the conversation."""
         try:
             shape, values = split_conversation(conversation, self._reads_inside)
             for plan in self.plans.get(shape, ()):
@@ -66,11 +79,11 @@ class RenderCache:
                     printed = print_values(plan, values, self._markup)
                     return None if printed is None else assemble(plan, printed)
         except NOT_JSON:
-            pass  # the full path refuses with the template's own message
+            pass  # the full path refuses the conversation, with the template's own error
         return None
 
     def learn(self, conversation: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
-        """Keep a plan of the conversation if one can be traced and reproduces `rendered`."""
+        """Trace the template on the conversation; keep the plan if it prints exactly `rendered`."""
         try:
             shape, values = split_conversation(conversation, self._reads_inside)
             plans = self.plans.get(shape, [])
@@ -91,20 +104,23 @@ class RenderCache:
         return probe_reads_inside(self._traced)
 
     def _trace(self, conversation: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
-        """Trace the render of the conversation and each prompt that the search for turns rendered.
+        """Trace the render of the conversation, and each generation prompt rendered for its turns.
 
-        The guards of the prompts count too: other answers could move a turn's start.
+        The guards of the prompts belong to the trace: with other answers, a turn could start
+        elsewhere. Return None if a start was proved for this conversation only, or if the template
+        cannot be traced.
         """
         if any(turn.by_comparison for turn in turns):
             return None
-        recorder = Recorder()
+        recorder, variables = Recorder(), conversation.variables
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
-            if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
+            earlier = messages[: turn.message]
+            if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        return self._traced.trace(recorder, messages, tools, variables=variables)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:
-    """Return the role marker and the stops, the texts that the search for turns looks for."""
+    """Return the texts that the search for turns looks for: the role marker and the stops."""
     return {text for text in (turn_format.role_marker.strip(), *turn_format.stops, *turn_format.call_stops) if text}

@@ -1,10 +1,10 @@
-"""Build a render plan from a trace; assemble text and trained spans from a plan and values.
+"""Build a render plan from a trace; print a conversation by filling its values into a plan.
 
 Example. The template
 
     {% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}
 
-prints the conversation (user "hi", assistant "seven"), values ["hi", "seven"], as
+prints the conversation of a user's "hi" and an assistant's "seven", values ["hi", "seven"], as
 
     <user>hi</s><assistant>seven</s>        trained: characters [23, 32), "seven</s>"
 
@@ -14,9 +14,10 @@ The trace of the template gives the plan
     slots    (Slot(0, str.strip), Slot(1, str.strip))
     bounds   (Offset(1, 21), Offset(2, 25))
 
-Offset(1, 21) means: after the first printed value and 21 template characters, "<user>" and
-"</s><assistant>", so at 2 + 21 = 23. Another conversation of equal shape, values ["where? ",
-"north"], prints "where?" and "north" into the empty pieces at the indices 1 and 3:
+The template's texts are at the even indices of `pieces`; the empty pieces at the indices 1 and 3
+are filled with printed values. Offset(1, 21) means: after 1 printed value, "hi", and 21 characters
+of the template, "<user>" and "</s><assistant>". In this conversation that is 2 + 21 = 23. Another
+conversation of the same shape, values ["where? ", "north"], prints "where?" and "north":
 
     <user>where?</s><assistant>north</s>    trained: [6 + 21, 11 + 25) = [27, 36), "north</s>"
 """
@@ -37,74 +38,80 @@ from sftstream.rendering.fast.symbolic import Op, Trace, ValueRef
 STRIP: Op = ("strip", (None,))
 
 Convert = Callable[[Any], Any]
+"""Function from a value of the conversation to the printed string, for example `str.strip`."""
 
 
 class Offset(NamedTuple):
-    """A text offset, stored in a form that fits values of any length.
+    """An offset in the printed text, independent of the lengths of the printed values.
 
-    In a concrete text: `template_characters` plus the printed lengths of the first `values_before`
-    slots.
+    The offset in a printed text is `template_characters` plus the lengths of the first
+    `values_before` printed values.
     """
 
     values_before: int
-    """Number of slots printed before the offset."""
+    """Number of values printed before the offset."""
     template_characters: int
     """Number of the template's own characters printed before the offset."""
 
 
 class Slot(NamedTuple):
-    """One print of a value; a value printed twice has two slots."""
+    """A place in the text where a value is printed; a value printed twice has two slots."""
 
     number: int
     """Index into the conversation's values."""
     convert: Convert | None
-    """Function from the value to the printed string, `str.strip` for example; None prints as is."""
+    """Applied to the value before it is printed, for example `str.strip`; None prints as is."""
 
 
 class Condition(NamedTuple):
-    """A question that a conversation must answer as the traced conversation did."""
+    """A question about a value that must have the same answer as in the traced conversation."""
 
     number: int
     """Index into the conversation's values."""
     convert: Convert | None
-    """Function applied to the value before the question; None asks about the value itself."""
+    """Applied to the value before the question; None asks about the value itself."""
     ask: Callable[[Any], Any]
-    """The question, `methodcaller("startswith", "x")` for example."""
+    """The question, for example `methodcaller("startswith", "x")`."""
     answer: bool
+    """The answer in the traced conversation."""
 
 
 class RenderPlan(NamedTuple):
-    """How to print conversations of one shape, and the trained bounds in the printed text."""
+    """The pieces and the trained spans of all conversations of one shape with equal answers."""
 
     pieces: list[str]
-    """Template texts at even indices; empty strings at odd indices, filled by the slots."""
+    """The template's texts at even indices, empty strings for the printed values at odd indices."""
     slots: tuple[Slot, ...]
-    """Printed values in order of print; slot `i` goes to piece `2 * i + 1`."""
+    """The slots in order of print; slot `i` fills piece `2 * i + 1`."""
     untrimmed: tuple[int, ...]
-    """Indices of slots that print outer white space: `{{ m.content }}` without `trim`.
+    """Indices of slots that print a value without stripping it: `{{ m.content }}`.
 
-    The plan does not hold for a string with white space at an end: the search for turns counts
-    outer white space as template text, so the bounds would be wrong.
+    If a value in such a slot begins or ends with white space, the plan does not hold: the search
+    for turns takes white space at the ends for template text, and would find other bounds.
     """
     must_be_verbatim: tuple[int, ...]
     """Indices of slots with a partial strip: `m.content.strip('xy')`, `m.content.lstrip()`.
 
-    The plan holds only if the strip changes nothing; a shortened text is left to the full path.
+    The plan holds only if the strip leaves the value unchanged.
     """
     unprinted: tuple[int, ...]
     """Indices of values without a slot: ids in most templates, earlier reasoning in some.
 
-    Unprinted values are searched for markup too: the full path refuses a special token in an id.
+    Unprinted values are searched for markup too, because without a render plan a conversation with
+    a special token in an id is refused.
     """
     conditions: tuple[Condition, ...]
+    """Questions that the values must answer as the traced conversation's values did."""
     bounds: tuple[Offset, ...]
-    """Starts and ends of the trained spans by turns, as in `Rendered.bounds`."""
+    """Bounds of the trained spans, as in `Rendered.bounds`: start, end, start, end, ..."""
 
 
 class MarkupSearch:
-    """A search for texts that could be taken for a part of the template.
+    """A fast search for markup in the values of a conversation.
 
-    Almost every text is cleared by one or two `in` tests on a first character, `<` for example.
+    Markup is any text that the search for turns looks for: a special token, a stop, the role
+    marker. A value that contains markup could be mistaken for template text. Most values do not
+    even contain a first character of markup, such as `<`, and need no further search.
     """
 
     def __init__(self, markup: Iterable[str]) -> None:
@@ -119,20 +126,20 @@ class MarkupSearch:
         return False
 
     def _beginning(self, first: str) -> re.Pattern[str]:
-        """Return a pattern for the first two characters of all markup that begins with `first`."""
+        """Return a pattern of the first two characters of the markup that begins with `first`."""
         seconds = {re.escape(text[1:2]) for text in self._markup if text[0] == first}
         return re.compile(f"{re.escape(first)}(?:{'|'.join(sorted(seconds))})")
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """A pattern for all markup, compiled on demand: hundreds of special tokens take long."""
+        """A pattern of all markup, compiled at first use, since compilation is slow."""
         return re.compile("|".join(map(re.escape, self._markup)))
 
 
 def build_plan(
     trace: Trace, values: Sequence[Any], rendered: Rendered, to_json: Callable[..., str], markup: MarkupSearch
 ) -> RenderPlan | None:
-    """Return the plan of the traced conversation; None unless the plan reproduces `rendered`."""
+    """Return the plan of the traced conversation; None unless it prints exactly `rendered`."""
     texts, refs = _split_pieces(trace.pieces)
     slots = tuple(Slot(ref.number, _converter(ref, to_json)) for ref in refs)
     plan = RenderPlan(
@@ -171,9 +178,10 @@ def fulfils_conditions(plan: RenderPlan, values: Sequence[Any]) -> bool:
 
 
 def print_values(plan: RenderPlan, values: Sequence[Any], markup: MarkupSearch) -> list[str] | None:
-    """Return the printed string of each slot; None if the plan does not hold for a value.
+    """Return the printed string of each slot; None if the plan does not hold for the values.
 
-    The plan holds for values free of markup that fulfil `untrimmed` and `must_be_verbatim`.
+    The plan holds if no value contains markup, no value of an `untrimmed` slot begins or ends with
+    white space, and every value of a `must_be_verbatim` slot is printed unchanged.
     """
     printed = [values[number] if convert is None else convert(values[number]) for number, convert in plan.slots]
     for slot in plan.must_be_verbatim:
@@ -188,7 +196,7 @@ def print_values(plan: RenderPlan, values: Sequence[Any], markup: MarkupSearch) 
 
 
 def assemble(plan: RenderPlan, printed: Sequence[str]) -> Rendered:
-    """Return the text and trained bounds for the slots' printed strings."""
+    """Return the text and the trained bounds; `printed` holds the printed string of each slot."""
     pieces = plan.pieces.copy()
     pieces[1::2] = printed
     ends = list(accumulate(map(len, printed), initial=0))
@@ -196,9 +204,10 @@ def assemble(plan: RenderPlan, printed: Sequence[str]) -> Rendered:
 
 
 def _split_pieces(pieces: Iterable[str | ValueRef]) -> tuple[list[str], list[ValueRef]]:
-    """Return n + 1 template texts and the n references between the texts.
+    """Return the template's texts, and the references to values between the texts.
 
-    Neighbouring references have an empty text in between: ("a", ref, ref) gives ["a", "", ""].
+    There is one more text than references: ("a", ref 1, ref 2) gives (["a", "", ""], [ref 1,
+    ref 2]), with an empty text between the references and at the end.
     """
     texts, refs = [""], []
     for piece in pieces:
@@ -211,7 +220,7 @@ def _split_pieces(pieces: Iterable[str | ValueRef]) -> tuple[list[str], list[Val
 
 
 def _converter(ref: ValueRef, to_json: Callable[..., str]) -> Convert | None:
-    """Return one function for all operations of a reference; None without operations."""
+    """Return one function that applies all operations of a reference; None without operations."""
     steps = [_step(op, to_json) for op in ref.ops]
     if len(steps) < 2:
         return next(iter(steps), None)
@@ -222,20 +231,25 @@ def _step(op: Op, to_json: Callable[..., str]) -> Convert:
     method, arguments = op
     if method == "tojson":
         return partial(to_json, **dict(arguments))
-    # `str.strip` is faster than a methodcaller, and is called for every message.
+    # Called for every message; `str.strip` is faster than `methodcaller("strip", None)`.
     return str.strip if op == STRIP else methodcaller(method, *arguments)
 
 
 def _is_partial_strip(op: Op) -> bool:
-    """Return True for a strip of one end or of given characters, `lstrip()` for example."""
+    """Return True for a strip of one end only or of given characters: `lstrip()`, `strip("x")`."""
     return op[0] in ("strip", "lstrip", "rstrip") and op != STRIP
 
 
 def _offsets(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Offset]:
-    """Convert text offsets to plan offsets; skip offsets inside a value or between two values."""
+    """Yield the plan offset of each text offset.
+
+    For the texts ["<user>", "</s>"] and the printed value ["hi"], bound 8 (after "hi") gives
+    Offset(1, 6), and bound 12 (the end) gives Offset(1, 10). A bound inside a printed value, or
+    between two values without template text in between, is left out; `build_plan` then gives up.
+    """
     template_ends = [0, *accumulate(map(len, texts))]
     value_ends = [0, *accumulate(map(len, printed))]
-    # The end of each template text within the rendered text.
+    # Offset in the rendered text at which each template text ends.
     ends = [template + value for template, value in zip(template_ends[1:], value_ends, strict=True)]
     for bound in bounds:
         for number in range(bisect_left(ends, bound), len(texts)):

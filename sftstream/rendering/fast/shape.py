@@ -1,15 +1,16 @@
-"""Split a conversation into a shape and values.
+"""Split a conversation into its shape and its values.
 
-The shape holds everything that can change how a template prints and how turns are found: roles,
-train flags, present fields, blank texts. The values are the texts in a fixed order. Conversations
-of equal shape differ in values only, and share render plans.
+The values are the texts of the conversation in a fixed order. The shape is everything else that can
+change how a template prints and how turns are found: roles, train flags, present fields, which
+texts are blank, and variables of the template. Conversations of the same shape share render plans.
 
     Conversation((Message("user", "hi"), Message("assistant", "seven")))
     shape   (0, "user", None, True, "assistant", None, True)
     values  ["hi", "seven"]
 
-The shape reads: 0 tools; a user's message, `train` not set, content not blank; then the
-assistant's. A message with reasoning, tool calls, a name or a tool call id adds a nested tuple.
+The shape reads: 0 tool definitions; a message of the user, `train` is None, the content is not
+blank; a message of the assistant, `train` is None, the content is not blank. For a message with
+reasoning, tool calls, a name or a tool call id, a nested tuple follows.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ Shape = tuple[Any, ...]
 
 
 class ReadsInside(NamedTuple):
-    """The inputs that a template reads field by field instead of printing whole by `tojson`.
+    """Answers whether a template reads single fields of tool definitions and call arguments.
 
-    A field-by-field input belongs to the shape, a whole input is a value.
+    If the template prints a definition whole, as JSON, the definition is a value. If the template
+    reads single fields of the definition, the definition belongs to the shape. The same holds for
+    the arguments of a call.
     """
 
     tools: bool
@@ -37,13 +40,17 @@ class ReadsInside(NamedTuple):
     arguments: bool
     """True for `{% for key, text in call.function.arguments.items() %}`, False for `tojson`.
 
-    Strings directly in the arguments remain values even if True.
+    If True, a string directly in the arguments is still a value: "x" of `{"key": "x"}`.
     """
 
 
 def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
-    """Trace a call with tools, then arguments, as one object; True if the template can be traced
-    with plain values but not with the object."""
+    """Find out how the template reads tool definitions and call arguments.
+
+    A conversation with a tool call is traced twice: with the definition (or the arguments) as a
+    plain dictionary, and as one symbolic object that can only be printed whole. The template reads
+    single fields if only the first trace succeeds.
+    """
     recorder = Recorder()
 
     def can_trace(tool: Any, *messages: TemplateMessage) -> bool:
@@ -62,10 +69,10 @@ def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
 
 
 def split_conversation(conversation: Conversation, reads_inside: ReadsInside) -> tuple[Shape, list[Any]]:
-    """Return the shape and the values.
+    """Return the shape and the values of a conversation.
 
-    Raises ValueError if tools or arguments in the shape hold a type unknown to JSON, a date for
-    example.
+    Raises ValueError if tools or arguments that belong to the shape contain a type unknown to JSON,
+    for example a date.
     """
     tools = conversation.tools
     shape: list[Any] = [sha256(exact_key(tools)).digest() if tools and reads_inside.tools else len(tools)]
@@ -76,14 +83,16 @@ def split_conversation(conversation: Conversation, reads_inside: ReadsInside) ->
         shape += (message.role, message.train, bool(content) and not content.isspace())
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
             shape.append(_optional_fields(message, values, reads_inside))
+    if conversation.variables:
+        shape.append(sha256(exact_key(conversation.variables)).digest())
     return tuple(shape), values
 
 
 def _optional_fields(message: Message, values: list[Any], reads_inside: ReadsInside) -> Shape:
-    """Return the shape of the rarer fields; append their values to `values`.
+    """Return the shape of a message's rarer fields, and append the fields' values to `values`.
 
-    Blank texts have a shape of their own: no marker is put around a blank text, and the template
-    need not print a blank text.
+    For each text the shape tells whether the text is blank: blank texts get no markers, and a
+    template may leave a blank text out.
     """
     optional = (message.reasoning or "", message.name or "", message.tool_call_id or "")
     values += optional
@@ -114,9 +123,10 @@ def _has_text(value: Any) -> bool:
 def symbolic_conversation(
     recorder: Recorder, conversation: Conversation, values: Sequence[Any], reads_inside: ReadsInside
 ) -> tuple[list[TemplateMessage], list[Any]]:
-    """Return template messages and tools with a symbolic object in place of each value.
+    """Return the template's messages and tools with a symbolic object in place of each value.
 
-    Takes the values in the order of `split_conversation`.
+    `values` are the values of the conversation as returned by `split_conversation`. Value 0 becomes
+    `SymbolicStr(recorder, ValueRef(0), "hi")` or, if it is printed as JSON, a `SymbolicJson`.
     """
     numbers = iter(range(len(values)))
 

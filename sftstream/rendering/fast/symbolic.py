@@ -1,11 +1,11 @@
-"""Run a chat template on symbolic strings; record its output and conditions.
+"""Run a chat template on symbolic strings; record what the template prints and asks.
 
-A traced conversation holds symbolic objects in place of texts, tool definitions and call
+In a traced conversation, symbolic objects replace the values: texts, tool definitions and call
 arguments. Each question that the template asks about a symbolic object (`in`, `==`, `startswith`,
-truth) is recorded with the answer as a `Guard`; each printed object is recorded as a `ValueRef`.
-An operation without a recording raises `Untraceable`, the trace ends without a result, and the
-conversation is rendered by the template itself. A trace is therefore never a guess: for every
-conversation of equal shape and equal answers the template prints the recorded pieces.
+truth) is recorded with its answer as a `Guard`. Each printed object is recorded as a `ValueRef`. An
+operation that cannot be recorded raises `Untraceable`; the trace then ends without a result, and
+the template itself renders such conversations. A trace is therefore never a guess: for every
+conversation of the same shape with the same answers, the template prints the recorded pieces.
 
 Example, run on a conversation of one message with the content " ax ":
 
@@ -16,28 +16,33 @@ Example, run on a conversation of one message with the content " ax ":
     pieces     ("[!", ValueRef(0, (("strip", (None,)),)), "]")
     guards     (Guard(ValueRef(0), "__contains__", ("x",), answer=True),)
 
-Read: if value 0 contains "x", the template prints "[!", value 0 stripped of white space, "]". The
-content "box " fulfils the guard and gives "[!box]" without a run of the template. The content "no"
-does not fulfil the guard; the trace says nothing about "no".
+The trace reads: if value 0 contains "x", the template prints "[!", then value 0 stripped of white
+space, then "]". The content "box " fulfils the guard and gives "[!box]" without a run of the
+template. The content "no" does not fulfil the guard; the trace says nothing about "no".
 
-The compiled module's names. Jinja compiles a template into a Python module; the module's code calls
-`str` on every printed value, `str_join` (or `markup_join`) for `~`, and `environment.concat` for
-macros and set blocks. The builtins must return real strings and would lose the symbolic objects.
-`TracedTemplate` therefore compiles a second copy of the template and writes `_to_str` and `_join`
-into the globals of the copy under the names `str`, `str_join` and `markup_join`; module globals
-come before builtins. The first copy, used for all real renders, stays unchanged. Three guards
-cover a Jinja release with another code generator: a real `str` raises `Untraceable` on a symbolic
-object; `RenderCache` keeps a plan only if the plan reproduces the template's own text and spans;
-and of the conversations rendered from plans, 1 in 4,096 is also rendered by the template and
-compared, a difference being an error.
+How symbolic objects survive printing. Jinja compiles a template into a Python module. The module
+calls `str` on every printed value, `str_join` or `markup_join` for the operator `~`, and
+`environment.concat` for macros and set blocks. The builtin `str` must return a real string and
+would lose a symbolic object. `TracedTemplate` therefore compiles a second copy of the template and
+sets globals of the copy's module: `str` to `_to_str`, `str_join` and `markup_join` to `_join`.
+Python looks names up in the module's globals before the builtins. The first copy, used for all
+real renders, stays unchanged.
 
-The technique is concolic execution along the executed path: Godefroid, Klarlund, Sen, "DART:
+A later Jinja release may generate other code. Three checks prevent wrong text in that case:
+
+- the builtin `str` raises `Untraceable` on a symbolic object;
+- `RenderCache` keeps a plan only if it prints the text and the spans of the real render;
+- of the conversations rendered from plans, 1 in 4,096 is also rendered by the template, and a
+  difference is an error.
+
+The technique is known as concolic execution, here along one path: Godefroid, Klarlund, Sen, "DART:
 Directed Automated Random Testing", PLDI 2005, https://doi.org/10.1145/1065010.1065036.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jinja2 import Template
@@ -46,14 +51,18 @@ from sftstream.records import Refused
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded
 
 Op = tuple[str, tuple[Any, ...]]
-"""A `str` method with positional arguments, or `tojson` with the items of the keyword arguments.
+"""An operation on a value: the name of a `str` method and its arguments, or a call of `tojson`.
 
-Examples: `("strip", (None,))`, `("tojson", (("indent", 2),))`.
+`("strip", (None,))` is `value.strip(None)`; `("tojson", (("indent", 2),))` is
+`value | tojson(indent=2)`.
 """
 
 
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+
+
 class ValueRef(NamedTuple):
-    """A conversation's value after some operations, value 0 stripped for example."""
+    """A value of the conversation after some operations, for example value 0 after `strip`."""
 
     number: int
     """Index into the conversation's list of values."""
@@ -71,24 +80,26 @@ class Guard(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The pieces printed in one run, valid for all values that fulfil the guards."""
+    """The pieces printed in one run of the template, with the guards that make the run valid."""
 
     pieces: tuple[str | ValueRef, ...]
+    """Texts of the template and references to printed values, in order of print."""
     guards: tuple[Guard, ...]
+    """The template's questions with their answers, in order of the first time asked."""
 
 
 class Untraceable(BaseException):
-    """An operation that cannot be recorded.
+    """Raised by an operation on a symbolic object that cannot be recorded.
 
-    Derives from BaseException because Jinja answers some questions by catching Exception.
+    Derives from BaseException, since Jinja catches Exception to answer tests like `is iterable`.
     """
 
 
 class _Symbolic:
-    """Base class that refuses every operation; subclasses add the recorded operations.
+    """Base class of symbolic objects: every operation raises `Untraceable`, also `str(self)`.
 
-    Conversion to a real string is refused as well. All data attributes begin with an underscore,
-    since Jinja's sandbox hides underscored names from templates.
+    Subclasses add the operations that are recorded. All data attributes begin with an underscore,
+    because Jinja's sandbox hides such names from templates.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -99,13 +110,13 @@ class _Symbolic:
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = __add__ = __radd__ = _refuse
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Jinja looks for protocols of its own, `__html__` for example
+        if name.startswith("__"):  # Jinja looks for optional methods, for example `__html__`
             raise AttributeError(name)
         raise Untraceable
 
 
 class SymbolicStr(_Symbolic):
-    """A string unknown to the template; questions are answered from the traced `value`."""
+    """A symbolic object for a text. `value`, the traced conversation's text, answers questions."""
 
     def __init__(self, recorder: Recorder, ref: ValueRef, value: str) -> None:
         self._recorder, self._ref, self._value = recorder, ref, value
@@ -153,18 +164,18 @@ class SymbolicStr(_Symbolic):
         return self._apply("rstrip", characters)
 
     def split(self, separator: str, _most: int = -1) -> list[SymbolicStr]:
-        """Return the whole string in a list if the separator is absent; untraceable otherwise."""
+        """Return a list of the whole string if the separator is absent; else raise Untraceable."""
         return [self] if isinstance(separator, str) and separator not in self else self._refuse()
 
     rsplit = split
 
     def replace(self, old: str, _new: str) -> SymbolicStr:
-        """Return the string unchanged if `old` is absent; untraceable otherwise."""
+        """Return the string unchanged if `old` is absent; else raise Untraceable."""
         return self if isinstance(old, str) and old not in self else self._refuse()
 
 
 class SymbolicConcat(_Symbolic):
-    """Strings and symbolic strings joined by the template, in order of print."""
+    """A text joined by the template from strings and symbolic strings: `"a" + content`."""
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._parts = list(parts)
@@ -189,7 +200,7 @@ class SymbolicConcat(_Symbolic):
 
 
 class SymbolicLength(_Symbolic):
-    """The length of a symbolic string; only comparison with 0 is recorded."""
+    """The length of a symbolic string, which can only be compared with 0."""
 
     def __init__(self, measured: SymbolicStr) -> None:
         self._measured = measured
@@ -210,7 +221,7 @@ class SymbolicLength(_Symbolic):
 
 
 class SymbolicJson(_Symbolic):
-    """A tool definition or call arguments, printed whole as JSON or not at all."""
+    """A symbolic object for a tool definition or call arguments; can only be printed whole."""
 
     def __init__(self, recorder: Recorder, ref: ValueRef, value: Any) -> None:
         self._recorder, self._ref, self._value = recorder, ref, value
@@ -220,22 +231,22 @@ class SymbolicJson(_Symbolic):
 
 
 class Recorder:
-    """The guards of one trace, in order of the questions; a repeated question is recorded once."""
+    """The guards of one trace, in order of the questions. A repeated question is stored once."""
 
     def __init__(self) -> None:
         self.guards: dict[Guard, None] = {}
 
     def ask(self, ref: ValueRef, value: Any, method: str, arguments: tuple[Any, ...]) -> bool:
-        """Answer `bool(value.method(*arguments))` and record the question with the answer."""
+        """Return `bool(value.method(*arguments))`, and record the question with this answer."""
         answer = bool(getattr(value, method)(*arguments))
         self.guards[Guard(ref, method, arguments, answer)] = None
         return answer
 
 
 class TracedTemplate:
-    """A second compilation of a chat template that prints and joins symbolic strings.
+    """A second compiled copy of a chat template, which can print and join symbolic strings.
 
-    The module docstring explains the names written into the compiled module.
+    The module docstring explains the globals that are set in the compiled module.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -254,17 +265,25 @@ class TracedTemplate:
         environment.tests |= {name: _is_iterable(environment.tests[name]) for name in ("iterable", "sequence")}
         code = environment.compile(template.text)
         self._compiled = Template.from_code(environment, code, environment.make_globals(None))
-        # Module globals come before builtins: `{{ }}` calls `str`, `~` calls a join.
+        # `{{ value }}` calls `str`, and `~` calls a join. Globals hide the builtins of these names.
         self._compiled.root_render_func.__globals__.update(str=_to_str, str_join=_join, markup_join=_join)
 
     def trace(
-        self, recorder: Recorder, messages: Sequence[TemplateMessage], tools: Sequence[Any], *, prompt: bool = False
+        self,
+        recorder: Recorder,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[Any],
+        *,
+        prompt: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> Trace | None:
-        """Run the template on messages and tools that hold symbolic objects of `recorder`.
+        """Run the template on messages and tools that contain symbolic objects.
 
-        Return None if an operation cannot be recorded or the template raises.
+        `variables` are those of the conversation, beside the template's own. The guards go to
+        `recorder`. Return None if an operation cannot be recorded or the template raises an error.
         """
-        context = self._compiled.new_context(self._template.context(messages, tools, prompt))
+        template = self._template.with_variables(variables)
+        context = self._compiled.new_context(template.context(messages, tools, prompt))
         try:
             with bounded():
                 printed = [part for item in self._compiled.root_render_func(context) for part in _parts(item)]
@@ -282,7 +301,7 @@ def _parts(item: object) -> list[Any]:
 
 
 def _strip_first(parts: Sequence[Any], strip: Callable[[Any], Any]) -> list[Any]:
-    """Strip the first part; drop parts stripped to nothing and go on with the next part."""
+    """Strip the first part; if nothing is left of the part, drop it and strip the next part."""
     for index, part in enumerate(parts):
         if rest := strip(part):
             return [rest, *parts[index + 1 :]]
@@ -290,7 +309,7 @@ def _strip_first(parts: Sequence[Any], strip: Callable[[Any], Any]) -> list[Any]
 
 
 def _merge(parts: Iterable[Any]) -> list[str | ValueRef]:
-    """Join neighbouring strings; replace each symbolic string by its reference."""
+    """Join neighbouring strings, and replace each symbolic string by its `ValueRef`."""
     result: list[str | ValueRef] = []
     for part in parts:
         if isinstance(part, SymbolicStr):
@@ -303,8 +322,10 @@ def _merge(parts: Iterable[Any]) -> list[str | ValueRef]:
 
 
 def _equals_no_string(other: object) -> bool:
-    """Return False for anything but a symbolic object; comparing two symbolic strings cannot be
-    recorded."""
+    """Return False for a real object.
+
+    Raises Untraceable for a symbolic object: a guard cannot record a comparison of two values.
+    """
     if isinstance(other, _Symbolic):
         raise Untraceable
     return False
@@ -316,7 +337,7 @@ def _to_str(value: object = "") -> Any:
 
 def _join(items: Iterable[Any]) -> Any:
     parts = [part for item in items for part in _parts(_to_str(item)) if not isinstance(part, str) or part]
-    if len(parts) == 1:  # a macro that prints one symbolic string returns an object that can be questioned
+    if len(parts) == 1:  # a macro that prints just one symbolic string returns the string itself
         return parts[0]
     return "".join(parts) if all(isinstance(part, str) for part in parts) else SymbolicConcat(parts)
 
