@@ -31,7 +31,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.block = block
         gate, up = gate_up.unflatten(1, (-1, 2, block)).unbind(2)
-        return (F.silu(gate) * up).flatten(1)
+        product: Tensor = (F.silu(gate) * up).flatten(1)
+        return product
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
