@@ -111,15 +111,11 @@ def _require_fit(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) 
         return
     run = config.run
     remedies = ['set run.weights_dtype = "bfloat16"'] if run.weights_dtype == "float32" else []
-    needed = next(
-        (
-            n
-            for n in range(2 * gpus, 1025, gpus)
-            if n % config.parallel.tp == 0 and _least(config, shape, n) <= FITS * size
-        ),
-        None,
-    )
-    remedies += [f"start {needed} GPUs"] if needed else []
+    most = config.data.streams * config.parallel.tp  # each data-parallel coordinate needs a stream
+    step = config.parallel.tp * config.parallel.replicas
+    more = (n for n in range(gpus + step, most + 1, step) if _least(config, shape, n) <= FITS * size)
+    needed = next(more, None)
+    remedies += [f"start {needed} GPUs or more"] if needed else []
     raise ValueError(
         f"the model does not fit: weights, gradients and optimizer alone need {least / 2**30:.0f} GiB on each GPU, which "
         f"has {size / 2**30:.0f} GiB; {' or '.join([*remedies, 'use a smaller model'])}"

@@ -38,7 +38,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         if gate_up.is_cuda and tile(ctx.block):
-            return fused_gradient(gate_up, upstream.contiguous(), ctx.block), None
+            gradient: Tensor = fused_gradient(gate_up, upstream.contiguous(), ctx.block)
+            return gradient, None
         return plain_gradient(gate_up, upstream, ctx.block), None
 
 
@@ -65,7 +66,8 @@ def fused_gradient(gate_up: Tensor, upstream: Tensor, block: int) -> Tensor:
 
     columns = tile(block)
     assert columns is not None
-    return gradient(gate_up, upstream, block, columns)
+    found: Tensor = gradient(gate_up, upstream, block, columns)
+    return found
 
 
 @fused_gradient.register_fake
