@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import accepted_changes, identify
+from sftstream.identity import Identity, accepted_changes, identify, with_full_digests
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
+from sftstream.sources.full_digests import FullDigests
 from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
@@ -112,6 +113,7 @@ class PackLoader:
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved, shard)
+        self._digests = FullDigests(self.corpus)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._progress = Progress(
@@ -230,7 +232,8 @@ class PackLoader:
         Raises ValueError inside a step that the shards do not share evenly.
         """
         progress = self._progress
-        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress))
+        digests = self._digests.known or msgspec.UNSET
+        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress), full_digests=digests)
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,6 +252,7 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""
+        self._digests.stop()
         readers, self._workers = self._workers, {}
         self._workers_at = None
         for reader in readers.values():
@@ -314,6 +318,7 @@ class PackLoader:
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
         self._workers = {worker: self._open(worker, progress) for worker in workers}
+        self._digests.start()
 
     def _open(self, worker: int, progress: Progress) -> StreamWorker:
         streams = {
@@ -332,7 +337,8 @@ class PackLoader:
         if saved is None:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
-        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
+        before, now = self._in_full(saved, identity)
+        if changed := accepted_changes(before, now, self.config.accept_changed):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
@@ -347,6 +353,17 @@ class PackLoader:
                 "shards cannot share evenly; save a state at the end of a step"
             )
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
+
+    def _in_full(self, saved: DataState, identity: Identity) -> tuple[Identity, Identity]:
+        """Return the identities of a state and of this loader with the digests of all bytes, as far
+        as the state has them."""
+        files = {number: source.files for number, source in enumerate(saved.identity.sources)}
+        now = self._digests.verify(saved.digests_in_full, files)
+        before = {
+            source: {number: saved.digests_in_full[source][number] for number in digests}
+            for source, digests in now.items()
+        }
+        return with_full_digests(saved.identity, before), with_full_digests(identity, now)
 
     def _fresh(self, stream: int) -> StreamState:
         node = build_stream(self.config, self.corpus, self.encoder, stream)

@@ -17,7 +17,8 @@ import numpy as np
 
 from sftstream.records import BrokenRow
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.stored import Stored
 
 _CELL = 64 << 20
 """Largest number of characters of a cell. Python's default, 131,072, is too low for some
