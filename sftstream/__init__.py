@@ -21,6 +21,7 @@ from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.tokenizer import count_token_ids
 from sftstream.toml_file import read_toml
 
 __version__ = "0.2.0"
@@ -49,6 +50,7 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "count_token_ids",
     "describe",
     "diff",
     "differences",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,6 +12,30 @@ from sftstream.records import Role
 Shuffle = bool | Literal["shards"]
 """true: all rows in a new order each epoch; "shards": files in a new order, with the rows of a file
 in stored order; false: all rows in stored order."""
+
+
+MOST = {
+    "max_row_bytes": 2**30,
+    "repeat": 10**6,
+    "after": 10**15,
+    "capacity": 2**24,
+    "streams": 2**16,
+    "global_batch": 2**17,
+    "window": 2**17,
+    "workers": 2**10,
+    "prefetch": 2**12,
+    "seed": 2**63 - 1,
+    "epochs": 10**12,
+}
+"""Largest value of each number in the `[data]` table, far above any use: a larger number is a slip
+that would fill the memory or take hours before the first pack."""
+
+
+def _require_at_most(config: msgspec.Struct) -> None:
+    for field in config.__struct_fields__:
+        value = getattr(config, field)
+        if isinstance(value, int | float) and field in MOST and value > MOST[field]:
+            raise ValueError(f"{field} = {value} must be at most {MOST[field]}")
 
 
 class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,7 +55,7 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Additional names of roles: name in the files -> "system", "user", "assistant" or "tool".
     `{narrator = "user"}` treats messages of `narrator` as messages of the user. Default: none."""
     max_row_bytes: int = 16 << 20
-    """Largest size of a row in bytes; at least 1. A larger row is refused before it is parsed or
+    """Largest size of a row in bytes; 1 to 2**30. A larger row is refused before it is parsed or
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
     size is the sum over its texts."""
 
@@ -42,6 +66,7 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.max_row_bytes < 1:
             raise ValueError(f"max_row_bytes = {self.max_row_bytes} must be at least 1")
+        _require_at_most(self)
         if both := sorted({*self.ignore} & {*(self.columns or ()), *(self.columns or {}).values()}):
             raise ValueError(f"columns and ignore both name {both[0]!r}; remove the name from one of the two")
 
@@ -112,6 +137,7 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
+        _require_at_most(self)
         if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
             raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
 
@@ -132,6 +158,12 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     date: str | None = None
     """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day of the run's
     first start, which a resume keeps."""
+    variables: dict[str, Any] = {}
+    """Further variables of the template: name -> text, number, true, false, list or table.
+    `{enable_thinking = false}` is for Qwen3 what `chat_template_kwargs` is in an inference server.
+    A row's column `chat_template_kwargs` overrides single variables for the row. Names that every
+    render sets are refused: `messages`, `tools`, `add_generation_prompt`, `bos_token`, ... Default:
+    no further variables."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -159,11 +191,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "truncate": cut it after the last answer that fits. "split": cut it before user messages into
     several examples; each example repeats the system prompt."""
     capacity: int = 8192
-    """Number of tokens in a pack, padding included; at least 1."""
+    """Number of tokens in a pack, padding included; 1 to 2**24."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity = {self.capacity} must be at least 1")
+        _require_at_most(self)
         if not self.train_on:
             raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
 
@@ -177,31 +210,31 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tokenizer and the chat template."""
     streams: int = 64
     """Number of logical streams: queues of packs, each made from a fixed subset of every epoch's
-    rows; at least 1, fixed for a run. Each data-parallel shard reads some of the streams, so there
+    rows; 1 to 2**16, fixed for a run. Each data-parallel shard reads some of the streams, so there
     must be at least as many streams as shards. If the number of shards divides `streams` and
     `global_batch`, all shards have the same number of packs in each step; otherwise some shards run
     empty packs. Choose few streams for little data: a stream should get several windows of
     conversations in an epoch."""
     global_batch: int = 64
-    """Number of packs in an optimizer step, over all shards; at least 1."""
+    """Number of packs in an optimizer step, over all shards; 1 to 2**17."""
     shuffle: Shuffle = True
     """true: a new order of all rows in each epoch, drawn from `seed`. "shards": a new order of the
     files in each epoch, with the rows of a file in stored order; for streamed sources. false: the
     stored order."""
     window: int = 256
-    """Number of examples that a stream reads together and divides into packs; at least 1. A larger
+    """Number of examples that a stream reads together and divides into packs; 1 to 2**17. A larger
     window fills packs better, but moves conversations further from their place in the order."""
     workers: int = 1
     """Number of loader processes of a data-parallel shard; 0 loads in the training process. Does
     not affect the packs."""
     prefetch: int = 16
-    """Number of packs that each worker keeps ready; at least 1. Does not affect the packs. A worker
+    """Number of packs that each worker keeps ready; 1 to 2**12. Does not affect the packs. A worker
     reads a whole window before it returns the first pack of the window. Training does not wait
     during this read if more packs are ready than a window has."""
     seed: int = 0
     """Seed of the order of rows and packs."""
     epochs: int | None = None
-    """Passes over all conversations; at least 1. Default: the stream never ends."""
+    """Passes over all conversations; 1 to 10**12. Default: the stream never ends."""
     mix_by: Literal["conversations", "tokens", "trained_tokens"] = "conversations"
     """Unit of the sources' weights. A source with weight 2 beside a source with weight 1 provides
     two thirds of the conversations, of the tokens, or of the trained tokens."""

@@ -87,6 +87,8 @@ class Identity(Policy, frozen=True, kw_only=True):
     mix_by: str
     stages: tuple[StageConfig, ...]
     ends_with: str
+    variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Variables of the chat template given by `tokenizer.variables`."""
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
@@ -100,6 +102,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
+        variables=config.tokenizer.variables or msgspec.UNSET,
         **_compared_fields(config, Identity),
     )
 

@@ -383,7 +383,12 @@ def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> 
     today = datetime.now(UTC).date().isoformat()
     with _without_collector():
         encoder = ChatEncoder(
-            tokenizer.path, tokenizer.template, date=date or today, policy=config, backend=tokenizer.backend
+            tokenizer.path,
+            tokenizer.template,
+            date=date or today,
+            variables=tokenizer.variables,
+            policy=config,
+            backend=tokenizer.backend,
         )
     if shard.count > 1 and date is None and encoder.template.date:
         raise ValueError(

@@ -186,7 +186,7 @@ BAD_TEMPLATES = {
     "a long chain": ("{{ x" + "|trim" * 5000 + " }}", "recursion"),
     "a filter of no name": ("{{ a | nothing }}", "No filter named 'nothing'"),
     "an unclosed tag": ("{% for", "not valid Jinja"),
-    "loops without end": ("{% for a in range(90000) %}" * 3 + "{% endfor %}" * 3, "more than 10,000,000 steps"),
+    "loops without end": ("{% for a in range(90000) %}" * 3 + "{% endfor %}" * 3, "more than 10,000,000 units of work"),
     "a power": ("{{ 9 ** 99999999 }}", "it makes a number of 399,999,996 bits"),
     "a width": ("{{ 'a' | center(1000000000) }}", "it makes a value of size"),
     "a format": ("{{ '%0999999999d' % 1 }}", "a width of millions"),
@@ -244,7 +244,7 @@ def test_what_is_refused_depends_on_no_clock(tokenizer: str, monkeypatch: pytest
     slow = tiny.chat("a" * 3_000_000, "b")["messages"]
     with pytest.raises(RuntimeError, match=r"did not print a conversation within 0 s; .* lower max_row_bytes"):
         encoder.encode(slow)
-    monkeypatch.setattr("sftstream.rendering.bounds.MOST_STEPS", 1000)
+    monkeypatch.setattr("sftstream.rendering.bounds.MOST_WORK", 1000)
     with pytest.raises(Refused, match="template does too much"):
         encoder.encode(tiny.chat("a" * 2000, "b")["messages"])
 

@@ -86,7 +86,7 @@ def prepare_run(
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
-    source = find_source(config.model)
+    source = find_source(config.model, config.data.tokenizer.path)
     settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
     if topology.first:

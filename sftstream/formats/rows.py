@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from sftstream.config import RowSettings
-from sftstream.formats.fields import Row
+from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
 from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
-from sftstream.formats.unread import BESIDE_MESSAGES, require_read, require_readable, tools_of, unread_names
+from sftstream.formats.unread import BESIDE_MESSAGES, VARIABLES, require_read, require_readable, tools_of, unread_names
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
 _DIGITS = 4300
@@ -50,10 +50,24 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    conversation = Conversation(messages, parse_tools(tools_of(fields)))
+    conversation = Conversation(messages, parse_tools(tools_of(fields)), _variables(fields))
     if not known or settings.columns is not None:
         require_read(fields, conversation, settings)
     return conversation
+
+
+def _variables(fields: Row) -> dict[str, Any]:
+    """Return the template's variables of a row; raises Refused unless they are an object.
+
+    A variable without a value (null) is left out: a table gives each row all names of the column.
+    """
+    if not fields.get(VARIABLES):
+        return {}
+    variables = decoded(fields[VARIABLES])
+    if not isinstance(variables, Mapping):
+        raise Refused("bad template variables", f"{VARIABLES} is a {type(variables).__name__}, not an object")
+    refuse_deep([variables])
+    return {str(name): value for name, value in variables.items() if value is not None}
 
 
 def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:

@@ -63,7 +63,7 @@ class PackAssignment:
         return [self.shard(pack) for pack in range(first, first + self.global_batch)]
 
     def micro_batches(self, number: int) -> int:
-        """Return the number of packs that each shard runs in step `number`, with empty packs.
+        """Return the number of packs that each shard runs in step `number`, empty packs included.
 
         All shards run as many packs as the shard with the most packs in the step.
         """

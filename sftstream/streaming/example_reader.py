@@ -91,11 +91,13 @@ class ExampleReader:
 
 
 class SourceCheck:
-    """Finds sources in which every row is refused, since an endless stream would never end there.
+    """Finds sources in which every row is refused: a stream without a limit of epochs would read
+    such a source forever and never return a pack.
 
     A stream calls the check when it refuses a row of a source before it has accepted any row of
-    that source. The check tries rows in random order and stops at the first good row, so it takes
-    long only if nearly all rows are refused.
+    that source. The check tries the rows of an indexed source in random order, and those of a
+    streamed source in stored order and stops at the first good row, so it takes long only if nearly
+    all rows are refused.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, capacity: int) -> None:

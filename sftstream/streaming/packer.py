@@ -47,7 +47,8 @@ class Window(NamedTuple):
     accepted: list[list[int]]
     """For each source the fields of an `Amount`: what the stream accepted since its beginning."""
     notes: Counter[str]
-    """Notes of all examples since the beginning of the stream."""
+    """Modification, such as "truncated" -> number of examples with the modification since the
+    beginning of the stream."""
 
 
 class Packer(BaseNode[Pack]):
@@ -72,7 +73,8 @@ class Packer(BaseNode[Pack]):
         config: PackerConfig,
         check: SourceCheck | None = None,
     ) -> None:
-        """Make a node that packs the examples of `source`, whose first node is `sampler`."""
+        """Make the last node of a graph. `source` is the node before it, and `sampler` is the first
+        node of the graph."""
         super().__init__()
         self.source = source
         self._sampler = sampler
@@ -90,8 +92,8 @@ class Packer(BaseNode[Pack]):
         self._left: dict[Segment, Example] = {}
         """Segment of a leftover -> its example."""
         self._joined: list[Example] = []
-        """For each planned pack its examples, concatenated; the next pack is last. Empty after a
-        reset, so that the rows are read again."""
+        """The concatenated examples of each planned pack, in reverse order: the pack to return next
+        is at the end of the list. Empty after a reset, so that the rows are read again."""
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 

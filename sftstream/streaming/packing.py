@@ -57,8 +57,9 @@ def build_pack(
 ) -> Pack:
     """Return a pack with the tokens of `examples`, padded to `capacity` with `pad_id`.
 
-    The concatenated examples are the tokens of `segments`; one example may hold several segments.
-    For segments of 3 and 2 tokens and capacity 8, the borders are `[0, 3, 5, 8]`.
+    `examples` concatenated are the tokens of `segments`. An item of `examples` may be the joined
+    tokens of several segments (see `joined`). For segments of 3 and 2 tokens and capacity 8, the
+    borders are `[0, 3, 5, 8]`.
     """
     lengths = [segment.length for segment in segments]
     used = sum(lengths)

@@ -26,7 +26,8 @@ EPOCHS_WITHOUT_A_ROW = 20
 
 
 class RowBatch(NamedTuple, Generic[X]):
-    """Rows on their way through the graph: references, and the value of the last node for each."""
+    """Rows on their way through the graph: references, and for each row the result of the node that
+    returned the batch."""
 
     refs: list[Ref]
     values: list[X | Refused]

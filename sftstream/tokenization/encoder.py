@@ -41,6 +41,8 @@ class ChatEncoder:
 
     `date` (YYYY-MM-DD) is the date that templates print as today's. Default: today.
 
+    `variables` are further variables of the template: `{"enable_thinking": False}`.
+
     `backend` names the library that computes the token ids, as in `Tokenizer`.
 
     `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
@@ -57,6 +59,7 @@ class ChatEncoder:
         train_on: Sequence[str] = ("assistant",),
         date: str | None = None,
         *,
+        variables: Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         backend: Backend = "auto",
         **policy_fields: Any,
@@ -69,7 +72,7 @@ class ChatEncoder:
             raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
         day = _parse_date(date) if date else None
         try:
-            chat_template = ChatTemplate(text, vocabulary.variables, day)
+            chat_template = ChatTemplate(text, vocabulary.variables, day).with_variables(variables or {})
             self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
         except ValueError as error:
             raise ValueError(f"{_template_name(template, self.tokenizer.name)}{error}") from error
@@ -91,13 +94,20 @@ class ChatEncoder:
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Example]:
         """Return the examples of messages in any known layout; raises `Refused`.
 
+        `variables` are variables of the template for this conversation alone.
+
         There is a single example, unless `history` is "per_turn" or `overflow` is "split".
         """
-        return self.encode_conversation(parse_row({"messages": list(messages), "tools": tools}))
+        return self.encode_conversation(
+            parse_row({"messages": list(messages), "tools": tools, "chat_template_kwargs": variables})
+        )
 
     def encode_conversation(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation; raises `Refused`."""

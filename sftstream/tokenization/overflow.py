@@ -48,7 +48,7 @@ def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator
     system = tuple(message for message in conversation.messages if message.role == "system")
     rest = tuple(message for message in conversation.messages if message.role != "system")
     while any(message.role == "assistant" for message in rest):
-        part = Conversation((*system, *rest), conversation.tools)
+        part = msgspec.structs.replace(conversation, messages=(*system, *rest))
         used, example = _longest_beginning(part, _ends_before_user(part.messages), capacity, encode)
         rest = rest[used - len(system) :]
         if example is not None:
@@ -65,7 +65,7 @@ def _longest_beginning(
     """
     for count in reversed(ends):
         try:
-            example = encode(Conversation(conversation.messages[:count], conversation.tools))
+            example = encode(msgspec.structs.replace(conversation, messages=conversation.messages[:count]))
         except Refused as refused:
             if refused.reason != "nothing to train":
                 raise

@@ -37,7 +37,7 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     if tokens > vocabulary:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but model.vocab_size is {vocabulary}; set model.vocab_size = {tokens} or more, "
-            "or with model.init_from use the tokenizer of that model"
+            "or with model.init_from use the tokenizer of that model, or set model.resize_vocabulary = true"
         )
     return loader
 

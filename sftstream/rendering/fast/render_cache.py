@@ -64,7 +64,8 @@ class RenderCache:
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        self._to_json: Any = template.environment.filters["tojson"].__wrapped__  # rows print no more than they hold
+        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
@@ -111,12 +112,13 @@ class RenderCache:
         """
         if any(turn.by_comparison for turn in turns):
             return None
-        recorder = Recorder()
+        recorder, variables = Recorder(), conversation.variables
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
-            if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
+            earlier = messages[: turn.message]
+            if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        return self._traced.trace(recorder, messages, tools, variables=variables)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:
