@@ -108,9 +108,10 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     saved position. If there are other sources, a streamed source needs a weight. false: download
     remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
-    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
-    compared."""
+    """Bytes of a file above 256 MiB that are read before the first pack, for the digest that a
+    resume compares. "sampled": 128 evenly spread slices of 1 MiB; a thread reads the whole file
+    beside the training, and later states hold the digest of every byte. "full": every byte, which
+    takes 1 s per GB. Of smaller files, every byte is read."""
 
     def __post_init__(self) -> None:
         if not self.path:
