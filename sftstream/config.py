@@ -82,9 +82,9 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
     is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
-    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
-    the only split."""
+    """Split of a hub dataset, of a directory with the layout of a hub dataset, or of a dataset
+    written by `save_to_disk`, in the syntax of `datasets`: "train", "train[:10%]", "train+test".
+    Default: the only split."""
     subset: str | None = None
     """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
     dataset. Default: the only subset, or the subset that `datasets` loads by default."""

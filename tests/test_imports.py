@@ -33,6 +33,7 @@ ORDER = {
         "sources.remote",
         "sources.kinds",
         "sources.saved",
+        "sources.slices",
         "sources.hub",
         "sources.resolve",
         "sources.streamed",

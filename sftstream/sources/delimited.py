@@ -81,7 +81,7 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
 
 def _cells(text: bytes, delimiter: str) -> list[str]:
     """Return the cells of a record. Line breaks before and after the record are ignored."""
-    return next(csv.reader([text.decode().strip("\r\n")], delimiter=delimiter, strict=True), [])
+    return next(csv.reader([text.strip(b"\r\n").decode()], delimiter=delimiter, strict=True), [])
 
 
 def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:

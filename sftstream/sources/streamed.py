@@ -11,7 +11,7 @@ from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
-from sftstream.sources.resolve import Dataset, resolve, source_door
+from sftstream.sources.resolve import Dataset, SavedSlices, resolve, source_door
 from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 from sftstream.sources.stored import Stored
 
@@ -83,6 +83,11 @@ class StreamedSource:
 
 def _locations(source: SourceConfig) -> list[FileLocation]:
     resolved = resolve(source)
+    if isinstance(resolved, SavedSlices):
+        raise ValueError(
+            f"source {source.path!r} is streamed, and split = {source.split!r} selects rows by number; leave out "
+            "streaming, or name a whole split"
+        )
     if isinstance(resolved, Dataset):
         locations = [_location(name, full=source.digest == "full") for name in data_files(resolved.source)]
         require_whole(source.path, [location.name for location in locations])
