@@ -116,6 +116,7 @@ class PackLoader:
         self._digests = FullDigests(self.corpus)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
+        self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
         self._progress = Progress(
             start.packs,
             {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
@@ -211,9 +212,12 @@ class PackLoader:
         name. The setting `columns` renames columns; `ignore` suppresses the line. A sample of 100
         rows of each source is examined.
         """
-        unread = zip(self.config.sources, unread_columns(self.corpus), strict=True)
+        found = unread_columns(self.corpus)
+        unread = {number: tuple(sorted(names)) for number, names in enumerate(found) if names}
+        self._unread = unread or msgspec.UNSET
         return [
-            f"source {source.path!r}: nothing reads {', '.join(sorted(names))}" for source, names in unread if names
+            f"source {self.config.sources[number].path!r}: nothing reads {', '.join(names)}"
+            for number, names in unread.items()
         ]
 
     @property
@@ -233,7 +237,9 @@ class PackLoader:
         """
         progress = self._progress
         digests = self._digests.known or msgspec.UNSET
-        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress), full_digests=digests)
+        run = msgspec.structs.replace(
+            self._run, packs=self._packs_after(progress), full_digests=digests, unread_columns=self._unread
+        )
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:

@@ -157,6 +157,10 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Number of a source -> number of a file above 256 MiB -> SHA-256 of all its bytes. A file is
     absent until the digest is computed, and files of a state without it are known by samples."""
 
+    unread_columns: dict[int, tuple[str, ...]] | UnsetType = UNSET
+    """Number of a source -> columns, and keys of messages, that no layout reads. Absent until
+    `PackLoader.unread_columns` has found any."""
+
     @property
     def digests_in_full(self) -> dict[int, dict[int, str]]:
         """`full_digests`, or an empty dict if absent."""
@@ -320,9 +324,15 @@ def _source_lines(data: DataState) -> list[str]:
         line = f"source {index} ({names}): {drawn:,} rows drawn"
         line += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
         line += _sampled(source.files, data.digests_in_full.get(index, {}))
+        line += _unread(data.unread_columns, index)
         line += _shares(accepted[index], total) if len(sources) > 1 and total.conversations else ""
         lines.append(line)
     return lines
+
+
+def _unread(columns: Mapping[int, Sequence[str]] | UnsetType, source: int) -> str:
+    names = () if isinstance(columns, UnsetType) else columns.get(source, ())
+    return f"; nothing reads {', '.join(names)}" if names else ""
 
 
 def _sampled(files: Sequence[FileIdentity], digests: Mapping[int, str]) -> str:
