@@ -82,9 +82,9 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
     is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
-    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
-    the only split."""
+    """Split of a hub dataset, of a directory with the layout of a hub dataset, or of a dataset
+    written by `save_to_disk`, in the syntax of `datasets`: "train", "train[:10%]", "train+test".
+    Default: the only split."""
     subset: str | None = None
     """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
     dataset. Default: the only subset, or the subset that `datasets` loads by default."""
@@ -108,9 +108,10 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     saved position. If there are other sources, a streamed source needs a weight. false: download
     remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
-    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
-    compared."""
+    """Bytes of a file above 256 MiB that are read before the first pack, for the digest that a
+    resume compares. "sampled": 128 evenly spread slices of 1 MiB; a thread reads the whole file
+    beside the training, and later states hold the digest of every byte. "full": every byte, which
+    takes 1 s per GB. Of smaller files, every byte is read."""
 
     def __post_init__(self) -> None:
         if not self.path:

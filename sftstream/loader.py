@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import accepted_changes, identify
+from sftstream.identity import Identity, accepted_changes, identify, with_full_digests
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
+from sftstream.sources.full_digests import FullDigests
 from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
@@ -127,8 +128,10 @@ class PackLoader:
         self._assignment = PackAssignment(
             config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
         )
+        self._digests = FullDigests(self.corpus)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
+        self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
         self._progress = Progress(
             start.packs,
             {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
@@ -236,9 +239,12 @@ class PackLoader:
         name. The setting `columns` renames columns; `ignore` suppresses the line. A sample of 100
         rows of each source is examined.
         """
-        unread = zip(self.config.sources, unread_columns(self.corpus), strict=True)
+        found = unread_columns(self.corpus)
+        unread = {number: tuple(sorted(names)) for number, names in enumerate(found) if names}
+        self._unread = unread or msgspec.UNSET
         return [
-            f"source {source.path!r}: nothing reads {', '.join(sorted(names))}" for source, names in unread if names
+            f"source {self.config.sources[number].path!r}: nothing reads {', '.join(names)}"
+            for number, names in unread.items()
         ]
 
     @property
@@ -257,7 +263,10 @@ class PackLoader:
         Raises ValueError inside a step that the shards do not share evenly.
         """
         progress = self._progress
-        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress))
+        digests = self._digests.known or msgspec.UNSET
+        run = msgspec.structs.replace(
+            self._run, packs=self._packs_after(progress), full_digests=digests, unread_columns=self._unread
+        )
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,6 +285,7 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""
+        self._digests.stop()
         readers, self._workers = self._workers, {}
         self._workers_at = None
         for reader in readers.values():
@@ -360,6 +370,7 @@ class PackLoader:
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
         self._workers = {worker: self._open(worker, progress) for worker in workers}
+        self._digests.start()
 
     def _open(self, worker: int, progress: Progress) -> StreamWorker:
         streams = {
@@ -378,7 +389,8 @@ class PackLoader:
         if saved is None:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
-        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
+        before, now = self._in_full(saved, identity)
+        if changed := accepted_changes(before, now, self.config.accept_changed):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
@@ -393,6 +405,17 @@ class PackLoader:
                 "shards cannot share evenly; save a state at the end of a step"
             )
         return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
+
+    def _in_full(self, saved: DataState, identity: Identity) -> tuple[Identity, Identity]:
+        """Return the identities of a state and of this loader with the digests of all bytes, as far
+        as the state has them."""
+        files = {number: source.files for number, source in enumerate(saved.identity.sources)}
+        now = self._digests.verify(saved.digests_in_full, files)
+        before = {
+            source: {number: saved.digests_in_full[source][number] for number in digests}
+            for source, digests in now.items()
+        }
+        return with_full_digests(saved.identity, before), with_full_digests(identity, now)
 
     def _fresh(self, stream: int) -> StreamState:
         node = build_stream(self.config, self.corpus, self.encoder, stream)
