@@ -76,7 +76,7 @@ def test_refused_rows_of_format_3_are_given_to_the_sources_that_lost_them() -> N
     stream["refused"] = {"a": 2, "b": 5}  # one row was accepted before a change, and refused after
     assert DataState.parse(saved).streams[0].refused == ({"b": 5}, {"a": 2})
     del stream["drawn"]
-    with pytest.raises(ValueError, match="this is not a data state of this version: .*refused"):
+    with pytest.raises(ValueError, match=r"this is not a data state of this version: .*refused"):
         DataState.parse(saved)
 
 
