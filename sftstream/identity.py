@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import Any
 
 import msgspec
@@ -37,6 +38,9 @@ IN_OTHER_FORM = {
 FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
 """Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
 still to come."""
+
+LIBRARIES = ("tokenizers", "transformers", "jinja2")
+"""Libraries that render and tokenize."""
 
 WITHOUT_EFFECT = {
     DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
@@ -69,7 +73,10 @@ class Identity(Policy, frozen=True, kw_only=True):
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name and version of a library in place of `tokenizers`."""
+    """Name of a library in place of `tokenizers`."""
+    versions: dict[str, str]
+    """Versions of the libraries that render and tokenize. Notes: with other versions a resume
+    compares the tokens of the waiting rows instead."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
@@ -93,12 +100,26 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         format=FORMAT,
         sources=tuple(map(_identify_source, config.sources, corpus.sources)),
         tokenizer_sha256=encoder.tokenizer.vocabulary.sha256,
-        fast_tokenizer=encoder.tokenizer.fast,
+        fast_tokenizer=encoder.tokenizer.fast and encoder.tokenizer.fast.split()[0],
+        versions=_versions(encoder.tokenizer.fast),
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
         **_compared_fields(config, Identity),
     )
+
+
+def _versions(fast_tokenizer: str | None) -> dict[str, str]:
+    """Return the version of each library; `fast_tokenizer` is a name with version, or None."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    return versions if fast_tokenizer is None else versions | dict([fast_tokenizer.split(" ", 1)])
+
+
+def changed_versions(saved: Identity, now: Identity) -> list[str]:
+    """Return each library with another version, as `tokenizers 0.21.0 -> 0.22.0`."""
+    names = dict.fromkeys([*saved.versions, *now.versions])
+    versions = {name: (saved.versions.get(name, "unknown"), now.versions.get(name, "unknown")) for name in names}
+    return [f"{name} {before} -> {after}" for name, (before, after) in versions.items() if before != after]
 
 
 def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> SourceIdentity:
@@ -143,10 +164,15 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
 def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
     """Return the differences between two identities, all accepted by path.
 
-    Raises ValueError naming the first ten differences not covered by `accepted`.
+    Differences of versions are no changes, unless accepted. Raises ValueError naming the first ten
+    differences not covered by `accepted`.
     """
-    changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
-    refused = [change for change in changed if not any(_covers(name, change) for name in accepted)]
+    changed = [
+        change
+        for change in differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
+        if not change.startswith("data.versions") or _is_covered(change, accepted)
+    ]
+    refused = [change for change in changed if not _is_covered(change, accepted)]
     if refused:
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
@@ -166,9 +192,9 @@ def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
     )
 
 
-def _covers(name: str, change: str) -> bool:
+def _is_covered(change: str, accepted: Sequence[str]) -> bool:
     path = change.split(":")[0]
-    return path == name or path.startswith((f"{name}.", f"{name}["))
+    return any(path == name or path.startswith((f"{name}.", f"{name}[")) for name in accepted)
 
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:

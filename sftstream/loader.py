@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import accepted_changes, identify
+from sftstream.identity import accepted_changes, changed_versions, identify
 from sftstream.rebase import rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
@@ -33,6 +33,7 @@ from sftstream.streaming.refusals import (
 from sftstream.streaming.sampler import row_order
 from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.version_check import require_equal_tokens
 
 
 class LoaderPosition(NamedTuple):
@@ -363,8 +364,10 @@ class PackLoader:
         if saved is None:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
+        versions = changed_versions(saved.identity, identity)
         if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
+            versions = []  # all waiting rows were read again
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
@@ -377,7 +380,10 @@ class PackLoader:
                 f"the state stands at pack {saved.packs}, inside a step that {self.shard.count} "
                 "shards cannot share evenly; take it at a step's border"
             )
-        return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
+        streams = {stream: saved.streams[stream] for stream in owned}
+        if versions:
+            require_equal_tokens(versions, streams, self.corpus, self.encoder)
+        return msgspec.structs.replace(saved, identity=identity, streams=streams)
 
     def _fresh(self, stream: int) -> StreamState:
         node = build_stream(self.config, self.corpus, self.encoder, stream)

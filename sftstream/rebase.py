@@ -249,6 +249,7 @@ def _read_again(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
+        digests=UNSET,
         refused=add_refusals(stream.refused, refused),
         unlisted=unlisted,
         # The stream goes on to a pack that lists the refusals.

@@ -120,6 +120,9 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Rows refused by a rebase; reported with the next pack."""
     notes: dict[str, int] = {}
     """Counts of modified conversations: truncated, split, tokens across a span's border."""
+    digests: tuple[int, ...] | UnsetType = UNSET
+    """Digests of the examples of each planned pack, then of each leftover; absent after a rebase
+    up to the next window, and in states of format 3."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples; absent in states of policies with one example a row."""
 

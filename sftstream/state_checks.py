@@ -73,6 +73,8 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
     for name, numbers in counters.items():
         if bad := [number for number in numbers if not 0 <= number < LARGEST]:
             yield f"{name} holds {bad[0]}"
+    if isinstance(stream.digests, tuple) and len(stream.digests) != len(stream.planned) + len(stream.leftovers):
+        yield f"{len(stream.digests)} digests for {len(stream.planned)} packs and {len(stream.leftovers)} rows waiting"
     if not 0 <= stream.stage <= len(identity.stages):
         yield f"stage = {stream.stage} of {len(identity.stages)} stages"
     if unknown := [s for s in stream.shard_positions if not 0 <= s < sources or identity.sources[s].shards is None]:

@@ -85,6 +85,7 @@ ORDER = {
         "source_changes",
         "state_checks",
         "rebase",
+        "version_check",
         "loader",
         "",
         "cli",

@@ -63,9 +63,10 @@ class StreamedSource:
         return RowsFrom(first, self._to_the_end(shard, rows))
 
     def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+        failures = _failures()  # before `try`: at the exit of Python nothing can be imported any more
         try:
             yield from rows
-        except _failures() as error:
+        except failures as error:
             raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
         self._require_unchanged(shard)  # a file truncated at a row's border reads like a shorter file
 

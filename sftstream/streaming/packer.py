@@ -14,7 +14,7 @@ from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segm
 from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
-from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
+from sftstream.streaming.packing import build_pack, example_digest, joined, plan_packs, window_size
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
@@ -121,15 +121,18 @@ class Packer(BaseNode[Pack]):
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
             refused=({},) * len(position.drawn),
+            digests=(),
             row_parts=() if self._config.in_parts else UNSET,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
+        digests = state.digests
         self.state = msgspec.structs.replace(
             state,
             unlisted=(),
             planned=planned,
+            digests=digests[bool(segments) :] if isinstance(digests, tuple) else UNSET,
             exhausted=not planned and not state.leftovers and self._sampler.exhausted,
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
@@ -177,22 +180,24 @@ class Packer(BaseNode[Pack]):
         ]
         lengths = [segment.length for segment in segments]
         packs, left = self._plan(lengths, waited, keep_all=exhausted)
+        # Joined now, while the examples are in the CPU cache. Leftovers are copies: a view of a few
+        # examples would keep the arrays of a whole batch alive.
+        packed = [joined([examples[i] for i in pack]) for pack in packs]
+        self._left = {segments[i]: joined([examples[i]]) for i in left}
+        self._joined = packed[::-1]
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            digests=tuple(map(example_digest, (*packed, *self._left.values()))),
             exhausted=not packs and not left and exhausted,
             refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # Copies: a view of a few examples would keep the arrays of a whole batch alive.
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
-        # Joined now, while the examples are in the CPU cache.
-        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:

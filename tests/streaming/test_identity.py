@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,7 @@ def test_the_identity_of_default_settings_is_as_stored_before(tokenizer: str, tm
         ],
         "tokenizer_sha256": identity["tokenizer_sha256"],
         "fast_tokenizer": None,
+        "versions": {name: metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")},
         "template_sha256": hashlib.sha256(tiny.TEMPLATE.encode()).hexdigest(),
         "date": None,
         "form": [header, header, ["<|eot_id|>"], [], False],
