@@ -1,4 +1,4 @@
-"""Conversations in, packs out: a resumable stream of packed supervised fine-tuning data."""
+"""Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
@@ -22,6 +22,8 @@ from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.tokenizer import count_token_ids
+from sftstream.toml_file import read_toml
 
 __version__ = "0.2.0"
 
@@ -51,6 +53,7 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "count_token_ids",
     "describe",
     "diff",
     "differences",
@@ -58,6 +61,7 @@ __all__ = [
     "identify_file",
     "merge",
     "read_conversations",
+    "read_toml",
     "require_few_refused",
     "rows_in_all_epochs",
     "sum_row_counts",

@@ -1,37 +1,63 @@
-"""The `[data]` table of a run's config: sources, tokenizer, policy, packing, order."""
+"""Define the `[data]` table of a run's config: sources, tokenizer, policy, packing, order."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from sftstream.records import Role
 
 Shuffle = bool | Literal["shards"]
-"""true: all rows in a new order each epoch; "shards": shards in a new order; false: stored
-order."""
+"""true: all rows in a new order each epoch; "shards": files in a new order, with the rows of a file
+in stored order; false: all rows in stored order."""
+
+
+MOST = {
+    "max_row_bytes": 2**30,
+    "repeat": 10**6,
+    "after": 10**15,
+    "capacity": 2**24,
+    "streams": 2**16,
+    "global_batch": 2**17,
+    "window": 2**17,
+    "workers": 2**10,
+    "prefetch": 2**12,
+    "seed": 2**63 - 1,
+    "epochs": 10**12,
+}
+"""Largest value of each number in the `[data]` table, far above any use: a larger number is a slip
+that would fill the memory or take hours before the first pack."""
+
+
+def _require_at_most(config: msgspec.Struct) -> None:
+    for field in config.__struct_fields__:
+        value = getattr(config, field)
+        if isinstance(value, int | float) and field in MOST and value > MOST[field]:
+            raise ValueError(f"{field} = {value} must be at most {MOST[field]}")
 
 
 class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The reading of a source's rows: columns, left out columns, names of roles."""
+    """Settings for reading the rows of a source: columns, ignored columns, names of roles."""
 
     columns: dict[str, str] | None = None
-    """Renamed columns, for layouts that are not recognised: name in a known layout -> name of the
-    column in the files. `{instruction = "q", output = "a"}` reads columns `q` and `a` as an
-    instruction and an output. All other columns are ignored. Default: columns as stored."""
+    """Names of the columns, for files whose layout is not recognised: name in a known layout ->
+    name in the files. `{instruction = "q", output = "a"}` reads column `q` as the instruction and
+    column `a` as the output. All other columns are ignored. Default: the names in the files are
+    used."""
     ignore: tuple[str, ...] = ()
-    """Columns, and keys of messages, that are left out on purpose. A row is refused if a column or
-    key with a name known to carry words of a conversation (`context`, `functions`, ...) has a
-    value that the row's layout does not read; `ignore = ["context"]` trains the row without the
-    column. Default: nothing is left out."""
+    """Columns, and keys of messages, to ignore on purpose. Columns such as `context` and
+    `functions` often contain a part of the conversation, so a row is refused if such a column has a
+    value but the row's layout does not read it. `ignore = ["context"]` trains the row without the
+    column. Default: none."""
     roles: dict[str, Role] | None = None
-    """Further names of roles: name in the files -> "system", "user", "assistant" or "tool".
-    `{narrator = "user"}` reads a turn of `narrator` as a user's. Default: the known names alone."""
+    """Additional names of roles: name in the files -> "system", "user", "assistant" or "tool".
+    `{narrator = "user"}` treats messages of `narrator` as messages of the user. Default: none."""
     max_row_bytes: int = 16 << 20
-    """Largest row in bytes; at least 1. A larger row is refused before it is parsed or rendered,
-    since a row of megabytes takes minutes and gigabytes. Of a row in a table, the texts count."""
+    """Largest size of a row in bytes; 1 to 2**30. A larger row is refused before it is parsed or
+    rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
+    size is the sum over its texts."""
 
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
@@ -40,6 +66,7 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.max_row_bytes < 1:
             raise ValueError(f"max_row_bytes = {self.max_row_bytes} must be at least 1")
+        _require_at_most(self)
         if both := sorted({*self.ignore} & {*(self.columns or ()), *(self.columns or {}).values()}):
             raise ValueError(f"columns and ignore both name {both[0]!r}; remove the name from one of the two")
 
@@ -48,41 +75,42 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     """One source of conversations."""
 
     path: str
-    """Location of the source. A local path comes first: a file (.jsonl, .ndjson, .json, .csv, .tsv,
-    .parquet, .arrow, each also compressed as .gz, .zst, .bz2 or .xz; the content decides over the
-    suffix), a glob or a directory (files in sorted order), a dataset written by `save_to_disk`, or
-    a directory laid out like a dataset of the Hugging Face hub. If no local path matches: a remote
-    path with a scheme (hf://, s3://, gs://, https://, ...), fetched once into the cache, or the
-    name of a hub dataset, `organisation/name`."""
+    """Location of the source. A local path is tried first: a file (.jsonl, .ndjson, .json, .csv,
+    .tsv, .parquet, .arrow, each also compressed as .gz, .zst, .bz2 or .xz), a glob or a directory
+    (its files in sorted order), a dataset written by `save_to_disk`, or a directory with the layout
+    of a Hugging Face hub dataset. If content and suffix of a file disagree, the content decides. If
+    no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
+    is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset, of a directory laid out like a hub dataset (both in the syntax of
-    `datasets`: "train", "train[:10%]") or of a saved dataset. Default: the only split."""
+    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
+    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
+    the only split."""
     subset: str | None = None
-    """Subset (configuration name) of a hub dataset, or of a directory laid out like a hub dataset.
-    Default: the only subset, or the subset that `datasets` loads by default."""
+    """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
+    dataset. Default: the only subset, or the subset that `datasets` loads by default."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset. Default: the main branch."""
     weight: float | None = None
-    """Share of the draws from this source, relative to the weights of all sources; a positive
-    number. `data.mix_by` is the unit. Give weights to all sources or to none. Default: draws in
-    proportion to the sources' sizes, so that all sources end an epoch together."""
+    """Weight of this source in the mixture; a positive number. Weight 2 beside weight 1 makes two
+    thirds of the data, in the unit `data.mix_by`. Set weights for all sources or for none. Default:
+    each source is drawn in proportion to its size, so that all sources end an epoch together."""
     repeat: float = 1.0
-    """Passes over this source in one epoch; a positive number. 0.5 takes half of the rows in one
-    epoch and the other half in the next. Counts shards instead of rows if the source is streamed.
-    A value other than 1 needs `data.epochs`."""
+    """Number of passes over this source in one epoch; a positive number. With 0.5, one epoch trains
+    half of the rows and the next epoch the other half. For a streamed source, 0.5 is half of the
+    files instead of half of the rows. A value other than 1 needs `data.epochs`."""
     shuffle: Shuffle | None = None
-    """Shuffling of this source: true, "shards" or false, as in `data.shuffle`. Default: the
-    value of `data.shuffle`."""
+    """Shuffling of this source: true, "shards" or false, as in `data.shuffle`. Default: the value
+    of `data.shuffle`."""
     streaming: bool = False
-    """true: read shards forward, without fetching or indexing the files; for sources too large for
-    the local disk. Rows keep the order of their shard, so `shuffle` must be "shards" or false. A
-    resume reads each open shard again from the shard's beginning up to the saved position. Beside
-    other sources a streamed source needs a weight. false: fetch remote files, index all files, and
-    read rows in any order."""
+    """true: read each file from its beginning to its end, without downloading or indexing it; for
+    sources that are too large for the local disk. Rows keep their order inside a file, so `shuffle`
+    must be "shards" or false. A resume reads each file that a stream has begun again, up to the
+    saved position. If there are other sources, a streamed source needs a weight. false: download
+    remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Content that identifies a file above 256 MiB to a resume. "sampled": 128 evenly spread slices
-    of 1 MiB. "full": every byte, at 0.8 s a GB. Smaller files are always identified by every
-    byte."""
+    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
+    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
+    compared."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -95,19 +123,21 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """New weights of the sources from some point of the run on."""
+    """A mixture stage: new weights of the sources from some point of the run on."""
 
     after: int
-    """Rows drawn in the whole run, over all streams, before the weights hold; at least 1."""
+    """Number of rows drawn in the whole run, over all streams, after which the weights take effect;
+    at least 1."""
     weights: tuple[float, ...]
-    """One weight for each source, in the order of `sources`; 0 or more, not all 0. A source of
-    weight 0 is drawn last."""
+    """One weight for each source, in the order of `sources`; 0 or more, not all 0. A source with
+    weight 0 is drawn only after all other sources are exhausted."""
 
     def __post_init__(self) -> None:
         if self.after < 1:
             raise ValueError(
                 f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
+        _require_at_most(self)
         if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
             raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
 
@@ -122,93 +152,101 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tokenizer's templates, "name:tool_use". Default: the tokenizer's only template, or the template
     named "default"."""
     backend: Literal["auto", "huggingface", "fastokens"] = "auto"
-    """Implementation that computes token ids. "huggingface": the `tokenizers` library. "fastokens":
-    the fastokens library, after a check that both libraries give the same ids. "auto": fastokens if
-    the library is installed and passes the check, else `tokenizers`. A resume needs the same
-    implementation."""
+    """Library that computes token ids. "huggingface": `tokenizers`. "fastokens": fastokens, after a
+    check that both libraries compute the same ids. "auto": fastokens if it is installed and passes
+    the check, else `tokenizers`. A resume needs the same library."""
     date: str | None = None
-    """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day on which the
-    stream first starts. A resume keeps the day."""
+    """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day of the run's
+    first start, which a resume keeps."""
+    variables: dict[str, Any] = {}
+    """Further variables of the template: name -> text, number, true, false, list or table.
+    `{enable_thinking = false}` is for Qwen3 what `chat_template_kwargs` is in an inference server.
+    A row's column `chat_template_kwargs` overrides single variables for the row. Names that every
+    render sets are refused: `messages`, `tools`, `add_generation_prompt`, `bos_token`, ... Default:
+    no further variables."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The trained parts of a conversation, and the treatment of long conversations."""
+    """Settings that decide which parts of a conversation are trained, and how long conversations
+    are treated."""
 
     train_on: tuple[Literal["assistant", "user", "system", "tool", "all"], ...] = ("assistant",)
-    """Roles whose messages are trained; at least one, "all" for every role. A message excluded by a
-    mark in the data (`train: false`, `weight: 0`, `loss: false`, `masked: true`, ...) is never
-    trained."""
+    """Roles whose messages are trained; at least one, "all" for every role. A message that the data
+    excludes (`train: false`, `weight: 0`, `loss: false`, `masked: true`, ...) is never trained."""
     train_turns: Literal["all", "last"] = "all"
-    """Trained messages among the messages of `train_on`: "all", or only the "last"."""
+    """"all": train all messages of the roles in `train_on`. "last": train only the last of these
+    messages in each conversation."""
     train_reasoning: bool = True
     """true: train the reasoning of trained messages. false: train only their text and calls."""
     train_tool_calls: bool = True
     """true: train the tool calls of trained messages. false: train only their text and
     reasoning."""
     history: Literal["as_rendered", "per_turn", "error"] = "as_rendered"
-    """Treatment of conversations for which the template prints an earlier turn differently from the
-    time of the turn's own generation (for example without the reasoning). "as_rendered": train the
-    text as printed. "per_turn": make one example for each trained turn, with the text as at
-    inference. "error": refuse the conversation."""
+    """Treatment of a conversation if the template prints an earlier turn differently than the model
+    generated it, for example without its reasoning. "as_rendered": train the text that the template
+    prints for the whole conversation. "per_turn": make one example for each trained turn, ending
+    with this turn as the model generates it. "error": refuse the conversation."""
     overflow: Literal["drop", "truncate", "split"] = "drop"
-    """Treatment of conversations longer than `capacity`. "drop": refuse the conversation.
-    "truncate": cut after the last answer that fits. "split": make several examples, cut before a
-    user message; each example repeats the system prompt."""
+    """Treatment of a conversation that is longer than `capacity`. "drop": refuse the conversation.
+    "truncate": cut it after the last answer that fits. "split": cut it before user messages into
+    several examples; each example repeats the system prompt."""
     capacity: int = 8192
-    """Tokens of a pack; at least 1."""
+    """Number of tokens in a pack, padding included; 1 to 2**24."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity = {self.capacity} must be at least 1")
+        _require_at_most(self)
         if not self.train_on:
             raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
 
 
 class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that determines the packs of a run, on any number of ranks and workers."""
+    """The `[data]` table. It decides the packs of a run, on any number of ranks and workers."""
 
     sources: tuple[SourceConfig, ...]
     """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
     """The tokenizer and the chat template."""
     streams: int = 64
-    """Logical streams, each with a fixed part of every epoch's rows; at least 1, fixed for a
-    run. Any number of data-parallel shards and workers can read the streams. If shards x workers
-    divides `streams` and shards divides `global_batch`, all shards have the same number of packs
-    in each step; otherwise some shards run empty packs. Choose few streams for little data: a
-    stream should hold several windows of conversations."""
+    """Number of logical streams: queues of packs, each made from a fixed subset of every epoch's
+    rows; 1 to 2**16, fixed for a run. Each data-parallel shard reads some of the streams, so there
+    must be at least as many streams as shards. If the number of shards divides `streams` and
+    `global_batch`, all shards have the same number of packs in each step; otherwise some shards run
+    empty packs. Choose few streams for little data: a stream should get several windows of
+    conversations in an epoch."""
     global_batch: int = 64
-    """Packs of an optimizer step, over all shards; at least 1."""
+    """Number of packs in an optimizer step, over all shards; 1 to 2**17."""
     shuffle: Shuffle = True
-    """true: a new order of all rows each epoch, drawn from `seed`. "shards": a new order of
-    files or shards each epoch, rows in stored order inside each; the shuffle for streamed
-    sources. false: the stored order."""
+    """true: a new order of all rows in each epoch, drawn from `seed`. "shards": a new order of the
+    files in each epoch, with the rows of a file in stored order; for streamed sources. false: the
+    stored order."""
     window: int = 256
-    """Conversations that a stream plans into packs at a time; at least 1. A larger window fills
-    packs better and reorders conversations more."""
+    """Number of examples that a stream reads together and divides into packs; 1 to 2**17. A larger
+    window fills packs better, but moves conversations further from their place in the order."""
     workers: int = 1
-    """Loader processes of a data-parallel shard; 0 loads in the training process. Does not affect
-    the packs."""
+    """Number of loader processes of a data-parallel shard; 0 loads in the training process. Does
+    not affect the packs."""
     prefetch: int = 16
-    """Packs that each worker keeps ready; at least 1. Does not affect the packs. A worker reads a
-    whole window before the window's first pack, so with more packs ready than a window yields no
-    worker waits for another worker's read."""
+    """Number of packs that each worker keeps ready; 1 to 2**12. Does not affect the packs. A worker
+    reads a whole window before it returns the first pack of the window. Training does not wait
+    during this read if more packs are ready than a window has."""
     seed: int = 0
-    """Key of the order of rows."""
+    """Seed of the order of rows and packs."""
     epochs: int | None = None
-    """Passes over all conversations; at least 1. Default: the stream never ends."""
+    """Passes over all conversations; 1 to 10**12. Default: the stream never ends."""
     mix_by: Literal["conversations", "tokens", "trained_tokens"] = "conversations"
-    """Unit of the sources' weights: weight 2 beside weight 1 gives two thirds of the conversations,
-    of the tokens, or of the trained tokens."""
+    """Unit of the sources' weights. A source with weight 2 beside a source with weight 1 provides
+    two thirds of the conversations, of the tokens, or of the trained tokens."""
     stages: tuple[StageConfig, ...] = ()
-    """Changes of weights during the run, by rising `after`. Needs weights of all sources.
-    Default: no changes."""
+    """Mixture stages: changes of the weights during the run, in the order of `after`. All sources
+    need a weight. Default: no changes."""
     ends_with: Literal["all", "first"] = "all"
-    """End of a run with weights and `epochs`: the exhaustion of "all" sources, or of the "first"
-    source to be exhausted. Applies to each logical stream."""
+    """End of a logical stream with weights and `epochs`. "all": the stream ends when all its
+    sources are exhausted. "first": it ends when its first source is exhausted."""
     accept_changed: tuple[str, ...] = ()
-    """Differences from the checkpoint's data and settings that a resume accepts, by name:
-    "data.sources[2]", "data.capacity". The state records each accepted difference. Default: a
+    """Names of differences from the checkpoint that a resume accepts, for example
+    "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
     resume stops at any difference."""
     max_refused: float = 0.1
     """Largest share of a source's rows that may be refused for other reasons than their length,
@@ -269,5 +307,5 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
-        """Return the shuffling of a source: the source's own value, or else `shuffle`."""
+        """Return `source.shuffle`, or `self.shuffle` if the source has no value of its own."""
         return self.shuffle if source.shuffle is None else source.shuffle

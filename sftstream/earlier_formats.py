@@ -1,4 +1,4 @@
-"""States of earlier formats, brought into the present format."""
+"""Convert states of earlier formats to the present format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from sftstream.records import Amount
 def in_present_format(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a stored state in the present format.
 
-    A state without a number of a format is returned as given: its conversion to a record names the
-    fault. Raises ValueError for a format that this version does not read.
+    A state without a format number is returned unchanged; the caller then fails to convert it to a
+    record, with an error that names the fault. Raises ValueError for a format that this version
+    cannot read.
     """
     identity = state.get("identity")
     number = identity.get("format") if isinstance(identity, Mapping) else None

@@ -1,10 +1,11 @@
-"""The identity of a stream: all data and settings with an effect on packs.
+"""Identify the data and settings that decide the packs, and compare them before a resume.
 
-A state resumes on an equal identity only.
+An identity holds digests of files, tokenizer and template, and settings such as `capacity`. A run
+resumes from a state only if the state's identity is the same as the identity of the run's config.
 
-A field younger than the format has the default UNSET and is absent while the setting has its
-default, so that states written before the field resume. So the default of such a setting must never
-change; `tests/streaming/test_identity.py` holds the defaults.
+A field that was added after `FORMAT` was last raised has the default UNSET, and is left out of the
+identity if the setting has its default. So states from before the field was added still resume. The
+default of such a setting must never change; `tests/streaming/test_identity.py` checks the defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -26,18 +27,19 @@ from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 4
-"""Version of the stored state and of the code that decides packs. Raise the number with a change of
-a config's packs or of a state's meaning."""
+"""Version of the stored state and of the code that decides packs. Raise the number if a config
+produces other packs than before, or if a field of the state changes its meaning."""
 
 IN_OTHER_FORM = {
     DataConfig: {"sources", "tokenizer"},
     SourceConfig: {"path", "split", "subset", "revision", "streaming"},
 }
-"""Config fields with an effect on packs, held by the identity as digests or sizes instead."""
+"""Config fields that decide packs, but are stored in the identity in another form: as digests of
+the content, or as numbers of rows."""
 
 FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
-"""Paths of settings with an effect on the order of rows: after a change nobody could tell the rows
-still to come."""
+"""Paths of settings that decide the order of rows. A change cannot be accepted, because the rows
+drawn before the change and the rows left after it would overlap or have gaps."""
 
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 """Libraries that render and tokenize."""
@@ -46,42 +48,42 @@ WITHOUT_EFFECT = {
     DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
     SourceConfig: {"digest"},
 }
-"""Config fields without an effect on any pack. A resume compares all remaining fields."""
+"""Config fields that do not affect packs, so a resume may change them."""
 
 
 class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A source's files in order, size, and settings."""
+    """Files, number of rows, and settings of a source."""
 
     files: tuple[FileIdentity, ...]
     rows: int | None
-    """Rows of all files; None for a streamed source."""
+    """Number of rows of all files; None for a streamed source."""
     weight: float | None
     repeat: float
     columns: dict[str, str] | None = None
     shuffle: Shuffle | None = None
     shards: int | None = None
-    """Shards of a streamed source; None for a source read by row number."""
+    """Number of files of a streamed source; None for a source that is not streamed."""
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
     max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
-    """All data and settings with an effect on a stream's packs, without locations of files."""
+    """All data and settings that decide packs. It has no paths: files may be moved."""
 
     format: int
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name of a library in place of `tokenizers`."""
+    """Name of the library used instead of `tokenizers`; None for `tokenizers`."""
     versions: dict[str, str]
-    """Versions of the libraries that render and tokenize. Notes: with other versions a resume
-    compares the tokens of the waiting rows instead."""
+    """Versions of the libraries that render and tokenize, by name. Another version is no
+    difference: a resume then compares the tokens of the waiting rows."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
     turn_format: TurnFormat = msgspec.field(name="form")
-    """The format of assistant turns found by probing the template."""
+    """Format of assistant turns, found by rendering test conversations with the template."""
     streams: int
     global_batch: int
     window: int
@@ -91,10 +93,12 @@ class Identity(Policy, frozen=True, kw_only=True):
     mix_by: str
     stages: tuple[StageConfig, ...]
     ends_with: str
+    variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Variables of the chat template given by `tokenizer.variables`."""
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
-    """Return the identity of a config with opened sources and tokenizer."""
+    """Return the identity of a config, its opened sources and its tokenizer."""
     date = encoder.template.date
     return Identity(
         format=FORMAT,
@@ -105,6 +109,7 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
+        variables=config.tokenizer.variables or msgspec.UNSET,
         **_compared_fields(config, Identity),
     )
 
@@ -126,15 +131,15 @@ def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> 
     return SourceIdentity(
         files=opened.identities,
         rows=None if isinstance(opened, StreamedSource) else len(opened),
-        shards=opened.shards if isinstance(opened, StreamedSource) else None,
+        shards=opened.file_count if isinstance(opened, StreamedSource) else None,
         **_compared_fields(source, SourceIdentity),
     )
 
 
 def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the config fields compared by a resume, by name.
+    """Return the config fields that a resume compares, as name -> value.
 
-    A field with the default UNSET in `identity` is left out while the config has its default.
+    A field that has the default UNSET in `identity` is left out if the config has its default.
     """
     left_out = IN_OTHER_FORM[type(config)] | WITHOUT_EFFECT[type(config)]
     younger = {field.name for field in msgspec.structs.fields(identity) if field.default is msgspec.UNSET}
@@ -149,8 +154,8 @@ def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.S
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     """Return each differing field as `path: before -> after`.
 
-    Takes builtins, as returned by `msgspec.to_builtins`.
-    `differences({"seed": 0}, {"seed": 1})` is `["data.seed: 0 -> 1"]`.
+    Both arguments are dicts, lists and plain values, as returned by `msgspec.to_builtins`.
+    `differences({"seed": 0}, {"seed": 1})` returns `["data.seed: 0 -> 1"]`.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
@@ -161,11 +166,15 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     return [] if before == after else [f"{path}: {excerpt(before, 72)} -> {excerpt(after, 72)}"]
 
 
-def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
-    """Return the differences between two identities, all accepted by path.
+def accepted_changes(
+    saved: Identity, now: Identity, accepted: Sequence[str], is_possible: Callable[[Sequence[str]], bool]
+) -> list[str]:
+    """Return the differences between two identities if all are accepted.
 
-    Differences of versions are no changes, unless accepted. Raises ValueError naming the first ten
-    differences not covered by `accepted`.
+    `accepted` holds names such as "data.capacity"; "data.sources[2]" also accepts all differences
+    inside the source. Another version of a library is a difference only if accepted. Raises
+    ValueError naming the first ten differences that are not accepted, with advice to accept them if
+    `is_possible` returns True for all differences.
     """
     changed = [
         change
@@ -174,18 +183,16 @@ def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) ->
     ]
     refused = [change for change in changed if not _is_covered(change, accepted)]
     if refused:
+        advice = _advice(refused) if is_possible(changed) else ""
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and a resume would not be exact: "
-            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{_advice(changed, refused)}"
+            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{advice}"
         )
     return changed
 
 
-def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
-    """Return how to accept the first difference, or "" if a difference is never accepted."""
-    if any(FIXED.fullmatch(change.split(":")[0]) for change in changed):
-        return ""
+def _advice(refused: Sequence[str]) -> str:
     return (
         f"; data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
         "here, and records the change in the state"

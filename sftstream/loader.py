@@ -1,4 +1,4 @@
-"""Logical streams -> the packs of a shard: progress, state and resume over worker processes."""
+"""Load the packs of a shard from its logical streams, with worker processes, state and resume."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from sftstream.config import DataConfig
 from sftstream.identity import accepted_changes, changed_versions, identify
-from sftstream.rebase import rebase
+from sftstream.rebase import is_possible, rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
@@ -37,33 +38,35 @@ from sftstream.version_check import require_equal_tokens
 
 
 class LoaderPosition(NamedTuple):
-    """A position between two packs of a shard, cheap to take."""
+    """The position of a shard between two packs. Cheap to make: nothing is decoded."""
 
-    run: DataState
-    """Identity, pack number and history of the run; no streams."""
+    header: DataState
+    """State of the run without its streams: identity, number of packs, history."""
     encoded_streams: EncodedStreams
-    """States of the shard's streams."""
+    """States of the shard's streams, as MessagePack."""
 
     @property
     def state(self) -> DataState:
-        """The state at this position, decoded: takes milliseconds."""
+        """The state at this position. Decoding it takes milliseconds."""
         streams = {
             number: msgspec.msgpack.decode(encoded, type=StreamState)
             for number, encoded in self.encoded_streams.items()
         }
-        return msgspec.structs.replace(self.run, streams=streams)
+        return msgspec.structs.replace(self.header, streams=streams)
 
 
 class Progress(NamedTuple):
     """The progress of a shard after some packs.
 
-    Never modified: a loader moves on by a single assignment, so an interrupt or another thread
-    meets the progress before a pack or after the pack, and nothing between.
+    A Progress is never modified. The loader replaces it by a single assignment, so an interrupt or
+    another thread sees the progress before a pack or after it, and never a mixture.
     """
 
     at: int
-    """Number of the run's next pack, as far as the shard has come."""
+    """Number, in the run, of the pack that follows the last returned pack of this shard. That pack
+    may belong to another shard."""
     streams: EncodedStreams
+    """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
     """Exhausted streams of the shard."""
     counts: Mapping[int, tuple[RowCounts, ...]]
@@ -73,9 +76,9 @@ class Progress(NamedTuple):
 
 
 def rows_in_all_epochs(state: DataState) -> int | None:
-    """Return the rows drawn in all epochs of a state's data.
+    """Return the number of rows that a run draws in all its epochs, from its state.
 
-    The result is None for an endless run or with a streamed source.
+    Returns None for an endless run, and if a source is streamed.
     """
     sources, epochs = state.identity.sources, state.identity.epochs
     sizes = [(source.rows, source.repeat) for source in sources if source.rows is not None]
@@ -85,22 +88,23 @@ def rows_in_all_epochs(state: DataState) -> int | None:
 
 
 class PackLoader:
-    """The packs of a shard, in order, from the beginning or from a state. An iterator.
+    """Iterator over the packs of a shard, in order, from the beginning or from a state.
 
-    An error or an interrupt in `next` or `next_step` closes the workers and leaves the state of
-    the last pack (or step) returned; the next call goes on exactly there. `state_dict` may be
-    called from any thread, and from a signal handler.
+    `workers` processes load packs ahead (default: `config.workers`; 0 loads in this process).
+    `state` is a state dict of this class, also from another topology; `merge` combines the state
+    dicts of several shards into a state dict for any number of shards.
 
-    `workers` processes load ahead (default: `config.workers`; 0 loads in this process). `state` is
-    a state dict of this class, also from another topology; `merge` combines the shards' state
-    dicts. A finite run ends at a step's border; exhausted streams give empty packs until then.
-    Several shards may end at different steps.
+    All packs of the run are the same for any number of shards and workers. If the number of shards
+    does not divide `streams` and `global_batch`, the shards have different numbers of packs in a
+    step, and a state can be taken at the end of a step only. A finite run ends at the end of a
+    step: exhausted streams return empty packs until then. Shards may end at different steps.
 
-    Any number of shards and workers gives the same packs. If the shards do not share the streams
-    and a step's packs evenly, the numbers of packs in a step differ, and a state can be
-    taken at a step's border only.
+    If an error or an interrupt occurs in `next` or `next_step`, the workers are closed, and the
+    state remains that of the last returned pack or step. The next call continues from there.
+    `state_dict` may be called from any thread, and from a signal handler.
 
-    Raises ValueError if the topology does not fit the config, or if `state` is of different data.
+    Raises ValueError if the topology does not fit the config, or if `state` has other data or
+    settings than `config`.
     """
 
     def __init__(
@@ -130,7 +134,8 @@ class PackLoader:
         )
         self._workers: dict[int, StreamWorker] = {}
         self._workers_at: EncodedStreams | None = None
-        """Stream states after the readers' last pack; None while the readers are in between."""
+        """Stream states after the last pack that the workers returned; None while a pack is
+        read."""
         self._reading_thread: int | None = None
 
     def __iter__(self) -> PackLoader:
@@ -147,7 +152,7 @@ class PackLoader:
             pack, after = self._advance(before)
             self._judge(after)
             self._reading_thread = None
-            # Last: Python handles signals after calls only, and none follows.
+            # The last statement: Python handles signals only after calls, and no call follows.
             self._progress = after
             return pack
         except BaseException:
@@ -155,22 +160,22 @@ class PackLoader:
             raise
 
     def next_step(self) -> list[Pack]:
-        """Return the shard's packs of the run's next step: an equal number on all shards.
+        """Return the shard's packs of the next step: the same number of packs on all shards.
 
-        Empty packs fill up the number. A shard with exhausted streams returns empty packs only, to
-        take part in the steps of shards with a later end.
+        A shard with fewer packs in the step gets empty packs in addition. A shard whose streams are
+        all exhausted gets empty packs only, so that it can take part in the steps of other shards.
 
-        Raises ValueError inside a step begun by `next`.
+        Raises ValueError if `next` has returned a part of the step.
         """
         before = self._progress
         batch = self.config.global_batch
         step, taken = divmod(self._packs_after(before), batch)
         if taken:
             raise ValueError(
-                f"{taken} of the {batch} packs of this step were taken by `next`; take the rest of the step by `next`"
+                f"`next` has returned {taken} of the {batch} packs of this step; call `next` for the rest of the step"
             )
         count = self._assignment.micro_batches(step)
-        own = 0 if self._is_exhausted(before) else self._assignment.step(step).count(self.shard.index)
+        own = 0 if self._is_exhausted(before) else self._assignment.shards_of_step(step).count(self.shard.index)
         self._require_only_reader()
         try:
             self._reading_thread = threading.get_ident()
@@ -192,7 +197,7 @@ class PackLoader:
 
     @property
     def packs(self) -> int:
-        """Packs of the whole run consumed, if all shards have come equally far.
+        """Number of packs consumed by all shards together, if all are at the same step as this one.
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
@@ -200,14 +205,14 @@ class PackLoader:
 
     @property
     def total_rows(self) -> int | None:
-        """Rows drawn in all epochs; None for an endless run or with a streamed source."""
+        """Number of rows drawn in all epochs; None for an endless run or with a streamed source."""
         epochs = self.config.epochs
         sources = [source for source in self.corpus.sources if isinstance(source, FileSet)]
         if epochs is None or len(sources) < len(self.config.sources):
             return None
         past = self._run.orders
         return sum(
-            row_order(opened.shards, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
+            row_order(opened.file_sizes, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 
@@ -217,10 +222,11 @@ class PackLoader:
         return sum_row_counts(self._progress.counts.values())
 
     def unread_columns(self) -> list[str]:
-        """Return a line for each source with columns, or keys of messages, that nothing reads.
+        """Return a line for each source with columns, or keys of messages, that no layout reads.
 
-        Such columns are harmless unless named differently from a known layout: `columns` renames
-        them, `ignore` silences the line. Looks at a sample of 100 rows of each source.
+        An unread column is harmless, unless it contains a part of the conversation under an unknown
+        name. The setting `columns` renames columns; `ignore` suppresses the line. A sample of 100
+        rows of each source is examined.
         """
         unread = zip(self.config.sources, unread_columns(self.corpus), strict=True)
         return [
@@ -229,16 +235,16 @@ class PackLoader:
 
     @property
     def exhausted(self) -> bool:
-        """All streams of the shard are exhausted."""
+        """True if all streams of the shard are exhausted."""
         return self._is_exhausted(self._progress)
 
     @property
     def state(self) -> DataState:
-        """The state after the last pack taken, however many packs were loaded ahead."""
+        """The state after the last returned pack; packs loaded ahead do not count."""
         return self.position().state
 
     def position(self) -> LoaderPosition:
-        """Return the position after the last pack taken.
+        """Return the position after the last returned pack.
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
@@ -247,11 +253,11 @@ class PackLoader:
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state` as plain JSON-able values."""
+        """Return `state` as a dict of JSON-able values."""
         return self.state.builtins()
 
     def load_state_dict(self, _state: Mapping[str, Any]) -> None:
-        """Raise RuntimeError: a state goes in by the constructor, before anything can be read."""
+        """Raise RuntimeError: a state is passed to the constructor, before any pack is read."""
         raise RuntimeError(
             "resume by constructing PackLoader(config, state=...): a loader that has begun cannot go back"
         )
@@ -261,7 +267,7 @@ class PackLoader:
         return self.corpus.locate_row(refusal.source, refusal.row)
 
     def close(self) -> None:
-        """Stop the workers. The position stays, and the next pack starts workers again."""
+        """Stop the workers. The position remains; `next` starts the workers again."""
         readers, self._workers = self._workers, {}
         self._workers_at = None
         for reader in readers.values():
@@ -272,18 +278,18 @@ class PackLoader:
 
     def _require_only_reader(self) -> None:
         if self._reading_thread not in (None, threading.get_ident()):
-            raise RuntimeError("another thread is taking a pack of this loader; take packs in one thread at a time")
+            raise RuntimeError("another thread is reading a pack of this loader; call next in one thread at a time")
 
     def _go_back(self, before: Progress) -> None:
-        """Return to `before` after an error or an interrupt, and close the readers."""
+        """Return to the progress `before` after an error or an interrupt, and close the workers."""
         self._progress = before
-        # Without close, StatefulDataLoader would go on without a failed worker: in another order,
-        # or to a false end.
+        # If not closed, StatefulDataLoader would continue without the failed worker, in another
+        # order or to a wrong end.
         self.close()
         self._reading_thread = None
 
     def _advance(self, before: Progress) -> tuple[Pack, Progress]:
-        """Read the shard's next pack after `before`; return the pack and the progress after it."""
+        """Read the shard's next pack after `before`; return it with the progress after the pack."""
         number = self._next_pack(before)
         stream = number % self.config.streams
         if self._workers_at is not before.streams:
@@ -320,7 +326,7 @@ class PackLoader:
         return {**progress.examples, **further} if further else progress.examples
 
     def _next_pack(self, progress: Progress) -> int:
-        """Return the number of the shard's next pack."""
+        """Return the number in the run of the shard's next pack."""
         return self._assignment.next_pack(self.shard.index, progress.at)
 
     def _at_border(self, progress: Progress) -> bool:
@@ -335,14 +341,14 @@ class PackLoader:
             return self._next_pack(progress) - self.shard.index
         raise ValueError(
             f"{self.shard.count} shards do not share a step of {self.config.global_batch} packs "
-            "evenly; take the state at its border"
+            "evenly; take the state at the end of a step"
         )
 
     def _is_exhausted(self, progress: Progress) -> bool:
         return len(progress.exhausted) == len(progress.streams)
 
     def _open_workers(self, progress: Progress) -> None:
-        # Only workers with a stream: others would look for their next pack for ever.
+        # Only workers with a stream: a worker without a stream would search for a pack for ever.
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
         self._workers = {worker: self._open(worker, progress) for worker in workers}
@@ -365,20 +371,21 @@ class PackLoader:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
         versions = changed_versions(saved.identity, identity)
-        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
+        possible = partial(is_possible, saved, identity, self.config, self.corpus)
+        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed, possible):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
             versions = []  # all waiting rows were read again
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
-                f"the state lacks {len(missing)} streams of this shard, stream {missing[0]} the "
-                "first; merge the states of all shards"
+                f"the state lacks {len(missing)} streams of this shard, first stream {missing[0]}; merge the states "
+                "of all shards"
             )
         shared = self._assignment.even and saved.packs % self.shard.count == 0
         if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
             raise ValueError(
-                f"the state stands at pack {saved.packs}, inside a step that {self.shard.count} "
-                "shards cannot share evenly; take it at a step's border"
+                f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
+                "shards cannot share evenly; save a state at the end of a step"
             )
         streams = {stream: saved.streams[stream] for stream in owned}
         if versions:
@@ -392,16 +399,23 @@ class PackLoader:
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date` the date is the first start's UTC day.
+    """Open tokenizer and template. Without `tokenizer.date`, the date is the UTC day of the start.
 
-    Raises ValueError if several shards would each take the day of their own start.
+    A resume uses the date of the state instead.
+
+    Raises ValueError if the template prints the date and several shards have no common date.
     """
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
     today = datetime.now(UTC).date().isoformat()
     with _without_collector():
         encoder = ChatEncoder(
-            tokenizer.path, tokenizer.template, date=date or today, policy=config, backend=tokenizer.backend
+            tokenizer.path,
+            tokenizer.template,
+            date=date or today,
+            variables=tokenizer.variables,
+            policy=config,
+            backend=tokenizer.backend,
         )
     if shard.count > 1 and date is None and encoder.template.date:
         raise ValueError(
@@ -413,8 +427,8 @@ def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Suspend the garbage collector: searching a tokenizer's lasting objects several times takes a
-    tenth of a second."""
+    """Suspend the garbage collector, which would scan a tokenizer's many objects several times and
+    take a tenth of a second."""
     enabled = gc.isenabled()
     gc.disable()
     try:

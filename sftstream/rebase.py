@@ -1,8 +1,9 @@
-"""Carry a state over to changed data or settings, accepted by name and recorded in the state.
+"""Convert a state to changed data or settings, which the user accepted by name.
 
-Conversations given before the change are not given again. Conversations read and still waiting are
-read again under the new settings. If the number of
-streams changes, the draws are divided anew: see `_divide_streams`. Nothing is lost or repeated.
+Rows returned in packs before the change are not returned again. Waiting rows (read, but not yet
+returned) are read again under the new settings. If the number of streams changes, the draws are
+divided among the new streams: see `_divide_streams`. No row is lost or repeated, and the new state
+records the change.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 
 class Waiting(NamedTuple):
-    """A row drawn and not yet given as a whole."""
+    """A row of which at least one part is not yet returned in a pack."""
 
     ref: Ref
     lengths: Mapping[int, int] | None
-    """Tokens of each waiting part, by number; None if the row was never read."""
+    """Waiting parts: number of the part -> its tokens. None if the row was never read."""
     known_parts: int = 0
-    """Parts of the row when it was read; 0 if the state does not tell."""
+    """Number of parts of the row when it was read; 0 if unknown, in states of version 0.1.0."""
 
 
 def rebase(
@@ -44,11 +45,13 @@ def rebase(
     encoder: ChatEncoder,
     changed: Sequence[str],
 ) -> DataState:
-    """Return the state of all streams under `identity`; `changed` are the accepted differences.
+    """Return the state of all streams under the new `identity`.
 
-    Raises ValueError if the change would lose or repeat a conversation.
+    `changed` holds the accepted differences, as returned by `accepted_changes`. Raises ValueError
+    if the change would lose or repeat a conversation.
     """
-    _require_possible(saved, identity, changed)
+    _require_possible(saved.identity, identity, changed)
+    _require_whole(saved)
     saved = follow_sources(saved, identity, config, corpus)
     streams = (
         _divide_streams(saved, identity, config, corpus)
@@ -70,8 +73,33 @@ def rebase(
     )
 
 
-def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
+def is_possible(
+    saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus, changed: Sequence[str]
+) -> bool:
+    """Return True if the differences `changed` can be accepted, at the end of a step."""
+    try:
+        _require_possible(saved.identity, identity, changed)
+        follow_sources(saved, identity, config, corpus)
+    except ValueError:
+        return False
+    return True
+
+
+def _require_whole(saved: DataState) -> None:
+    """Raise ValueError unless the state holds all streams at the end of a step."""
     before = saved.identity
+    if missing := before.streams - len(saved.streams):
+        raise ValueError(
+            f"the state lacks {missing} of {before.streams} streams, and a change needs all; merge the shards' states"
+        )
+    if saved.packs % before.global_batch:
+        raise ValueError(
+            f"the state was saved after {saved.packs} packs, inside a step of {before.global_batch} packs; save "
+            "a state at the end of a step"
+        )
+
+
+def _require_possible(before: Identity, identity: Identity, changed: Sequence[str]) -> None:
     for difference in changed:
         if FIXED.fullmatch(name := difference.split(":")[0]):
             raise ValueError(
@@ -80,15 +108,6 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
     streamed = any(source.shards for source in (*before.sources, *identity.sources))
     if identity.streams != before.streams and streamed:
         raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
-    if missing := before.streams - len(saved.streams):
-        raise ValueError(
-            f"the state lacks {missing} of {before.streams} streams, and a change needs all; merge the shards' states"
-        )
-    if saved.packs % before.global_batch:
-        raise ValueError(
-            f"the state stands at pack {saved.packs}, inside a step of {before.global_batch}; take "
-            "the state at a step's border"
-        )
     if len(identity.sources) < len(before.sources):
         raise ValueError("a source that was read from cannot be removed; set its weight and repeat instead")
     policy = (identity.capacity, identity.overflow, identity.history)
@@ -96,8 +115,8 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
         before.overflow == "split" or before.history == "per_turn"
     ):
         raise ValueError(
-            "a part of a split conversation may have been given already, so a change of capacity, "
-            "overflow or history cannot be accepted; start a new run"
+            "a part of a split conversation may have been returned already, so a change of capacity, "
+            "overflow or history cannot be accepted; restore the setting, or start a new run"
         )
 
 
@@ -111,11 +130,12 @@ def _keep_streams(saved: DataState, identity: Identity) -> dict[int, tuple[Strea
 def _divide_streams(
     saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus
 ) -> dict[int, tuple[StreamState, list[Waiting]]]:
-    """Divide the draws of each source over another number of streams.
+    """Divide the draws of each source among another number of streams.
 
-    Draws below the highest draw count as drawn; draws skipped by the old streams wait like
-    leftovers. Two streams of a source made the draws 0, 2, 4 and 1: the end is 5, the draw 3
-    waits, and three new streams have made 2, 2 and 1 draws.
+    All draws below the highest draw count as made; a draw below it that no old stream made waits
+    like a leftover. Example: stream 0 of 2 made the draws 0, 2 and 4, stream 1 made draw 1. The
+    highest draw is 4, so the draws 0 to 4 count as made. Draw 3 waits. Of 3 new streams, stream 0
+    has made the draws 0 and 3, stream 1 the draws 1 and 4, stream 2 draw 2.
     """
     olds = [_add_sources(saved.streams[number], identity) for number in sorted(saved.streams)]
     ends = [_end(olds, source) for source in range(len(identity.sources))]
@@ -134,7 +154,7 @@ def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:
     in_parts = identity.overflow == "split" or identity.history == "per_turn"
     recorded = stream.row_parts
     counts = {} if isinstance(recorded, UnsetType) else {parts.ref: parts.count for parts in recorded}
-    # A state of an earlier version has no record of rows in several parts.
+    # States of version 0.1.0 have no record of rows in several parts.
     otherwise = 0 if in_parts and isinstance(recorded, UnsetType) else 1
     lengths: dict[Ref, dict[int, int]] = {}
     for segment in stream.waiting:
@@ -144,7 +164,7 @@ def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:
 
 
 def _end(olds: Sequence[StreamState], source: int) -> int:
-    """Return the first draw of a source above all draws made by any stream."""
+    """Return the number of a source's first draw after all draws made by any stream."""
     return max(
         number + (stream.drawn[source] - 1) * len(olds) + 1 if stream.drawn[source] else 0
         for number, stream in enumerate(olds)
@@ -154,11 +174,11 @@ def _end(olds: Sequence[StreamState], source: int) -> int:
 def _undrawn_rows(
     olds: Sequence[StreamState], ends: Sequence[int], config: DataConfig, corpus: Corpus, past: PastOrders
 ) -> Iterator[Waiting]:
-    """Yield the draws below each source's end, skipped by the old streams."""
+    """Yield the rows of draws below the end of each source that no old stream made."""
     for source, end in enumerate(ends):
         files = corpus.sources[source]
         assert isinstance(files, FileSet)
-        order = row_order(files.shards, config, source, past.get(source, ()))
+        order = row_order(files.file_sizes, config, source, past.get(source, ()))
         for number, stream in enumerate(olds):
             for draw in range(number + stream.drawn[source] * len(olds), end, len(olds)):
                 row, epoch = order.at(draw)
@@ -166,7 +186,7 @@ def _undrawn_rows(
 
 
 def _split_counters(olds: Sequence[StreamState], ends: Sequence[int], number: int, identity: Identity) -> StreamState:
-    """Return a new stream's counters. Stream 0 carries the totals of all old streams."""
+    """Return a new stream's counters. Stream 0 gets the totals of all old streams."""
     count = identity.streams
     mixed = tuple(sum(stream.mixed[source] for stream in olds) // count for source in range(len(ends)))
     fresh = StreamState(
@@ -199,7 +219,7 @@ def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _add_sources(stream: StreamState, identity: Identity) -> StreamState:
-    """Return the stream with counters of 0 for added sources."""
+    """Return the stream with counters of 0 for the sources that were added."""
     more = len(identity.sources) - len(stream.drawn)
     zeros = (0,) * more
     return msgspec.structs.replace(
@@ -219,9 +239,9 @@ def _read_again(
     number: int,
     past: PastOrders,
 ) -> StreamState:
-    """Return the stream with all waiting conversations as leftovers under the new settings.
+    """Return the stream with all waiting rows as leftovers, read again under the new settings.
 
-    Refusals go to `unlisted`, to be listed by the stream's next pack.
+    New refusals go to `unlisted`; the stream's next pack lists them.
     """
     leftovers: list[Leftover] = []
     refused: list[Refusal] = []
@@ -235,7 +255,7 @@ def _read_again(
             refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
             continue
         except RuntimeError as gone:
-            raise ValueError(f"a conversation that was read and waits must stay in its source: {gone}") from None
+            raise ValueError(f"a row that was read but not yet trained is needed: {gone}") from None
         due, lost = _parts_due(item, [len(example.tokens) for example in examples])
         leftovers += [Leftover(_segment(item.ref, part, examples[part]), 0) for part in due]
         refused += lost
@@ -252,7 +272,7 @@ def _read_again(
         digests=UNSET,
         refused=add_refusals(stream.refused, refused),
         unlisted=unlisted,
-        # The stream goes on to a pack that lists the refusals.
+        # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
         row_parts=tuple(row_parts) if in_parts else UNSET,
     )
@@ -269,11 +289,12 @@ def _examples(item: Waiting, config: DataConfig, reader: ExampleReader) -> list[
 
 
 def _parts_due(item: Waiting, lengths: Sequence[int]) -> tuple[list[int], list[Refusal]]:
-    """Return the parts of a row still to be given, and refusals for parts without a match.
+    """Return the parts of a row that are still due, and refusals for parts that no longer exist.
 
-    `lengths` holds the tokens of the parts that the row gives now. Of a row of 3 parts, with part 0
-    given before, the parts 1 and 2 are due; if the row gives 4 parts now, also part 3; if the row
-    gives 2 parts now, part 1 is due and part 2 is refused.
+    `lengths` holds the tokens of each part that the row has under the new settings. Example: the
+    row had 3 parts, and part 0 was returned before the change. If the row has 3 parts now, the
+    parts 1 and 2 are due. If it has 4 parts now, the parts 1, 2 and 3 are due. If it has 2 parts
+    now, part 1 is due, and part 2 is refused.
     """
     if item.lengths is None:
         return list(range(len(lengths))), []
@@ -281,13 +302,13 @@ def _parts_due(item: Waiting, lengths: Sequence[int]) -> tuple[list[int], list[R
     given = set(range(known)) - item.lengths.keys()
     lost: list[Refusal] = []
     if gone := [part for part in item.lengths if part >= len(lengths)]:
-        detail = f"the parts {sorted(gone)} waited, and the row gives {len(lengths)} parts now"
+        detail = f"the parts {sorted(gone)} waited, but the row has {len(lengths)} parts now"
         lost.append(Refusal.at(item.ref, "part no longer there", detail))
     if item.known_parts == 0 and len(lengths) > known:
-        # A state of an earlier version: the last parts may have been given.
+        # A state of version 0.1.0: the last parts may have been returned already.
         given |= set(range(known, len(lengths)))
         if any(lengths[part] != length for part, length in item.lengths.items()):
-            detail = f"the state does not tell if the parts from {known} to {len(lengths) - 1} were given"
+            detail = f"the state does not say if the parts {known} to {len(lengths) - 1} were returned"
             lost.append(Refusal.at(item.ref, "part perhaps given", detail))
     return [part for part in range(len(lengths)) if part not in given], lost
 

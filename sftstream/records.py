@@ -1,7 +1,8 @@
-"""Records of each stage from a row to a pack: RawRow, Conversation, Rendered, Example, Pack.
+"""Records from a row to a pack, in this order: RawRow, Conversation, Rendered, Example, Pack.
 
-Records only: nothing here reads, decides or acts. `gc=False` keeps tens of thousands of live
-records out of the garbage collector's scans; the records hold no reference cycles.
+This module only defines records; other modules make and change them. `gc=False` excludes a record
+from the scans of the garbage collector, since tens of thousands of records exist at a time. This is
+safe because the records contain no reference cycles.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ IGNORE_INDEX = -100
 
 
 class Refused(ValueError):
-    """A conversation that cannot be trained correctly.
+    """Error for a conversation that cannot be trained correctly. A `Refusal` records the row.
 
-    `reason` is a short phrase to count by, `detail` an explanation for people.
+    `reason` is a short phrase for counting, such as "longer than capacity". `detail` is an
+    explanation for people, such as "9000 tokens do not fit into a pack of 8192".
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -35,32 +37,33 @@ class Refused(ValueError):
 
 
 class BrokenRow(ValueError):
-    """A stored row that cannot be read or decoded, between rows that can.
+    """Error for a single stored row that cannot be read or decoded; other rows are readable.
 
-    The message follows the row's location: "is not JSON: ..." becomes "a.jsonl:3 is not JSON: ...".
+    Callers put the row's location before the message: "is not JSON: ..." becomes
+    "a.jsonl:3 is not JSON: ...".
     """
 
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""Errors of `msgspec.json.decode` on bytes that are not JSON, or on JSON nested deeper than
-Python follows."""
+"""Errors of `msgspec.json.decode` for bytes that are not JSON, and for JSON that is nested too
+deeply for Python."""
 
 
 class Unreadable(msgspec.Struct, frozen=True, gc=False):
-    """Placeholder of a column's value that Python cannot hold, with the reason.
+    """Placeholder for a column's value that Python cannot represent, with the reason.
 
-    A row is refused only if its layout reads the column.
+    For example a date in the year 20000. The row is refused only if its layout reads the column.
     """
 
     reason: str
 
 
 RawRow = bytes | Mapping[str, Any]
-"""A stored row: JSON text, not yet decoded, or the columns of a table's row as Python values."""
+"""A stored row: undecoded JSON text, or column name -> Python value for a row of a table."""
 
 
 class Ref(NamedTuple):
-    """Reference to a drawn row: the source's index, the row's number in the source, the pass."""
+    """Reference to a drawn row: index of the source, number of the row in the source, epoch."""
 
     source: int
     row: int
@@ -78,7 +81,8 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
 class ToolCalls(tuple[ToolCall, ...]):
     """Tool calls of a message.
 
-    A separate type, so that msgspec hands tool calls to a hook that knows their many spellings.
+    A separate type lets msgspec decode tool calls with a hook that knows the spellings of various
+    datasets.
     """
 
     __slots__ = ()
@@ -89,12 +93,13 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Names of a message's reasoning. Datasets: the first name present counts. Chat templates: each
-template reads one name."""
+"""Keys for the reasoning of a message. If a dataset has several of the keys, the first in this
+order is used. A chat template reads one of the keys."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A turn of a conversation. `content` is None only if the assistant just calls tools."""
+    """A turn of a conversation. `content` is None only if the assistant calls tools without
+    text."""
 
     role: Role
     content: str | None = None
@@ -103,14 +108,16 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False)
     name: str | None = None
     tool_call_id: str | None = None
     train: bool | None = None
-    """Choice by the data to train this message or not; None leaves the choice to the role."""
+    """True or False if the row says whether to train the message; None if the role decides."""
 
 
 class Conversation(msgspec.Struct, frozen=True, gc=False):
-    """Messages and tool definitions, in one form for all dataset layouts."""
+    """Messages and tool definitions, in the same form for all dataset layouts."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    variables: dict[str, Any] = {}
+    """Variables that the chat template gets for this conversation, by name."""
 
 
 class Span(NamedTuple):
@@ -121,10 +128,11 @@ class Span(NamedTuple):
 
 
 class Rendered(msgspec.Struct, frozen=True, gc=False):
-    """A conversation as printed by the chat template, with the trained spans.
+    """A conversation as text, rendered by the chat template, with the trained spans.
 
-    `bounds` alternates the spans' starts and ends: `(3, 8, 20, 24)` is spans 3-8 and 20-24. `typed`
-    are ranges of message content that spell a special token, to be tokenized as plain words.
+    `bounds` holds start and end of each span in turn: `(3, 8, 20, 24)` is the spans 3-8 and 20-24.
+    `typed` holds the ranges in which a message spells out a special token, for example a user who
+    types "<|eot_id|>"; the tokenizer treats such a range as ordinary text.
     """
 
     text: str
@@ -143,8 +151,9 @@ NO_NOTES: Mapping[str, int] = MappingProxyType({})
 class Example(msgspec.Struct, frozen=True, gc=False):
     """A tokenized conversation: `tokens` int32 `(n,)`, `loss_mask` bool `(n,)`, True if trained.
 
-    `targets` is the number of trained tokens that have a predecessor. `notes` counts treatments of
-    the conversation by name, for example truncations.
+    `targets` is the number of trained tokens without the first token of the example, which no token
+    predicts: 2 for the loss mask `[1, 0, 1, 1]`. `notes` counts modifications of the conversation
+    by name, such as truncations.
     """
 
     tokens: NDArray[np.int32]
@@ -169,10 +178,10 @@ class Amount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """An example's part of a pack, named by the row.
+    """The place of an example in a pack, named by the row of the example.
 
-    A state keeps segments instead of tokens: reading `row` of `source` again gives the segment's
-    `length` tokens again.
+    A state stores segments instead of tokens: if `row` of `source` is read again, its example has
+    the same `length` tokens. Padding at the end of a pack is not a `Segment`, but has a border.
     """
 
     source: int
@@ -180,8 +189,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     length: int
     epoch: int
     part: int = 0
-    """Index of the example among the examples of its conversation; 0 unless a policy makes
-    several."""
+    """Index of the example among the examples of its conversation; 0 unless the settings
+    `overflow = "split"` or `history = "per_turn"` make several examples."""
 
     @property
     def ref(self) -> Ref:
@@ -190,10 +199,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A row that is not trained.
-
-    `reason` is a short phrase to count by, `detail` an explanation for people.
-    """
+    """Record of a row that is not trained, with the reason and the detail of a `Refused`."""
 
     source: int
     row: int
@@ -209,9 +215,10 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """A micro-batch: whole segments side by side, padded to the capacity of `T` tokens.
+    """A micro-batch: segments side by side, padded to `T` tokens, the capacity.
 
-    Two segments of 3 and 2 trained tokens in a capacity of 6:
+    An example with a segment of 3 tokens, of which 2 are trained, and a segment of 2 tokens, of
+    which 1 is trained. The capacity is 6:
 
         ids          = [7, 8, 9, 4, 5, 0]
         trained      = [0, 1, 1, 0, 1, 0]
@@ -219,20 +226,21 @@ class Pack:
         labels       = [8, 9, -100, 5, -100, -100]
         position_ids = [0, 1, 2, 0, 1, 0]
 
-    The tensors of a model's input are computed on first use, and not sent between processes.
+    Workers send only the arrays. The training process computes the tensors on first use.
     """
 
     ids: NDArray[np.int32]
     """Token ids, int32 `(T,)`."""
     trained: NDArray[np.bool_]
-    """True where the token is a target, bool `(T,)`; ignored at a segment's first token."""
+    """True if the token is trained, bool `(T,)`. Ignored at the first token of a segment, which no
+    token predicts."""
     borders: NDArray[np.int32]
-    """Borders of the segments, int32: `[0, l1, l1 + l2, ..., T]`. Padding, if any, is the last
-    segment, and is never trained."""
+    """Borders of segments of `l1`, `l2`, ... tokens, int32: `[0, l1, l1 + l2, ..., T]`. Padding, if
+    any, lies between the last two borders, and is never trained."""
     segments: tuple[Segment, ...] = ()
     """Segments of conversations, without padding."""
     refused: tuple[Refusal, ...] = ()
-    """Rows that were read for this pack and refused."""
+    """Rows that were refused since the stream's previous pack."""
     exhausted: bool = False
     """True if the pack's logical stream has ended: all later packs of the stream are empty."""
 
@@ -243,9 +251,9 @@ class Pack:
 
     @cached_property
     def labels(self) -> torch.Tensor:
-        """Targets, int64 `(T,)`: the segment's next token if trained, else `IGNORE_INDEX`.
+        """Targets, int64 `(T,)`: the next token of the segment if trained, else `IGNORE_INDEX`.
 
-        Labels are already shifted by one; a loss must not shift again.
+        Labels are already shifted by one position; the loss function must not shift them again.
         """
         labels = np.full(self.capacity, IGNORE_INDEX, np.int64)
         np.copyto(labels[:-1], self.ids[1:], where=self.trained[1:])
@@ -254,14 +262,14 @@ class Pack:
 
     @cached_property
     def position_ids(self) -> torch.Tensor:
-        """Positions, int64 `(T,)`, from 0 in each segment."""
+        """Position of each token in its segment, int64 `(T,)`, counted from 0."""
         positions = np.arange(self.capacity, dtype=np.int32)
         positions -= self.borders[:-1].repeat(np.diff(self.borders))
         return torch.from_numpy(positions.astype(np.int64))
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
-        """Borders of the segments, int32 `(segments + 1,)`, for variable-length attention."""
+        """`borders` as a tensor, int32, for variable-length attention."""
         return torch.from_numpy(self.borders)
 
     @property
@@ -286,7 +294,7 @@ class Pack:
 
     @property
     def conversations(self) -> int:
-        """Number of conversations; a split conversation counts in its first part's pack."""
+        """Number of conversations; a conversation of several parts counts in the pack of part 0."""
         return [segment.part for segment in self.segments].count(0)
 
     def digest(self) -> str:
@@ -297,8 +305,8 @@ class Pack:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A tensor in a worker's queue costs a file descriptor and 3-4 ms a pack. A pipe takes 64 KB
-        # at once; the rest of a larger pack would wait for its worker: send the mask as bits.
+        # Arrays instead of tensors: sending a tensor costs a file descriptor and 3-4 ms per pack.
+        # The mask as bits: a pipe accepts only 64 KB without waiting for the receiver.
         return _unpacked, (
             self.ids,
             np.packbits(self.trained),
@@ -310,7 +318,7 @@ class Pack:
 
 
 def batch_digest(digests: Iterable[str]) -> str:
-    """Return the SHA-256 (hex) of a global batch, from its packs' digests in run order."""
+    """Return the SHA-256 (hex) of a global batch, from the digests of its packs in order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -1,7 +1,8 @@
-"""Accepted changes of a source's files: which rows are where, and from which epoch they come.
+"""Convert a state to accepted changes of a source's files: new row numbers, and past orders.
 
-Rows that an epoch has begun with come to its end in the order of before; added rows come from the
-next epoch on. So each row comes once an epoch, whatever was drawn before the change.
+An epoch that a stream has begun is finished in its old order, without added rows. Added rows are
+drawn from the next epoch on. So each row is drawn once in an epoch. Example: a file of 2 rows gets
+a third row during epoch 0. Epoch 0 draws the rows 0 and 1; epoch 1 draws the rows 0, 1 and 2.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from sftstream.streaming.sampler import row_order
 
 R = TypeVar("R", Segment, Refusal, RowParts)
 Files = tuple[tuple[int, int], ...]
-"""Number of rows of each file before a change, and the first row's number now."""
+"""For each file before a change: its number of rows, and the present number of its first row."""
 
 
 def follow_sources(saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus) -> DataState:
-    """Return the state with the rows' numbers of `corpus`, and with the orders of begun epochs.
+    """Return the state with the row numbers of the changed files, and with past orders of rows.
 
-    `saved` holds all streams. Raises ValueError naming the first file with a change after which
-    rows would be lost or repeated.
+    `saved` has the states of all streams. Raises ValueError naming the first file whose change
+    would lose or repeat rows.
     """
     for source, (before, now) in enumerate(zip(saved.identity.sources, identity.sources, strict=False)):
         if before.files == now.files and before.rows == now.rows and before.shards == now.shards:
@@ -44,22 +45,21 @@ def follow_sources(saved: DataState, identity: Identity, config: DataConfig, cor
 
 
 def _require_streamed_alike(source: int, before: SourceIdentity, now: SourceIdentity) -> None:
-    """Raise ValueError unless the shards of a streamed source were renamed at most.
+    """Raise ValueError if a file of a streamed source has other content than before.
 
-    `identity.FIXED` refuses another number of shards.
+    New names are accepted. `identity.FIXED` refuses another number of files.
     """
     for old, new in zip(before.files, now.files, strict=True):
         if _content(old) != _content(new):
             raise ValueError(
-                f"data.sources[{source}]: {new.name!r} is not {old.name!r} of before, and rows of a streamed "
-                "source are not counted, so nobody could tell the rows still to come; restore the file, or start a "
-                "new run"
+                f"data.sources[{source}]: {new.name!r} has other content than {old.name!r} had, and rows of a streamed "
+                "source are not counted, so the rows still to come are unknown; restore the file, or start a new run"
             )
 
 
 def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
-    """Return the rows of each old file and their place now."""
-    starts = [0, *accumulate(files.shards)]
+    """Return each old file's number of rows and the present number of its first row."""
+    starts = [0, *accumulate(files.file_sizes)]
     indices = _indices(source, before.files, files.identities)
     counts = [_rows_known(old, files, index) for old, index in zip(before.files, indices, strict=True)]
     unknown = [number for number, count in enumerate(counts) if count is None]
@@ -67,28 +67,30 @@ def _match(source: int, before: SourceIdentity, files: FileSet) -> Files:
     if len(unknown) > 1:
         names = ", ".join(repr(before.files[number].name) for number in unknown[:3])
         raise ValueError(
-            f"data.sources[{source}]: {names} changed inside, and the state holds only the sum of their rows; "
+            f"data.sources[{source}]: {names} changed inside, and the state has only the sum of their rows; "
             "change one file at a time and resume after each, or start a new run"
         )
     for number in unknown:
-        name, now = before.files[number].name, files.shards[indices[number]]
+        name, now = before.files[number].name, files.file_sizes[indices[number]]
         if now != rest:
             change = "lost rows" if now < rest else "grew, but not at its end alone"
             raise ValueError(
-                f"data.sources[{source}]: {name!r} {change} ({rest} rows before, {now} now), so nobody could tell the "
-                "rows still to come; restore the file, append rows to JSON lines, or put new rows into a new file"
+                f"data.sources[{source}]: {name!r} {change} ({rest} rows before, {now} now), so the "
+                "rows still to come are unknown; restore the file, append rows to JSON lines, or put new rows into a new file"
             )
         counts[number], rest = rest, 0
     if rest:
         raise ValueError(
-            f"data.sources[{source}] had {before.rows} rows, and its files give {(before.rows or 0) - rest}; "
+            f"data.sources[{source}] had {before.rows} rows, but its files have {(before.rows or 0) - rest} of these rows now; "
             "restore the files, or start a new run"
         )
     return tuple((count or 0, starts[index]) for count, index in zip(counts, indices, strict=True))
 
 
 def _indices(source: int, before: Sequence[FileIdentity], now: Sequence[FileIdentity]) -> list[int]:
-    """Return the present index of each old file: by content and name, by content, then by name.
+    """Return the present index of each old file.
+
+    Files are matched by content and name first, then by content, then by name.
 
     Raises ValueError if a file is gone.
     """
@@ -120,16 +122,16 @@ def _content(file: FileIdentity) -> tuple[str, int, bool]:
 
 
 def _rows_known(old: FileIdentity, files: FileSet, index: int) -> int | None:
-    """Return the number of rows of an old file; None if the file's beginning changed."""
+    """Return the number of rows of an old file; None if rows were edited, removed or inserted."""
     file = files.files[index]
     if _content(old) == _content(file.identity):
-        return files.shards[index]
+        return files.file_sizes[index]
     return file.rows_of(old) if isinstance(file, JsonLines) else None
 
 
 def _follow(saved: DataState, source: int, moved: Files, files: FileSet, config: DataConfig) -> DataState:
     past = saved.orders.get(source, ())
-    unmoved = tuple(zip(files.shards, [0, *accumulate(files.shards)], strict=False))
+    unmoved = tuple(zip(files.file_sizes, [0, *accumulate(files.file_sizes)], strict=False))
     if moved == unmoved:
         return saved  # rows were edited in place
     order = row_order([rows for rows, _ in moved], config, source, past)

@@ -1,10 +1,8 @@
-"""Positions of streams as frozen values: counters and references, never tokens.
+"""Define the state of a loader: frozen records of counters and references, never of tokens.
 
-A few kilobytes a stream.
-
-A name in `msgspec.field(name=...)` is the stored name: states of earlier versions stay readable. A
-field younger than the format has the default UNSET, and is absent from a state until it has a
-value.
+The state of a stream has a few kilobytes. The records keep the states of earlier versions readable:
+a renamed field keeps its stored name in `msgspec.field(name=...)`, and a field that was added after
+`FORMAT` was last raised has the default UNSET and is left out of a state until it has a value.
 """
 
 from __future__ import annotations
@@ -24,35 +22,42 @@ from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
 
 CHECKSUM = "checksum"
-"""Key of a state dict: SHA-256 of the rest of the state dict as JSON with sorted keys."""
+"""Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
 FIRST_WITH_CHECKSUM = 4
-"""First format of states with a checksum."""
+"""Number of the first format whose states have a checksum."""
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An example without a full pack yet."""
+    """An example that waits for the next window, because it was in the emptiest pack of a
+    window."""
 
     segment: Segment
     waited: int
-    """Windows waited."""
+    """Number of windows that the example has waited."""
 
 
 class PastOrder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The order of a source's rows before an accepted change of the source's files."""
+    """The order of a source's rows before an accepted change of the source's files.
+
+    Epochs that were begun before the change keep this order to their end. Two files of 2 and 3
+    rows change places during epoch 0: `PastOrder(epochs=1, files=((2, 3), (3, 0)))`.
+    """
 
     epochs: int
-    """First epoch of the next order."""
+    """First epoch with the next order."""
     files: tuple[tuple[int, int], ...]
-    """Number of rows of each file before the change, and the first row's number now."""
+    """For each file before the change: its number of rows, and the present number of its first
+    row."""
 
 
 PastOrders = Mapping[int, Sequence[PastOrder]]
-"""Past orders by source number, oldest first; a source without an entry never changed."""
+"""Number of a source -> past orders, oldest first. A source without an entry never changed."""
 NO_PAST_ORDERS: PastOrders = MappingProxyType({})
 
 
 class RowParts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The number of examples of a row, for policies with several examples of a row."""
+    """Number of examples of a row. Needed if settings make several examples from one row, since a
+    changed setting may make another number."""
 
     source: int
     row: int
@@ -66,13 +71,13 @@ class RowParts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return Ref(self.source, self.row, self.epoch)
 
 
-class ShardPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A stream's position in a streamed source."""
+class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A stream's position in a streamed source, counted in stripes (see `StreamingCursor`)."""
 
-    shards: int = 0
-    """Parts of shards read to the end, over all epochs."""
+    stripes: int = 0
+    """Number of stripes read to the end, over all epochs."""
     rows: int = 0
-    """Rows drawn from the current part."""
+    """Rows drawn from the current stripe."""
 
 
 def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> tuple[dict[str, int], ...]:
@@ -84,51 +89,53 @@ def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> 
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):
-    """The position of a logical stream's rows."""
+    """A logical stream's position in its sources."""
 
     drawn: tuple[int, ...]
     """Rows drawn from each source by the stream, over all epochs."""
     mixed: tuple[int, ...] = ()
-    """Conversations, tokens or trained tokens drawn from each source since the current stage of the
-    mixture began: the unit of `mix_by`."""
-    shard_positions: dict[int, ShardPosition] = msgspec.field(name="places", default={})
-    """Positions in streamed sources, by source number."""
+    """Amount drawn from each source since the current mixture stage began, in the unit of `mix_by`:
+    conversations, tokens or trained tokens."""
+    stripe_positions: dict[int, StripePosition] = msgspec.field(name="places", default={})
+    """Number of a streamed source -> position in the source."""
     stage: int = 0
+    """Number of mixture stages entered."""
 
 
 class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A logical stream after a pack."""
+    """State of a logical stream after a pack."""
 
     accepted: tuple[Amount, ...] = ()
-    """Amounts read from each source and not refused."""
+    """Amount read from each source, without refused rows."""
     windows: int = 0
-    """Windows planned."""
+    """Number of windows read and divided into packs."""
     planned: tuple[tuple[Segment, ...], ...] = ()
-    """Segments of the next packs, already planned."""
+    """Segments of each planned pack that is not yet returned, in order."""
     leftovers: tuple[Leftover, ...] = ()
     exhausted: bool = msgspec.field(name="dry", default=False)
-    """No conversation is left."""
+    """True if all conversations were returned in packs."""
     packs: int = 0
-    """Packs given, empty packs not counted."""
+    """Packs returned, without empty packs."""
     conversations: int = 0
-    """Conversations given."""
+    """Conversations returned in packs."""
     tokens: int = 0
-    """Tokens of the conversations given."""
+    """Tokens of the returned conversations."""
     refused: tuple[dict[str, int], ...] = ()
-    """Rows refused of each source, by reason."""
+    """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
-    """Rows refused by a rebase; reported with the next pack."""
+    """Rows refused by a rebase, to be listed in the next pack."""
     notes: dict[str, int] = {}
-    """Counts of modified conversations: truncated, split, tokens across a span's border."""
+    """Name of a modification -> number of conversations: truncated, split, a token that crosses the
+    border of a span."""
     digests: tuple[int, ...] | UnsetType = UNSET
-    """Digests of the examples of each planned pack, then of each leftover; absent after a rebase
-    up to the next window, and in states of format 3."""
+    """Digest of the examples of each planned pack, then of each leftover. Absent after a rebase up
+    to the next window, and in states of format 3."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
-    """Waiting rows with several examples; absent in states of policies with one example a row."""
+    """Waiting rows with several examples. Absent if the settings make one example for each row."""
 
     @property
     def waiting(self) -> list[Segment]:
-        """Segments read and not given yet: leftovers, then planned packs."""
+        """Segments of rows that were read but not yet returned: leftovers, then planned packs."""
         return [
             *(leftover.segment for leftover in self.leftovers),
             *(segment for pack in self.planned for segment in pack),
@@ -136,7 +143,7 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A change of data or settings accepted in the course of a run."""
+    """A change of data or settings that a resume of the run accepted."""
 
     packs: int
     """Number of the next pack at the time of the change."""
@@ -144,25 +151,26 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A loader after some packs: identity, position in the run, and streams by number."""
+    """State of a loader: identity, number of packs, and the states of the logical streams."""
 
     identity: Identity
     packs: int
-    """Packs consumed by all shards, equal to the number of the next pack."""
+    """Packs consumed by all shards; also the number of the next pack."""
     streams: dict[int, StreamState]
+    """Number of a logical stream -> its state."""
     history: tuple[Change, ...] = ()
     """Accepted changes of data or settings, oldest first."""
     past_orders: dict[int, tuple[PastOrder, ...]] | UnsetType = UNSET
-    """Orders of rows before accepted changes of files; absent without such a change."""
+    """Orders of rows before accepted changes of files. Absent if no such change was accepted."""
 
     @property
     def orders(self) -> PastOrders:
-        """`past_orders`, empty if absent."""
+        """`past_orders`, or an empty dict if absent."""
         return {} if isinstance(self.past_orders, UnsetType) else self.past_orders
 
     @classmethod
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
-        """Return a state dict of this or an earlier format as a typed record.
+        """Return the typed record of a state dict in this format or an earlier one.
 
         Raises ValueError with the path of a bad value, or if the state was edited.
         """
@@ -176,10 +184,11 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def from_parts(cls, run: Mapping[str, Any], streams: Mapping[int, bytes]) -> DataState:
-        """Return the state of a run and its streams stored one by one, as MessagePack.
+        """Return the state made of a run's state without streams, and of its streams as
+        MessagePack.
 
-        The parts have no checksum: the store of the parts has its own. Raises ValueError with the
-        path of a bad value.
+        Checkpoints store these pieces separately, without the checksum of a state dict, because a
+        checkpoint has its own digests. Raises ValueError with the path of a bad value.
         """
         return cls._convert({**run, "streams": {str(n): msgspec.msgpack.decode(blob) for n, blob in streams.items()}})
 
@@ -192,7 +201,8 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def builtins(self) -> dict[str, Any]:
         """Return a new state dict of JSON-able values, with a checksum."""
-        # By way of JSON, so that tuples are lists before and after a file, and two dicts compare.
+        # Through JSON, so that a state dict has lists, never tuples, and is equal to one read from
+        # a file.
         result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return {**result, CHECKSUM: _checksum(result)}
 
@@ -202,7 +212,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _require_unedited(checksum: object, content: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `checksum` is that of `content`."""
+    """Raise ValueError unless `checksum` is the checksum of `content`."""
     if checksum != (now := _checksum(content)):
         found = f"its checksum is {excerpt(checksum, 12)}" if checksum else "it has no checksum"
         raise ValueError(
@@ -215,30 +225,32 @@ StateDict = Mapping[str, Any]
 
 
 def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
-    """Combine the state dicts of all shards, taken after an equal number of steps.
+    """Combine the state dicts of all shards after the same step into the state dict of the run.
 
-    A shard whose streams are all exhausted may stand at an earlier pack. Raises ValueError if the
-    states differ in identity or pack number, or share a stream.
+    The state of a shard whose streams are all exhausted may be of an earlier step. Raises
+    ValueError if the states differ in identity or pack number, or have a stream in common.
     """
     parsed = [DataState.parse(state) for state in states]
     if not parsed:
-        raise ValueError("merge needs at least one state")
+        raise ValueError("merge needs at least one state; pass the states of all shards")
     packs = max(state.packs for state in parsed)
     streams: dict[int, StreamState] = {}
     for index, state in enumerate(parsed):
         changed = differences(msgspec.to_builtins(parsed[0].identity), msgspec.to_builtins(state.identity))
         if changed:
-            raise ValueError(f"state {index} is of other data than state 0: {'; '.join(changed)}")
+            raise ValueError(
+                f"state {index} has other data or settings than state 0: {'; '.join(changed)}; merge states of one run"
+            )
         if state.past_orders != parsed[0].past_orders:
             raise ValueError(f"state {index} has other past orders of rows than state 0; merge states of one run")
         if state.packs != packs and not all(s.exhausted for s in state.streams.values()):
             raise ValueError(
-                f"state {index} stands at pack {state.packs}, another at {packs}; take them after the same step"
+                f"state {index} was saved after {state.packs} packs and another state after {packs} packs; "
+                "save all states after the same step"
             )
         if twice := streams.keys() & state.streams.keys():
             raise ValueError(
-                f"streams {sorted(twice)[:5]} are in state {index} and in an earlier state; give "
-                "each shard's state once"
+                f"streams {sorted(twice)[:5]} are in state {index} and in an earlier state; pass each shard's state once"
             )
         streams |= state.streams
     merged = msgspec.structs.replace(parsed[0], packs=packs, streams=dict(sorted(streams.items())))
@@ -246,7 +258,7 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
 
 
 def describe(state: StateDict | DataState) -> str:
-    """Return a summary for people: progress, sources, refusals, accepted changes."""
+    """Return a text for people: progress, sources, refusals, accepted changes."""
     data = DataState.parse(state)
     lines = [
         *_progress_lines(data),
@@ -264,13 +276,13 @@ def _progress_lines(data: DataState) -> list[str]:
     packs = sum(stream.packs for stream in streams)
     conversations = sum(stream.conversations for stream in streams)
     tokens = sum(stream.tokens for stream in streams)
-    # After a change of capacity packs of two sizes were given, and nobody counted how many of each.
+    # After a change of capacity, the number of packs of each size is unknown, and so is the fill.
     same_capacity = not any(d.startswith("data.capacity:") for change in data.history for d in change.differences)
     fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs and same_capacity else ""
     waiting = sum(len(stream.waiting) for stream in streams)
     return [
         f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
-        f"given: {packs:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
+        f"returned: {packs:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
         f"read and waiting: {waiting:,} conversations",
     ]
 

@@ -1,4 +1,4 @@
-"""Checks of a state at the door: a damaged or edited state is refused by name."""
+"""Check a state when it is loaded: an error names the first contradiction in a damaged state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from sftstream.streaming.packer import MOST_REFUSED
 from sftstream.streaming.sampler import row_order
 
 LARGEST = 1 << 53
-"""Limit of all counters: the integers that JSON readers keep exactly."""
+"""Limit of all counters: JSON readers represent integers exactly up to this number."""
 WINDOWS_OF_WAITING_ROWS = 5
-"""Windows of which a row may wait: `MAX_WAIT`, the present window and a margin."""
+"""Waiting rows were drawn for at most this number of windows: `MAX_WAIT` windows, the current
+window, and a margin."""
 MOST_DRAWS_CHECKED = 20_000
+"""Largest number of draws compared with the waiting rows; the check is skipped above."""
 
 
 def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
-    """Raise ValueError naming the first contradiction in a state of `config` and its sources.
+    """Raise ValueError naming the first contradiction in a state, or with `config` and `corpus`.
 
-    Counters of streams are compared with each other only before an accepted change: a change
-    divides streams and reads waiting rows anew.
+    Counters of a stream are compared with each other only if no change was ever accepted: an
+    accepted change may divide the draws among other streams, and reads waiting rows again.
     """
     if not 0 <= state.packs < LARGEST:
         raise ValueError(f"the state is damaged: packs = {state.packs}; use another state")
@@ -46,9 +48,9 @@ def _problems(state: DataState, number: int, stream: StreamState, config: DataCo
 
 
 def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
-    """Return the orders of the sources with random access to rows."""
+    """Return source number -> order of rows, without streamed sources."""
     return {
-        source: row_order(files.shards, config, source, state.orders.get(source, ()))
+        source: row_order(files.file_sizes, config, source, state.orders.get(source, ()))
         for source, files in enumerate(corpus.sources)
         if isinstance(files, FileSet)
     }
@@ -66,7 +68,7 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
         "refused": [number for reasons in stream.refused for number in reasons.values()],
         "notes": stream.notes.values(),
         "waited": [leftover.waited for leftover in stream.leftovers],
-        "places": [number for place in stream.shard_positions.values() for number in (place.shards, place.rows)],
+        "places": [number for place in stream.stripe_positions.values() for number in (place.stripes, place.rows)],
     }
     for name in ("windows", "packs", "conversations", "tokens"):
         counters[name] = [getattr(stream, name)]
@@ -76,24 +78,24 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
     if isinstance(stream.digests, tuple) and len(stream.digests) != len(stream.planned) + len(stream.leftovers):
         yield f"{len(stream.digests)} digests for {len(stream.planned)} packs and {len(stream.leftovers)} rows waiting"
     if not 0 <= stream.stage <= len(identity.stages):
-        yield f"stage = {stream.stage} of {len(identity.stages)} stages"
-    if unknown := [s for s in stream.shard_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
-        yield f"source {unknown[0]} is not streamed and has a place in a shard"
+        yield f"stage = {stream.stage}, but the config has {len(identity.stages)} mixture stages"
+    if unknown := [s for s in stream.stripe_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
+        yield f"source {unknown[0]} is not streamed but has a position in a file"
     if stream.exhausted and (stream.planned or stream.leftovers or stream.unlisted):
-        yield "the stream is exhausted and has rows waiting"
+        yield "the stream is exhausted, but rows are waiting"
 
 
 def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
     segments = stream.waiting
     for segment in segments:
         if not 0 <= segment.source < len(identity.sources):
-            yield f"a row of source {segment.source} waits"
+            yield f"a row of source {segment.source} waits, but the config has {len(identity.sources)} sources"
             return
         rows = identity.sources[segment.source].rows
         if not 0 <= segment.row < (LARGEST if rows is None else rows):
-            yield f"row {segment.row} of source {segment.source} waits, which has {rows} rows"
+            yield f"row {segment.row} waits, but source {segment.source} has {rows} rows"
         if not 0 < segment.length <= identity.capacity:
-            yield f"a part of {segment.length} tokens waits for packs of {identity.capacity}"
+            yield f"a part of {segment.length} tokens waits, outside 1 to {identity.capacity}"
         if not 0 <= segment.epoch < LARGEST or not 0 <= segment.part < LARGEST:
             yield f"epoch {segment.epoch}, part {segment.part} of a row waits"
     parts = [(segment.ref, segment.part) for segment in segments]
@@ -101,7 +103,7 @@ def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
         yield "a part of a row waits twice"
     for pack in stream.planned:
         if not 0 < sum(segment.length for segment in pack) <= identity.capacity:
-            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, of {identity.capacity}"
+            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, outside 1 to {identity.capacity}"
 
 
 def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
@@ -111,20 +113,20 @@ def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders:
         draws = order.draws(config.sources[source].repeat, config.epochs)
         most = draws_of_stream(draws, number, config.streams)
         if stream.drawn[source] > most and config.sources[source].repeat >= 1:
-            yield f"{stream.drawn[source]} rows of source {source} were drawn, of {most} in all epochs"
+            yield f"{stream.drawn[source]} rows of source {source} were drawn, but all epochs have {most}"
 
 
 def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterator[str]:
     given = draws_of_stream(state.packs, number, state.identity.streams)
     refused = [sum(reasons.values()) for reasons in stream.refused]
-    # A stream that meets many refused rows gives an empty pack, which it does not count.
+    # After many refused rows a stream returns an empty pack, which it does not count.
     empty = given if stream.exhausted else sum(refused) // MOST_REFUSED
     if not given - empty <= stream.packs <= given:
-        yield f"packs = {stream.packs}, of {given} up to pack {state.packs} of the run"
+        yield f"packs = {stream.packs}, but the first {state.packs} packs of the run have {given} of this stream"
     for source, (drawn, amount) in enumerate(zip(stream.drawn, stream.accepted, strict=True)):
         if drawn != amount.conversations + refused[source]:
             yield (
-                f"{drawn} rows of source {source} were read, and {amount.conversations} are accepted and "
+                f"{drawn} rows of source {source} were read, but {amount.conversations} are accepted and "
                 f"{refused[source]} refused"
             )
     accepted, waiting = sum(stream.accepted, Amount()), stream.waiting
@@ -134,7 +136,7 @@ def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterato
     }
     for name, (read, known) in amounts.items():
         if read != known:
-            yield f"{read} {name} were read, and {known} are given or waiting"
+            yield f"{read} {name} were read, but {known} are returned or waiting"
     if not state.identity.stages:
         yield from _bad_mixture(state.identity, stream, refused)
 
@@ -145,11 +147,11 @@ def _bad_mixture(identity: Identity, stream: StreamState, refused: Sequence[int]
     for source, (mixed, amount) in enumerate(zip(stream.mixed, expected, strict=True)):
         # Refused rows count with a share in a mixture by tokens, and did not count in format 3.
         if mixed < amount or (mixed > amount and not (refused[source] and identity.mix_by != "conversations")):
-            yield f"mixed = {mixed} for source {source}, by {identity.mix_by} {amount}"
+            yield f"mixed = {mixed} for source {source}, but the {identity.mix_by} read are {amount}"
 
 
 def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
-    """Yield a problem if a waiting row is none of the stream's last draws."""
+    """Yield a problem if a waiting row is not among the stream's last draws."""
     most = WINDOWS_OF_WAITING_ROWS * config.window + sum(sum(reasons.values()) for reasons in stream.refused)
     if most > MOST_DRAWS_CHECKED:
         return
@@ -162,4 +164,4 @@ def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: 
             draw += len(rows)
         foreign = [segment for segment in stream.waiting if segment.source == source and segment.ref not in drawn]
         if foreign:
-            yield f"row {foreign[0].row} of source {source} waits, and the stream did not draw the row lately"
+            yield f"row {foreign[0].row} of source {source} waits, but the stream has not drawn it recently"

@@ -53,7 +53,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tokenizer: str) -> None:
     ("arguments", "message"),
     [
         (("inspect", "{}/nowhere.json"), "error: {}/nowhere.json cannot be read: No such file or directory\n"),
-        (("bench", "{}/nowhere.toml"), "error: {}/nowhere.toml cannot be read: No such file or directory\n"),
+        (("bench", "{}/nowhere.toml"), "error: config '{}/nowhere.toml' cannot be read: No such file or directory\n"),
         (("diff", "{}", "{}"), "error: {} cannot be read: Is a directory\n"),
     ],
 )
@@ -66,9 +66,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, arguments: tuple[st
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("[run]\n", "error: {} has no [data] table; name the TOML file of a run\n"),
-        ("run\n", "error: {} is not a TOML file: "),
-        ("[data]\nstreams = '2'\n", "error: the [data] table of {} is not valid: "),
+        ("[run]\n", "error: config '{}' has no [data] table; name the TOML file of a run\n"),
+        ("run\n", "error: config '{}' is not TOML: "),
+        ("[data]\nstreams = '2'\n", "error: config '{}': the [data] table is not valid: "),
     ],
 )
 def test_a_config_without_a_valid_data_table_is_named(tmp_path: Path, toml: str, message: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from checkpoints import Retention
-from sftstream import DataConfig, SourceConfig
+from sftstream import DataConfig, SourceConfig, read_toml
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.blocks import Recompute
@@ -23,7 +23,14 @@ from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 MOST_STEPS = 10**12
-"""Limit of steps and epochs."""
+"""Limit of steps, epochs, intervals and numbers of checkpoints."""
+MOST_NEW_TOKENS = 2**20
+"""Limit of the tokens of an answer."""
+
+
+def _require_at_most_steps(field: str, value: int | None) -> None:
+    if value is not None and value > MOST_STEPS:
+        raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,8 +86,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
-            if value is not None and value > MOST_STEPS:
-                raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
+            _require_at_most_steps(field, value)
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
         self._require_places()
@@ -128,9 +134,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: LlamaConfig | None = None
     """Shape of a new model. In the TOML file the keys of the shape stand directly in `[model]`."""
 
+    resize_vocabulary: bool = False
+    """Add rows to the embedding and the head of `init_from` if the tokenizer has more ids than the
+    model, up to a multiple of 64 that tensor parallelism can split. Each new row is the mean of the
+    model's rows. The checkpoints record the number of rows before. False: more ids are an error."""
+
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
             raise ValueError("give either init_from (a Hugging Face directory or hub name) or the shape of a new model")
+        if self.resize_vocabulary and self.init_from is None:
+            raise ValueError(
+                "resize_vocabulary changes the model of init_from, and a new model has any size; set vocab_size instead"
+            )
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,6 +180,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every = {self.every} must be at least 1")
+        for field in ("every", "keep", "keep_every", "keep_best"):
+            _require_at_most_steps(field, getattr(self, field))
         if self.root is not None and not (self.root and self.root.isprintable()):
             raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
         _ = self.retention
@@ -193,6 +210,7 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         for field in ("every", "global_batches"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
+            _require_at_most_steps(field, value)
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -208,13 +226,16 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Number of answers to print, 0 or more; all answers are written to
     `runs/<name>/answers.jsonl`."""
     max_new_tokens: int = 64
-    """Tokens after which an answer is cut off, 1 or more."""
+    """Tokens after which an answer is cut off, 1 to 2**20."""
 
     def __post_init__(self) -> None:
         if self.show < 0 or self.max_new_tokens < 1:
             raise ValueError(
                 f"show = {self.show} must be 0 or more, and max_new_tokens = {self.max_new_tokens} must be 1 or more"
             )
+        if self.max_new_tokens > MOST_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at most {MOST_NEW_TOKENS}")
+        _require_at_most_steps("show", self.show)
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -287,16 +308,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ValueError, with the wrong key, if the file or an override is not valid.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise ValueError(
-            f"config {str(path)!r} is nested too deeply; a run's config has lists in tables only"
-        ) from None
-    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
-        raise ValueError(f"config {str(path)!r} is not TOML: {error}") from None
+    table = read_toml(path)
     for override in overrides:
         _override(table, override)
     return parse_config(table)
@@ -318,7 +330,7 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
             data = {**data, key: run[key]}
     # In the file the keys of the shape stand beside init_from.
     model = dict(table.get("model", {}))
-    nested = {key: model.pop(key) for key in ("init_from",) if key in model}
+    nested = {key: model.pop(key) for key in ("init_from", "resize_vocabulary") if key in model}
     if model:
         nested["shape"] = model
     try:

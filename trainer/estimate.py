@@ -193,7 +193,7 @@ def print_estimate(config: TrainConfig, gpus: int) -> None:
     Raises ValueError if the run would refuse to start.
     """
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    show(estimate(config, find_source(config.model).shape, gpus), config, console)
+    show(estimate(config, find_source(config.model, config.data.tokenizer.path).shape, gpus), config, console)
 
 
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:

@@ -88,7 +88,7 @@ def prepare_run(
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
-    source = find_source(config.model)
+    source = find_source(config.model, config.data.tokenizer.path)
     settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
     if topology.first:
@@ -227,4 +227,4 @@ def _about(
 ) -> About | None:
     if loader is None:
         return None
-    return about(config, topology, loader.position().run, validation.digest if validation else None)
+    return about(config, topology, loader.position().header, validation.digest if validation else None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +17,7 @@ from rich.console import Console
 from sftstream.cli.bench import measure, show
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_report
+from sftstream.excerpt import one_line, printable
 from sftstream.state import describe
 from sftstream.state import diff as differing
 from sftstream.tokenization.encoder import ChatEncoder
@@ -95,9 +99,22 @@ def bench(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command in `arguments`, by default those of the process.
 
-    ValueError and OSError become a single line on stderr and exit code 1.
+    An error becomes a single line on stderr and exit code 1. `--debug` or LOGLEVEL=DEBUG shows the
+    traceback as well.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("LOGLEVEL") == "DEBUG"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        app(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        app([word for word in words if word != "--debug"], prog_name="sftstream")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
+        if debug:
+            traceback.print_exception(error)
+        line = one_line(error)
+        if not isinstance(error, ValueError | OSError):
+            line = f"{printable(' '.join(words))}: {type(error).__name__}: {line}; --debug shows the traceback"
+        sys.exit(f"error: {line}")

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from sftstream.config import DataConfig
+from sftstream.door import Door
 from sftstream.loader import PackLoader
 from sftstream.state import DataState
+from sftstream.toml_file import read_toml
 
 
 def read_state(path: Path) -> DataState:
     """Return the state in a JSON file. Raises ValueError if the file holds no readable state."""
+    with Door(f"{path} cannot be read"):
+        content = path.read_bytes()
     try:
-        return DataState.parse(msgspec.json.decode(path.read_bytes()))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
+        with Door("not JSON"):
+            value = msgspec.json.decode(content)
+        return DataState.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_data_config(path: Path, accept: list[str]) -> DataConfig:
@@ -29,18 +31,13 @@ def read_data_config(path: Path, accept: list[str]) -> DataConfig:
     `accept` names the settings that may differ from those of a state. Raises ValueError if the file
     cannot be read or its table is not valid.
     """
-    try:
-        tables = tomllib.loads(path.read_text())
-        run: dict[str, Any] = {key: value for key, value in tables.get("run", {}).items() if key in ("seed", "epochs")}
-        return msgspec.convert({**tables["data"], **run, "accept_changed": accept}, DataConfig)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
-    except KeyError:
-        raise ValueError(f"{path} has no [data] table; name the TOML file of a run") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(f"the [data] table of {path} is not valid: {error}") from None
+    tables = read_toml(path)
+    data, run = tables.get("data"), tables.get("run", {})
+    if not isinstance(data, dict) or not isinstance(run, dict):
+        raise ValueError(f"config {str(path)!r} has no [data] table; name the TOML file of a run")
+    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs")}
+    with Door(f"config {str(path)!r}: the [data] table is not valid"):
+        return msgspec.convert({**data, **of_run, "accept_changed": accept}, DataConfig)
 
 
 def rebased(state: DataState, config: DataConfig) -> DataState:

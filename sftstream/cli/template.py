@@ -23,6 +23,8 @@ def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
         if report.rewrites_history
         else "printed unchanged",
         "today's date": f"printed, as {report.date}" if report.date else "not printed",
+        "variables": ", ".join(f"{name} = {value!r}" for name, value in encoder.template.variables.items()) or "none",
+        "variables not set": ", ".join(encoder.template.unset_variables) or "none",
         "{% generation %} tags": "yes" if report.has_generation_tags else "no",
     }
     for name, value in rows.items():

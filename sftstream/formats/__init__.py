@@ -1,7 +1,19 @@
 """A stored row of any known dataset layout -> Conversation.
 
-The layout is recognised for each row, since rows of one file may differ. All of these rows become
-Conversation((Message("user", "hi"), Message("assistant", "hello"))):
+The words of this package, on the row `{"messages": [{"role": "user", "content": "hi"}, ...]}`:
+
+    row       one stored conversation: JSON text, or the columns of a table's row
+    column    a key at the top of a row: "messages"
+    layout    the columns that a row must have, and the way to read the messages: "messages" is one
+              layout, "instruction" with "output" is another
+    turn      one item in a column of messages, as stored: `{"role": "user", "content": "hi"}`
+    message   a turn that has been read: `Message("user", "hi")`
+    part      one item of a content that is a list: `{"type": "text", "text": "hi"}`
+    mark      a key of a turn that trains or excludes the turn: `"weight": 0`
+    path      the place of a value in a row, for error messages: "messages[0].content"
+
+The layout is recognised for each row, because rows of one file may differ. Each of these rows
+becomes Conversation((Message("user", "hi"), Message("assistant", "hello"))):
 
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}

@@ -1,4 +1,12 @@
-"""Marks on a turn that include the turn in the training or exclude it, in datasets' spellings."""
+"""Read the marks of a turn: keys that train the turn or exclude it from training.
+
+Four turns with their training:
+
+    {"role": "assistant", "content": "hello", "train": false}     excluded
+    {"role": "assistant", "content": "hello", "weight": 1}        trained
+    {"role": "assistant", "content": "hello", "masked": true}     excluded
+    {"role": "assistant", "content": "hello"}                     the role decides
+"""
 
 from __future__ import annotations
 
@@ -9,29 +17,31 @@ from sftstream.excerpt import excerpt
 from sftstream.records import Refused
 
 _CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
-"""Marks that choose: true or 1 trains the turn, false or 0 does not."""
+"""Marks that train or exclude: true or 1 trains the turn, false or 0 excludes the turn."""
 _WEIGHTS = ("loss_weight", "loss_scale", "loss_mask")
-"""Marks that only exclude: 0 excludes the turn, 1 leaves the choice to the role."""
+"""Marks that only exclude: false or 0 excludes the turn; with true or 1 the role decides."""
 _MASKS = ("masked", "is_masked", "no_loss", "ignore_loss", "skip_loss", "exclude_from_loss")
-"""Marks that only exclude: true or 1 excludes the turn, else the role decides."""
+"""Marks that only exclude: true or 1 excludes the turn; with false or 0 the role decides."""
 _UNCLEAR = ("mask", "train_detail", "training_detail", "train_on")
-"""Marks without one agreed meaning, or of parts of a turn; refused."""
+"""Marks that are refused: their meaning differs between datasets, or concerns parts of a turn."""
 MARKS = frozenset({*_CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
-"""All names of marks."""
+"""Names of all marks."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""Text of a mark's value, in small letters -> truth value."""
 
 
 def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
-    """Return True if the turn is marked to be trained, False if excluded, None if unmarked.
+    """Return True if a mark trains the turn, False if a mark excludes the turn, otherwise None.
 
-    Raises Refused if a mark is neither true, false, 0 nor 1, if its meaning is unclear, or if two
-    marks contradict.
+    Raises Refused if a mark is neither true, false, 0 nor 1, if a mark has no agreed meaning, or if
+    two marks contradict each other.
     """
     if MARKS.isdisjoint(turn):
         return None
     if unclear := [name for name in _UNCLEAR if turn.get(name)]:
         raise Refused(
-            "bad weight", f"{path}.{unclear[0]} has no agreed meaning; mark whole messages by train: true or false"
+            "bad weight",
+            f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false",
         )
     marks = {name: _flag(turn[name], f"{path}.{name}") for name in turn if name in MARKS and turn[name] is not None}
     choices = {marks[name] for name in _CHOICES if name in marks}
@@ -39,7 +49,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     if excluded:
         choices.add(False)
     if len(choices) > 1:
-        raise Refused("bad weight", f"{path} has the marks {marks}, which contradict; keep one of the marks")
+        raise Refused("bad weight", f"{path} has the marks {marks}, which contradict each other; keep one of the marks")
     return choices.pop() if choices else None
 
 

@@ -1,4 +1,4 @@
-"""Values of a row: JSON text decoded, text checked, nesting limited."""
+"""Read the values of a row: decode JSON text, require text, limit the nesting."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 NESTING = 64
-"""Largest depth of nested lists and objects in a row.
+"""Largest depth of nested lists and objects in a row: `{"a": [1]}` has the depth 2.
 
-A fixed limit: Python's own recursion limit would depend on the depth of the caller.
+The limit is fixed, because the depth that Python's recursion limit allows depends on the caller.
 """
 
 
 def decoded(value: Any) -> Any:
-    """Return the list or object that JSON text holds; any other value unchanged."""
+    """Return the list or object of a JSON text; return any other value unchanged.
+
+    `'[1]'` gives `[1]`; `'hi'`, `'[hi'` and `[1]` are returned unchanged.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
@@ -37,7 +40,7 @@ def decoded(value: Any) -> Any:
 
 
 def refuse_deep(value: Any) -> None:
-    """Raise Refused if lists and objects are nested more than `NESTING` levels deep."""
+    """Raise Refused if the value nests lists and objects more than `NESTING` levels deep."""
     if not isinstance(value, str) and not _nested_within(NESTING, value):
         raise Refused("nested too deep", f"the row nests lists and objects more than {NESTING} levels deep; flatten it")
 
@@ -52,18 +55,21 @@ def _nested_within(levels: int, value: Any) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, (dict, Mapping)):  # the check for dict is fast, the check for Mapping slow
+    if isinstance(value, (dict, Mapping)):  # `dict` first: isinstance is slow for an abstract class
         return value.values()
     return value if is_list(value) else ()
 
 
 def is_list(value: Any) -> bool:
-    """Return True of a list or any other sequence except text."""
+    """Return True for a list or another sequence, but False for text and bytes."""
     return isinstance(value, list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def first(fields: Mapping[str, Any], *names: str) -> Any:
-    """Return the first named field that is not None: tables store missing fields as None."""
+    """Return the first of the named fields that is not None; None if there is no such field.
+
+    A table stores a missing field as None, so None counts as missing.
+    """
     for name in names:
         if (value := fields.get(name)) is not None:
             return value
@@ -71,12 +77,12 @@ def first(fields: Mapping[str, Any], *names: str) -> Any:
 
 
 def carries_words(value: Any) -> bool:
-    """Return True of a text, a list or an object that is not empty."""
+    """Return True for a text that is not blank, and for a list or an object that is not empty."""
     return bool(value.strip() if isinstance(value, str) else isinstance(value, Mapping | Sequence) and value)
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts in lists and objects at any depth, except names of roles and types."""
+    """Yield all texts in lists and objects at any depth, except values of role and type keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -89,13 +95,16 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
-    """Return the text of the first named field that is not None, or None."""
+    """Return the text of the first of the named fields that is not None; None without such a field.
+
+    Raises Refused, naming `path`, if the field is not a text.
+    """
     value = first(fields, *names)
     return None if value is None else require_text(value, f"{path}.{names[0]}")
 
 
 def require_text(value: Any, path: str) -> str:
-    """Return a text; raises Refused, naming `path`, of any other value."""
+    """Return the value if it is a text; otherwise raise Refused, naming `path`."""
     if not isinstance(value, str):
         raise Refused("not text", f"{path} is a {type(value).__name__}: {excerpt(value)}")
     return value

@@ -1,6 +1,6 @@
-"""Items of OpenAI's Responses API among the turns of a conversation.
+"""Read items of OpenAI's Responses API among the turns of a conversation.
 
-Two items of an answer become one message:
+An item is a turn with a `type` instead of a `role`. The items of one answer become one message:
 
     {"type": "reasoning", "summary": [{"type": "summary_text", "text": "add them"}]}
     {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{\\"a\\": 1}"}
@@ -23,11 +23,14 @@ from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCalls
 
 ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
-"""Types of items; a `message` is a turn with role and content."""
+"""Types of items. An item of the type "message" has a role and a content like any other turn."""
 
 
 def parse_item(item: Mapping[str, Any], path: str) -> Iterator[Message]:
-    """Yield the message of an item other than a `message`; none of empty reasoning."""
+    """Yield the message of an item that is a call, a result or reasoning.
+
+    An item of empty reasoning yields no message.
+    """
     if item["type"] == "function_call":
         yield Message("assistant", None, tool_calls=parse_calls(item, path))
     elif item["type"] == "function_call_output":
@@ -41,9 +44,9 @@ def parse_item(item: Mapping[str, Any], path: str) -> Iterator[Message]:
 
 
 def join_items(messages: Iterable[Message]) -> list[Message]:
-    """Return the messages, the items of an answer joined: reasoning, text, calls in order.
+    """Return the messages after joining the items of each answer: reasoning, then text, then calls.
 
-    Raises Refused if neither words nor a call follow an item of reasoning.
+    Raises Refused if an item of reasoning is followed by neither a text nor a call.
     """
     result: list[Message] = []
     for message in messages:
@@ -52,11 +55,12 @@ def join_items(messages: Iterable[Message]) -> list[Message]:
         else:
             result.append(message)
     if any(message.content is None and not message.tool_calls for message in result):
-        raise Refused("message without content", "an item of reasoning is followed by neither words nor a call")
+        raise Refused("message without content", "an item of reasoning is followed by neither a text nor a call")
     return result
 
 
 def _joined(first: Message, second: Message) -> Message | None:
+    """Return one message of two neighbouring items; None if the items are not of one answer."""
     if not first.role == second.role == "assistant" or first.train != second.train:
         return None
     if second.content is not None and (first.content is not None or first.tool_calls):

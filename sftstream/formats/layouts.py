@@ -1,4 +1,8 @@
-"""The known layouts of rows, and the messages of a row in each layout."""
+"""The known layouts, and a reader for the rows of each layout.
+
+The row `{"instruction": "hi", "output": "hello"}` matches the layout "instruction" with an answer;
+`_alpaca` reads the row and yields Message("user", "hi") and Message("assistant", "hello").
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,33 @@ from sftstream.records import Message, Refused
 
 DEFAULT = RowSettings()
 QUESTIONS = ("prompt", "question", "query", "input")
+"""Names of a column with a question; the first name present is read."""
 ANSWERS = ("completion", "response", "answer", "output", "chosen")
+"""Names of a column with an answer; the first name present is read."""
 CONTEXT = ("input", "context")
-"""Columns of the text that an instruction is about; the first with a value counts."""
+"""Names of a column with the text that an instruction is about; the first with a value is read."""
 
 
 class Layout(NamedTuple):
-    """A layout of rows: required columns, each with alternative names, and the reader of a row."""
+    """A layout: the names of its columns, and the reader of a row.
+
+    Columns are lists of alternative names: `required = (("prompt", "question"), ("answer",))` fits
+    a row with the columns "prompt" and "answer", and a row with "question" and "answer".
+    """
 
     required: tuple[tuple[str, ...], ...]
+    """Columns that a row must have, each with its alternative names."""
     optional: tuple[tuple[str, ...], ...]
-    """Optional columns, each with alternative names; the first with a value is read."""
+    """Columns that a row may have, each with alternative names; the first with a value is read."""
     read: Callable[[Row, RowSettings], Iterable[Message]]
+    """Function that returns the messages of a row."""
 
     def __str__(self) -> str:
         return " + ".join("/".join(names) for names in self.required)
 
 
 def find_layout(row: Row) -> Layout:
-    """Return the layout of a row; raises Refused if the columns match no layout."""
+    """Return the first layout that the columns of a row match; raises Refused without a match."""
     layout = _layout(tuple(key for key, value in row.items() if value is not None))
     if layout is None:
         raise Refused(
@@ -42,7 +54,7 @@ def find_layout(row: Row) -> Layout:
 
 
 def columns_read(row: Row, layout: Layout) -> set[str]:
-    """Return the columns of a row that a layout reads."""
+    """Return the names of the row's columns that the layout reads."""
     required = {_present(row, names) for names in layout.required}
     optional = {_valued(row, names) for names in (*layout.optional, SYSTEM)}
     return {name for name in required | optional if name is not None}
@@ -53,7 +65,7 @@ def parse_layout(row: Row, settings: RowSettings = DEFAULT) -> tuple[Message, ..
     refuse_deep(row)
     messages = tuple(find_layout(row).read(row, settings))
     if len(messages) > 1 and messages[0] == messages[1] and _valued(row, SYSTEM) and messages[0].role == "system":
-        return messages[1:]  # the column repeats the system message of the turns
+        return messages[1:]  # a column repeats the system prompt of the turns
     return messages
 
 
@@ -80,7 +92,11 @@ def _valued(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _column_of_turns(column: str) -> Callable[[Row, RowSettings], Iterator[Message]]:
-    """Return a reader of turns (role/content or from/value), or of texts by turns, in a column."""
+    """Return a reader for a column of turns.
+
+    A turn is an object with role and content (or from and value). A list of texts is read too: the
+    texts belong to the user and the assistant in turn.
+    """
 
     def read(row: Row, settings: RowSettings) -> Iterator[Message]:
         turns = decoded(row[column])
@@ -101,7 +117,11 @@ def _is_texts(turns: Any) -> bool:
 
 
 def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
-    """Read `conversation`: pairs of input and output with optional system prompts, or messages."""
+    """Read the column `conversation`: a list of rounds, or a list of turns.
+
+    A round is an input with an output, and perhaps a system prompt:
+    `{"system": "Be brief.", "input": "hi", "output": "hello"}`.
+    """
     rounds = decoded(row["conversation"])
     if not is_list(rounds) or not all(isinstance(pair, Mapping) and "input" in pair for pair in rounds):
         yield from _column_of_turns("conversation")(row, settings)
@@ -114,7 +134,7 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
 
 
 def _by_turns(row: Row, _settings: RowSettings) -> Iterator[Message]:
-    """Read `data`: texts of the user and the assistant in turn, as first published by UltraChat."""
+    """Read the column `data`, as in the first UltraChat: texts of user and assistant in turn."""
     texts = decoded(row["data"])
     if not is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
@@ -123,7 +143,7 @@ def _by_turns(row: Row, _settings: RowSettings) -> Iterator[Message]:
 
 
 def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
-    """Read `instruction` with an answer, and optional `input` or `context`, `system`, `history`."""
+    """Read `instruction` with an answer; `input` or `context`, `system`, `history` are optional."""
     yield from system_message(row)
     yield from _history(row.get("history"), settings)
     question = require_words(row["instruction"], "instruction")
@@ -136,7 +156,10 @@ def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
 
 
 def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
-    """Read `history`: [question, answer] pairs from before the instruction, or messages."""
+    """Read the column `history`, the conversation before the question.
+
+    `history` is a list of turns or a list of pairs: `[["hi", "hello"], ["and?", "well"]]`.
+    """
     history = decoded(history)
     if not history:
         return
@@ -146,16 +169,18 @@ def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
     for pair in history if is_list(history) else [history]:
         texts = decoded(pair)
         if not is_list(texts) or len(texts) != 2:
-            raise Refused("bad history", f"{excerpt(pair)} is not a pair of question and answer")
+            raise Refused(
+                "bad history", f"{excerpt(pair)} is not a pair of question and answer; write [question, answer]"
+            )
         yield Message("user", require_text(texts[0], "history"))
         yield Message("assistant", require_text(texts[1], "history"))
 
 
 def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
-    """Read a question and an answer, each of text or of messages, and optional `history`.
+    """Read a question and an answer, each a text or a list of turns, and an optional `history`.
 
-    An answer that begins with the question's messages (preference data: `prompt` and `chosen`) is
-    the whole conversation.
+    In preference data, the answer (`chosen`) may be the whole conversation, which begins with the
+    turns of the question (`prompt`). Those turns are then read once.
     """
     question, answer = _present(row, QUESTIONS), _present(row, ANSWERS)
     assert question is not None
@@ -168,6 +193,7 @@ def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
 
 
 def _side(value: Any, column: str, empty: Message, settings: RowSettings) -> Iterator[Message]:
+    """Yield the messages of a question or an answer; a text becomes a message of `empty.role`."""
     turns = turns_in(value, column) if isinstance(value, str) else value
     if turns is None:
         yield Message(empty.role, value)
@@ -185,4 +211,4 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout((QUESTIONS, ANSWERS), (("history",),), _pair),
     Layout((("data",),), (), _by_turns),
 )
-"""The layouts; the first match counts."""
+"""The known layouts; a row is read by the first layout that matches."""

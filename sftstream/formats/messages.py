@@ -1,4 +1,4 @@
-"""Turns of a conversation -> messages: roles, content, tool calls, reasoning."""
+"""Turns of a conversation -> messages: read role, content, tool calls, reasoning and marks."""
 
 from __future__ import annotations
 
@@ -39,28 +39,30 @@ ROLES: dict[str, Role] = {
     "function_response": "tool",
     "tool_result": "tool",
 }
-"""Name of a role in datasets, in small letters -> role in chat templates."""
+"""Name of a role in datasets, in small letters -> role of a `Message`."""
 
 SYSTEM = ("system", "system_prompt", "system_message")
-"""Columns of a system prompt; the first with a value counts."""
+"""Names of a column with the system prompt; the first with a value is read."""
 
-_CALLING = frozenset({"function_call", "tool_call"})
-"""Roles whose content is a tool call."""
+CALLING = frozenset({"function_call", "tool_call"})
+"""Names of roles whose content is a tool call."""
 _CONTENT = ("content", "value", "text")
+"""Keys of a turn's content."""
 _READ = frozenset(
     {"role", "from", "type", *_CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
 )
-"""Keys of a message that are read."""
+"""Keys of a turn that are read."""
 _WORDS = frozenset(
     {"tools", "functions", "tool_defs", "context", "documents", "system", "input", "output", "thought", "thoughts"}
     | {"reasoning_text", "refusal", "images", "audio", "videos", "response", "arguments"}
 )
-"""Keys of a message that carry words of a conversation, and are not read."""
+"""Keys of a turn that are known to hold words of a conversation but are not read; refused."""
 _SPELLED_TURNS = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?['"](?:role|from)['"]\s*:\s*['"](\w+)['"]""")
+"""Beginning of a list of turns in JSON or in Python's notation: `[{'role': 'user'`."""
 
 
 def system_message(row: Row) -> Iterable[Message]:
-    """Yield the message of a system prompt in a separate column, if any."""
+    """Yield a message for the column of the system prompt, if the row has such a column."""
     for column in SYSTEM:
         if prompt := row.get(column):
             yield Message("system", require_text(prompt, "system"))
@@ -68,10 +70,10 @@ def system_message(row: Row) -> Iterable[Message]:
 
 
 def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]:
-    """Return the messages of a column's list of turns.
+    """Return the messages of a column of turns.
 
-    Accepts JSON text, also of single turns, and an object of lists: `{"role": [...], "content":
-    [...]}`.
+    The column is a list of turns, or an object of lists, `{"role": ["user"], "content": ["hi"]}`.
+    The whole column, or each turn, may be JSON text. Raises Refused if the turns cannot be read.
     """
     turns = decoded(turns)
     if isinstance(turns, Mapping):
@@ -92,25 +94,30 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
 
 
 def parse_texts(texts: Sequence[Any], path: str) -> Iterator[Message]:
-    """Yield the messages of texts by the user and the assistant in turn."""
+    """Yield the messages of a list of texts, which belong to user and assistant in turn."""
     for index, text in enumerate(texts):
         yield Message(("user", "assistant")[index % 2], require_words(text, f"{path}[{index}]"))
 
 
 def require_words(value: Any, path: str) -> str:
-    """Return a text of plain words; raises Refused of a list of messages written as text."""
+    """Return the value if it is a text of words.
+
+    Raises Refused for another type, and for a text that is a list of turns written as text.
+    """
     text = require_text(value, path)
     if turns_in(text, path) is not None:
         raise Refused(
-            "bad messages", f"{path} holds a list of messages as text; read it by columns = {{messages = ...}}"
+            "bad messages",
+            f"{path} holds a list of messages as text; read it by columns = {{messages = ...}} with the column's name",
         )
     return text
 
 
 def turns_in(text: str, path: str) -> list[Any] | None:
-    """Return the list of turns that a text holds as JSON; None of plain words.
+    """Return the list of turns that a JSON text contains; None for any other text.
 
-    Raises Refused if the text spells a list of turns in another notation, for example Python's.
+    Raises Refused if the text contains a list of turns in another notation, such as Python's
+    `[{'role': 'user', 'content': 'hi'}]`.
     """
     if text.lstrip()[:1] != "[":
         return None
@@ -118,12 +125,15 @@ def turns_in(text: str, path: str) -> list[Any] | None:
     if not isinstance(turns, str):
         return turns if turns and all(_is_turn(turn) for turn in turns) else None
     if (spelled := _SPELLED_TURNS.match(text)) and spelled[1].lower() in ROLES:
-        raise Refused("bad messages", f"{path} spells a list of messages that is not JSON: {excerpt(text)}")
+        raise Refused(
+            "bad messages",
+            f"{path} spells a list of messages that is not JSON: {excerpt(text)}; write the list as JSON",
+        )
     return None
 
 
 def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
-    """Return the keys of a list of turns that nothing reads."""
+    """Return the keys in a list of turns that are neither read nor ignored by the settings."""
     turns = decoded(turns)
     messages = [turn for turn in map(decoded, turns if is_list(turns) else ()) if isinstance(turn, Mapping)]
     return {
@@ -136,20 +146,24 @@ def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
 
 
 def _plain(turn: Any, roles: Mapping[str, Role]) -> Message | None:
-    """Return the message of a turn with just a role and a text; None of any other turn.
+    """Return the message of a plain turn, which has only a role and a text; otherwise None.
 
-    Most turns are plain; `_messages` would give the same message in ten times the time.
+    Most turns are plain. `_messages` returns the same message but needs ten times as long.
     """
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-    if type(role) is str and type(content) is str and role in roles and role not in _CALLING:
+    if type(role) is str and type(content) is str and role in roles and role not in CALLING:
         return Message(roles[role], content)
     return None
 
 
 def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSettings) -> Iterator[Message]:
-    """Yield the messages of a turn: one, except of a turn with results of several tools."""
+    """Yield the messages of a turn.
+
+    A turn gives one message, except a turn with results of tools: each result is a message of its
+    own, followed by a message for the rest of the content.
+    """
     if not isinstance(turn, Mapping):
         raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
     if settings.ignore:
@@ -183,7 +197,7 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
 
 
 def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> tuple[str, Role]:
-    """Return a turn's name of its role, and the role."""
+    """Return the name of the turn's role, as in `ROLES`, and the role; raises Refused."""
     named = first(turn, "role", "from", "type")
     if isinstance(named, str):
         for name in (named, named.lower()):
@@ -195,16 +209,20 @@ def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> tupl
 
 
 def _content(turn: Mapping[str, Any], path: str) -> Any:
-    """Return a turn's content; raises Refused if two keys hold different contents."""
+    """Return the content of a turn; raises Refused if two keys hold different contents."""
     contents = [turn[key] for key in _CONTENT if turn.get(key) is not None]
     if any(content != contents[0] for content in contents[1:]):
-        raise Refused("two contents", f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}")
+        raise Refused(
+            "two contents",
+            f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}; leave out the wrong keys "
+            "by ignore = [...]",
+        )
     return contents[0] if contents else None
 
 
 def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str | None, str | None, ToolCalls]:
-    """Return text, reasoning and tool calls of a turn's content."""
-    if named in _CALLING:
+    """Return the text, the reasoning and the tool calls in the content of a turn."""
+    if named in CALLING:
         return None, None, parse_calls(content, path)
     if role == "tool" and isinstance(content, Mapping):
         # Some datasets store tool results as objects, but a template prints text.
@@ -213,7 +231,7 @@ def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str 
 
 
 def _require_read(turn: Mapping[str, Any], path: str) -> None:
-    """Raise Refused if a key of the turn carries words that are not read."""
+    """Raise Refused if a key of the turn holds words that are not read."""
     if unread := sorted(key for key in _WORDS.intersection(turn) if carries_words(turn[key])):
         raise Refused(
             "unread words",
@@ -223,18 +241,24 @@ def _require_read(turn: Mapping[str, Any], path: str) -> None:
 
 
 def _is_turn(turn: Any) -> bool:
+    """Return True for an object with a known role."""
     role = first(turn, "role", "from") if isinstance(turn, Mapping) else None
     return isinstance(role, str) and role.lower() in ROLES
 
 
 def _is_item(turn: Any) -> bool:
+    """Return True for an item of the Responses API (`items.py`)."""
     return (
         isinstance(turn, Mapping) and turn.get("type") in ITEMS and (turn["type"] == "message" or not turn.get("role"))
     )
 
 
 def _turned(columns: Mapping[str, Any], path: str) -> Any:
-    """Return the turns of an object of lists, as `datasets` stores sequences of objects."""
+    """Return the turns of an object of lists, the form in which `datasets` stores lists of objects.
+
+    `{"role": ["user", "assistant"], "content": ["hi", "hello"]}` gives
+    `[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]`.
+    """
     lists = {key: value for key, value in columns.items() if value is not None}
     if not lists.keys() & {"role", "from"} or not all(is_list(value) for value in lists.values()):
         return columns

@@ -1,4 +1,9 @@
-"""Content of a message: a text, or a list of typed parts (OpenAI's and Anthropic's)."""
+"""Read the content of a message: a text, or a list of typed parts (OpenAI, Anthropic).
+
+    [{"type": "thinking", "thinking": "add them"}, {"type": "text", "text": "seven"}]
+
+has the text "seven" and the reasoning "add them".
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,16 @@ from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
 
 _TEXT = ("text", "output_text", "input_text")
+"""Types of parts that hold text."""
 _REASONING = ("reasoning", "thinking", "reasoning_text", "summary_text")
+"""Types of parts that hold reasoning."""
 
 
 def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCalls]:
-    """Return text, reasoning and tool calls of content: a text, or a list of typed parts."""
+    """Return the text, the reasoning and the tool calls of a content.
+
+    The content is a text or a list of typed parts. Raises Refused if a part has an unknown type.
+    """
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
     if not is_list(content):
@@ -42,24 +52,24 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
 
 
 def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], list[Any]]:
-    """Return a tool's message for each part of the type `tool_result`, and all parts behind.
+    """Return a tool's message for each part of the type `tool_result`, and the other parts.
 
-    Raises Refused if a result stands behind other parts (Anthropic's Messages API puts results
-    first).
+    Raises Refused if a result follows other parts: Anthropic's Messages API requires results first.
     """
     is_result = [isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content]
     count = sum(is_result)
     if not all(is_result[:count]):
-        raise Refused("bad messages", f"{path} has words before a tool_result; move the words behind the results")
+        raise Refused("bad messages", f"{path} has words before a tool_result; move the words after the results")
     return [_result(part, path) for part in content[:count]], list(content[count:])
 
 
 def _result(part: Mapping[str, Any], path: str) -> Message:
+    """Return the tool's message of a part of the type `tool_result`."""
     result = part.get("content")
     if isinstance(result, Mapping):
         result = msgspec.json.encode(result).decode()
     text, reasoning, calls = parse_parts(result, path)
     if reasoning or calls:
-        raise Refused("unknown content part", f"{path} has a tool_result {excerpt(result)}; text is known")
+        raise Refused("unknown content part", f"{path} has a tool_result {excerpt(result)}; only text can be read")
     call_id = part.get("tool_use_id")
     return Message("tool", text or "", tool_call_id=None if call_id is None else require_text(call_id, path))

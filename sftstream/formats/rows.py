@@ -1,4 +1,8 @@
-"""A stored row -> Conversation: the fast path first, then the layouts."""
+"""A stored row -> Conversation.
+
+Rows of plain messages are decoded directly (`typed.py`). All other rows are read by their layout
+(`layouts.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,36 @@ from typing import Any
 import msgspec
 
 from sftstream.config import RowSettings
-from sftstream.formats.fields import Row
+from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
-from sftstream.formats.typed import typed_json, typed_messages
-from sftstream.formats.unread import BESIDE_MESSAGES, require_read, require_readable, tools_of, unread_names
+from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
+from sftstream.formats.unread import BESIDE_MESSAGES, VARIABLES, require_read, require_readable, tools_of, unread_names
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
 _DIGITS = 4300
-"""Digits of an integer that Python refuses to read."""
+"""Number of digits from which on Python refuses to read an integer."""
 
 
 def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
-    """Return the conversation that a stored row holds.
+    """Return the conversation of a stored row.
 
-    Raises BrokenRow if the row is not JSON or has none of the columns of `settings.columns`, and
-    Refused, naming the field, if the layout is not understood or words would be lost.
+    Raises BrokenRow if the row is not JSON or has none of the columns in `settings.columns`. Raises
+    Refused, naming the field, if the row matches no layout or words of the row would be lost.
     """
-    if isinstance(row, bytes) and len(row) > settings.max_row_bytes:
-        raise _too_large(len(row), settings)
-    plain = settings.columns is None and not settings.ignore and not settings.roles
-    if plain and isinstance(row, bytes) and (conversation := typed_json(row)):
-        return conversation
+    usual = not settings.roles and MESSAGE_KEYS.isdisjoint(settings.ignore)
+    if isinstance(row, bytes):
+        if len(row) > settings.max_row_bytes:
+            raise _too_large(len(row), settings)
+        if usual and settings.columns is None and not settings.ignore and (conversation := typed_json(row)):
+            return conversation
     fields = _fields(row, settings)
+    if usual and not isinstance(row, bytes) and (conversation := typed_row(fields, settings.max_row_bytes)):
+        return conversation
     if not isinstance(row, bytes) and (size := _size(fields, settings.max_row_bytes)) > settings.max_row_bytes:
         raise _too_large(size, settings)
     known = fields.keys().isdisjoint(BESIDE_MESSAGES)
-    messages = typed_messages(fields) if known and (plain or not settings.roles) else None
+    messages = typed_messages(fields) if known and usual else None
     if messages is None:
         require_readable(fields, settings)
         messages = parse_layout(fields, settings)
@@ -43,16 +50,30 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    conversation = Conversation(messages, parse_tools(tools_of(fields)))
+    conversation = Conversation(messages, parse_tools(tools_of(fields)), _variables(fields))
     if not known or settings.columns is not None:
         require_read(fields, conversation, settings)
     return conversation
 
 
-def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
-    """Return the columns of a row, and the keys of its messages, that nothing reads.
+def _variables(fields: Row) -> dict[str, Any]:
+    """Return the template's variables of a row; raises Refused unless they are an object.
 
-    Empty for a row that is refused.
+    A variable without a value (null) is left out: a table gives each row all names of the column.
+    """
+    if not fields.get(VARIABLES):
+        return {}
+    variables = decoded(fields[VARIABLES])
+    if not isinstance(variables, Mapping):
+        raise Refused("bad template variables", f"{VARIABLES} is a {type(variables).__name__}, not an object")
+    refuse_deep([variables])
+    return {str(name): value for name, value in variables.items() if value is not None}
+
+
+def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
+    """Return the names of the columns of a row, and of the keys of its turns, that are not read.
+
+    Return an empty set for a row that is refused.
     """
     try:
         return unread_names(_fields(row, settings), settings)
@@ -61,10 +82,10 @@ def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
 
 
 def decode_row(row: RawRow) -> Any:
-    """Return the value of a row's JSON text, or a table's row unchanged.
+    """Decode a row of JSON text; return a row of a table unchanged.
 
-    A column with NaN, a number out of range, or half a surrogate pair becomes an `Unreadable`.
-    Raises BrokenRow if the text is not JSON.
+    A column whose value Python cannot hold (`NaN`, a number out of range, half of a surrogate pair)
+    becomes an `Unreadable`. Raises BrokenRow if the text is not JSON.
     """
     if not isinstance(row, bytes):
         return row
@@ -85,7 +106,7 @@ def _too_large(size: int, settings: RowSettings) -> Refused:
 
 
 def _size(fields: Row, enough: int) -> int:
-    """Return the size of a row's texts in characters, or a size above `enough`."""
+    """Return the number of characters in a row's texts; stop counting above `enough`."""
     size, layer = 0, [*fields.values()]
     while layer and size <= enough:
         value = layer.pop()
@@ -99,7 +120,7 @@ def _size(fields: Row, enough: int) -> int:
 
 
 def _fields(row: RawRow, settings: RowSettings) -> Row:
-    """Return the columns of a row under the names that a layout knows, without ignored columns."""
+    """Return the columns of a row: renamed by `settings.columns`, without `settings.ignore`."""
     decoded = decode_row(row)
     if not isinstance(decoded, Mapping):
         raise Refused("unknown layout", f"the row is a {type(decoded).__name__}, not an object with columns")
@@ -110,9 +131,10 @@ def _fields(row: RawRow, settings: RowSettings) -> Row:
 
 
 def _readable_columns(text: bytes) -> dict[str, Any] | None:
-    """Return the columns of an object that Python's JSON reader accepts; None of any other text.
+    """Return the columns of JSON text in which only single values cannot be read.
 
-    `{"a": "x", "score": NaN}` gives `{"a": "x", "score": Unreadable("...")}`.
+    `{"a": "x", "score": NaN}` gives `{"a": "x", "score": Unreadable("...")}`. Return None if
+    Python's own JSON reader rejects the text too, or the text is not an object.
     """
     try:
         row = json.loads(text.decode(), parse_int=_integer)
@@ -135,7 +157,11 @@ def _integer(digits: str) -> int | float:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the columns that `columns` names, under the names that a layout knows."""
+    """Return the columns that `columns` names, under their new names.
+
+    The row `{"task": "hi", "id": 7}` with `columns = {"instruction": "task"}` gives
+    `{"instruction": "hi"}`. Raises BrokenRow if the row has none of the columns.
+    """
     result = {name: row[column] for name, column in columns.items() if column in row}
     if not result:
         raise BrokenRow(f"has none of the columns {sorted(columns.values())}; it has {sorted(map(str, row))}")

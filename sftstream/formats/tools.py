@@ -1,4 +1,11 @@
-"""Tool calls and tool definitions, in the spellings that datasets use."""
+"""Read tool calls and tool definitions in the spellings of different datasets.
+
+All of these calls become ToolCall("add", {"a": 1}):
+
+    {"name": "add", "arguments": {"a": 1}}
+    {"name": "add", "arguments": "{\\"a\\": 1}"}
+    {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,14 @@ from sftstream.formats.fields import decoded, first, is_list, optional_text
 from sftstream.records import Refused, ToolCall, ToolCalls
 
 _ARGUMENTS = ("arguments", "parameters", "input")
-"""Names of a call's arguments; the first name present counts."""
+"""Keys of the arguments of a call; the first key present is read."""
 
 
 def parse_calls(value: Any, path: str) -> ToolCalls:
-    """Return tool calls of any spelling.
+    """Return the tool calls in a value of any known spelling.
 
-    Accepts a single call or a list, JSON text or objects, with or without a `function` wrapper.
+    The value is a call or a list of calls. Each call is an object or JSON text, with or without a
+    surrounding `function` object. Raises Refused if a call has no name or no arguments.
     """
     value = decoded(value)
     if not value:
@@ -33,14 +41,18 @@ def _call(call: Any, path: str) -> ToolCall:
             arguments = decoded(first(function, *_ARGUMENTS) or {})
             if isinstance(arguments, Mapping):
                 return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id", "call_id"))
-    raise Refused("bad tool call", f"{path}: {excerpt(call)} has no name and arguments")
+    raise Refused(
+        "bad tool call",
+        f'{path}: {excerpt(call)} has no name and arguments; write {{"name": "add", "arguments": {{"a": 1}}}}',
+    )
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Return tool definitions of any spelling, each as `{"type": "function", ...}`.
+    """Return tool definitions of any known spelling, each as `{"type": "function", ...}`.
 
-    Accepts a single definition or a list, JSON text or objects, with or without a `function`
-    wrapper, and an object of name -> definition: `{"add": {"description": "adds"}}`.
+    The value is a definition, a list of definitions, or an object of name -> definition, such as
+    `{"add": {"description": "adds"}}`. Each definition is an object or JSON text, with or without a
+    surrounding `function` object. Raises Refused for another value.
     """
     if not value or not (value := decoded(value)):
         return ()
@@ -53,7 +65,10 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _named(definitions: Mapping[str, Any]) -> list[Any]:
-    """Return the definitions of an object of name -> definition, each with its name."""
+    """Return the definitions in an object of name -> definition, with the name put into each.
+
+    `{"add": {"description": "adds"}}` gives `[{"name": "add", "description": "adds"}]`.
+    """
     tools = {name: decoded(tool) for name, tool in definitions.items()}
     for name, tool in tools.items():
         if not isinstance(tool, Mapping) or tool.get("name", name) != name:

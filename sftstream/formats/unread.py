@@ -1,4 +1,9 @@
-"""Columns and keys that nothing reads: refused if known to carry words, else named to the user."""
+"""Find columns and keys that are not read, so that no words of a conversation are lost silently.
+
+A row is refused if a column that is not read has a name known for words of a conversation, such as
+"context", and its words are missing from the conversation. Other columns that are not read, such as
+"id" and "score", are named to the user.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +22,27 @@ TOOLS = (
     *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
     *("available_tools", "available_functions", "tool_schemas", "tools_schema", "tool_list"),
 )
-"""Columns of tool definitions; the first with a value counts."""
+"""Names of a column with tool definitions; the first with a value is read."""
+VARIABLES = "chat_template_kwargs"
+"""Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
 WORDS = frozenset(
     _OF_LAYOUTS
     | {*SYSTEM, *TOOLS, "context", "history", "chat_history", "dialogue", "dialog", "turns", "documents", "document"}
     | {"passage", "knowledge", "background", "persona", "reasoning_content", "thinking", "thought", "thoughts"}
 )
-"""Names of columns known to carry words of a conversation."""
+"""Names of columns known to hold words of a conversation."""
 BESIDE_MESSAGES = WORDS - {"messages", "tools"}
-"""Names whose presence needs a check, in a row of `messages` and `tools`."""
+"""Names of columns that need a check if a row has them besides `messages` and `tools`."""
 
 
 def tools_of(row: Row) -> Any:
-    """Return the tool definitions of a row, in any spelling; None if the row has none."""
+    """Return the row's tool definitions as stored; None if the row has no tool definitions."""
     return next((row[column] for column in TOOLS if row.get(column)), None)
 
 
 def require_read(row: Row, conversation: Conversation, settings: RowSettings) -> None:
-    """Raise Refused if a column carries words that are missing from the conversation."""
+    """Raise Refused if a column holds words that are missing from the conversation."""
     present = tuple([column for column, value in row.items() if value is not None])
     valued = tuple([column for column, value in row.items() if value])
     if not (suspects := _suspects(present, valued, settings.columns is not None)):
@@ -54,22 +61,25 @@ def require_read(row: Row, conversation: Conversation, settings: RowSettings) ->
 
 @lru_cache(maxsize=4096)
 def _suspects(present: tuple[str, ...], valued: tuple[str, ...], renamed: bool) -> tuple[str, ...]:
-    """Return the columns with values that may carry words, unread by the row's layout."""
+    """Return the columns that have a value, may hold words, and are not read by the row's layout.
+
+    With `renamed`, that is with `columns` in the settings, every column may hold words.
+    """
     read = _read({column: column in valued for column in present})
     return tuple(column for column in valued if (renamed or column in WORDS) and column not in read)
 
 
 def require_readable(row: Row, settings: RowSettings) -> None:
-    """Raise BrokenRow if a column that may carry words holds a value that cannot be read."""
+    """Raise BrokenRow if a column that may hold words has a value that Python cannot hold."""
     for column, value in row.items():
         if type(value) is Unreadable and (column in WORDS or settings.columns is not None):
             raise BrokenRow(f"cannot be decoded: column {column!r}: {value.reason}")
 
 
 def unread_names(row: Row, settings: RowSettings) -> set[str]:
-    """Return the columns of a row, and the keys of its messages, that nothing reads.
+    """Return the names of the columns of a row, and of the keys of its turns, that are not read.
 
-    Keys of messages are named `messages[].key`. Raises Refused if the layout is unknown.
+    Keys of turns are named like `messages[].score`. Raises Refused if the layout is unknown.
     """
     read = _read(row)
     names = {str(column) for column, value in row.items() if column not in read and value is not None}
@@ -79,18 +89,21 @@ def unread_names(row: Row, settings: RowSettings) -> set[str]:
 
 
 def _read(row: Row) -> set[str]:
+    """Return the names of the row's columns that are read, tool definitions included."""
     tools = next((column for column in TOOLS if row.get(column)), None)
-    return columns_read(row, find_layout(row)) | ({tools} if tools else set())
+    return columns_read(row, find_layout(row)) | {VARIABLES} | ({tools} if tools else set())
 
 
 def _carries(column: str, value: Any) -> bool:
-    if column == "data":  # a usual name of anything
+    """Return True if the value of the column may hold words of a conversation."""
+    if column == "data":  # a common name, often of other things than texts
         value = decoded(value)
         return is_list(value) and any(isinstance(text, str) for text in value)
     return carries_words(value)
 
 
 def _words(conversation: Conversation) -> Iterator[str]:
+    """Yield the contents and reasonings of a conversation, and the texts of its tools."""
     for message in conversation.messages:
         yield from filter(None, (message.content, message.reasoning))
     yield from texts_in(conversation.tools)

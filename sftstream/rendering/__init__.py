@@ -6,7 +6,9 @@ The words of this package, on a conversation of a user's "hi" and an assistant's
 
     payload            text of the conversation itself, not of the template: "hi", "seven"
     kind               "content", "reasoning" or "call": the part of a message that holds a payload
+    header             template text that opens a message: "<|im_start|>user\\n"
     gap                template text between two payloads: "<|im_end|>\\n<|im_start|>assistant\\n"
+    tail               text after the last payload of a render: "<|im_end|>\\n"
     generation prompt  text that the template adds for inference; the model speaks after it:
                        "<|im_start|>assistant\\n"
     role marker        the beginning of the generation prompt that the template prints before every

@@ -15,7 +15,7 @@ message has the content "hi ":
     payload         Payload(start=6, end=8, message=0, kind="content", number=0)
 
 The marker `ZqM0x1x0bZq` reads: prefix `ZqM`, message 0, kind 1 (`KINDS[1]` is "content"), payload
-number 0, `b` for the begin of the payload. `ZqM0x1x0eZq` marks the end of the same payload. Markers
+number 0, `b` for the beginning. `ZqM0x1x0eZq` marks the end of the same payload. Markers
 consist of letters and digits, so JSON encoding and `trim` do not change a marker.
 """
 
@@ -23,25 +23,27 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from sftstream.excerpt import excerpt
-from sftstream.records import REASONING_KEYS, Refused
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
 """Possible prefixes of markers. A conversation gets the first prefix absent from its texts."""
 
 KINDS = ("reasoning", "content", "call")
-"""Parts of a message that hold payloads; a marker names the kind by its index."""
+"""Kinds of payloads. A marker contains the index of the payload's kind."""
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Payload(NamedTuple):
-    """A printed text of a message, at characters `[start, end)` of the rendered text."""
+    """An occurrence of a message's text, at characters `[start, end)` of the rendered text."""
 
     start: int
     end: int
@@ -50,13 +52,13 @@ class Payload(NamedTuple):
     kind: str
     """A member of `KINDS`."""
     number: int
-    """Number of the payload in the conversation, the same for both prints of a payload that is
-    printed twice. A thought split off a content has a negative number.
+    """Number of the payload in the conversation. If a template prints a payload twice, both records
+    have the same number. A thought split off a content has a negative number.
     """
 
 
 class Located(NamedTuple):
-    """A rendered text, its payloads in order of print, and the payloads that are not printed."""
+    """A rendered text, the payloads in text order, and the payloads that are not printed."""
 
     text: str
     payloads: list[Payload]
@@ -66,6 +68,42 @@ class Located(NamedTuple):
     """True if `payloads` also lists blank messages, each as an empty range."""
 
 
+class PayloadIndex:
+    """Payloads of a rendered text, for searches by message and by offset without a full scan."""
+
+    def __init__(self, payloads: Sequence[Payload]) -> None:
+        self._by_start = sorted(payloads)
+        self._starts = [payload.start for payload in self._by_start]
+        self._by_end = sorted((payload.end, payload.message) for payload in payloads)
+        self._latest_end = list(accumulate((payload.end for payload in self._by_start), max))
+        self._of: dict[int, list[Payload]] = {}
+        for payload in self._by_start:
+            self._of.setdefault(payload.message, []).append(payload)
+
+    def of(self, message: int) -> Sequence[Payload]:
+        """Return the payloads of a message, in order of print."""
+        return self._of.get(message, ())
+
+    def last_end(self, message: int, offset: int) -> int:
+        """Return the end of the last payload before `offset` of an earlier message, or 0."""
+        found = bisect_right(self._by_end, (offset, len(self._by_end) + message)) - 1
+        while found >= 0 and self._by_end[found][1] >= message:
+            found -= 1
+        return self._by_end[found][0] if found >= 0 else 0
+
+    def next_start(self, message: int, offset: int) -> int | None:
+        """Return the start of the first payload of a later message from `offset` on, or None."""
+        for payload in islice(self._by_start, bisect_left(self._starts, offset), None):
+            if payload.message > message:
+                return payload.start
+        return None
+
+    def overlapping(self, span: Span) -> list[Payload]:
+        """Return the payloads that share a character with the span."""
+        first, last = bisect_right(self._latest_end, span.start), bisect_left(self._starts, span.end)
+        return [p for p in self._by_start[first:last] if span.start < p.end]
+
+
 Key = tuple[int, int, int]
 """Identity of a payload: index of the message, index into `KINDS`, number of the payload."""
 
@@ -73,8 +111,8 @@ Key = tuple[int, int, int]
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
     """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails, if the markers change other text, or if a payload is printed
-    with altered words.
+    Raises `Refused` if a render fails, if the markers change text outside the payloads, or if a
+    payload is printed neither unchanged nor escaped as in a JSON string.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
@@ -86,7 +124,8 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
         raise Refused(
-            "template rewrites text", "with markers around the messages' text, the template prints other text"
+            "template rewrites text",
+            "with markers around the messages' text, the template prints other text; use another template",
         )
     return best
 
@@ -127,7 +166,7 @@ def _locate(
 
 
 def _is_blank(message: TemplateMessage) -> bool:
-    """Return True for a message of a user, system or tool with an empty or white-space content."""
+    """Return True if a message of a user, system or tool is empty or only white space."""
     return message["role"] != "assistant" and not message["content"].strip()
 
 
@@ -253,7 +292,7 @@ class Marking:
         return rest
 
     def _pieces(self, marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-        """Yield each marker together with the text before it; finally (rest of the text, None)."""
+        """Yield pairs (text before a marker, marker); the last pair is (rest, None)."""
         at = 0
         for mark in _marker_pattern(self._prefix).finditer(marked):
             yield marked[at : mark.start()], mark
@@ -285,7 +324,8 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings of a message that one render may print and another render leave out."""
+    """Yield the strings that may be absent from the plain render and still be printed by a render
+    with markers. A marker must not occur in them."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))
@@ -323,5 +363,7 @@ def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
     """Raise Refused unless `printed` is `stored`, unchanged or escaped as inside a JSON string."""
     if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
-            "template alters text", f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}"
+            "template alters text",
+            f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}; use a template that prints "
+            "texts unchanged",
         )

@@ -2,8 +2,8 @@
 
 The texts are learned once per run, from renders of short conversations (`probe_messages.py`).
 
-Example. For ChatML the probe of a question and an answer, and the same probe followed by another
-question, print after the answer
+Example. Two probes are rendered with ChatML: a question and an answer, and the same with another
+question after them. After the answer the template prints
 
     at the conversation's end      "<|im_end|>\\n"
     before another message         "<|im_end|>\\n<|im_start|>user\\n"
@@ -62,7 +62,8 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
     """Return the turn format, learned from renders of short conversations.
 
     `control` matches the text of any special token. Raises ValueError if the template cannot print
-    a user's message, exceeds the time limit, or prints no text that ends an assistant turn.
+    a user's message, does too much work, or prints no text that ends an assistant turn, and
+    RuntimeError if a render exceeds the time limit.
     """
     prompt = _probe_prompt(template, control)
     role_marker = _probe_role_marker(template, control, prompt)
@@ -97,8 +98,8 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     try:
         plain, prompted = template.render([USER]), template.render([USER], prompt=True)
     except Refused as refused:
-        if refused.reason == "template takes too long":
-            raise ValueError(f"the chat template does not end: {refused.detail}; use another template") from None
+        if refused.reason == "template does too much":
+            raise ValueError(f"the chat template does too much: {refused.detail}; use another template") from None
         try:
             plain, prompted = template.render([USER], (TOOL,)), template.render([USER], (TOOL,), prompt=True)
         except Refused:
@@ -115,7 +116,7 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
 
 
 def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
-    """Return the longest beginning of the prompt that the template also prints before every answer.
+    """Return the longest beginning of the prompt that is also printed before every answer.
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought
     (`<think></think>`), or the first words of the answer. Some templates have no prompt, but print
@@ -156,8 +157,9 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    A token or tag is an opener if it begins the role marker, or if it is the first one before the
-    first message that is printed again later. A text that ends a turn is no opener.
+    The result holds the token or tag that begins the role marker. It also holds, of the tokens and
+    tags before the first user's text, the first one that occurs more than once in the render. A
+    text that ends a turn is left out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
@@ -230,9 +232,10 @@ def _stops(
 
            at_end "", in_middle "<|user|>\\n"  ->  {"<|user|>"}
 
-    With `turn_stops`, the stops of turns without calls, return only the additional stops of turns
-    with calls: an empty set if `at_end` or `in_middle` contains one of `turn_stops`. Rule 2 then
-    does not apply. Without `by_next_role`, rule 3 does not apply if both texts exist.
+    `turn_stops` are the known stops of turns without calls. If given, only stops that turns with
+    calls have in addition are returned: none if `at_end` or `in_middle` contains one of
+    `turn_stops`. With `turn_stops`, rule 2 is never applied. Without `by_next_role`, rule 3 does
+    not apply if both texts exist.
     """
     texts = [text for text in (at_end, in_middle) if text is not None]
     if not texts or any(contains(text, turn_stops) for text in texts):

@@ -1,8 +1,17 @@
-"""Rows of files: by number in any order, or read forward from streamed sources."""
+"""Read rows of files: by row number in any order, or from the beginning of a file to its end."""
 
 from sftstream.sources.corpus import Corpus, CorpusReader, FileSet
 from sftstream.sources.rows import FileIdentity, ReadRow, RowFile
-from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
+from sftstream.sources.streamed_reader import StreamedReader
 
-__all__ = ["Corpus", "CorpusReader", "FileIdentity", "FileSet", "ReadRow", "RowFile", "ShardReader", "StreamedSource"]
+__all__ = [
+    "Corpus",
+    "CorpusReader",
+    "FileIdentity",
+    "FileSet",
+    "ReadRow",
+    "RowFile",
+    "StreamedReader",
+    "StreamedSource",
+]

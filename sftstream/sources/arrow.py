@@ -1,4 +1,4 @@
-"""Arrow record batches, mapped into memory; Parquet is copied once into Arrow files."""
+"""Read Arrow files by row number, mapped into memory. Also used for copies of Parquet files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from sftstream.cache import cached
+from sftstream.door import Door
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
 from sftstream.sources.rows import (
     OPEN_FILES,
@@ -28,27 +29,26 @@ from sftstream.sources.rows import (
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
-UNREADABLE = (pa.ArrowException, OSError)
-"""Errors of Arrow on files that are damaged or not Arrow files."""
 _UNHOLDABLE = (pa.ArrowException, *UNDECODABLE, ValueError, TypeError, KeyError, ArithmeticError)
-"""Errors of Arrow's conversion of a value to Python: numbers and dates out of range, keys that
+"""Errors of Arrow when it converts a value to Python: numbers and dates out of range, keys that
 cannot be hashed, unknown time zones, text that is not UTF-8."""
 _LISTS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
     *(pa.types.is_list_view, pa.types.is_large_list_view),
 )
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
-"""Type of text -> binary type of equal layout."""
+"""Text type -> binary type with the same memory layout."""
 _FILE, _END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
-"""First bytes of Arrow's file format, and last bytes of Arrow's stream format."""
+"""First bytes of the Arrow file format, and last bytes of the Arrow stream format."""
 
 
 class Batches:
     """Rows of record batches by number, as Python values.
 
-    A table stores the missing fields of a row as null, in structs at any depth; `read` leaves the
-    fields out again. Text of the type `arrow.json` is decoded. A value that Python cannot hold, for
-    example a date of the year 20000, becomes an `Unreadable`.
+    A table stores null for a field that a row does not have. `read` leaves out such fields, also
+    inside structs: `{"role": "user", "name": null}` is read as `{"role": "user"}`. Text of the type
+    `arrow.json` is decoded. A value that Python cannot represent, for example a date in the year
+    20000, is read as an `Unreadable`.
     """
 
     def __init__(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -81,7 +81,7 @@ class Batches:
 
 
 class Arrow:
-    """Rows of an Arrow file by number; all processes share the mapped pages."""
+    """Rows of an Arrow file by number. All processes share the memory of the mapped file."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
@@ -96,7 +96,7 @@ class Arrow:
 
     def read(self, row: int) -> Mapping[str, Any]:
         batches, mapped = _opened(self._stored)
-        if mapped.size() < len(mapped):  # touching a page that was cut off would be a bus error
+        if mapped.size() < len(mapped):  # reading a page that was cut off would crash the process
             raise RuntimeError(
                 f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore the file"
             )
@@ -112,34 +112,32 @@ class Arrow:
 def arrow(stored: Stored) -> Arrow:
     """Return the rows of an Arrow file.
 
-    A compressed file is copied, since compressed batches cannot be mapped. Raises ValueError if the
-    file is not a readable Arrow file.
+    A file with compressed batches cannot be mapped, so it is copied into the cache. Raises
+    ValueError if the file is not a readable Arrow file.
     """
-    try:
+    with Door(f"{stored.display_name} is not a readable Arrow file"):
         mapped = _mapped(stored)
         filled = (batch for batch in _source(stored, mapped)[1] if batch.num_rows)
         if all(_lies_in(mapped, batch) for batch in islice(filled, 1)):
             return Arrow(stored)
         return in_columns(stored, lambda: _checked(*_source(stored, mapped)))
-    except UNREADABLE as error:
-        raise ValueError(f"{stored.display_name} is not a readable Arrow file: {error}") from None
 
 
 def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:
-    """Return the rows of `source()`, copied once into an Arrow file in the cache."""
+    """Return the rows of `source()`, which are copied once into an Arrow file in the cache."""
     key = derived("arrow", original.key)
     copy = cached(key, ".arrow", lambda: _blocks(*source()))
     return Arrow(copy_of(original, copy, key))
 
 
 def arrow_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
-    """Read the rows of an Arrow file, of the file or the stream format, from the first row."""
+    """Read the rows of an Arrow file (file or stream format) from the first row to the last."""
     _, batches = _source_of(name, pa.PythonFile(seekable(file), "r"))
     return RowsFrom(0, rows_of(batches))
 
 
 def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[ReadRow]:
-    """Yield readers of the rows of record batches."""
+    """Yield for each row of the batches a function that reads the row."""
     for batch in batches:
         rows = Batches(batch.schema, [batch])
         for row in range(len(rows)):
@@ -147,12 +145,12 @@ def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[ReadRow]:
 
 
 def seekable(file: BufferedReader) -> Any:
-    """Return `file` if seekable, else its content in memory."""
+    """Return `file` if it is seekable, else a copy of its content in memory."""
     return file if file.seekable() else BytesIO(file.read())
 
 
 def _blocks(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
-    """Yield the bytes of an Arrow stream, a batch at a time."""
+    """Yield the bytes of an Arrow stream, one batch at a time."""
     sink = BytesIO()
     with pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
@@ -171,14 +169,14 @@ def _mapped(stored: Stored) -> mmap.mmap:
 
 
 def _source_of(display_name: str, file: pa.NativeFile) -> Source:
-    """Return schema and batches of an open file, of either format.
+    """Return schema and batches of an open file in the file or the stream format.
 
     Raises ValueError if the file was truncated.
     """
     if file.read_at(len(_FILE), 0) == _FILE:
         reader = pa.ipc.open_file(file)
         return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
-    # A stream that is truncated between two batches would read like a shorter stream.
+    # Without this check, a stream truncated between two batches would seem complete.
     if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
         raise ValueError(
             f"{display_name} lacks the end mark of an Arrow stream: the file was truncated, or is still being written"
@@ -216,7 +214,7 @@ def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
 def _validate_batch(batch: pa.RecordBatch) -> None:
     """Raise ArrowInvalid if any offset, index or length in the batch is invalid.
 
-    Text is not checked: text that is not UTF-8 concerns its row alone.
+    Text is not checked, because text that is not UTF-8 breaks only its own row.
     """
     for column in batch.columns:
         column.validate()
@@ -226,8 +224,8 @@ def _validate_batch(batch: pa.RecordBatch) -> None:
 def _validate(array: pa.Array) -> None:
     """Raise ArrowInvalid if an offset or index at any depth is invalid.
 
-    Each level is checked apart from its children, with nulls in place of the children: Arrow's
-    own check would refuse text that is not UTF-8.
+    Arrow's own check of a nested array would also refuse text that is not UTF-8. So each level is
+    checked alone, with nulls in place of the level below.
     """
     kind = array.type
     if isinstance(kind, pa.BaseExtensionType):
@@ -252,7 +250,7 @@ def _validate(array: pa.Array) -> None:
 
 
 def _outline(array: pa.Array, kind: pa.DataType, children: int) -> pa.Array:
-    """Return a list array of the same offsets over `children` nulls."""
+    """Return a list array with the offsets of `array` and `children` nulls as its values."""
     buffers = array.buffers()[: kind.num_buffers]
     return pa.Array.from_buffers(kind, len(array), buffers, offset=array.offset, children=[pa.nulls(children)])
 
@@ -283,7 +281,7 @@ def _struct(fields: Iterable[pa.Field]) -> Decoder:
 
 
 def _decoder(kind: pa.DataType) -> Decoder:
-    """Return a function from a value in `to_pylist` form to a plain value, for an Arrow type."""
+    """Return a function that turns a value from Arrow's `as_py` into a plain value."""
     if pa.types.is_struct(kind):
         return _struct(kind)
     if pa.types.is_map(kind):

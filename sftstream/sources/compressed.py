@@ -1,4 +1,4 @@
-"""Compressed files: unpacked once into the cache for reading by row, or while read forward."""
+"""Decompress files: once into the cache, or while the file is read from beginning to end."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sftstream.sources.rows import Stored, copy_of, derived
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Suffix -> name of the codec."""
 DAMAGED = (OSError, EOFError, lzma.LZMAError)
-"""Errors of a codec on content that is damaged or truncated."""
+"""Errors of a codec if the content is damaged or truncated."""
 _BLOCK = 4 << 20
-"""Bytes unpacked at a time."""
+"""Number of bytes decompressed at a time."""
 
 
 def unpacked(packed: Stored, codec: str) -> Stored:
-    """Return the unpacked copy of a file; raises ValueError if the file is damaged or truncated."""
+    """Return a decompressed copy of a file; raises ValueError if it is damaged or truncated."""
     key = derived("unpacked", packed.key)
     return copy_of(packed, cached(key, ".unpacked", lambda: _blocks(packed, codec)), key)
 
 
 def unpacking(file: Any, codec: str) -> BufferedReader:
-    """Return the content of an open file, unpacked during reading; reads raise `DAMAGED`."""
+    """Return a reader that decompresses an open file; reading raises the errors in `DAMAGED`."""
     if codec == "xz":
         return BufferedReader(lzma.LZMAFile(file))
     return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec))

@@ -1,4 +1,4 @@
-"""The content of a file by its first bytes: compression, kind, and mistakes of the whole file."""
+"""Recognize a file by its first bytes: compression, format, and common mistakes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sftstream.records import UNDECODABLE
 from sftstream.sources.rows import BOM
 
 HEAD = 1 << 16
-"""First bytes of a file, read to recognise the content."""
+"""Number of first bytes of a file that are examined."""
 _MAGIC = 6
-"""Bytes of the longest mark of a codec: fewer bytes may be a truncated mark."""
+"""Length of the longest mark in `_CODECS`. Fewer bytes may be a truncated mark."""
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
@@ -20,21 +20,24 @@ _HOLDERS = frozenset(
     {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
     | {"rows", "data", "dataset", "examples", "items", "samples", "records"}
 )
-"""Keys of an object that holds all rows of a file."""
+"""Typical keys of a JSON object that contains all rows of a file: `{"train": [...]}`."""
 
 
 def codec_of(head: bytes) -> str | None:
-    """Return the codec of compressed content, by the first bytes; None of any other content."""
+    """Return the codec of compressed content, recognized by its first bytes, else None."""
     return next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
 
 
 def is_readable(head: bytes) -> bool:
-    """Return True of the first bytes of a table or of text, False of anything else."""
+    """Return True if the first bytes are of a table (Parquet, Arrow) or of UTF-8 text."""
     return _table(head) is not None or _is_text(head)
 
 
 def kind_of(head: bytes, suffix: str) -> str:
-    """Return the suffix that fits the first bytes of a file, by default `suffix`."""
+    """Return the suffix of the format that the first bytes show, or `suffix` if they show none.
+
+    For example ".parquet" for bytes that begin with `PAR1`, also if `suffix` is ".jsonl".
+    """
     if table := _table(head):
         return table
     text = head.removeprefix(BOM).lstrip()
@@ -47,9 +50,13 @@ def kind_of(head: bytes, suffix: str) -> str:
 def is_array(head: bytes, *, lines: bool) -> bool:
     """Return True if the first bytes begin a JSON array of rows, False for JSON lines.
 
-    A first line that is a whole list is a row if further lines follow. `lines` tells that the
-    file's suffix promises lines: then a list alone is a row too, unless a list of objects, and a
-    first line that no further line completes.
+    `lines` is True if the suffix of the file is that of JSON lines. Examples:
+
+        [{"messages": ...},        an array over several lines
+        [1, 2], then [3, 4]        JSON lines: the first line is a whole list, and more lines follow
+        [{"messages": ...}]        an array: a single line with a list of objects
+        [1, 2]                     JSON lines if `lines`, else an array
+        [1, oops]                  JSON lines (with a broken row) if `lines`, else an array
     """
     line, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
     if not line.startswith(b"["):
@@ -62,7 +69,7 @@ def is_array(head: bytes, *, lines: bool) -> bool:
 
 
 def require_rows(head: bytes, display_name: str) -> None:
-    """Raise ValueError if the first bytes show that the file holds no rows: an archive, a page."""
+    """Raise ValueError if the file cannot contain rows: an archive, a web page, UTF-16 text, ..."""
     text = head.removeprefix(BOM).lstrip()
     if head.startswith(b"version https://git-lfs.github.com/spec"):
         raise ValueError(f"{display_name} is a pointer of Git LFS, not the file itself; fetch the file by git lfs pull")
@@ -75,7 +82,7 @@ def require_rows(head: bytes, display_name: str) -> None:
 
 
 def require_lines(head: bytes, display_name: str) -> None:
-    """Raise ValueError if the first lines are parts of an object written over several lines."""
+    """Raise ValueError if the file begins with a JSON object written over several lines."""
     line, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
     begun = rest.lstrip()[:1]
     if line.startswith(b"{") and begun and begun not in (b"{", b"[") and not _is_json(line) and _is_truncated(line):
@@ -86,7 +93,7 @@ def require_lines(head: bytes, display_name: str) -> None:
 
 
 def require_row(text: bytes, display_name: str) -> None:
-    """Raise ValueError if the only row of a file holds the rows: `{"train": [...]}`."""
+    """Raise ValueError if the only row of a file contains many rows: `{"train": [...]}`."""
     try:
         row = msgspec.json.decode(text)
     except UNDECODABLE:
@@ -105,14 +112,14 @@ def _table(head: bytes) -> str | None:
 
 def _is_text(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut off
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut off
     except UnicodeDecodeError:
         return False
     return len(head) >= _MAGIC and b"\0" not in head
 
 
 def _has_wide_letters(head: bytes) -> bool:
-    """Return True if every second byte of the first four is zero, as in UTF-16 of plain letters."""
+    """Return True if every second of the first four bytes is zero, as in UTF-16 of English text."""
     first = head[:4]
     return len(first) == 4 and (first[0::2] == b"\0\0") != (first[1::2] == b"\0\0")
 

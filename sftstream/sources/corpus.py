@@ -1,4 +1,4 @@
-"""All sources of a config, and the reader of one logical stream."""
+"""Open all sources of a config, and read their rows for a logical stream."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
-from sftstream.sources.resolve import open_source
+from sftstream.sources.resolve import open_source, source_door
 from sftstream.sources.rows import FileIdentity, RowFile
-from sftstream.sources.shard_reader import ShardReader
 from sftstream.sources.streamed import StreamedSource
+from sftstream.sources.streamed_reader import StreamedReader
 
 
 class FileSet:
-    """Rows of one source by number, through all files in order.
+    """Rows of a source that is not streamed, numbered through all its files in order.
 
-    `shards` holds the number of rows of each file. Raises ValueError if the source holds no row.
+    `file_sizes` holds the number of rows of each file. Example: files of 3 and 2 rows have the row
+    numbers 0 to 2 and 3 to 4. Raises ValueError if the source holds no row.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         self.files = open_source(source)
-        self.shards = tuple(len(file) for file in self.files)
+        self.file_sizes = tuple(len(file) for file in self.files)
         self._path = source.path
+        self.door = source_door(source)
         self.settings: RowSettings = source
-        self._ends = list(accumulate(self.shards))
+        self._ends = list(accumulate(self.file_sizes))
         if not len(self):
             raise ValueError(
                 f"source {source.path!r} holds no row; remove the source or name a file with conversations"
@@ -35,7 +37,7 @@ class FileSet:
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """Identities of the files at the time of opening."""
+        """Identities of the files when they were opened."""
         return tuple(file.identity for file in self.files)
 
     def read(self, row: int) -> RawRow:
@@ -63,7 +65,7 @@ class FileSet:
 
 
 class Corpus:
-    """All sources of a config, opened once for all streams of a process."""
+    """All sources of a config, opened once for all logical streams of a process."""
 
     def __init__(self, sources: tuple[SourceConfig, ...]) -> None:
         self.sources = [StreamedSource(source) if source.streaming else FileSet(source) for source in sources]
@@ -81,30 +83,33 @@ class Corpus:
 class CorpusReader:
     """Reads the rows of all sources for one logical stream.
 
-    Each reader has separate positions in streamed sources. `settings` holds the settings of each
-    source for `formats.parse_row`.
+    Each reader has its own positions in streamed sources. `settings` holds for each source the
+    settings of `formats.parse_row`.
     """
 
     def __init__(self, corpus: Corpus) -> None:
-        self.sources: list[FileSet | ShardReader] = [
-            ShardReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
+        self.sources: list[FileSet | StreamedReader] = [
+            StreamedReader(source) if isinstance(source, StreamedSource) else source for source in corpus.sources
         ]
         self.settings = [source.settings for source in corpus.sources]
         self._corpus = corpus
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row that will be read again, having been read before the state was taken."""
+        """Announce that a row will be read again, because a loaded state refers to it."""
         source = self.sources[ref.source]
-        if isinstance(source, ShardReader):
+        if isinstance(source, StreamedReader):
             source.expect(ref)
 
     def read(self, ref: Ref) -> RawRow:
         """Return a row as stored; raises BrokenRow if unreadable.
 
-        A streamed source gives each row once, or as often as announced.
+        A row of a streamed source can be read once, and once more for each announcement.
         """
         source = self.sources[ref.source]
-        return source.read(ref) if isinstance(source, ShardReader) else source.read(ref.row)
+        if isinstance(source, StreamedReader):
+            return source.read(ref)
+        with source.door:
+            return source.read(ref.row)
 
     def locate_broken(self, ref: Ref) -> str:
         """Return the location of a broken row.

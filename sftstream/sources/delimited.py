@@ -1,6 +1,6 @@
-"""CSV and TSV: a header, then records with as many cells, quoted as in RFC 4180.
+"""Read CSV and TSV files: a header, then records with the same number of cells (RFC 4180).
 
-A quoted cell may hold line breaks, so a record may span lines.
+A quoted cell may contain line breaks, so a record may have several lines.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from sftstream.sources.row_index import IndexedFile, Integers
 from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
 
 _CELL = 64 << 20
-"""Most characters of a cell. Python's default of 131,072 is too low for a long conversation."""
+"""Largest number of characters of a cell. Python's default, 131,072, is too low for some
+conversations."""
 _PART = 1 << 16
-"""Number of borders yielded together."""
+"""Number of borders in one array."""
 csv.field_size_limit(_CELL)
 
 
 class Delimited(IndexedFile):
-    """Records of a file by number, as column -> text.
+    """Records of a file by number, as column name -> text.
 
-    Empty cells count as missing: CSV cannot distinguish null from ''.
+    Empty cells are left out, because CSV cannot distinguish a missing value from an empty text.
     """
 
     def __init__(self, stored: Stored, delimiter: str) -> None:
@@ -42,7 +43,7 @@ class Delimited(IndexedFile):
 
 
 def records_forward(file: BufferedReader, name: str, _start: int, *, delimiter: str) -> RowsFrom:
-    """Read the records of a file from the first; raises ValueError if the header is unusable."""
+    """Read the records of a file in order; raises ValueError if the header is unusable."""
     texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in _divided(skip_bom(file), delimiter)))
     columns = _header(next(texts, b""), delimiter, name)
     return RowsFrom(0, (partial(_record, text, delimiter, columns) for text in texts))
@@ -51,8 +52,8 @@ def records_forward(file: BufferedReader, name: str, _start: int, *, delimiter: 
 def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     """Return the column names of a header.
 
-    The first name may be empty, as of an index that pandas wrote. Raises ValueError if a name is
-    unreadable or repeated, or any other name is empty.
+    The first name may be empty, because pandas writes such a column for its index. Raises
+    ValueError if the header is unreadable, a name is repeated, or another name is empty.
     """
     try:
         columns = _cells(text, delimiter)
@@ -64,7 +65,7 @@ def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
 
 
 def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
-    """Return the cells of a record by column.
+    """Return column name -> cell of a record.
 
     Raises BrokenRow if the text is not CSV or has more or fewer cells than the header.
     """
@@ -78,16 +79,16 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
 
 
 def _cells(text: bytes, delimiter: str) -> list[str]:
-    """Return the cells of a record's text, with or without line breaks around the record."""
+    """Return the cells of a record. Line breaks before and after the record are ignored."""
     return next(csv.reader([text.decode().strip("\r\n")], delimiter=delimiter, strict=True), [])
 
 
 def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:
-    """Yield the borders and lines of the records after the header."""
+    """Yield byte offsets and line numbers of the records after the header, for `RowIndex`."""
     starts, numbers = array("q"), array("q")
     records = _records(file, delimiter)
     header = next(records)
-    for start, number in chain([next(records, header)], records):  # an empty file: the end is the only border
+    for start, number in chain([next(records, header)], records):  # in an empty file the end is the only border
         starts.append(start)
         numbers.append(number)
         if len(starts) == _PART:
@@ -97,7 +98,8 @@ def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]
 
 
 def _records(file: FileIO, delimiter: str) -> Iterator[tuple[int, int]]:
-    """Yield the first byte and line of each record that is not blank, and last the file's end."""
+    """Yield byte offset and line number of each record that is not blank, then of the file's
+    end."""
     position, number = file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0), 0
     for lines in _divided(open(file.fileno(), "rb", closefd=False), delimiter):  # noqa: SIM115
         if lines[0].strip(b"\r\n"):
@@ -107,17 +109,17 @@ def _records(file: FileIO, delimiter: str) -> Iterator[tuple[int, int]]:
 
 
 def _divided(lines: Iterable[bytes], delimiter: str) -> Iterator[list[bytes]]:
-    """Yield the lines of each record, as `csv.reader` divides records; a blank line is a record."""
+    """Yield the lines of each record, as divided by `csv.reader`. A blank line is a record."""
     taken: list[bytes] = []
 
     def passing() -> Iterator[str]:
         for line in lines:
             taken.append(line)
-            yield line.decode("latin-1")  # borders are ASCII bytes, in Latin-1 as in UTF-8
+            yield line.decode("latin-1")  # quotes and line breaks are the same bytes in UTF-8
 
     reader = csv.reader(passing(), delimiter=delimiter)
     while True:
-        with suppress(csv.Error):  # reading the record will refuse it
+        with suppress(csv.Error):  # reported when the record is read
             if next(reader, None) is None:
                 return
         yield taken.copy()

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, and local directories in the layout of hub datasets."""
+"""Read datasets of the Hugging Face hub, and local directories with the layout of hub datasets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.config import SourceConfig
+from sftstream.door import Door
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
 from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
@@ -19,16 +20,18 @@ from sftstream.sources.saved import choose
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DECLARED = re.compile(r"---\n(?:(?!---).*\n)*?(?:configs|dataset_info):")
+_VALUES = 1_000_000
+"""Values in the YAML of a dataset card; cards with hundreds of subsets have some 10,000."""
 _SLICE, _SLICES = 1000, 128
-"""Rows of a digest's slice, and most slices of a sampled digest."""
+"""Number of rows in a slice of a digest, and of slices in a sampled digest."""
 
 
 class Loaded:
     """Rows of a split by number, from the Arrow files in the cache of `datasets`.
 
-    The division of rows into files may differ between machines, so the identity is a digest of the
-    rows in Arrow's serialisation: of all rows, or above 256 MiB of 128 evenly spread slices of
-    1000.
+    `datasets` may divide the rows into other files on another machine, so the identity is a digest
+    of the rows, not of the files. The digest covers all rows, or above 256 MiB 128 evenly spread
+    slices of 1000 rows.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -49,7 +52,7 @@ class Loaded:
         return f"{self._display_name}[{row}]"
 
     def require_intact(self, row: int) -> None:
-        """Do nothing: the cache of `datasets` has no row index."""
+        """Do nothing: there is no row index that could be damaged."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, (self._source,)
@@ -67,9 +70,9 @@ def is_repository(directory: Path) -> bool:
 
 
 def data_files(source: SourceConfig) -> list[str]:
-    """Return paths or URLs of a split's files in the order of `datasets`.
+    """Return the paths or URLs of a split's files, in the order that `datasets` uses.
 
-    Raises ValueError, naming the available splits, if the split does not exist.
+    Raises ValueError if the split does not exist; the error lists the existing splits.
     """
     import datasets
 
@@ -97,10 +100,10 @@ def _load(source: SourceConfig, split: str) -> pa.Table:
 
 
 def _cache(directory: Path) -> str | None:
-    """Return a cache directory for the present content of a local directory; None for a hub name.
+    """Return a cache directory for the current content of a local directory; None for a hub name.
 
-    `datasets` recognises files by paths and times of modification, and would read a stale cache
-    after a change that keeps both.
+    `datasets` itself compares only paths and modification times. If the content of a file changed
+    but these did not, it would read the old content from its cache.
     """
     if not directory.is_dir():
         return None
@@ -112,21 +115,49 @@ def _cache(directory: Path) -> str | None:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / derived(*content))
 
 
+def _require_bounded_card(directory: Path) -> None:
+    """Raise ValueError if aliases make the YAML of a directory's dataset card explode.
+
+    `datasets` walks the values as a tree: 9 lists of 9 aliases each, 9 levels deep, are 400 million
+    values in a card of 300 bytes.
+    """
+    card = directory / "README.md"
+    if not card.is_file():
+        return
+    import yaml
+
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    root = yaml.compose(parts[1], Loader=yaml.SafeLoader) if len(parts) == 3 and not parts[0].strip() else None
+    if (size := _tree_size(root, {})) > _VALUES:
+        raise ValueError(
+            f"source {str(directory)!r} has a dataset card whose aliases stand for {size:.3g} values, above {_VALUES:,}; "
+            "write the values out in README.md, or remove the aliases"
+        )
+
+
+def _tree_size(node: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values below a YAML node, shared nodes counted each time."""
+    if id(node) not in sizes:
+        inner = node.value if isinstance(getattr(node, "value", None), list) else ()
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_tree_size(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 @contextmanager
 def _asking(source: SourceConfig) -> Iterator[None]:
-    """Silence the progress bars of `datasets`, and turn an error into a ValueError of one line."""
+    """Hide the progress bars of `datasets`, and turn its errors into a ValueError of one line."""
     import datasets
 
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    is_local = Path(source.path).is_dir()
+    kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
+    request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
     try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        is_local = Path(source.path).is_dir()
-        kind = "a dataset" if is_local else f"a dataset of the hub, and matches no local path from {Path.cwd()}"
-        request = f"subset = {source.subset!r}, split = {source.split!r}, revision = {source.revision!r}"
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"source {source.path!r} cannot be read as {kind} ({request}): {reason}") from None
+        with Door(f"source {source.path!r} cannot be read as {kind} ({request})"):
+            _require_bounded_card(Path(source.path))
+            yield
     finally:
         if had_progress_bars:
             datasets.enable_progress_bars()
@@ -135,7 +166,7 @@ def _asking(source: SourceConfig) -> Iterator[None]:
 def _identify(name: str, table: pa.Table, *, full: bool) -> FileIdentity:
     """Return the identity of a table's rows.
 
-    Slices have a fixed number of rows, so that the borders of batches and files do not matter.
+    All slices have the same number of rows, whatever the division into batches and files.
     """
     starts: Sequence[int] = range(0, table.num_rows, _SLICE)
     sampled = table.nbytes > SAMPLED_ABOVE and len(starts) > _SLICES and not full

@@ -1,4 +1,4 @@
-"""Files that hold one JSON array of rows."""
+"""Read files that contain a single JSON array of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 class JsonArray(IndexedFile):
     """Elements of a JSON array by number.
 
-    Building the index needs memory of the file's size.
+    Building the row index needs as much memory as the size of the file.
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -34,15 +34,15 @@ class JsonArray(IndexedFile):
         return f"{self._stored.display_name}[{row}]"
 
     def require_intact(self, row: int) -> None:
-        """Do nothing: elements may begin anywhere in a line."""
+        """Do nothing: an element may begin anywhere in a line, so there is nothing to check."""
 
 
-def elements_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
+def elements_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
     """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
     try:
         elements = _ELEMENTS.decode(skip_bom(file).read())
     except UNDECODABLE as error:
-        raise ValueError(f"not a JSON array of conversations: {error}") from None
+        raise ValueError(f"{name} is not a JSON array of conversations: {error}") from None
     return RowsFrom(0, (partial(bytes, element) for element in elements))
 
 

@@ -1,4 +1,4 @@
-"""JSON lines: a row of JSON text on each line."""
+"""Read JSON lines: files with the JSON text of one row on each line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sftstream.sources.row_index import IndexedFile, Integers
 from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Stored, begins_with, skip_bom
 
 _CHUNK = 1 << 20
-"""Bytes searched for line breaks at a time: small enough for a core's cache."""
+"""Number of bytes searched for line breaks at a time; they fit into the cache of a core."""
 
 
 class JsonLines(IndexedFile):
-    """Lines of a file by number; blank lines do not count."""
+    """Lines of a file by number. Blank lines have no number."""
 
     def __init__(self, stored: Stored) -> None:
         super().__init__(stored, "lines", divide)
@@ -27,24 +27,25 @@ class JsonLines(IndexedFile):
         return self._index.read(row)
 
     def rows_of(self, before: FileIdentity) -> int | None:
-        """Return the rows of the file `before` if lines were appended to it, else None."""
+        """Return the number of rows of the file `before` if only lines were appended, else None."""
         if not begins_with(self._stored, before):
             return None
         with self._stored.open() as file:
             border = os.pread(file.fileno(), 2, max(0, before.size - 1))
-        # A last line without a line break goes on, unless the appended bytes begin with one.
+        # Without a line break at the border, the appended bytes would continue the last old line.
         return self._index.rows_before(before.size) if b"\n" in border or before.size == 0 else None
 
 
 def lines_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
-    """Read the lines of a file from the first line."""
+    """Read the lines of a file in order."""
     return RowsFrom(0, (partial(bytes, line) for line in skip_bom(file) if line.strip()))
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:
-    """Yield the borders of lines that are not blank, and their numbers, in constant memory.
+    """Yield byte offsets and line numbers of the lines that are not blank, then of the file's end.
 
-    For the file b"1\\n\\n22\\n": borders [0, 3, 6], lines [0, 2, 3].
+    Needs constant memory. For the file b"1\\n\\n22\\n" the offsets are [0, 3, 6] and the line
+    numbers [0, 2, 3].
     """
     buffer = bytearray(_CHUNK)
     chunk = np.frombuffer(buffer, np.uint8)
@@ -63,7 +64,7 @@ def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:
 def _blank(
     file: FileIO, starts: Integers, ends: Integers, chunk: NDArray[np.uint8], position: int
 ) -> NDArray[np.bool_]:
-    """Return True for each line of white space alone, reading only lines that begin with any."""
+    """Return True for each blank line. Reads only lines that begin with white space."""
     blank: NDArray[np.bool_] = starts == ends
     suspect = chunk[np.maximum(starts - position, 0)] <= ord(" ")
     suspect[:1] |= starts[:1] < position  # begins in an earlier chunk

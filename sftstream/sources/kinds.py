@@ -1,4 +1,4 @@
-"""The kinds of files, by suffix, and the two readers of each kind."""
+"""Choose the reader of a file by its content and suffix. Each file format has two readers."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from sftstream.sources.parquet import parquet, parquet_forward
 from sftstream.sources.rows import RowFile, RowsFrom, Stored
 
 
-class FileKind(NamedTuple):
-    """The two readers of one kind of file."""
+class FileFormat(NamedTuple):
+    """The two readers of a file format."""
 
     by_number: Callable[[Stored], RowFile]
-    """Opens a file on a local disk for random access."""
+    """Opens a local file for reading by row number."""
     forward: Callable[[BufferedReader, str, int], RowsFrom]
-    """Reads an open file, given its name, from a start row or any earlier row to the end."""
+    """`forward(file, name, start)` reads the rows of an open file from row `start`, or from an
+    earlier row, to the end."""
 
 
 def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
-    # Many published .json files hold JSON lines, and .jsonl files arrays.
+    # Many published .json files contain JSON lines, and some .jsonl files contain an array.
     head = _head(stored)
     if is_array(head, lines=lines):
         return JsonArray(stored)
@@ -57,41 +58,41 @@ def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -
     return lines_forward(file, name, start)
 
 
-def _json(*, lines: bool) -> FileKind:
-    return FileKind(partial(_json_by_number, lines=lines), partial(_json_forward, lines=lines))
+def _json(*, lines: bool) -> FileFormat:
+    return FileFormat(partial(_json_by_number, lines=lines), partial(_json_forward, lines=lines))
 
 
-def _delimited(delimiter: str) -> FileKind:
-    return FileKind(partial(Delimited, delimiter=delimiter), partial(records_forward, delimiter=delimiter))
+def _delimited(delimiter: str) -> FileFormat:
+    return FileFormat(partial(Delimited, delimiter=delimiter), partial(records_forward, delimiter=delimiter))
 
 
-KINDS = {
+FILE_FORMATS = {
     ".jsonl": _json(lines=True),
     ".ndjson": _json(lines=True),
     ".json": _json(lines=False),
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
-    ".parquet": FileKind(parquet, parquet_forward),
-    ".arrow": FileKind(arrow, arrow_forward),
+    ".parquet": FileFormat(parquet, parquet_forward),
+    ".arrow": FileFormat(arrow, arrow_forward),
 }
-"""Suffix of a file name -> readers."""
-KNOWN = f"{', '.join(KINDS)}, and these with .gz, .zst, .bz2 or .xz"
-"""The known suffixes, for messages."""
+"""Suffix of a file name -> readers of the format."""
+KNOWN = f"{', '.join(FILE_FORMATS)}, and these with .gz, .zst, .bz2 or .xz"
+"""List of the known suffixes, for messages."""
 
 
 def is_known(name: str) -> bool:
     """Return True if a file name has a known suffix."""
-    return _suffixes(name)[0] in KINDS
+    return _suffixes(name)[0] in FILE_FORMATS
 
 
 def open_file(location: FileLocation) -> RowFile:
     """Open a file for reading by row number.
 
-    The content decides over the suffix. Raises ValueError if the suffix is unknown, or the file
-    holds no rows.
+    If content and suffix disagree, the content decides. Raises ValueError if the suffix is unknown,
+    or the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    if kind not in KINDS:
+    if kind not in FILE_FORMATS:
         raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     head = _head(stored)
@@ -99,14 +100,14 @@ def open_file(location: FileLocation) -> RowFile:
         stored = unpacked(stored, codec)
         head = _head(stored)
     require_rows(head, location.display_name)
-    return KINDS[kind_of(head, kind)].by_number(stored)
+    return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
 
 
 def read_forward(location: FileLocation, start: int) -> RowsFrom:
-    """Read the rows of a file from row `start`, or any earlier row, to the end.
+    """Read the rows of a file from row `start`, or from an earlier row, to the end.
 
-    The content decides over the suffix. Raises ValueError, now or during reading, if the file holds
-    no rows.
+    If content and suffix disagree, the content decides. Raises ValueError, now or during reading,
+    if the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
     file = location.open()
@@ -114,11 +115,11 @@ def read_forward(location: FileLocation, start: int) -> RowsFrom:
         file = unpacking(file, codec)
     head = file.peek(HEAD)
     require_rows(head, location.display_name)
-    return KINDS[kind_of(head, kind)].forward(file, location.display_name, start)
+    return FILE_FORMATS[kind_of(head, kind)].forward(file, location.display_name, start)
 
 
 def _codec(head: bytes, packed: str) -> str | None:
-    """Return the codec of a file by the first bytes, or by the suffix if the bytes are unclear."""
+    """Return the codec shown by the first bytes, or by the suffix if the bytes are unknown."""
     return codec_of(head) or (CODECS[packed] if packed and not is_readable(head) else None)
 
 
@@ -128,7 +129,7 @@ def _head(stored: Stored) -> bytes:
 
 
 def _suffixes(name: str) -> tuple[str, str]:
-    """Return the suffixes of kind and compression: "a.jsonl.gz" -> (".jsonl", ".gz")."""
+    """Return the suffixes of format and compression: "a.jsonl.gz" -> (".jsonl", ".gz")."""
     path = PurePath(name)
     packed = path.suffix if path.suffix in CODECS else ""
     return PurePath(name.removesuffix(packed)).suffix, packed

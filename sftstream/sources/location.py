@@ -1,9 +1,11 @@
-"""Locations of files: the interface, and the implementation for local paths."""
+"""Define locations of files: the interface, and the class for local paths."""
 
 from __future__ import annotations
 
 import glob
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Protocol
 
 from sftstream.sources.rows import FileIdentity, Seal, Stored, sealed, stored
 
+_MOST_ENTRIES = 1_000_000
+"""Entries of directories that a `**` may lead to, searched in seconds."""
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)?")
 
 
@@ -19,7 +23,7 @@ class FileLocation(Protocol):
 
     @property
     def display_name(self) -> str:
-        """The location in the user's spelling, for messages."""
+        """The location as the user wrote it, for messages."""
 
     @property
     def name(self) -> str:
@@ -36,24 +40,25 @@ class FileLocation(Protocol):
         """Return the files of a directory, sorted, without hidden files and subdirectories."""
 
     def matches(self) -> list[FileLocation]:
-        """Return the files that match a glob, sorted."""
+        """Return the files that match this glob, sorted."""
 
     def stored(self) -> Stored:
-        """Return the file on a local disk, fetched if remote; raises ValueError if unreadable."""
+        """Return the file on a local disk, downloaded if remote; raises ValueError if
+        unreadable."""
 
     def open(self) -> BufferedReader:
-        """Open the file in place; raises OSError."""
+        """Open the file without downloading it; raises OSError."""
 
     def change_marker(self) -> object:
-        """Return a cheap marker that changes when the file changes; raises OSError.
+        """Return a value that changes when the file changes, without reading the file.
 
-        The marker is made without reading the file.
+        For example size and modification time. Raises OSError.
         """
 
     def fingerprint(self) -> tuple[object, FileIdentity]:
-        """Return the change marker and the identity, without fetching the file.
+        """Return the change marker and the identity, without downloading the file.
 
-        Raises ValueError if the server gives no version to identify the content.
+        Raises ValueError if the server sends no version that identifies the content.
         """
 
 
@@ -63,7 +68,7 @@ class LocalLocation:
 
     path: Path
     full: bool = False
-    """True if digests cover every byte of huge files."""
+    """True if the digest covers every byte, also of files above 256 MiB."""
 
     @property
     def display_name(self) -> str:
@@ -87,7 +92,12 @@ class LocalLocation:
         return [replace(self, path=path) for path in paths]
 
     def matches(self) -> list[FileLocation]:
-        paths = sorted(map(Path, glob.glob(str(self.path), recursive=True)))
+        if self.path.exists():
+            raise ValueError(
+                f"{self.display_name} is neither a file nor a directory but a pipe, a socket or a device, and can be "
+                "read once or without end; write its content to a file"
+            )
+        paths = sorted(set(_matches(self.path)))
         return [replace(self, path=path) for path in paths if path.is_file()]
 
     def stored(self) -> Stored:
@@ -107,15 +117,64 @@ class LocalLocation:
         return read.seal, read.identity
 
 
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield the paths that match a glob, some of them twice.
+
+    `**` is any depth of directories, also linked ones. Raises ValueError if `**` leads to more than
+    `_MOST_ENTRIES` entries of directories.
+    """
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    depth = pattern.parts.index("**")
+    rest = pattern.parts[depth + 1 :] or ("*",)
+    for base in _matches(Path(*pattern.parts[:depth])):
+        for directory in list(_directories(str(base), pattern)):
+            yield from _matches(Path(glob.escape(directory), *rest))
+
+
+def _directories(base: str, pattern: Path) -> Iterator[str]:
+    """Yield a directory and all directories inside, without hidden ones.
+
+    A link to a directory that contains the link is not followed.
+    """
+    left, seen = [(base, frozenset[tuple[int, int]]())], 0
+    while left:
+        directory, parents = left.pop()
+        try:
+            found = os.stat(directory)
+            if (mark := (found.st_dev, found.st_ino)) in parents:
+                continue
+            with os.scandir(directory) as scan:
+                entries = list(scan)
+        except OSError:  # not a directory, or unreadable
+            continue
+        if (seen := seen + len(entries)) > _MOST_ENTRIES:
+            raise ValueError(
+                f"{pattern} leads to more than {_MOST_ENTRIES:,} files and directories; name a directory nearer to the "
+                "files"
+            )
+        yield directory
+        inside = parents | {mark}
+        left += [(entry.path, inside) for entry in entries if entry.name[0] != "." and _is_directory(entry)]
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def require_whole(directory: str, names: list[str]) -> None:
-    """Raise ValueError if shards are missing among names such as `train-00001-of-00005.jsonl`."""
-    shards: dict[tuple[str, int, str], set[int]] = {}
+    """Raise ValueError if files are missing among names such as `train-00001-of-00005.jsonl`."""
+    found: dict[tuple[str, int, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, names)):
         series = (match["stem"], int(match["count"]), match["suffix"] or "")
-        shards.setdefault(series, set()).add(int(match["number"]))
-    for (stem, count, suffix), numbers in shards.items():
+        found.setdefault(series, set()).add(int(match["number"]))
+    for (stem, count, suffix), numbers in found.items():
         if missing := sorted(set(range(count)) - numbers):
             raise ValueError(
-                f"{directory} lacks {len(missing)} of {count} shards, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "
-                "restore the shards, or name the present files by a glob"
+                f"{directory} lacks {len(missing)} of {count} files, first {stem}-{missing[0]:05}-of-{count:05}{suffix}; "
+                "restore the files, or name the present files by a glob"
             )

@@ -1,6 +1,7 @@
-"""Parquet files: copied once into Arrow files in the cache for reading by row, or read forward.
+"""Read Parquet files: by row number from a copy in Arrow format, or from beginning to end.
 
-Parquet encodes rows in groups, so reading a single row would decode a whole group.
+Parquet encodes rows in groups, so reading a single row would decode a whole group. Therefore the
+file is copied once into an Arrow file in the cache.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ from itertools import accumulate
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from sftstream.sources.arrow import UNREADABLE, Arrow, Source, in_columns, rows_of, seekable
+from sftstream.door import Door
+from sftstream.sources.arrow import Arrow, Source, in_columns, rows_of, seekable
 from sftstream.sources.rows import RowsFrom, Stored
 
 _BATCH = 1000
-"""Rows decoded at a time: memory is these rows and a row group's compressed pages."""
+"""Number of rows decoded at a time. Memory holds these rows, and the compressed pages of their
+group."""
 
 
 def parquet(stored: Stored) -> Arrow:
     """Return the rows of a Parquet file; raises ValueError if damaged or not a Parquet file."""
-    try:
+    with Door(f"{stored.display_name} is not a readable Parquet file"):
         return in_columns(stored, lambda: _source(stored))
-    except UNREADABLE as error:
-        raise ValueError(f"{stored.display_name} is not a readable Parquet file: {error}") from None
 
 
 def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
-    """Read the rows of a Parquet file from the row group of row `start` on."""
+    """Read the rows of a Parquet file from the beginning of the row group with row `start`."""
     opened = ParquetFile(seekable(file), page_checksum_verification=True)
     groups = range(opened.num_row_groups)
     ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
@@ -44,5 +45,5 @@ def _source(stored: Stored) -> Source:
 
 def _batches(stored: Stored, file: ParquetFile) -> Iterator[pa.RecordBatch]:
     yield from file.iter_batches(_BATCH)
-    with stored.open():  # raises if the file changed: the identity would not fit the rows
+    with stored.open():  # raises an error if the file changed while it was copied
         pass

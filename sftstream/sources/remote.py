@@ -1,4 +1,4 @@
-"""Remote files, of any scheme known to fsspec: fetched once into the cache, or read forward."""
+"""Read remote files through fsspec: downloaded once into the cache, or from beginning to end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _VERSIONS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "md5", "sha256", "blob_id", "xet_hash", "generation"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
-"""Names of the fields that change with a file's content, among the file information of fsspec."""
+"""Fields of fsspec's file information that change when the content of a file changes."""
 _BLOCK = 8 << 20
-"""Bytes fetched at a time."""
+"""Number of bytes downloaded at a time."""
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """Return the errors raised for a file that is out of reach."""
+    """Return the types of errors of a server that cannot be reached."""
     import aiohttp  # here, since the import is slow and only needed after an error
 
     return OSError, aiohttp.ClientError
@@ -91,7 +91,7 @@ class RemoteLocation:
 
     def stored(self) -> Stored:
         size, version = self._version()
-        # If the server gives neither version nor size, the first fetched content is kept.
+        # If the server sends neither version nor size, the first downloaded content is kept.
         key = derived("fetched", self.display_name, size, *version)
         fetched = stored(cached(key, ".fetched", lambda: self._blocks(size)), self.display_name, full=self.full)
         return replace(fetched, identity=msgspec.structs.replace(fetched.identity, name=self.name))
@@ -121,7 +121,7 @@ class RemoteLocation:
 
     @property
     def _open_options(self) -> dict[str, int]:
-        # A web server may not support reading a part of a file.
+        # Block size 0: some web servers cannot send a part of a file.
         return {"block_size": 0} if self.display_name.startswith(("http://", "https://")) else {}
 
     def _files(self, infos: Any) -> list[FileLocation]:

@@ -1,15 +1,15 @@
-"""Resolution of a source's path: a local path first, then a remote path, then a hub dataset."""
+"""Find the files of a source: a local path first, then a remote path, then a hub dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from sftstream.config import SourceConfig
+from sftstream.door import Door
 from sftstream.sources.hub import Loaded, is_hub_name, is_repository
 from sftstream.sources.kinds import KNOWN, is_known, open_file
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
@@ -19,7 +19,7 @@ from sftstream.sources.saved import is_saved, saved_files
 
 
 class Dataset(NamedTuple):
-    """A source that the `datasets` library reads."""
+    """A source that is read by the `datasets` library."""
 
     source: SourceConfig
 
@@ -28,16 +28,16 @@ Resolved = list[FileLocation] | Dataset
 
 
 def resolve(source: SourceConfig) -> Resolved:
-    """Return the files of a source's path in order, or the dataset.
+    """Return the files of a source in order, or a Dataset.
 
     Raises ValueError if the path matches nothing or a setting does not apply to the path.
     """
     full = source.digest == "full"
-    location: FileLocation = LocalLocation(Path(source.path).expanduser(), full)
-    with _reading(source):
+    location: FileLocation = LocalLocation(Path(os.path.expanduser(source.path)), full)
+    with source_door(source):
         if not location.is_file() and not location.is_directory() and "://" in source.path:
             location = remote(source.path, full=full)
-        # is_file first: a web server's file would be read to find out if it is a directory
+        # is_file first: is_directory would download a file from a web server
         if location.is_file():
             return _files(source, location, [location])
         if location.is_directory():
@@ -51,16 +51,13 @@ def open_source(source: SourceConfig) -> list[RowFile]:
     Raises ValueError if a file is unreadable.
     """
     resolved = resolve(source)
-    with _reading(source):
+    with source_door(source):
         return [Loaded(resolved.source)] if isinstance(resolved, Dataset) else [open_file(file) for file in resolved]
 
 
-@contextmanager
-def _reading(source: SourceConfig) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"source {source.path!r} cannot be read: {error.strerror or error}") from None
+def source_door(source: SourceConfig) -> Door:
+    """Return the door that names the source in the errors of libraries."""
+    return Door(f"source {source.path!r} cannot be read")
 
 
 def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Resolved:

@@ -1,8 +1,9 @@
-"""An index of a file's rows by byte range, built once on a machine and mapped by all processes.
+"""Read the rows of a file by number, with an index that is built once and kept in the cache.
 
-An index file holds little-endian int64 numbers: `borders`, `shifts` and a trailer. Row `i` is bytes
-`borders[i]` to `borders[i + 1]`. `shifts` holds the next row's number for each line on which no row
-begins, so row `i` begins on line `1 + i + (number of shifts <= i)`. An example with a blank line:
+All processes map the same index file. It contains little-endian int64 numbers, `borders` and
+`shifts`, and a trailer. Row `i` is the bytes from `borders[i]` to `borders[i + 1]`. For each line
+on which no row begins, `shifts` holds the number of the next row. So row `i` begins on line `1 + i
++ (number of shifts <= i)`. Example, with a blank line between two rows:
 
     content  b'{"a": 1}\\n\\n{"b": 2}\\n'
     borders  [0, 10, 19]
@@ -29,13 +30,13 @@ from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, Stored, derive
 
 Integers = NDArray[np.int64]
 Divider = Callable[[FileIO, int], Iterable[tuple[Integers, Integers]]]
-"""`divide(file, size)` yields the borders of rows (byte offsets) and their lines (from 0), int64
-arrays in any number of parts; the last border is the end of the last row."""
+"""`divide(file, size)` yields pairs of int64 arrays: byte offsets at which rows begin, and the line
+numbers of these offsets, counted from 0. The last offset of all is the end of the last row."""
 
 _MAGIC = b"rowspan1"
 _TRAILER = struct.Struct("<8s64sqq")
-"""Magic and version, key, number of rows, number of shifts. An index without trailer is
-incomplete."""
+"""Format mark with version, cache key, number of rows, number of shifts. An index file without a
+trailer is incomplete."""
 
 
 class Opened(NamedTuple):
@@ -47,7 +48,7 @@ class Opened(NamedTuple):
 
 
 class RowIndex:
-    """Byte ranges of one file's rows; 8 bytes of index for each row."""
+    """Byte ranges of the rows of a file. The index has 8 bytes for each row."""
 
     def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
         self._stored = stored
@@ -64,13 +65,13 @@ class RowIndex:
         return self._rows
 
     def read(self, row: int) -> bytes:
-        """Return a row's bytes, up to the next row's first byte.
+        """Return the bytes of a row, up to the first byte of the next row.
 
         Raises RuntimeError if the file has shrunk.
         """
         file, borders, _ = _opened(self)
         start, end = borders[row], borders[row + 1]
-        # pread instead of a memory map: reading a truncated file is then an error, not a bus error.
+        # pread, not a memory map: if the file was truncated, a memory map would crash the process.
         span = os.pread(file.fileno(), end - start, start)
         if len(span) < end - start:
             raise RuntimeError(
@@ -79,7 +80,7 @@ class RowIndex:
         return span
 
     def rows_before(self, offset: int) -> int:
-        """Return the number of rows that begin before a byte of the file."""
+        """Return the number of rows that begin before byte `offset` of the file."""
         return bisect_left(_opened(self).borders, offset, hi=self._rows)
 
     def head(self) -> bytes:
@@ -92,7 +93,7 @@ class RowIndex:
         return f"{self._stored.display_name}:{row + bisect_right(_opened(self).shifts, row) + 1}"
 
     def require_lines(self, row: int) -> None:
-        """Raise RuntimeError if the row does not begin and end at line borders."""
+        """Raise RuntimeError if the row does not begin and end at a line break."""
         file, borders, _ = _opened(self)
         for border in borders[row : row + 2]:
             if border not in (0, len(BOM), self._stored.seal[0]) and os.pread(file.fileno(), 1, border - 1) != b"\n":
@@ -102,7 +103,7 @@ class RowIndex:
                 )
 
     def open(self) -> Opened:
-        """Open the file and map the index; raises RuntimeError if either has changed."""
+        """Open the file and map the index; raises RuntimeError if one of them has changed."""
         counts = _counts(self._index, self._key)
         if counts is None:
             raise RuntimeError(f"{self._index} was damaged while it was used; start again to build the index again")
@@ -114,7 +115,7 @@ class RowIndex:
 
 
 class IndexedFile:
-    """Base of the files whose rows are byte ranges; each kind of file adds `read`."""
+    """Base class of files whose rows are byte ranges. A subclass for each format adds `read`."""
 
     def __init__(self, stored: Stored, layout: str, divide: Divider) -> None:
         self._stored = stored
@@ -152,7 +153,10 @@ def _index(stored: Stored, key: str, divide: Divider) -> Iterator[bytes]:
 
 
 def _counts(path: Path, key: str) -> tuple[int, int] | None:
-    """Return an index file's numbers of rows and shifts; None unless complete and of this key."""
+    """Return the numbers of rows and shifts in an index file.
+
+    Returns None if the index file is incomplete or has another key.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(size - _TRAILER.size, 0))

@@ -1,4 +1,4 @@
-"""The interface of stored files: rows by number or read forward, and an identity of the content."""
+"""Define the interface of files of rows, and the identity of a file's content."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import msgspec
 from sftstream.records import RawRow
 
 SAMPLED_ABOVE = 256 << 20
-"""Bytes above which a digest samples a file: SHA-256 of 256 MB takes 0.2 s, of 1 TB 15 minutes."""
+"""Size in bytes above which a digest covers a sample of a file. SHA-256 takes 0.2 s for 256 MB and
+15 minutes for 1 TB."""
 _DESCRIPTORS, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 OPEN_FILES = 1 << 16 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, _DESCRIPTORS // 8)
-"""Files of a kind that a process keeps open; a source may have more files than descriptors."""
+"""Number of files of a format that a process keeps open. A source may have more files than a
+process may have file descriptors."""
 BOM = b"\xef\xbb\xbf"
 _BLOCK, _BLOCKS = 1 << 20, 128
 
 
 class FileIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Identity of a file's content, independent of directory and modification time."""
+    """Name, size and digest of a file. Directory and modification time do not matter."""
 
     name: str
     size: int
@@ -56,30 +58,31 @@ class RowFile(Protocol):
 
 
 ReadRow = Callable[[], RawRow]
-"""Reads the row at a forward reader's position; raises BrokenRow. Skipped rows cost no decoding."""
+"""Function that reads and returns a row, or raises BrokenRow. If it is not called, the row is
+skipped without being decoded."""
 
 
 class RowsFrom(NamedTuple):
-    """Rows in file order, and the number of the first."""
+    """Rows in the order of the file, and the number of the first row."""
 
     first: int
     rows: Iterator[ReadRow]
 
 
 def skip_bom(file: BufferedReader) -> BufferedReader:
-    """Return `file`, read past a UTF-8 byte order mark if there is one."""
+    """Return `file`, positioned after its UTF-8 byte order mark if it has one."""
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
     return file
 
 
 Seal = tuple[int, int, int]
-"""Size in bytes, time of modification in nanoseconds, inode."""
+"""Size in bytes, modification time in nanoseconds, inode of a file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A file on a local disk, with the identity of its content."""
+    """A file on a local disk: the user's file or a copy of it, with the identity of the content."""
 
     path: Path
     """The user's file, or a copy in the cache."""
@@ -88,8 +91,9 @@ class Stored:
     identity: FileIdentity
     """Identity of the user's file, also if `path` is a copy."""
     key: str
-    """Key of the content, from which keys of derived files in the cache are made."""
+    """Key of the content; the keys of derived files in the cache are computed from it."""
     seal: Seal
+    """Size, modification time and inode of the file at `path` when it was read first."""
 
     def open(self) -> FileIO:
         """Open the file; raises RuntimeError if the file has changed since `seal` was taken."""
@@ -104,16 +108,16 @@ class Stored:
 
 
 def stored(path: Path, display_name: str | None = None, *, full: bool = False) -> Stored:
-    """Return a file of the user, after one read for the digest (every byte if `full`)."""
+    """Read the user's file at `path` once to compute its digest, and return it as a Stored."""
     seal = sealed(path.stat())
     identity = identify(path, full=full)
-    # A change outside the sample shows in the time of modification or the inode.
+    # A change outside the sample changes the modification time or the inode.
     key = derived(identity.sha256, identity.size, *(seal if identity.sampled else ()))
     return Stored(path, display_name or str(path), identity, key, seal)
 
 
 def begins_with(stored: Stored, before: FileIdentity) -> bool:
-    """Return True if the first bytes of a file are the whole of the file `before`."""
+    """Return True if a file begins with the whole content of the file `before`."""
     if before.sampled or before.size > stored.seal[0]:
         return False
     digest, left = hashlib.sha256(), before.size
@@ -130,7 +134,7 @@ def copy_of(original: Stored, path: Path, key: str) -> Stored:
 
 
 def derived(*words: object) -> str:
-    """Return a cache key for a file that is made from `words`."""
+    """Return the cache key of a derived file: the SHA-256 of `words`."""
     return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
 
 
@@ -155,5 +159,5 @@ def identify(path: Path, *, full: bool = False) -> FileIdentity:
 
 
 def sealed(stat: os.stat_result) -> Seal:
-    """Return a cheap marker that changes when the file changes."""
+    """Return the seal of a file: a value that changes when the file changes."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -1,4 +1,4 @@
-"""Directories written by `save_to_disk` of a Hugging Face `Dataset` or `DatasetDict`."""
+"""Read directories that `save_to_disk` of a Hugging Face `Dataset` or `DatasetDict` wrote."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_saved(directory: FileLocation) -> bool:
 
 
 def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation]:
-    """Return the Arrow files of a saved dataset or of a split, in order.
+    """Return the Arrow files of a saved dataset, or of its split `split`, in order.
 
     Raises ValueError if a file is missing, or `split` does not fit the directory.
     """
@@ -45,7 +45,8 @@ def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation
     state = _read(directory.child(_STATE), _State)
     if state.indices:
         raise ValueError(
-            f"source {directory.display_name!r} keeps the rows' order in a separate file; save it again after flatten_indices()"
+            f"source {directory.display_name!r} stores the order of its rows in a separate file; call "
+            "flatten_indices() on the dataset and save it again"
         )
     files = [directory.child(_named(directory, file.filename)) for file in state.data_files]
     if missing := [file.name for file in files if not file.is_file()]:

@@ -1,4 +1,4 @@
-"""Streamed sources: shards of rows that are read forward, neither fetched nor indexed."""
+"""Open streamed sources, whose files are read from beginning to end, not downloaded or indexed."""
 
 from __future__ import annotations
 
@@ -6,83 +6,72 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sftstream.config import RowSettings, SourceConfig
-from sftstream.sources.arrow import UNREADABLE
-from sftstream.sources.compressed import DAMAGED
+from sftstream.door import Door
 from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
-from sftstream.sources.remote import connection_errors, remote
-from sftstream.sources.resolve import Dataset, resolve
+from sftstream.sources.remote import remote
+from sftstream.sources.resolve import Dataset, resolve, source_door
 from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
 
 
 class StreamedSource:
-    """The shards of a streamed source: the files of a path, or of a hub dataset.
+    """A streamed source: the files of a path or of a hub dataset.
 
-    Rows are numbered round-robin over `K` shards, since the shards' sizes are unknown: row `n` is
-    row `n // K` of shard `n % K`. With 5 shards, row 12 is row 2 of shard 2.
+    The sizes of the files are unknown, so rows are numbered round-robin over the `K` files: row `n`
+    is row `n // K` of file `n % K`. With 5 files, row 12 is row 2 of file 2.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         self.settings: RowSettings = source
-        self._locations = _locations(source)
-        fingerprints = [location.fingerprint() for location in self._locations]
+        self.door = source_door(source)
+        with self.door:
+            self._locations = _locations(source)
+            fingerprints = [location.fingerprint() for location in self._locations]
         self._markers = [marker for marker, _ in fingerprints]
         self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
 
     @property
-    def shards(self) -> int:
-        """Number of shards."""
+    def file_count(self) -> int:
+        """Number of files."""
         return len(self._locations)
 
-    def shard_and_index(self, row: int) -> tuple[int, int]:
-        """Return the shard of a row, and the row's index in the shard."""
-        index, shard = divmod(row, self.shards)
-        return shard, index
+    def file_and_index(self, row: int) -> tuple[int, int]:
+        """Return the number of a row's file, and the row's number in the file."""
+        index, file = divmod(row, self.file_count)
+        return file, index
 
-    def number(self, shard: int, index: int) -> int:
-        """Return the number of row `index` of a shard."""
-        return index * self.shards + shard
+    def number(self, file: int, index: int) -> int:
+        """Return the number, in the source, of row `index` of a file."""
+        return index * self.file_count + file
 
     def locate_row(self, row: int) -> str:
-        """Return the row's location for messages: `shard[index]`."""
-        shard, index = self.shard_and_index(row)
-        return f"{self._locations[shard].display_name}[{index}]"
+        """Return the row's location for messages: `file[index]`."""
+        file, index = self.file_and_index(row)
+        return f"{self._locations[file].display_name}[{index}]"
 
-    def open(self, shard: int, start: int) -> RowsFrom:
-        """Read the rows of a shard, from index `start` or earlier.
+    def open(self, file: int, start: int) -> RowsFrom:
+        """Read file number `file` from row `start`, or from an earlier row, to its end.
 
-        Raises ValueError if the shard is unreadable, and RuntimeError if the shard has changed.
+        Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
         """
-        self._require_unchanged(shard)
-        location = self._locations[shard]
-        try:
+        self._require_unchanged(file)
+        location = self._locations[file]
+        with Door(f"{location.display_name} cannot be read"):
             first, rows = read_forward(location, start)
-        except _failures() as error:
-            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
-        return RowsFrom(first, self._to_the_end(shard, rows))
+        return RowsFrom(first, self._to_the_end(file, rows))
 
-    def _to_the_end(self, shard: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
-        failures = _failures()  # before `try`: at the exit of Python nothing can be imported any more
-        try:
+    def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+        with Door(f"{self._locations[file].display_name} cannot be read to its end"):
             yield from rows
-        except failures as error:
-            raise ValueError(f"{self._locations[shard].display_name} cannot be read to its end: {error}") from None
-        self._require_unchanged(shard)  # a file truncated at a row's border reads like a shorter file
+        self._require_unchanged(file)  # a file truncated after a row seems complete
 
-    def _require_unchanged(self, shard: int) -> None:
-        location = self._locations[shard]
-        try:
+    def _require_unchanged(self, file: int) -> None:
+        location = self._locations[file]
+        with Door(f"{location.display_name} cannot be read"):
             marker = location.change_marker()
-        except connection_errors() as error:
-            raise ValueError(f"{location.display_name} cannot be read: {error}") from None
-        if marker != self._markers[shard]:
+        if marker != self._markers[file]:
             raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Return the errors raised for a file that is damaged or out of reach."""
-    return *UNREADABLE, *DAMAGED, *connection_errors(), ValueError
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:

@@ -1,1 +1,1 @@
-"""Logical streams: order of rows, mixing, packing, and the assignment of packs to shards."""
+"""Make packs in logical streams: order of rows, mixture, packing, assignment to shards."""

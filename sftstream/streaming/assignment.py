@@ -1,4 +1,4 @@
-"""The assignment of packs to shards and workers: arithmetic alone, without effect on any pack."""
+"""Assign packs to shards and workers by arithmetic. The assignment does not change any pack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """One data-parallel coordinate: number `index` of `count`."""
+    """A data-parallel coordinate: number `index`, counted from 0, of `count`."""
 
     index: int
     count: int
@@ -20,15 +20,16 @@ WHOLE = Shard(0, 1)
 
 @dataclass(frozen=True)
 class PackAssignment:
-    """The division of a run's packs over `shards`, each with `workers` processes.
+    """The division of a run's packs among `shards`, each with `workers` processes.
 
-    Pack `g` comes from stream `g % streams`. Worker `s // shards % workers` of shard
-    `s % shards` reads stream `s`: always a single worker, also if the numbers do not divide evenly.
+    Pack `g` comes from stream `g % streams`. Shard `s % shards` reads stream `s`, in its worker
+    `s // shards % workers`. So a single worker reads all packs of a stream, even if the numbers do
+    not divide evenly.
 
-    With 4 streams, a global batch of 4, 2 shards and 1 worker, step 0 consists of the packs
-    0, 1, 2, 3 of the streams 0, 1, 2, 3; shard 0 reads packs 0 and 2, shard 1 packs 1 and 3.
+    Example: 4 streams, a global batch of 4, 2 shards and 1 worker. Step 0 has the packs 0, 1, 2, 3
+    from the streams 0, 1, 2, 3. Shard 0 reads the packs 0 and 2, shard 1 reads the packs 1 and 3.
 
-    Raises ValueError for fewer streams than shards.
+    Raises ValueError if there are fewer streams than shards.
     """
 
     streams: int
@@ -39,40 +40,43 @@ class PackAssignment:
     def __post_init__(self) -> None:
         if self.shards > self.streams:
             raise ValueError(
-                f"streams = {self.streams} cannot be shared by {self.shards} shards, of which "
-                f"each needs one; raise data.streams to {self.shards} or more"
+                f"streams = {self.streams} is too low for {self.shards} shards, which need a stream each; "
+                f"raise data.streams to {self.shards} or more"
             )
 
     def shard(self, pack: int) -> int:
-        """Return the shard of a pack."""
+        """Return the shard that reads a pack."""
         return pack % self.streams % self.shards
 
     def streams_of(self, shard: int) -> range:
-        """Return the streams read by a shard."""
+        """Return the streams that a shard reads."""
         return range(shard, self.streams, self.shards)
 
     def worker(self, stream: int) -> int:
-        """Return the number of a stream's worker within the shard."""
+        """Return the number, inside the shard, of the worker that reads a stream."""
         return stream // self.shards % self.workers
 
-    def step(self, number: int) -> list[int]:
-        """Return the shard of each pack of a step, in the order of the run."""
+    def shards_of_step(self, number: int) -> list[int]:
+        """Return the shard of each pack in step `number`: `[0, 1, 0, 1]` for 4 packs on 2
+        shards."""
         first = number * self.global_batch
         return [self.shard(pack) for pack in range(first, first + self.global_batch)]
 
     def micro_batches(self, number: int) -> int:
-        """Return the number of packs run by every shard in a step, empty packs of an uneven step
-        included."""
-        return max(Counter(self.step(number)).values())
+        """Return the number of packs that each shard runs in step `number`, empty packs included.
+
+        All shards run as many packs as the shard with the most packs in the step.
+        """
+        return max(Counter(self.shards_of_step(number)).values())
 
     @property
     def most_micro_batches(self) -> int:
-        """The micro-batches of the fullest step."""
+        """The largest number of micro-batches in any step."""
         steps_until_repeated = self.streams // math.gcd(self.streams, self.global_batch)
         return max(self.micro_batches(number) for number in range(steps_until_repeated))
 
     def next_pack(self, shard: int, at: int) -> int:
-        """Return the number of a shard's first pack from pack `at` on."""
+        """Return the number of the first pack at or after `at` that `shard` reads."""
         return next(pack for pack in range(at, at + self.streams) if self.shard(pack) == shard)
 
     @property

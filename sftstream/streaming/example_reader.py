@@ -1,4 +1,4 @@
-"""Rows -> examples: all stages before packing, as functions on batches and on a single row."""
+"""Read rows and turn them into examples, in batches or one at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 
 _SAMPLED = 100
-"""Rows of a source in which columns that nothing reads are looked for."""
+"""Number of rows of a source that are examined for unread columns."""
 
-SEARCHED, SEARCHED_OF_A_SHARD = 10_000, 500
-"""Most rows of a source, and first rows of each shard of a streamed source, tried in search of a
-conversation."""
+SEARCHED, SEARCHED_OF_A_FILE = 10_000, 500
+"""Largest number of rows of a source, and number of first rows of each file of a streamed source,
+tried in search of a good row."""
 CHECKED_AT_ONCE = 64
-"""Rows of a random order computed at once, most often more than enough."""
+"""Number of rows of a random order computed at once."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ExampleReader:
         return cls(CorpusReader(corpus), encoder)
 
     def expect(self, ref: Ref) -> None:
-        """Announce a row that was read before a saved state and will be read once more."""
+        """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or the reason for a refusal."""
+        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
         read, settings = self.corpus.read, self.corpus.settings
         for ref in refs:
             try:
@@ -60,9 +60,9 @@ class ExampleReader:
 
     @cached_property
     def _most_letters(self) -> float:
-        """Number of letters that fit into a pack of the tokenizer's longest tokens.
+        """Largest number of characters that could fit into a pack, if all tokens were the longest.
 
-        Infinite if long conversations are shortened, or if the template may leave letters out.
+        Infinite if long conversations are shortened, or if the template may leave out text.
         """
         policy, lengths = self.encoder.policy, self.encoder.tokenizer.vocabulary.byte_lengths
         if policy.overflow != "drop" or lengths is None or self.encoder.report.rewrites_history:
@@ -70,17 +70,19 @@ class ExampleReader:
         return policy.capacity * int(lengths.max())
 
     def _require_fitting(self, conversation: Conversation) -> None:
-        """Raise Refused if the texts cannot fit into a pack: rendering megabytes takes minutes."""
+        """Raise Refused if the texts cannot fit into a pack, since rendering megabytes takes
+        minutes."""
         letters = sum([len(message.content) for message in conversation.messages if message.content])
         if letters > self._most_letters:
             capacity = self.encoder.policy.capacity
             raise Refused(
                 "longer than capacity",
-                f"its texts of {letters:,} characters do not fit into {capacity} tokens; raise capacity, or set overflow",
+                f"its texts of {letters:,} characters do not fit into {capacity} tokens; "
+                "raise data.capacity, or set data.overflow",
             )
 
     def examples(self, ref: Ref) -> list[Example]:
-        """Return the examples of a row; raises `Refused`."""
+        """Return the examples of a row; raises Refused if the row cannot be trained."""
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
@@ -88,11 +90,13 @@ class ExampleReader:
 
 
 class SourceCheck:
-    """Finds sources without one conversation, which an endless stream would read for ever.
+    """Finds sources in which every row is refused: a stream without a limit of epochs would read
+    such a source forever and never return a pack.
 
-    Called at a refusal by a stream that has no conversation of the source yet: one good row is
-    enough, and rows are tried in a random order, so the check is short unless the source is bad.
-    The search ends after `SEARCHED` rows, unless the config sets no limit on refused rows.
+    A stream calls the check when it refuses a row of a source before it has accepted any row of
+    that source. The check tries rows in random order, in a streamed source the first rows of each
+    file in turn, and stops at the first good row, so it takes long only if nearly all rows are
+    refused. It ends after `SEARCHED` rows, unless the config sets no limit on refused rows.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:
@@ -103,7 +107,7 @@ class SourceCheck:
         self._good: set[int] = set()
 
     def require_conversation(self, source: int) -> None:
-        """Raise ValueError if each row of a source is refused."""
+        """Raise ValueError if every row of a source is refused."""
         if source in self._good:
             return
         reasons: Counter[str] = Counter()
@@ -137,17 +141,16 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        # Some rows of each shard in turn, so that a short search meets many shards.
-        shards, first, end = list(range(opened.source.shards)), 0, SEARCHED_OF_A_SHARD
-        while shards:
-            for shard in tuple(shards):
-                rows = (Ref(source, opened.source.number(shard, index), 0) for index in range(first, end))
-                for ref in rows:
+        # Some rows of each file in turn, so that a short search reaches many files.
+        files, first, end = list(range(opened.source.file_count)), 0, SEARCHED_OF_A_FILE
+        while files:
+            for file in tuple(files):
+                for ref in (Ref(source, opened.source.number(file, index), 0) for index in range(first, end)):
                     if not opened.reaches(ref):
-                        shards.remove(shard)
+                        files.remove(file)
                         break
                     yield ref
-            # Longer from turn to turn: at each turn a shard is read again from its beginning.
+            # Longer from turn to turn, because each turn reads a file again from its beginning.
             first, end = end, 4 * end
 
 
@@ -168,10 +171,10 @@ def read_conversations(path: str) -> Iterator[Conversation]:
 
 
 def unread_columns(corpus: Corpus) -> list[set[str]]:
-    """Return for each source the columns, and keys of messages, that nothing reads.
+    """Return for each source the columns, and keys of messages, that no layout reads.
 
-    Looks at up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
-    streamed source. Columns left out by the config do not count.
+    Examines up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
+    streamed source. Columns that the config ignores are not returned.
     """
     return [
         set[str]().union(*(_unread(read, source.settings) for read in _sample(source))) for source in corpus.sources

@@ -1,4 +1,4 @@
-"""A logical stream as a graph of nodes: draw -> load -> template -> tokenize -> pack."""
+"""Build the graph of a logical stream: draw rows -> load -> template -> tokenize -> pack."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Y = TypeVar("Y")
 
 
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
-    """Applies a pure stage to batches of rows. Refusals of earlier stages pass through unchanged.
+    """Node that applies a pure function, the transform, to batches of rows. It has no state.
 
-    A stage gets a batch at once, which keeps code and tables in the CPU cache: row by row the
-    stages take twice as long. The node has no state.
+    Rows that an earlier node refused pass through unchanged. Batches keep the code and tables of a
+    transform in the CPU cache; row by row, the transforms would take twice as long.
     """
 
-    def __init__(self, source: BaseNode[RowBatch[X]], stage: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
+    def __init__(self, source: BaseNode[RowBatch[X]], transform: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
         super().__init__()
         self.source = source
-        self._stage = stage
+        self._transform = transform
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -39,8 +39,8 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     def next(self) -> RowBatch[Y]:
         refs, values = next(self.source)
         if Refused not in set(map(type, values)):
-            return RowBatch(refs, list(self._stage(values)))
-        results = iter(self._stage([value for value in values if not isinstance(value, Refused)]))
+            return RowBatch(refs, list(self._transform(values)))
+        results = iter(self._transform([value for value in values if not isinstance(value, Refused)]))
         return RowBatch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
 
 
 Watch = Callable[[str, BaseNode[Any]], BaseNode[Any]]
-"""Wraps a node of the graph, given by name: for measurements."""
+"""`watch(name, node)` returns the node, or a wrapper of the node that measures it."""
 
 
 def build_stream(
@@ -61,9 +61,10 @@ def build_stream(
     check: SourceCheck | None = None,
     watch: Watch = lambda _, node: node,
 ) -> Packer:
-    """Return the last node of logical stream `stream`'s graph. `reset` must come before `next`.
+    """Return the last node of the graph of logical stream number `stream`.
 
-    Streams of a process share `check`, so that a source is checked once.
+    Call `reset` before `next`. All streams of a process get the same `check`, so that each source
+    is checked only once.
     """
     reader = ExampleReader.of(corpus, encoder)
     sampler = RowSampler(config, open_cursors(config, reader.corpus, stream, past))

@@ -1,7 +1,11 @@
-"""The order of rows as pure functions of counters: no generator state, random access to any draw.
+"""Compute the order of rows from counters alone, so that any draw can be computed directly.
 
-A *draw* is the taking of a row from a source. Draws of a source are numbered from 0 over
-all logical streams and epochs; stream `s` of `S` makes the draws `s, s + S, s + 2S, ...`.
+A *draw* is the choice of the next row of a source. The draws of a source are numbered from 0, over
+all logical streams and epochs. Stream `s` of `S` makes the draws `s, s + S, s + 2S, ...`.
+
+Example: a source of 3 rows in stored order, 2 streams. Draws 0, 1, 2 are the rows 0, 1, 2 of epoch
+0; draws 3, 4, 5 are the rows 0, 1, 2 of epoch 1. Stream 0 makes the draws 0, 2, 4: row 0 and row 2
+of epoch 0, then row 1 of epoch 1.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ from sftstream.config import Shuffle
 from sftstream.state import PastOrder
 
 ROUNDS, SMALL, ROUNDS_OF_SMALL = 8, 256, 24
-"""Rounds of the Feistel network, and a larger number of rounds for permutations of fewer than
-`SMALL` indices. With 8 rounds and about 100 indices the distance between consecutive rows is biased
-by up to 8 %; with 16 rounds no bias was measured, and 24 leave a margin."""
+"""Rounds of the Feistel network (see `permute`): 8, and 24 for permutations of fewer than 256
+indices. For about 100 indices, 8 rounds bias the distance between consecutive rows by up to 8 %. No
+bias was measured with 16 rounds."""
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -30,25 +34,26 @@ Words = NDArray[np.uint64]
 
 @lru_cache(maxsize=1024)
 def round_keys(*words: int | str) -> tuple[int, ...]:
-    """Return 64-bit keys for `permute`, derived from `words` (a seed, a label, an epoch, ...)."""
+    """Return 64-bit keys for `permute`, computed from `words` (a seed, a label, an epoch, ...)."""
     return tuple(_random_words(ROUNDS_OF_SMALL, words).tolist())
 
 
 def _random_words(count: int, words: Iterable[int | str]) -> Words:
-    """Return `count` 64-bit words from SHAKE-128 of `words`: equal inputs give equal outputs."""
+    """Return `count` 64-bit words, the SHAKE-128 hash of `words`."""
     bits = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * count)
     return np.frombuffer(bits, "<u8")
 
 
 def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
-    """Map `indices` through a keyed permutation of `range(size)`: O(1) memory and time an index.
+    """Map each index through a keyed permutation of `range(size)`, in O(1) time and memory.
 
-    The permutation is a Feistel network over Z_a x Z_b, with a * b the smallest product of near
-    square roots that is at least `size` (Black and Rogaway, "Ciphers with Arbitrary Finite
-    Domains", 2002). An output at or above `size` goes through the network again ("cycle walking").
+    The permutation is a Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002). A network permutes `range(a * b)`; here `a` is the square root of `size`,
+    rounded up, and `b` is `size / a`, rounded up. An output that is not below `size` is mapped
+    again until it is ("cycle walking").
 
-    For `size = 5`: a = 3 and b = 2, so the network permutes `range(6)`. With
-    `keys = round_keys("example")` the indices `[0, 1, 2, 3, 4]` become `[2, 1, 3, 0, 4]`.
+    Example for `size = 5`: a = 3 and b = 2, so the network permutes `range(6)`. With
+    `keys = round_keys("example")`, the indices `[0, 1, 2, 3, 4]` become `[2, 1, 3, 0, 4]`.
     """
     a = math.isqrt(size - 1) + 1 if size > 1 else 1
     b = -(-size // a)
@@ -69,7 +74,7 @@ def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[i
 
 
 def _mix(values: Words, key: int) -> Words:
-    # The finalizer of splitmix64 (Steele, Lea, Flood 2014): each input bit reaches each output bit.
+    # The finalizer of splitmix64 (Steele, Lea, Flood 2014): each input bit affects each output bit.
     values = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -77,9 +82,9 @@ def _mix(values: Words, key: int) -> Words:
 
 
 def shuffled(count: int, *words: int | str) -> list[int]:
-    """Return a permutation of `range(count)` keyed by `words`, by sorting random 64-bit words.
+    """Return a permutation of `range(count)` computed from `words`, by sorting random numbers.
 
-    Costs O(count) memory: for short lists, such as the packs of a window.
+    Needs O(count) memory, so it is meant for short lists, such as the packs of a window.
     """
     order: list[int] = _random_words(count, words).argsort(kind="stable").tolist()
     return order
@@ -87,20 +92,24 @@ def shuffled(count: int, *words: int | str) -> list[int]:
 
 @lru_cache(maxsize=256)
 def permutation_of_few(size: int, keys: tuple[int, ...]) -> Integers:
-    """Return `permute(range(size))`, cached: several streams share the few rows of an epoch."""
+    """Return `permute` of all indices below a small `size`. Cached, since all streams need it."""
     return permute(np.arange(size), size, keys)
 
 
 def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: Iterable[int]) -> int | None:
-    """Return the source to draw from next, or None if `open_sources` is empty.
+    """Return the number of the source to draw from next, or None if `open_sources` is empty.
 
-    `amounts` counts the past draws of each source. Sainte-Lague's method: the source with the
-    largest `weight / (2 * amount + 1)` is next. With conversations as amounts and sizes as weights
-    all sources end an epoch together, and no source is ever more than a conversation away from the
-    exact share. A source of weight 0 is drawn last.
+    `amounts` holds the amount drawn from each source so far, for example the number of its
+    conversations. The next source is the one with the largest `weight / (2 * amount + 1)`
+    (Sainte-Lague's method); among sources with the same value, the source with the lowest number.
+    If amounts are conversations and weights are sizes, all sources end an epoch together. A source
+    with weight 0 is drawn only if all other sources are exhausted.
 
-    With weights 2 and 1 the order is 0, 1, 0, 0, 1, 0, ...: 2/1 against 1/1 gives source 0, then
-    2/3 against 1/1 gives source 1, then 2/3 against 1/3 gives source 0. Ties: the lower number.
+    Example: with the weights 2 and 1 the order is 0, 1, 0, 0, 1, 0, ...
+
+        amounts 0, 0: values 2/1 and 1/1, so source 0
+        amounts 1, 0: values 2/3 and 1/1, so source 1
+        amounts 1, 1: values 2/3 and 1/3, so source 0
     """
     found, most = None, -1.0
     for source in open_sources:
@@ -111,34 +120,36 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
 
 
 def draws_of_source(rows: int, repeat: float, epochs: int) -> int:
-    """Return the number of draws of a source of `rows` rows in all epochs.
+    """Return the number of draws in all epochs from a source with `rows` rows.
 
-    `repeat` counts as a decimal number: in binary floating point `100 * 0.57` is below 57.
+    The product is computed with `repeat` as a decimal fraction, because `100 * 0.57` in binary
+    floating point is slightly below 57.
     """
     return int(rows * epochs * Fraction(str(repeat)))
 
 
 def draws_of_stream(draws: int, stream: int, streams: int) -> int:
-    """Return how many of a source's `draws` belong to logical stream `stream` of `streams`."""
+    """Return the number of draws that stream `stream` of `streams` makes, of `draws` in all."""
     return max(0, -(-(draws - stream) // streams))
 
 
 class RowOrder:
-    """The row and epoch of each draw of a source.
+    """The row and the epoch of each draw of a source, in all epochs.
 
-    Logical streams pass from epoch to epoch without waiting for each other,
-    and a source with fewer rows than streams still reaches every stream. `shards` holds the number
-    of rows of each of the source's files, in order.
+    Draws are numbered through all epochs, so logical streams enter an epoch without waiting for
+    each other, and even a source with fewer rows than streams provides rows to every stream.
+    `file_sizes` holds the number of rows of each file of the source, in order.
 
-    `past` holds the orders of earlier epochs. A file of 3 rows that had 2 rows in epoch 0 has
-    `past = [PastOrder(epochs=1, files=((2, 0),))]`; without shuffling the draws 0 to 4 are the rows
-    0 and 1 of epoch 0, and 0, 1 and 2 of epoch 1.
+    `past` holds the orders of epochs that were begun before the source's files changed. Example: a
+    file had 2 rows in epoch 0 and has 3 rows now, so `past = [PastOrder(epochs=1, files=((2,
+    0),))]`. Without shuffling, the draws 0 and 1 are the rows 0 and 1 of epoch 0, and the draws 2,
+    3 and 4 are the rows 0, 1 and 2 of epoch 1.
     """
 
     def __init__(
-        self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle, past: Sequence[PastOrder] = ()
+        self, file_sizes: Sequence[int], seed: int, source: int, shuffle: Shuffle, past: Sequence[PastOrder] = ()
     ) -> None:
-        self.rows = sum(shards)
+        self.rows = sum(file_sizes)
         self._orders: list[_Stretch] = []
         draw = epoch = 0
         for order in past:
@@ -148,7 +159,7 @@ class RowOrder:
             self._orders.append(_Stretch(draw, epoch, EpochOrder(sizes, seed, source, shuffle), moves))
             draw += (order.epochs - epoch) * sum(sizes)
             epoch = order.epochs
-        self._orders.append(_Stretch(draw, epoch, EpochOrder(shards, seed, source, shuffle), None))
+        self._orders.append(_Stretch(draw, epoch, EpochOrder(file_sizes, seed, source, shuffle), None))
 
     def at(self, draw: int) -> tuple[int, int]:
         """Return `(row, epoch)` of a draw."""
@@ -158,7 +169,7 @@ class RowOrder:
     def stretch(self, first: int, step: int, most: int) -> tuple[list[int], int]:
         """Return the rows of the draws `first, first + step, ...`, and the epoch of `first`.
 
-        Returns at most `most` rows and stops at the end of the epoch.
+        Returns at most `most` rows, all of one epoch.
         """
         begun = next(order for order in reversed(self._orders) if order.draw <= first)
         order = begun.order
@@ -170,13 +181,14 @@ class RowOrder:
         return rows.tolist(), epoch + begun.epoch
 
     def draws(self, repeat: float, epochs: int) -> int:
-        """Return the number of draws in all epochs."""
+        """Return the number of draws in `epochs * repeat` passes over the source. In this class an
+        epoch is one pass; `data.epochs` counts passes of a source whose `repeat` is 1."""
         passes = Fraction(str(repeat)) * epochs
         last = next(order for order in reversed(self._orders) if order.epoch <= passes)
         return last.draw + int((passes - last.epoch) * last.order.rows)
 
     def first_epoch_after(self, draw: int) -> int:
-        """Return the first epoch with no draw before `draw`."""
+        """Return the first epoch of which all draws are at or after `draw`."""
         begun = next(order for order in reversed(self._orders) if order.draw <= draw)
         return begun.epoch - (begun.draw - draw) // begun.order.rows
 
@@ -184,20 +196,20 @@ class RowOrder:
 class EpochOrder:
     """The order of a source's rows in each epoch."""
 
-    def __init__(self, shards: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
-        self.rows = sum(shards)
-        self._shards = shards
+    def __init__(self, file_sizes: Sequence[int], seed: int, source: int, shuffle: Shuffle) -> None:
+        self.rows = sum(file_sizes)
+        self._file_sizes = file_sizes
         self._words = seed, source
         self._shuffle = shuffle
         self._epoch = -1
 
     def files_of(self, rows: Integers) -> Integers:
-        """Return the index of each row's file."""
-        files: Integers = np.cumsum(self._shards).searchsorted(rows, "right")
+        """Return the index of the file of each row."""
+        files: Integers = np.cumsum(self._file_sizes).searchsorted(rows, "right")
         return files
 
     def at(self, indices: Integers, epoch: int) -> Integers:
-        """Return the rows at `indices` of an epoch's order."""
+        """Return the rows at positions `indices` in the order of an epoch."""
         if self._shuffle == "shards":
             return self._in_shards(indices, epoch)
         if not self._shuffle:
@@ -208,13 +220,14 @@ class EpochOrder:
     def _in_shards(self, indices: Integers, epoch: int) -> Integers:
         if epoch != self._epoch:
             self._lay_out(epoch)
-        shard = self._ends.searchsorted(indices, "right")
-        rows: Integers = self._starts[shard] + indices - self._ends[shard] + self._sizes[shard]
+        file = self._ends.searchsorted(indices, "right")
+        rows: Integers = self._starts[file] + indices - self._ends[file] + self._sizes[file]
         return rows
 
     def _lay_out(self, epoch: int) -> None:
-        """Order the shards for an epoch: sizes, first rows in the source, ends in the epoch."""
-        sizes = np.array(self._shards)
+        """Compute for each file, in the order of an epoch: the size, the first row, and the index
+        at which the file ends."""
+        sizes = np.array(self._file_sizes)
         keys = round_keys("shard", *self._words, epoch)
         order = permute(np.arange(len(sizes)), len(sizes), keys)
         self._starts = (sizes.cumsum() - sizes)[order]
@@ -224,7 +237,8 @@ class EpochOrder:
 
 
 class _Stretch(NamedTuple):
-    """An order with the first draw and epoch, and each file's move to the present row numbers."""
+    """Epochs with the same files: first draw, first epoch, order of rows, and for each file the
+    distance from its old to its present row numbers (None for the present files)."""
 
     draw: int
     epoch: int

@@ -1,4 +1,4 @@
-"""The last node of a stream's graph: examples -> packs, a window of examples at a time."""
+"""Pack examples, one window at a time: the last node of the graph of a logical stream."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sftstream.streaming.packing import build_pack, example_digest, joined, plan
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
-"""Largest number of windows that a leftover waits. Longer waits made packs no fuller; without a
-limit some leftovers waited 41 windows."""
+"""Largest number of windows that a leftover waits. A larger number did not fill packs better.
+Without a limit, some leftovers waited 41 windows."""
 MOST_REFUSED = 1000
-"""Refused rows after which a window ends early, so that a run comes to a step's border, where
-refusals are judged, also if a source holds hardly a conversation."""
+"""Number of refused rows after which a window ends early. A step then ends, and refusals are
+judged, even if a source has hardly a good row."""
 REFUSED_SHARE = 16
-"""A refused row counts as a sixteenth of the stream's mean conversation in a mixture by tokens:
-enough that a source of refused rows holds up no other source for long; if a tenth of a source is
-refused, the mixture is less than 0.2 % away from the weights."""
+"""In a mixture by tokens a refused row counts as a sixteenth of the stream's mean conversation: a
+source of refused rows then delays no other source for long. If a tenth of a source is refused, the
+mixture differs from the weights by less than 0.2 %."""
 
 
 class PackerConfig(NamedTuple):
-    """The settings of a run with an effect on packing."""
+    """The settings of a run that decide the packing."""
 
     capacity: int
     window: int
@@ -39,31 +39,34 @@ class PackerConfig(NamedTuple):
     shuffle: bool
     pad_id: int
     in_parts: bool = False
-    """A row may give several examples."""
+    """True if the settings may make several examples from one row."""
 
 
 class Window(NamedTuple):
-    """Rows read for a window: segments, examples in equal order, and refusals."""
+    """The rows read for a window."""
 
     segments: list[Segment]
     examples: list[Example]
+    """The example of each segment, in the same order."""
     refused: list[Refusal]
     accepted: list[list[int]]
-    """Fields of an `Amount` for each source, counted since the stream's beginning."""
+    """For each source the fields of an `Amount`: what the stream accepted since its beginning."""
     notes: Counter[str]
-    """Notes of examples, counted since the stream's beginning."""
+    """Modification, such as "truncated" -> number of examples with the modification since the
+    beginning of the stream."""
 
 
 class Packer(BaseNode[Pack]):
-    """Reads a window of examples, plans packs on lengths alone, and returns a pack at a time.
+    """Reads a window of examples, divides them into packs by length, and returns one pack per call.
 
-    The emptiest pack of a window is dissolved: the examples are planned again with the next window
-    (`MAX_WAIT` times at most). With a window of 4, capacity 100 and lengths 60, 30, 50, 40 the
-    packs are 60 + 40 and 50 + 30; the second is dissolved, and 50 and 30 are leftovers.
+    The emptiest pack of a window is dissolved. Its examples become leftovers, which are divided
+    into packs again together with the next window, at most `MAX_WAIT` times. Example: a window of
+    4, capacity 100, and lengths 60, 30, 50, 40. The packs are 60 + 40 and 50 + 30. The second is
+    dissolved, so 50 and 30 are leftovers.
 
-    The state holds references, never tokens. After a reset nothing is tokenized in advance:
-    `reader` reads a planned pack's rows when the pack is due, and a leftover's row with the next
-    window. An exhausted stream returns empty packs for ever.
+    The state holds segments, never tokens. A reset tokenizes nothing: `reader` reads the rows of a
+    planned pack when the pack is due, and the row of a leftover with the next window. After the
+    last pack, the stream is exhausted, and `next` returns empty packs without end.
     """
 
     def __init__(
@@ -75,7 +78,8 @@ class Packer(BaseNode[Pack]):
         config: PackerConfig,
         check: SourceCheck | None = None,
     ) -> None:
-        """Make the node behind `source`, a chain of stages beginning at `sampler`."""
+        """Make the last node of a graph. `source` is the node before it, and `sampler` is the first
+        node of the graph."""
         super().__init__()
         self.source = source
         self._sampler = sampler
@@ -85,25 +89,26 @@ class Packer(BaseNode[Pack]):
         self._check = check
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Start at a state returned by `get_state`, or at the beginning."""
+        """Start at `initial_state`, as returned by `get_state`, or at the beginning of the
+        stream."""
         super().reset(initial_state)
         self.source.reset(initial_state)
         self.state = msgspec.convert(initial_state, StreamState) if initial_state else self._first_state()
         self._left: dict[Segment, Example] = {}
-        """Examples of the leftovers."""
+        """Segment of a leftover -> its example."""
         self._joined: list[Example] = []
-        """Concatenated examples of the planned packs, the next pack last. After a reset the list is
-        empty, and rows are read again."""
+        """The concatenated examples of each planned pack, in reverse order: the pack to return next
+        is at the end of the list. Empty after a reset, so that the rows are read again."""
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
     def get_state(self) -> dict[str, Any]:
-        # New builtins from a frozen struct: the caller may keep or change the result.
+        # A new dict at each call: the caller may keep or change it.
         result: dict[str, Any] = msgspec.to_builtins(self.state)
         return result
 
     def next(self) -> Pack:
-        """Return the next pack, or an empty pack if nothing is left or many rows were refused."""
+        """Return the next pack; an empty pack if the stream is exhausted or refused many rows."""
         refused = list(self.state.unlisted)
         while not self.state.planned and not self.state.exhausted and len(refused) < MOST_REFUSED:
             refused += self._plan_window()
@@ -140,15 +145,15 @@ class Packer(BaseNode[Pack]):
         )
 
     def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
-        """Return the examples of the next planned pack."""
+        """Return the examples of the next planned pack, concatenated or one for each segment."""
         if self._joined:
             return [self._joined.pop()]
         return [self._read_again(segment) for segment in segments]
 
     def _read_again(self, segment: Segment) -> Example:
-        """Return the example of a leftover, or of a pack planned before a reset.
+        """Return the example of a leftover, or of a pack that was planned before a reset.
 
-        Raises ValueError if the source no longer gives the planned example.
+        Raises ValueError if the row now has another length or is refused.
         """
         example = self._left.get(segment)
         row = f"row {segment.row} of source {segment.source}"
@@ -157,7 +162,7 @@ class Packer(BaseNode[Pack]):
                 example = self._reader.examples(segment.ref)[segment.part]
             except (Refused, IndexError) as error:
                 raise ValueError(
-                    f"{row} was planned into a pack before and is refused now ({error}): the source changed; restore it"
+                    f"{row} is part of a planned pack but is refused now ({error}): the source changed; restore it"
                 ) from None
         if len(example.tokens) != segment.length:
             raise ValueError(
@@ -167,7 +172,7 @@ class Packer(BaseNode[Pack]):
         return example
 
     def _plan_window(self) -> list[Refusal]:
-        """Read the next window, plan packs from window and leftovers, and return the refusals."""
+        """Read a window, divide it and the leftovers into packs, and return the refusals."""
         state = self.state
         window, streams = self._config.window, self._config.streams
         read = self._read(window_size(window, state.windows, self._stream, streams))
@@ -201,9 +206,9 @@ class Packer(BaseNode[Pack]):
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
-        """Return the number of examples of each waiting row with several examples.
+        """Return the number of examples of each waiting row that has several examples.
 
-        `read` holds the window's segments, all parts of each row.
+        `read` holds the segments of the window, with all parts of each row.
         """
         leftovers = dict.fromkeys(leftover.segment.ref for leftover in self.state.leftovers)
         before = self.state.row_parts
@@ -269,7 +274,7 @@ class Packer(BaseNode[Pack]):
     def _plan(
         self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
     ) -> tuple[list[list[int]], list[int]]:
-        """Return the packs' indices in order, and the indices left for the next window."""
+        """Return the indices of each pack, and the indices left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
         packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
         left: list[int] = []
@@ -280,8 +285,10 @@ class Packer(BaseNode[Pack]):
         return self._ordered(packs), left
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
-        """Put packs in the order of reading, since planning puts long examples first; then
-        shuffle."""
+        """Return the packs in the order in which their first rows were read, or shuffled.
+
+        Without this, packs with long examples would come first.
+        """
         packs = sorted(packs)
         if not self._config.shuffle:
             return packs

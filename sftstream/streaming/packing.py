@@ -1,4 +1,4 @@
-"""Plan packs from lengths alone, and build a pack from examples: pure functions."""
+"""Divide examples into packs by their lengths, and build a pack from examples: pure functions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from sftstream.records import Example, Pack, Refusal, Segment
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
-    """Group indices into packs by best-fit decreasing, O(n log n). No length exceeds `capacity`.
+    """Divide the indices of `lengths` into packs: best-fit decreasing, O(n log n).
 
-    The longest example comes first and goes into the fullest pack with enough room; `urgent`
-    examples come before all others.
+    Examples are placed from the longest to the shortest, `urgent` examples before all others. Each
+    example goes into the fullest pack that has enough room, or else opens a new pack. No length may
+    exceed `capacity`.
 
-    For lengths `[60, 30, 50, 40]`, capacity 100 and nothing urgent the packs are
-    `[[0, 3], [2, 1]]`: 60 and 50 open a pack each, 40 fills the first, 30 goes into the second.
+    Example: for the lengths `[60, 30, 50, 40]`, capacity 100 and no urgent examples, the result is
+    `[[0, 3], [2, 1]]`. 60 opens the first pack, and 50 the second. 40 fills the first. 30 goes into
+    the second.
     """
     packs: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, pack), sorted
@@ -38,7 +40,7 @@ def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) ->
 
 
 def joined(examples: Sequence[Example]) -> Example:
-    """Concatenate examples."""
+    """Return one example with the tokens of all `examples`, in order."""
     return Example(
         np.concatenate([example.tokens for example in examples]),
         np.concatenate([example.loss_mask for example in examples]),
@@ -60,11 +62,11 @@ def build_pack(
     refused: Sequence[Refusal] = (),
     exhausted: bool = False,
 ) -> Pack:
-    """Concatenate `examples` and fill the rest of `capacity` with a padding segment of `pad_id`.
+    """Return a pack with the tokens of `examples`, padded to `capacity` with `pad_id`.
 
-    The examples hold the tokens of `segments` in order; examples of several segments may be joined.
-
-    For segments of 3 and 2 tokens and capacity 8 the borders are `[0, 3, 5, 8]`.
+    `examples` concatenated are the tokens of `segments`. An item of `examples` may be the joined
+    tokens of several segments (see `joined`). For segments of 3 and 2 tokens and capacity 8, the
+    borders are `[0, 3, 5, 8]`.
     """
     lengths = [segment.length for segment in segments]
     used = sum(lengths)
@@ -80,10 +82,12 @@ def build_pack(
 
 
 def window_size(window: int, windows: int, stream: int, streams: int) -> int:
-    """Return the number of examples in a stream's next window, after `windows` planned windows.
+    """Return the number of examples in a stream's window number `windows`, counted from 0.
 
-    The first window is an eighth of `window`, for an early first pack. The second window differs
-    from stream to stream: otherwise all streams would read a window during a single step.
+    The first window is an eighth of `window`, so that the first pack comes early. The second window
+    is different in each stream, because otherwise all streams would have to read a window in the
+    same step. For `window = 256` and 2 streams: 32, 144, 256, 256, ... in stream 0, and 32, 256,
+    256, ... in stream 1.
     """
     if windows == 0:
         return max(1, window // 8)

@@ -1,4 +1,4 @@
-"""The rows of a logical stream in order: a cursor in each source, and a mixture by counters."""
+"""Draw the rows of a logical stream: a cursor for each source, and a mixture of the sources."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from torchdata.nodes import BaseNode
 
 from sftstream.config import DataConfig
 from sftstream.records import Ref, Refused
-from sftstream.sources import CorpusReader, ShardReader
-from sftstream.state import NO_PAST_ORDERS, PastOrder, PastOrders, Position, ShardPosition
+from sftstream.sources import CorpusReader, StreamedReader
+from sftstream.state import NO_PAST_ORDERS, PastOrder, PastOrders, Position, StripePosition
 from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream, next_source
 
 X = TypeVar("X")
 
 BATCH_ROWS = 128
-"""Most rows of a batch on the way through the stages: a few hundred kilobytes."""
+"""Largest number of rows in a batch: a few hundred kilobytes."""
 LOOKAHEAD = 512
-"""Rows of an order computed at once."""
+"""Number of rows of an order computed at once."""
 EPOCHS_WITHOUT_A_ROW = 20
-"""Epochs of empty shards after which an endless stream raises an error."""
+"""Number of epochs with empty files only, after which an endless stream raises an error."""
 
 
 class RowBatch(NamedTuple, Generic[X]):
-    """Rows on the way through the stages: references, and a stage's result for each row."""
+    """Rows on their way through the graph: references, and for each row the result of the node that
+    returned the batch."""
 
     refs: list[Ref]
     values: list[X | Refused]
 
 
 class IndexedCursor:
-    """A stream's position in a source with random access to rows."""
+    """A stream's position in a source that is read by row number."""
 
     def __init__(
         self,
-        shards: Sequence[int],
+        file_sizes: Sequence[int],
         config: DataConfig,
         source: int,
         stream: int,
         past: Sequence[PastOrder] = (),
     ) -> None:
-        self.rows = sum(shards)
+        self.rows = sum(file_sizes)
         self.drawn = 0
-        """Past draws of the stream, over all epochs."""
+        """Number of draws that the stream has made, over all epochs."""
         self._source, self._stream, self._streams = source, stream, config.streams
-        self._order = row_order(shards, config, source, past)
+        self._order = row_order(file_sizes, config, source, past)
         draws = None if config.epochs is None else self._order.draws(config.sources[source].repeat, config.epochs)
         self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
         self._ahead: list[int] = []
@@ -58,13 +59,13 @@ class IndexedCursor:
         return self._limit is not None and self.drawn >= self._limit
 
     def draw(self) -> Ref:
-        """Return the next row's reference. The cursor must not be exhausted."""
+        """Return a reference to the next row. The cursor must not be exhausted."""
         index = self._look_ahead()
         self.drawn += 1
         return Ref(self._source, self._ahead[index], self._epoch)
 
     def draw_many(self, most: int) -> list[Ref]:
-        """Return up to `most` references, all of a single epoch; an empty list if exhausted."""
+        """Return references to up to `most` rows of one epoch; an empty list if exhausted."""
         if self.exhausted:
             return []
         if self._limit is not None:
@@ -75,7 +76,7 @@ class IndexedCursor:
         return list(map(Ref._make, zip(repeat(self._source), rows, repeat(self._epoch))))
 
     def _look_ahead(self) -> int:
-        """Return the next draw's index in `_ahead`, after filling `_ahead` if necessary."""
+        """Return the index of the next draw in `_ahead`, and compute more rows if necessary."""
         index = self.drawn - self._ahead_from
         if not 0 <= index < len(self._ahead):
             first = self._stream + self.drawn * self._streams
@@ -85,109 +86,111 @@ class IndexedCursor:
 
 
 class StreamingCursor:
-    """A stream's position in a source without random access: shards are read forward.
+    """A stream's position in a streamed source, whose files are read from beginning to end.
 
-    Shards are dealt to streams one whole shard at a time. If a source has fewer shards than the run
-    has streams, a shard counts as `n` parts: part `i` holds the rows `i, i + n, i + 2n, ...` of the
-    shard, and each of the `n` streams reads the whole shard.
+    A stream gets whole files. If a source has fewer files than the run has streams, each file is
+    divided into `n` stripes: stripe `i` is the rows `i, i + n, i + 2n, ...` of the file. A stream
+    gets whole stripes, and reads a whole file to find the rows of its stripe. Example: 2 files and
+    4 streams make 2 stripes of each file; stripe 1 of a file is its rows 1, 3, 5, ...
     """
 
     rows = None
 
-    def __init__(self, reader: ShardReader, config: DataConfig, source: int, stream: int) -> None:
+    def __init__(self, reader: StreamedReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
-        self.position = ShardPosition()
+        self.position = StripePosition()
         self._reader, self._source = reader, source
         self._stream, self._streams = stream, config.streams
-        self._part, self._part_number = (0, 0), -1
-        shards = reader.source.shards
-        self._parts = -(-config.streams // shards)
+        self._stripe, self._stripe_number = (0, 0), -1
+        files = reader.source.file_count
+        self._stripes_per_file = -(-config.streams // files)
         shuffle = bool(config.shuffle_of(config.sources[source]))
-        self._order = RowOrder((shards * self._parts,), config.seed, source, shuffle)
+        self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
         self._limit = _limit(config, source, self._order.rows, stream)
         if draws_of(config, source, self._order.rows) == 0:
             raise ValueError(
-                f"repeat = {config.sources[source].repeat} of source {source} takes none of its "
-                f"{shards} shards, since repeat counts shards of a streamed source; raise repeat"
+                f"repeat = {config.sources[source].repeat} of source {source} selects none of its "
+                f"{files} files, since a streamed source is repeated by whole files; raise repeat"
             )
 
     @property
     def exhausted(self) -> bool:
-        """All shards before the position were read to the end, and no shard is left."""
-        return self._limit is not None and self.position.shards >= self._limit
+        """True if the stream has read all its stripes to the end."""
+        return self._limit is not None and self.position.stripes >= self._limit
 
     def skip_empty(self) -> None:
-        """Move to the next part with a row. The size of a shard is unknown before the end.
+        """Move to the next stripe that has a row. The size of a file is unknown before its end.
 
-        Raises ValueError if an endless stream meets no row for `EPOCHS_WITHOUT_A_ROW` epochs.
+        Raises ValueError if the stream finds no row for `EPOCHS_WITHOUT_A_ROW` epochs.
         """
         empty = 0
         while not self.exhausted and not self._reader.reaches(self._next()):
             empty = 0 if self.position.rows else empty + 1
             if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
                 raise ValueError(
-                    f"stream {self._stream} finds no row in its parts of source {self._source}, "
-                    f"which has {self._reader.source.shards} shards; shuffle the shards, or set "
-                    "fewer data.streams"
+                    f"stream {self._stream} finds no row in its share of source {self._source}, which has "
+                    f"{self._reader.source.file_count} files; remove files without rows, set fewer data.streams, or set "
+                    'shuffle = "shards"'
                 )
-            self.position = ShardPosition(self.position.shards + 1)
+            self.position = StripePosition(self.position.stripes + 1)
 
     def draw(self) -> Ref:
-        """Return the next row's reference. `skip_empty` must come before."""
+        """Return a reference to the next row. Call `skip_empty` before."""
         ref = self._next()
         self.drawn += 1
-        self.position = ShardPosition(self.position.shards, self.position.rows + 1)
+        self.position = StripePosition(self.position.stripes, self.position.rows + 1)
         return ref
 
     def _next(self) -> Ref:
-        if self._part_number != self.position.shards:
-            self._part_number = self.position.shards
-            self._part = self._order.at(self._stream + self.position.shards * self._streams)
-        part, epoch = self._part
-        first, shard = divmod(part, self._reader.source.shards)
-        index = first + self.position.rows * self._parts
-        return Ref(self._source, self._reader.source.number(shard, index), epoch)
+        if self._stripe_number != self.position.stripes:
+            self._stripe_number = self.position.stripes
+            self._stripe = self._order.at(self._stream + self.position.stripes * self._streams)
+        stripe, epoch = self._stripe
+        first, file = divmod(stripe, self._reader.source.file_count)
+        index = first + self.position.rows * self._stripes_per_file
+        return Ref(self._source, self._reader.source.number(file, index), epoch)
 
 
 Cursor = IndexedCursor | StreamingCursor
 
 
-def row_order(shards: Sequence[int], config: DataConfig, source: int, past: Sequence[PastOrder] = ()) -> RowOrder:
-    """Return the order of a source with random access to rows."""
-    return RowOrder(shards, config.seed, source, config.shuffle_of(config.sources[source]), past)
+def row_order(file_sizes: Sequence[int], config: DataConfig, source: int, past: Sequence[PastOrder] = ()) -> RowOrder:
+    """Return the order of the rows of a source that is not streamed."""
+    return RowOrder(file_sizes, config.seed, source, config.shuffle_of(config.sources[source]), past)
 
 
 def open_cursors(
     config: DataConfig, reader: CorpusReader, stream: int, past: PastOrders = NO_PAST_ORDERS
 ) -> list[Cursor]:
-    """Return a cursor at the beginning of each source, for a logical stream."""
+    """Return for each source a cursor of logical stream number `stream`, at the beginning."""
     return [
         StreamingCursor(opened, config, source, stream)
-        if isinstance(opened, ShardReader)
-        else IndexedCursor(opened.shards, config, source, stream, past.get(source, ()))
+        if isinstance(opened, StreamedReader)
+        else IndexedCursor(opened.file_sizes, config, source, stream, past.get(source, ()))
         for source, opened in enumerate(reader.sources)
     ]
 
 
 def draws_of(config: DataConfig, source: int, count: int) -> int | None:
-    """Return the draws of a source of `count` rows in all epochs; None for an endless stream."""
+    """Return the number of draws from a source of `count` rows in all epochs; None if endless."""
     if config.epochs is None:
         return None
     return draws_of_source(count, config.sources[source].repeat, config.epochs)
 
 
 def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | None:
-    """Return the draws of a logical stream in all epochs; None for an endless stream."""
+    """Return the number of draws that a logical stream makes in all epochs; None if endless."""
     draws = draws_of(config, source, count)
     return None if draws is None else draws_of_stream(draws, stream, config.streams)
 
 
 class RowSampler(BaseNode[RowBatch[Ref]]):
-    """The first node of a stream's graph: row references in order, mixed by counters.
+    """The first node of the graph of a logical stream: references to rows, mixed from all sources.
 
-    The packer asks for a number of rows by `request`, to draw no row beyond a window, and reports
-    the content of each row by `count_tokens`, for mixtures by tokens. Rows come in batches; one at
-    a time for a mixture by tokens, since the content of a row decides the next draw.
+    Before `next`, the packer calls `request` with the number of rows that it needs, so that no row
+    after the end of the window is drawn. `next` returns a batch of rows. If the mixture counts
+    tokens, a batch is a single row, because the packer must report the tokens of a row with
+    `count_tokens` before the source of the next row is known.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
@@ -200,7 +203,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         self._requested = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Move all cursors to `initial_state`, a `Position` or `StreamState` as builtins."""
+        """Move all cursors to `initial_state`, the dict of a `Position` or `StreamState`."""
         super().reset(initial_state)
         zeros = (0,) * len(self._cursors)
         position = msgspec.convert(initial_state, Position) if initial_state else Position(drawn=zeros, mixed=zeros)
@@ -208,10 +211,10 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         for source, cursor in enumerate(self._cursors):
             cursor.drawn = position.drawn[source]
             if isinstance(cursor, StreamingCursor):
-                cursor.position = position.shard_positions.get(source, ShardPosition())
+                cursor.position = position.stripe_positions.get(source, StripePosition())
 
     def request(self, rows: int) -> None:
-        """Limit the next batches to `rows` rows each."""
+        """Limit each of the next batches to `rows` rows."""
         self._requested = rows
 
     def next(self) -> RowBatch[Ref]:
@@ -222,17 +225,18 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         return RowBatch(refs, list(refs))
 
     def count_tokens(self, source: int, tokens: int, trained_tokens: int) -> None:
-        """Count the content of the row drawn last, for a mixture by tokens or trained tokens."""
+        """Count the tokens of the row drawn last, if the mixture counts tokens or trained
+        tokens."""
         if self._config.mix_by != "conversations":
             self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
 
     @property
     def position(self) -> Position:
-        """The position after the rows drawn."""
+        """The position after the last drawn row."""
         return Position(
             drawn=tuple([cursor.drawn for cursor in self._cursors]),
             mixed=tuple(self._mixed),
-            shard_positions={
+            stripe_positions={
                 source: cursor.position
                 for source, cursor in enumerate(self._cursors)
                 if isinstance(cursor, StreamingCursor)
@@ -242,11 +246,11 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
 
     @property
     def exhausted(self) -> bool:
-        """No row is left."""
+        """True if no row is left."""
         return self._next_source() is None
 
     def get_state(self) -> dict[str, Any]:
-        """Return `position` as builtins."""
+        """Return `position` as a dict."""
         result: dict[str, Any] = msgspec.to_builtins(self.position)
         return result
 
@@ -288,16 +292,17 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
 
 
 def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor | None:
-    """Return the only source's cursor if rows can be drawn in bulk, else None."""
+    """Return the cursor of the only source if rows can be drawn many at a time, else None."""
     if len(cursors) > 1 or config.stages or config.mix_by != "conversations":
         return None
     return next((cursor for cursor in cursors if isinstance(cursor, IndexedCursor)), None)
 
 
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
-    """Return the sources' weights; without weights the sizes: all sources end an epoch together.
+    """Return the weights of the sources. The default is the number of rows drawn in an epoch.
 
-    A source of unknown size without a weight is the only source: any weight will do.
+    A streamed source without a weight has unknown size, but is the only source, so its weight has
+    no effect.
     """
     return [
         (cursor.rows or 1) * source.repeat if source.weight is None else source.weight

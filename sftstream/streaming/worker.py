@@ -1,4 +1,4 @@
-"""Streams read by a process of their own. The only file that knows StatefulDataLoader."""
+"""Read logical streams in a worker process. No other file uses StatefulDataLoader."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from sftstream.streaming.refusals import RowCounts, row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 
 EncodedStreams = Mapping[int, bytes]
-"""Logical stream -> `StreamState` as MessagePack: encoded once, by the reading process, and stored
-unchanged in a checkpoint."""
+"""Number of a logical stream -> its `StreamState` as MessagePack. The worker encodes the state; a
+checkpoint stores the bytes unchanged."""
 
 
 class Failed(NamedTuple):
-    """An error on the way out of a worker: raised there, the error would arrive in a traceback."""
+    """The message of an error in a worker. If raised in the worker, it would arrive as a
+    traceback."""
 
     message: str
 
@@ -38,7 +39,8 @@ class Failed(NamedTuple):
 class Read(NamedTuple):
     """A pack with the state of its stream after the pack.
 
-    Pack and state travel together: a state asked for later may belong to another pack.
+    The worker sends both together. It reads ahead, so its state at a later time would belong to a
+    later pack.
     """
 
     pack: Pack
@@ -49,9 +51,9 @@ class Read(NamedTuple):
 
 
 class PackStreams(IterableDataset[Read | Failed]):
-    """Some of a shard's streams, read by a single process: packs in the order of the run.
+    """The packs of some logical streams, in the order of the run, read by a single process.
 
-    `start` holds the streams' states, `packs` the number of the run's next pack.
+    `start` holds the states of these streams. `packs` is the number of the run's next pack.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class PackStreams(IterableDataset[Read | Failed]):
 
 
 class StreamWorker:
-    """A process for reading streams ahead; with `prefetch = None`, the calling process."""
+    """A process that reads streams ahead; with `prefetch = None`, the calling process reads
+    them."""
 
     def __init__(self, dataset: PackStreams, prefetch: int | None) -> None:
         with warnings.catch_warnings():
@@ -102,8 +105,8 @@ class StreamWorker:
             self._loader: StatefulDataLoader[Read | Failed] = StatefulDataLoader(
                 dataset,
                 batch_size=None,
-                # One worker a loader: a loader of several workers takes packs in turn, and the
-                # next pack's stream may belong to another worker.
+                # One worker per loader: a loader with several workers returns their packs in turn,
+                # but the next pack of the run may be of a stream of any worker.
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_unchanged,
                 prefetch_factor=prefetch,
@@ -122,7 +125,7 @@ class StreamWorker:
         return read
 
     def close(self) -> None:
-        """End the worker now: the garbage collector might wait for an exception to be handled."""
+        """End the worker now, not when the garbage collector deletes this object."""
         del self._packs, self._loader
 
 
@@ -131,7 +134,7 @@ def _unchanged(read: Read | Failed) -> Read | Failed:
 
 
 def _begin_work(_worker: int) -> None:
-    # A collection would write to pages shared with the parent, and so copy them.
+    # The garbage collector would write to memory shared with the parent, and so copy it.
     gc.freeze()
     # Ctrl-C reaches the whole process group; the trainer needs its loader to finish a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

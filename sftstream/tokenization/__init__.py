@@ -5,12 +5,13 @@ The words of this package, on the text "hi</s>" with the tokens "h", "i", "</s>"
     span          a trained range of the text, in characters: [0, 6)
     bounds        starts and ends of all spans in turn: [0, 6]
     loss mask     for each token, True if the token is trained: [True, True, True]
-    inside        said of a token whose bytes all lie in one span
-    straddling    said of a token that lies partly inside a span and partly outside; never trained
-    byte-level    said of a tokenizer that encodes bytes (GPT-2, Llama 3, Qwen), so that the tokens
-                  of a text together hold exactly the bytes of the text
-    added token   a token that the tokenizer matches as a whole before all other tokens: "</s>"
-    special token an added token with the mark `special`, for example "</s>"
-    typed         said of a special token's text inside a message, which is tokenized as plain words
-    backend       the library that computes token ids: `tokenizers` (Hugging Face) or `fastokens`
+    inside        a token is inside a span if all bytes of the token lie in the span, as here
+    straddling    a token is straddling if only some of its bytes lie in a span: "</s>" for the span
+                  [0, 3); a straddling token is not trained
+    byte-level    a tokenizer is byte-level if the tokens of a text together hold exactly the bytes
+                  of the text (GPT-2, Llama 3, Qwen)
+    added token   token that the tokenizer matches as a whole before all other tokens: "</s>"
+    special token added token with the attribute `special`: "</s>"
+    typed         text of a special token that a person typed in a message; tokenized as words
+    backend       library that computes token ids: `tokenizers` (Hugging Face) or `fastokens`
 """

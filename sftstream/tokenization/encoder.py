@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
 from os import PathLike
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sftstream.config import Policy
+from sftstream.door import Door
+from sftstream.excerpt import excerpt
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Example, Refused, Rendered
 from sftstream.rendering.probe import TemplateReport
@@ -38,6 +41,8 @@ class ChatEncoder:
 
     `date` (YYYY-MM-DD) is the date that templates print as today's. Default: today.
 
+    `variables` are further variables of the template: `{"enable_thinking": False}`.
+
     `backend` names the library that computes the token ids, as in `Tokenizer`.
 
     `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
@@ -54,6 +59,7 @@ class ChatEncoder:
         train_on: Sequence[str] = ("assistant",),
         date: str | None = None,
         *,
+        variables: Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         backend: Backend = "auto",
         **policy_fields: Any,
@@ -64,17 +70,21 @@ class ChatEncoder:
         text = _template_text(template, vocabulary) if template is not None else vocabulary.template
         if text is None:
             raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
-        chat_template = ChatTemplate(text, vocabulary.variables, _parse_date(date) if date else None)
-        self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
+        day = _parse_date(date) if date else None
+        try:
+            chat_template = ChatTemplate(text, vocabulary.variables, day).with_variables(variables or {})
+            self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
+        except ValueError as error:
+            raise ValueError(f"{_template_name(template, self.tokenizer.name)}{error}") from error
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template, with the date that it prints as today's."""
+        """The chat template; its `date` is printed as today's date."""
         return self.renderer.template
 
     @property
     def report(self) -> TemplateReport:
-        """The report on the template: its turn format, and the probes that it prints whole."""
+        """The report on the template: the turn format, and how each probe is printed."""
         return self.renderer.report
 
     @property
@@ -84,13 +94,20 @@ class ChatEncoder:
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Example]:
         """Return the examples of messages in any known layout; raises `Refused`.
 
+        `variables` are variables of the template for this conversation alone.
+
         There is a single example, unless `history` is "per_turn" or `overflow` is "split".
         """
-        return self.encode_conversation(parse_row({"messages": list(messages), "tools": tools}))
+        return self.encode_conversation(
+            parse_row({"messages": list(messages), "tools": tools, "chat_template_kwargs": variables})
+        )
 
     def encode_conversation(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation; raises `Refused`."""
@@ -157,7 +174,7 @@ def _template_text(template: str, vocabulary: Vocabulary) -> str:
     `template` is the text itself, a name in the tokenizer ("name:tool_use"), or the path of a file.
     Raises ValueError if the tokenizer has no template of the name, or the file cannot be read.
     """
-    if "{%" in template or "{{" in template:
+    if _is_jinja(template):
         return template
     if template.startswith(_NAMED):
         text = vocabulary.templates.get(template.removeprefix(_NAMED))
@@ -165,11 +182,21 @@ def _template_text(template: str, vocabulary: Vocabulary) -> str:
             raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
         return text
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"chat template {template!r} cannot be read: {error.strerror}; give a file or the Jinja text"
-        ) from None
+        with Door(f"chat template {excerpt(template)} cannot be read"):
+            return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{error}; give a file or the Jinja text") from error
+
+
+def _template_name(template: str | None, tokenizer: str) -> str:
+    """Return the file of a template as the beginning of a message; "" for a Jinja text."""
+    if template is None or template.startswith(_NAMED):
+        return f"tokenizer {tokenizer!r}: "
+    return "" if _is_jinja(template) else f"chat template {template!r}: "
+
+
+def _is_jinja(template: str) -> bool:
+    return "{%" in template or "{{" in template
 
 
 def _remedy(vocabulary: Vocabulary) -> str:

@@ -1,7 +1,7 @@
 """Tokenize with the library fastokens, 20 to 40 times faster than Hugging Face's `tokenizers`.
 
-fastokens (`pip install fastokens`) is used only after its ids equal those of `tokenizers` on many
-test texts, the probes. During a run, ids are compared again on some of the run's own texts.
+fastokens (`pip install fastokens`) is used only if both libraries compute the same ids for many
+test texts (`probes`). During a run, the ids of some of the run's own texts are compared too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 
 REMEDY = "set data.tokenizer.backend = 'huggingface'"
@@ -54,15 +55,15 @@ def version() -> str | None:
 
 
 class FastTokenizer:
-    """An encoder that uses fastokens once its ids of all `probes` equal the ids of `reference`.
+    """An encoder that uses fastokens once its ids of all test texts equal those of `reference`.
 
     `description` is the text of a tokenizer.json. A thread loads the description and compares the
-    probes, which needs about a second. Until then, calls return None, and the caller has to encode
-    the texts with `reference`. Afterwards, some texts of the run are compared as well, and a
+    test texts, which needs about a second. Until then, calls return None, and the caller has to
+    encode the texts with `reference`. Afterwards, some texts of the run are compared as well, and a
     difference raises RuntimeError.
 
-    If fastokens cannot load the description, or a probe has other ids, all later calls return None,
-    or raise RuntimeError if fastokens is `required`.
+    If fastokens cannot load the description, or a test text has other ids, all later calls return
+    None, or raise RuntimeError if fastokens is `required`.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load the description with fastokens, and compare the ids of the probes.
+        """Load the description with fastokens, and compare the ids of the test texts.
 
         Returns early if the main thread has ended: Python aborts if it exits while a thread runs
         native code.
@@ -114,9 +115,10 @@ class FastTokenizer:
         import fastokens
 
         try:
-            tokenizer = fastokens.Tokenizer.from_json_str(self._description)
+            with Door(f"{version()} cannot load this tokenizer"):
+                tokenizer = fastokens.Tokenizer.from_json_str(self._description)
         except ValueError as error:
-            self._refused = f"{version()} cannot load this tokenizer: {error}; {REMEDY}"
+            self._refused = f"{error}; {REMEDY}"
             return
 
         def encode(texts: Sequence[str]) -> Ids:
@@ -148,7 +150,7 @@ def _difference(text: str) -> str:
 
 
 def probes(special: Sequence[str]) -> Iterator[str]:
-    """Yield the probes: texts for which two tokenizer libraries may compute different ids.
+    """Yield test texts, for which two tokenizer libraries may compute different ids.
 
     The texts mix characters of many scripts with spaces, digits, punctuation and special tokens.
     """

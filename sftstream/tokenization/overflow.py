@@ -48,7 +48,7 @@ def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator
     system = tuple(message for message in conversation.messages if message.role == "system")
     rest = tuple(message for message in conversation.messages if message.role != "system")
     while any(message.role == "assistant" for message in rest):
-        part = Conversation((*system, *rest), conversation.tools)
+        part = msgspec.structs.replace(conversation, messages=(*system, *rest))
         used, example = _longest_beginning(part, _ends_before_user(part.messages), capacity, encode)
         rest = rest[used - len(system) :]
         if example is not None:
@@ -65,7 +65,7 @@ def _longest_beginning(
     """
     for count in reversed(ends):
         try:
-            example = encode(Conversation(conversation.messages[:count], conversation.tools))
+            example = encode(msgspec.structs.replace(conversation, messages=conversation.messages[:count]))
         except Refused as refused:
             if refused.reason != "nothing to train":
                 raise
@@ -79,7 +79,7 @@ def _longest_beginning(
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:
-    """Return every number of messages after which an answer has just ended.
+    """Return each count of messages whose last message is an answer.
 
     `[user, assistant, user, assistant]` gives `[2, 4]`.
     """
@@ -87,7 +87,7 @@ def _ends(messages: Sequence[Message]) -> list[int]:
 
 
 def _ends_before_user(messages: Sequence[Message]) -> list[int]:
-    """Return the numbers of `_ends` that a message of the user, or no message, follows."""
+    """Return the counts of `_ends` before a message of the user or at the conversation's end."""
     return [count for count in _ends(messages) if count == len(messages) or messages[count].role == "user"]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.normalizers import NFC
 
+from sftstream.door import Door
 from sftstream.excerpt import excerpt
 from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "huggingface", "fastokens"]
 """Library that computes token ids, as described in `Tokenizer`."""
 
+_ENCODING = Door("the text cannot be tokenized", error=lambda line: Refused("tokenizer raises", line))
+
 
 class Tokenizer:
     """Tokenizes rendered conversations with a Hugging Face fast tokenizer.
@@ -39,7 +42,7 @@ class Tokenizer:
     that computes the ids:
 
         "huggingface"  the library `tokenizers`
-        "fastokens"    faster; used after its ids equal those of `tokenizers` on many probes
+        "fastokens"    faster; used after its ids equal those of `tokenizers` on many test texts
         "auto"         "fastokens" if it is installed and the tokenizer is byte-level, otherwise
                        "huggingface"
 
@@ -73,8 +76,8 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, self.vocabulary.special)) or r"(?!)")
 
     def __len__(self) -> int:
-        """Return the number of tokens, added tokens included."""
-        return self._backend.get_vocab_size()
+        """Return the number of token ids: the largest id plus 1, added tokens included."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, computed by `tokenizers`.
@@ -93,14 +96,18 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
         """Return the example, or the refusal, of each text."""
-        if self._lengths is None:
-            return [self._by_offsets(text) for text in texts]
         try:
-            return self._by_lengths(texts, self._lengths)
+            with _ENCODING:
+                if self._lengths is None:
+                    return [self._by_offsets(text) for text in texts]
+                return self._by_lengths(texts, self._lengths)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_surrogate_refusal(texts[0].text, error)]
-            return [self.encode_all([text])[0] for text in texts]
+        except Refused as refused:
+            if len(texts) == 1:
+                return [refused]
+        return [self.encode_all([text])[0] for text in texts]
 
     def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
         byte_bounds = self._byte_bounds([self._squeezed(text) for text in texts] if self._absorbing else texts)
@@ -128,7 +135,8 @@ class Tokenizer:
         if text.typed:
             return Refused(
                 "special token typed",
-                "a tokenizer that is not byte-level cannot encode a special token's text as words",
+                "a tokenizer that is not byte-level cannot encode a special token's text as words; remove the text from "
+                "the message",
             )
         try:
             text.text.encode()
@@ -221,9 +229,9 @@ class Tokenizer:
         ]
 
     def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
-        """Return the text of a special token that ends a span, but whose token id reaches further.
+        """Return the special token at the end of a span, if one of `tokens` crosses this end.
 
-        Return None if there is no such token.
+        Return None if no token crosses the end of a span, or no special token ends there.
         """
         ends = {span.end for span in text.spans}
         cut = (end for end in ends if any(start < end < stop for start, stop in tokens))
@@ -259,6 +267,14 @@ class Tokenizer:
             lambda: fast_tokenizer.probes(self.vocabulary.special),
             required=backend == "fastokens",
         )
+
+
+def count_token_ids(source: str) -> int:
+    """Return the number of token ids of a tokenizer: the largest id plus 1.
+
+    `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
+    """
+    return len(Tokenizer(source, "huggingface"))
 
 
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:

@@ -24,7 +24,9 @@ from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream.cache import Unwritable, cached, found
+from sftstream.door import Door
 from sftstream.sources.rows import derived
+from sftstream.tokenization.tokenizer_bounds import require_bounded
 
 SUFFIX, DIGEST = ".vocabulary", hashlib.sha256().digest_size
 VERSION = 2
@@ -89,20 +91,24 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
     `source` has no fast tokenizer.
     """
     if not isinstance(source, str | PathLike):
-        return Opened(describe(source), source.backend_tokenizer, source)
-    directory = Path(os.path.expanduser(source))  # leaves "~name" unchanged if there is no such user
-    key = _cache_key(directory)
-    if key and (cached_vocabulary := _read_cached(key)):
-        return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
-    hf = load(str(source))
-    vocabulary = describe(hf)
-    if key and key == _cache_key(directory):  # otherwise a file has changed in the meantime
-        _write_cached(key, vocabulary)
-    return Opened(vocabulary, hf.backend_tokenizer, hf)
+        with _door(source.name_or_path):
+            return Opened(describe(source), source.backend_tokenizer, source)
+    with _door(str(source)):
+        directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
+        key = _cache_key(directory)
+        if key and (cached_vocabulary := _read_cached(key)):
+            return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
+        if (file := directory / "tokenizer.json").is_file():
+            require_bounded(file.read_bytes(), str(source))
+        hf = load(str(source))
+        vocabulary = describe(hf)
+        if key and key == _cache_key(directory):  # else a file has changed in the meantime
+            _write_cached(key, vocabulary)
+        return Opened(vocabulary, hf.backend_tokenizer, hf)
 
 
-_UNLOADABLE = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
-"""Errors of transformers if a directory has no tokenizer, or a tokenizer of an unknown type."""
+def _door(source: str) -> Door:
+    return Door(f"tokenizer {source!r} cannot be loaded")
 
 
 def load(source: str) -> Any:
@@ -112,13 +118,10 @@ def load(source: str) -> Any:
     """
     from transformers import AutoTokenizer  # 0.2 s that a start from the cache saves
 
-    try:
+    with _door(source):
         hf = AutoTokenizer.from_pretrained(os.path.expanduser(source), trust_remote_code=False)
-    except _UNLOADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"tokenizer {source!r} cannot be loaded: {reason}") from None
-    _backend(hf)
-    return hf
+        _backend(hf)
+        return hf
 
 
 def _backend(hf: Any) -> Backend:
@@ -148,6 +151,7 @@ def describe(hf: Any) -> Vocabulary:
             f"use a {python[0]} of the library tokenizers"
         )
     description = backend.to_str()
+    require_bounded(description, hf.name_or_path)
     variables = {name: str(token) for name, token in hf.special_tokens_map.items() if isinstance(token, str)}
     special = {str(token) for token in hf.added_tokens_decoder.values() if token.special}
     pad_id = next(i for i in (hf.pad_token_id, hf.eos_token_id, 0) if i is not None)
@@ -234,7 +238,7 @@ def _write_cached(key: str, vocabulary: Vocabulary) -> None:
 
 
 def _content(path: Path) -> bytes | None:
-    """Return the content of a cached file, which follows its digest; None if the digest differs."""
+    """Return the content of a cached file without its digest; None if the digest is wrong."""
     content = path.read_bytes()
     return content[DIGEST:] if _digest(content[DIGEST:]) == content[:DIGEST] else None
 

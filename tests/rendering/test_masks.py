@@ -11,7 +11,6 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sftstream.rendering.template
 from sftstream import ChatEncoder, Message, PackLoader, Refused
 from sftstream.formats import parse_row
 from sftstream.rendering.markers import PREFIXES, locate
@@ -204,7 +203,7 @@ def test_a_special_token_that_somebody_types_stays_text(encoder: ChatEncoder, te
 
 def test_a_special_token_in_a_tools_definition_is_refused(encoder: ChatEncoder) -> None:
     tool = {"name": "f", "description": f"says {STOP}", "parameters": {}}
-    with pytest.raises(Refused, match="control token in text: the tools contains"):
+    with pytest.raises(Refused, match="control token in text: a tool definition contains"):
         encoder.encode([{"role": "system", "content": "x"}, shapes.user("ab"), shapes.said("ba")], [tool])
 
 
@@ -319,11 +318,11 @@ def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str
     [
         ("{% for a in messages %}{{ a.content }}{% endfor", "not valid Jinja"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot print a user's message"),
-        ("{{ 'x' * 10 ** 13 }}", "cannot print a user's message"),
+        ("{{ 'x' * 10 ** 13 }}", "does too much: it makes a value of size 20,000,000,000,002"),
         ("{% for a in range(10 ** 9) %}{% endfor %}", "cannot print a user's message"),
         (
             "{% set n = namespace(s='x' * 1000) %}{% for i in range(90) %}{% set n.s = n.s + n.s %}{% endfor %}",
-            r"cannot print a user's message, with or without a tool \(MemoryError\)",
+            "the chat template does too much: it makes a value of size 131,072,000, above 67,108,864",
         ),
         ("{{ messages[0].content }}", "nothing ends an assistant's turn"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
@@ -338,16 +337,15 @@ def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, templa
         ChatEncoder(tokenizer, template)
 
 
-def test_a_template_that_does_not_end_is_stopped(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sftstream.rendering.template, "SECONDS", 0.3)
+def test_a_template_that_does_not_end_is_stopped(tokenizer: str) -> None:
     endless = "{% for a in range(90000) %}" * 4 + "{% set b = a %}" + "{% endfor %}" * 4
-    with pytest.raises(ValueError, match="the chat template does not end"):
+    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 units of work"):
         ChatEncoder(tokenizer, endless)
     patient = tiny.TEMPLATE.replace(
         "{{- message.content", "{%- if 'loop' in message.content %}" + endless + "{% endif %}{{- message.content"
     )
     encoder = ChatEncoder(tokenizer, patient)
-    with pytest.raises(Refused, match="template takes too long"):
+    with pytest.raises(Refused, match="template does too much"):
         encoder.encode([shapes.user("loop"), shapes.said("ba")])
     assert _trained(encoder, [shapes.user("ab"), shapes.said("ba")]) == [f"ba{STOP}"]
 

@@ -153,7 +153,8 @@ def test_a_saved_dataset_whose_order_lies_elsewhere_is_refused(saved: Path) -> N
     (saved / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
     assert (
         refusal(saved)
-        == f"source '{saved}' keeps the rows' order in a separate file; save it again after flatten_indices()"
+        == f"source '{saved}' stores the order of its rows in a separate file; call flatten_indices() on the dataset "
+        "and save it again"
     )
 
 
@@ -227,8 +228,8 @@ def test_what_a_directory_holds_now_is_read_whatever_is_in_the_cache(repository:
 def test_a_missing_shard_of_a_directory_like_one_of_the_hub_is_refused_by_name(repository: Path) -> None:
     (repository / "data" / "train-00000-of-00002.parquet").unlink()
     assert refusal(repository, subset="whole", split="train") == (
-        f"{repository} lacks 1 of 2 shards, first data/train-00000-of-00002.parquet; "
-        "restore the shards, or name the present files by a glob"
+        f"{repository} lacks 1 of 2 files, first data/train-00000-of-00002.parquet; "
+        "restore the files, or name the present files by a glob"
     )
 
 

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.records import Ref
-from sftstream.sources import ShardReader, StreamedSource, compressed, remote
+from sftstream.sources import StreamedReader, StreamedSource, compressed, remote
 from sftstream.sources.corpus import FileSet
 
 ROWS = [{"n": number, "text": "ä" * number} for number in range(50)]
@@ -320,7 +320,7 @@ def test_a_connection_that_breaks_is_one_line_that_names_the_file(
     monkeypatch.setattr(tiny.WebFiles, "copyfile", lambda _, source, out: out.write(source.read(100)))
     assert refusal(f"{web}/a.jsonl").startswith(f"{web}/a.jsonl cannot be fetched: Response payload is not completed")
     with pytest.raises(ValueError, match=f"{web}/a.jsonl cannot be read: Response payload is not completed"):
-        ShardReader(StreamedSource(SourceConfig(path=f"{web}/a.jsonl", streaming=True))).read(Ref(0, 3, 0))
+        StreamedReader(StreamedSource(SourceConfig(path=f"{web}/a.jsonl", streaming=True))).read(Ref(0, 3, 0))
 
 
 def test_a_url_with_a_query_is_of_the_kind_that_its_path_says() -> None:

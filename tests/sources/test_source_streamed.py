@@ -24,7 +24,7 @@ import tiny
 from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, merge
 from sftstream.formats import decode_row
 from sftstream.records import BrokenRow, RawRow, Ref
-from sftstream.sources import Corpus, CorpusReader, FileSet, ShardReader, StreamedSource
+from sftstream.sources import Corpus, CorpusReader, FileSet, StreamedReader, StreamedSource
 from sftstream.sources.rows import ReadRow, RowsFrom
 from sftstream.streaming.sampler import RowSampler, open_cursors
 
@@ -206,7 +206,7 @@ class Watched(StreamedSource):
             self.read.append((shard, number))
             yield row
 
-    def number_of(self, tape: ShardReader, shard: int, index: int) -> int:
+    def number_of(self, tape: StreamedReader, shard: int, index: int) -> int:
         """The number that the conversation at this place begins with."""
         content = decode_row(tape.read(Ref(0, self.number(shard, index), 0)))["messages"][0]["content"]
         return int(content.split(":")[0])
@@ -214,7 +214,7 @@ class Watched(StreamedSource):
 
 def test_after_a_resume_a_shard_is_read_once_and_only_as_far_as_somebody_waits(path: str) -> None:
     source = Watched(path)
-    tape = ShardReader(source)
+    tape = StreamedReader(source)
     waiting = [(0, 5), (2, 3), (0, 1), (2, 9), (0, 1)]
     for shard, index in waiting:
         tape.expect(Ref(0, source.number(shard, index), 0))
@@ -227,7 +227,7 @@ def test_after_a_resume_a_shard_is_read_once_and_only_as_far_as_somebody_waits(p
 
 def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str) -> None:
     source = Watched(path)
-    tape = ShardReader(source)
+    tape = StreamedReader(source)
     tape.expect(Ref(0, source.number(3, 1), 0))
     assert tape.reaches(Ref(0, source.number(3, 1), 1))
     assert [decode_row(tape.read(Ref(0, source.number(3, 1), epoch))) for epoch in (0, 1)] == [ROWS[21]] * 2
@@ -237,7 +237,7 @@ def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str)
 def test_of_parquet_a_resume_reads_no_row_group_that_nobody_waits_for(tmp_path: Path) -> None:
     """Groups of three rows."""
     source = Watched(write_parquet(tmp_path))
-    tape = ShardReader(source)
+    tape = StreamedReader(source)
     for index in (10, 7):
         tape.expect(Ref(0, source.number(2, index), 0))
     assert [source.number_of(tape, 2, index) for index in (10, 7)] == [19, 16]
@@ -264,7 +264,7 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 takes none of its 5 shards, .*; raise repeat"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 selects none of its 5 files, .*; raise repeat"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
 
@@ -279,7 +279,7 @@ def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) ->
 def test_a_stream_without_any_row_is_an_error_where_it_would_look_for_ever(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(
-        ValueError, match="stream 0 finds no row in its parts of source 0, which has 1 shards; shuffle the"
+        ValueError, match="stream 0 finds no row in its share of source 0, which has 1 files; remove files without"
     ):
         next(PackLoader(configured(tokenizer, str(tmp_path), epochs=None)))
     assert [pack.segments for pack in PackLoader(configured(tokenizer, str(tmp_path)))] == [()] * 4
@@ -325,7 +325,7 @@ def test_rows_are_those_that_are_read_by_number_also_where_some_are_broken(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     by_number = FileSet(SourceConfig(path=str(tmp_path)))
-    tape = ShardReader(StreamedSource(SourceConfig(path=str(tmp_path), streaming=True)))
+    tape = StreamedReader(StreamedSource(SourceConfig(path=str(tmp_path), streaming=True)))
     rows = [or_broken(partial(by_number.read, row)) for row in range(len(by_number))]
     assert [or_broken(partial(tape.read, Ref(0, row, 0))) for row in range(len(rows))] == rows
     assert not tape.reaches(Ref(0, len(rows), 0))
@@ -387,7 +387,7 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     (Path(path) / "notes.txt").write_text("hello")
     assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
-    assert "lacks 1 of 2 shards, first a-00001-of-00002.jsonl" in said(path)
+    assert "lacks 1 of 2 files, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
     with pytest.raises(ValueError, match="is streamed, so its size is unknown; give weights to all sources"):
         tiny.data_config(tokenizer, sources=two, shuffle=False)

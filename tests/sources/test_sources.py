@@ -211,8 +211,8 @@ def test_a_missing_shard_of_a_directory_is_refused_by_name(tmp_path: Path) -> No
         (tmp_path / f"train-{number:05}-of-00005.jsonl").write_bytes(lines(number))
     (tmp_path / "test-00000-of-00001.jsonl").write_bytes(lines(9))
     assert refusal(tmp_path) == (
-        f"{tmp_path} lacks 2 of 5 shards, first train-00001-of-00005.jsonl; "
-        "restore the shards, or name the present files by a glob"
+        f"{tmp_path} lacks 2 of 5 files, first train-00001-of-00005.jsonl; "
+        "restore the files, or name the present files by a glob"
     )
     assert read_all(opened(f"{tmp_path}/train-*")) == [0, 2, 3]
 

@@ -122,7 +122,7 @@ def _steps(
         assert {len(own) for own in packs} == {assignment.micro_batches(step)}
         taken: Counter[int] = Counter()
         digests = []
-        for shard in assignment.step(step):
+        for shard in assignment.shards_of_step(step):
             digests.append(packs[shard][taken[shard]].digest())
             taken[shard] += 1
         result.append(digests)
@@ -178,6 +178,6 @@ def test_no_state_can_be_taken_inside_an_unevenly_shared_step(tokenizer: str, co
     loader = PackLoader(tiny.data_config(tokenizer, corpus_path, streams=8, global_batch=8), shard=Shard(0, 3))
     next(loader)
     with pytest.raises(
-        ValueError, match="3 shards do not share a step of 8 packs evenly; take the state at its border"
+        ValueError, match="3 shards do not share a step of 8 packs evenly; take the state at the end of a step"
     ):
         loader.state_dict()

@@ -56,13 +56,18 @@ def refusal(workspace: Workspace, state: Any) -> str:
     message = str(error.value)
     assert message.startswith("the state was taken from other data or settings, and a resume would not be exact: ")
     changes, remedy = message.split("exact: ")[1].split(". Restore them, or start a new run")
-    never = re.search(r"data\.(seed|shuffle)", changes)
-    assert remedy == (
-        ""
-        if never
-        else f"; data.accept_changed = [{changes.split(':')[0]!r}] accepts the change, goes on from here, "
+    advice = (
+        f"; data.accept_changed = [{changes.split(':')[0]!r}] accepts the change, goes on from here, "
         "and records the change in the state"
     )
+    assert remedy in ("", advice)
+    accepted = msgspec.structs.replace(workspace.config(), accept_changed=("data",))
+    try:
+        PackLoader(accepted, state=state)
+    except ValueError:
+        assert remedy == ""
+    else:
+        assert remedy == advice
     return changes
 
 

@@ -267,7 +267,7 @@ def test_a_second_thread_cannot_take_packs_at_the_same_time(interrupted: DataCon
     loader._advance = meanwhile  # type: ignore[method-assign]
     digests = tiny.digests(tiny.take(loader, 2))
     loader._advance = advance  # type: ignore[method-assign]
-    assert errors == ["another thread is taking a pack of this loader; take packs in one thread at a time"] * 2
+    assert errors == ["another thread is reading a pack of this loader; call next in one thread at a time"] * 2
     assert digests + tiny.digests(loader) == whole
 
 

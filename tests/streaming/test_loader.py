@@ -246,7 +246,7 @@ def test_a_run_shorter_than_a_step_is_filled_with_empty_packs(tokenizer: str, tm
         (
             Shard(0, 9),
             2,
-            "streams = 8 cannot be shared by 9 shards, of which each needs one; raise data.streams to 9 or more",
+            "streams = 8 is too low for 9 shards, which need a stream each; raise data.streams to 9 or more",
         ),
         (Shard(0, 1), -1, "workers = -1 must be 0 (load in this process) or more"),
     ],
@@ -266,10 +266,10 @@ def test_the_state_of_one_shard_alone_is_an_error(wide: DataConfig) -> None:
     loaders = shards(wide, 2)
     steps(loaders, 1)
     with pytest.raises(
-        ValueError, match="the state lacks 4 streams of this shard, stream 1 the first; merge the states of all"
+        ValueError, match="the state lacks 4 streams of this shard, first stream 1; merge the states of all"
     ):
         PackLoader(wide, state=loaders[0].state_dict())
-    with pytest.raises(ValueError, match="the state lacks 2 streams of this shard, stream 1 the first; merge"):
+    with pytest.raises(ValueError, match="the state lacks 2 streams of this shard, first stream 1; merge"):
         PackLoader(wide, shard=Shard(1, 4), state=loaders[0].state_dict())
 
 
@@ -279,7 +279,7 @@ def test_a_state_in_the_middle_of_a_step_is_an_error_where_shards_cannot_share_i
     state = loader.state_dict()
     assert next(PackLoader(wide, shard=Shard(1, 2), state=state)).digest() == tiny.digests(tiny.take(loader, 2))[1]
     with pytest.raises(
-        ValueError, match="the state stands at pack 10, inside a step that 4 shards cannot share evenly; take it at a"
+        ValueError, match="the state was saved after 10 packs, inside a step that 4 shards cannot share evenly; save a"
     ):
         PackLoader(wide, shard=Shard(0, 4), state=state)
 
@@ -397,7 +397,7 @@ def test_a_refused_row_is_located_for_an_editor(tokenizer: str, tmp_path: Path) 
 def test_a_step_begun_by_next_is_ended_by_next(wide: DataConfig, whole: list[str]) -> None:
     loader = PackLoader(wide)
     tiny.take(loader, 3)
-    with pytest.raises(ValueError, match="3 of the 8 packs of this step were taken by `next`; take the rest of the"):
+    with pytest.raises(ValueError, match="`next` has returned 3 of the 8 packs of this step; call `next` for the rest"):
         loader.next_step()
     assert tiny.digests([*tiny.take(loader, 5), *loader.next_step()]) == whole[3:16]
 

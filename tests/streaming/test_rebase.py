@@ -133,9 +133,12 @@ def test_a_source_can_be_added_but_not_removed(config: DataConfig, tmp_path: Pat
     [
         (
             {},
-            "'rows.jsonl' lost rows (70 rows before, 2 now), so nobody could tell the rows still to come; restore the",
+            "'rows.jsonl' lost rows (70 rows before, 2 now), so the rows still to come are unknown; restore the",
         ),
-        ({"streaming": True}, "'rows.jsonl' is not 'rows.jsonl' of before, and rows of a streamed source are not"),
+        (
+            {"streaming": True},
+            "'rows.jsonl' has other content than 'rows.jsonl' had, and rows of a streamed source are not",
+        ),
     ],
 )
 def test_rows_inside_a_file_cannot_be_removed(config: DataConfig, changes: dict[str, Any], said: str) -> None:
@@ -176,7 +179,8 @@ def test_a_change_needs_a_steps_border_and_all_streams(config: DataConfig) -> No
     _, inside = _taken(config, 6)
     after = _changed(config, ["data.capacity"], capacity=512)
     with pytest.raises(
-        ValueError, match=r"the state stands at pack 6, inside a step of 4; take the state at a step's border"
+        ValueError,
+        match=r"the state was saved after 6 packs, inside a step of 4 packs; save a state at the end of a step",
     ):
         PackLoader(after, state=inside)
     _, state = _taken(config, 16)

@@ -180,7 +180,7 @@ def _go_on_in_the_last_line(directory: Path) -> None:
         (_go_on_in_the_last_line, r"'d.jsonl' grew, but not at its end alone \(17 rows before, 18 now\)"),
         (_remove_a_file, r"'d.jsonl' is gone, with rows that were drawn or are still to come; restore the file"),
         (_replace_a_file, r"'d.jsonl' is gone"),
-        (_edit_two_files, r"'b.jsonl', 'd.jsonl' changed inside, and the state holds only the sum of their rows"),
+        (_edit_two_files, r"'b.jsonl', 'd.jsonl' changed inside, and the state has only the sum of their rows"),
     ],
 )
 def test_a_change_that_would_lose_or_repeat_rows_is_refused_by_name(

@@ -91,19 +91,28 @@ def test_merge_refuses_nothing_twice_and_different_steps(states: list[dict[str, 
     with pytest.raises(ValueError, match="merge needs at least one state"):
         merge([])
     with pytest.raises(
-        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier state; give each shard's state once"
+        ValueError, match=r"streams \[0, 2\] are in state 1 and in an earlier state; pass each shard's state once"
     ):
         merge([states[0], states[0]])
-    with pytest.raises(ValueError, match=r"state 1 stands at pack 6, another at 8; take them after the same step"):
+    with pytest.raises(
+        ValueError,
+        match=r"state 1 was saved after 6 packs and another state after 8 packs; save all states after the same step",
+    ):
         merge([states[0], tiny.resealed(states[1] | {"packs": 6})])
-    with pytest.raises(ValueError, match=r"state 0 stands at pack 6, another at 8; take them after the same step"):
+    with pytest.raises(
+        ValueError,
+        match=r"state 0 was saved after 6 packs and another state after 8 packs; save all states after the same step",
+    ):
         merge([tiny.resealed(states[0] | {"packs": 6}), states[1]])
 
 
 def test_merge_refuses_states_of_other_data_and_names_the_difference(states: list[dict[str, Any]]) -> None:
     other = copy.deepcopy(states[1])
     other["identity"]["seed"] = 5
-    with pytest.raises(ValueError, match=r"^state 1 is of other data than state 0: data.seed: 0 -> 5$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^state 1 has other data or settings than state 0: data.seed: 0 -> 5; merge states of one run$",
+    ):
         merge([states[0], tiny.resealed(other)])
 
 
@@ -123,7 +132,7 @@ def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory:
     loader = PackLoader(tiny.data_config(tokenizer, path, streams=2, global_batch=2, epochs=1))
     assert describe(loader.state) == (
         "pack 0 is next; streams here: 2 of 2\n"
-        "given: 0 packs, 0 conversations, 0 tokens\n"
+        "returned: 0 packs, 0 conversations, 0 tokens\n"
         "read and waiting: 0 conversations\n"
         "source 0 (d.jsonl): 0 rows drawn, 0.000 epochs"
     )
@@ -132,7 +141,7 @@ def test_a_description_says_how_far_the_run_is(tokenizer: str, tmp_path_factory:
     tokens = sum(pack.tokens for pack in packs)
     assert describe(loader.state_dict()) == (
         f"pack {len(packs)} is next; streams here: 2 of 2\n"
-        f"given: {given} packs, 20 conversations, {tokens:,} tokens, {tokens / (256 * given):.2%} full\n"
+        f"returned: {given} packs, 20 conversations, {tokens:,} tokens, {tokens / (256 * given):.2%} full\n"
         "read and waiting: 0 conversations\n"
         "source 0 (d.jsonl): 22 rows drawn, 1.000 epochs\n"
         "refused, unknown layout: 2\n"

@@ -56,7 +56,7 @@ def test_a_missing_model_directory_is_refused_by_name(tmp_path: Path, config: di
 
 def test_fewer_streams_than_ranks_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     config["data"]["streams"] = 1
-    assert "streams = 1 cannot be shared by 2 shards, of which each needs one" in _fails(tmp_path, config, 2)
+    assert "streams = 1 is too low for 2 shards, which need a stream each" in _fails(tmp_path, config, 2)
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_ranks_or_heads_is_refused(

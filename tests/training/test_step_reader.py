@@ -70,7 +70,7 @@ def _beside_a_loader(config: DataConfig, steps: int) -> str:
         step_reader.read_ahead()
         assert step_reader.position is not None
         assert step_reader.position.state == alone.state
-        assert step_reader.position.run == msgspec.structs.replace(alone.state, streams={})
+        assert step_reader.position.header == msgspec.structs.replace(alone.state, streams={})
         assert step_reader.position.encoded_streams == {
             number: msgspec.msgpack.encode(stream) for number, stream in alone.state.streams.items()
         }

@@ -43,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The run's length if the schedule decays to the run's end, else None."""
     first_weights: str | UnsetType = UNSET
     """Digest of the files of `model.init_from`, or "random"; left out by version 0.1.0."""
+    rows_before: int | UnsetType = UNSET
+    """Number of tokens in `model.init_from` before `model.resize_vocabulary` added rows; left out
+    if no rows were added."""
     accepted: tuple[AcceptedChange, ...] | UnsetType = UNSET
     """Changes accepted so far, oldest first; left out if there are none. Not compared."""
 
@@ -59,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             compile=config.run.compile,
             steps=config.run.steps if config.schedule.decays_to_run_end else None,
             first_weights=source.digest,
+            rows_before=UNSET if source.rows_before is None else source.rows_before,
         )
 
 
@@ -108,6 +112,7 @@ def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
     for path in ("seed", "model", "optimizer", "compute_dtype", "weights_dtype", "compile"):
         before, after = (msgspec.to_builtins(getattr(settings, path)) for settings in (saved, now))
         changed += differences(before, after, path if path in ("model", "optimizer") else f"run.{path}")
+    changed += differences(saved.rows_before or None, now.rows_before or None, "model.resize_vocabulary")
     if saved.first_weights is not UNSET:
         changed += differences(saved.first_weights, now.first_weights, "model.init_from")
     if not _gave_equal_rates(saved, now, step):

@@ -118,7 +118,7 @@ def take_snapshot(
         assert run.recipe is not None
         values[RECIPE] = run.recipe.builtins()
         values[TOKEN] = run.token
-        values["data/run"] = msgspec.to_builtins(position.run)
+        values["data/run"] = msgspec.to_builtins(position.header)
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(run.settings)
     about = run.about and msgspec.structs.replace(run.about, validation_loss=validation_loss)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sftstream import identify_file
+import msgspec
+
+from sftstream import count_token_ids, identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
 from trainer.llama.blocks import prepare_blocks
@@ -18,6 +20,9 @@ from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, weight_files
 
+ROWS = 64
+"""Divisor of the rows of a resized embedding: usual tensor-parallel sizes divide it."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -26,6 +31,8 @@ class ModelSource:
     shape: LlamaConfig
     init_from: Path | None
     """Hugging Face directory of the first weights; None for random weights."""
+    rows_before: int | None = None
+    """Number of tokens in `init_from` if `model.resize_vocabulary` has added rows, else None."""
 
     @cached_property
     def digest(self) -> str:
@@ -45,18 +52,28 @@ class ModelSource:
         return digest.hexdigest()
 
 
-def find_source(config: ModelConfig) -> ModelSource:
+def find_source(config: ModelConfig, tokenizer: str) -> ModelSource:
     """Return the shape and directory of the `[model]` table.
 
-    Downloads a hub model if it is not cached.
+    `tokenizer` is a directory or hub name. Downloads a hub model if it is not cached.
 
     Raises ValueError if `init_from` is not found or not supported.
     """
     if config.init_from:
         directory = find_model(config.init_from)
-        return ModelSource(read_config(directory), directory)
+        shape = read_config(directory)
+        if config.resize_vocabulary:
+            return _resized(shape, directory, count_token_ids(tokenizer))
+        return ModelSource(shape, directory)
     assert config.shape is not None
     return ModelSource(config.shape, None)
+
+
+def _resized(shape: LlamaConfig, directory: Path, tokens: int) -> ModelSource:
+    if tokens <= shape.vocab_size:
+        return ModelSource(shape, directory)
+    rows = -(-tokens // ROWS) * ROWS
+    return ModelSource(msgspec.structs.replace(shape, vocab_size=rows), directory, shape.vocab_size)
 
 
 def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
@@ -78,7 +95,7 @@ def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *,
     if not initialize:
         return model
     if source.init_from:
-        load_weights(model, source.init_from)
+        load_weights(model, source.init_from, source.rows_before)
     else:
         init_weights(model, config.run.seed)
     return model

@@ -47,7 +47,7 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     if tokens > vocabulary:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but model.vocab_size is {vocabulary}; set model.vocab_size = {tokens} or more, "
-            "or with model.init_from use the tokenizer of that model"
+            "or with model.init_from use the tokenizer of that model, or set model.resize_vocabulary = true"
         )
     return loader
 
@@ -218,7 +218,7 @@ def reduce_totals(
     words = table[:, 0, len(sums) :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
-    for shard in step_reader.assignment.step(step):
+    for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
     trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, *row_numbers = totals

@@ -4,8 +4,9 @@ The first conversation of a shape takes the full path: the template renders the 
 and without markers, and the turns are found and verified. `RenderCache.learn` then traces the
 template on symbolic values (`symbolic.py`), and keeps the plan (`render_plan.py`) if the plan
 prints the same text with the same trained spans. `RenderCache.render` uses the plan for a later
-conversation if three conditions hold: the conversation has the same shape (`shape.py`), its values
-answer the guards as the first conversation's did, and no value contains markup.
+conversation if three conditions hold: the conversation has the same shape (`shape.py`); the
+template's questions about the values have the same answers as for the first conversation; no value
+contains markup.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
 
@@ -63,7 +64,8 @@ class RenderCache:
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        self._to_json: Any = template.environment.filters["tojson"]
+        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
@@ -110,12 +112,13 @@ class RenderCache:
         """
         if any(turn.by_comparison for turn in turns):
             return None
-        recorder = Recorder()
+        recorder, variables = Recorder(), conversation.variables
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
-            if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
+            earlier = messages[: turn.message]
+            if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        return self._traced.trace(recorder, messages, tools, variables=variables)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:

@@ -84,10 +84,10 @@ class RenderPlan(NamedTuple):
     slots: tuple[Slot, ...]
     """The slots in order of print; slot `i` fills piece `2 * i + 1`."""
     untrimmed: tuple[int, ...]
-    """Indices of slots that print white space at both ends of a value: `{{ m.content }}`.
+    """Indices of slots that print a value without stripping it: `{{ m.content }}`.
 
-    The plan does not hold for a value that begins or ends with white space in such a slot: markers
-    are put inside the outer white space, so the search for turns sees other borders.
+    If a value in such a slot begins or ends with white space, the plan does not hold: the search
+    for turns takes white space at the ends for template text, and would find other bounds.
     """
     must_be_verbatim: tuple[int, ...]
     """Indices of slots with a partial strip: `m.content.strip('xy')`, `m.content.lstrip()`.
@@ -97,8 +97,8 @@ class RenderPlan(NamedTuple):
     unprinted: tuple[int, ...]
     """Indices of values without a slot: ids in most templates, earlier reasoning in some.
 
-    Unprinted values are searched for markup too, because the full path refuses a conversation with
-    a special token in an id.
+    Unprinted values are searched for markup too, because without a render plan a conversation with
+    a special token in an id is refused.
     """
     conditions: tuple[Condition, ...]
     """Questions that the values must answer as the traced conversation's values did."""
@@ -109,9 +109,9 @@ class RenderPlan(NamedTuple):
 class MarkupSearch:
     """A fast search for markup in the values of a conversation.
 
-    Markup are texts that the search for turns looks for: special tokens, stops, the role marker. A
-    value that contains markup could be taken for a part of the template. Most values contain no
-    first character of any markup, for example no `<`, and need no further search.
+    Markup is any text that the search for turns looks for: a special token, a stop, the role
+    marker. A value that contains markup could be mistaken for template text. Most values do not
+    even contain a first character of markup, such as `<`, and need no further search.
     """
 
     def __init__(self, markup: Iterable[str]) -> None:

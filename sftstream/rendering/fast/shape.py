@@ -1,8 +1,8 @@
 """Split a conversation into its shape and its values.
 
 The values are the texts of the conversation in a fixed order. The shape is everything else that can
-change how a template prints and how turns are found: roles, train flags, present fields, and which
-texts are blank. Conversations of the same shape share render plans.
+change how a template prints and how turns are found: roles, train flags, present fields, which
+texts are blank, and variables of the template. Conversations of the same shape share render plans.
 
     Conversation((Message("user", "hi"), Message("assistant", "seven")))
     shape   (0, "user", None, True, "assistant", None, True)
@@ -28,10 +28,11 @@ Shape = tuple[Any, ...]
 
 
 class ReadsInside(NamedTuple):
-    """Two answers about a template: does it read single fields of tools, and of call arguments?
+    """Answers whether a template reads single fields of tool definitions and call arguments.
 
-    A tool definition, or the arguments of a call, that the template prints whole as JSON is a
-    value. If the template reads single fields, the definition or the arguments belong to the shape.
+    If the template prints a definition whole, as JSON, the definition is a value. If the template
+    reads single fields of the definition, the definition belongs to the shape. The same holds for
+    the arguments of a call.
     """
 
     tools: bool
@@ -39,7 +40,7 @@ class ReadsInside(NamedTuple):
     arguments: bool
     """True for `{% for key, text in call.function.arguments.items() %}`, False for `tojson`.
 
-    In both cases, a string directly in the arguments is a value: "x" of `{"key": "x"}`.
+    If True, a string directly in the arguments is still a value: "x" of `{"key": "x"}`.
     """
 
 
@@ -82,6 +83,8 @@ def split_conversation(conversation: Conversation, reads_inside: ReadsInside) ->
         shape += (message.role, message.train, bool(content) and not content.isspace())
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
             shape.append(_optional_fields(message, values, reads_inside))
+    if conversation.variables:
+        shape.append(sha256(exact_key(conversation.variables)).digest())
     return tuple(shape), values
 
 
