@@ -1,5 +1,6 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
+from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
@@ -55,6 +56,7 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "cache_directory",
     "count_token_ids",
     "describe",
     "diff",

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import Identity, accepted_changes, identify, with_full_digests
-from sftstream.rebase import rebase
+from sftstream.identity import Identity, accepted_changes, changed_versions, identify, with_full_digests
+from sftstream.rebase import is_possible, rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
@@ -36,6 +37,7 @@ from sftstream.streaming.refusals import (
 from sftstream.streaming.sampler import row_order
 from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.version_check import require_equal_tokens
 
 
 class LoaderPosition(NamedTuple):
@@ -390,8 +392,11 @@ class PackLoader:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
         before, now = self._in_full(saved, identity)
-        if changed := accepted_changes(before, now, self.config.accept_changed):
+        versions = changed_versions(saved.identity, identity)
+        possible = partial(is_possible, saved, identity, self.config, self.corpus)
+        if changed := accepted_changes(before, now, self.config.accept_changed, possible):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
+            versions = []  # all waiting rows were read again
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
@@ -404,7 +409,10 @@ class PackLoader:
                 f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
                 "shards cannot share evenly; save a state at the end of a step"
             )
-        return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
+        streams = {stream: saved.streams[stream] for stream in owned}
+        if versions:
+            require_equal_tokens(versions, streams, self.corpus, self.encoder)
+        return msgspec.structs.replace(saved, identity=identity, streams=streams)
 
     def _in_full(self, saved: DataState, identity: Identity) -> tuple[Identity, Identity]:
         """Return the identities of a state and of this loader with the digests of all bytes, as far

@@ -128,6 +128,9 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     notes: dict[str, int] = {}
     """Name of a modification -> number of conversations: truncated, split, a token that crosses the
     border of a span."""
+    digests: tuple[int, ...] | UnsetType = UNSET
+    """Digest of the examples of each planned pack, then of each leftover. Absent after a rebase up
+    to the next window, and in states of format 3."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
 

@@ -75,6 +75,8 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
     for name, numbers in counters.items():
         if bad := [number for number in numbers if not 0 <= number < LARGEST]:
             yield f"{name} holds {bad[0]}"
+    if isinstance(stream.digests, tuple) and len(stream.digests) != len(stream.planned) + len(stream.leftovers):
+        yield f"{len(stream.digests)} digests for {len(stream.planned)} packs and {len(stream.leftovers)} rows waiting"
     if not 0 <= stream.stage <= len(identity.stages):
         yield f"stage = {stream.stage}, but the config has {len(identity.stages)} mixture stages"
     if unknown := [s for s in stream.stripe_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
@@ -117,7 +119,7 @@ def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders:
 def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterator[str]:
     given = draws_of_stream(state.packs, number, state.identity.streams)
     refused = [sum(reasons.values()) for reasons in stream.refused]
-    # A stream that meets many refused rows gives an empty pack, which it does not count.
+    # After many refused rows a stream returns an empty pack, which it does not count.
     empty = given if stream.exhausted else sum(refused) // MOST_REFUSED
     if not given - empty <= stream.packs <= given:
         yield f"packs = {stream.packs}, but the first {state.packs} packs of the run have {given} of this stream"

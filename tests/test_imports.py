@@ -94,6 +94,7 @@ ORDER = {
         "source_changes",
         "state_checks",
         "rebase",
+        "version_check",
         "loader",
         "",
         "cli",

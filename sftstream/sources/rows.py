@@ -18,7 +18,7 @@ SAMPLED_ABOVE = 256 << 20
 """Size in bytes above which a digest covers a sample of a file. SHA-256 takes 0.2 s for 256 MB and
 15 minutes for 1 TB."""
 _DESCRIPTORS, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-OPEN_FILES = 1 << 16 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, _DESCRIPTORS // 8)
+OPEN_FILES = 128 if _DESCRIPTORS == resource.RLIM_INFINITY else min(128, max(16, _DESCRIPTORS // 8))
 """Number of files of a format that a process keeps open. A source may have more files than a
 process may have file descriptors."""
 BOM = b"\xef\xbb\xbf"

@@ -18,6 +18,7 @@ from sftstream.streaming.packing import (
     WindowPlan,
     WindowSize,
     build_pack,
+    example_digest,
     joined,
     plan_last_window,
     plan_packs,
@@ -140,16 +141,19 @@ class Packer(BaseNode[Pack]):
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
             refused=({},) * len(position.drawn),
+            digests=(),
             row_parts=() if self._config.in_parts else UNSET,
             planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
+        digests = state.digests
         self.state = msgspec.structs.replace(
             state,
             unlisted=(),
             planned=planned,
+            digests=digests[bool(segments) :] if isinstance(digests, tuple) else UNSET,
             exhausted=not planned and not state.leftovers and self._sampler.exhausted,
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
@@ -196,22 +200,24 @@ class Packer(BaseNode[Pack]):
         ]
         lengths = [segment.length for segment in segments]
         packs, left = self._plan(lengths, waited, last=exhausted)
+        # Joined now, while the examples are in the CPU cache. Leftovers are copies: a view of a few
+        # examples would keep the arrays of a whole batch alive.
+        packed = [joined([examples[i] for i in pack]) for pack in packs]
+        self._left = {segments[i]: joined([examples[i]]) for i in left}
+        self._joined = packed[::-1]
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            digests=tuple(map(example_digest, (*packed, *self._left.values()))),
             exhausted=not packs and not left and exhausted,
             refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # `joined` copies: a view of an example would keep the array of its whole batch in memory.
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
-        # Concatenated now, while the examples are in the CPU cache.
-        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
