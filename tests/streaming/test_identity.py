@@ -307,7 +307,7 @@ def test_the_identity_of_default_settings_is_as_stored_before(tokenizer: str, tm
         "template_sha256": hashlib.sha256(tiny.TEMPLATE.encode()).hexdigest(),
         "date": None,
         "form": [header, header, ["<|eot_id|>"], [], False],
-        "streams": 64,
+        "streams": 1,
         "global_batch": 64,
         "window": 256,
         "shuffle": True,
