@@ -18,6 +18,7 @@ from sftstream.streaming.packing import (
     WindowPlan,
     WindowSize,
     build_pack,
+    copied,
     joined,
     plan_last_window,
     plan_packs,
@@ -162,6 +163,8 @@ class Packer(BaseNode[Pack]):
         Raises ValueError if the row now has another length or is refused.
         """
         example = self._left.get(segment)
+        if example is not None and len(example.tokens) == segment.length:
+            return example
         row = f"row {segment.row} of source {segment.source}"
         if example is None:
             try:
@@ -202,8 +205,11 @@ class Packer(BaseNode[Pack]):
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # `joined` copies: a view of an example would keep the array of its whole batch in memory.
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
+        # Copied once: a view of an example would keep the array of its whole batch in memory.
+        before = len(state.leftovers)
+        new = [i for i in left if i >= before]
+        self._left = {segments[i]: examples[i] for i in left if i < before}
+        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
         # Concatenated now, while the examples are in the CPU cache.
         self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
@@ -236,7 +242,7 @@ class Packer(BaseNode[Pack]):
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
         before = sum([tokens for _, tokens, _ in accepted])
-        in_a_row = 0
+        in_a_row, capacity = 0, self._config.capacity
         while missing := size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before):
             self._sampler.request(missing)
             try:
@@ -244,7 +250,12 @@ class Packer(BaseNode[Pack]):
             except StopIteration:
                 break
             for ref, value in zip(*batch, strict=True):
-                refused = value if isinstance(value, Refused) else self._too_long(value)
+                if isinstance(value, Refused):
+                    refused: Refused | None = value
+                elif len(value) == 1 and len(value[0].tokens) <= capacity:
+                    refused = None  # the common case, without a call
+                else:
+                    refused = self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
                     in_a_row = 0
