@@ -18,6 +18,7 @@ from sftstream.streaming.packing import (
     WindowPlan,
     WindowSize,
     build_pack,
+    copied,
     example_digest,
     joined,
     plan_last_window,
@@ -172,6 +173,8 @@ class Packer(BaseNode[Pack]):
         Raises ValueError if the row now has another length or is refused.
         """
         example = self._left.get(segment)
+        if example is not None and len(example.tokens) == segment.length:
+            return example
         row = f"row {segment.row} of source {segment.source}"
         if example is None:
             try:
@@ -200,18 +203,21 @@ class Packer(BaseNode[Pack]):
         ]
         lengths = [segment.length for segment in segments]
         packs, left = self._plan(lengths, waited, last=exhausted)
-        # Joined now, while the examples are in the CPU cache. Leftovers are copies: a view of a few
-        # examples would keep the arrays of a whole batch alive.
+        # Concatenated now, while the examples are in the CPU cache.
         packed = [joined([examples[i] for i in pack]) for pack in packs]
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
         self._joined = packed[::-1]
+        # Copied once: a view of an example would keep the array of its whole batch in memory.
+        before = len(state.leftovers)
+        new = [i for i in left if i >= before]
+        self._left = {segments[i]: examples[i] for i in left if i < before}
+        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
-            digests=tuple(map(example_digest, (*packed, *self._left.values()))),
+            digests=tuple(map(example_digest, [*packed, *(self._left[segments[i]] for i in left)])),
             exhausted=not packs and not left and exhausted,
             refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
@@ -249,6 +255,7 @@ class Packer(BaseNode[Pack]):
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
         before = sum([tokens for _, tokens, _ in accepted])
+        capacity = self._config.capacity
         while len(read.refused) < MOST_REFUSED:
             missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
             if not missing:
@@ -259,7 +266,12 @@ class Packer(BaseNode[Pack]):
             except StopIteration:
                 break
             for ref, value in zip(*batch, strict=True):
-                refused = value if isinstance(value, Refused) else self._too_long(value)
+                if isinstance(value, Refused):
+                    refused: Refused | None = value
+                elif len(value) == 1 and len(value[0].tokens) <= capacity:
+                    refused = None  # the common case, without a call
+                else:
+                    refused = self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
                 else:

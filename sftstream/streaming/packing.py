@@ -177,6 +177,18 @@ def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], 
     return taken
 
 
+def copied(examples: Sequence[Example]) -> list[Example]:
+    """Return examples with the same content in arrays of their own."""
+    if not examples:
+        return []
+    whole = joined(examples)
+    ends = list(accumulate([len(example.tokens) for example in examples]))
+    return [
+        Example(whole.tokens[start:end], whole.loss_mask[start:end], example.targets)
+        for example, start, end in zip(examples, [0, *ends], ends, strict=False)
+    ]
+
+
 def joined(examples: Sequence[Example]) -> Example:
     """Return one example with the tokens of all `examples`, in order."""
     return Example(
