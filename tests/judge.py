@@ -140,6 +140,7 @@ HEADERS = re.compile(
     r"|\[INST\]|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[/INST\]|<\|(?:user|system|developer|assistant)_start\|>"
     r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|(?:assistant|user|system|function result)<\|role_sep\|>"
     r"|<(?:user|assistant|system|tool_response)>\n"
+    r"|\[(?:user|assistant|system|tool)\]"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
 )
 """Texts that begin a message in some family of templates."""
