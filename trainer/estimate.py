@@ -84,7 +84,7 @@ class RunEstimate(NamedTuple):
 def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     """Estimate a run of a model of `shape` on `gpus` GPUs.
 
-    Assumes that every token is trained, leaves out fragmented memory, and counts compiled layers
+    Assumes that every token is trained, leaves out fragmented memory, and counts a compiled head
     unless `run.compile` is false. Raises ValueError if the
     run would refuse to start.
     """
@@ -163,8 +163,7 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         "optimizer": 2 * sharded.all * stored.itemsize,
         "gradients": gathered.all * 4 if sums else sharded.all * stored.itemsize,
         "working weights": working,
-        "activations": computed.itemsize
-        * activations(shape, data.capacity, parallel.tp, run.recompute, compiled=run.compile is True),
+        "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute),
         # Logits and their gradient, uncompiled with copies in float32, and the head's gradient.
         "head": logits * (2 if run.compile is True else 8) + width * shape.hidden_size * computed.itemsize,
     }
@@ -185,11 +184,11 @@ def _held(shape: LlamaConfig, tp: int, shards: int) -> Held:
     return Held(blocks, ends)
 
 
-def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, *, compiled: bool = False) -> int:
+def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) -> int:
     """Return the number of activation elements that a pack of `tokens` keeps for the backward pass.
 
     Counts the kept activations of all layers, and the recomputed activations of one layer at a
-    time. `compiled` layers compute silu(gate) again.
+    time.
     """
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
     # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.
@@ -197,8 +196,8 @@ def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, 
     projected = (heads + 2 * groups) * size // tp
     rotated = (heads + groups) * size // tp
     attention = row + full_row + projected + rotated + heads * size // tp
-    # Input and output of the norm; gate, up, silu(gate) and their product.
-    feed_forward = row + full_row + (3 if compiled else 4) * shape.intermediate_size // tp
+    # Input and output of the norm; gate, up and silu(gate) * up.
+    feed_forward = row + full_row + 3 * shape.intermediate_size // tp
     kept, again = {
         "none": (attention + feed_forward, 0),
         "selective": (attention + 2 * row, feed_forward - row),
