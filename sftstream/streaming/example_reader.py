@@ -46,8 +46,11 @@ class ExampleReader:
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
-        read, settings = self.corpus.read, self.corpus.settings
+        """Yield the conversation of each row, or a Refused if the row cannot be trained.
+
+        Raises RuntimeError at the end if the content of a file has changed.
+        """
+        read, settings, refs = self.corpus.read, self.corpus.settings, list(refs)
         for ref in refs:
             try:
                 conversation = parse_row(read(ref), settings[ref.source])
@@ -57,6 +60,7 @@ class ExampleReader:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
+        self.corpus.require_unchanged(refs)  # after the reads, so that none came from a changed file
 
     @cached_property
     def _most_letters(self) -> float:

@@ -188,11 +188,7 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
     Raises ValueError if tp x replicas does not divide the number of ranks.
     """
     world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
-    if world % (tp * replicas):
-        sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
-        raise ValueError(
-            f"{sizes} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
-        )
+    check_ranks(world, parallel)
     if replicas == 1:
         return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
     mesh = init_device_mesh(
@@ -200,6 +196,16 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
     )
     mesh["replicate", "shard"]._flatten("dp")
     return mesh
+
+
+def check_ranks(world: int, parallel: ParallelConfig) -> None:
+    """Raise ValueError if tp x replicas does not divide `world`, the number of ranks."""
+    tp, replicas = parallel.tp, parallel.replicas
+    if world % (tp * replicas):
+        sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
+        raise ValueError(
+            f"{sizes} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
+        )
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:
