@@ -20,6 +20,8 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
+from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.tokenizer import count_token_ids
 from sftstream.toml_file import read_toml
@@ -28,11 +30,13 @@ __version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "TOO_LONG",
     "ChatEncoder",
     "Conversation",
     "DataConfig",
     "DataState",
     "Example",
+    "Forecast",
     "LoaderPosition",
     "Message",
     "Pack",
@@ -41,6 +45,7 @@ __all__ = [
     "Policy",
     "Refusal",
     "Refused",
+    "RowCounts",
     "Segment",
     "Shard",
     "SourceConfig",
@@ -54,9 +59,12 @@ __all__ = [
     "describe",
     "diff",
     "differences",
+    "exceeded_limits",
     "identify_file",
     "merge",
     "read_conversations",
     "read_toml",
+    "require_few_refused",
     "rows_in_all_epochs",
+    "sum_row_counts",
 ]

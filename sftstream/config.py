@@ -214,13 +214,15 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
     """The tokenizer and the chat template."""
-    streams: int = 64
+    streams: int | Literal["auto"] = "auto"
     """Number of logical streams: queues of packs, each made from a fixed subset of every epoch's
     rows; 1 to 2**16, fixed for a run. Each data-parallel shard reads some of the streams, so there
     must be at least as many streams as shards. If the number of shards divides `streams` and
     `global_batch`, all shards have the same number of packs in each step; otherwise some shards run
-    empty packs. Choose few streams for little data: a stream should get several windows of
-    conversations in an epoch."""
+    empty packs. "auto": chosen at the first start of the run, from the number of rows, the lengths
+    of a sample, `capacity`, `window` and the number of shards. The result is a multiple of the
+    number of shards: few streams for little data, because each stream ends with a partly filled
+    pack, and up to 64 for much data. A resume keeps the number on any number of shards."""
     global_batch: int = 64
     """Number of packs in an optimizer step, over all shards; 1 to 2**17."""
     shuffle: Shuffle = True
@@ -254,17 +256,23 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names of differences from the checkpoint that a resume accepts, for example
     "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
     resume stops at any difference."""
-    max_refused: float = 1.0
-    """Largest share of refused rows, from 0 to 1. If more rows are refused, the run stops; the
-    share is first checked after 100 rows. Default: 1.0, the run never stops."""
+    max_refused: float = 0.1
+    """Largest share of a source's rows that may be refused for other reasons than their length,
+    from 0 to 1. Judged for each source over all shards at the end of a step, from 100 rows of the
+    source on; a run above the share stops. Before the whole source was read, three standard
+    deviations are added for chance. 1 never stops."""
+    max_too_long: float = 0.5
+    """Largest share of a source's rows that may be refused for their length (longer than `capacity`
+    or `max_row_bytes`), from 0 to 1. Judged like `max_refused`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_refused <= 1:
-            raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
+        for field in ("max_refused", "max_too_long"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} = {getattr(self, field)} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+            if (value := getattr(self, field)) != "auto" and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers} must be 0 (load in the training process) or more")
         if self.epochs is not None and self.epochs < 1:
@@ -305,6 +313,12 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if len(self.sources) > 1 and source.weight is None:
             raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
+
+    @property
+    def stream_count(self) -> int:
+        """`streams` as a number; a loader replaces "auto" by a number."""
+        assert self.streams != "auto", 'streams = "auto" has no number before a loader is open'
+        return self.streams
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
         """Return `source.shuffle`, or `self.shuffle` if the source has no value of its own."""

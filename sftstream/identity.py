@@ -42,7 +42,7 @@ FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
 drawn before the change and the rows left after it would overlap or have gaps."""
 
 WITHOUT_EFFECT = {
-    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
+    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
     SourceConfig: {"digest"},
 }
 """Config fields that do not affect packs, so a resume may change them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, NoReturn
@@ -21,10 +21,18 @@ from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
+from sftstream.streaming.forecast import Forecast, choose_streams, foresee
 from sftstream.streaming.graph import build_stream
+from sftstream.streaming.length_sample import TO_CHOOSE, TO_FORESEE, sample_lengths
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
-from sftstream.streaming.refusals import RefusalLimit
+from sftstream.streaming.refusals import (
+    RowCounts,
+    limit_of,
+    require_few_refused,
+    row_counts,
+    sum_row_counts,
+)
 from sftstream.streaming.sampler import row_order
 from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 from sftstream.tokenization.encoder import ChatEncoder
@@ -62,7 +70,10 @@ class Progress(NamedTuple):
     """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
     """Exhausted streams of the shard."""
-    refusals: RefusalLimit
+    counts: Mapping[int, tuple[RowCounts, ...]]
+    """Rows read from each source, by stream."""
+    examples: Mapping[tuple[int, str], tuple[Refusal, str]]
+    """First refused row since the loader was opened, and its location, by source and limit."""
 
 
 def rows_in_all_epochs(state: DataState) -> int | None:
@@ -93,6 +104,8 @@ class PackLoader:
     state remains that of the last returned pack or step. The next call continues from there.
     `state_dict` may be called from any thread, and from a signal handler.
 
+    `config` is the given config with a number of streams in place of "auto".
+
     Raises ValueError if the topology does not fit the config, or if `state` has other data or
     settings than `config`.
     """
@@ -105,15 +118,17 @@ class PackLoader:
         workers: int | None = None,
         state: Mapping[str, Any] | DataState | None = None,
     ) -> None:
-        self.config = config
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(self.shard, self.workers)
-        self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved, shard)
         self._digests = FullDigests(self.corpus)
+        self.config = config = _with_streams(config, saved, self.corpus, self.encoder, shard)
+        self._assignment = PackAssignment(
+            config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
+        )
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
         self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
@@ -121,7 +136,8 @@ class PackLoader:
             start.packs,
             {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
             frozenset(number for number, stream in start.streams.items() if stream.exhausted),
-            RefusalLimit.of(config.max_refused, start.streams.values()),
+            {number: row_counts(stream) for number, stream in start.streams.items()},
+            {},
         )
         self._workers: dict[int, StreamWorker] = {}
         self._workers_at: EncodedStreams | None = None
@@ -141,6 +157,7 @@ class PackLoader:
         try:
             self._reading_thread = threading.get_ident()
             pack, after = self._advance(before)
+            self._judge(after)
             self._reading_thread = None
             # The last statement: Python handles signals only after calls, and no call follows.
             self._progress = after
@@ -177,6 +194,7 @@ class PackLoader:
             if self._is_exhausted(after):
                 self.close()
             after = after._replace(at=(step + 1) * batch)
+            self._judge(after)
             self._reading_thread = None
             self._progress = after
             return packs
@@ -204,6 +222,15 @@ class PackLoader:
             row_order(opened.file_sizes, self.config, number, past.get(number, ())).draws(source.repeat, epochs)
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
+
+    @property
+    def row_counts(self) -> tuple[RowCounts, ...]:
+        """Rows accepted and refused by the shard's streams so far, by source."""
+        return sum_row_counts(self._progress.counts.values())
+
+    def forecast(self) -> Forecast:
+        """Return the packs and the fill to expect of the whole run, from a sample of rows."""
+        return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
 
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that no layout reads.
@@ -282,20 +309,39 @@ class PackLoader:
     def _advance(self, before: Progress) -> tuple[Pack, Progress]:
         """Read the shard's next pack after `before`; return it with the progress after the pack."""
         number = self._next_pack(before)
-        stream = number % self.config.streams
+        stream = number % self.config.stream_count
         if self._workers_at is not before.streams:
             self.close()
             self._open_workers(before)
         self._workers_at = None
-        pack, state = next(self._workers[self._assignment.worker(stream)])
+        pack, state, counts = next(self._workers[self._assignment.worker(stream)])
         after = Progress(
             number + 1,
             {**before.streams, stream: state},
             before.exhausted | {stream} if pack.exhausted else before.exhausted,
-            before.refusals.counted(pack),
+            {**before.counts, stream: counts},
+            self._with_examples(before, pack.refused),
         )
         self._workers_at = after.streams
         return pack, after
+
+    def _judge(self, progress: Progress) -> None:
+        """Raise ValueError at a step's border if too many rows are refused.
+
+        A loader of one of several shards knows the counts of its own streams only, and judges
+        nothing: whoever knows all shards calls `require_few_refused`.
+        """
+        if self.shard.count == 1 and progress.at % self.config.global_batch == 0:
+            counts = sum_row_counts(progress.counts.values())
+            require_few_refused(self.config, self.corpus.sizes, counts, progress.examples.values())
+
+    def _with_examples(
+        self, progress: Progress, refused: Sequence[Refusal]
+    ) -> Mapping[tuple[int, str], tuple[Refusal, str]]:
+        """Return the examples with the first refused row of each further source and limit."""
+        first = {(r.source, limit_of(r.reason).key): r for r in reversed(refused)}
+        further = {key: (r, self.locate_row(r)) for key, r in first.items() if key not in progress.examples}
+        return {**progress.examples, **further} if further else progress.examples
 
     def _next_pack(self, progress: Progress) -> int:
         """Return the number in the run of the shard's next pack."""
@@ -375,6 +421,18 @@ class PackLoader:
         node = build_stream(self.config, self.corpus, self.encoder, stream)
         node.reset()
         return node.state
+
+
+def _with_streams(
+    config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
+) -> DataConfig:
+    """Return `config` with a number of streams: the state's, or a choice for a new run."""
+    if config.streams != "auto":
+        return config
+    if saved is not None:
+        return msgspec.structs.replace(config, streams=saved.identity.streams)
+    streams = choose_streams(config, corpus, sample_lengths(corpus, encoder, TO_CHOOSE), shard.count)
+    return msgspec.structs.replace(config, streams=streams)
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:

@@ -20,9 +20,10 @@ from sftstream.identity import FIXED, Identity
 from sftstream.records import Amount, Example, Ref, Refusal, Refused, Segment
 from sftstream.source_changes import follow_sources
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState
+from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
+from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
@@ -178,6 +179,7 @@ def _split_counters(olds: Sequence[StreamState], ends: Sequence[int], number: in
         stage=max(stream.stage for stream in olds),
         windows=max(stream.windows for stream in olds),
         accepted=(Amount(),) * len(ends),
+        refused=({},) * len(ends),
     )
     return fresh if number else _carry_totals(fresh, olds)
 
@@ -189,7 +191,7 @@ def _carry_totals(stream: StreamState, olds: Sequence[StreamState]) -> StreamSta
         packs=sum(old.packs for old in olds),
         conversations=sum(old.conversations for old in olds),
         tokens=sum(old.tokens for old in olds),
-        refused=_sum_counts(old.refused for old in olds),
+        refused=tuple(_sum_counts(reasons) for reasons in zip(*(old.refused for old in olds), strict=True)),
         notes=_sum_counts(old.notes for old in olds),
         unlisted=tuple(refusal for old in olds for refusal in old.unlisted),
         accepted=tuple(sum(amounts, Amount()) for amounts in accepted),
@@ -209,6 +211,7 @@ def _add_sources(stream: StreamState, identity: Identity) -> StreamState:
         drawn=stream.drawn + zeros,
         mixed=stream.mixed + zeros,
         accepted=stream.accepted + (Amount(),) * more,
+        refused=stream.refused + ({},) * more,
     )
 
 
@@ -250,11 +253,12 @@ def _read_again(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
-        refused=_sum_counts([stream.refused, Counter(refusal.reason for refusal in refused)]),
+        refused=add_refusals(stream.refused, refused),
         unlisted=unlisted,
         # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
         row_parts=tuple(row_parts) if in_parts else UNSET,
+        planning=PLANNING,
     )
 
 

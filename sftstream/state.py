@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -81,6 +81,14 @@ class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     """Rows drawn from the current stripe."""
 
 
+def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> tuple[dict[str, int], ...]:
+    """Return the counts of refused rows by source and reason, with further refused rows."""
+    counts = [Counter(reasons) for reasons in refused]
+    for refusal in more:
+        counts[refusal.source][refusal.reason] += 1
+    return tuple(map(dict, counts))
+
+
 class Position(msgspec.Struct, frozen=True, kw_only=True):
     """A logical stream's position in its sources."""
 
@@ -113,8 +121,8 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Conversations returned in packs."""
     tokens: int = 0
     """Tokens of the returned conversations."""
-    refused: dict[str, int] = {}
-    """Reason -> number of refused rows."""
+    refused: tuple[dict[str, int], ...] = ()
+    """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
     """Rows refused by a rebase, to be listed in the next pack."""
     notes: dict[str, int] = {}
@@ -122,6 +130,10 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     border of a span."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
+
+    planning: Literal[4] | UnsetType = UNSET
+    """Format with the first stream planned by the same rules as the next windows; absent for a
+    stream begun under format 3, which goes on under the rules of that format."""
 
     @property
     def waiting(self) -> list[Segment]:
@@ -351,7 +363,7 @@ def _shares(part: Amount, total: Amount) -> str:
 def _count_lines(data: DataState) -> list[str]:
     streams = data.streams.values()
     notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
     return [
         *(f"{note}: {count:,}" for note, count in notes.most_common()),
         *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),

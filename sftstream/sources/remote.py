@@ -13,6 +13,7 @@ import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.cache import cached
+from sftstream.door import Door
 from sftstream.sources.location import FileLocation, LocalLocation
 from sftstream.sources.rows import FileIdentity, derived
 from sftstream.sources.stored import Stored, stored
@@ -38,10 +39,8 @@ def remote(url: str, *, full: bool = False) -> FileLocation:
 
     Raises ValueError if the scheme is unknown or the scheme's package is not installed.
     """
-    try:
+    with Door(f"source {url!r} cannot be opened"):
         filesystem, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"source {url!r} cannot be opened: {error}") from None
     return (
         LocalLocation(Path(path), full)
         if isinstance(filesystem, LocalFileSystem)

@@ -19,9 +19,6 @@ from sftstream.tokenization.encoder import ChatEncoder
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-ROWS_OF_A_STREAMED_SOURCE = 1_000_000
-"""Assumed number of rows of a streamed source, for the limit on consecutive refusals."""
-
 
 _FINISHED = frozenset({Refused, list})
 """Types of values that need no further transform: a refusal, or the list of a row's examples."""
@@ -82,12 +79,11 @@ def build_stream(
     packer = PackerConfig(
         capacity=config.capacity,
         window=config.window,
-        streams=config.streams,
+        streams=config.stream_count,
         seed=config.seed,
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
         in_parts=config.overflow == "split" or config.history == "per_turn",
-        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    check = check or SourceCheck(corpus, encoder, config.capacity)
+    check = check or SourceCheck(corpus, encoder, config)
     return Packer(tokenized, sampler, reader, stream, packer, check)

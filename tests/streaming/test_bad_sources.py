@@ -58,7 +58,7 @@ def test_one_good_row_is_enough(tokenizer: str, tmp_path: Path, mix_by: str) -> 
         {"path": tiny.write_jsonl(tmp_path / "poor.jsonl", rows), "weight": 1},
         {"path": tiny.write_jsonl(tmp_path / "good.jsonl", tiny.rows(30)), "weight": 1},
     ]
-    packs = list(PackLoader(tiny.data_config(tokenizer, sources=sources, mix_by=mix_by)))
+    packs = list(PackLoader(tiny.data_config(tokenizer, sources=sources, mix_by=mix_by, max_refused=1.0)))
     assert sum(segment.source == 0 for pack in packs for segment in pack.segments) == 2
     assert sum(len(pack.refused) for pack in packs) == 120
 

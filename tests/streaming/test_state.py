@@ -84,7 +84,7 @@ def test_states_of_all_shards_merge_in_any_order(states: list[dict[str, Any]], c
 
 def test_merging_leaves_the_states_as_they_were(states: list[dict[str, Any]]) -> None:
     before = copy.deepcopy(states)
-    merge(states)["streams"]["0"]["refused"]["x"] = 1
+    merge(states)["streams"]["0"]["refused"][0]["x"] = 1
     assert states == before
 
 
