@@ -59,6 +59,11 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
     size is the sum over its texts."""
 
+    verified: bool = True
+    """true: read only rows of which the trained words can be proved, which are rows with turns.
+    false: also train rows of plain `text`, and rows of `input_ids` with `labels` or a mask, as they
+    are. The state counts these rows as unverified."""
+
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
             raise ValueError(

@@ -67,6 +67,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
     max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    verified: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
