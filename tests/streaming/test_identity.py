@@ -339,4 +339,5 @@ def test_settings_that_an_identity_leaves_out_keep_their_defaults() -> None:
         ("SourceConfig", "ignore"): (),
         ("SourceConfig", "roles"): None,
         ("SourceConfig", "max_row_bytes"): 16 << 20,
+        ("SourceConfig", "verified"): True,
     }
