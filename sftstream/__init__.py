@@ -20,6 +20,7 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
 from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.tokenizer import count_token_ids
@@ -35,6 +36,7 @@ __all__ = [
     "DataConfig",
     "DataState",
     "Example",
+    "Forecast",
     "LoaderPosition",
     "Message",
     "Pack",

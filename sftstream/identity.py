@@ -24,6 +24,7 @@ from sftstream.excerpt import excerpt
 from sftstream.records import Role
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
+from sftstream.sources.full_digests import Digests
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 4
@@ -149,6 +150,17 @@ def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.S
         if field.name not in left_out
         and not ((value := getattr(config, field.name)) == field.default and field.name in younger)
     }
+
+
+def with_full_digests(identity: Identity, digests: Digests) -> Identity:
+    """Return the identity with `digests` in place of the digests of samples."""
+    sources = list(identity.sources)
+    for number, of_files in digests.items():
+        files = list(sources[number].files)
+        for index, digest in of_files.items():
+            files[index] = msgspec.structs.replace(files[index], sha256=digest, sampled=False)
+        sources[number] = msgspec.structs.replace(sources[number], files=tuple(files))
+    return msgspec.structs.replace(identity, sources=tuple(sources))
 
 
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:

@@ -23,6 +23,7 @@ from sftstream.sources import Corpus, FileSet
 from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
+from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
@@ -275,6 +276,7 @@ def _read_again(
         # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
         row_parts=tuple(row_parts) if in_parts else UNSET,
+        planning=PLANNING,
     )
 
 

@@ -111,7 +111,7 @@ def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders:
         return
     for source, order in orders.items():
         draws = order.draws(config.sources[source].repeat, config.epochs)
-        most = draws_of_stream(draws, number, config.streams)
+        most = draws_of_stream(draws, number, config.stream_count)
         if stream.drawn[source] > most and config.sources[source].repeat >= 1:
             yield f"{stream.drawn[source]} rows of source {source} were drawn, but all epochs have {most}"
 
@@ -158,8 +158,8 @@ def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: 
     for source, order in orders.items():
         drawn, draw = set[Ref](), max(0, stream.drawn[source] - most)
         while draw < stream.drawn[source]:
-            first = number + draw * config.streams
-            rows, epoch = order.stretch(first, config.streams, stream.drawn[source] - draw)
+            first = number + draw * config.stream_count
+            rows, epoch = order.stretch(first, config.stream_count, stream.drawn[source] - draw)
             drawn.update(Ref(source, row, epoch) for row in rows)
             draw += len(rows)
         foreign = [segment for segment in stream.waiting if segment.source == source and segment.ref not in drawn]

@@ -192,7 +192,9 @@ def _judge(encoder: ChatEncoder, template: str, shape: str) -> tuple[str, str]:
     try:
         row = parse_row({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
         rendered = encoder.renderer.render_conversation(row)
-        examples = [encoder.tokenizer.encode(text) for text in rendered.texts]
+        (examples,) = encoder.tokenize_all([rendered])
+        if isinstance(examples, Refused):
+            raise examples
     except Refused as refused:
         if oracle.text is None:
             return "raises", str(refused)

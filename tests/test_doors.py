@@ -342,3 +342,17 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     assert "Traceback (most recent call last)" in run(main, "inspect", tmp_path / "state.json", "--debug").stderr
     monkeypatch.setenv("LOGLEVEL", "DEBUG")
     assert "Traceback (most recent call last)" in run(main, "inspect", tmp_path / "state.json").stderr
+
+
+def test_control_characters_of_a_tokenizer_are_not_printed(tmp_path: Path) -> None:
+    stop = "<|end\x1b[2J\x07|>"
+    directory = tiny.save_tokenizer(
+        tmp_path / "words", tiny.TEMPLATE.replace("<|eot_id|>", stop.replace("\x1b", "\\x1b"))
+    )
+    change = {"id": 2000, "content": stop, "special": True, "normalized": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    changed = changed_tokenizer(directory, tmp_path / "evil", lambda c: c["added_tokens"].append(change | flags))
+    outcome = run(main, "template", changed)
+    printed = outcome.stdout + outcome.stderr
+    assert "\\x1b[2J\\x07" in printed
+    assert not [line for line in printed.splitlines() if not line.isprintable()]

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Stored, begins_with, skip_bom
+from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, skip_bom
+from sftstream.sources.stored import Stored, begins_with
 
 _CHUNK = 1 << 20
 """Number of bytes searched for line breaks at a time; they fit into the cache of a core."""

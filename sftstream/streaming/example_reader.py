@@ -22,9 +22,9 @@ from sftstream.tokenization.encoder import ChatEncoder
 _SAMPLED = 100
 """Number of rows of a source that are examined for unread columns."""
 
-SEARCHED, SEARCHED_OF_A_FILE = 10_000, 500
+SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
 """Largest number of rows of a source, and number of first rows of each file of a streamed source,
-tried in search of a good row."""
+that are tried in the search of a conversation."""
 CHECKED_AT_ONCE = 64
 """Number of rows of a random order computed at once."""
 
@@ -46,8 +46,11 @@ class ExampleReader:
         self.corpus.expect(ref)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
-        read, settings = self.corpus.read, self.corpus.settings
+        """Yield the conversation of each row, or a Refused if the row cannot be trained.
+
+        Raises RuntimeError at the end if the content of a file has changed.
+        """
+        read, settings, refs = self.corpus.read, self.corpus.settings, list(refs)
         for ref in refs:
             try:
                 conversation = parse_row(read(ref), settings[ref.source])
@@ -57,6 +60,7 @@ class ExampleReader:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
+        self.corpus.require_unchanged(refs)  # after the reads, so that none came from a changed file
 
     @cached_property
     def _most_letters(self) -> float:
@@ -94,9 +98,9 @@ class SourceCheck:
     such a source forever and never return a pack.
 
     A stream calls the check when it refuses a row of a source before it has accepted any row of
-    that source. The check tries rows in random order, in a streamed source the first rows of each
-    file in turn, and stops at the first good row, so it takes long only if nearly all rows are
-    refused. It ends after `SEARCHED` rows, unless the config sets no limit on refused rows.
+    that source. The check tries the rows of an indexed source in random order, and those of a
+    streamed source in stored order, some rows of each file in turn. It stops at the first good row,
+    and after `SEARCHED` rows unless the config sets no limit on refused rows.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:
@@ -141,16 +145,17 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        # Some rows of each file in turn, so that a short search reaches many files.
-        files, first, end = list(range(opened.source.file_count)), 0, SEARCHED_OF_A_FILE
+        # Some rows of each file in turn, so that a short search meets many files.
+        files, first, end = list(range(opened.source.file_count)), 0, SEARCHED_IN_A_FILE
         while files:
             for file in tuple(files):
-                for ref in (Ref(source, opened.source.number(file, index), 0) for index in range(first, end)):
+                rows = (Ref(source, opened.source.number(file, index), 0) for index in range(first, end))
+                for ref in rows:
                     if not opened.reaches(ref):
                         files.remove(file)
                         break
                     yield ref
-            # Longer from turn to turn, because each turn reads a file again from its beginning.
+            # More rows from turn to turn: at each turn a file is read again from its beginning.
             first, end = end, 4 * end
 
 

@@ -75,7 +75,7 @@ def build_stream(
     packer = PackerConfig(
         capacity=config.capacity,
         window=config.window,
-        streams=config.streams,
+        streams=config.stream_count,
         seed=config.seed,
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -14,19 +14,33 @@ from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segm
 from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
-from sftstream.streaming.packing import build_pack, example_digest, joined, plan_packs, window_size
+from sftstream.streaming.packing import (
+    WindowPlan,
+    WindowSize,
+    build_pack,
+    example_digest,
+    joined,
+    plan_last_window,
+    plan_packs,
+    plan_window,
+    plan_window_of_format_3,
+    ramped,
+    window_size,
+)
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. A larger number did not fill packs better.
 Without a limit, some leftovers waited 41 windows."""
 MOST_REFUSED = 1000
-"""Number of refused rows after which a window ends early. A step then ends, and refusals are
-judged, even if a source has hardly a good row."""
+"""Number of refused rows after which a window ends early. So a run soon reaches the end of a step,
+where refusals are judged, even if nearly all rows of a source are refused."""
 REFUSED_SHARE = 16
-"""In a mixture by tokens a refused row counts as a sixteenth of the stream's mean conversation: a
-source of refused rows then delays no other source for long. If a tenth of a source is refused, the
+"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
+So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
 mixture differs from the weights by less than 0.2 %."""
+PLANNING: Final = 4
+"""`StreamState.planning` of a new stream."""
 
 
 class PackerConfig(NamedTuple):
@@ -59,7 +73,7 @@ class Window(NamedTuple):
 class Packer(BaseNode[Pack]):
     """Reads a window of examples, divides them into packs by length, and returns one pack per call.
 
-    The emptiest pack of a window is dissolved. Its examples become leftovers, which are divided
+    The emptiest packs of a window are dissolved. Their examples become leftovers, which are divided
     into packs again together with the next window, at most `MAX_WAIT` times. Example: a window of
     4, capacity 100, and lengths 60, 30, 50, 40. The packs are 60 + 40 and 50 + 30. The second is
     dissolved, so 50 and 30 are leftovers.
@@ -87,6 +101,7 @@ class Packer(BaseNode[Pack]):
         self._stream = stream
         self._config = config
         self._check = check
+        self._mixed_by_content = sampler.mixes_by_content
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at `initial_state`, as returned by `get_state`, or at the beginning of the
@@ -128,6 +143,7 @@ class Packer(BaseNode[Pack]):
             refused=({},) * len(position.drawn),
             digests=(),
             row_parts=() if self._config.in_parts else UNSET,
+            planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
@@ -174,8 +190,7 @@ class Packer(BaseNode[Pack]):
     def _plan_window(self) -> list[Refusal]:
         """Read a window, divide it and the leftovers into packs, and return the refusals."""
         state = self.state
-        window, streams = self._config.window, self._config.streams
-        read = self._read(window_size(window, state.windows, self._stream, streams))
+        read = self._read(self._window_size())
         exhausted = self._sampler.exhausted
         segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
         waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
@@ -184,9 +199,9 @@ class Packer(BaseNode[Pack]):
             *read.examples,
         ]
         lengths = [segment.length for segment in segments]
-        packs, left = self._plan(lengths, waited, keep_all=exhausted)
-        # Joined now, while the examples are in the CPU cache. Leftovers are copies: a view of a few
-        # examples would keep the arrays of a whole batch alive.
+        packs, left = self._plan(lengths, waited, last=exhausted)
+        # Concatenated now, while the examples are in the CPU cache. `joined` copies: a view of an
+        # example would keep the array of its whole batch in memory.
         packed = [joined([examples[i] for i in pack]) for pack in packs]
         self._left = {segments[i]: joined([examples[i]]) for i in left}
         self._joined = packed[::-1]
@@ -219,13 +234,26 @@ class Packer(BaseNode[Pack]):
         counts = Counter(segment.ref for segment in read)
         return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
-    def _read(self, size: int) -> Window:
-        """Read rows until `size` examples are accepted, `MOST_REFUSED` rows are refused, or the
-        sampler is exhausted."""
+    def _window_size(self) -> WindowSize:
+        config, windows = self._config, self.state.windows
+        if self.state.planning is UNSET:
+            size = ramped(config.window, windows, self._stream, config.streams)
+            return WindowSize(size, 0, size)
+        return window_size(
+            config.window, config.capacity, windows, self._stream, config.streams, self._sampler.rows_left
+        )
+
+    def _read(self, size: WindowSize) -> Window:
+        """Read rows until the window has its size, `MOST_REFUSED` rows are refused, or the sampler
+        is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
-        while len(read.segments) < size and len(read.refused) < MOST_REFUSED:
-            self._sampler.request(min(size - len(read.segments), MOST_REFUSED - len(read.refused)))
+        before = sum([tokens for _, tokens, _ in accepted])
+        while len(read.refused) < MOST_REFUSED:
+            missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
+            if not missing:
+                break
+            self._sampler.request(min(missing, MOST_REFUSED - len(read.refused)))
             try:
                 batch = next(self.source)
             except StopIteration:
@@ -251,7 +279,8 @@ class Packer(BaseNode[Pack]):
             accepted[2] += example.targets
             if example.notes:
                 read.notes.update(example.notes)
-            self._sampler.count_tokens(source, length, example.targets)
+            if self._mixed_by_content:
+                self._sampler.count_tokens(source, length, example.targets)
 
     def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
         read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
@@ -271,18 +300,16 @@ class Packer(BaseNode[Pack]):
                 )
         return None
 
-    def _plan(
-        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
-    ) -> tuple[list[list[int]], list[int]]:
+    def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the indices of each pack, and the indices left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
-        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
-        left: list[int] = []
-        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
-        if patient and not keep_all:
-            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
-            packs.remove(left)
-        return self._ordered(packs), left
+        capacity, of_format_3 = self._config.capacity, self.state.planning is UNSET
+        if last:
+            plan_all = plan_packs if of_format_3 else plan_last_window
+            plan = WindowPlan(plan_all(lengths, capacity, urgent), [])
+        else:
+            plan = (plan_window_of_format_3 if of_format_3 else plan_window)(lengths, capacity, urgent)
+        return WindowPlan(self._ordered([sorted(pack) for pack in plan.packs]), plan.left)
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Return the packs in the order in which their first rows were read, or shuffled.

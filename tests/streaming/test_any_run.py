@@ -123,7 +123,7 @@ def _steps(
 ) -> tuple[list[list[str]], Any]:
     """The digests of `count` steps on a topology, in the order of the run, and the state after them."""
     loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
-    assignment = PackAssignment(config.streams, config.global_batch, shards)
+    assignment = PackAssignment(config.stream_count, config.global_batch, shards)
     result = []
     for step in range(first, first + count):
         packs = [loader.next_step() for loader in loaders]
@@ -198,7 +198,7 @@ def _check_config(draw: random.Random, config: DataConfig) -> None:
     expected = [tiny.digests(step) for step in whole]
     done, state, hops = 0, None, []
     while done < len(expected):
-        shards, workers = draw.randint(1, min(config.streams, 5)), draw.choice([0, 0, 0, 1, 2, 3])
+        shards, workers = draw.randint(1, min(config.stream_count, 5)), draw.choice([0, 0, 0, 1, 2, 3])
         count = draw.randint(1, len(expected) - done)
         hops.append((shards, workers, count))
         if draw.random() < 0.3:

@@ -27,6 +27,7 @@ STEP = StepMetrics(
     refused_by_reason={"reason": 1},
     fill=0.9,
     tokens_per_second=1000.0,
+    gpu_tokens_per_second=500.0,
     data_wait=0.01,
     seconds=0.1,
     batch_digest="ab",

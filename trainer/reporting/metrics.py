@@ -23,7 +23,18 @@ from trainer.training.step_reader import LocatedRefusal
 logger = logging.getLogger(__name__)
 
 
-CURVES = ("loss", "validation_loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait")
+CURVES = (
+    "loss",
+    "validation_loss",
+    "grad_norm",
+    "learning_rate",
+    "fill",
+    "tokens_per_second",
+    "gpu_tokens_per_second",
+    "mfu",
+    "peak_memory",
+    "data_wait",
+)
 """Fields of StepMetrics with a curve in TensorBoard."""
 
 
@@ -56,6 +67,15 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Seconds of the step in which rank 0 waited for packs."""
     seconds: float
     """Duration of the step, without validation and checkpoint."""
+    gpu_tokens_per_second: float
+    """`tokens_per_second` divided by the number of ranks."""
+    mfu: float | None = None
+    """Operations that the model needs for the step, divided by those of all GPUs at their bf16
+    peak in the same time, in [0, 1]; left out on CPUs and GPUs of unknown peak. Counts the
+    attention of each conversation exactly, the head for trained tokens only, and no operation that
+    is repeated to save memory."""
+    peak_memory: float | None = None
+    """Largest allocated memory of rank 0's GPU since the start, in GiB; left out on a CPU."""
     batch_digest: str
     """Hash of the packs of all ranks, in order; equal for equal global batches."""
     validation_loss: float | None = None
