@@ -1,5 +1,6 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
+from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
@@ -21,6 +22,7 @@ from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.forecast import Forecast
+from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.tokenizer import count_token_ids
 from sftstream.toml_file import read_toml
@@ -29,6 +31,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "TOO_LONG",
     "ChatEncoder",
     "Conversation",
     "DataConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "Policy",
     "Refusal",
     "Refused",
+    "RowCounts",
     "Segment",
     "Shard",
     "SourceConfig",
@@ -52,13 +56,17 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "cache_directory",
     "count_token_ids",
     "describe",
     "diff",
     "differences",
+    "exceeded_limits",
     "identify_file",
     "merge",
     "read_conversations",
     "read_toml",
+    "require_few_refused",
     "rows_in_all_epochs",
+    "sum_row_counts",
 ]

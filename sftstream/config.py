@@ -59,6 +59,11 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
     size is the sum over its texts."""
 
+    verified: bool = True
+    """true: read only rows of which the trained words can be proved, which are rows with turns.
+    false: also train rows of plain `text`, and rows of `input_ids` with `labels` or a mask, as they
+    are. The state counts these rows as unverified."""
+
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
             raise ValueError(
@@ -82,9 +87,9 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
     is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
-    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
-    the only split."""
+    """Split of a hub dataset, of a directory with the layout of a hub dataset, or of a dataset
+    written by `save_to_disk`, in the syntax of `datasets`: "train", "train[:10%]", "train+test".
+    Default: the only split."""
     subset: str | None = None
     """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
     dataset. Default: the only subset, or the subset that `datasets` loads by default."""
@@ -108,9 +113,10 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     saved position. If there are other sources, a streamed source needs a weight. false: download
     remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
-    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
-    compared."""
+    """Bytes of a file above 256 MiB that are read before the first pack, for the digest that a
+    resume compares. "sampled": 128 evenly spread slices of 1 MiB; a thread reads the whole file
+    beside the training, and later states hold the digest of every byte. "full": every byte, which
+    takes 1 s per GB. Of smaller files, every byte is read."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -250,14 +256,20 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names of differences from the checkpoint that a resume accepts, for example
     "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
     resume stops at any difference."""
-    max_refused: float = 1.0
-    """Largest share of refused rows, from 0 to 1. If more rows are refused, the run stops; the
-    share is first checked after 100 rows. Default: 1.0, the run never stops."""
+    max_refused: float = 0.1
+    """Largest share of a source's rows that may be refused for other reasons than their length,
+    from 0 to 1. Judged for each source over all shards at the end of a step, from 100 rows of the
+    source on; a run above the share stops. Before the whole source was read, three standard
+    deviations are added for chance. 1 never stops."""
+    max_too_long: float = 0.5
+    """Largest share of a source's rows that may be refused for their length (longer than `capacity`
+    or `max_row_bytes`), from 0 to 1. Judged like `max_refused`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_refused <= 1:
-            raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
+        for field in ("max_refused", "max_too_long"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} = {getattr(self, field)} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
             if (value := getattr(self, field)) != "auto" and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")

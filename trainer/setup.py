@@ -14,7 +14,8 @@ from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings, carry_over_rows
-from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore
+from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore, saved_settings
+from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
 from trainer.llama.export import require_replaceable
@@ -49,6 +50,8 @@ class Run:
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
     streamed."""
+    sizes: tuple[int | None, ...]
+    """Rows of each source, equal on all ranks; None for a streamed source."""
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
     questions: list[Question]
@@ -87,18 +90,21 @@ def prepare_run(
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     source = find_source(config.model, config.data.tokenizer.path)
-    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     latest = saves.latest()
+    saved = None if latest is None else saved_settings(saves.store, latest)
+    config, kernel, choice = choose(config, source.shape, topology, saved)
+    display.say(choice)
+    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     if topology.first:
         require_replaceable(config.run.export_directory)
     token = _own(directory, saves, latest)
-    model = build_model(config, source, topology, initialize=latest is None)
+    model = build_model(config, source, topology, kernel, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
     restored = Restored(Progress(), settings)
     if latest is not None:
         restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
-    total_rows = _total_rows(loader)
+    total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
     assignment = assign_packs(loader, config.data, topology)
@@ -113,8 +119,11 @@ def prepare_run(
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=StepReader(loader, assignment, config.data.capacity, topology.tp_group, ahead=True),
+        step_reader=StepReader(
+            loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
+        ),
         total_rows=total_rows,
+        sizes=sizes,
         validation=validation,
         questions=questions,
         description=description,
@@ -197,8 +206,9 @@ def _recipe(config: TrainConfig, source: ModelSource, model: Llama, loader: Pack
     return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
 
 
-def _total_rows(loader: PackLoader | None) -> int | None:
-    box = [loader.total_rows if loader else None]
+def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int | None, ...]]:
+    """Return the rows of all epochs and of each source, as known by the first rank. Collective."""
+    box = [(loader.total_rows, loader.corpus.sizes) if loader else (None, ())]
     dist.broadcast_object_list(box)
     return box[0]
 

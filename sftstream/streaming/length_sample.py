@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sftstream.records import Example, Ref, Refused
+from sftstream.records import Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, FileSet
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import permute, round_keys
@@ -69,7 +69,9 @@ def _sample(reader: ExampleReader, source: int, count: int, most: SampleSize) ->
 
 def _encode(reader: ExampleReader, refs: list[Ref]) -> list[list[Example]]:
     """Return the examples of each row that is not refused."""
-    loaded = [row for row in reader.load(refs) if not isinstance(row, Refused)]
-    rendered = reader.encoder.renderer.render_conversations(loaded)
+    loaded = list(reader.load(refs))
+    finished = [row for row in loaded if isinstance(row, list)]
+    rendered = reader.encoder.renderer.render_conversations([row for row in loaded if isinstance(row, Conversation)])
     texts = [text for text in rendered if not isinstance(text, Refused)]
-    return [row for row in reader.encoder.tokenize_all(texts) if not isinstance(row, Refused)]
+    encoded = [row for row in reader.encoder.tokenize_all(texts) if not isinstance(row, Refused)]
+    return finished + encoded

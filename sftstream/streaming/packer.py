@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from torchdata.nodes import BaseNode
 
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
-from sftstream.state import Leftover, RowParts, StreamState
+from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
 from sftstream.streaming.packing import (
@@ -19,6 +19,7 @@ from sftstream.streaming.packing import (
     WindowSize,
     build_pack,
     copied,
+    example_digest,
     joined,
     plan_last_window,
     plan_packs,
@@ -32,6 +33,13 @@ from sftstream.streaming.sampler import RowBatch, RowSampler
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. A larger number did not fill packs better.
 Without a limit, some leftovers waited 41 windows."""
+MOST_REFUSED = 1000
+"""Number of refused rows after which a window ends early. So a run soon reaches the end of a step,
+where refusals are judged, even if nearly all rows of a source are refused."""
+REFUSED_SHARE = 16
+"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
+So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
+mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
 """`StreamState.planning` of a new stream."""
 
@@ -45,8 +53,6 @@ class PackerConfig(NamedTuple):
     seed: int
     shuffle: bool
     pad_id: int
-    rows: int
-    """Number of rows of all sources, for the limit on consecutive refusals."""
     in_parts: bool = False
     """True if the settings may make several examples from one row."""
 
@@ -118,9 +124,9 @@ class Packer(BaseNode[Pack]):
         return result
 
     def next(self) -> Pack:
-        """Return the next pack, or an empty pack if the stream is exhausted."""
+        """Return the next pack, or an empty pack if nothing is left or many rows were refused."""
         refused = list(self.state.unlisted)
-        while not self.state.planned and not self.state.exhausted:
+        while not self.state.planned and not self.state.exhausted and len(refused) < MOST_REFUSED:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
         examples = self._examples_of(segments)
@@ -135,16 +141,20 @@ class Packer(BaseNode[Pack]):
             **msgspec.structs.asdict(position),
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
+            refused=({},) * len(position.drawn),
+            digests=(),
             row_parts=() if self._config.in_parts else UNSET,
             planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
+        digests = state.digests
         self.state = msgspec.structs.replace(
             state,
             unlisted=(),
             planned=planned,
+            digests=digests[bool(segments) :] if isinstance(digests, tuple) else UNSET,
             exhausted=not planned and not state.leftovers and self._sampler.exhausted,
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
@@ -193,25 +203,27 @@ class Packer(BaseNode[Pack]):
         ]
         lengths = [segment.length for segment in segments]
         packs, left = self._plan(lengths, waited, last=exhausted)
+        # Concatenated now, while the examples are in the CPU cache.
+        packed = [joined([examples[i] for i in pack]) for pack in packs]
+        self._joined = packed[::-1]
+        # Copied once: a view of an example would keep the array of its whole batch in memory.
+        before = len(state.leftovers)
+        new = [i for i in left if i >= before]
+        self._left = {segments[i]: examples[i] for i in left if i < before}
+        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            digests=tuple(map(example_digest, [*packed, *(self._left[segments[i]] for i in left)])),
             exhausted=not packs and not left and exhausted,
-            refused=dict(Counter(state.refused) + Counter(r.reason for r in read.refused)),
+            refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # Copied once: a view of an example would keep the array of its whole batch in memory.
-        before = len(state.leftovers)
-        new = [i for i in left if i >= before]
-        self._left = {segments[i]: examples[i] for i in left if i < before}
-        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
-        # Concatenated now, while the examples are in the CPU cache.
-        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
@@ -238,13 +250,17 @@ class Packer(BaseNode[Pack]):
         )
 
     def _read(self, size: WindowSize) -> Window:
-        """Read rows until the window has its size or the sampler is exhausted."""
+        """Read rows until the window has its size, `MOST_REFUSED` rows are refused, or the sampler
+        is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
         before = sum([tokens for _, tokens, _ in accepted])
-        in_a_row, capacity = 0, self._config.capacity
-        while missing := size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before):
-            self._sampler.request(missing)
+        capacity = self._config.capacity
+        while len(read.refused) < MOST_REFUSED:
+            missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
+            if not missing:
+                break
+            self._sampler.request(min(missing, MOST_REFUSED - len(read.refused)))
             try:
                 batch = next(self.source)
             except StopIteration:
@@ -258,13 +274,8 @@ class Packer(BaseNode[Pack]):
                     refused = self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
-                    in_a_row = 0
                 else:
-                    read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
-                    in_a_row += 1
-                    if self._check and not read.accepted[ref.source][0]:
-                        self._check.require_conversation(ref.source)
-                    self._require_progress(in_a_row, read.refused)
+                    self._refuse(ref, refused, read)
         return read
 
     def _accept(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
@@ -283,6 +294,14 @@ class Packer(BaseNode[Pack]):
             if self._mixed_by_content:
                 self._sampler.count_tokens(source, length, example.targets)
 
+    def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
+        read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
+        if self._check and not read.accepted[ref.source][0]:
+            self._check.require_conversation(ref.source)
+        conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
+        parts = REFUSED_SHARE * max(conversations, 1)
+        self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
+
     def _too_long(self, examples: Sequence[Example]) -> Refused | None:
         capacity = self._config.capacity
         for example in examples:
@@ -292,19 +311,6 @@ class Packer(BaseNode[Pack]):
                     f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
                 )
         return None
-
-    def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
-        """Raise ValueError after too many consecutive refusals, since the loop might never end."""
-        if in_a_row <= 2 * self._config.rows:
-            return
-        counts = Counter(refusal.reason for refusal in refused).most_common()
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts)
-        last = refused[-1]
-        raise ValueError(
-            f"stream {self._stream} refused {in_a_row} rows in a row and found none to train "
-            f"({reasons}; the last: row {last.row} of source {last.source}, {last.detail}); correct the source, or "
-            "remove it"
-        )
 
     def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the indices of each pack, and the indices left for the next window."""

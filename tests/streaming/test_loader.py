@@ -153,7 +153,7 @@ def test_a_returned_state_is_a_value_of_its_own(wide: DataConfig) -> None:
     for stream in state["streams"].values():
         stream["drawn"][0] = 0
         stream["planned"].clear()
-        stream["refused"]["x"] = 1
+        stream["refused"][0]["x"] = 1
     assert loader.state_dict() != before
     assert tiny.digests(loader) == tiny.digests(PackLoader(wide, state=before))[8:]
 

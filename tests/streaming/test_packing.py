@@ -21,7 +21,7 @@ from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.records import Ref
 from sftstream.state import Leftover, StreamState
 from sftstream.streaming.graph import Map
-from sftstream.streaming.packer import MAX_WAIT, Packer, PackerConfig
+from sftstream.streaming.packer import MAX_WAIT, MOST_REFUSED, Packer, PackerConfig
 from sftstream.streaming.packing import (
     WindowPlan,
     WindowSize,
@@ -280,7 +280,7 @@ def packer(
     sampler = RowSampler(config, [IndexedCursor((len(lengths),), config, 0, 0)])
     reader = LengthReader(lengths)
     source = Map(sampler, lambda refs: [reader.examples(ref) for ref in refs])
-    settings = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
+    settings = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0)
     node = RecordedPacker(source, sampler, reader, 0, settings)
     node.reset()
     return node
@@ -412,12 +412,20 @@ def test_a_window_of_few_short_conversations_waits_for_company() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[50], [50, 60, 70]])
-def test_an_endless_stream_of_too_long_conversations_is_an_error(lengths: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"stream 0 refused \d+ rows in a row and found none to train \(longer than cap"
-    ) as error:
-        next(packer(lengths, 40, endless=True))
-    assert "do not fit into a pack of 40; raise data.capacity, or set data.overflow" in str(error.value)
+def test_an_endless_stream_of_refused_rows_gives_an_empty_pack_now_and_then(lengths: list[int]) -> None:
+    """So a run comes to the border of a step, where refusals are judged."""
+    node = packer(lengths, 40, endless=True)
+    for number in range(1, 4):
+        pack = next(node)
+        assert (pack.segments, pack.exhausted, len(pack.refused)) == ((), False, MOST_REFUSED)
+        assert node.state.refused == ({"longer than capacity": number * MOST_REFUSED},)
+
+
+def test_a_window_ends_early_after_many_refused_rows() -> None:
+    node = packer([50] * 999 + [40] * 2 + [50] * 2 + [40] * 20, 40, window=24, shuffle=False)
+    packs = [next(node) for _ in range(3)]
+    assert [len(pack.refused) for pack in packs] == [MOST_REFUSED, 0, 1]
+    assert [pack.segments for pack in packs[:2]] == [(Segment(0, row, 40, 0),) for row in (999, 1000)]
 
 
 def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
@@ -434,7 +442,7 @@ def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
         ),
     )
     assert packs[0].refused == refused
-    assert node.state.refused == {"longer than capacity": 1}
+    assert node.state.refused == ({"longer than capacity": 1},)
 
 
 def test_a_stream_with_nothing_to_train_is_exhausted_after_one_empty_pack() -> None:

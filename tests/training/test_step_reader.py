@@ -91,7 +91,7 @@ def test_reading_ahead_raises_an_error_at_its_own_step(tokenizer: str, tmp_path:
     rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
-    assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
+    assert "length, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
 
 
 def test_refused_rows_of_all_ranks_reach_the_first_rank(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]

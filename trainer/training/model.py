@@ -12,10 +12,12 @@ import msgspec
 from sftstream import count_token_ids, identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
+from trainer.llama.attention import Kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.init import init_weights
+from trainer.llama.loss import compile_head
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, weight_files
@@ -76,8 +78,10 @@ def _resized(shape: LlamaConfig, directory: Path, tokens: int) -> ModelSource:
     return ModelSource(msgspec.structs.replace(shape, vocab_size=rows), directory, shape.vocab_size)
 
 
-def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
-    """Build the model of a run, sharded over all ranks. Collective.
+def build_model(
+    config: TrainConfig, source: ModelSource, topology: Topology, kernel: Kernel, *, initialize: bool
+) -> Llama:
+    """Build the model of a run whose choices are made, sharded over all ranks. Collective.
 
     `initialize` fills the weights from `source` or at random; False leaves them for a checkpoint to
     fill.
@@ -91,7 +95,13 @@ def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *,
         weights_dtype=named_dtype(config.run.weights_dtype, topology.device),
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
-    prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile)
+    assert config.run.recompute != "auto"
+    assert config.run.compile != "auto"
+    prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile, kernel=kernel)
+    if config.run.compile:
+        width = source.shape.vocab_size // topology.tp
+        dtype = named_dtype(config.run.compute_dtype, topology.device)
+        compile_head(config.data.capacity, width, dtype, topology.device)
     if not initialize:
         return model
     if source.init_from:

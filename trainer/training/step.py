@@ -7,6 +7,7 @@ is 12.0 / 4 = 3.0, not the mean of the packs' means, 4.0.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from sftstream import IGNORE_INDEX, Pack
 from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
-from trainer.llama.loss import summed_cross_entropy
 from trainer.llama.model import Llama
+from trainer.llama.working import working_copies
 from trainer.training.optimizer import clip_by_global_norm
 
 
@@ -71,23 +72,28 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
 
     The loss is a float32 scalar, equal on every rank.
     """
-    scale = 1 / max(trained_tokens, 1)
-    total = torch.zeros((), device=topology.device)
-    for number, pack in enumerate(packs, 1):
-        if isinstance(model, FSDPModule):
-            last = number == len(packs)
-            model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
-            model.set_requires_all_reduce(last)  # between replicas, once per step under either policy
-            model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
-        loss = pack_loss(model, pack, topology.device)
-        (loss * scale).backward()
-        total += loss.detach()
-    dist.all_reduce(total, group=topology.mesh["dp"].get_group())
-    return total * scale
+    scale = torch.full((), 1 / max(trained_tokens, 1), device=topology.device)
+    loss = torch.zeros((), device=topology.device)
+    copies = working_copies(model)
+    with copies.several_packs() if copies and len(packs) > 1 else nullcontext():
+        for number, pack in enumerate(packs, 1):
+            if isinstance(model, FSDPModule):
+                last = number == len(packs)
+                model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
+                model.set_requires_all_reduce(last)  # between replicas, once per step under either policy
+                model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
+            part = pack_loss(model, pack, topology.device, scale)
+            part.backward()
+            loss += part.detach()
+    dist.all_reduce(loss, group=topology.mesh["dp"].get_group())
+    return loss
 
 
-def pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
-    """Return the summed cross-entropy of a pack's trained tokens, in nats, a scalar."""
+def pack_loss(model: Llama, pack: Pack, device: torch.device, scale: Tensor | None = None) -> Tensor:
+    """Return the summed cross-entropy of a pack's trained tokens, in nats, times `scale`.
+
+    The result is an fp32 scalar; `scale` is 1 by default.
+    """
     # nonzero on the CPU, since on a GPU its result's size would wait for all queued kernels.
     trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
     labels = pack.labels[trained]
@@ -95,5 +101,5 @@ def pack_loss(model: Llama, pack: Pack, device: torch.device) -> Tensor:
         tensor.to(device, non_blocking=True)
         for tensor in (pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, labels)
     )
-    logits = model(input_ids, position_ids, Segments(cu_seqlens, pack.max_seqlen), trained)
-    return summed_cross_entropy(logits, labels)
+    segments = Segments(cu_seqlens, pack.max_seqlen)
+    return model(input_ids, position_ids, segments, trained, labels, scale)  # type: ignore[no-any-return]

@@ -18,8 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import DataConfig, DataState, LoaderPosition, Pack, PackAssignment, PackLoader, Refusal, batch_digest
+from sftstream import (
+    DataConfig,
+    DataState,
+    LoaderPosition,
+    Pack,
+    PackAssignment,
+    PackLoader,
+    Refusal,
+    RowCounts,
+    batch_digest,
+)
 from trainer.distributed.mesh import Topology
+from trainer.llama.flops import squared_lengths
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
@@ -62,8 +73,8 @@ def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
-COUNTS = 6
-"""Length of `LocalStep.numbers`."""
+NUMBERS = 7
+"""Length of `LocalStep.numbers`, in the order of the first fields of `StepTotals`."""
 
 
 class LocalStep(NamedTuple):
@@ -71,8 +82,11 @@ class LocalStep(NamedTuple):
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, packs with conversations, and 1 if the shard is
-    not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations, and 1
+    if the shard is not exhausted, else 0."""
+    counts: list[int]
+    """Rows accepted, too long and refused otherwise since the run's start, for one source after the
+    other, of the shard's streams."""
     digests: list[int]
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
@@ -82,9 +96,9 @@ class LocalStep(NamedTuple):
 class StepReader:
     """Packs step by step, read by `loader` or received from the first rank of `group`.
 
-    `loader` is None on ranks without a loader; `group` is None if every rank reads. `ahead` allows
-    `read_ahead` to take the next step's packs from the loader's workers in a thread; `position`
-    stays at the step that `packs` returned.
+    `loader` is None on ranks without a loader; `group` is None if every rank reads; `sources` is
+    the number of sources. `ahead` allows `read_ahead` to take the next step's packs from the
+    loader's workers in a thread; `position` stays at the step that `packs` returned.
     """
 
     def __init__(
@@ -94,9 +108,11 @@ class StepReader:
         capacity: int,
         group: dist.ProcessGroup | None = None,
         *,
+        sources: int = 1,
         ahead: bool = False,
     ) -> None:
         self.loader = loader
+        self.sources = sources
         self.assignment = assignment
         self.step: LocalStep | None = None
         """The last step returned by `packs`; None on ranks without a loader."""
@@ -151,12 +167,15 @@ def _read(loader: PackLoader) -> LocalStep:
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
+        sum(squared_lengths(pack) for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
         sum(bool(pack.segments) for pack in packs),
         int(not loader.exhausted),
     ]
-    return LocalStep(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.position())
+    counts = [number for source in loader.row_counts for number in source]
+    digests = [word for pack in packs for word in _words(pack.digest())]
+    return LocalStep(packs, numbers, counts, digests, loader.position())
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -185,6 +204,8 @@ class StepTotals(NamedTuple):
     """Tokens in the loss."""
     tokens: int
     """Tokens of conversations, padding excluded."""
+    squares: int
+    """Sum of the conversations' squared lengths, which the cost of attention follows."""
     rows: int
     """Conversations in the packs, and refused rows."""
     refused: int
@@ -197,6 +218,8 @@ class StepTotals(NamedTuple):
     """Number of ranks with a request to stop."""
     digest: str
     """Hash of the packs of all shards, in the order of the run."""
+    row_counts: tuple[RowCounts, ...]
+    """Rows read from each source since the start of the run."""
 
 
 def reduce_totals(
@@ -206,25 +229,23 @@ def reduce_totals(
 
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
-    numbers, digests = (
-        (step_reader.step.numbers, step_reader.step.digests)
-        if step_reader.step
-        else ([0] * COUNTS, [0] * 4 * len(packs))
-    )
-    row = torch.tensor([*numbers, int(stop), *digests])
+    mine = step_reader.step
+    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * NUMBERS, [0] * 3 * step_reader.sources)
+    sums = [*numbers, int(stop), *counts]
+    row = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
-    totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
-    words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
+    totals = table[..., : len(sums)].sum((0, 1)).tolist()
+    words = table[:, 0, len(sums) :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
     for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, rows_read, refused, filled_packs, unexhausted_shards, stopping = totals
-    digest = batch_digest(map(_hex, in_order))
-    return StepTotals(trained_tokens, tokens, rows_read, refused, filled_packs, unexhausted_shards, stopping, digest)
+    row_counts = tuple(RowCounts(*totals[i : i + 3]) for i in range(NUMBERS + 1, len(totals), 3))
+    fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
+    return StepTotals(**fields, digest=batch_digest(map(_hex, in_order)), row_counts=row_counts)
 
 
 def _words(digest: str) -> list[int]:

@@ -42,7 +42,7 @@ class Validation:
         data = msgspec.structs.replace(config.held_out(config.validation.sources), streams=streams)
         loader = PackLoader(_with_date_of(data, encoder), shard=topology.shard) if encoder else None
         assignment = PackAssignment(streams, data.global_batch, topology.dp)
-        step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group)
+        step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources))
         self._read(step_reader, config.validation.global_batches)
         step_reader.close()
         if not self.trained_tokens:
