@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import tiny
 
+from sftstream import Pack
 from trainer.reporting.fill import STEPS, FillWatch
+from trainer.training.step import heaviest_first
 from trainer.training.step_reader import StepTotals
 
 DATA = tiny.data_config("", "rows.jsonl", capacity=1000)
@@ -108,3 +111,12 @@ def test_a_run_with_too_many_streams_says_why_its_packs_are_empty(tmp_path: Path
     output = runs.run(tmp_path, config).output()
     assert "about 32 packs of 1,024 tokens in 8 steps, about " in output
     assert "% full: each of 32 streams ends with a partly filled pack; a new run with fewer data.streams" in output
+
+
+def test_a_rank_runs_its_heaviest_pack_first() -> None:
+    """Attention costs the square of each segment, of padding as well; the order of equal packs stays."""
+    packs = [
+        Pack(np.zeros(10, np.int32), np.zeros(10, bool), np.array(borders, np.int32))
+        for borders in ([0, 5, 10], [0, 9, 10], [0, 1, 6, 10], [0, 10], [0, 5, 10])
+    ]
+    assert [packs.index(pack) for pack in heaviest_first(packs)] == [3, 1, 0, 4, 2]
