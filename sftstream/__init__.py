@@ -1,5 +1,6 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
+from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
@@ -20,6 +21,7 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
 from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.tokenizer import count_token_ids
@@ -35,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DataState",
     "Example",
+    "Forecast",
     "LoaderPosition",
     "Message",
     "Pack",
@@ -53,6 +56,7 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "cache_directory",
     "count_token_ids",
     "describe",
     "diff",

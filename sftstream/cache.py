@@ -39,6 +39,8 @@ _PRIVATE = 0o700
 _BLOCK = 1 << 20
 _SILENT_WAIT = 1.0
 """Seconds of waiting for another process before a message."""
+_LEVEL = {False: logging.WARNING, True: logging.DEBUG}
+"""Level of the message: of a quiet wait, True."""
 _checked: set[tuple[str, tuple[int, ...]]] = set()
 """Path and marks of each cached file whose content this process has checked."""
 
@@ -50,12 +52,14 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftstream"
 
 
-def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] = lambda _: True) -> Path:
+def cached(
+    key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] = lambda _: True, *, quiet: bool = False
+) -> Path:
     """Return the cached file of `key`; if missing, write the bytes that `blocks()` yields.
 
     The first process that calls `cached` writes the file while all other processes wait, with a
-    message after a second. A file is also written again if its content does not have the digest in
-    its name, or if `fits(path)` returns False.
+    message after a second unless `quiet`. A file is also written again if its content does not have
+    the digest in its name, or if `fits(path)` returns False.
 
     Raises Unwritable, and any error of `blocks`.
     """
@@ -63,7 +67,7 @@ def cached(key: str, suffix: str, blocks: Blocks, fits: Callable[[Path], bool] =
     if made := _find(folder, suffix, fits):
         return made
     with _lock(folder) as lock:
-        locked = _locked(lock, folder)
+        locked = _locked(lock, folder, quiet=quiet)
         try:
             # Another process may have made the file during the wait.
             return _find(folder, suffix, fits) or _make(folder, suffix, blocks, locked)
@@ -187,7 +191,7 @@ def _lock(folder: Path) -> FileIO:
 
 
 @_writing()
-def _locked(lock: FileIO, folder: Path) -> bool:
+def _locked(lock: FileIO, folder: Path, *, quiet: bool) -> bool:
     """Wait for the lock and return True; return False on a filesystem without locks.
 
     Some network filesystems have no locks. Two processes may then write a file twice, which is
@@ -196,7 +200,7 @@ def _locked(lock: FileIO, folder: Path) -> bool:
     try:
         if not _locked_at_once(lock):
             owner = os.pread(lock.fileno(), 32, 0).decode(errors="replace").strip() or "unknown"
-            logger.warning("waiting for process %s, which makes a file in %s", owner, folder)
+            logger.log(_LEVEL[quiet], "waiting for process %s, which makes a file in %s", owner, folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         os.pwrite(lock.fileno(), f"{os.getpid():<31}\n".encode(), 0)
     except OSError as error:

@@ -59,6 +59,11 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
     size is the sum over its texts."""
 
+    verified: bool = True
+    """true: read only rows of which the trained words can be proved, which are rows with turns.
+    false: also train rows of plain `text`, and rows of `input_ids` with `labels` or a mask, as they
+    are. The state counts these rows as unverified."""
+
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
             raise ValueError(
@@ -82,9 +87,9 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
     is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
-    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
-    the only split."""
+    """Split of a hub dataset, of a directory with the layout of a hub dataset, or of a dataset
+    written by `save_to_disk`, in the syntax of `datasets`: "train", "train[:10%]", "train+test".
+    Default: the only split."""
     subset: str | None = None
     """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
     dataset. Default: the only subset, or the subset that `datasets` loads by default."""
@@ -108,9 +113,10 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     saved position. If there are other sources, a streamed source needs a weight. false: download
     remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
-    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
-    compared."""
+    """Bytes of a file above 256 MiB that are read before the first pack, for the digest that a
+    resume compares. "sampled": 128 evenly spread slices of 1 MiB; a thread reads the whole file
+    beside the training, and later states hold the digest of every byte. "full": every byte, which
+    takes 1 s per GB. Of smaller files, every byte is read."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -208,13 +214,15 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
     """The tokenizer and the chat template."""
-    streams: int = 64
+    streams: int | Literal["auto"] = "auto"
     """Number of logical streams: queues of packs, each made from a fixed subset of every epoch's
     rows; 1 to 2**16, fixed for a run. Each data-parallel shard reads some of the streams, so there
     must be at least as many streams as shards. If the number of shards divides `streams` and
     `global_batch`, all shards have the same number of packs in each step; otherwise some shards run
-    empty packs. Choose few streams for little data: a stream should get several windows of
-    conversations in an epoch."""
+    empty packs. "auto": chosen at the first start of the run, from the number of rows, the lengths
+    of a sample, `capacity`, `window` and the number of shards. The result is a multiple of the
+    number of shards: few streams for little data, because each stream ends with a partly filled
+    pack, and up to 64 for much data. A resume keeps the number on any number of shards."""
     global_batch: int = 64
     """Number of packs in an optimizer step, over all shards; 1 to 2**17."""
     shuffle: Shuffle = True
@@ -263,8 +271,8 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} = {getattr(self, field)} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+            if (value := getattr(self, field)) != "auto" and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers} must be 0 (load in the training process) or more")
         if self.epochs is not None and self.epochs < 1:
@@ -305,6 +313,12 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if len(self.sources) > 1 and source.weight is None:
             raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
+
+    @property
+    def stream_count(self) -> int:
+        """`streams` as a number; a loader replaces "auto" by a number."""
+        assert self.streams != "auto", 'streams = "auto" has no number before a loader is open'
+        return self.streams
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
         """Return `source.shuffle`, or `self.shuffle` if the source has no value of its own."""

@@ -43,7 +43,13 @@ def _from_3(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Mapping[st
     streams = state.get("streams")
     if isinstance(streams, Mapping):
         streams = {number: _stream_from_3(stream) for number, stream in streams.items()}
-    return {**state, "identity": {**identity, "format": 4}, "streams": streams}
+    return {**state, "identity": _identity_from_3(identity), "streams": streams}
+
+
+def _identity_from_3(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an identity with the version of a fast tokenizer apart from its name."""
+    name, _, version = str(identity.get("fast_tokenizer") or "").partition(" ")
+    return {**identity, "format": 4, "fast_tokenizer": name or None, "versions": {name: version} if name else {}}
 
 
 def _stream_from_3(stream: Any) -> Any:

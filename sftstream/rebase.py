@@ -23,6 +23,7 @@ from sftstream.sources import Corpus, FileSet
 from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
+from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
@@ -50,7 +51,8 @@ def rebase(
     `changed` holds the accepted differences, as returned by `accepted_changes`. Raises ValueError
     if the change would lose or repeat a conversation.
     """
-    _require_possible(saved, identity, changed)
+    _require_possible(saved.identity, identity, changed)
+    _require_whole(saved)
     saved = follow_sources(saved, identity, config, corpus)
     streams = (
         _divide_streams(saved, identity, config, corpus)
@@ -72,16 +74,21 @@ def rebase(
     )
 
 
-def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
+def is_possible(
+    saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus, changed: Sequence[str]
+) -> bool:
+    """Return True if the differences `changed` can be accepted, at the end of a step."""
+    try:
+        _require_possible(saved.identity, identity, changed)
+        follow_sources(saved, identity, config, corpus)
+    except ValueError:
+        return False
+    return True
+
+
+def _require_whole(saved: DataState) -> None:
+    """Raise ValueError unless the state holds all streams at the end of a step."""
     before = saved.identity
-    for difference in changed:
-        if FIXED.fullmatch(name := difference.split(":")[0]):
-            raise ValueError(
-                f"a change of {name} cannot be accepted, since it decides the order of rows; start a new run"
-            )
-    streamed = any(source.shards for source in (*before.sources, *identity.sources))
-    if identity.streams != before.streams and streamed:
-        raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
     if missing := before.streams - len(saved.streams):
         raise ValueError(
             f"the state lacks {missing} of {before.streams} streams, and a change needs all; merge the shards' states"
@@ -91,6 +98,17 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
             f"the state was saved after {saved.packs} packs, inside a step of {before.global_batch} packs; save "
             "a state at the end of a step"
         )
+
+
+def _require_possible(before: Identity, identity: Identity, changed: Sequence[str]) -> None:
+    for difference in changed:
+        if FIXED.fullmatch(name := difference.split(":")[0]):
+            raise ValueError(
+                f"a change of {name} cannot be accepted, since it decides the order of rows; start a new run"
+            )
+    streamed = any(source.shards for source in (*before.sources, *identity.sources))
+    if identity.streams != before.streams and streamed:
+        raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
     if len(identity.sources) < len(before.sources):
         raise ValueError("a source that was read from cannot be removed; set its weight and repeat instead")
     policy = (identity.capacity, identity.overflow, identity.history)
@@ -252,11 +270,13 @@ def _read_again(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
+        digests=UNSET,
         refused=add_refusals(stream.refused, refused),
         unlisted=unlisted,
         # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
         row_parts=tuple(row_parts) if in_parts else UNSET,
+        planning=PLANNING,
     )
 
 

@@ -66,7 +66,7 @@ class Job:
         self, directory: Path, config: dict[str, Any], processes: int = 1, environment: dict[str, str] | None = None
     ) -> None:
         self.directory = directory
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         address |= environment or {}
         self._ranks: list[BaseProcess] = [
             server.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
@@ -166,7 +166,7 @@ def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) 
     sys.exit(main([str(path)]))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below 32768, the first port that the kernel gives to outgoing
     connections."""
     while True:

@@ -111,7 +111,9 @@ def _require_fit(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) 
         return
     run = config.run
     remedies = ['set run.weights_dtype = "bfloat16"'] if run.weights_dtype == "float32" else []
-    most = config.data.streams * config.parallel.tp  # each data-parallel coordinate needs a stream
+    # Each data-parallel coordinate needs a stream, and a pack of each step to be of use.
+    streams = config.data.global_batch if config.data.streams == "auto" else config.data.streams
+    most = streams * config.parallel.tp
     step = config.parallel.tp * config.parallel.replicas
     more = (n for n in range(gpus + step, most + 1, step) if _least(config, shape, n) <= FITS * size)
     needed = next(more, None)

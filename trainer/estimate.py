@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import Shard as Split
 
-from sftstream import PackAssignment, PackLoader, Shard
+from sftstream import DataConfig, PackAssignment, PackLoader, Shard
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
 from trainer.llama.blocks import Recompute
@@ -93,7 +93,7 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     with torch.device("meta"):
         model = Llama(shape)
     dp = gpus // parallel.tp
-    packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
+    packs = _micro_batches(data, dp)
     return RunEstimate(
         parameters=sum(p.numel() for p in model.parameters()),
         gpus=gpus,
@@ -127,6 +127,13 @@ def with_memory_settings(
     return chosen
 
 
+def _micro_batches(data: DataConfig, dp: int) -> int:
+    """Return the largest number of packs of a shard in a step."""
+    # Every number chosen for "auto" is a multiple of the shards, and divides the packs alike.
+    streams = dp if data.streams == "auto" else data.streams
+    return PackAssignment(streams, data.global_batch, dp).most_micro_batches
+
+
 def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]:
     """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto".
 
@@ -137,7 +144,7 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     if parallel.tp > 1:
         check_divisible(shape, data.capacity, parallel.tp)
     dp = gpus // parallel.tp
-    packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
+    packs = _micro_batches(data, dp)
     sharded = _held(shape, parallel.tp, dp // parallel.replicas)
     gathered = _held(shape, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)

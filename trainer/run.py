@@ -21,6 +21,7 @@ from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
+from trainer.reporting.fill import FillWatch
 from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
@@ -99,6 +100,7 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool
 def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
+    fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
     watch = Watch(run.config.parallel.timeout_seconds)
     with stopping as stop, _open_log(run, progress) as log, run.display, watch, _open_trace(run) as trace:
         loader = run.step_reader.loader
@@ -110,6 +112,8 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
             trace.after(progress.step)
             if log and losses:
                 _report(run, step, log, losses)
+                if message := fill.after(step.batch.totals, last=run.is_complete(progress)):
+                    run.display.say(message)
             done = step.stopped or run.is_complete(progress)
             if log and done and not run.is_complete(progress):
                 run.directory.mark_stopped(True)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import About, Recipe
-from sftstream import ChatEncoder, PackAssignment, PackLoader, rows_in_all_epochs
+from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
@@ -33,7 +33,7 @@ from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
 from trainer.training.optimizer import build_optimizer, learning_rate
 from trainer.training.progress import Progress
-from trainer.training.step_reader import StepReader, open_loader
+from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 
 
@@ -107,7 +107,8 @@ def prepare_run(
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
-    validation = _open_validation(config, topology, saves, restored, loader)
+    assignment = assign_packs(loader, config.data, topology)
+    validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
     export_recipe = _recipe(config, source, model, loader) if topology.first else None
     description = RunDescription(
         restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
@@ -118,7 +119,9 @@ def prepare_run(
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=_open_step_reader(config, topology, loader),
+        step_reader=StepReader(
+            loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
+        ),
         total_rows=total_rows,
         sizes=sizes,
         validation=validation,
@@ -132,11 +135,13 @@ def prepare_run(
 
 
 def say_start(run: Run, restored: Restored) -> None:
-    """Print the model, the data, damaged checkpoints and the step of a resume."""
+    """Print the model, the packs to expect, damaged checkpoints and the step of a resume."""
     directory, rejected = run.config.run.directory, run.saves.store.rejected
     run.display.say(model_message(directory, run.model, run.total_rows, run.topology))
-    for line in run.step_reader.loader.unread_columns() if run.topology.first and run.step_reader.loader else ():
-        run.display.say(line)
+    if run.topology.first and (loader := run.step_reader.loader):
+        run.display.say(loader.forecast().describe(run.config.run.steps))
+        for line in loader.unread_columns():
+            run.display.say(line)
     if run.validation:
         run.display.say(run.validation.describe())
     for line in damage_messages(rejected, restarted=not restored.resumed):
@@ -187,13 +192,6 @@ def _follow_data(
     return replace(restored, settings=settings, progress=progress, extended=extended)
 
 
-def _open_step_reader(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> StepReader:
-    assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
-    return StepReader(
-        loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
-    )
-
-
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:
     assert loader is not None
     return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
@@ -216,11 +214,16 @@ def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int |
 
 
 def _open_validation(
-    config: TrainConfig, topology: Topology, saves: Saves, restored: Restored, loader: PackLoader | None
+    config: TrainConfig,
+    topology: Topology,
+    saves: Saves,
+    restored: Restored,
+    loader: PackLoader | None,
+    streams: int,
 ) -> Validation | None:
     if config.validation is None or restored.progress.is_complete(config.run.steps):
         return None
-    validation = Validation(config, topology, loader.encoder if loader else None)
+    validation = Validation(config, topology, loader.encoder if loader else None, streams)
     if restored.resumed and config.checkpoint.keep_best is not None:
         validation.require_comparable(saves.store.manifest(restored.progress.step).about)
     return validation

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from sftstream.excerpt import printable
 from sftstream.tokenization.encoder import ChatEncoder
 
 
@@ -28,8 +29,8 @@ def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
         "{% generation %} tags": "yes" if report.has_generation_tags else "no",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     table.add_section()
     for shape, verdict in report.shapes.items():
-        table.add_row(shape, f"printed {verdict}" if verdict.startswith("whole") else verdict)
+        table.add_row(shape, printable(f"printed {verdict}" if verdict.startswith("whole") else verdict))
     (console or Console(highlight=False, markup=False)).print(table)

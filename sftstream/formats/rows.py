@@ -36,11 +36,11 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
             raise _too_large(len(row), settings)
         if usual and settings.columns is None and not settings.ignore and (conversation := typed_json(row)):
             return conversation
-    fields = _fields(row, settings)
+    fields = row_fields(row, settings)
     if usual and not isinstance(row, bytes) and (conversation := typed_row(fields, settings.max_row_bytes)):
         return conversation
-    if not isinstance(row, bytes) and (size := _size(fields, settings.max_row_bytes)) > settings.max_row_bytes:
-        raise _too_large(size, settings)
+    if not isinstance(row, bytes):
+        require_small(row, fields, settings)
     known = fields.keys().isdisjoint(BESIDE_MESSAGES)
     messages = typed_messages(fields) if known and usual else None
     if messages is None:
@@ -76,7 +76,7 @@ def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
     Return an empty set for a row that is refused.
     """
     try:
-        return unread_names(_fields(row, settings), settings)
+        return unread_names(row_fields(row, settings), settings)
     except (Refused, BrokenRow):
         return set()
 
@@ -95,6 +95,13 @@ def decode_row(row: RawRow) -> Any:
         if (columns := _readable_columns(row)) is not None:
             return columns
         raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def require_small(row: RawRow, fields: Row, settings: RowSettings) -> None:
+    """Raise Refused if a row is larger than `settings.max_row_bytes`."""
+    size = len(row) if isinstance(row, bytes) else _size(fields, settings.max_row_bytes)
+    if size > settings.max_row_bytes:
+        raise _too_large(size, settings)
 
 
 def _too_large(size: int, settings: RowSettings) -> Refused:
@@ -119,7 +126,7 @@ def _size(fields: Row, enough: int) -> int:
     return size
 
 
-def _fields(row: RawRow, settings: RowSettings) -> Row:
+def row_fields(row: RawRow, settings: RowSettings) -> Row:
     """Return the columns of a row: renamed by `settings.columns`, without `settings.ignore`."""
     decoded = decode_row(row)
     if not isinstance(decoded, Mapping):

@@ -20,7 +20,7 @@ from sftstream.rendering.markers import locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
-from sftstream.rendering.turns import Turn, find_turns
+from sftstream.rendering.turns import Turn, find_turns, representatives
 
 CHECK_INTERVAL = 4096
 """Number of conversations rendered from plans up to the next comparison with the template."""
@@ -79,12 +79,9 @@ class Renderer:
         if self.policy.history == "as_rendered":
             return RenderedConversation(conversation, (whole,))
         trained = trained_messages(conversation.messages, self.policy)
-        parts = [_up_to(conversation, index) for index in trained]
-        if trained and trained[-1] == len(conversation.messages) - 1:
-            earlier, last = [self.render(part) for part in parts[:-1]], parts[-1:]
-        else:
-            earlier, last = [self.render(part) for part in parts], []
-        if all(whole.text.startswith(part.text[: max(part.bounds, default=0)]) for part in earlier):
+        earlier = [index for index in trained if index < len(conversation.messages) - 1]
+        messages = [template_message(message) for message in conversation.messages]
+        if all(self._is_printed_alike(conversation, index, whole) for index in representatives(messages, earlier)):
             return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
             raise Refused(
@@ -92,8 +89,16 @@ class Renderer:
                 "the template prints a trained message, or text before the message, differently once further "
                 'messages follow; set history = "per_turn" or "as_rendered"',
             )
-        texts = (*earlier, *map(self.render, last))
+        texts = [self.render(_up_to(conversation, index)) for index in trained]
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
+
+    def _is_printed_alike(self, conversation: Conversation, index: int, whole: Rendered) -> bool:
+        """Return True if `whole` begins with all text up to the end of trained message `index`.
+
+        The text is a render of the messages up to `index`: what inference has after the message.
+        """
+        part = self.render(_up_to(conversation, index))
+        return whole.text.startswith(part.text[: max(part.bounds, default=0)])
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text and the trained spans of the whole conversation; raises `Refused`.

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sftstream.records import Refused
-from sftstream.rendering.overlap import TAG, common_prefix, contains, cut, cut_prefix, token_or_tag
+from sftstream.rendering.overlap import TAG, common_prefix, contains, cut, cut_prefix, opens_thought, token_or_tag
 from sftstream.rendering.probe_messages import ANSWER, CALLED, RESULT, SAID, SYSTEM, THOUGHT, TOOL, USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
@@ -129,11 +129,26 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
         others = [_gap(template, [USER, USER]), _gap(template, [USER, SYSTEM])]
         shared = [common_prefix(tail, other) for other in others if other is not None]
         begin = max((len(text[: cut(text, tail, control)]) for text in shared), default=len(tail))
-        return tail[begin : min(printed)] if printed and begin < min(printed) else ""
+        if printed and begin < min(printed):
+            return tail[begin : min(printed)]
+        return _header_without_prompt(template, tail)
     before = len(tail) - len(prompt)
     lengths = [length - before for length in printed if length > before]
     opened = len(re.split(r"<think|\[THINK", prompt)[0])
     return prompt[: min([opened, *lengths])]
+
+
+def _header_without_prompt(template: ChatTemplate, tail: str) -> str:
+    """Return the text that opens an answer under a template without any generation prompt.
+
+    `tail` is the text after a user's message at the end of a conversation. The gap before an answer
+    goes on with the header: tail "</s>", gap "</s><assistant>", header "<assistant>". The header is
+    not the assistant's text, although inference does not print it either. White space and an opened
+    thought are no header.
+    """
+    gap = _gap(template, [USER, ANSWER]) or ""
+    header = gap[len(tail) :] if gap.startswith(tail) else ""
+    return "" if opens_thought(header) else header.strip()
 
 
 def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:

@@ -304,13 +304,19 @@ class _TurnSearch:
         """
         key = (self._kinds_before[index], self._kinds[index - 1] if index else None, gap, prompt)
         if rendered := key not in self._tails:
-            marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
+            marking, marked = self._marked
             try:
-                text = self._template.render(marking.mark(self._messages[:index]), self._tools, prompt=prompt)
+                text = self._template.render(marked[:index], self._tools, prompt=prompt)
                 self._tails[key] = marking.tail(text)
             except Refused:
                 self._tails[key] = None
         return self._tails[key], rendered
+
+    @cached_property
+    def _marked(self) -> tuple[Marking, list[TemplateMessage]]:
+        """The markers of the conversation, and the messages with markers."""
+        marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
+        return marking, marking.mark(self._messages)
 
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
@@ -353,6 +359,23 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
+
+
+def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
+    """Return the first and the last index of each group of messages alike.
+
+    Messages are alike if they and their neighbours have the same kind, the same kinds occur before
+    them, and both or none precede the last message of the user. A template that prints one of the
+    group differently once further messages follow does so for the first or the last.
+    """
+    kinds = [_kind(message) for message in messages]
+    before = _distinct_before(kinds)
+    asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    groups: dict[Hashable, list[int]] = {}
+    for index in indices:
+        neighbours = tuple(kinds[max(0, index - 1) : index + 2])
+        groups.setdefault((neighbours, before[index], index < asked), []).append(index)
+    return sorted({index for group in groups.values() for index in (group[0], group[-1])})
 
 
 def _kind(message: TemplateMessage) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
-from sftstream.sources.rows import FileIdentity, Seal, Stored, sealed, stored
+from sftstream.sources.rows import FileIdentity
+from sftstream.sources.stored import Stored, stored
 
 _MOST_ENTRIES = 1_000_000
 """Entries of directories that a `**` may lead to, searched in seconds."""
@@ -49,17 +50,21 @@ class FileLocation(Protocol):
     def open(self) -> BufferedReader:
         """Open the file without downloading it; raises OSError."""
 
-    def change_marker(self) -> object:
-        """Return a value that changes when the file changes, without reading the file.
-
-        For example size and modification time. Raises OSError.
-        """
-
-    def fingerprint(self) -> tuple[object, FileIdentity]:
-        """Return the change marker and the identity, without downloading the file.
+    def watched(self) -> Watched:
+        """Return the identity of the file, without downloading it, and the check for changes.
 
         Raises ValueError if the server sends no version that identifies the content.
         """
+
+
+class Watched(Protocol):
+    """The identity of a file that is read forward, and the check for changes."""
+
+    @property
+    def identity(self) -> FileIdentity: ...
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if the content has changed; for a remote file a request."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,8 @@ class LocalLocation:
     def open(self) -> BufferedReader:
         return self.path.open("rb")
 
-    def change_marker(self) -> Seal:
-        return sealed(self.path.stat())
-
-    def fingerprint(self) -> tuple[Seal, FileIdentity]:
-        read = self.stored()
-        return read.seal, read.identity
+    def watched(self) -> Watched:
+        return self.stored()
 
 
 def _matches(pattern: Path) -> Iterator[Path]:

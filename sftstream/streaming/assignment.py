@@ -36,12 +36,18 @@ class PackAssignment:
     global_batch: int
     shards: int
     workers: int = 1
+    resumed: bool = False
+    """The number of streams is a state's, and a new number divides the rows to come anew."""
 
     def __post_init__(self) -> None:
         if self.shards > self.streams:
+            remedy = (
+                f'set data.streams = {self.shards} and data.accept_changed = ["data.streams"] to rebase the state'
+                if self.resumed
+                else f"raise data.streams to {self.shards} or more"
+            )
             raise ValueError(
-                f"streams = {self.streams} is too low for {self.shards} shards, which need a stream each; "
-                f"raise data.streams to {self.shards} or more"
+                f"streams = {self.streams} is too low for {self.shards} shards, which need a stream each; {remedy}"
             )
 
     def shard(self, pack: int) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 
 from sftstream import formats
 from sftstream.config import DataConfig, RowSettings, SourceConfig
-from sftstream.formats import parse_row
+from sftstream.formats import parse_row, parse_unverified
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
 from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.unverified import encode_unverified
 
 _SAMPLED = 100
 """Number of rows of a source that are examined for unread columns."""
@@ -45,18 +46,28 @@ class ExampleReader:
         """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
 
-    def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
-        read, settings = self.corpus.read, self.corpus.settings
+    def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:
+        """Yield the conversation of each row, or a Refused if the row cannot be trained.
+
+        Of a row without turns in a source with `verified = false`, yields the examples.
+
+        Raises RuntimeError at the end if the content of a file has changed.
+        """
+        read, settings, refs = self.corpus.read, self.corpus.settings, list(refs)
         for ref in refs:
             try:
-                conversation = parse_row(read(ref), settings[ref.source])
+                row = read(ref)
+                if not settings[ref.source].verified and (plain := parse_unverified(row, settings[ref.source])):
+                    yield [encode_unverified(plain, self.encoder.tokenizer)]
+                    continue
+                conversation = parse_row(row, settings[ref.source])
                 self._require_fitting(conversation)
                 yield conversation
             except Refused as refused:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
+        self.corpus.require_unchanged(refs)  # after the reads, so that none came from a changed file
 
     @cached_property
     def _most_letters(self) -> float:
@@ -86,6 +97,8 @@ class ExampleReader:
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
+        if isinstance(loaded, list):
+            return loaded
         return self.encoder.encode_conversation(loaded)
 
 

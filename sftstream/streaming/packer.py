@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -14,7 +14,20 @@ from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segm
 from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
-from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
+from sftstream.streaming.packing import (
+    WindowPlan,
+    WindowSize,
+    build_pack,
+    copied,
+    example_digest,
+    joined,
+    plan_last_window,
+    plan_packs,
+    plan_window,
+    plan_window_of_format_3,
+    ramped,
+    window_size,
+)
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
@@ -27,6 +40,8 @@ REFUSED_SHARE = 16
 """In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
 So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
 mixture differs from the weights by less than 0.2 %."""
+PLANNING: Final = 4
+"""`StreamState.planning` of a new stream."""
 
 
 class PackerConfig(NamedTuple):
@@ -59,7 +74,7 @@ class Window(NamedTuple):
 class Packer(BaseNode[Pack]):
     """Reads a window of examples, divides them into packs by length, and returns one pack per call.
 
-    The emptiest pack of a window is dissolved. Its examples become leftovers, which are divided
+    The emptiest packs of a window are dissolved. Their examples become leftovers, which are divided
     into packs again together with the next window, at most `MAX_WAIT` times. Example: a window of
     4, capacity 100, and lengths 60, 30, 50, 40. The packs are 60 + 40 and 50 + 30. The second is
     dissolved, so 50 and 30 are leftovers.
@@ -87,6 +102,7 @@ class Packer(BaseNode[Pack]):
         self._stream = stream
         self._config = config
         self._check = check
+        self._mixed_by_content = sampler.mixes_by_content
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at `initial_state`, as returned by `get_state`, or at the beginning of the
@@ -126,15 +142,19 @@ class Packer(BaseNode[Pack]):
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
             refused=({},) * len(position.drawn),
+            digests=(),
             row_parts=() if self._config.in_parts else UNSET,
+            planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
+        digests = state.digests
         self.state = msgspec.structs.replace(
             state,
             unlisted=(),
             planned=planned,
+            digests=digests[bool(segments) :] if isinstance(digests, tuple) else UNSET,
             exhausted=not planned and not state.leftovers and self._sampler.exhausted,
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
@@ -153,6 +173,8 @@ class Packer(BaseNode[Pack]):
         Raises ValueError if the row now has another length or is refused.
         """
         example = self._left.get(segment)
+        if example is not None and len(example.tokens) == segment.length:
+            return example
         row = f"row {segment.row} of source {segment.source}"
         if example is None:
             try:
@@ -171,8 +193,7 @@ class Packer(BaseNode[Pack]):
     def _plan_window(self) -> list[Refusal]:
         """Read a window, divide it and the leftovers into packs, and return the refusals."""
         state = self.state
-        window, streams = self._config.window, self._config.streams
-        read = self._read(window_size(window, state.windows, self._stream, streams))
+        read = self._read(self._window_size())
         exhausted = self._sampler.exhausted
         segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
         waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
@@ -181,23 +202,28 @@ class Packer(BaseNode[Pack]):
             *read.examples,
         ]
         lengths = [segment.length for segment in segments]
-        packs, left = self._plan(lengths, waited, keep_all=exhausted)
+        packs, left = self._plan(lengths, waited, last=exhausted)
+        # Concatenated now, while the examples are in the CPU cache.
+        packed = [joined([examples[i] for i in pack]) for pack in packs]
+        self._joined = packed[::-1]
+        # Copied once: a view of an example would keep the array of its whole batch in memory.
+        before = len(state.leftovers)
+        new = [i for i in left if i >= before]
+        self._left = {segments[i]: examples[i] for i in left if i < before}
+        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            digests=tuple(map(example_digest, [*packed, *(self._left[segments[i]] for i in left)])),
             exhausted=not packs and not left and exhausted,
             refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # `joined` copies: a view of an example would keep the array of its whole batch in memory.
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
-        # Concatenated now, while the examples are in the CPU cache.
-        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
@@ -214,19 +240,38 @@ class Packer(BaseNode[Pack]):
         counts = Counter(segment.ref for segment in read)
         return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
-    def _read(self, size: int) -> Window:
-        """Read rows until `size` examples are accepted, `MOST_REFUSED` rows are refused, or the
-        sampler is exhausted."""
+    def _window_size(self) -> WindowSize:
+        config, windows = self._config, self.state.windows
+        if self.state.planning is UNSET:
+            size = ramped(config.window, windows, self._stream, config.streams)
+            return WindowSize(size, 0, size)
+        return window_size(
+            config.window, config.capacity, windows, self._stream, config.streams, self._sampler.rows_left
+        )
+
+    def _read(self, size: WindowSize) -> Window:
+        """Read rows until the window has its size, `MOST_REFUSED` rows are refused, or the sampler
+        is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
-        while len(read.segments) < size and len(read.refused) < MOST_REFUSED:
-            self._sampler.request(min(size - len(read.segments), MOST_REFUSED - len(read.refused)))
+        before = sum([tokens for _, tokens, _ in accepted])
+        capacity = self._config.capacity
+        while len(read.refused) < MOST_REFUSED:
+            missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
+            if not missing:
+                break
+            self._sampler.request(min(missing, MOST_REFUSED - len(read.refused)))
             try:
                 batch = next(self.source)
             except StopIteration:
                 break
             for ref, value in zip(*batch, strict=True):
-                refused = value if isinstance(value, Refused) else self._too_long(value)
+                if isinstance(value, Refused):
+                    refused: Refused | None = value
+                elif len(value) == 1 and len(value[0].tokens) <= capacity:
+                    refused = None  # the common case, without a call
+                else:
+                    refused = self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
                 else:
@@ -246,7 +291,8 @@ class Packer(BaseNode[Pack]):
             accepted[2] += example.targets
             if example.notes:
                 read.notes.update(example.notes)
-            self._sampler.count_tokens(source, length, example.targets)
+            if self._mixed_by_content:
+                self._sampler.count_tokens(source, length, example.targets)
 
     def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
         read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
@@ -266,18 +312,16 @@ class Packer(BaseNode[Pack]):
                 )
         return None
 
-    def _plan(
-        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
-    ) -> tuple[list[list[int]], list[int]]:
+    def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the indices of each pack, and the indices left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
-        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
-        left: list[int] = []
-        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
-        if patient and not keep_all:
-            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
-            packs.remove(left)
-        return self._ordered(packs), left
+        capacity, of_format_3 = self._config.capacity, self.state.planning is UNSET
+        if last:
+            plan_all = plan_packs if of_format_3 else plan_last_window
+            plan = WindowPlan(plan_all(lengths, capacity, urgent), [])
+        else:
+            plan = (plan_window_of_format_3 if of_format_3 else plan_window)(lengths, capacity, urgent)
+        return WindowPlan(self._ordered([sorted(pack) for pack in plan.packs]), plan.left)
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Return the packs in the order in which their first rows were read, or shuffled.

@@ -77,7 +77,7 @@ class PackStreams(IterableDataset[Read | Failed]):
         nodes: dict[int, Packer] = {}
         check = SourceCheck(self._corpus, self._encoder, self._config)
         for number in itertools.count(self._packs):
-            stream = number % self._config.streams
+            stream = number % self._config.stream_count
             if stream not in self._start:
                 continue
             node = nodes[stream] = nodes.get(stream) or self._open(stream, check)

@@ -125,7 +125,8 @@ class ChatEncoder:
 
         A conversation longer than `policy.capacity` is shortened if `policy.overflow` says so.
         """
-        encoded = self.tokenizer.encode_all([text for conversation in rendered for text in conversation.texts])
+        texts = [text for conversation in rendered for text in conversation.texts]
+        encoded = self.tokenizer.encode_all(texts, self._stops)
         if len(encoded) == len(rendered):
             # The common case: each conversation has one text.
             examples = [example if isinstance(example, Refused) else [example] for example in encoded]
@@ -145,12 +146,28 @@ class ChatEncoder:
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
         try:
-            return shorten(rendered.conversation, self.policy, self._encode_part)
+            borders = self._borders(rendered.conversation)
+            return shorten(rendered.conversation, self.policy, self._encode_part, borders)
         except Refused as refused:
             return refused
 
+    def _borders(self, conversation: Conversation) -> list[int]:
+        """Return for each message the number of tokens up to the end of the last turn so far."""
+        rendered, turns = self.renderer.render_whole(conversation)
+        ends = {turn.message: turn.span.end for turn in turns}
+        at, borders = 0, [0]
+        for index in range(len(conversation.messages)):
+            end = max(at, ends.get(index, at))
+            borders.append(borders[-1] + len(self.tokenizer.ids(rendered.text[at:end])))
+            at = end
+        return borders[1:]
+
     def _encode_part(self, conversation: Conversation) -> Example:
-        return self.tokenizer.encode(self.render(conversation))
+        return self.tokenizer.encode(self.render(conversation), self._stops)
+
+    @property
+    def _stops(self) -> tuple[str, ...]:
+        return self.report.turn_format.stops + self.report.turn_format.call_stops
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:

@@ -62,7 +62,7 @@ def test_a_data_state_of_an_earlier_version_is_written_again_under_the_same_name
         number: stream | {"refused": [stream["refused"], {}]}  # of the first source, see `mixed_sources`
         for number, stream in saved["streams"].items()
     }
-    now = saved | {"identity": saved["identity"] | {"format": 4}, "streams": streams}
+    now = saved | {"identity": saved["identity"] | {"format": 4, "versions": {}}, "streams": streams}
     assert DataState.parse(saved).builtins() == tiny.resealed(now)
     assert tiny.resealed(now) == now | {"checksum": tiny.resealed(now)["checksum"]}
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from sftstream.cache import directory
+from sftstream import cache_directory
 
 # torch 2.11 has the kernel but not the argument; key and value heads are repeated for that version.
 _VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -220,7 +220,7 @@ def _load_fa4() -> Attend:
     # The package compiles its kernels at the first call, 10 s that a cache saves later starts. Its
     # default directory lies in /tmp, where another user could have placed code.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(directory() / "flash-attention"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention"))
     from flash_attn.cute import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -53,6 +53,16 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     return loader
 
 
+def assign_packs(loader: PackLoader | None, data: DataConfig, topology: Topology) -> PackAssignment:
+    """Return the assignment of the packs of `data` to shards. Collective.
+
+    All ranks take the number of streams from the first rank's loader.
+    """
+    streams = [loader.config.stream_count if loader else 0]
+    dist.broadcast_object_list(streams, src=0)
+    return PackAssignment(streams[0], data.global_batch, topology.dp)
+
+
 def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     """Return `config` with a date for the template, equal on all ranks. Collective."""
     days = [datetime.now(UTC).date().isoformat()]
@@ -63,13 +73,17 @@ def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
+NUMBERS = 7
+"""Length of `LocalStep.numbers`, in the order of the first fields of `StepTotals`."""
+
+
 class LocalStep(NamedTuple):
     """One rank's packs of a step, with counts and the position after the step."""
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, squared lengths, rows, refused rows, and 1 if the shard is not
-    exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations, and 1
+    if the shard is not exhausted, else 0."""
     counts: list[int]
     """Rows accepted, too long and refused otherwise since the run's start, for one source after the
     other, of the shard's streams."""
@@ -156,6 +170,7 @@ def _read(loader: PackLoader) -> LocalStep:
         sum(squared_lengths(pack) for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
+        sum(bool(pack.segments) for pack in packs),
         int(not loader.exhausted),
     ]
     counts = [number for source in loader.row_counts for number in source]
@@ -195,6 +210,8 @@ class StepTotals(NamedTuple):
     """Conversations in the packs, and refused rows."""
     refused: int
     """Rows refused on the way to the packs."""
+    filled_packs: int
+    """Packs with conversations."""
     unexhausted_shards: int
     """Shards with rows left to read; 0 after the last step of the data."""
     stop: int
@@ -213,7 +230,7 @@ def reduce_totals(
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
     mine = step_reader.step
-    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * 6, [0] * 3 * step_reader.sources)
+    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * NUMBERS, [0] * 3 * step_reader.sources)
     sums = [*numbers, int(stop), *counts]
     row = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
@@ -226,12 +243,9 @@ def reduce_totals(
     for shard in step_reader.assignment.shards_of_step(step):
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, squares, conversations, refused, unexhausted, stopping, *row_numbers = totals
-    digest = batch_digest(map(_hex, in_order))
-    row_counts = tuple(RowCounts(*row_numbers[i : i + 3]) for i in range(0, len(row_numbers), 3))
-    return StepTotals(
-        trained_tokens, tokens, squares, conversations, refused, unexhausted, stopping, digest, row_counts
-    )
+    row_counts = tuple(RowCounts(*totals[i : i + 3]) for i in range(NUMBERS + 1, len(totals), 3))
+    fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
+    return StepTotals(**fields, digest=batch_digest(map(_hex, in_order)), row_counts=row_counts)
 
 
 def _words(digest: str) -> list[int]:

@@ -52,6 +52,9 @@ Above either limit, the oldest shape is removed with its plans.
 PLANS = 8
 """Largest number of plans of a shape. Each has other answers to the template's questions."""
 
+LONGEST = 64
+"""Largest number of messages of a conversation with a plan; longer ones rarely share a shape."""
+
 NOT_JSON = TypeError, ValueError, RecursionError
 """Errors raised by values that have no JSON form or no exact key, a date for example."""
 
@@ -84,6 +87,8 @@ class RenderCache:
 
     def learn(self, conversation: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Trace the template on the conversation; keep the plan if it prints exactly `rendered`."""
+        if len(conversation.messages) > LONGEST:
+            return
         try:
             shape, values = split_conversation(conversation, self._reads_inside)
             plans = self.plans.get(shape, [])
