@@ -2,6 +2,10 @@
 
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
+from sftstream.ledger.files import in_order
+from sftstream.ledger.records import Session
+from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
+from sftstream.ledger.writer import LedgerWriter
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
 from sftstream.records import (
     IGNORE_INDEX,
@@ -27,11 +31,14 @@ __version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "NO_SEGMENTS",
+    "SEGMENT",
     "ChatEncoder",
     "Conversation",
     "DataConfig",
     "DataState",
     "Example",
+    "LedgerWriter",
     "LoaderPosition",
     "Message",
     "Pack",
@@ -41,6 +48,8 @@ __all__ = [
     "Refusal",
     "Refused",
     "Segment",
+    "Segments",
+    "Session",
     "Shard",
     "SourceConfig",
     "StreamState",
@@ -53,8 +62,10 @@ __all__ = [
     "diff",
     "differences",
     "identify_file",
+    "in_order",
     "merge",
     "read_conversations",
     "read_toml",
     "rows_in_all_epochs",
+    "segments_of",
 ]

@@ -19,6 +19,7 @@ from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.reporting.display import Display
+from trainer.reporting.ledger import gather_streams, session
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.setup import Run, prepare_run, say_start
@@ -98,7 +99,7 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     watch = Watch(run.config.parallel.timeout_seconds)
     with stopping as stop, _open_log(run, progress) as log, run.display, watch:
         while not done:
-            step = _take_step(run, progress, stop, watch)
+            step = _take_step(run, progress, stop, watch, log)
             progress = step.progress
             if log:
                 _report(run, step, log)
@@ -115,15 +116,22 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
 
 
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
-    return RunLog(run.config.run.directory, progress.step) if run.topology.first else nullcontext()
+    loader = run.step_reader.loader
+    if not run.topology.first or loader is None:
+        return nullcontext()
+    log = RunLog(run.config.run.directory, progress.step)
+    log.ledger.begin(session(loader, run.topology, progress.step))
+    return log
 
 
-def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch) -> FinishedStep:
+def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, log: RunLog | None) -> FinishedStep:
     """Read the packs, train on them, and validate after every `validation.every`-th step."""
     config, began = run.config, time.perf_counter()
     number = progress.step + 1
     with watch.waiting_for(number, "the packs and counts of all ranks"):
         batch = _next_batch(run, progress, stop)
+    if log:
+        log.ledger.add(number, batch.totals.segments)  # before the step, for a step that ends the run by an error
     rate = run.learning_rate(progress)
     with watch.waiting_for(number, "the loss and gradients of all ranks"):
         result = train_step(
@@ -187,5 +195,8 @@ def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
 
 def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> None:
     position = run.step_reader.position
+    streams = gather_streams(position, run.topology)
+    if log and position:
+        log.ledger.keep_state(position.header, streams)
     snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.validation_loss)
     run.saves.save(snapshot, log, last=last)

@@ -18,8 +18,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftstream import DataConfig, DataState, LoaderPosition, Pack, PackAssignment, PackLoader, Refusal, batch_digest
+from sftstream import (
+    NO_SEGMENTS,
+    DataConfig,
+    DataState,
+    LoaderPosition,
+    Pack,
+    PackAssignment,
+    PackLoader,
+    Refusal,
+    Segments,
+    batch_digest,
+    in_order,
+    segments_of,
+)
 from trainer.distributed.mesh import Topology
+from trainer.training.segment_gather import SegmentGather
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
@@ -62,6 +76,8 @@ class LocalStep(NamedTuple):
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
     """Position of the loader after the step."""
+    segments: Segments
+    """Segments of the packs, numbered by their place in `packs`."""
 
 
 class StepReader:
@@ -85,6 +101,7 @@ class StepReader:
         self.assignment = assignment
         self.step: LocalStep | None = None
         """The last step returned by `packs`; None on ranks without a loader."""
+        self.gather = SegmentGather()
         self._group = group
         self._capacity = capacity
         self._thread = ThreadPoolExecutor(1, "step_reader") if ahead and loader and loader.workers else None
@@ -140,7 +157,8 @@ def _read(loader: PackLoader) -> LocalStep:
         refused,
         int(not loader.exhausted),
     ]
-    return LocalStep(packs, numbers, [word for pack in packs for word in _words(pack.digest())], loader.position())
+    digests = [word for pack in packs for word in _words(pack.digest())]
+    return LocalStep(packs, numbers, digests, loader.position(), segments_of(packs))
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -179,6 +197,9 @@ class StepTotals(NamedTuple):
     """Number of ranks with a request to stop."""
     digest: str
     """Hash of the packs of all shards, in the order of the run."""
+    segments: Segments
+    """Segments of the packs of all shards, in the order of the run; empty on all ranks but the
+    first."""
 
 
 def reduce_totals(
@@ -191,20 +212,34 @@ def reduce_totals(
     numbers, digests = (
         (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
     )
-    row = torch.tensor([*numbers, int(stop), *digests])
+    shards = step_reader.assignment.shards_of_step(step)
+    segments = _numbered(step_reader.step.segments, shards, topology) if step_reader.step else NO_SEGMENTS
+    counts = torch.tensor([*numbers, int(stop), *digests])
+    row = torch.cat([counts, step_reader.gather.row(segments)])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
-    table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
+    gathered = torch.stack(rows)
+    segments = step_reader.gather.gathered(gathered[:, len(counts) :], segments, first=topology.first)
+    table = gathered[:, : len(counts)].reshape(topology.dp, topology.tp, -1)
     totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
     words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
-    taken = Counter[int]()  # packs of each shard that stand in in_order
-    in_order = []
-    for shard in step_reader.assignment.shards_of_step(step):
-        in_order.append(words[shard, taken[shard]])
+    taken = Counter[int]()  # packs of each shard that stand in ordered
+    ordered = []
+    for shard in shards:
+        ordered.append(words[shard, taken[shard]])
         taken[shard] += 1
     trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
-    digest = batch_digest(map(_hex, in_order))
-    return StepTotals(trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest)
+    digest = batch_digest(map(_hex, ordered))
+    return StepTotals(
+        trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest, in_order(segments)
+    )
+
+
+def _numbered(segments: Segments, shards: list[int], topology: Topology) -> Segments:
+    """Return segments with the packs' places in the step instead of the places in the shard."""
+    result = segments.copy()
+    result["pack"] = np.flatnonzero(np.array(shards) == topology.shard.index)[segments["pack"]]
+    return result
 
 
 def _words(digest: str) -> list[int]:
