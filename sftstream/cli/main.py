@@ -18,6 +18,7 @@ from sftstream.cli.bench import measure, show
 from sftstream.cli.ledger import audit, find, trace
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_report
+from sftstream.cli.verify import verify_resume
 from sftstream.excerpt import one_line, printable
 from sftstream.state import describe
 from sftstream.state import diff as differing
@@ -97,7 +98,7 @@ def bench(
     show(*measure(read_data_config(config, []), seconds), Console(highlight=False, markup=False))
 
 
-for _command in (audit, trace, find):
+for _command in (audit, trace, find, verify_resume):
     app.command()(_command)
 
 

@@ -14,6 +14,7 @@ from sftstream.ledger.once import Trained, astray, draws_of, moved, repeated, un
 from sftstream.ledger.reader import Ledger, refs_of
 from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import Session, StepLine, StepSegments
+from sftstream.ledger.segments import segments_of
 from sftstream.records import Ref, batch_digest
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
@@ -258,14 +259,13 @@ def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[s
         packs = rebuilder.step(step.segments)
     except ValueError as error:
         return [f"step {step.step} cannot be built again: {error}"]
-    trained = {
-        place: int(step.segments["trained_tokens"][step.segments["pack"] == place].sum()) for place in range(len(packs))
-    }
-    for place, pack in enumerate(packs):
-        if (count := pack.trained_tokens) != trained[place]:
-            return [
-                f"pack {place} of step {step.step}: {trained[place]:,} trained tokens in the ledger, {count:,} built"
-            ]
+    built = segments_of(packs)
+    if len(built) != len(step.segments):
+        return [f"step {step.step} has segments in packs that a step does not have"]
+    if len(wrong := np.flatnonzero(built != step.segments)):
+        ours, theirs = (array["trained_tokens"][wrong[0]] for array in (step.segments, built))
+        row = f"row {built['row'][wrong[0]]} of source {built['source'][wrong[0]]}"
+        return [f"step {step.step}: {row} has {ours:,} trained tokens in the ledger, {theirs:,} when built again"]
     if (digest := batch_digest(pack.digest() for pack in packs)) != line.batch_digest:
         return [
             f"step {step.step}: the packs in the ledger have the digest {digest[:12]}, metrics.jsonl has "

@@ -53,6 +53,8 @@ class Rebuilder:
         result = {}
         for place in np.unique(segments["pack"]).tolist():
             chosen = segments_as_records(segments[segments["pack"] == place])
+            if (tokens := sum(segment.length for segment in chosen)) > self.config.capacity:
+                raise ValueError(f"pack {place} holds {tokens:,} tokens of {self.config.capacity:,}")
             result[place] = self._pack(tuple(_example(examples, s) for s in chosen), chosen)
         return result
 

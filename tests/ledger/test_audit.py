@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,17 +30,25 @@ REFUSED = {"messages": [{"role": "oracle", "content": "?"}]}
 STEPS = 4
 
 
-@pytest.fixture
-def data(tokenizer: str, tmp_path: Path) -> DataConfig:
+@pytest.fixture(scope="module")
+def data(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """Two epochs of 40 conversations and a refused row."""
-    return tiny.data_config(tokenizer, tiny.write_jsonl(tmp_path / "rows.jsonl", [*tiny.rows(40), REFUSED]))
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    return tiny.data_config(tokenizer, tiny.write_jsonl(path, [*tiny.rows(40), REFUSED]))
+
+
+@pytest.fixture(scope="module")
+def _whole(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    run_data(data, directory, STEPS, 2)
+    run_data(data, directory, 10**6, 2, shards=2)
+    return directory
 
 
 @pytest.fixture
-def done(data: DataConfig, tmp_path: Path) -> Path:
+def done(_whole: Path, tmp_path: Path) -> Path:
     """The directory of a run to the end of its data, in two sessions on two topologies."""
-    run_data(data, tmp_path / "run", STEPS, 2)
-    run_data(data, tmp_path / "run", 10**6, 2, shards=2)
+    shutil.copytree(_whole, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -115,7 +124,7 @@ FAULTS = {
     "repeat": (_repeat, "step 3: "),
     "swap": (_swap, "step 2: the packs in the ledger have the digest "),
     "alter": (_alter, "step 2 cannot be built again: row "),
-    "alter labels": (_alter_labels, "of step 2: "),
+    "alter labels": (_alter_labels, "step 2: row "),
     "drop step": (_drop_step, "step 2: 0 tokens in the ledger, "),
 }
 
@@ -147,11 +156,12 @@ def test_a_fault_of_the_loader_that_is_in_the_metrics_too_is_named(name: str, do
     assert any(message in line for line in differences), differences
 
 
-def test_a_conversation_altered_in_the_source_is_named(done: Path, tmp_path: Path) -> None:
+def test_a_conversation_altered_in_the_source_is_named(tokenizer: str, tmp_path: Path) -> None:
     rows = tiny.rows(40)
+    run_data(tiny.data_config(tokenizer, tiny.write_jsonl(tmp_path / "rows.jsonl", rows)), tmp_path / "run", 2, 2)
     rows[7] = tiny.chat("other", "words")
-    tiny.write_jsonl(tmp_path / "rows.jsonl", [*rows, REFUSED])
-    (difference,) = audit(Ledger(done)).differences
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    (difference,) = audit(Ledger(tmp_path / "run")).differences
     assert difference.startswith("the data is not the data of the run: data.sources[0].files[0].")
 
 
