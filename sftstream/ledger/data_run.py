@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-import sftstream
 from sftstream.config import DataConfig
 from sftstream.ledger.files import publish
 from sftstream.ledger.records import RefusedLine, Session, StepLine
@@ -105,7 +105,7 @@ def _session(loader: PackLoader, step: int, shards: int) -> Session:
         after=step,
         mesh={"dp": shards},
         workers=loader.workers,
-        version=sftstream.__version__,
+        version=metadata.version("sftstream"),
         directory=os.getcwd(),
         data=loader.config,
         identity=header.identity,

@@ -148,7 +148,7 @@ def _judge(
 
 
 def _killed(attempt: Attempt, directory: Path, draw: random.Random) -> bool:
-    """Kill an attempt at a random moment after one to three more steps; False if it ended before."""
+    """Kill an attempt at a random moment after 1 to 3 more steps; False if it ended before."""
     wanted, deadline = _steps(directory) + draw.randint(1, 3), time.monotonic() + NEVER
     while attempt.alive() and _steps(directory) < wanted and time.monotonic() < deadline:
         time.sleep(0.001)
