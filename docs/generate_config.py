@@ -144,7 +144,7 @@ def type_name(kind: Any) -> str:
         inner = type_name(arguments[0])
         return f"list of {inner}s" if Ellipsis not in arguments or "`" not in inner else f"list of {inner}"
     if origin is dict:
-        return f"table of {type_name(arguments[1])}s"
+        return "table" if arguments[1] is Any else f"table of {type_name(arguments[1])}s"
     return "table" if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else NAMES[kind]
 
 

@@ -1,5 +1,6 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
+from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.ledger.files import in_order
@@ -24,7 +25,10 @@ from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, describe, diff, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
+from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.tokenizer import count_token_ids
 from sftstream.toml_file import read_toml
 
 __version__ = "0.2.0"
@@ -33,11 +37,13 @@ __all__ = [
     "IGNORE_INDEX",
     "NO_SEGMENTS",
     "SEGMENT",
+    "TOO_LONG",
     "ChatEncoder",
     "Conversation",
     "DataConfig",
     "DataState",
     "Example",
+    "Forecast",
     "LedgerWriter",
     "LoaderPosition",
     "Message",
@@ -47,6 +53,7 @@ __all__ = [
     "Policy",
     "Refusal",
     "Refused",
+    "RowCounts",
     "Segment",
     "Segments",
     "Session",
@@ -58,14 +65,19 @@ __all__ = [
     "ToolCalls",
     "__version__",
     "batch_digest",
+    "cache_directory",
+    "count_token_ids",
     "describe",
     "diff",
     "differences",
+    "exceeded_limits",
     "identify_file",
     "in_order",
     "merge",
     "read_conversations",
     "read_toml",
+    "require_few_refused",
     "rows_in_all_epochs",
     "segments_of",
+    "sum_row_counts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,6 +12,30 @@ from sftstream.records import Role
 Shuffle = bool | Literal["shards"]
 """true: all rows in a new order each epoch; "shards": files in a new order, with the rows of a file
 in stored order; false: all rows in stored order."""
+
+
+MOST = {
+    "max_row_bytes": 2**30,
+    "repeat": 10**6,
+    "after": 10**15,
+    "capacity": 2**24,
+    "streams": 2**16,
+    "global_batch": 2**17,
+    "window": 2**17,
+    "workers": 2**10,
+    "prefetch": 2**12,
+    "seed": 2**63 - 1,
+    "epochs": 10**12,
+}
+"""Largest value of each number in the `[data]` table, far above any use: a larger number is a slip
+that would fill the memory or take hours before the first pack."""
+
+
+def _require_at_most(config: msgspec.Struct) -> None:
+    for field in config.__struct_fields__:
+        value = getattr(config, field)
+        if isinstance(value, int | float) and field in MOST and value > MOST[field]:
+            raise ValueError(f"{field} = {value} must be at most {MOST[field]}")
 
 
 class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,9 +55,14 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Additional names of roles: name in the files -> "system", "user", "assistant" or "tool".
     `{narrator = "user"}` treats messages of `narrator` as messages of the user. Default: none."""
     max_row_bytes: int = 16 << 20
-    """Largest size of a row in bytes; at least 1. A larger row is refused before it is parsed or
+    """Largest size of a row in bytes; 1 to 2**30. A larger row is refused before it is parsed or
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the
     size is the sum over its texts."""
+
+    verified: bool = True
+    """true: read only rows of which the trained words can be proved, which are rows with turns.
+    false: also train rows of plain `text`, and rows of `input_ids` with `labels` or a mask, as they
+    are. The state counts these rows as unverified."""
 
     def __post_init__(self) -> None:
         if self.columns is not None and not self.columns:
@@ -42,6 +71,7 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.max_row_bytes < 1:
             raise ValueError(f"max_row_bytes = {self.max_row_bytes} must be at least 1")
+        _require_at_most(self)
         if both := sorted({*self.ignore} & {*(self.columns or ()), *(self.columns or {}).values()}):
             raise ValueError(f"columns and ignore both name {both[0]!r}; remove the name from one of the two")
 
@@ -57,9 +87,9 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     no local path matches: a remote path with a scheme (hf://, s3://, gs://, https://, ...), which
     is downloaded once into the cache, or the name of a hub dataset, `organisation/name`."""
     split: str | None = None
-    """Split of a hub dataset or of a directory with the layout of a hub dataset, in the syntax of
-    `datasets` ("train", "train[:10%]"); or split of a dataset written by `save_to_disk`. Default:
-    the only split."""
+    """Split of a hub dataset, of a directory with the layout of a hub dataset, or of a dataset
+    written by `save_to_disk`, in the syntax of `datasets`: "train", "train[:10%]", "train+test".
+    Default: the only split."""
     subset: str | None = None
     """Subset (configuration name) of a hub dataset, or of a directory with the layout of a hub
     dataset. Default: the only subset, or the subset that `datasets` loads by default."""
@@ -83,9 +113,10 @@ class SourceConfig(RowSettings, frozen=True, kw_only=True, forbid_unknown_fields
     saved position. If there are other sources, a streamed source needs a weight. false: download
     remote files, index all files, and read rows in any order."""
     digest: Literal["sampled", "full"] = "sampled"
-    """Bytes of a file above 256 MiB that a resume compares, by digest. "sampled": 128 evenly spread
-    slices of 1 MiB. "full": every byte, which takes 0.8 s per GB. In smaller files every byte is
-    compared."""
+    """Bytes of a file above 256 MiB that are read before the first pack, for the digest that a
+    resume compares. "sampled": 128 evenly spread slices of 1 MiB; a thread reads the whole file
+    beside the training, and later states hold the digest of every byte. "full": every byte, which
+    takes 1 s per GB. Of smaller files, every byte is read."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -112,6 +143,7 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
+        _require_at_most(self)
         if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
             raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
 
@@ -132,6 +164,12 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     date: str | None = None
     """Day (YYYY-MM-DD) that the template prints as today's date. Default: the day of the run's
     first start, which a resume keeps."""
+    variables: dict[str, Any] = {}
+    """Further variables of the template: name -> text, number, true, false, list or table.
+    `{enable_thinking = false}` is for Qwen3 what `chat_template_kwargs` is in an inference server.
+    A row's column `chat_template_kwargs` overrides single variables for the row. Names that every
+    render sets are refused: `messages`, `tools`, `add_generation_prompt`, `bos_token`, ... Default:
+    no further variables."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -159,11 +197,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "truncate": cut it after the last answer that fits. "split": cut it before user messages into
     several examples; each example repeats the system prompt."""
     capacity: int = 8192
-    """Number of tokens in a pack, padding included; at least 1."""
+    """Number of tokens in a pack, padding included; 1 to 2**24."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity = {self.capacity} must be at least 1")
+        _require_at_most(self)
         if not self.train_on:
             raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
 
@@ -175,33 +214,35 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sources of conversations; at least one."""
     tokenizer: TokenizerConfig
     """The tokenizer and the chat template."""
-    streams: int = 64
+    streams: int | Literal["auto"] = "auto"
     """Number of logical streams: queues of packs, each made from a fixed subset of every epoch's
-    rows; at least 1, fixed for a run. Each data-parallel shard reads some of the streams, so there
+    rows; 1 to 2**16, fixed for a run. Each data-parallel shard reads some of the streams, so there
     must be at least as many streams as shards. If the number of shards divides `streams` and
     `global_batch`, all shards have the same number of packs in each step; otherwise some shards run
-    empty packs. Choose few streams for little data: a stream should get several windows of
-    conversations in an epoch."""
+    empty packs. "auto": chosen at the first start of the run, from the number of rows, the lengths
+    of a sample, `capacity`, `window` and the number of shards. The result is a multiple of the
+    number of shards: few streams for little data, because each stream ends with a partly filled
+    pack, and up to 64 for much data. A resume keeps the number on any number of shards."""
     global_batch: int = 64
-    """Number of packs in an optimizer step, over all shards; at least 1."""
+    """Number of packs in an optimizer step, over all shards; 1 to 2**17."""
     shuffle: Shuffle = True
     """true: a new order of all rows in each epoch, drawn from `seed`. "shards": a new order of the
     files in each epoch, with the rows of a file in stored order; for streamed sources. false: the
     stored order."""
     window: int = 256
-    """Number of examples that a stream reads together and divides into packs; at least 1. A larger
+    """Number of examples that a stream reads together and divides into packs; 1 to 2**17. A larger
     window fills packs better, but moves conversations further from their place in the order."""
     workers: int = 1
     """Number of loader processes of a data-parallel shard; 0 loads in the training process. Does
     not affect the packs."""
     prefetch: int = 16
-    """Number of packs that each worker keeps ready; at least 1. Does not affect the packs. A worker
+    """Number of packs that each worker keeps ready; 1 to 2**12. Does not affect the packs. A worker
     reads a whole window before it returns the first pack of the window. Training does not wait
     during this read if more packs are ready than a window has."""
     seed: int = 0
     """Seed of the order of rows and packs."""
     epochs: int | None = None
-    """Passes over all conversations; at least 1. Default: the stream never ends."""
+    """Passes over all conversations; 1 to 10**12. Default: the stream never ends."""
     mix_by: Literal["conversations", "tokens", "trained_tokens"] = "conversations"
     """Unit of the sources' weights. A source with weight 2 beside a source with weight 1 provides
     two thirds of the conversations, of the tokens, or of the trained tokens."""
@@ -215,17 +256,23 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names of differences from the checkpoint that a resume accepts, for example
     "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
     resume stops at any difference."""
-    max_refused: float = 1.0
-    """Largest share of refused rows, from 0 to 1. If more rows are refused, the run stops; the
-    share is first checked after 100 rows. Default: 1.0, the run never stops."""
+    max_refused: float = 0.1
+    """Largest share of a source's rows that may be refused for other reasons than their length,
+    from 0 to 1. Judged for each source over all shards at the end of a step, from 100 rows of the
+    source on; a run above the share stops. Before the whole source was read, three standard
+    deviations are added for chance. 1 never stops."""
+    max_too_long: float = 0.5
+    """Largest share of a source's rows that may be refused for their length (longer than `capacity`
+    or `max_row_bytes`), from 0 to 1. Judged like `max_refused`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_refused <= 1:
-            raise ValueError(f"max_refused = {self.max_refused} must be a share from 0 to 1")
+        for field in ("max_refused", "max_too_long"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} = {getattr(self, field)} must be a share from 0 to 1")
         for field in ("streams", "global_batch", "window", "prefetch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
+            if (value := getattr(self, field)) != "auto" and value < 1:
+                raise ValueError(f"{field} = {value} must be at least 1")
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers} must be 0 (load in the training process) or more")
         if self.epochs is not None and self.epochs < 1:
@@ -266,6 +313,12 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if len(self.sources) > 1 and source.weight is None:
             raise ValueError(f"source {source.path!r} is streamed, so its size is unknown; give weights to all sources")
+
+    @property
+    def stream_count(self) -> int:
+        """`streams` as a number; a loader replaces "auto" by a number."""
+        assert self.streams != "auto", 'streams = "auto" has no number before a loader is open'
+        return self.streams
 
     def shuffle_of(self, source: SourceConfig) -> Shuffle:
         """Return `source.shuffle`, or `self.shuffle` if the source has no value of its own."""

@@ -59,11 +59,14 @@ def _is_error(error: BaseException) -> bool:
 
 
 def _is_ours(error: BaseException, trace: TracebackType | None) -> bool:
-    """Return True for an error made by a `raise` statement of this package.
+    """Return True for an error with a message of this package.
 
-    An extension module's error also leaves from a line of this package, but from a call.
+    Such an error is raised by a `raise` statement, not by the call of an extension module, and its
+    type is from no other package, as ArrowInvalid would be.
     """
     if not isinstance(error, ValueError | RuntimeError) or trace is None:
+        return False
+    if type(error).__module__.partition(".")[0] not in ("builtins", _PACKAGE):
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next

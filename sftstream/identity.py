@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from sftstream.excerpt import excerpt
 from sftstream.records import Role
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.sources import Corpus, FileIdentity, FileSet, StreamedSource
+from sftstream.sources.full_digests import Digests
 from sftstream.tokenization.encoder import ChatEncoder
 
 FORMAT = 4
@@ -40,8 +42,11 @@ FIXED = re.compile(r"data\.(seed|(sources\[\d+\]\.)?(shuffle|shards))")
 """Paths of settings that decide the order of rows. A change cannot be accepted, because the rows
 drawn before the change and the rows left after it would overlap or have gaps."""
 
+LIBRARIES = ("tokenizers", "transformers", "jinja2")
+"""Libraries that render and tokenize."""
+
 WITHOUT_EFFECT = {
-    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused"},
+    DataConfig: {"workers", "prefetch", "accept_changed", "max_refused", "max_too_long"},
     SourceConfig: {"digest"},
 }
 """Config fields that do not affect packs, so a resume may change them."""
@@ -62,6 +67,7 @@ class SourceIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     roles: dict[str, Role] | msgspec.UnsetType | None = msgspec.UNSET
     max_row_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    verified: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Identity(Policy, frozen=True, kw_only=True):
@@ -71,7 +77,10 @@ class Identity(Policy, frozen=True, kw_only=True):
     sources: tuple[SourceIdentity, ...]
     tokenizer_sha256: str
     fast_tokenizer: str | None
-    """Name and version of the library used instead of `tokenizers`; None for `tokenizers`."""
+    """Name of the library used instead of `tokenizers`; None for `tokenizers`."""
+    versions: dict[str, str]
+    """Versions of the libraries that render and tokenize, by name. Another version is no
+    difference: a resume then compares the tokens of the waiting rows."""
     template_sha256: str
     date: str | None
     """The date printed by the template (YYYY-MM-DD); None if the template prints no date."""
@@ -86,6 +95,8 @@ class Identity(Policy, frozen=True, kw_only=True):
     mix_by: str
     stages: tuple[StageConfig, ...]
     ends_with: str
+    variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Variables of the chat template given by `tokenizer.variables`."""
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:
@@ -95,12 +106,27 @@ def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identi
         format=FORMAT,
         sources=tuple(map(_identify_source, config.sources, corpus.sources)),
         tokenizer_sha256=encoder.tokenizer.vocabulary.sha256,
-        fast_tokenizer=encoder.tokenizer.fast,
+        fast_tokenizer=encoder.tokenizer.fast and encoder.tokenizer.fast.split()[0],
+        versions=_versions(encoder.tokenizer.fast),
         template_sha256=hashlib.sha256(encoder.template.text.encode()).hexdigest(),
         date=date.isoformat() if date else None,
         turn_format=encoder.report.turn_format,
+        variables=config.tokenizer.variables or msgspec.UNSET,
         **_compared_fields(config, Identity),
     )
+
+
+def _versions(fast_tokenizer: str | None) -> dict[str, str]:
+    """Return the version of each library; `fast_tokenizer` is a name with version, or None."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    return versions if fast_tokenizer is None else versions | dict([fast_tokenizer.split(" ", 1)])
+
+
+def changed_versions(saved: Identity, now: Identity) -> list[str]:
+    """Return each library with another version, as `tokenizers 0.21.0 -> 0.22.0`."""
+    names = dict.fromkeys([*saved.versions, *now.versions])
+    versions = {name: (saved.versions.get(name, "unknown"), now.versions.get(name, "unknown")) for name in names}
+    return [f"{name} {before} -> {after}" for name, (before, after) in versions.items() if before != after]
 
 
 def _identify_source(source: SourceConfig, opened: FileSet | StreamedSource) -> SourceIdentity:
@@ -127,6 +153,17 @@ def _compared_fields(config: DataConfig | SourceConfig, identity: type[msgspec.S
     }
 
 
+def with_full_digests(identity: Identity, digests: Digests) -> Identity:
+    """Return the identity with `digests` in place of the digests of samples."""
+    sources = list(identity.sources)
+    for number, of_files in digests.items():
+        files = list(sources[number].files)
+        for index, digest in of_files.items():
+            files[index] = msgspec.structs.replace(files[index], sha256=digest, sampled=False)
+        sources[number] = msgspec.structs.replace(sources[number], files=tuple(files))
+    return msgspec.structs.replace(identity, sources=tuple(sources))
+
+
 def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     """Return each differing field as `path: before -> after`.
 
@@ -142,36 +179,42 @@ def differences(before: Any, after: Any, path: str = "data") -> list[str]:
     return [] if before == after else [f"{path}: {excerpt(before, 72)} -> {excerpt(after, 72)}"]
 
 
-def accepted_changes(saved: Identity, now: Identity, accepted: Sequence[str]) -> list[str]:
+def accepted_changes(
+    saved: Identity, now: Identity, accepted: Sequence[str], is_possible: Callable[[Sequence[str]], bool]
+) -> list[str]:
     """Return the differences between two identities if all are accepted.
 
     `accepted` holds names such as "data.capacity"; "data.sources[2]" also accepts all differences
-    inside the source. Raises ValueError naming the first ten differences that are not accepted.
+    inside the source. Another version of a library is a difference only if accepted. Raises
+    ValueError naming the first ten differences that are not accepted, with advice to accept them if
+    `is_possible` returns True for all differences.
     """
-    changed = differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
-    refused = [change for change in changed if not any(_covers(name, change) for name in accepted)]
+    changed = [
+        change
+        for change in differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
+        if not change.startswith("data.versions") or _is_covered(change, accepted)
+    ]
+    refused = [change for change in changed if not _is_covered(change, accepted)]
     if refused:
+        advice = _advice(refused) if is_possible(changed) else ""
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and a resume would not be exact: "
-            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{_advice(changed, refused)}"
+            f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{advice}"
         )
     return changed
 
 
-def _advice(changed: Sequence[str], refused: Sequence[str]) -> str:
-    """Return advice on accepting the first difference, or "" if acceptance is impossible."""
-    if any(FIXED.fullmatch(change.split(":")[0]) for change in changed):
-        return ""
+def _advice(refused: Sequence[str]) -> str:
     return (
         f"; data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
         "here, and records the change in the state"
     )
 
 
-def _covers(name: str, change: str) -> bool:
+def _is_covered(change: str, accepted: Sequence[str]) -> bool:
     path = change.split(":")[0]
-    return path == name or path.startswith((f"{name}.", f"{name}["))
+    return any(path == name or path.startswith((f"{name}.", f"{name}[")) for name in accepted)
 
 
 def _flat(lists: Iterable[list[str]]) -> list[str]:

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import accepted_changes, identify
-from sftstream.rebase import rebase
+from sftstream.identity import Identity, accepted_changes, changed_versions, identify, with_full_digests
+from sftstream.rebase import is_possible, rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
+from sftstream.sources.full_digests import FullDigests
 from sftstream.state import DataState, StreamState
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
+from sftstream.streaming.forecast import Forecast, choose_streams, foresee
 from sftstream.streaming.graph import build_stream
+from sftstream.streaming.length_sample import TO_CHOOSE, TO_FORESEE, sample_lengths
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
-from sftstream.streaming.refusals import RefusalLimit
+from sftstream.streaming.refusals import (
+    RowCounts,
+    limit_of,
+    require_few_refused,
+    row_counts,
+    sum_row_counts,
+)
 from sftstream.streaming.sampler import row_order
 from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.version_check import require_equal_tokens
 
 
 class LoaderPosition(NamedTuple):
@@ -61,7 +72,10 @@ class Progress(NamedTuple):
     """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
     """Exhausted streams of the shard."""
-    refusals: RefusalLimit
+    counts: Mapping[int, tuple[RowCounts, ...]]
+    """Rows read from each source, by stream."""
+    examples: Mapping[tuple[int, str], tuple[Refusal, str]]
+    """First refused row since the loader was opened, and its location, by source and limit."""
 
 
 def rows_in_all_epochs(state: DataState) -> int | None:
@@ -92,6 +106,8 @@ class PackLoader:
     state remains that of the last returned pack or step. The next call continues from there.
     `state_dict` may be called from any thread, and from a signal handler.
 
+    `config` is the given config with a number of streams in place of "auto".
+
     Raises ValueError if the topology does not fit the config, or if `state` has other data or
     settings than `config`.
     """
@@ -104,21 +120,26 @@ class PackLoader:
         workers: int | None = None,
         state: Mapping[str, Any] | DataState | None = None,
     ) -> None:
-        self.config = config
         self.shard = shard
         self.workers = config.workers if workers is None else workers
         _check_topology(self.shard, self.workers)
-        self._assignment = PackAssignment(config.streams, config.global_batch, shard.count, max(self.workers, 1))
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
         self.encoder = _open_encoder(config, saved, shard)
+        self.config = config = _with_streams(config, saved, self.corpus, self.encoder, shard)
+        self._assignment = PackAssignment(
+            config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
+        )
+        self._digests = FullDigests(self.corpus)
         start = self._start_from(saved)
         self._run = msgspec.structs.replace(start, streams={})
+        self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
         self._progress = Progress(
             start.packs,
             {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
             frozenset(number for number, stream in start.streams.items() if stream.exhausted),
-            RefusalLimit.of(config.max_refused, start.streams.values()),
+            {number: row_counts(stream) for number, stream in start.streams.items()},
+            {},
         )
         self._workers: dict[int, StreamWorker] = {}
         self._workers_at: EncodedStreams | None = None
@@ -138,6 +159,7 @@ class PackLoader:
         try:
             self._reading_thread = threading.get_ident()
             pack, after = self._advance(before)
+            self._judge(after)
             self._reading_thread = None
             # The last statement: Python handles signals only after calls, and no call follows.
             self._progress = after
@@ -174,6 +196,7 @@ class PackLoader:
             if self._is_exhausted(after):
                 self.close()
             after = after._replace(at=(step + 1) * batch)
+            self._judge(after)
             self._reading_thread = None
             self._progress = after
             return packs
@@ -202,6 +225,15 @@ class PackLoader:
             for number, (opened, source) in enumerate(zip(sources, self.config.sources, strict=True))
         )
 
+    @property
+    def row_counts(self) -> tuple[RowCounts, ...]:
+        """Rows accepted and refused by the shard's streams so far, by source."""
+        return sum_row_counts(self._progress.counts.values())
+
+    def forecast(self) -> Forecast:
+        """Return the packs and the fill to expect of the whole run, from a sample of rows."""
+        return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
+
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that no layout reads.
 
@@ -209,9 +241,12 @@ class PackLoader:
         name. The setting `columns` renames columns; `ignore` suppresses the line. A sample of 100
         rows of each source is examined.
         """
-        unread = zip(self.config.sources, unread_columns(self.corpus), strict=True)
+        found = unread_columns(self.corpus)
+        unread = {number: tuple(sorted(names)) for number, names in enumerate(found) if names}
+        self._unread = unread or msgspec.UNSET
         return [
-            f"source {source.path!r}: nothing reads {', '.join(sorted(names))}" for source, names in unread if names
+            f"source {self.config.sources[number].path!r}: nothing reads {', '.join(names)}"
+            for number, names in unread.items()
         ]
 
     @property
@@ -230,7 +265,10 @@ class PackLoader:
         Raises ValueError inside a step that the shards do not share evenly.
         """
         progress = self._progress
-        run = msgspec.structs.replace(self._run, packs=self._packs_after(progress))
+        digests = self._digests.known or msgspec.UNSET
+        run = msgspec.structs.replace(
+            self._run, packs=self._packs_after(progress), full_digests=digests, unread_columns=self._unread
+        )
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,6 +287,7 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""
+        self._digests.stop()
         readers, self._workers = self._workers, {}
         self._workers_at = None
         for reader in readers.values():
@@ -272,20 +311,39 @@ class PackLoader:
     def _advance(self, before: Progress) -> tuple[Pack, Progress]:
         """Read the shard's next pack after `before`; return it with the progress after the pack."""
         number = self._next_pack(before)
-        stream = number % self.config.streams
+        stream = number % self.config.stream_count
         if self._workers_at is not before.streams:
             self.close()
             self._open_workers(before)
         self._workers_at = None
-        pack, state = next(self._workers[self._assignment.worker(stream)])
+        pack, state, counts = next(self._workers[self._assignment.worker(stream)])
         after = Progress(
             number + 1,
             {**before.streams, stream: state},
             before.exhausted | {stream} if pack.exhausted else before.exhausted,
-            before.refusals.counted(pack),
+            {**before.counts, stream: counts},
+            self._with_examples(before, pack.refused),
         )
         self._workers_at = after.streams
         return pack, after
+
+    def _judge(self, progress: Progress) -> None:
+        """Raise ValueError at a step's border if too many rows are refused.
+
+        A loader of one of several shards knows the counts of its own streams only, and judges
+        nothing: whoever knows all shards calls `require_few_refused`.
+        """
+        if self.shard.count == 1 and progress.at % self.config.global_batch == 0:
+            counts = sum_row_counts(progress.counts.values())
+            require_few_refused(self.config, self.corpus.sizes, counts, progress.examples.values())
+
+    def _with_examples(
+        self, progress: Progress, refused: Sequence[Refusal]
+    ) -> Mapping[tuple[int, str], tuple[Refusal, str]]:
+        """Return the examples with the first refused row of each further source and limit."""
+        first = {(r.source, limit_of(r.reason).key): r for r in reversed(refused)}
+        further = {key: (r, self.locate_row(r)) for key, r in first.items() if key not in progress.examples}
+        return {**progress.examples, **further} if further else progress.examples
 
     def _next_pack(self, progress: Progress) -> int:
         """Return the number in the run of the shard's next pack."""
@@ -314,6 +372,7 @@ class PackLoader:
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
         self._workers = {worker: self._open(worker, progress) for worker in workers}
+        self._digests.start()
 
     def _open(self, worker: int, progress: Progress) -> StreamWorker:
         streams = {
@@ -332,8 +391,12 @@ class PackLoader:
         if saved is None:
             streams = {stream: self._fresh(stream) for stream in owned}
             return DataState(identity=identity, packs=0, streams=streams)
-        if changed := accepted_changes(saved.identity, identity, self.config.accept_changed):
+        before, now = self._in_full(saved, identity)
+        versions = changed_versions(saved.identity, identity)
+        possible = partial(is_possible, saved, identity, self.config, self.corpus)
+        if changed := accepted_changes(before, now, self.config.accept_changed, possible):
             saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
+            versions = []  # all waiting rows were read again
         require_sound(saved, self.config, self.corpus)
         if missing := [stream for stream in owned if stream not in saved.streams]:
             raise ValueError(
@@ -346,12 +409,38 @@ class PackLoader:
                 f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
                 "shards cannot share evenly; save a state at the end of a step"
             )
-        return msgspec.structs.replace(saved, streams={stream: saved.streams[stream] for stream in owned})
+        streams = {stream: saved.streams[stream] for stream in owned}
+        if versions:
+            require_equal_tokens(versions, streams, self.corpus, self.encoder)
+        return msgspec.structs.replace(saved, identity=identity, streams=streams)
+
+    def _in_full(self, saved: DataState, identity: Identity) -> tuple[Identity, Identity]:
+        """Return the identities of a state and of this loader with the digests of all bytes, as far
+        as the state has them."""
+        files = {number: source.files for number, source in enumerate(saved.identity.sources)}
+        now = self._digests.verify(saved.digests_in_full, files)
+        before = {
+            source: {number: saved.digests_in_full[source][number] for number in digests}
+            for source, digests in now.items()
+        }
+        return with_full_digests(saved.identity, before), with_full_digests(identity, now)
 
     def _fresh(self, stream: int) -> StreamState:
         node = build_stream(self.config, self.corpus, self.encoder, stream)
         node.reset()
         return node.state
+
+
+def _with_streams(
+    config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
+) -> DataConfig:
+    """Return `config` with a number of streams: the state's, or a choice for a new run."""
+    if config.streams != "auto":
+        return config
+    if saved is not None:
+        return msgspec.structs.replace(config, streams=saved.identity.streams)
+    streams = choose_streams(config, corpus, sample_lengths(corpus, encoder, TO_CHOOSE), shard.count)
+    return msgspec.structs.replace(config, streams=streams)
 
 
 def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
@@ -366,7 +455,12 @@ def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> 
     today = datetime.now(UTC).date().isoformat()
     with _without_collector():
         encoder = ChatEncoder(
-            tokenizer.path, tokenizer.template, date=date or today, policy=config, backend=tokenizer.backend
+            tokenizer.path,
+            tokenizer.template,
+            date=date or today,
+            variables=tokenizer.variables,
+            policy=config,
+            backend=tokenizer.backend,
         )
     if shard.count > 1 and date is None and encoder.template.date:
         raise ValueError(

@@ -20,9 +20,10 @@ from sftstream.identity import FIXED, Identity
 from sftstream.records import Amount, Example, Ref, Refusal, Refused, Segment
 from sftstream.source_changes import follow_sources
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState
+from sftstream.state import Change, DataState, Leftover, PastOrders, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
+from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
 from sftstream.tokenization.encoder import ChatEncoder
 
@@ -50,7 +51,8 @@ def rebase(
     `changed` holds the accepted differences, as returned by `accepted_changes`. Raises ValueError
     if the change would lose or repeat a conversation.
     """
-    _require_possible(saved, identity, changed)
+    _require_possible(saved.identity, identity, changed)
+    _require_whole(saved)
     saved = follow_sources(saved, identity, config, corpus)
     streams = (
         _divide_streams(saved, identity, config, corpus)
@@ -72,16 +74,21 @@ def rebase(
     )
 
 
-def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
+def is_possible(
+    saved: DataState, identity: Identity, config: DataConfig, corpus: Corpus, changed: Sequence[str]
+) -> bool:
+    """Return True if the differences `changed` can be accepted, at the end of a step."""
+    try:
+        _require_possible(saved.identity, identity, changed)
+        follow_sources(saved, identity, config, corpus)
+    except ValueError:
+        return False
+    return True
+
+
+def _require_whole(saved: DataState) -> None:
+    """Raise ValueError unless the state holds all streams at the end of a step."""
     before = saved.identity
-    for difference in changed:
-        if FIXED.fullmatch(name := difference.split(":")[0]):
-            raise ValueError(
-                f"a change of {name} cannot be accepted, since it decides the order of rows; start a new run"
-            )
-    streamed = any(source.shards for source in (*before.sources, *identity.sources))
-    if identity.streams != before.streams and streamed:
-        raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
     if missing := before.streams - len(saved.streams):
         raise ValueError(
             f"the state lacks {missing} of {before.streams} streams, and a change needs all; merge the shards' states"
@@ -91,6 +98,17 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
             f"the state was saved after {saved.packs} packs, inside a step of {before.global_batch} packs; save "
             "a state at the end of a step"
         )
+
+
+def _require_possible(before: Identity, identity: Identity, changed: Sequence[str]) -> None:
+    for difference in changed:
+        if FIXED.fullmatch(name := difference.split(":")[0]):
+            raise ValueError(
+                f"a change of {name} cannot be accepted, since it decides the order of rows; start a new run"
+            )
+    streamed = any(source.shards for source in (*before.sources, *identity.sources))
+    if identity.streams != before.streams and streamed:
+        raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
     if len(identity.sources) < len(before.sources):
         raise ValueError("a source that was read from cannot be removed; set its weight and repeat instead")
     policy = (identity.capacity, identity.overflow, identity.history)
@@ -178,6 +196,7 @@ def _split_counters(olds: Sequence[StreamState], ends: Sequence[int], number: in
         stage=max(stream.stage for stream in olds),
         windows=max(stream.windows for stream in olds),
         accepted=(Amount(),) * len(ends),
+        refused=({},) * len(ends),
     )
     return fresh if number else _carry_totals(fresh, olds)
 
@@ -189,7 +208,7 @@ def _carry_totals(stream: StreamState, olds: Sequence[StreamState]) -> StreamSta
         packs=sum(old.packs for old in olds),
         conversations=sum(old.conversations for old in olds),
         tokens=sum(old.tokens for old in olds),
-        refused=_sum_counts(old.refused for old in olds),
+        refused=tuple(_sum_counts(reasons) for reasons in zip(*(old.refused for old in olds), strict=True)),
         notes=_sum_counts(old.notes for old in olds),
         unlisted=tuple(refusal for old in olds for refusal in old.unlisted),
         accepted=tuple(sum(amounts, Amount()) for amounts in accepted),
@@ -209,6 +228,7 @@ def _add_sources(stream: StreamState, identity: Identity) -> StreamState:
         drawn=stream.drawn + zeros,
         mixed=stream.mixed + zeros,
         accepted=stream.accepted + (Amount(),) * more,
+        refused=stream.refused + ({},) * more,
     )
 
 
@@ -250,11 +270,13 @@ def _read_again(
         stream,
         planned=(),
         leftovers=tuple(leftovers),
-        refused=_sum_counts([stream.refused, Counter(refusal.reason for refusal in refused)]),
+        digests=UNSET,
+        refused=add_refusals(stream.refused, refused),
         unlisted=unlisted,
         # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
         row_parts=tuple(row_parts) if in_parts else UNSET,
+        planning=PLANNING,
     )
 
 

@@ -116,6 +116,8 @@ class Conversation(msgspec.Struct, frozen=True, gc=False):
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    variables: dict[str, Any] = {}
+    """Variables that the chat template gets for this conversation, by name."""
 
 
 class Span(NamedTuple):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -20,6 +20,7 @@ from sftstream.earlier_formats import in_present_format
 from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
+from sftstream.sources import FileIdentity
 
 CHECKSUM = "checksum"
 """Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
@@ -80,6 +81,14 @@ class StripePosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     """Rows drawn from the current stripe."""
 
 
+def add_refusals(refused: Sequence[dict[str, int]], more: Iterable[Refusal]) -> tuple[dict[str, int], ...]:
+    """Return the counts of refused rows by source and reason, with further refused rows."""
+    counts = [Counter(reasons) for reasons in refused]
+    for refusal in more:
+        counts[refusal.source][refusal.reason] += 1
+    return tuple(map(dict, counts))
+
+
 class Position(msgspec.Struct, frozen=True, kw_only=True):
     """A logical stream's position in its sources."""
 
@@ -112,15 +121,22 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Conversations returned in packs."""
     tokens: int = 0
     """Tokens of the returned conversations."""
-    refused: dict[str, int] = {}
-    """Reason -> number of refused rows."""
+    refused: tuple[dict[str, int], ...] = ()
+    """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
     """Rows refused by a rebase, to be listed in the next pack."""
     notes: dict[str, int] = {}
     """Name of a modification -> number of conversations: truncated, split, a token that crosses the
     border of a span."""
+    digests: tuple[int, ...] | UnsetType = UNSET
+    """Digest of the examples of each planned pack, then of each leftover. Absent after a rebase up
+    to the next window, and in states of format 3."""
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
+
+    planning: Literal[4] | UnsetType = UNSET
+    """Format with the first stream planned by the same rules as the next windows; absent for a
+    stream begun under format 3, which goes on under the rules of that format."""
 
     @property
     def waiting(self) -> list[Segment]:
@@ -151,6 +167,19 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Accepted changes of data or settings, oldest first."""
     past_orders: dict[int, tuple[PastOrder, ...]] | UnsetType = UNSET
     """Orders of rows before accepted changes of files. Absent if no such change was accepted."""
+
+    full_digests: dict[int, dict[int, str]] | UnsetType = UNSET
+    """Number of a source -> number of a file above 256 MiB -> SHA-256 of all its bytes. A file is
+    absent until the digest is computed, and files of a state without it are known by samples."""
+
+    unread_columns: dict[int, tuple[str, ...]] | UnsetType = UNSET
+    """Number of a source -> columns, and keys of messages, that no layout reads. Absent until
+    `PackLoader.unread_columns` has found any."""
+
+    @property
+    def digests_in_full(self) -> dict[int, dict[int, str]]:
+        """`full_digests`, or an empty dict if absent."""
+        return {} if isinstance(self.full_digests, UnsetType) else self.full_digests
 
     @property
     def orders(self) -> PastOrders:
@@ -242,8 +271,27 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
                 f"streams {sorted(twice)[:5]} are in state {index} and in an earlier state; pass each shard's state once"
             )
         streams |= state.streams
-    merged = msgspec.structs.replace(parsed[0], packs=packs, streams=dict(sorted(streams.items())))
+    digests = _merged_digests(parsed) or UNSET
+    merged = msgspec.structs.replace(
+        parsed[0], packs=packs, streams=dict(sorted(streams.items())), full_digests=digests
+    )
     return merged.builtins()
+
+
+def _merged_digests(states: Sequence[DataState]) -> dict[int, dict[int, str]]:
+    """Return the full digests that any of the states has; raises ValueError if two differ."""
+    merged: dict[int, dict[int, str]] = {}
+    for index, state in enumerate(states):
+        for source, digests in state.digests_in_full.items():
+            known = merged.setdefault(source, {})
+            for file, digest in digests.items():
+                if known.setdefault(file, digest) != digest:
+                    name = state.identity.sources[source].files[file].name
+                    raise ValueError(
+                        f"{name} has other bytes on the machine of state {index} than on that of an earlier state; "
+                        "copy the file to all machines again"
+                    )
+    return merged
 
 
 def describe(state: StateDict | DataState) -> str:
@@ -290,9 +338,21 @@ def _source_lines(data: DataState) -> list[str]:
         names = ", ".join(file.name for file in source.files[:3]) + more
         line = f"source {index} ({names}): {drawn:,} rows drawn"
         line += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
+        line += _sampled(source.files, data.digests_in_full.get(index, {}))
+        line += _unread(data.unread_columns, index)
         line += _shares(accepted[index], total) if len(sources) > 1 and total.conversations else ""
         lines.append(line)
     return lines
+
+
+def _unread(columns: Mapping[int, Sequence[str]] | UnsetType, source: int) -> str:
+    names = () if isinstance(columns, UnsetType) else columns.get(source, ())
+    return f"; nothing reads {', '.join(names)}" if names else ""
+
+
+def _sampled(files: Sequence[FileIdentity], digests: Mapping[int, str]) -> str:
+    sampled = sum(file.sampled and number not in digests for number, file in enumerate(files))
+    return f"; {sampled} of {len(files)} files sampled, not yet read in full" if sampled else ""
 
 
 def _shares(part: Amount, total: Amount) -> str:
@@ -306,7 +366,7 @@ def _shares(part: Amount, total: Amount) -> str:
 def _count_lines(data: DataState) -> list[str]:
     streams = data.streams.values()
     notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(stream.refused) for stream in streams), Counter[str]())
+    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
     return [
         *(f"{note}: {count:,}" for note, count in notes.most_common()),
         *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),

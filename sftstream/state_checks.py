@@ -10,11 +10,13 @@ from sftstream.records import Amount, Ref
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
 from sftstream.streaming.order import RowOrder, draws_of_stream
+from sftstream.streaming.packer import MOST_REFUSED
+from sftstream.streaming.packing import LONGEST_WINDOW
 from sftstream.streaming.sampler import row_order
 
 LARGEST = 1 << 53
 """Limit of all counters: JSON readers represent integers exactly up to this number."""
-WINDOWS_OF_WAITING_ROWS = 5
+WINDOWS_OF_WAITING_ROWS = 4
 """Waiting rows were drawn for at most this number of windows: `MAX_WAIT` windows, the current
 window, and a margin."""
 MOST_DRAWS_CHECKED = 20_000
@@ -57,14 +59,14 @@ def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, R
 
 def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
     sources = len(identity.sources)
-    for name in ("drawn", "mixed", "accepted"):
+    for name in ("drawn", "mixed", "accepted", "refused"):
         if len(values := getattr(stream, name)) != sources:
             yield f"{name} has {len(values)} entries for {sources} sources"
     counters = {
         "drawn": stream.drawn,
         "mixed": stream.mixed,
         "accepted": [number for a in stream.accepted for number in (a.conversations, a.tokens, a.trained_tokens)],
-        "refused": stream.refused.values(),
+        "refused": [number for reasons in stream.refused for number in reasons.values()],
         "notes": stream.notes.values(),
         "waited": [leftover.waited for leftover in stream.leftovers],
         "places": [number for place in stream.stripe_positions.values() for number in (place.stripes, place.rows)],
@@ -74,6 +76,8 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
     for name, numbers in counters.items():
         if bad := [number for number in numbers if not 0 <= number < LARGEST]:
             yield f"{name} holds {bad[0]}"
+    if isinstance(stream.digests, tuple) and len(stream.digests) != len(stream.planned) + len(stream.leftovers):
+        yield f"{len(stream.digests)} digests for {len(stream.planned)} packs and {len(stream.leftovers)} rows waiting"
     if not 0 <= stream.stage <= len(identity.stages):
         yield f"stage = {stream.stage}, but the config has {len(identity.stages)} mixture stages"
     if unknown := [s for s in stream.stripe_positions if not 0 <= s < sources or identity.sources[s].shards is None]:
@@ -108,44 +112,62 @@ def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders:
         return
     for source, order in orders.items():
         draws = order.draws(config.sources[source].repeat, config.epochs)
-        most = draws_of_stream(draws, number, config.streams)
+        most = draws_of_stream(draws, number, config.stream_count)
         if stream.drawn[source] > most and config.sources[source].repeat >= 1:
             yield f"{stream.drawn[source]} rows of source {source} were drawn, but all epochs have {most}"
 
 
 def _bad_counters(state: DataState, number: int, stream: StreamState) -> Iterator[str]:
     given = draws_of_stream(state.packs, number, state.identity.streams)
-    if stream.packs > given or (stream.packs < given and not stream.exhausted):
+    refused = [sum(reasons.values()) for reasons in stream.refused]
+    # After many refused rows a stream returns an empty pack, which it does not count.
+    empty = given if stream.exhausted else sum(refused) // MOST_REFUSED
+    if not given - empty <= stream.packs <= given:
         yield f"packs = {stream.packs}, but the first {state.packs} packs of the run have {given} of this stream"
-    accepted = sum(stream.accepted, Amount())
-    waiting = stream.waiting
+    for source, (drawn, amount) in enumerate(zip(stream.drawn, stream.accepted, strict=True)):
+        if drawn != amount.conversations + refused[source]:
+            yield (
+                f"{drawn} rows of source {source} were read, but {amount.conversations} are accepted and "
+                f"{refused[source]} refused"
+            )
+    accepted, waiting = sum(stream.accepted, Amount()), stream.waiting
     amounts = {
-        "rows": (sum(stream.drawn), accepted.conversations + sum(stream.refused.values())),
         "conversations": (accepted.conversations, stream.conversations + sum(s.part == 0 for s in waiting)),
         "tokens": (accepted.tokens, stream.tokens + sum(s.length for s in waiting)),
     }
     for name, (read, known) in amounts.items():
         if read != known:
-            yield f"{read} {name} were read, but {known} are returned, waiting or refused"
+            yield f"{read} {name} were read, but {known} are returned or waiting"
     if not state.identity.stages:
-        by = {"conversations": stream.drawn, "tokens": [a.tokens for a in stream.accepted]}
-        expected: Sequence[int] = by.get(state.identity.mix_by, [a.trained_tokens for a in stream.accepted])
-        if list(stream.mixed) != list(expected):
-            yield f"mixed = {list(stream.mixed)}, but the {state.identity.mix_by} read are {list(expected)}"
+        yield from _bad_mixture(state.identity, stream, refused)
+
+
+def _bad_mixture(identity: Identity, stream: StreamState, refused: Sequence[int]) -> Iterator[str]:
+    by = {"conversations": stream.drawn, "tokens": [amount.tokens for amount in stream.accepted]}
+    expected: Sequence[int] = by.get(identity.mix_by, [amount.trained_tokens for amount in stream.accepted])
+    for source, (mixed, amount) in enumerate(zip(stream.mixed, expected, strict=True)):
+        # Refused rows count with a share in a mixture by tokens, and did not count in format 3.
+        if mixed < amount or (mixed > amount and not (refused[source] and identity.mix_by != "conversations")):
+            yield f"mixed = {mixed} for source {source}, but the {identity.mix_by} read are {amount}"
 
 
 def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
     """Yield a problem if a waiting row is not among the stream's last draws."""
-    most = WINDOWS_OF_WAITING_ROWS * config.window + sum(stream.refused.values())
+    most = WINDOWS_OF_WAITING_ROWS * LONGEST_WINDOW * config.window
+    most += sum(sum(reasons.values()) for reasons in stream.refused)
     if most > MOST_DRAWS_CHECKED:
         return
     for source, order in orders.items():
-        drawn, draw = set[Ref](), max(0, stream.drawn[source] - most)
-        while draw < stream.drawn[source]:
-            first = number + draw * config.streams
-            rows, epoch = order.stretch(first, config.streams, stream.drawn[source] - draw)
-            drawn.update(Ref(source, row, epoch) for row in rows)
-            draw += len(rows)
-        foreign = [segment for segment in stream.waiting if segment.source == source and segment.ref not in drawn]
+        foreign = {segment.ref for segment in stream.waiting if segment.source == source}
+        end = stream.drawn[source]
+        least = max(0, end - most)
+        # From the last window backwards: few rows wait for longer.
+        while foreign and end > least:
+            draw, begun = max(least, end - config.window), end
+            end = draw
+            while draw < begun:
+                rows, epoch = order.stretch(number + draw * config.stream_count, config.stream_count, begun - draw)
+                foreign.difference_update(Ref(source, row, epoch) for row in rows)
+                draw += len(rows)
         if foreign:
-            yield f"row {foreign[0].row} of source {source} waits, but the stream has not drawn it recently"
+            yield f"row {min(foreign).row} of source {source} waits, but the stream has not drawn it recently"

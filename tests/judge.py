@@ -140,6 +140,7 @@ HEADERS = re.compile(
     r"|\[INST\]|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[/INST\]|<\|(?:user|system|developer|assistant)_start\|>"
     r"|<\|begin_(?:user|assistant|system|tool_result)\|>|<seed:bos>|(?:assistant|user|system|function result)<\|role_sep\|>"
     r"|<(?:user|assistant|system|tool_response)>\n"
+    r"|\[(?:user|assistant|system|tool)\]"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
 )
 """Texts that begin a message in some family of templates."""
@@ -192,7 +193,9 @@ def _judge(encoder: ChatEncoder, template: str, shape: str) -> tuple[str, str]:
     try:
         row = parse_row({"messages": copy.deepcopy(messages), "tools": copy.deepcopy(tools)})
         rendered = encoder.renderer.render_conversation(row)
-        examples = [encoder.tokenizer.encode(text) for text in rendered.texts]
+        (examples,) = encoder.tokenize_all([rendered])
+        if isinstance(examples, Refused):
+            raise examples
     except Refused as refused:
         if oracle.text is None:
             return "raises", str(refused)

@@ -18,7 +18,7 @@ from typing import Any
 import tiny
 from gloo_ranks import processes as server
 
-TIMES = ("tokens_per_second", "data_wait", "seconds")
+TIMES = ("tokens_per_second", "gpu_tokens_per_second", "mfu", "peak_memory", "data_wait", "seconds")
 """Fields of metrics.jsonl that differ between equal runs."""
 
 
@@ -66,7 +66,7 @@ class Job:
         self, directory: Path, config: dict[str, Any], processes: int = 1, environment: dict[str, str] | None = None
     ) -> None:
         self.directory = directory
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         address |= environment or {}
         self._ranks: list[BaseProcess] = [
             server.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
@@ -169,7 +169,7 @@ def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) 
     sys.exit(main([str(path)]))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below 32768, the first port that the kernel gives to outgoing
     connections."""
     while True:

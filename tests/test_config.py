@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from sftstream import DataConfig, SourceConfig, TokenizerConfig
+from sftstream.config import MOST, StageConfig
 
 TABLE: dict[str, Any] = {"sources": [{"path": "a.jsonl"}], "tokenizer": {"path": "tokenizer"}}
 
@@ -26,7 +29,7 @@ def test_a_table_is_typed_and_has_its_defaults() -> None:
     expected = DataConfig(
         sources=(SourceConfig(path="a.jsonl", weight=None),),
         tokenizer=TokenizerConfig(path="tokenizer", template=None, date=None),
-        streams=64,
+        streams="auto",
         capacity=8192,
         global_batch=64,
         shuffle=True,
@@ -58,9 +61,9 @@ def test_a_config_survives_being_written_down() -> None:
         ({"tokenizer": {}}, "Object missing required field `path` - at `$.tokenizer`"),
         ({"sources": [{}]}, "Object missing required field `path` - at `$.sources[0]`"),
         ({"sources": {"path": "a"}}, "Expected `array`, got `object` - at `$.sources`"),
-        ({"streams": "64"}, "Expected `int`, got `str` - at `$.streams`"),
-        ({"streams": 1.5}, "Expected `int`, got `float` - at `$.streams`"),
-        ({"streams": True}, "Expected `int`, got `bool` - at `$.streams`"),
+        ({"streams": "64"}, "Invalid enum value '64' - at `$.streams`"),
+        ({"streams": 1.5}, "Expected `int | str`, got `float` - at `$.streams`"),
+        ({"streams": True}, "Expected `int | str`, got `bool` - at `$.streams`"),
         ({"capacity": None}, "Expected `int`, got `null` - at `$.capacity`"),
         ({"shuffle": 1}, "Expected `bool | str`, got `int` - at `$.shuffle`"),
         ({"epochs": "2"}, "Expected `int | null`, got `str` - at `$.epochs`"),
@@ -166,3 +169,28 @@ def test_a_config_cannot_be_changed() -> None:
     given = config()
     with pytest.raises(AttributeError, match="immutable type"):
         given.streams = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", MOST)
+def test_a_number_far_above_any_use_is_refused_at_once(tmp_path: Path, field: str) -> None:
+    source = {"path": "rows.jsonl", "weight": 1.0}
+    table: dict[str, Any] = {"sources": [source], "tokenizer": {"path": "none"}, "epochs": 1}
+    holder = source if field in ("max_row_bytes", "repeat") else table
+    if field == "after":
+        holder = {"weights": [1.0]}
+        table["stages"] = [holder]
+    holder[field] = MOST[field]
+    msgspec.convert(table, DataConfig)
+    for value in (MOST[field] + 1, 10 * MOST[field]):
+        holder[field] = value
+        began = time.monotonic()
+        with pytest.raises(msgspec.ValidationError, match=rf"{field} = .* must be at most {MOST[field]}"):
+            msgspec.convert(table, DataConfig)
+        assert time.monotonic() - began < 1
+
+
+def test_every_whole_number_of_the_data_table_has_a_largest_value() -> None:
+    for struct in (DataConfig, SourceConfig, StageConfig):
+        for field in msgspec.structs.fields(struct):
+            if int in (field.type, *get_args(field.type)):
+                assert field.name in MOST, field.name

@@ -102,7 +102,7 @@ def test_an_error_of_this_package_passes_and_an_error_of_an_extension_does_not(t
     with pytest.raises(ValueError, match=r"^config '.*' has no \[data\] table"), Door("outer"):
         command.read_data_config(tmp_path / "a.toml", [])
     with pytest.raises(ValueError, match=r"^outer: "), Door("outer"):
-        int("x")
+        eval("int('x')", vars(command))  # a call of C code from a line of this package
 
 
 def changed_tokenizer(tokenizer: str, directory: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -186,7 +186,7 @@ BAD_TEMPLATES = {
     "a long chain": ("{{ x" + "|trim" * 5000 + " }}", "recursion"),
     "a filter of no name": ("{{ a | nothing }}", "No filter named 'nothing'"),
     "an unclosed tag": ("{% for", "not valid Jinja"),
-    "loops without end": ("{% for a in range(90000) %}" * 3 + "{% endfor %}" * 3, "more than 10,000,000 steps"),
+    "loops without end": ("{% for a in range(90000) %}" * 3 + "{% endfor %}" * 3, "more than 10,000,000 units of work"),
     "a power": ("{{ 9 ** 99999999 }}", "it makes a number of 399,999,996 bits"),
     "a width": ("{{ 'a' | center(1000000000) }}", "it makes a value of size"),
     "a format": ("{{ '%0999999999d' % 1 }}", "a width of millions"),
@@ -244,7 +244,7 @@ def test_what_is_refused_depends_on_no_clock(tokenizer: str, monkeypatch: pytest
     slow = tiny.chat("a" * 3_000_000, "b")["messages"]
     with pytest.raises(RuntimeError, match=r"did not print a conversation within 0 s; .* lower max_row_bytes"):
         encoder.encode(slow)
-    monkeypatch.setattr("sftstream.rendering.bounds.MOST_STEPS", 1000)
+    monkeypatch.setattr("sftstream.rendering.bounds.MOST_WORK", 1000)
     with pytest.raises(Refused, match="template does too much"):
         encoder.encode(tiny.chat("a" * 2000, "b")["messages"])
 
@@ -342,3 +342,17 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     assert "Traceback (most recent call last)" in run(main, "inspect", tmp_path / "state.json", "--debug").stderr
     monkeypatch.setenv("LOGLEVEL", "DEBUG")
     assert "Traceback (most recent call last)" in run(main, "inspect", tmp_path / "state.json").stderr
+
+
+def test_control_characters_of_a_tokenizer_are_not_printed(tmp_path: Path) -> None:
+    stop = "<|end\x1b[2J\x07|>"
+    directory = tiny.save_tokenizer(
+        tmp_path / "words", tiny.TEMPLATE.replace("<|eot_id|>", stop.replace("\x1b", "\\x1b"))
+    )
+    change = {"id": 2000, "content": stop, "special": True, "normalized": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    changed = changed_tokenizer(directory, tmp_path / "evil", lambda c: c["added_tokens"].append(change | flags))
+    outcome = run(main, "template", changed)
+    printed = outcome.stdout + outcome.stderr
+    assert "\\x1b[2J\\x07" in printed
+    assert not [line for line in printed.splitlines() if not line.isprintable()]

@@ -13,7 +13,6 @@ from trainer.llama.attention import Segments
 from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
 from trainer.llama.init import init_weights
-from trainer.llama.loss import summed_cross_entropy
 from trainer.llama.model import Llama
 
 CONFIG = LlamaConfig(
@@ -98,7 +97,7 @@ def pack_of(*lengths: int, seed: int = 0) -> PackTensors:
 
 
 def loss_of(model: Llama, pack: PackTensors) -> Tensor:
-    return summed_cross_entropy(model(pack.input_ids, pack.position_ids, pack.segments), pack.labels)
+    return model(pack.input_ids, pack.position_ids, pack.segments, labels=pack.labels)
 
 
 def gradients(model: Llama) -> dict[str, Tensor]:

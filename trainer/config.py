@@ -18,12 +18,20 @@ from checkpoints import Retention
 from sftstream import DataConfig, SourceConfig, read_toml
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
+from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 MOST_STEPS = 10**12
-"""Limit of steps and epochs."""
+"""Limit of steps, epochs, intervals and numbers of checkpoints."""
+MOST_NEW_TOKENS = 2**20
+"""Limit of the tokens of an answer."""
+
+
+def _require_at_most_steps(field: str, value: int | None) -> None:
+    if value is not None and value > MOST_STEPS:
+        raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,8 +58,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Time after which the run saves and stops, as a signal would make it, such as "3h50m" or
     "90s". Default: none."""
     accept_changed: tuple[str, ...] = ()
-    """Settings that a resume may change: "optimizer", "schedule", or a single key of the two tables
-    such as "optimizer.learning_rate". The checkpoints keep a record of every accepted change."""
+    """Settings that a resume may change: "optimizer", "schedule", a single key of the two tables
+    such as "optimizer.learning_rate", or "run.attention". The checkpoints keep a record of every
+    accepted change."""
     deterministic: bool = True
     """Use deterministic kernels only, so that equal runs give equal bits; an operation without a
     deterministic kernel is an error. False is faster, and two runs agree only up to rounding."""
@@ -60,18 +69,27 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the layers' computation. "auto" is bfloat16 on a GPU and float32 on a CPU.
     Attention on a GPU has no float32 kernel."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of stored weights, gradients and optimizer state. bfloat16 halves their memory,
-    but loses every update smaller than 1/256 of the weight."""
+    but loses every update smaller than 1/256 of the weight. "auto" is float32, and on a GPU whose
+    memory float32 exceeds under every `recompute`, bfloat16."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
-    recompute: Recompute = "none"
+    recompute: Literal["auto"] | Recompute = "auto"
     """Activations that the backward pass computes again to save memory: "none", "selective" (inside
-    the feed-forward layers), or "full" (all but each layer's input). Changes no bit of the
-    result."""
-    compile: bool = False
-    """Compile the layers with torch.compile: minutes at the start, then faster steps. Rounds
-    differently from uncompiled layers, so that a resume needs the value of the checkpoint."""
+    the feed-forward layers), or "full" (all but each layer's input). Changes no bit of the result.
+    "auto" is the first of these that fits the memory of the GPU, and "none" on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers with torch.compile: up to a minute at the start, then faster steps. Rounds
+    differently from uncompiled layers, so that a resume needs the value of the checkpoint. "auto"
+    is true on a GPU and false on a CPU."""
+    attention: Literal["auto"] | KernelName = "auto"
+    """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
+    "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
+    format). Kernels round differently, so that a resume uses the kernel of the checkpoint."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a profiler trace of rank 0, such as [20, 22], written to
+    `runs/<name>/trace.json.gz` for https://ui.perfetto.dev. Default: none."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -79,17 +97,18 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for field in ("steps", "epochs"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
-            if value is not None and value > MOST_STEPS:
-                raise ValueError(f"{field} = {value} must be at most {MOST_STEPS}")
+            _require_at_most_steps(field, value)
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed} must fit 64 bits: from -2**63 to 2**63 - 1")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile = {list(self.profile)} must be a first and a last step, counted from 1")
         self._require_places()
         _ = self.stop_seconds
         for name in self.accept_changed:
-            if name.partition(".")[0] not in ("optimizer", "schedule"):
+            if name.partition(".")[0] not in ("optimizer", "schedule") and name != "run.attention":
                 raise ValueError(
                     f'accept_changed holds {name!r}; a run may change "optimizer", "schedule" or keys of the two tables, '
-                    "and data.accept_changed holds changes of the data"
+                    'and "run.attention"; data.accept_changed holds changes of the data'
                 )
 
     def _require_places(self) -> None:
@@ -128,9 +147,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: LlamaConfig | None = None
     """Shape of a new model. In the TOML file the keys of the shape stand directly in `[model]`."""
 
+    resize_vocabulary: bool = False
+    """Add rows to the embedding and the head of `init_from` if the tokenizer has more ids than the
+    model, up to a multiple of 64 that tensor parallelism can split. Each new row is the mean of the
+    model's rows. The checkpoints record the number of rows before. False: more ids are an error."""
+
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.shape is None):
             raise ValueError("give either init_from (a Hugging Face directory or hub name) or the shape of a new model")
+        if self.resize_vocabulary and self.init_from is None:
+            raise ValueError(
+                "resize_vocabulary changes the model of init_from, and a new model has any size; set vocab_size instead"
+            )
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,6 +193,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every = {self.every} must be at least 1")
+        for field in ("every", "keep", "keep_every", "keep_best"):
+            _require_at_most_steps(field, getattr(self, field))
         if self.root is not None and not (self.root and self.root.isprintable()):
             raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
         _ = self.retention
@@ -193,6 +223,7 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         for field in ("every", "global_batches"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
+            _require_at_most_steps(field, value)
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -208,13 +239,16 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Number of answers to print, 0 or more; all answers are written to
     `runs/<name>/answers.jsonl`."""
     max_new_tokens: int = 64
-    """Tokens after which an answer is cut off, 1 or more."""
+    """Tokens after which an answer is cut off, 1 to 2**20."""
 
     def __post_init__(self) -> None:
         if self.show < 0 or self.max_new_tokens < 1:
             raise ValueError(
                 f"show = {self.show} must be 0 or more, and max_new_tokens = {self.max_new_tokens} must be 1 or more"
             )
+        if self.max_new_tokens > MOST_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at most {MOST_NEW_TOKENS}")
+        _require_at_most_steps("show", self.show)
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -265,12 +299,20 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def held_out(self, sources: tuple[SourceConfig, ...]) -> DataConfig:
         """Return the data config of one unshuffled pass over held-out `sources`.
 
-        Other settings are those of training.
+        Other settings are those of training, without limits on refused rows.
 
         Raises ValueError if the sources cannot be mixed.
         """
         return msgspec.structs.replace(
-            self.data, sources=sources, shuffle=False, epochs=1, stages=(), ends_with="all", accept_changed=()
+            self.data,
+            sources=sources,
+            shuffle=False,
+            epochs=1,
+            stages=(),
+            ends_with="all",
+            accept_changed=(),
+            max_refused=1.0,
+            max_too_long=1.0,
         )
 
 
@@ -301,7 +343,7 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
             data = {**data, key: run[key]}
     # In the file the keys of the shape stand beside init_from.
     model = dict(table.get("model", {}))
-    nested = {key: model.pop(key) for key in ("init_from",) if key in model}
+    nested = {key: model.pop(key) for key in ("init_from", "resize_vocabulary") if key in model}
     if model:
         nested["shape"] = model
     try:

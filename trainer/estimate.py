@@ -1,7 +1,7 @@
 """Estimate memory, steps and time of a run, without a GPU: `python -m trainer.main run.toml
 --plan[=GPUS]`.
 
-Weights are counted exactly, by sharding a model without memory over simulated ranks. Time counts
+Weights are counted exactly, by the placements of the sharding code. Time counts
 matrix products only: per token 6 operations for each weight (2 forward, 4 backward), plus 2 for
 each recomputed weight (Kaplan et al., "Scaling Laws for Neural Language Models",
 https://arxiv.org/abs/2001.08361).
@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, product
 from typing import NamedTuple
 
 import msgspec
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor import Shard as Split
 
-from sftstream import PackAssignment, PackLoader, Shard
+from sftstream import DataConfig, PackAssignment, PackLoader, Shard
 from trainer.config import TrainConfig
-from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh, named_dtype
+from trainer.distributed.mesh import check_ranks, named_dtype
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
+from trainer.llama.loss import chunk_rows
 from trainer.llama.model import Llama
-from trainer.llama.parallel import parallelize
-from trainer.llama.sharding import local
+from trainer.llama.parallel import check_divisible, placement_of
 from trainer.training.model import find_source
 
 GPU = torch.device("cuda")
@@ -41,6 +38,10 @@ PEAK_FLOPS = 989e12
 """Dense bfloat16 peak of an H100 or H200, in operations per second (NVIDIA's data sheet)."""
 UTILISATION = 0.45
 """Assumed share of PEAK_FLOPS; this trainer's layers reach 0.5 to 0.6 on one GPU."""
+PLANNED_MEMORY = 80 * 10**9
+"""Memory of a GPU in bytes that `--plan` assumes to resolve "auto" settings: an H100."""
+FILLED = 0.95
+"""Share of a GPU's memory that a run may fill by the estimate."""
 SAMPLED_PACKS = 64
 """Number of packs read to estimate the rows per pack."""
 
@@ -76,68 +77,111 @@ class RunEstimate(NamedTuple):
     steps: int | None
     """Steps of the run; None for epochs over a streamed source, whose size is unknown."""
     seconds_per_step: float
+    config: TrainConfig
+    """The run's config with its "auto" settings resolved for GPUs of `PLANNED_MEMORY`."""
 
 
 def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     """Estimate a run of a model of `shape` on `gpus` GPUs.
 
-    Assumes that every token is trained, and leaves out fragmented memory. Raises ValueError if the
+    Assumes that every token is trained, leaves out fragmented memory, and counts a compiled head
+    unless `run.compile` is false. Raises ValueError if the
     run would refuse to start.
     """
+    config = with_memory_settings(config, shape, gpus, PLANNED_MEMORY, compiled=config.run.compile is not False)
     data, parallel = config.data, config.parallel
     with torch.device("meta"):
         model = Llama(shape)
-    sharded = _held(shape, parallel, gpus, data.capacity)
-    gathered = _held(shape, ParallelConfig(tp=parallel.tp), parallel.tp, data.capacity)
     dp = gpus // parallel.tp
-    packs = PackAssignment(data.streams, data.global_batch, dp).most_micro_batches
+    packs = _micro_batches(data, dp)
     return RunEstimate(
         parameters=sum(p.numel() for p in model.parameters()),
         gpus=gpus,
         dp=dp,
-        memory=_memory(config, shape, sharded, gathered, dp, packs),
+        memory=memory(config, shape, gpus),
         packs_per_rank=packs,
         tokens_per_step=data.global_batch * data.capacity,
         steps=config.run.steps or _steps_of_epochs(config),
         seconds_per_step=_flops(config, model, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
+        config=config,
     )
 
 
-@contextmanager
-def _simulated(ranks: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def with_memory_settings(
+    config: TrainConfig, shape: LlamaConfig, gpus: int, size: int, *, compiled: bool
+) -> TrainConfig:
+    """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
+
+    Takes the first pair of `run.weights_dtype` and `run.recompute` whose estimate fills at most
+    `FILLED` of `size` bytes: float32 before bfloat16, and for each less recomputation first. If
+    none fits, takes the smallest.
+    """
+    run = config.run
+    dtypes = ("float32", "bfloat16") if run.weights_dtype == "auto" else (run.weights_dtype,)
+    ways = ("none", "selective", "full") if run.recompute == "auto" else (run.recompute,)
+    for dtype, way in product(dtypes, ways):
+        settings = {"weights_dtype": dtype, "recompute": way, "compile": compiled}
+        chosen = msgspec.structs.replace(config, run=msgspec.structs.replace(run, **settings))
+        if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
+            break
+    return chosen
 
 
-def _held(shape: LlamaConfig, parallel: ParallelConfig, ranks: int, capacity: int) -> Held:
-    with _simulated(ranks), torch.device("meta"):
-        model = Llama(shape)
-        parallelize(model, data_and_tensor_mesh("cpu", parallel), capacity=capacity)
-        blocks = sum(local(p).numel() for p in model.blocks.parameters())
-        return Held(blocks, sum(local(p).numel() for p in model.parameters()) - blocks)
+def _micro_batches(data: DataConfig, dp: int) -> int:
+    """Return the largest number of packs of a shard in a step."""
+    # Every number chosen for "auto" is a multiple of the shards, and divides the packs alike.
+    streams = dp if data.streams == "auto" else data.streams
+    return PackAssignment(streams, data.global_batch, dp).most_micro_batches
 
 
-def _memory(
-    config: TrainConfig, shape: LlamaConfig, sharded: Held, gathered: Held, dp: int, packs: int
-) -> dict[str, int]:
-    run, parallel = config.run, config.parallel
+def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]:
+    """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto".
+
+    Raises ValueError if the sizes of `[parallel]` do not divide the model or the GPUs.
+    """
+    run, data, parallel = config.run, config.data, config.parallel
+    check_ranks(gpus, parallel)
+    if parallel.tp > 1:
+        check_divisible(shape, data.capacity, parallel.tp)
+    dp = gpus // parallel.tp
+    packs = _micro_batches(data, dp)
+    sharded = _held(shape, parallel.tp, dp // parallel.replicas)
+    gathered = _held(shape, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
-    wrapped = dp > 1 or {stored, computed} != {torch.float32}
-    waits = parallel.reduce_gradients == "step" and packs > 1
+    assert run.recompute != "auto"
     # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
+    working = int((gathered.ends + layers * gathered.blocks) * computed.itemsize)
+    if dp == 1:
+        working = 0 if stored == computed else gathered.all * computed.itemsize
+    # Gradients of earlier packs stay unsharded in float32 until the end of the step.
+    sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
+    width = shape.vocab_size // parallel.tp
+    logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     return {
         "weights": sharded.all * stored.itemsize,
         "optimizer": 2 * sharded.all * stored.itemsize,
-        # Gradients of earlier packs stay unsharded in float32 until the reduction.
-        "gradients": gathered.all * 4 if wrapped and waits else sharded.all * stored.itemsize,
-        "gathered weights": int((gathered.ends + layers * gathered.blocks) * computed.itemsize) if wrapped else 0,
-        "activations": computed.itemsize * activations(shape, config.data.capacity, parallel.tp, run.recompute),
-        "logits": (4 + 2 * computed.itemsize) * config.data.capacity * shape.vocab_size // parallel.tp,
+        "gradients": gathered.all * 4 if sums else sharded.all * stored.itemsize,
+        "working weights": working,
+        "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute),
+        # Logits and their gradient, uncompiled with copies in float32, and the head's gradient.
+        "head": logits * (2 if run.compile is True else 8) + width * shape.hidden_size * computed.itemsize,
     }
+
+
+def _held(shape: LlamaConfig, tp: int, shards: int) -> Held:
+    """Count the weights on the first of `tp` x `shards` ranks; FSDP rounds rows up."""
+    with torch.device("meta"):
+        model = Llama(shape)
+    blocks = ends = 0
+    for name, weight in model.named_parameters():
+        rows, columns = weight.shape[0], weight[0].numel()
+        placement = placement_of(name.split(".")[-2])
+        if isinstance(placement, Split):
+            rows, columns = (rows // tp, columns) if placement.dim == 0 else (rows, columns // tp)
+        held = math.ceil(rows / shards) * columns
+        blocks, ends = (blocks + held, ends) if name.startswith("blocks.") else (blocks, ends + held)
+    return Held(blocks, ends)
 
 
 def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) -> int:
@@ -152,8 +196,8 @@ def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) 
     projected = (heads + 2 * groups) * size // tp
     rotated = (heads + groups) * size // tp
     attention = row + full_row + projected + rotated + heads * size // tp
-    # Input and output of the norm; gate, up, silu(gate) and their product.
-    feed_forward = row + full_row + 4 * shape.intermediate_size // tp
+    # Input and output of the norm; gate, up and silu(gate) * up.
+    feed_forward = row + full_row + 3 * shape.intermediate_size // tp
     kept, again = {
         "none": (attention + feed_forward, 0),
         "selective": (attention + 2 * row, feed_forward - row),
@@ -193,12 +237,12 @@ def print_estimate(config: TrainConfig, gpus: int) -> None:
     Raises ValueError if the run would refuse to start.
     """
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    show(estimate(config, find_source(config.model).shape, gpus), config, console)
+    show(estimate(config, find_source(config.model, config.data.tokenizer.path).shape, gpus), config, console)
 
 
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     """Print the estimate as a table and sentences."""
-    parallel, data = config.parallel, config.data
+    parallel, data, run = config.parallel, config.data, estimate.config.run
     console.print(
         f"{config.run.directory}: {estimate.parameters:,} parameters on {estimate.gpus} GPUs (dp {estimate.dp} x tp {parallel.tp}"
         + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
@@ -209,6 +253,9 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     table.add_section()
     table.add_row("total", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
+    console.print(
+        f"{run.weights_dtype} weights, recompute {run.recompute}, compile {str(run.compile).lower()}", soft_wrap=True
+    )
     length = "the number of steps is not known in advance, since a source is streamed"
     if estimate.steps is not None:
         hours = estimate.steps * estimate.seconds_per_step / 3600

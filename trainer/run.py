@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from sftstream import DataConfig, Pack
+from sftstream import Pack, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -18,10 +19,14 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
+from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
+from trainer.reporting.fill import FillWatch
 from trainer.reporting.ledger import gather_streams, session
+from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
+from trainer.reporting.trace import Trace
 from trainer.setup import Run, prepare_run, say_start
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
@@ -96,13 +101,20 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool
 def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
+    fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
     watch = Watch(run.config.parallel.timeout_seconds)
-    with stopping as stop, _open_log(run, progress) as log, run.display, watch:
+    with stopping as stop, _open_log(run, progress) as log, run.display, watch, _open_trace(run) as trace:
+        loader = run.step_reader.loader
+        losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:
+            trace.before(progress.step + 1)
             step = _take_step(run, progress, stop, watch, log)
             progress = step.progress
-            if log:
-                _report(run, step, log)
+            trace.after(progress.step)
+            if log and losses:
+                _report(run, step, log, losses)
+                if message := fill.after(step.batch.totals, last=run.is_complete(progress)):
+                    run.display.say(message)
             done = step.stopped or run.is_complete(progress)
             if log and done and not run.is_complete(progress):
                 run.directory.mark_stopped(True)
@@ -113,6 +125,10 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
+
+
+def _open_trace(run: Run) -> Trace:
+    return Trace(run.config.run.profile if run.topology.first else None, run.config.run.directory, run.display)
 
 
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
@@ -130,8 +146,9 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
     number = progress.step + 1
     with watch.waiting_for(number, "the packs and counts of all ranks"):
         batch = _next_batch(run, progress, stop)
-    if log:
-        log.ledger.add(number, batch.totals.segments)  # before the step, for a step that ends the run by an error
+        if log:
+            log.ledger.add(number, batch.totals.segments)  # before the step, for a step that ends the run by an error
+        _require_few_refused(run, batch)
     rate = run.learning_rate(progress)
     with watch.waiting_for(number, "the loss and gradients of all ranks"):
         result = train_step(
@@ -164,16 +181,31 @@ def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
     return GlobalBatch(packs, totals, waited)
 
 
-def _report(run: Run, step: FinishedStep, log: RunLog) -> None:
+def _require_few_refused(run: Run, batch: GlobalBatch) -> None:
+    """Raise ValueError on all ranks if too many rows of a source are refused. Collective."""
+    counts = batch.totals.row_counts
+    if exceeded_limits(run.config.data, run.sizes, counts):
+        located = gather_refusals(batch.packs, run.step_reader, run.topology)
+        require_few_refused(run.config.data, run.sizes, counts, located)
+
+
+def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport) -> None:
     """Write the step's line and its refused rows, and show the step to the user."""
-    metrics = _metrics(run.config.data, step)
+    metrics = _metrics(run, step)
     log.step(metrics)
     log.refused(metrics.step, step.refusals)
+    losses.check(step.batch.totals.row_counts)
     run.display.step(metrics, run.share(step.progress), last=run.is_complete(step.progress))
 
 
-def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
-    totals = step.batch.totals
+def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
+    totals, data, device = step.batch.totals, run.config.data, run.topology.device
+    mfu = peak = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        flops = peak_flops(torch.cuda.get_device_name(device))
+        needed = model_flops(run.source.shape, totals.tokens, totals.trained_tokens, totals.squares)
+        mfu = needed / (step.seconds * dist.get_world_size() * flops) if flops else None
     return StepMetrics(
         step=step.progress.step,
         loss=step.result.loss,
@@ -186,6 +218,9 @@ def _metrics(data: DataConfig, step: FinishedStep) -> StepMetrics:
         refused_by_reason=dict(Counter(refusal.reason for refusal, _ in step.refusals)),
         fill=totals.tokens / (data.capacity * data.global_batch),
         tokens_per_second=totals.tokens / step.seconds,
+        gpu_tokens_per_second=totals.tokens / step.seconds / dist.get_world_size(),
+        mfu=mfu,
+        peak_memory=peak,
         data_wait=step.batch.waited,
         seconds=step.seconds,
         batch_digest=totals.digest,

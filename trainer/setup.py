@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import About, Recipe
-from sftstream import ChatEncoder, PackAssignment, PackLoader, rows_in_all_epochs
+from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings, carry_over_rows
-from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore
+from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore, saved_settings
+from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
 from trainer.llama.export import require_replaceable
@@ -32,7 +33,7 @@ from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
 from trainer.training.optimizer import build_optimizer, learning_rate
 from trainer.training.progress import Progress
-from trainer.training.step_reader import StepReader, open_loader
+from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 
 
@@ -49,6 +50,8 @@ class Run:
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
     streamed."""
+    sizes: tuple[int | None, ...]
+    """Rows of each source, equal on all ranks; None for a streamed source."""
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
     questions: list[Question]
@@ -86,22 +89,26 @@ def prepare_run(
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
-    source = find_source(config.model)
-    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
+    source = find_source(config.model, config.data.tokenizer.path)
     latest = saves.latest()
+    saved = None if latest is None else saved_settings(saves.store, latest)
+    config, kernel, choice = choose(config, source.shape, topology, saved)
+    display.say(choice)
+    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
     if topology.first:
         require_replaceable(config.run.export_directory)
     token = _own(directory, saves, latest)
-    model = build_model(config, source, topology, initialize=latest is None)
+    model = build_model(config, source, topology, kernel, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
     restored = Restored(Progress(), settings)
     if latest is not None:
         restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
-    total_rows = _total_rows(loader)
+    total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
-    validation = _open_validation(config, topology, saves, restored, loader)
+    assignment = assign_packs(loader, config.data, topology)
+    validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
     export_recipe = _recipe(config, source, model, loader) if topology.first else None
     description = RunDescription(
         restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
@@ -112,8 +119,11 @@ def prepare_run(
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=_open_step_reader(config, topology, loader),
+        step_reader=StepReader(
+            loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
+        ),
         total_rows=total_rows,
+        sizes=sizes,
         validation=validation,
         questions=questions,
         description=description,
@@ -125,11 +135,13 @@ def prepare_run(
 
 
 def say_start(run: Run, restored: Restored) -> None:
-    """Print the model, the data, damaged checkpoints and the step of a resume."""
+    """Print the model, the packs to expect, damaged checkpoints and the step of a resume."""
     directory, rejected = run.config.run.directory, run.saves.store.rejected
     run.display.say(model_message(directory, run.model, run.total_rows, run.topology))
-    for line in run.step_reader.loader.unread_columns() if run.topology.first and run.step_reader.loader else ():
-        run.display.say(line)
+    if run.topology.first and (loader := run.step_reader.loader):
+        run.display.say(loader.forecast().describe(run.config.run.steps))
+        for line in loader.unread_columns():
+            run.display.say(line)
     if run.validation:
         run.display.say(run.validation.describe())
     for line in damage_messages(rejected, restarted=not restored.resumed):
@@ -180,11 +192,6 @@ def _follow_data(
     return replace(restored, settings=settings, progress=progress, extended=extended)
 
 
-def _open_step_reader(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> StepReader:
-    assignment = PackAssignment(config.data.streams, config.data.global_batch, topology.dp)
-    return StepReader(loader, assignment, config.data.capacity, topology.tp_group, ahead=True)
-
-
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:
     assert loader is not None
     return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
@@ -199,18 +206,24 @@ def _recipe(config: TrainConfig, source: ModelSource, model: Llama, loader: Pack
     return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
 
 
-def _total_rows(loader: PackLoader | None) -> int | None:
-    box = [loader.total_rows if loader else None]
+def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int | None, ...]]:
+    """Return the rows of all epochs and of each source, as known by the first rank. Collective."""
+    box = [(loader.total_rows, loader.corpus.sizes) if loader else (None, ())]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 def _open_validation(
-    config: TrainConfig, topology: Topology, saves: Saves, restored: Restored, loader: PackLoader | None
+    config: TrainConfig,
+    topology: Topology,
+    saves: Saves,
+    restored: Restored,
+    loader: PackLoader | None,
+    streams: int,
 ) -> Validation | None:
     if config.validation is None or restored.progress.is_complete(config.run.steps):
         return None
-    validation = Validation(config, topology, loader.encoder if loader else None)
+    validation = Validation(config, topology, loader.encoder if loader else None, streams)
     if restored.resumed and config.checkpoint.keep_best is not None:
         validation.require_comparable(saves.store.manifest(restored.progress.step).about)
     return validation

@@ -1,7 +1,7 @@
 """Compare the speed of one training step with other trainers, as rows of a Markdown table.
 
     python benchmarks/gpu/train_step.py [--shape 1b] [--capacity 16384] [--layers N] [--steps 20]
-        [--systems ours-default ours-bf16 ours-compiled hf-liger trl-liger]
+        [--recompute full] [--systems ours-default ours-bf16 hf-liger trl-liger ...]
 
 All systems train the same packs: conversations with log-normal lengths of mean 600 tokens, the last
 60 % of each conversation in the loss, a vocabulary of 128,256; one pack a step, AdamW, gradient
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,11 @@ import torch
 from sftstream import Pack, Segment
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, distributed
+from trainer.llama.attention import Shape, choose_kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
+from trainer.llama.flops import model_flops, peak_flops, squared_lengths
+from trainer.llama.loss import compile_head
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
@@ -61,13 +65,15 @@ class Job(NamedTuple):
     capacity: int
     steps: int
     attention: str
+    recompute: str = "none"
 
 
 class Result(NamedTuple):
-    """Median seconds of a step, and the peak of allocated GPU memory in bytes."""
+    """Median seconds of a step, peak of allocated GPU memory in bytes, attention kernel."""
 
     seconds: float
     peak: int
+    attention: str
 
 
 def sizes(job: Job) -> dict[str, Any]:
@@ -111,24 +117,45 @@ def timed(step: Callable[[int], None], steps: int) -> Iterator[float]:
             yield time.perf_counter() - began
 
 
+class Ours(NamedTuple):
+    """Settings of this trainer in a measurement."""
+
+    weights: torch.dtype = torch.bfloat16
+    deterministic: bool = True
+    compiled: bool = True
+
+
+OURS = {
+    "ours-default": Ours(torch.float32),
+    "ours-bf16": Ours(),
+    "ours-bf16-free": Ours(deterministic=False),
+    "ours-bf16-plain": Ours(compiled=False),
+}
+
+
 def ours(job: Job) -> Result:
     """Measure this trainer's step."""
-    bf16, compiled = job.system != "ours-default", job.system == "ours-compiled"
-    deterministic = job.system == "ours-default"
-    given = packs(job)
-    with determinism(deterministic), distributed("cuda", ParallelConfig()) as topology:
+    settings, given = OURS[job.system], packs(job)
+    config = LlamaConfig(**sizes(job))
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    with determinism(settings.deterministic), distributed("cuda", ParallelConfig()) as topology:
+        heads = Shape(job.capacity, config.num_attention_heads, config.num_key_value_heads, config.head_size)
+        kernel, passed = choose_kernel("auto", heads, device, dtype)
+        print("attention", kernel.name, *passed, file=sys.stderr)
         model = build(
-            LlamaConfig(**sizes(job)),
+            config,
             topology.mesh,
             topology.device,
             capacity=job.capacity,
-            compute_dtype=torch.bfloat16,
-            weights_dtype=torch.bfloat16 if bf16 else torch.float32,
+            compute_dtype=dtype,
+            weights_dtype=settings.weights,
         )
         with torch.no_grad():
             for parameter in model.parameters():
                 local(parameter).normal_(0, 0.02) if parameter.ndim > 1 else local(parameter).fill_(1)
-        prepare_blocks(model, recompute="none", compiled=compiled)
+        prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel)
+        if settings.compiled:
+            compile_head(job.capacity, config.vocab_size, dtype, device)
         optimizer = build_optimizer(model, OptimizerConfig())
 
         def step(number: int) -> None:
@@ -137,20 +164,22 @@ def ours(job: Job) -> Result:
             train_step(model, optimizer, [pack], topology, trained_tokens=tokens, learning_rate=1e-5, clip=1.0)
 
         seconds = statistics.median(timed(step, job.steps))
-        return Result(seconds, torch.cuda.max_memory_allocated())
+        return Result(seconds, torch.cuda.max_memory_allocated(), kernel.name)
 
 
-def _liger_model(job: Job) -> Any:
+def _liger_model(job: Job, weights: torch.dtype = torch.bfloat16) -> Any:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from transformers import LlamaConfig as HuggingFaceConfig
     from transformers import LlamaForCausalLM
 
-    config = HuggingFaceConfig(**sizes(job), attn_implementation=job.attention, dtype=torch.bfloat16)
+    config = HuggingFaceConfig(**sizes(job), attn_implementation=job.attention, dtype=weights)
     with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(weights)
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     apply_liger_kernel_to_llama(model=model)
+    if job.recompute == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -163,7 +192,8 @@ def _unshifted_labels(pack: Pack) -> torch.Tensor:
 
 def hugging_face(job: Job) -> Result:
     """Measure a plain loop over a transformers model with Liger kernels."""
-    model = _liger_model(job)
+    weights = torch.float32 if job.system == "hf-liger-fp32" else torch.bfloat16
+    model = _liger_model(job, weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [
         {
@@ -180,12 +210,14 @@ def hugging_face(job: Job) -> Result:
 
     def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(**batches[number % PACKS], use_cache=False).loss.backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=weights == torch.float32):
+            loss = model(**batches[number % PACKS], use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     seconds = statistics.median(timed(step, job.steps))
-    return Result(seconds, torch.cuda.max_memory_allocated())
+    return Result(seconds, torch.cuda.max_memory_allocated(), job.attention)
 
 
 def trl(job: Job) -> Result:
@@ -230,7 +262,8 @@ def trl(job: Job) -> Result:
             padding_free=True,
             max_length=None,
             bf16=True,
-            gradient_checkpointing=False,
+            gradient_checkpointing=job.recompute == "full",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             use_liger_kernel=True,
             dataset_kwargs={"skip_prepare_dataset": True},
             optim="adamw_torch_fused",
@@ -247,14 +280,16 @@ def trl(job: Job) -> Result:
             callbacks=[clock],
         )
         trainer.train()
-    return Result(statistics.median(clock.seconds[WARM_UP:]), torch.cuda.max_memory_allocated())
+    return Result(statistics.median(clock.seconds[WARM_UP:]), torch.cuda.max_memory_allocated(), job.attention)
 
 
 SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {
-    "ours-default": ("sftstream, the defaults: fp32 weights, deterministic, plain layers", ours),
-    "ours-bf16": ("sftstream, bf16 weights, plain layers", ours),
-    "ours-compiled": ("sftstream, bf16 weights, compiled layers", ours),
+    "ours-default": ("sftstream, the defaults: fp32 weights, deterministic, compiled", ours),
+    "ours-bf16": ("sftstream, bf16 weights, deterministic, compiled", ours),
+    "ours-bf16-free": ("sftstream, bf16 weights, not deterministic, compiled", ours),
+    "ours-bf16-plain": ("sftstream, bf16 weights, deterministic, not compiled", ours),
     "hf-liger": ("transformers and Liger, plain loop, bf16 weights", hugging_face),
+    "hf-liger-fp32": ("transformers and Liger, plain loop, fp32 weights, autocast", hugging_face),
     "trl-liger": ("TRL SFTTrainer and Liger, bf16 weights", trl),
 }
 
@@ -277,6 +312,14 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def utilisation(job: Job, result: Result) -> float:
+    """Return the model's operations of a step as a share of the GPU's bf16 peak (MFU)."""
+    config, given = LlamaConfig(**sizes(job)), packs(job)
+    counts = [(pack.tokens, pack.trained_tokens, squared_lengths(pack)) for pack in given]
+    operations = statistics.mean(model_flops(config, *numbers) for numbers in counts)
+    return operations / result.seconds / (peak_flops(torch.cuda.get_device_name()) or math.inf)
+
+
 def main() -> None:
     """Print the table, or run a single job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,6 +327,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of the model; default: all of the shape")
     parser.add_argument("--capacity", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--recompute", choices=["none", "full"], default="none", help="of all systems")
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -293,15 +337,17 @@ def main() -> None:
         print(json.dumps(SYSTEMS[job.system][1](job)._asdict()))
         return
     print(f"{torch.cuda.get_device_name()}; {versions()}; {arguments.shape}, packs of {arguments.capacity}\n")
-    print("| system | tokens/s | GiB |\n|---|---|---|", flush=True)
+    print("| system | attention | tokens/s | ms a step | MFU | peak GiB |\n|---|---|---|---|---|---|", flush=True)
     for system in arguments.systems:
-        job = Job(system, arguments.shape, arguments.layers, arguments.capacity, arguments.steps, arguments.attention)
+        keys = {name: getattr(arguments, name) for name in Job._fields if name != "system"}
+        job = Job(system=system, **keys)
         result = measured(job)
         if isinstance(result, str):
-            print(f"| {SYSTEMS[system][0]} | {result} | |", flush=True)
+            print(f"| {SYSTEMS[system][0]} | | {result} | | | |", flush=True)
         else:
             speed, peak = arguments.capacity / result.seconds, result.peak / 2**30
-            print(f"| {SYSTEMS[system][0]} | {speed:,.0f} | {peak:.1f} |", flush=True)
+            figures = f"{speed:,.0f} | {1000 * result.seconds:.1f} | {utilisation(job, result):.1%} | {peak:.1f}"
+            print(f"| {SYSTEMS[system][0]} | {result.attention} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

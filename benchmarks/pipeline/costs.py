@@ -89,7 +89,7 @@ def half_way(config: DataConfig, request: Request) -> DataState:
     saved = msgspec.msgpack.decode(Path(request.job.directory, "state").read_bytes(), type=DataState)
     with Path(request.path).open("rb") as file:
         rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b""))
-    half = rows // 2 // config.streams
+    half = rows // 2 // config.stream_count
     streams = {number: _moved_forward(stream, half) for number, stream in saved.streams.items()}
     return msgspec.structs.replace(saved, streams=streams)
 
@@ -149,7 +149,7 @@ def waiting(request: Request) -> dict[str, float]:
     previous step.
     """
     config = msgspec.structs.replace(config_of(request), global_batch=STEP)
-    reader = StepReader(PackLoader(config), PackAssignment(config.streams, STEP, 1), config.capacity, ahead=True)
+    reader = StepReader(PackLoader(config), PackAssignment(config.stream_count, STEP, 1), config.capacity, ahead=True)
     reader.packs(0)
     reader.read_ahead()
     steps = itertools.count(1)
@@ -174,14 +174,14 @@ def waited(reader: StepReader, steps: Iterator[int], request: Request, seconds: 
 def settle(loader: PackLoader, request: Request) -> None:
     """Read until every stream is past its first, smaller windows and fastokens is loaded."""
     until = time.perf_counter() + request.job.patience
-    while time.perf_counter() < until or loader.packs < 2 * loader.config.streams:
+    while time.perf_counter() < until or loader.packs < 2 * loader.config.stream_count:
         next(loader)
 
 
 def taken(loader: PackLoader, request: Request) -> tuple[float, int]:
     """Return seconds elapsed and packs taken."""
     began, packs = time.perf_counter(), 0
-    while packs < 2 * loader.config.streams or time.perf_counter() - began < request.seconds / 4:
+    while packs < 2 * loader.config.stream_count or time.perf_counter() - began < request.seconds / 4:
         next(loader)
         packs += 1
     return time.perf_counter() - began, packs

@@ -85,6 +85,7 @@ def packs(path: str, data: Data, found: Sequence[tuple[Conversation, Example]]) 
             "workers": 0,
             "capacity": data.capacity,
             "max_refused": 1.0,
+            "max_too_long": 1.0,
         },
         DataConfig,
     )

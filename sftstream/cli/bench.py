@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from multiprocessing import active_children
 from pathlib import Path
@@ -98,7 +99,7 @@ def measure(config: DataConfig, seconds: float) -> tuple[list[Speed], StageTimes
 
     Each measurement takes `seconds`, and each loader is warmed up for `seconds` before.
     """
-    config = msgspec.structs.replace(config, epochs=EPOCHS, max_refused=1.0)
+    config = msgspec.structs.replace(config, epochs=EPOCHS, max_refused=1.0, max_too_long=1.0)
     stages = _stage_times(config, seconds)
     return [_speed(config, workers, seconds) for workers in sorted({0, config.workers})], stages
 
@@ -120,7 +121,7 @@ def _stage_times(config: DataConfig, seconds: float) -> StageTimes:
         {name: spent[name] for name in STAGES},
         sum(amount.conversations for amount in node.state.accepted),
         encoder.renderer.planned / max(encoder.renderer.rendered, 1),
-        node.state.refused,
+        sum(map(Counter, node.state.refused), Counter()),
         encoder.tokenizer.fast or "tokenizers",
     )
 

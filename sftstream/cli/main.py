@@ -54,7 +54,7 @@ def template(
 @app.command()
 def inspect(state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")]) -> None:
     """Print the progress of a state, its data and settings, and the reasons of refused rows."""
-    typer.echo(describe(read_state(state)))
+    typer.echo(printable(describe(read_state(state))))
 
 
 @app.command()
@@ -66,7 +66,7 @@ def diff(
     else 1."""
     differences = differing(read_state(before), read_state(after))
     for line in differences:
-        typer.echo(line)
+        typer.echo(printable(line))
     raise typer.Exit(bool(differences))
 
 
@@ -86,7 +86,7 @@ def rebase(
     each accepted change."""
     new = rebased(read_state(state), read_data_config(config, accept))
     out.write_bytes(msgspec.json.encode(new.builtins()))
-    typer.echo(describe(new))
+    typer.echo(printable(describe(new)))
 
 
 @app.command()

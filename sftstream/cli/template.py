@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from sftstream.excerpt import printable
 from sftstream.tokenization.encoder import ChatEncoder
 
 
@@ -23,11 +24,13 @@ def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
         if report.rewrites_history
         else "printed unchanged",
         "today's date": f"printed, as {report.date}" if report.date else "not printed",
+        "variables": ", ".join(f"{name} = {value!r}" for name, value in encoder.template.variables.items()) or "none",
+        "variables not set": ", ".join(encoder.template.unset_variables) or "none",
         "{% generation %} tags": "yes" if report.has_generation_tags else "no",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     table.add_section()
     for shape, verdict in report.shapes.items():
-        table.add_row(shape, f"printed {verdict}" if verdict.startswith("whole") else verdict)
+        table.add_row(shape, printable(f"printed {verdict}" if verdict.startswith("whole") else verdict))
     (console or Console(highlight=False, markup=False)).print(table)

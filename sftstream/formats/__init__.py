@@ -24,5 +24,6 @@ becomes Conversation((Message("user", "hi"), Message("assistant", "hello"))):
 from sftstream.formats.layouts import LAYOUTS
 from sftstream.formats.messages import ROLES
 from sftstream.formats.rows import decode_row, parse_row, unread_columns
+from sftstream.formats.unverified import Unverified, parse_unverified
 
-__all__ = ["LAYOUTS", "ROLES", "decode_row", "parse_row", "unread_columns"]
+__all__ = ["LAYOUTS", "ROLES", "Unverified", "decode_row", "parse_row", "parse_unverified", "unread_columns"]

@@ -48,9 +48,15 @@ def find_layout(row: Row) -> Layout:
     layout = _layout(tuple(key for key, value in row.items() if value is not None))
     if layout is None:
         raise Refused(
-            "unknown layout", f"columns {sorted(map(str, row))} match none of {' | '.join(map(str, LAYOUTS))}"
+            "unknown layout",
+            f"columns {sorted(map(str, row))} match none of {' | '.join(map(str, LAYOUTS))}{_advice(row)}",
         )
     return layout
+
+
+def has_layout(row: Row) -> bool:
+    """Return True if the columns of a row match a layout."""
+    return _layout(tuple(key for key, value in row.items() if value is not None)) is not None
 
 
 def columns_read(row: Row, layout: Layout) -> set[str]:
@@ -67,6 +73,12 @@ def parse_layout(row: Row, settings: RowSettings = DEFAULT) -> tuple[Message, ..
     if len(messages) > 1 and messages[0] == messages[1] and _valued(row, SYSTEM) and messages[0].role == "system":
         return messages[1:]  # a column repeats the system prompt of the turns
     return messages
+
+
+def _advice(row: Row) -> str:
+    if row.get("text") is None and row.get("input_ids") is None:
+        return ""
+    return "; verified = false of the source trains plain text or token ids, of which nothing can be proved"
 
 
 @lru_cache(maxsize=4096)

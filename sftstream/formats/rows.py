@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from sftstream.config import RowSettings
-from sftstream.formats.fields import Row
+from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
 from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
-from sftstream.formats.unread import BESIDE_MESSAGES, require_read, require_readable, tools_of, unread_names
+from sftstream.formats.unread import BESIDE_MESSAGES, VARIABLES, require_read, require_readable, tools_of, unread_names
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
 _DIGITS = 4300
@@ -36,11 +36,11 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
             raise _too_large(len(row), settings)
         if usual and settings.columns is None and not settings.ignore and (conversation := typed_json(row)):
             return conversation
-    fields = _fields(row, settings)
+    fields = row_fields(row, settings)
     if usual and not isinstance(row, bytes) and (conversation := typed_row(fields, settings.max_row_bytes)):
         return conversation
-    if not isinstance(row, bytes) and (size := _size(fields, settings.max_row_bytes)) > settings.max_row_bytes:
-        raise _too_large(size, settings)
+    if not isinstance(row, bytes):
+        require_small(row, fields, settings)
     known = fields.keys().isdisjoint(BESIDE_MESSAGES)
     messages = typed_messages(fields) if known and usual else None
     if messages is None:
@@ -50,10 +50,24 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
-    conversation = Conversation(messages, parse_tools(tools_of(fields)))
+    conversation = Conversation(messages, parse_tools(tools_of(fields)), _variables(fields))
     if not known or settings.columns is not None:
         require_read(fields, conversation, settings)
     return conversation
+
+
+def _variables(fields: Row) -> dict[str, Any]:
+    """Return the template's variables of a row; raises Refused unless they are an object.
+
+    A variable without a value (null) is left out: a table gives each row all names of the column.
+    """
+    if not fields.get(VARIABLES):
+        return {}
+    variables = decoded(fields[VARIABLES])
+    if not isinstance(variables, Mapping):
+        raise Refused("bad template variables", f"{VARIABLES} is a {type(variables).__name__}, not an object")
+    refuse_deep([variables])
+    return {str(name): value for name, value in variables.items() if value is not None}
 
 
 def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
@@ -62,7 +76,7 @@ def unread_columns(row: RawRow, settings: RowSettings = DEFAULT) -> set[str]:
     Return an empty set for a row that is refused.
     """
     try:
-        return unread_names(_fields(row, settings), settings)
+        return unread_names(row_fields(row, settings), settings)
     except (Refused, BrokenRow):
         return set()
 
@@ -81,6 +95,13 @@ def decode_row(row: RawRow) -> Any:
         if (columns := _readable_columns(row)) is not None:
             return columns
         raise BrokenRow(f"is not JSON: {error}") from None
+
+
+def require_small(row: RawRow, fields: Row, settings: RowSettings) -> None:
+    """Raise Refused if a row is larger than `settings.max_row_bytes`."""
+    size = len(row) if isinstance(row, bytes) else _size(fields, settings.max_row_bytes)
+    if size > settings.max_row_bytes:
+        raise _too_large(size, settings)
 
 
 def _too_large(size: int, settings: RowSettings) -> Refused:
@@ -105,7 +126,7 @@ def _size(fields: Row, enough: int) -> int:
     return size
 
 
-def _fields(row: RawRow, settings: RowSettings) -> Row:
+def row_fields(row: RawRow, settings: RowSettings) -> Row:
     """Return the columns of a row: renamed by `settings.columns`, without `settings.ignore`."""
     decoded = decode_row(row)
     if not isinstance(decoded, Mapping):

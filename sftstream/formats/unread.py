@@ -23,6 +23,8 @@ TOOLS = (
     *("available_tools", "available_functions", "tool_schemas", "tools_schema", "tool_list"),
 )
 """Names of a column with tool definitions; the first with a value is read."""
+VARIABLES = "chat_template_kwargs"
+"""Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
 WORDS = frozenset(
     _OF_LAYOUTS
@@ -89,7 +91,7 @@ def unread_names(row: Row, settings: RowSettings) -> set[str]:
 def _read(row: Row) -> set[str]:
     """Return the names of the row's columns that are read, tool definitions included."""
     tools = next((column for column in TOOLS if row.get(column)), None)
-    return columns_read(row, find_layout(row)) | ({tools} if tools else set())
+    return columns_read(row, find_layout(row)) | {VARIABLES} | ({tools} if tools else set())
 
 
 def _carries(column: str, value: Any) -> bool:

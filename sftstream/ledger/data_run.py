@@ -36,7 +36,7 @@ def run_data(config: DataConfig, directory: Path, steps: int, every: int, shards
     step = int(saved.stem.removeprefix("step-")) if saved else 0
     state = msgspec.json.decode(saved.read_bytes()) if saved else None
     loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
-    assignment = PackAssignment(config.streams, config.global_batch, shards)
+    assignment = PackAssignment(loaders[0].position().header.identity.streams, config.global_batch, shards)
     rows = _cut_back(directory, step)
     ledger = LedgerWriter(directory / "ledger", step)
     ledger.begin(_session(loaders[0], step, shards))

@@ -34,11 +34,18 @@ class Rebuilder:
         tokenizer = self.config.tokenizer
         date = tokenizer.date or datetime.now(UTC).date().isoformat()
         self.encoder = ChatEncoder(
-            tokenizer.path, tokenizer.template, date=date, policy=self.config, backend=tokenizer.backend
+            tokenizer.path,
+            tokenizer.template,
+            date=date,
+            variables=tokenizer.variables,
+            policy=self.config,
+            backend=tokenizer.backend,
         )
         now = identify(self.config, self.corpus, self.encoder)
-        # Both libraries compute the same ids, so either may be installed here.
-        now = msgspec.structs.replace(now, fast_tokenizer=session.identity.fast_tokenizer)
+        # Other libraries or versions matter only if they make other tokens, which the digests show.
+        now = msgspec.structs.replace(
+            now, fast_tokenizer=session.identity.fast_tokenizer, versions=session.identity.versions
+        )
         self.changes = differences(msgspec.to_builtins(session.identity), msgspec.to_builtins(now))
         """Differences between the data of the session and the data as it is now."""
         self.empty = self._pack((), ())
@@ -63,14 +70,17 @@ class Rebuilder:
         packs = self.packs(segments)
         return [packs.get(place, self.empty) for place in range(self.config.global_batch)]
 
-    def conversation(self, ref: Ref) -> Conversation:
-        """Return a row as a conversation. Raises Refused if it is none."""
+    def conversation(self, ref: Ref) -> Conversation | None:
+        """Return a row as a conversation; None for a row of plain text or token ids.
+
+        Raises Refused if the row is refused now.
+        """
         reader = ExampleReader.of(self.corpus, self.encoder)
         reader.expect(ref)
         (loaded,) = reader.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
-        return loaded
+        return loaded if isinstance(loaded, Conversation) else None
 
     def _examples(self, segments: Segments) -> Mapping[Ref, list[Example]]:
         """Return the examples of each row of a step, in the order of the row's parts."""

@@ -26,7 +26,8 @@ class Traced(NamedTuple):
     trained_tokens: int
     location: str
     """File and line for an editor."""
-    conversation: Conversation
+    conversation: Conversation | None
+    """None for a row of plain text or token ids."""
     trained: list[str]
     """Texts of the trained stretches of tokens, in order."""
     loss: float | None
@@ -67,7 +68,7 @@ def describe(traced: Traced, width: int) -> Iterator[str]:
         f"of source {segment.source}, epoch {segment.epoch}{part}); {traced.trained_tokens} of {segment.length} tokens "
         f"trained{loss}"
     )
-    for message in traced.conversation.messages:
+    for message in traced.conversation.messages if traced.conversation else ():
         yield f"  {message.role}: {_short(_text(message), width)}"
     for text in traced.trained:
         yield f"  trained: {_short(text, width)}"

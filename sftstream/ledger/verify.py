@@ -22,6 +22,7 @@ from sftstream.ledger.audit import audit
 from sftstream.ledger.compare import compare
 from sftstream.ledger.data_run import run_data
 from sftstream.ledger.reader import Ledger
+from sftstream.loader import PackLoader
 
 NEVER = 600.0
 """Seconds without a new step after which an attempt counts as stuck."""
@@ -70,7 +71,9 @@ def verify_data(
 
     Raises ValueError if the config cannot be run at all.
     """
-    most = min(4, config.streams if isinstance(config.streams, int) else 4)
+    loader = PackLoader(config, workers=0)
+    config = loader.config  # with the number of streams that "auto" chooses
+    most = min(4, loader.position().header.identity.streams)
 
     def start(place: Path, hop: Hop) -> Attempt:
         return _DataAttempt(config, place, steps, hop)

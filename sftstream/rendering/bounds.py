@@ -1,10 +1,11 @@
-"""Count the work of a chat template, so that a row is refused by its size and never by a clock.
+"""Count the work of a chat template, so that a row is refused for too much work and never for too
+much time.
 
-A template is a program of unknown origin. Each render has a budget of steps; a step is a pass of a
-loop, a 16th of a call, or the copy of 1,024 characters. Values have a limit
-of size, which is checked before the value is made.
+A template is a program of unknown origin. Each render has a budget of work units: a pass of a loop
+costs 1 unit, a call 16 units, and copied text 1 unit per 1,024 characters. Values have a limit of
+size, which is checked before the value is made.
 
-Example: `{% for i in range(99999) %}` nested three times is refused after 10,000,000 steps, and
+Example: `{% for i in range(99999) %}` nested three times is refused after 10,000,000 units, and
 `{{ 'x' * 10**13 }}` at once, on every machine alike.
 """
 
@@ -23,15 +24,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sftstream.records import Refused
 
-MOST_STEPS = 10_000_000
+MOST_WORK = 10_000_000
 """Steps of a render: a few seconds. A conversation of 1,000 messages takes some 100,000."""
 MOST_CHARACTERS = 1 << 26
 """Size of a value: characters of a text, or elements of a list."""
 _MOST_BITS = 1 << 16
 _COPIED = 1024
-"""Characters copied in a step."""
+"""Characters copied in one unit of work."""
 _CALL, _NODE = 16, 32
-"""Steps of a call, and characters that a value inside a printed value counts for."""
+"""Work units of a call; and the characters added for each element of a nested value, when the size
+of the printed value is estimated."""
 _WIDTH = re.compile(r"\d{7}|\*")
 
 _GROWING = {
@@ -47,15 +49,19 @@ _LAZY: tuple[Any, ...] = (GeneratorType, type(reversed([])), type(reversed({})),
 
 
 class _Meter:
-    """The steps of a render."""
+    """The work units of a render."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.work = 0
 
-    def count(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > MOST_STEPS:
-            raise Refused("template does too much", f"it took more than {MOST_STEPS:,} steps on this conversation")
+    def count(self, work: int) -> None:
+        self.work += work
+        if self.work > MOST_WORK:
+            raise Refused(
+                "template does too much",
+                f"it took more than {MOST_WORK:,} units of work on this conversation; "
+                "simplify the loops of the template",
+            )
 
 
 _METER: ContextVar[_Meter] = ContextVar("meter")
@@ -63,7 +69,7 @@ _METER: ContextVar[_Meter] = ContextVar("meter")
 
 @contextmanager
 def metered() -> Iterator[None]:
-    """Give the renders inside a budget of steps; exceeding it raises `Refused`."""
+    """Limit the work of all renders in the body of this context. More work raises `Refused`."""
     token = _METER.set(_Meter())
     try:
         yield
@@ -71,9 +77,9 @@ def metered() -> Iterator[None]:
         _METER.reset(token)
 
 
-def _count(steps: int) -> None:
+def _count(work: int) -> None:
     if meter := _METER.get(None):
-        meter.count(steps)
+        meter.count(work)
 
 
 def _require_size(size: int) -> None:
@@ -82,9 +88,10 @@ def _require_size(size: int) -> None:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that counts steps, and limits the size of each value.
+    """A sandbox that counts work, and limits the size of each value.
 
-    Intercepted operators are also kept from being computed while the template is compiled.
+    Jinja computes constants such as `'x' * 10**9` when it compiles a template, but leaves the
+    operators in `intercepted_binops` to each render.
     """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -154,19 +161,19 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _require_affordable(name: str, values: Sequence[Any]) -> None:
-    """Raise `Refused` if an operation would take too many steps, or its result be too large."""
-    size, steps = 1, 1
+    """Raise `Refused` if an operation would take too much work, or its result be too large."""
+    size, work = 1, 1
     for index, value in enumerate(values):
         kind = type(value)
         if kind is str:
             size *= len(value) + 1
-            steps += len(value) // _COPIED
+            work += len(value) // _COPIED
         elif kind in (list, tuple, dict):
             size *= (_printed(value) if name in _NESTED else len(value)) + 1
-            steps += len(value) // _COPIED
+            work += len(value) // _COPIED
         elif kind is int and (index or name == "*"):  # a width; the first value is what is printed
             size *= abs(value) + 1
-    _count(steps)
+    _count(work)
     if name == "**" or (name == "*" and type(values[0]) is type(values[1]) is int):
         _require_number(name, *values)
     elif size > MOST_CHARACTERS:
@@ -199,7 +206,8 @@ def _has_width(value: Any) -> bool:
 
 
 def _printed(value: Any) -> int:
-    """Return about the number of characters that print a nested value, or a number too large."""
+    """Return roughly the number of characters of a printed nested value. Counting stops above
+    `MOST_CHARACTERS`, so that a larger result is only a lower bound."""
     size, waiting = 0, [value]
     while waiting and size <= MOST_CHARACTERS:
         inner = waiting.pop()
@@ -229,7 +237,8 @@ def _joined_values(values: Iterable[Any]) -> str:
 
 
 def _checked(value: Any) -> Any:
-    """Return a value whose making was cheap; raises `Refused` if the value is too large."""
+    """Return the value if its size is within the limit; raises `Refused` if it is larger. For
+    values that were cheap to compute, whatever their size."""
     if type(value) in (str, list, tuple) and len(value) > _COPIED:
         _require_size(len(value))
         _count(len(value) // _COPIED)

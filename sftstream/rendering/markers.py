@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from sftstream.excerpt import excerpt
-from sftstream.records import REASONING_KEYS, Refused
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
@@ -66,6 +68,42 @@ class Located(NamedTuple):
     """True if `payloads` also lists blank messages, each as an empty range."""
 
 
+class PayloadIndex:
+    """Payloads of a rendered text, for searches by message and by offset without a full scan."""
+
+    def __init__(self, payloads: Sequence[Payload]) -> None:
+        self._by_start = sorted(payloads)
+        self._starts = [payload.start for payload in self._by_start]
+        self._by_end = sorted((payload.end, payload.message) for payload in payloads)
+        self._latest_end = list(accumulate((payload.end for payload in self._by_start), max))
+        self._of: dict[int, list[Payload]] = {}
+        for payload in self._by_start:
+            self._of.setdefault(payload.message, []).append(payload)
+
+    def of(self, message: int) -> Sequence[Payload]:
+        """Return the payloads of a message, in order of print."""
+        return self._of.get(message, ())
+
+    def last_end(self, message: int, offset: int) -> int:
+        """Return the end of the last payload before `offset` of an earlier message, or 0."""
+        found = bisect_right(self._by_end, (offset, len(self._by_end) + message)) - 1
+        while found >= 0 and self._by_end[found][1] >= message:
+            found -= 1
+        return self._by_end[found][0] if found >= 0 else 0
+
+    def next_start(self, message: int, offset: int) -> int | None:
+        """Return the start of the first payload of a later message from `offset` on, or None."""
+        for payload in islice(self._by_start, bisect_left(self._starts, offset), None):
+            if payload.message > message:
+                return payload.start
+        return None
+
+    def overlapping(self, span: Span) -> list[Payload]:
+        """Return the payloads that share a character with the span."""
+        first, last = bisect_right(self._latest_end, span.start), bisect_left(self._starts, span.end)
+        return [p for p in self._by_start[first:last] if span.start < p.end]
+
+
 Key = tuple[int, int, int]
 """Identity of a payload: index of the message, index into `KINDS`, number of the payload."""
 
@@ -73,8 +111,8 @@ Key = tuple[int, int, int]
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
     """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails, if the markers change other text, or if a payload is neither
-    printed as stored nor as inside a JSON string.
+    Raises `Refused` if a render fails, if the markers change text outside the payloads, or if a
+    payload is printed neither unchanged nor escaped as in a JSON string.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
@@ -286,7 +324,8 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings of a message that one render may print and another render leave out."""
+    """Yield the strings that may be absent from the plain render and still be printed by a render
+    with markers. A marker must not occur in them."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))

@@ -1,7 +1,7 @@
 """Choose the trained spans of a rendered conversation.
 
 The policy decides which roles and which parts of a turn are trained. A conversation is refused if a
-span would contain text that another role said.
+span would contain text of another message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from sftstream.config import Policy
 from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
-from sftstream.rendering.markers import Located, Payload
+from sftstream.rendering.markers import Located, PayloadIndex
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.rendering.turns import Turn
 
@@ -33,13 +33,16 @@ def rendered(
     contains text of another message, if two spans overlap, or if a payload lies outside its turn.
     """
     by_message = {turn.message: turn for turn in turns}
+    payloads = PayloadIndex(located.payloads)
     spans: list[Span] = []
     for index in trained_messages(messages, policy):
         turn = by_message.get(index)
         message_spans = (
-            _turn_spans(turn, policy) if turn else _payload_spans(index, messages[index], located, turn_format)
+            _turn_spans(turn, policy)
+            if turn
+            else _payload_spans(index, messages[index], located.text, payloads, turn_format)
         )
-        _refuse_foreign_text(message_spans, index, located.payloads)
+        _refuse_foreign_text(message_spans, index, payloads)
         spans += message_spans
     spans = sorted(span for span in spans if span.start < span.end)
     for before, after in itertools.pairwise(spans):
@@ -49,7 +52,7 @@ def rendered(
 
 
 def require_whole(
-    messages: Sequence[Message], located: Located, policy: Policy, *, prints_reasoning: bool, prints_thoughts: bool
+    messages: Sequence[Message], located: Located, policy: Policy, prints_reasoning: bool, prints_thoughts: bool
 ) -> None:
     """Raise Refused if the template left out a payload.
 
@@ -115,28 +118,30 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
     ]
 
 
-def _payload_spans(index: int, message: Message, located: Located, turn_format: TurnFormat) -> list[Span]:
+def _payload_spans(
+    index: int, message: Message, text: str, payloads: PayloadIndex, turn_format: TurnFormat
+) -> list[Span]:
     """Return the span of a system, user or tool message: the first payload and the stop after it.
 
     A stop belongs to the span if it follows the payload directly, or after the white space that
     ends the content. Otherwise the span is the payload alone. A message without printed text has no
     span.
     """
-    payload = next((payload for payload in located.payloads if payload.message == index), None)
+    payload = next(iter(payloads.of(index)), None)
     if payload is None or payload.start == payload.end:
         return []
     content = message.content or ""
     for space in dict.fromkeys(("", content[len(content.rstrip()) :])):
         for stop in turn_format.stops:
-            if located.text.startswith(space + stop, payload.end):
+            if text.startswith(space + stop, payload.end):
                 return [Span(payload.start, payload.end + len(space + stop))]
     return [Span(payload.start, payload.end)]
 
 
-def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: Iterable[Payload]) -> None:
+def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: PayloadIndex) -> None:
     """Raise Refused if a payload of another message lies inside the spans of message `index`."""
-    for payload in payloads:
-        if payload.message != index and any(s.start < payload.end and payload.start < s.end for s in spans):
+    for payload in (payload for span in spans for payload in payloads.overlapping(span)):
+        if payload.message != index:
             raise Refused("foreign text in span", f"message {payload.message} is printed inside message {index}")
 
 

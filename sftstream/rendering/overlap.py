@@ -36,7 +36,8 @@ def is_within(gap: str, tail: str) -> bool:
 
 
 def shared_end(lead: str, tail: str) -> int:
-    """Return the length of the longest end of `tail` that starts with a tag and begins `lead`.
+    """Return the length of the longest suffix of `tail` that starts with a tag and is a prefix of
+    `lead`.
 
     `tail` "<think></think>" and `lead` "</think>call" share "</think>", 8 characters. The result is
     0 if nothing is shared.

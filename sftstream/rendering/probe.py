@@ -89,6 +89,19 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     )
 
 
+def prints_last_reasoning(
+    template: ChatTemplate, turn_format: TurnFormat, control: re.Pattern[str]
+) -> tuple[bool, bool]:
+    """Return whether the template prints the reasoning of the last message.
+
+    The first answer is for `reasoning_content`, the second for `<think>...</think>` in the content.
+    """
+    field, inline = (
+        _judge(template, turn_format, control, *SHAPES[name]) for name in ("reasoning", "thoughts in the text")
+    )
+    return field.startswith("whole"), inline.startswith("whole")
+
+
 def _refuse_addresses(template: ChatTemplate) -> None:
     """Raise ValueError if the template prints the address of an object in memory.
 
@@ -111,9 +124,9 @@ _ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 def reading_content(template: ChatTemplate) -> ChatTemplate:
     """Return the template in the variant that prints contents.
 
-    Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". If only
-    the copy of the template that gets such lists prints the content, return the copy; otherwise
-    return the template unchanged.
+    Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". Return a
+    copy of the template that passes such lists, if the copy prints the content and the template
+    itself does not. Otherwise return the template unchanged.
     """
     with bounded_memory():
         for candidate in (template, template.with_content_as_parts()):

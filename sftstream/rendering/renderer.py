@@ -7,7 +7,8 @@ rendered from a stored plan with the same result (`fast/`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -17,9 +18,9 @@ from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
-from sftstream.rendering.probe import probe, reading_content
+from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
-from sftstream.rendering.turns import Turn, find_turns
+from sftstream.rendering.turns import Turn, find_turns, representatives
 
 CHECK_INTERVAL = 4096
 """Number of conversations rendered from plans up to the next comparison with the template."""
@@ -78,12 +79,9 @@ class Renderer:
         if self.policy.history == "as_rendered":
             return RenderedConversation(conversation, (whole,))
         trained = trained_messages(conversation.messages, self.policy)
-        parts = [_up_to(conversation, index) for index in trained]
-        if trained and trained[-1] == len(conversation.messages) - 1:
-            earlier, last = [self.render(part) for part in parts[:-1]], parts[-1:]
-        else:
-            earlier, last = [self.render(part) for part in parts], []
-        if all(whole.text.startswith(part.text[: max(part.bounds, default=0)]) for part in earlier):
+        earlier = [index for index in trained if index < len(conversation.messages) - 1]
+        messages = [template_message(message) for message in conversation.messages]
+        if all(self._is_printed_alike(conversation, index, whole) for index in representatives(messages, earlier)):
             return RenderedConversation(conversation, (whole,))
         if self.policy.history == "error":
             raise Refused(
@@ -91,8 +89,16 @@ class Renderer:
                 "the template prints a trained message, or text before the message, differently once further "
                 'messages follow; set history = "per_turn" or "as_rendered"',
             )
-        texts = (*earlier, *map(self.render, last))
+        texts = [self.render(_up_to(conversation, index)) for index in trained]
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
+
+    def _is_printed_alike(self, conversation: Conversation, index: int, whole: Rendered) -> bool:
+        """Return True if `whole` begins with all text up to the end of trained message `index`.
+
+        The text is a render of the messages up to `index`: what inference has after the message.
+        """
+        part = self.render(_up_to(conversation, index))
+        return whole.text.startswith(part.text[: max(part.bounds, default=0)])
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text and the trained spans of the whole conversation; raises `Refused`.
@@ -121,38 +127,60 @@ class Renderer:
 
         Return the text with the trained spans, and the turns. Raises `Refused`.
         """
-        messages = [template_message(message) for message in conversation.messages]
-        self._refuse_typed_names(messages, conversation.tools)
-        located = locate(self.template, messages, conversation.tools)
-        require_whole(
-            conversation.messages,
-            located,
-            self.policy,
-            prints_reasoning=self.report.prints_reasoning,
-            prints_thoughts=self.report.prints_thoughts,
-        )
-        turn_format = self.report.turn_format
-        turns = find_turns(self.template, turn_format, self._control, messages, conversation.tools, located)
+        try:
+            return self._render_whole(conversation, self._with_variables(conversation.variables))
+        except Refused as refused:
+            if not refused.reason.startswith(("template drops", "template raises")) or not self._unset_variables:
+                raise
+            names = ", ".join(self._unset_variables)
+            hint = f"the template also reads variables that are not set ({names}); set them by data.tokenizer.variables"
+            raise Refused(refused.reason, f"{refused.detail}; {hint}") from None
+
+    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn]]:
+        messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
+        self._refuse_typed_names(messages, tools, conversation.variables)
+        located = locate(template, messages, tools)
+        turn_format, own = self.report.turn_format, bool(conversation.variables)
+        prints = (self.report.prints_reasoning, self.report.prints_thoughts)
+        if own and located.dropped:
+            prints = prints_last_reasoning(template, turn_format, self._control)
+        require_whole(conversation.messages, located, self.policy, *prints)
+        # The turn format is known for the variables of the config. A conversation with variables of
+        # its own may have another generation prompt, so each start is proved by a render.
+        turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
         return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
 
-    def _refuse_typed_names(self, messages: list[TemplateMessage], tools: Sequence[Any]) -> None:
-        """Raise `Refused` if a name, an id, a key or a tool definition contains a special token.
+    def _with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        try:
+            return self.template.with_variables(variables)
+        except ValueError as error:
+            raise Refused("bad template variables", str(error)) from None
 
-        Names and keys get no markers. A special token of the template could therefore not be told
-        from a special token typed in a name.
+    @cached_property
+    def _unset_variables(self) -> tuple[str, ...]:
+        return self.template.unset_variables
+
+    def _refuse_typed_names(
+        self, messages: list[TemplateMessage], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> None:
+        """Raise `Refused` if a name, id, key, tool definition or variable contains a special token.
+
+        Names, keys and variables get no markers. A special token of the template could therefore
+        not be told from a special token typed in one of these texts.
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
             ("a tool definition", strings(tools)),
+            ("chat_template_kwargs", strings(variables)),
         ]
         for holder, texts in named:
             if found := self._control.search("\0".join(texts)):
                 raise Refused(
-                    "control token in text", f"{holder} contains {found[0]!r} in a name or key; remove the token"
+                    "control token in text", f"{holder} contains {found[0]!r} in a name, key or value; remove the token"
                 )
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:
     """Return the conversation up to message `index`, with only that message to be trained."""
     earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
-    return Conversation((*earlier, conversation.messages[index]), conversation.tools)
+    return msgspec.structs.replace(conversation, messages=(*earlier, conversation.messages[index]))

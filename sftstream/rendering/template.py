@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from sftstream.door import Door
@@ -27,7 +28,8 @@ TemplateMessage = dict[str, Any]
 SECONDS = 60.0
 """Time limit for one render, in seconds; a long conversation takes a few milliseconds.
 
-Ends the run: a row refused by a clock would be refused on some machines only.
+Exceeding the limit ends the run. It does not refuse the row, because a faster machine would accept
+the same row.
 """
 _LONGEST = 1 << 20
 """Characters of a template; published templates have up to 40,000."""
@@ -37,6 +39,12 @@ MEMORY = 256 << 20
 
 REMEMBERED = 2048
 """Number of results in one generation of `_JsonCache`, which keeps two generations."""
+
+SET_BY_RENDERER = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "date_string"}
+    | {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+)
+"""Names that a render sets itself, beside the special tokens of the tokenizer."""
 
 # A template is a program and may add None to a string, split by "", divide by 0 or never return.
 _RUNNING = Door("", error=lambda line: Refused("template raises", line.removeprefix(": ")))
@@ -55,6 +63,8 @@ class ChatTemplate:
         asks_for_date = "strftime_now" in text or "date_string" in text
         self.date = (date or Date.today()) if asks_for_date else None
         self._variables: dict[str, Any] = dict(variables)
+        self.set_by_renderer = SET_BY_RENDERER | variables.keys()
+        """Names that `with_variables` refuses."""
         if self.date is not None:
             self._variables |= {"strftime_now": self.date.strftime, "date_string": self.date.strftime("%d %b %Y")}
         if len(text) > _LONGEST:
@@ -63,6 +73,8 @@ class ChatTemplate:
             )
         with Door("the chat template is not valid Jinja"):
             self._compiled = _compiled(text)
+        self.variables: Mapping[str, Any] = {}
+        """Further variables of every render, from the config or a row."""
         self.content_as_parts = False
         """True if the template gets a content "hi" as `[{"type": "text", "text": "hi"}]`."""
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
@@ -72,6 +84,43 @@ class ChatTemplate:
         result = copy.copy(self)
         result.content_as_parts = True
         return result
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """Return a copy of the template that gets further variables: `{"enable_thinking": False}`.
+
+        Raises ValueError if a name is set by every render, or if a value has no JSON form.
+        """
+        if not variables:
+            return self
+        for name, value in variables.items():
+            if name in self.set_by_renderer:
+                remedy = "set data.tokenizer.date" if name in ("date_string", "strftime_now") else "remove the name"
+                raise ValueError(f"the variable {name!r} is set by every render of a chat template; {remedy}")
+            try:
+                exact_key(value)
+            except ValueError:
+                raise ValueError(
+                    f"the variable {name!r} = {value!r} is no text, number, true, false, list or table; write it as a text"
+                ) from None
+        result = copy.copy(self)
+        result.variables = {**self.variables, **variables}
+        return result
+
+    @property
+    def unset_variables(self) -> tuple[str, ...]:
+        """Names that the template reads, but that neither a render nor `variables` sets; sorted.
+
+        A name that the template assigns itself counts only if the template asks whether the name is
+        defined: `{% if enable_thinking is not defined %}{% set enable_thinking = true %}`.
+        """
+        tree = self.environment.parse(self.text)
+        names = list(tree.find_all(nodes.Name))
+        assigned = {name.name for name in names if name.ctx != "load"}
+        questions = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+        questions += [call for call in tree.find_all(nodes.Filter) if call.name in ("default", "d")]
+        asked = {question.node.name for question in questions if isinstance(question.node, nodes.Name)}
+        read = meta.find_undeclared_variables(tree) - (assigned - asked)
+        return tuple(sorted(read - self.set_by_renderer - self.variables.keys()))
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
         """Return the rendered text; with `prompt`, the text ends with the generation prompt.
@@ -103,14 +152,16 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": prompt,
             **self._variables,
+            **self.variables,
         }
 
 
 def _compiled(text: str) -> Any:
-    """Compile the template in the Jinja environment of transformers, with two changes.
+    """Compile the template in the Jinja environment of transformers, with three changes.
 
     `tojson` gets a cache, since conversations of one source often share tool definitions. `random`
-    and `lipsum` are removed, since their output differs in each process.
+    and `lipsum` are removed, since their output differs in each process. The work of a render is
+    counted (see `bounds`).
     """
     environment = _compile_jinja_template("").environment.overlay()  # "": only the environment is needed
     filters = {name: function for name, function in environment.filters.items() if name != "random"}

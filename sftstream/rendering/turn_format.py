@@ -2,8 +2,8 @@
 
 The texts are learned once per run, from renders of short conversations (`probe_messages.py`).
 
-Example. For ChatML the probe of a question and an answer, and the same probe followed by another
-question, print after the answer
+Example. Two probes are rendered with ChatML: a question and an answer, and the same with another
+question after them. After the answer the template prints
 
     at the conversation's end      "<|im_end|>\\n"
     before another message         "<|im_end|>\\n<|im_start|>user\\n"
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sftstream.records import Refused
-from sftstream.rendering.overlap import TAG, common_prefix, contains, cut, cut_prefix, token_or_tag
+from sftstream.rendering.overlap import TAG, common_prefix, contains, cut, cut_prefix, opens_thought, token_or_tag
 from sftstream.rendering.probe_messages import ANSWER, CALLED, RESULT, SAID, SYSTEM, THOUGHT, TOOL, USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
@@ -62,7 +62,8 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
     """Return the turn format, learned from renders of short conversations.
 
     `control` matches the text of any special token. Raises ValueError if the template cannot print
-    a user's message, exceeds the time limit, or prints no text that ends an assistant turn.
+    a user's message, does too much work, or prints no text that ends an assistant turn, and
+    RuntimeError if a render exceeds the time limit.
     """
     prompt = _probe_prompt(template, control)
     role_marker = _probe_role_marker(template, control, prompt)
@@ -128,11 +129,26 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
         others = [_gap(template, [USER, USER]), _gap(template, [USER, SYSTEM])]
         shared = [common_prefix(tail, other) for other in others if other is not None]
         begin = max((len(text[: cut(text, tail, control)]) for text in shared), default=len(tail))
-        return tail[begin : min(printed)] if printed and begin < min(printed) else ""
+        if printed and begin < min(printed):
+            return tail[begin : min(printed)]
+        return _header_without_prompt(template, tail)
     before = len(tail) - len(prompt)
     lengths = [length - before for length in printed if length > before]
     opened = len(re.split(r"<think|\[THINK", prompt)[0])
     return prompt[: min([opened, *lengths])]
+
+
+def _header_without_prompt(template: ChatTemplate, tail: str) -> str:
+    """Return the text that opens an answer under a template without any generation prompt.
+
+    `tail` is the text after a user's message at the end of a conversation. The gap before an answer
+    goes on with the header: tail "</s>", gap "</s><assistant>", header "<assistant>". The header is
+    not the assistant's text, although inference does not print it either. White space and an opened
+    thought are no header.
+    """
+    gap = _gap(template, [USER, ANSWER]) or ""
+    header = gap[len(tail) :] if gap.startswith(tail) else ""
+    return "" if opens_thought(header) else header.strip()
 
 
 def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:
@@ -156,9 +172,9 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    The result holds the token or tag that begins the role marker, and the first token or tag before
-    the first user's text that the template prints more than once. A text that ends a turn is left
-    out.
+    The result holds the token or tag that begins the role marker. It also holds, of the tokens and
+    tags before the first user's text, the first one that occurs more than once in the render. A
+    text that ends a turn is left out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
@@ -231,9 +247,10 @@ def _stops(
 
            at_end "", in_middle "<|user|>\\n"  ->  {"<|user|>"}
 
-    With `turn_stops`, the stops of turns without calls, return only the additional stops of turns
-    with calls: an empty set if `at_end` or `in_middle` contains one of `turn_stops`. Rule 2 then
-    does not apply. Without `by_next_role`, rule 3 does not apply if both texts exist.
+    `turn_stops` are the known stops of turns without calls. If given, only stops that turns with
+    calls have in addition are returned: none if `at_end` or `in_middle` contains one of
+    `turn_stops`. With `turn_stops`, rule 2 is never applied. Without `by_next_role`, rule 3 does
+    not apply if both texts exist.
     """
     texts = [text for text in (at_end, in_middle) if text is not None]
     if not texts or any(contains(text, turn_stops) for text in texts):

@@ -11,8 +11,8 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
     text    <user>hi</s><assistant>seven</s>
     format  TurnFormat(prompt="<assistant>", role_marker="<assistant>", stops=("</s>",), ...)
     gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
-    tail    the text after the last payload if only the user's message is rendered with the
-            generation prompt, "<user>hi</s><assistant>": "</s><assistant>"
+    tail    the user's message alone, rendered with the generation prompt, is
+            "<user>hi</s><assistant>"; the tail is the text after "hi": "</s><assistant>"
     start   gap and tail are equal, so the model says all text after the gap: offset 23
     end     the first stop after "seven" ends at offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
@@ -21,12 +21,13 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
-from sftstream.rendering.markers import Located, Marking, Payload, locate
+from sftstream.rendering.markers import Located, Marking, Payload, PayloadIndex, locate
 from sftstream.rendering.overlap import (
     common_prefix,
     cut,
@@ -122,14 +123,17 @@ class _TurnSearch:
         self._messages = messages
         self._tools = tools
         self._text = located.text
-        self._payloads = located.payloads
+        self._payloads = PayloadIndex(located.payloads)
         self._fill_blanks = located.fill_blanks
         self._shortcut = shortcut
         self._compare = compare
+        self._kinds = [_kind(message) for message in messages]
+        self._kinds_before = _distinct_before(self._kinds)
+        self._tails: dict[tuple[Any, ...], str | None] = {}
 
     def has_payload(self, index: int) -> bool:
         """Return True if a payload of message `index` is printed."""
-        return any(payload.message == index for payload in self._payloads)
+        return bool(self._payloads.of(index))
 
     def turn(self, index: int, earliest: int) -> Turn:
         """Return the turn of assistant message `index`, which may not start before `earliest`.
@@ -139,8 +143,8 @@ class _TurnSearch:
         """
         # A template may print an earlier message a second time, after this message. The second
         # occurrence does not count for `before`, the end of the earlier messages.
-        first = min((p.start for p in self._payloads if p.message == index), default=len(self._text))
-        before = max((p.end for p in self._payloads if p.message < index and p.end <= first), default=0)
+        own = self._payloads.of(index)
+        before = self._payloads.last_end(index, own[0].start if own else len(self._text))
         payloads = self._first_prints(index, max(before, earliest))
         limit = payloads[0].start if payloads else self._next_message(index, before)
         start = self._start(index, before, limit, empty=not payloads)
@@ -154,8 +158,8 @@ class _TurnSearch:
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
         """Return the first occurrence, at or after `earliest`, of each payload of the message."""
         first_prints: dict[tuple[str, int], Payload] = {}
-        for payload in self._payloads:
-            if payload.message == index and payload.start >= earliest:
+        for payload in self._payloads.of(index):
+            if payload.start >= earliest:
                 first_prints.setdefault((payload.kind, payload.number), payload)
         return sorted(first_prints.values())
 
@@ -164,8 +168,8 @@ class _TurnSearch:
 
         Return the end of the text if there is no such payload.
         """
-        starts = (p.start for p in self._payloads if p.message > index and p.start >= offset)
-        return min(starts, default=len(self._text))
+        start = self._payloads.next_start(index, offset)
+        return len(self._text) if start is None else start
 
     def _start(self, index: int, before: int, limit: int, *, empty: bool) -> _Start:
         """Return the start of the turn.
@@ -210,11 +214,12 @@ class _TurnSearch:
                 gap   </s><assistant><quick>      the turn starts at <quick>
                 tail  </s><assistant><deep>
 
-        In the third case the gap may go on with the end of the tail, which the model does not say:
-        gap `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
+        In the third case, the text after the common beginning may start with a suffix of the tail.
+        The prompt contains that suffix, so the turn starts after it: gap
+        `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
         Return None if no case applies, or if a role marker remains after the start.
         """
-        tail = self._tail(self._messages[:index], prompt=True)
+        tail, rendered = self._tail(index, gap, prompt=True)
         if tail is None:
             return None
         role_marker = self._format.role_marker
@@ -229,7 +234,7 @@ class _TurnSearch:
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
                 return None
             start = cut + shared_end(gap[cut:], tail[cut:])
-        return _Start(start) if self._is_said(gap[start:], empty=empty) else None
+        return _Start(start, by_prompt=rendered) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
         """Return the start for a message that may begin with a `<think>` of the prompt.
@@ -254,9 +259,9 @@ class _TurnSearch:
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the start after the gap's only role marker; None unless there is exactly one.
 
-        The text after the role marker belongs to the prompt as far as both are equal: for the gap
-        `<assistant>\\n<think>\\n\\n`, the role marker `<assistant>` and the prompt
-        `<assistant>\\n`, the turn starts at `<think>`.
+        From the role marker on, the gap is compared with the prompt. The text in which both are
+        equal belongs to the prompt: for the gap `<assistant>\\n<think>\\n\\n`, the role marker
+        `<assistant>` and the prompt `<assistant>\\n`, the turn starts at `<think>`.
         """
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
@@ -273,8 +278,8 @@ class _TurnSearch:
         The start is proved if the gap consists of text of the generation prompt followed by the
         lead; the turn starts with the lead. Return None otherwise.
         """
-        tail = self._tail(self._messages[:index], prompt=True)
-        plain = self._tail(self._messages[:index], prompt=False)
+        tail, _ = self._tail(index, gap, prompt=True)
+        plain, _ = self._tail(index, gap, prompt=False)
         if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
@@ -289,13 +294,29 @@ class _TurnSearch:
         start = len(gap) - len(lead)
         return _Start(start, by_comparison=True) if gap.endswith(lead) and is_within(gap[:start], tail) else None
 
-    def _tail(self, messages: Sequence[TemplateMessage], *, prompt: bool) -> str | None:
-        """Render the messages and return the text after the last payload; None if refused."""
+    def _tail(self, index: int, gap: str, *, prompt: bool) -> tuple[str | None, bool]:
+        """Return the text after the last payload of a render of the messages before `index`.
+
+        The tail is None if the template refuses the messages. The second item tells whether the
+        messages were rendered for this call. A long conversation has few different tails, so a
+        render serves all turns of the same gap whose earlier messages have the same kinds, with the
+        last one of the same kind: 200 calls and answers need two renders.
+        """
+        key = (self._kinds_before[index], self._kinds[index - 1] if index else None, gap, prompt)
+        if rendered := key not in self._tails:
+            marking, marked = self._marked
+            try:
+                text = self._template.render(marked[:index], self._tools, prompt=prompt)
+                self._tails[key] = marking.tail(text)
+            except Refused:
+                self._tails[key] = None
+        return self._tails[key], rendered
+
+    @cached_property
+    def _marked(self) -> tuple[Marking, list[TemplateMessage]]:
+        """The markers of the conversation, and the messages with markers."""
         marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
-        try:
-            return marking.tail(self._template.render(marking.mark(messages), self._tools, prompt=prompt))
-        except Refused:
-            return None
+        return marking, marking.mark(self._messages)
 
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
@@ -333,10 +354,50 @@ class _TurnSearch:
         space = content[len(content.rstrip()) :]
         if not space or rest != space:
             return 0
-        # A template may trim the content and print the same white space itself. To find out, render
-        # the content with an "x" added at the end: only without a trim is "x" printed last.
+        # A template may trim the content and print the same white space itself. To find out, the
+        # content is rendered with an "x" added at its end. If the template prints the space itself,
+        # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
+
+
+def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
+    """Return the first and the last index of each group of messages alike.
+
+    Messages are alike if they and their neighbours have the same kind, the same kinds occur before
+    them, and both or none precede the last message of the user. A template that prints one of the
+    group differently once further messages follow does so for the first or the last.
+    """
+    kinds = [_kind(message) for message in messages]
+    before = _distinct_before(kinds)
+    asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    groups: dict[Hashable, list[int]] = {}
+    for index in indices:
+        neighbours = tuple(kinds[max(0, index - 1) : index + 2])
+        groups.setdefault((neighbours, before[index], index < asked), []).append(index)
+    return sorted({index for group in groups.values() for index in (group[0], group[-1])})
+
+
+def _kind(message: TemplateMessage) -> tuple[Any, ...]:
+    """Return all of a message that may change a template's text around it, without the words."""
+    content = message["content"]
+    return (
+        message["role"],
+        tuple(message),
+        bool(content.strip()),
+        opens_thought(content),
+        len(message.get("tool_calls", ())),
+    )
+
+
+def _distinct_before(kinds: Sequence[Hashable]) -> list[int]:
+    """Return for each index the number of different kinds before: `"aab"` gives `[0, 1, 1]`."""
+    seen: set[Hashable] = set()
+    counts = []
+    for kind in kinds:
+        counts.append(len(seen))
+        seen.add(kind)
+    return counts
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
@@ -345,12 +406,12 @@ def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Seque
     `tags` are the spans printed inside such blocks. Return an empty list if the payloads of a turn
     do not lie in a single block.
     """
-    result = []
+    result, starts = [], [tag.start for tag in tags]
     for turn in turns:
         start = min((p.start for p in turn.payloads), default=turn.span.start)
         end = max((p.end for p in turn.payloads), default=turn.span.start)
-        tag = next((tag for tag in tags if tag.start <= start and end <= tag.end), None)
-        if tag is None:
+        tag = tags[max(0, bisect_right(starts, start) - 1)] if tags else Span(0, 0)
+        if not tag.start <= start <= end <= tag.end:
             return []
         # Some blocks include the generation prompt, and some leave the stop out.
         stop_follows = text[tag.end : turn.span.end] in ("", *stops)

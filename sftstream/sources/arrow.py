@@ -6,9 +6,9 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -17,15 +17,8 @@ import pyarrow.ipc
 from sftstream.cache import cached
 from sftstream.door import Door
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
-from sftstream.sources.rows import (
-    OPEN_FILES,
-    FileIdentity,
-    ReadRow,
-    RowsFrom,
-    Stored,
-    copy_of,
-    derived,
-)
+from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, derived
+from sftstream.sources.stored import Stored, copy_of
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
 Decoder = Callable[[Any], Any]
@@ -80,12 +73,20 @@ class Batches:
         return values
 
 
+class Opened(NamedTuple):
+    """Rows of an open file, the mapped file, and its descriptor."""
+
+    batches: Batches
+    mapped: mmap.mmap
+    file: FileIO
+
+
 class Arrow:
     """Rows of an Arrow file by number. All processes share the memory of the mapped file."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
-        self._rows = len(_opened(stored)[0])
+        self._rows = len(_opened(stored).batches)
 
     @property
     def identity(self) -> FileIdentity:
@@ -95,7 +96,7 @@ class Arrow:
         return self._rows
 
     def read(self, row: int) -> Mapping[str, Any]:
-        batches, mapped = _opened(self._stored)
+        batches, mapped, _ = _opened(self._stored)
         if mapped.size() < len(mapped):  # reading a page that was cut off would crash the process
             raise RuntimeError(
                 f"{self.locate_row(row)} is no longer there: the file shrank while it was read; restore the file"
@@ -107,6 +108,12 @@ class Arrow:
 
     def require_intact(self, row: int) -> None:
         """Do nothing: an Arrow file has no row index."""
+
+    def require_unchanged(self) -> None:
+        self._stored.require_unchanged(_opened(self._stored).file)
+
+    def digest_in_full(self, interrupted: Callable[[], bool], *, quiet: bool) -> str:
+        return self._stored.digest_in_full(interrupted, quiet=quiet)
 
 
 def arrow(stored: Stored) -> Arrow:
@@ -206,9 +213,9 @@ def _lies_in(mapped: mmap.mmap, batch: pa.RecordBatch) -> bool:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(stored: Stored) -> tuple[Batches, mmap.mmap]:
+def _opened(stored: Stored) -> Opened:
     mapped = _mapped(stored)
-    return Batches(*_source(stored, mapped)), mapped
+    return Opened(Batches(*_source(stored, mapped)), mapped, stored.open())
 
 
 def _validate_batch(batch: pa.RecordBatch) -> None:

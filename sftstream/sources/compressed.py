@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.cache import cached
-from sftstream.sources.rows import Stored, copy_of, derived
+from sftstream.sources.rows import derived
+from sftstream.sources.stored import Stored, copy_of
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Suffix -> name of the codec."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
@@ -54,6 +55,11 @@ class FileSet:
         """Raise RuntimeError if a row is broken by a damaged row index or a changed file."""
         file, local = self._file_and_row(row)
         file.require_intact(local)
+
+    def require_unchanged(self, rows: Iterable[int]) -> None:
+        """Raise RuntimeError if the content of a file with one of the rows has changed."""
+        for index in {bisect_right(self._ends, row) for row in rows} if len(self.files) > 1 else (0,):
+            self.files[index].require_unchanged()
 
     def _file_and_row(self, row: int) -> tuple[RowFile, int]:
         index = bisect_right(self._ends, row)
@@ -110,6 +116,17 @@ class CorpusReader:
             return source.read(ref)
         with source.door:
             return source.read(ref.row)
+
+    def require_unchanged(self, refs: Sequence[Ref]) -> None:
+        """Raise RuntimeError if the content of a file with one of the rows has changed.
+
+        Compares size, times and inode of each file: a microsecond a file. A file that was only
+        touched is read, and goes on.
+        """
+        for number in {ref.source for ref in refs}:
+            source = self.sources[number]
+            files = source.source if isinstance(source, StreamedReader) else source
+            files.require_unchanged(ref.row for ref in refs if ref.source == number)
 
     def locate_broken(self, ref: Ref) -> str:
         """Return the location of a broken row.

@@ -17,7 +17,8 @@ import numpy as np
 
 from sftstream.records import BrokenRow
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.stored import Stored
 
 _CELL = 64 << 20
 """Largest number of characters of a cell. Python's default, 131,072, is too low for some
@@ -80,7 +81,7 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
 
 def _cells(text: bytes, delimiter: str) -> list[str]:
     """Return the cells of a record. Line breaks before and after the record are ignored."""
-    return next(csv.reader([text.decode().strip("\r\n")], delimiter=delimiter, strict=True), [])
+    return next(csv.reader([text.strip(b"\r\n").decode()], delimiter=delimiter, strict=True), [])
 
 
 def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from sftstream.config import SourceConfig
 from sftstream.door import Door
 from sftstream.sources.arrow import Batches
 from sftstream.sources.location import require_whole
-from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived, stored
+from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived
 from sftstream.sources.saved import choose
+from sftstream.sources.stored import stored
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DECLARED = re.compile(r"---\n(?:(?!---).*\n)*?(?:configs|dataset_info):")
@@ -53,6 +54,12 @@ class Loaded:
 
     def require_intact(self, row: int) -> None:
         """Do nothing: there is no row index that could be damaged."""
+
+    def require_unchanged(self) -> None:
+        """Do nothing: `datasets` keeps a copy of the rows for each content of the files."""
+
+    def digest_in_full(self, interrupted: Callable[[], bool], *, quiet: bool) -> None:
+        """Return None: the rows are in the copy of `datasets`, not in the user's files."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, (self._source,)

@@ -12,7 +12,8 @@ import numpy as np
 
 from sftstream.records import UNDECODABLE
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, Stored, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.stored import Stored
 
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")

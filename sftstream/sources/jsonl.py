@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from io import BufferedReader, FileIO
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Stored, begins_with, skip_bom
+from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, skip_bom
+from sftstream.sources.stored import Stored, begins_with
 
 _CHUNK = 1 << 20
 """Number of bytes searched for line breaks at a time; they fit into the cache of a core."""
@@ -36,9 +39,11 @@ class JsonLines(IndexedFile):
         return self._index.rows_before(before.size) if b"\n" in border or before.size == 0 else None
 
 
-def lines_forward(file: BufferedReader, _name: str, _start: int) -> RowsFrom:
-    """Read the lines of a file in order."""
-    return RowsFrom(0, (partial(bytes, line) for line in skip_bom(file) if line.strip()))
+def lines_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
+    """Read the lines of a file in order, from line `start`; blank lines do not count."""
+    lines = (line for line in skip_bom(file) if line.strip())
+    deque(islice(lines, start), maxlen=0)  # a million lines take half a second
+    return RowsFrom(start, (partial(bytes, line) for line in lines))
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:

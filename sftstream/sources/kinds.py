@@ -25,7 +25,8 @@ from sftstream.sources.json_array import JsonArray, elements_forward
 from sftstream.sources.jsonl import JsonLines, lines_forward
 from sftstream.sources.location import FileLocation
 from sftstream.sources.parquet import parquet, parquet_forward
-from sftstream.sources.rows import RowFile, RowsFrom, Stored
+from sftstream.sources.rows import RowFile, RowsFrom
+from sftstream.sources.stored import Stored
 
 
 class FileFormat(NamedTuple):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
-from sftstream.sources.rows import FileIdentity, Seal, Stored, sealed, stored
+from sftstream.sources.rows import FileIdentity
+from sftstream.sources.stored import Stored, stored
 
+_MOST_ENTRIES = 1_000_000
+"""Entries of directories that a `**` may lead to, searched in seconds."""
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)?")
 
 
@@ -45,17 +50,21 @@ class FileLocation(Protocol):
     def open(self) -> BufferedReader:
         """Open the file without downloading it; raises OSError."""
 
-    def change_marker(self) -> object:
-        """Return a value that changes when the file changes, without reading the file.
-
-        For example size and modification time. Raises OSError.
-        """
-
-    def fingerprint(self) -> tuple[object, FileIdentity]:
-        """Return the change marker and the identity, without downloading the file.
+    def watched(self) -> Watched:
+        """Return the identity of the file, without downloading it, and the check for changes.
 
         Raises ValueError if the server sends no version that identifies the content.
         """
+
+
+class Watched(Protocol):
+    """The identity of a file that is read forward, and the check for changes."""
+
+    @property
+    def identity(self) -> FileIdentity: ...
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if the content has changed; for a remote file a request."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,12 @@ class LocalLocation:
         return [replace(self, path=path) for path in paths]
 
     def matches(self) -> list[FileLocation]:
-        paths = sorted(map(Path, glob.glob(str(self.path), recursive=True)))
+        if self.path.exists():
+            raise ValueError(
+                f"{self.display_name} is neither a file nor a directory but a pipe, a socket or a device, and can be "
+                "read once or without end; write its content to a file"
+            )
+        paths = sorted(set(_matches(self.path)))
         return [replace(self, path=path) for path in paths if path.is_file()]
 
     def stored(self) -> Stored:
@@ -100,12 +114,57 @@ class LocalLocation:
     def open(self) -> BufferedReader:
         return self.path.open("rb")
 
-    def change_marker(self) -> Seal:
-        return sealed(self.path.stat())
+    def watched(self) -> Watched:
+        return self.stored()
 
-    def fingerprint(self) -> tuple[Seal, FileIdentity]:
-        read = self.stored()
-        return read.seal, read.identity
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield the paths that match a glob, some of them twice.
+
+    `**` is any depth of directories, also linked ones. Raises ValueError if `**` leads to more than
+    `_MOST_ENTRIES` entries of directories.
+    """
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    depth = pattern.parts.index("**")
+    rest = pattern.parts[depth + 1 :] or ("*",)
+    for base in _matches(Path(*pattern.parts[:depth])):
+        for directory in list(_directories(str(base), pattern)):
+            yield from _matches(Path(glob.escape(directory), *rest))
+
+
+def _directories(base: str, pattern: Path) -> Iterator[str]:
+    """Yield a directory and all directories inside, without hidden ones.
+
+    A link to a directory that contains the link is not followed.
+    """
+    left, seen = [(base, frozenset[tuple[int, int]]())], 0
+    while left:
+        directory, parents = left.pop()
+        try:
+            found = os.stat(directory)
+            if (mark := (found.st_dev, found.st_ino)) in parents:
+                continue
+            with os.scandir(directory) as scan:
+                entries = list(scan)
+        except OSError:  # not a directory, or unreadable
+            continue
+        if (seen := seen + len(entries)) > _MOST_ENTRIES:
+            raise ValueError(
+                f"{pattern} leads to more than {_MOST_ENTRIES:,} files and directories; name a directory nearer to the "
+                "files"
+            )
+        yield directory
+        inside = parents | {mark}
+        left += [(entry.path, inside) for entry in entries if entry.name[0] != "." and _is_directory(entry)]
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def require_whole(directory: str, names: list[str]) -> None:

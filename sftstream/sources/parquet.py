@@ -15,7 +15,8 @@ from pyarrow.parquet import ParquetFile
 
 from sftstream.door import Door
 from sftstream.sources.arrow import Arrow, Source, in_columns, rows_of, seekable
-from sftstream.sources.rows import RowsFrom, Stored
+from sftstream.sources.rows import RowsFrom
+from sftstream.sources.stored import Stored
 
 _BATCH = 1000
 """Number of rows decoded at a time. Memory holds these rows, and the compressed pages of their

@@ -13,8 +13,10 @@ import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.cache import cached
+from sftstream.door import Door
 from sftstream.sources.location import FileLocation, LocalLocation
-from sftstream.sources.rows import FileIdentity, Stored, derived, stored
+from sftstream.sources.rows import FileIdentity, derived
+from sftstream.sources.stored import Stored, stored
 
 _VERSIONS = (
     *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "md5", "sha256", "blob_id", "xet_hash", "generation"),
@@ -37,10 +39,8 @@ def remote(url: str, *, full: bool = False) -> FileLocation:
 
     Raises ValueError if the scheme is unknown or the scheme's package is not installed.
     """
-    try:
+    with Door(f"source {url!r} cannot be opened"):
         filesystem, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"source {url!r} cannot be opened: {error}") from None
     return (
         LocalLocation(Path(path), full)
         if isinstance(filesystem, LocalFileSystem)
@@ -104,14 +104,14 @@ class RemoteLocation:
         info = self.filesystem.info(self.path)
         return info.get("size"), [info.get(name) for name in _VERSIONS]
 
-    def fingerprint(self) -> tuple[object, FileIdentity]:
+    def watched(self) -> RemoteVersion:
         size, version = marker = self._version()
         if size is None or not any(version):
             raise ValueError(
                 f"{self.display_name} has no size or version on its server, so a changed file would go "
                 "unnoticed; leave out streaming, or copy the file"
             )
-        return marker, FileIdentity(name=self.name, size=size, sha256=derived(*version))
+        return RemoteVersion(self, marker, FileIdentity(name=self.name, size=size, sha256=derived(*version)))
 
     def _version(self) -> tuple[int | None, list[Any]]:
         try:
@@ -141,4 +141,19 @@ class RemoteLocation:
         if size is not None and arrived != size:
             raise ValueError(
                 f"{self.display_name} arrived with {arrived:,} of {size:,} bytes; start again to fetch the file again"
+            )
+
+
+@dataclass(frozen=True)
+class RemoteVersion:
+    """A version of a remote file, by the size and the version fields that the server sends."""
+
+    location: RemoteLocation
+    marker: object
+    identity: FileIdentity
+
+    def require_unchanged(self) -> None:
+        if self.location.change_marker() != self.marker:
+            raise RuntimeError(
+                f"{self.location.display_name} changed while it was read; restore the file, or start again"
             )

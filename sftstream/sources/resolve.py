@@ -16,6 +16,7 @@ from sftstream.sources.location import FileLocation, LocalLocation, require_whol
 from sftstream.sources.remote import remote
 from sftstream.sources.rows import RowFile
 from sftstream.sources.saved import is_saved, saved_files
+from sftstream.sources.slices import is_slice, open_slices
 
 
 class Dataset(NamedTuple):
@@ -24,11 +25,18 @@ class Dataset(NamedTuple):
     source: SourceConfig
 
 
-Resolved = list[FileLocation] | Dataset
+class SavedSlices(NamedTuple):
+    """A saved dataset of which `split` selects some rows."""
+
+    directory: FileLocation
+    split: str
+
+
+Resolved = list[FileLocation] | Dataset | SavedSlices
 
 
 def resolve(source: SourceConfig) -> Resolved:
-    """Return the files of a source in order, or a Dataset.
+    """Return the files of a source in order, a Dataset, or slices of a saved dataset.
 
     Raises ValueError if the path matches nothing or a setting does not apply to the path.
     """
@@ -52,7 +60,9 @@ def open_source(source: SourceConfig) -> list[RowFile]:
     """
     resolved = resolve(source)
     with source_door(source):
-        return [Loaded(resolved.source)] if isinstance(resolved, Dataset) else [open_file(file) for file in resolved]
+        if isinstance(resolved, Dataset):
+            return [Loaded(resolved.source)]
+        return open_slices(*resolved) if isinstance(resolved, SavedSlices) else [open_file(file) for file in resolved]
 
 
 def source_door(source: SourceConfig) -> Door:
@@ -73,6 +83,8 @@ def _files(source: SourceConfig, location: FileLocation, files: list[FileLocatio
 def _directory(source: SourceConfig, location: FileLocation) -> Resolved:
     if is_saved(location):
         _refuse(source, "was written by save_to_disk", "subset", "revision")
+        if source.split is not None and is_slice(source.split):
+            return SavedSlices(location, source.split)
         return saved_files(location, source.split)
     _refuse(source, "is a directory", "revision")
     if isinstance(location, LocalLocation) and (source.split or source.subset or is_repository(location.path)):

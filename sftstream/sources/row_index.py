@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.cache import cached
-from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, Stored, derived
+from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, derived
+from sftstream.sources.stored import Stored
 
 Integers = NDArray[np.int64]
 Divider = Callable[[FileIO, int], Iterable[tuple[Integers, Integers]]]
@@ -102,6 +103,10 @@ class RowIndex:
                     f"the file changed while it was read, or {self._index} is damaged: delete the index and start again"
                 )
 
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if the content of the open file has changed."""
+        self._stored.require_unchanged(_opened(self).file)
+
     def open(self) -> Opened:
         """Open the file and map the index; raises RuntimeError if one of them has changed."""
         counts = _counts(self._index, self._key)
@@ -130,6 +135,12 @@ class IndexedFile:
 
     def locate_row(self, row: int) -> str:
         return self._index.locate_row(row)
+
+    def require_unchanged(self) -> None:
+        self._index.require_unchanged()
+
+    def digest_in_full(self, interrupted: Callable[[], bool], *, quiet: bool) -> str:
+        return self._stored.digest_in_full(interrupted, quiet=quiet)
 
     def require_intact(self, row: int) -> None:
         self._index.require_lines(row)

@@ -30,12 +30,17 @@ def is_saved(directory: FileLocation) -> bool:
     return directory.child(_SPLITS).is_file() or all(directory.child(name).is_file() for name in (_STATE, _INFO))
 
 
+def has_splits(directory: FileLocation) -> bool:
+    """Return True if the saved dataset is a dictionary of splits."""
+    return directory.child(_SPLITS).is_file()
+
+
 def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation]:
     """Return the Arrow files of a saved dataset, or of its split `split`, in order.
 
     Raises ValueError if a file is missing, or `split` does not fit the directory.
     """
-    if directory.child(_SPLITS).is_file():
+    if has_splits(directory):
         splits = _read(directory.child(_SPLITS), _Splits).splits
         directory = directory.child(_named(directory, choose(directory.display_name, split, splits)))
     elif split is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sftstream.config import RowSettings, SourceConfig
@@ -11,8 +11,9 @@ from sftstream.sources.hub import data_files
 from sftstream.sources.kinds import KNOWN, is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
-from sftstream.sources.resolve import Dataset, resolve, source_door
+from sftstream.sources.resolve import Dataset, SavedSlices, resolve, source_door
 from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
+from sftstream.sources.stored import Stored
 
 
 class StreamedSource:
@@ -27,9 +28,9 @@ class StreamedSource:
         self.door = source_door(source)
         with self.door:
             self._locations = _locations(source)
-            fingerprints = [location.fingerprint() for location in self._locations]
-        self._markers = [marker for marker, _ in fingerprints]
-        self.identities: tuple[FileIdentity, ...] = tuple(identity for _, identity in fingerprints)
+            self._watched = [location.watched() for location in self._locations]
+        self.identities: tuple[FileIdentity, ...] = tuple(watched.identity for watched in self._watched)
+        self.local_files = {number: file for number, file in enumerate(self._watched) if isinstance(file, Stored)}
 
     @property
     def file_count(self) -> int:
@@ -61,21 +62,32 @@ class StreamedSource:
             first, rows = read_forward(location, start)
         return RowsFrom(first, self._to_the_end(file, rows))
 
+    def require_unchanged(self, rows: Iterable[int]) -> None:
+        """Raise RuntimeError if the content of a local file with one of the rows has changed.
+
+        A remote file is checked when it is opened and when it ends, since a check is a request.
+        """
+        for file in {self.file_and_index(row)[0] for row in rows}:
+            if file in self.local_files:
+                self._require_unchanged(file)
+
     def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         with Door(f"{self._locations[file].display_name} cannot be read to its end"):
             yield from rows
         self._require_unchanged(file)  # a file truncated after a row seems complete
 
     def _require_unchanged(self, file: int) -> None:
-        location = self._locations[file]
-        with Door(f"{location.display_name} cannot be read"):
-            marker = location.change_marker()
-        if marker != self._markers[file]:
-            raise RuntimeError(f"{location.display_name} changed while it was read; restore the file, or start again")
+        with Door(f"{self._locations[file].display_name} cannot be read"):
+            self._watched[file].require_unchanged()
 
 
 def _locations(source: SourceConfig) -> list[FileLocation]:
     resolved = resolve(source)
+    if isinstance(resolved, SavedSlices):
+        raise ValueError(
+            f"source {source.path!r} is streamed, and split = {source.split!r} selects rows by number; leave out "
+            "streaming, or name a whole split"
+        )
     if isinstance(resolved, Dataset):
         locations = [_location(name, full=source.digest == "full") for name in data_files(resolved.source)]
         require_whole(source.path, [location.name for location in locations])

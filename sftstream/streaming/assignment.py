@@ -36,12 +36,18 @@ class PackAssignment:
     global_batch: int
     shards: int
     workers: int = 1
+    resumed: bool = False
+    """The number of streams is a state's, and a new number divides the rows to come anew."""
 
     def __post_init__(self) -> None:
         if self.shards > self.streams:
+            remedy = (
+                f'set data.streams = {self.shards} and data.accept_changed = ["data.streams"] to rebase the state'
+                if self.resumed
+                else f"raise data.streams to {self.shards} or more"
+            )
             raise ValueError(
-                f"streams = {self.streams} is too low for {self.shards} shards, which need a stream each; "
-                f"raise data.streams to {self.shards} or more"
+                f"streams = {self.streams} is too low for {self.shards} shards, which need a stream each; {remedy}"
             )
 
     def shard(self, pack: int) -> int:
@@ -63,7 +69,7 @@ class PackAssignment:
         return [self.shard(pack) for pack in range(first, first + self.global_batch)]
 
     def micro_batches(self, number: int) -> int:
-        """Return the number of packs that each shard runs in step `number`, with empty packs.
+        """Return the number of packs that each shard runs in step `number`, empty packs included.
 
         All shards run as many packs as the shard with the most packs in the step.
         """

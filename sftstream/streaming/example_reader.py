@@ -12,16 +12,20 @@ from math import inf
 import numpy as np
 
 from sftstream import formats
-from sftstream.config import RowSettings, SourceConfig
-from sftstream.formats import parse_row
+from sftstream.config import DataConfig, RowSettings, SourceConfig
+from sftstream.formats import parse_row, parse_unverified
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
 from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
 from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.unverified import encode_unverified
 
 _SAMPLED = 100
 """Number of rows of a source that are examined for unread columns."""
 
+SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
+"""Largest number of rows of a source, and number of first rows of each file of a streamed source,
+that are tried in the search of a conversation."""
 CHECKED_AT_ONCE = 64
 """Number of rows of a random order computed at once."""
 
@@ -42,18 +46,28 @@ class ExampleReader:
         """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
 
-    def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | Refused]:
-        """Yield the conversation of each row, or a Refused if the row cannot be trained."""
-        read, settings = self.corpus.read, self.corpus.settings
+    def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:
+        """Yield the conversation of each row, or a Refused if the row cannot be trained.
+
+        Of a row without turns in a source with `verified = false`, yields the examples.
+
+        Raises RuntimeError at the end if the content of a file has changed.
+        """
+        read, settings, refs = self.corpus.read, self.corpus.settings, list(refs)
         for ref in refs:
             try:
-                conversation = parse_row(read(ref), settings[ref.source])
+                row = read(ref)
+                if not settings[ref.source].verified and (plain := parse_unverified(row, settings[ref.source])):
+                    yield [encode_unverified(plain, self.encoder.tokenizer)]
+                    continue
+                conversation = parse_row(row, settings[ref.source])
                 self._require_fitting(conversation)
                 yield conversation
             except Refused as refused:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
+        self.corpus.require_unchanged(refs)  # after the reads, so that none came from a changed file
 
     @cached_property
     def _most_letters(self) -> float:
@@ -83,21 +97,26 @@ class ExampleReader:
         (loaded,) = self.load([ref])
         if isinstance(loaded, Refused):
             raise loaded
+        if isinstance(loaded, list):
+            return loaded
         return self.encoder.encode_conversation(loaded)
 
 
 class SourceCheck:
-    """Finds sources in which every row is refused, since an endless stream would never end there.
+    """Finds sources in which every row is refused: a stream without a limit of epochs would read
+    such a source forever and never return a pack.
 
     A stream calls the check when it refuses a row of a source before it has accepted any row of
-    that source. The check tries rows in random order and stops at the first good row, so it takes
-    long only if nearly all rows are refused.
+    that source. The check tries the rows of an indexed source in random order, and those of a
+    streamed source in stored order, some rows of each file in turn. It stops at the first good row,
+    and after `SEARCHED` rows unless the config sets no limit on refused rows.
     """
 
-    def __init__(self, corpus: Corpus, encoder: ChatEncoder, capacity: int) -> None:
+    def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:
         self._corpus = corpus
         self._encoder = encoder
-        self._capacity = capacity
+        self._capacity = config.capacity
+        self._most = None if max(config.max_refused, config.max_too_long) == 1 else SEARCHED
         self._good: set[int] = set()
 
     def require_conversation(self, source: int) -> None:
@@ -107,7 +126,7 @@ class SourceCheck:
         reasons: Counter[str] = Counter()
         last = ""
         reader = ExampleReader.of(self._corpus, self._encoder)
-        for ref in self._rows(source, reader.corpus):
+        for ref in itertools.islice(self._rows(source, reader.corpus), self._most):
             try:
                 examples = reader.examples(ref)
             except Refused as refused:
@@ -119,10 +138,13 @@ class SourceCheck:
                 return
             reasons["longer than capacity"] += 1
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"source {source} holds no conversation to train: each of its {reasons.total():,} rows is refused "
-            f"({counts}{last}); correct the source, or remove it"
+        rows = reasons.total()
+        found = (
+            f"holds no conversation to train: each of its {rows:,} rows is refused"
+            if rows != self._most
+            else f"holds no conversation to train among {rows:,} rows tried"
         )
+        raise ValueError(f"source {source} {found} ({counts}{last}); correct the source, or remove it")
 
     def _rows(self, source: int, reader: CorpusReader) -> Iterator[Ref]:
         opened = reader.sources[source]
@@ -132,12 +154,18 @@ class SourceCheck:
                 indices = np.arange(first, min(first + CHECKED_AT_ONCE, len(opened)))
                 yield from (Ref(source, row, 0) for row in permute(indices, len(opened), keys).tolist())
             return
-        for file in range(opened.source.file_count):
-            for index in itertools.count():
-                ref = Ref(source, opened.source.number(file, index), 0)
-                if not opened.reaches(ref):
-                    break
-                yield ref
+        # Some rows of each file in turn, so that a short search meets many files.
+        files, first, end = list(range(opened.source.file_count)), 0, SEARCHED_IN_A_FILE
+        while files:
+            for file in tuple(files):
+                rows = (Ref(source, opened.source.number(file, index), 0) for index in range(first, end))
+                for ref in rows:
+                    if not opened.reaches(ref):
+                        files.remove(file)
+                        break
+                    yield ref
+            # More rows from turn to turn: at each turn a file is read again from its beginning.
+            first, end = end, 4 * end
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:

@@ -19,15 +19,16 @@ from sftstream.tokenization.encoder import ChatEncoder
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-ROWS_OF_A_STREAMED_SOURCE = 1_000_000
-"""Assumed number of rows of a streamed source, for the limit on consecutive refusals."""
+
+_FINISHED = frozenset({Refused, list})
+"""Types of values that need no further transform: a refusal, or the list of a row's examples."""
 
 
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
     """Node that applies a pure function, the transform, to batches of rows. It has no state.
 
-    Rows that an earlier node refused pass through unchanged. Batches keep the code and tables of a
-    transform in the CPU cache; row by row, the transforms would take twice as long.
+    Rows that an earlier node refused or finished pass through unchanged. Batches keep the code and
+    tables of a transform in the CPU cache; row by row, the transforms would take twice as long.
     """
 
     def __init__(self, source: BaseNode[RowBatch[X]], transform: Callable[[list[X]], Iterable[Y | Refused]]) -> None:
@@ -41,10 +42,10 @@ class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
 
     def next(self) -> RowBatch[Y]:
         refs, values = next(self.source)
-        if Refused not in set(map(type, values)):
+        if _FINISHED.isdisjoint(map(type, values)):
             return RowBatch(refs, list(self._transform(values)))
-        results = iter(self._transform([value for value in values if not isinstance(value, Refused)]))
-        return RowBatch(refs, [value if isinstance(value, Refused) else next(results) for value in values])
+        results = iter(self._transform([value for value in values if type(value) not in _FINISHED]))
+        return RowBatch(refs, [value if type(value) in _FINISHED else next(results) for value in values])
 
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.source.state_dict()
@@ -78,12 +79,11 @@ def build_stream(
     packer = PackerConfig(
         capacity=config.capacity,
         window=config.window,
-        streams=config.streams,
+        streams=config.stream_count,
         seed=config.seed,
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
         in_parts=config.overflow == "split" or config.history == "per_turn",
-        rows=sum(ROWS_OF_A_STREAMED_SOURCE if size is None else size for size in corpus.sizes),
     )
-    check = check or SourceCheck(corpus, encoder, config.capacity)
+    check = check or SourceCheck(corpus, encoder, config)
     return Packer(tokenized, sampler, reader, stream, packer, check)

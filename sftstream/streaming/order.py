@@ -102,9 +102,8 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
     `amounts` holds the amount drawn from each source so far, for example the number of its
     conversations. The next source is the one with the largest `weight / (2 * amount + 1)`
     (Sainte-Lague's method); among sources with the same value, the source with the lowest number.
-    If amounts are conversations and weights are sizes, all sources end an epoch together, and each
-    source is always within one conversation of its exact share. A source with weight 0 is drawn
-    only if all other sources are exhausted.
+    If amounts are conversations and weights are sizes, all sources end an epoch together. A source
+    with weight 0 is drawn only if all other sources are exhausted.
 
     Example: with the weights 2 and 1 the order is 0, 1, 0, 0, 1, 0, ...
 
@@ -182,7 +181,8 @@ class RowOrder:
         return rows.tolist(), epoch + begun.epoch
 
     def draws(self, repeat: float, epochs: int) -> int:
-        """Return the number of draws in `epochs` epochs with `repeat` passes each."""
+        """Return the number of draws in `epochs * repeat` passes over the source. In this class an
+        epoch is one pass; `data.epochs` counts passes of a source whose `repeat` is 1."""
         passes = Fraction(str(repeat)) * epochs
         last = next(order for order in reversed(self._orders) if order.epoch <= passes)
         return last.draw + int((passes - last.epoch) * last.order.rows)
@@ -225,8 +225,8 @@ class EpochOrder:
         return rows
 
     def _lay_out(self, epoch: int) -> None:
-        """Compute the order of files in an epoch: sizes, first rows, and ends in the epoch's
-        order."""
+        """Compute for each file, in the order of an epoch: the size, the first row, and the index
+        at which the file ends."""
         sizes = np.array(self._file_sizes)
         keys = round_keys("shard", *self._words, epoch)
         order = permute(np.arange(len(sizes)), len(sizes), keys)

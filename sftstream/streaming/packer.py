@@ -4,22 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from torchdata.nodes import BaseNode
 
 from sftstream.records import Amount, Example, Pack, Ref, Refusal, Refused, Segment
-from sftstream.state import Leftover, RowParts, StreamState
+from sftstream.state import Leftover, RowParts, StreamState, add_refusals
 from sftstream.streaming.example_reader import ExampleReader, SourceCheck
 from sftstream.streaming.order import shuffled
-from sftstream.streaming.packing import build_pack, joined, plan_packs, window_size
+from sftstream.streaming.packing import (
+    WindowPlan,
+    WindowSize,
+    build_pack,
+    copied,
+    example_digest,
+    joined,
+    plan_last_window,
+    plan_packs,
+    plan_window,
+    plan_window_of_format_3,
+    ramped,
+    window_size,
+)
 from sftstream.streaming.sampler import RowBatch, RowSampler
 
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. A larger number did not fill packs better.
 Without a limit, some leftovers waited 41 windows."""
+MOST_REFUSED = 1000
+"""Number of refused rows after which a window ends early. So a run soon reaches the end of a step,
+where refusals are judged, even if nearly all rows of a source are refused."""
+REFUSED_SHARE = 16
+"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
+So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
+mixture differs from the weights by less than 0.2 %."""
+PLANNING: Final = 4
+"""`StreamState.planning` of a new stream."""
 
 
 class PackerConfig(NamedTuple):
@@ -31,8 +53,6 @@ class PackerConfig(NamedTuple):
     seed: int
     shuffle: bool
     pad_id: int
-    rows: int
-    """Number of rows of all sources, for the limit on consecutive refusals."""
     in_parts: bool = False
     """True if the settings may make several examples from one row."""
 
@@ -47,13 +67,14 @@ class Window(NamedTuple):
     accepted: list[list[int]]
     """For each source the fields of an `Amount`: what the stream accepted since its beginning."""
     notes: Counter[str]
-    """Notes of all examples since the beginning of the stream."""
+    """Modification, such as "truncated" -> number of examples with the modification since the
+    beginning of the stream."""
 
 
 class Packer(BaseNode[Pack]):
     """Reads a window of examples, divides them into packs by length, and returns one pack per call.
 
-    The emptiest pack of a window is dissolved. Its examples become leftovers, which are divided
+    The emptiest packs of a window are dissolved. Their examples become leftovers, which are divided
     into packs again together with the next window, at most `MAX_WAIT` times. Example: a window of
     4, capacity 100, and lengths 60, 30, 50, 40. The packs are 60 + 40 and 50 + 30. The second is
     dissolved, so 50 and 30 are leftovers.
@@ -72,7 +93,8 @@ class Packer(BaseNode[Pack]):
         config: PackerConfig,
         check: SourceCheck | None = None,
     ) -> None:
-        """Make a node that packs the examples of `source`, whose first node is `sampler`."""
+        """Make the last node of a graph. `source` is the node before it, and `sampler` is the first
+        node of the graph."""
         super().__init__()
         self.source = source
         self._sampler = sampler
@@ -80,6 +102,7 @@ class Packer(BaseNode[Pack]):
         self._stream = stream
         self._config = config
         self._check = check
+        self._mixed_by_content = sampler.mixes_by_content
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Start at `initial_state`, as returned by `get_state`, or at the beginning of the
@@ -90,8 +113,8 @@ class Packer(BaseNode[Pack]):
         self._left: dict[Segment, Example] = {}
         """Segment of a leftover -> its example."""
         self._joined: list[Example] = []
-        """For each planned pack its examples, concatenated; the next pack is last. Empty after a
-        reset, so that the rows are read again."""
+        """The concatenated examples of each planned pack, in reverse order: the pack to return next
+        is at the end of the list. Empty after a reset, so that the rows are read again."""
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
@@ -101,9 +124,9 @@ class Packer(BaseNode[Pack]):
         return result
 
     def next(self) -> Pack:
-        """Return the next pack, or an empty pack if the stream is exhausted."""
+        """Return the next pack, or an empty pack if nothing is left or many rows were refused."""
         refused = list(self.state.unlisted)
-        while not self.state.planned and not self.state.exhausted:
+        while not self.state.planned and not self.state.exhausted and len(refused) < MOST_REFUSED:
             refused += self._plan_window()
         segments, *planned = self.state.planned or ((),)
         examples = self._examples_of(segments)
@@ -118,15 +141,20 @@ class Packer(BaseNode[Pack]):
             **msgspec.structs.asdict(position),
             exhausted=self._sampler.exhausted,
             accepted=(Amount(),) * len(position.drawn),
+            refused=({},) * len(position.drawn),
+            digests=(),
             row_parts=() if self._config.in_parts else UNSET,
+            planning=PLANNING,
         )
 
     def _advance(self, segments: Sequence[Segment], planned: tuple[tuple[Segment, ...], ...]) -> None:
         state = self.state
+        digests = state.digests
         self.state = msgspec.structs.replace(
             state,
             unlisted=(),
             planned=planned,
+            digests=digests[bool(segments) :] if isinstance(digests, tuple) else UNSET,
             exhausted=not planned and not state.leftovers and self._sampler.exhausted,
             packs=state.packs + bool(segments),
             conversations=state.conversations + [segment.part for segment in segments].count(0),
@@ -145,6 +173,8 @@ class Packer(BaseNode[Pack]):
         Raises ValueError if the row now has another length or is refused.
         """
         example = self._left.get(segment)
+        if example is not None and len(example.tokens) == segment.length:
+            return example
         row = f"row {segment.row} of source {segment.source}"
         if example is None:
             try:
@@ -163,8 +193,7 @@ class Packer(BaseNode[Pack]):
     def _plan_window(self) -> list[Refusal]:
         """Read a window, divide it and the leftovers into packs, and return the refusals."""
         state = self.state
-        window, streams = self._config.window, self._config.streams
-        read = self._read(window_size(window, state.windows, self._stream, streams))
+        read = self._read(self._window_size())
         exhausted = self._sampler.exhausted
         segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
         waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
@@ -173,23 +202,28 @@ class Packer(BaseNode[Pack]):
             *read.examples,
         ]
         lengths = [segment.length for segment in segments]
-        packs, left = self._plan(lengths, waited, keep_all=exhausted)
+        packs, left = self._plan(lengths, waited, last=exhausted)
+        # Concatenated now, while the examples are in the CPU cache.
+        packed = [joined([examples[i] for i in pack]) for pack in packs]
+        self._joined = packed[::-1]
+        # Copied once: a view of an example would keep the array of its whole batch in memory.
+        before = len(state.leftovers)
+        new = [i for i in left if i >= before]
+        self._left = {segments[i]: examples[i] for i in left if i < before}
+        self._left |= zip([segments[i] for i in new], copied([examples[i] for i in new]), strict=True)
         self.state = msgspec.structs.replace(
             state,
             **msgspec.structs.asdict(self._sampler.position),
             windows=state.windows + 1,
             planned=tuple([tuple([segments[i] for i in pack]) for pack in packs]),
             leftovers=tuple([Leftover(segments[i], waited[i] + 1) for i in left]),
+            digests=tuple(map(example_digest, [*packed, *(self._left[segments[i]] for i in left)])),
             exhausted=not packs and not left and exhausted,
-            refused=dict(Counter(state.refused) + Counter(r.reason for r in read.refused)),
+            refused=add_refusals(state.refused, read.refused) if read.refused else state.refused,
             notes=dict(read.notes),
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
-        # `joined` copies: a view of an example would keep the array of its whole batch in memory.
-        self._left = {segments[i]: joined([examples[i]]) for i in left}
-        # Concatenated now, while the examples are in the CPU cache.
-        self._joined = [joined([examples[i] for i in pack]) for pack in reversed(packs)]
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
@@ -206,28 +240,42 @@ class Packer(BaseNode[Pack]):
         counts = Counter(segment.ref for segment in read)
         return *old, *(RowParts(*ref, count) for ref, count in counts.items() if count > 1)
 
-    def _read(self, size: int) -> Window:
-        """Read rows until `size` examples are accepted or the sampler is exhausted."""
+    def _window_size(self) -> WindowSize:
+        config, windows = self._config, self.state.windows
+        if self.state.planning is UNSET:
+            size = ramped(config.window, windows, self._stream, config.streams)
+            return WindowSize(size, 0, size)
+        return window_size(
+            config.window, config.capacity, windows, self._stream, config.streams, self._sampler.rows_left
+        )
+
+    def _read(self, size: WindowSize) -> Window:
+        """Read rows until the window has its size, `MOST_REFUSED` rows are refused, or the sampler
+        is exhausted."""
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
-        in_a_row = 0
-        while len(read.segments) < size:
-            self._sampler.request(size - len(read.segments))
+        before = sum([tokens for _, tokens, _ in accepted])
+        capacity = self._config.capacity
+        while len(read.refused) < MOST_REFUSED:
+            missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
+            if not missing:
+                break
+            self._sampler.request(min(missing, MOST_REFUSED - len(read.refused)))
             try:
                 batch = next(self.source)
             except StopIteration:
                 break
             for ref, value in zip(*batch, strict=True):
-                refused = value if isinstance(value, Refused) else self._too_long(value)
+                if isinstance(value, Refused):
+                    refused: Refused | None = value
+                elif len(value) == 1 and len(value[0].tokens) <= capacity:
+                    refused = None  # the common case, without a call
+                else:
+                    refused = self._too_long(value)
                 if refused is None:
                     self._accept(ref, value, read)
-                    in_a_row = 0
                 else:
-                    read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
-                    in_a_row += 1
-                    if self._check and not read.accepted[ref.source][0]:
-                        self._check.require_conversation(ref.source)
-                    self._require_progress(in_a_row, read.refused)
+                    self._refuse(ref, refused, read)
         return read
 
     def _accept(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
@@ -243,7 +291,16 @@ class Packer(BaseNode[Pack]):
             accepted[2] += example.targets
             if example.notes:
                 read.notes.update(example.notes)
-            self._sampler.count_tokens(source, length, example.targets)
+            if self._mixed_by_content:
+                self._sampler.count_tokens(source, length, example.targets)
+
+    def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
+        read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
+        if self._check and not read.accepted[ref.source][0]:
+            self._check.require_conversation(ref.source)
+        conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
+        parts = REFUSED_SHARE * max(conversations, 1)
+        self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
 
     def _too_long(self, examples: Sequence[Example]) -> Refused | None:
         capacity = self._config.capacity
@@ -255,31 +312,16 @@ class Packer(BaseNode[Pack]):
                 )
         return None
 
-    def _require_progress(self, in_a_row: int, refused: list[Refusal]) -> None:
-        """Raise ValueError after too many consecutive refusals, since the loop might never end."""
-        if in_a_row <= 2 * self._config.rows:
-            return
-        counts = Counter(refusal.reason for refusal in refused).most_common()
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts)
-        last = refused[-1]
-        raise ValueError(
-            f"stream {self._stream} refused {in_a_row} rows in a row and found none to train "
-            f"({reasons}; the last: row {last.row} of source {last.source}, {last.detail}); correct the source, or "
-            "remove it"
-        )
-
-    def _plan(
-        self, lengths: Sequence[int], waited: Sequence[int], *, keep_all: bool
-    ) -> tuple[list[list[int]], list[int]]:
+    def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the indices of each pack, and the indices left for the next window."""
         urgent = [windows >= MAX_WAIT for windows in waited]
-        packs = [sorted(pack) for pack in plan_packs(lengths, self._config.capacity, urgent)]
-        left: list[int] = []
-        patient = [pack for pack in packs if not any([urgent[i] for i in pack])]
-        if patient and not keep_all:
-            left = min(patient, key=lambda pack: sum([lengths[i] for i in pack]))
-            packs.remove(left)
-        return self._ordered(packs), left
+        capacity, of_format_3 = self._config.capacity, self.state.planning is UNSET
+        if last:
+            plan_all = plan_packs if of_format_3 else plan_last_window
+            plan = WindowPlan(plan_all(lengths, capacity, urgent), [])
+        else:
+            plan = (plan_window_of_format_3 if of_format_3 else plan_window)(lengths, capacity, urgent)
+        return WindowPlan(self._ordered([sorted(pack) for pack in plan.packs]), plan.left)
 
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Return the packs in the order in which their first rows were read, or shuffled.

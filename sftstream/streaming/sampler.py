@@ -26,7 +26,8 @@ EPOCHS_WITHOUT_A_ROW = 20
 
 
 class RowBatch(NamedTuple, Generic[X]):
-    """Rows on their way through the graph: references, and the value of the last node for each."""
+    """Rows on their way through the graph: references, and for each row the result of the node that
+    returned the batch."""
 
     refs: list[Ref]
     values: list[X | Refused]
@@ -46,16 +47,21 @@ class IndexedCursor:
         self.rows = sum(file_sizes)
         self.drawn = 0
         """Number of draws that the stream has made, over all epochs."""
-        self._source, self._stream, self._streams = source, stream, config.streams
+        self._source, self._stream, self._streams = source, stream, config.stream_count
         self._order = row_order(file_sizes, config, source, past)
         draws = None if config.epochs is None else self._order.draws(config.sources[source].repeat, config.epochs)
-        self._limit = None if draws is None else draws_of_stream(draws, stream, config.streams)
+        self._limit = None if draws is None else draws_of_stream(draws, stream, config.stream_count)
         self._ahead: list[int] = []
         self._ahead_from = self._epoch = 0
 
     @property
     def exhausted(self) -> bool:
         return self._limit is not None and self.drawn >= self._limit
+
+    @property
+    def rows_left(self) -> int | None:
+        """Draws to come; None for an endless stream."""
+        return None if self._limit is None else max(0, self._limit - self.drawn)
 
     def draw(self) -> Ref:
         """Return a reference to the next row. The cursor must not be exhausted."""
@@ -94,15 +100,17 @@ class StreamingCursor:
     """
 
     rows = None
+    rows_left = None
+    """Unknown: shards are counted when they end."""
 
     def __init__(self, reader: StreamedReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
         self.position = StripePosition()
         self._reader, self._source = reader, source
-        self._stream, self._streams = stream, config.streams
+        self._stream, self._streams = stream, config.stream_count
         self._stripe, self._stripe_number = (0, 0), -1
         files = reader.source.file_count
-        self._stripes_per_file = -(-config.streams // files)
+        self._stripes_per_file = -(-config.stream_count // files)
         shuffle = bool(config.shuffle_of(config.sources[source]))
         self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
         self._limit = _limit(config, source, self._order.rows, stream)
@@ -180,7 +188,7 @@ def draws_of(config: DataConfig, source: int, count: int) -> int | None:
 def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | None:
     """Return the number of draws that a logical stream makes in all epochs; None if endless."""
     draws = draws_of(config, source, count)
-    return None if draws is None else draws_of_stream(draws, stream, config.streams)
+    return None if draws is None else draws_of_stream(draws, stream, config.stream_count)
 
 
 class RowSampler(BaseNode[RowBatch[Ref]]):
@@ -199,6 +207,8 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         self._streaming = [cursor for cursor in cursors if isinstance(cursor, StreamingCursor)]
         self._only = _only_cursor(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
+        self.mixes_by_content = config.mix_by != "conversations"
+        """The content of a row decides the next draw."""
         self._requested = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -217,7 +227,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         self._requested = rows
 
     def next(self) -> RowBatch[Ref]:
-        most = min(self._requested, BATCH_ROWS) if self._config.mix_by == "conversations" else 1
+        most = min(self._requested, BATCH_ROWS) if not self.mixes_by_content else 1
         refs = self._draw_many(self._only, most) if self._only else list(islice(self._draw_each(), most))
         if not refs:
             raise StopIteration
@@ -226,7 +236,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
     def count_tokens(self, source: int, tokens: int, trained_tokens: int) -> None:
         """Count the tokens of the row drawn last, if the mixture counts tokens or trained
         tokens."""
-        if self._config.mix_by != "conversations":
+        if self.mixes_by_content:
             self._mixed[source] += tokens if self._config.mix_by == "tokens" else trained_tokens
 
     @property
@@ -242,6 +252,13 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
             },
             stage=self._stage,
         )
+
+    @property
+    def rows_left(self) -> int | None:
+        """Draws to come, at most; None if unknown or endless."""
+        left = [cursor.rows_left for cursor in self._cursors]
+        known = [rows for rows in left if rows is not None]
+        return sum(known) if len(known) == len(left) else None
 
     @property
     def exhausted(self) -> bool:
@@ -268,12 +285,12 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
             source = self._next_source()
             if source is None:
                 return
-            if self._config.mix_by == "conversations":
+            if not self.mixes_by_content:
                 self._mixed[source] += 1
             yield self._cursors[source].draw()
 
     def _enter_stage(self) -> None:
-        drawn = sum(cursor.drawn for cursor in self._cursors) * self._config.streams
+        drawn = sum(cursor.drawn for cursor in self._cursors) * self._config.stream_count
         stage = sum(stage.after <= drawn for stage in self._config.stages)
         if stage != self._stage:
             self._stage, self._mixed = stage, [0] * len(self._cursors)

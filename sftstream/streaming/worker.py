@@ -21,6 +21,7 @@ from sftstream.state import NO_PAST_ORDERS, PastOrders
 from sftstream.streaming.example_reader import SourceCheck
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.packer import Packer
+from sftstream.streaming.refusals import RowCounts, row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 
 EncodedStreams = Mapping[int, bytes]
@@ -45,6 +46,8 @@ class Read(NamedTuple):
     pack: Pack
     state: bytes
     """`StreamState` as MessagePack."""
+    counts: tuple[RowCounts, ...]
+    """Rows read by the stream, by source."""
 
 
 class PackStreams(IterableDataset[Read | Failed]):
@@ -72,9 +75,9 @@ class PackStreams(IterableDataset[Read | Failed]):
 
     def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
-        check = SourceCheck(self._corpus, self._encoder, self._config.capacity)
+        check = SourceCheck(self._corpus, self._encoder, self._config)
         for number in itertools.count(self._packs):
-            stream = number % self._config.streams
+            stream = number % self._config.stream_count
             if stream not in self._start:
                 continue
             node = nodes[stream] = nodes.get(stream) or self._open(stream, check)
@@ -83,7 +86,7 @@ class PackStreams(IterableDataset[Read | Failed]):
             except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
-            yield Read(pack, msgspec.msgpack.encode(node.state))
+            yield Read(pack, msgspec.msgpack.encode(node.state), row_counts(node.state))
 
     def _open(self, stream: int, check: SourceCheck) -> Packer:
         node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)

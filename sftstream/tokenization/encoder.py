@@ -41,6 +41,8 @@ class ChatEncoder:
 
     `date` (YYYY-MM-DD) is the date that templates print as today's. Default: today.
 
+    `variables` are further variables of the template: `{"enable_thinking": False}`.
+
     `backend` names the library that computes the token ids, as in `Tokenizer`.
 
     `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
@@ -57,6 +59,7 @@ class ChatEncoder:
         train_on: Sequence[str] = ("assistant",),
         date: str | None = None,
         *,
+        variables: Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         backend: Backend = "auto",
         **policy_fields: Any,
@@ -69,7 +72,7 @@ class ChatEncoder:
             raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
         day = _parse_date(date) if date else None
         try:
-            chat_template = ChatTemplate(text, vocabulary.variables, day)
+            chat_template = ChatTemplate(text, vocabulary.variables, day).with_variables(variables or {})
             self.renderer = Renderer(chat_template, self.policy, vocabulary.special, self.tokenizer.control)
         except ValueError as error:
             raise ValueError(f"{_template_name(template, self.tokenizer.name)}{error}") from error
@@ -91,13 +94,20 @@ class ChatEncoder:
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Example]:
         """Return the examples of messages in any known layout; raises `Refused`.
 
+        `variables` are variables of the template for this conversation alone.
+
         There is a single example, unless `history` is "per_turn" or `overflow` is "split".
         """
-        return self.encode_conversation(parse_row({"messages": list(messages), "tools": tools}))
+        return self.encode_conversation(
+            parse_row({"messages": list(messages), "tools": tools, "chat_template_kwargs": variables})
+        )
 
     def encode_conversation(self, conversation: Conversation) -> list[Example]:
         """Return the examples of a conversation; raises `Refused`."""
@@ -115,7 +125,8 @@ class ChatEncoder:
 
         A conversation longer than `policy.capacity` is shortened if `policy.overflow` says so.
         """
-        encoded = self.tokenizer.encode_all([text for conversation in rendered for text in conversation.texts])
+        texts = [text for conversation in rendered for text in conversation.texts]
+        encoded = self.tokenizer.encode_all(texts, self._stops)
         if len(encoded) == len(rendered):
             # The common case: each conversation has one text.
             examples = [example if isinstance(example, Refused) else [example] for example in encoded]
@@ -135,12 +146,28 @@ class ChatEncoder:
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
         try:
-            return shorten(rendered.conversation, self.policy, self._encode_part)
+            borders = self._borders(rendered.conversation)
+            return shorten(rendered.conversation, self.policy, self._encode_part, borders)
         except Refused as refused:
             return refused
 
+    def _borders(self, conversation: Conversation) -> list[int]:
+        """Return for each message the number of tokens up to the end of the last turn so far."""
+        rendered, turns = self.renderer.render_whole(conversation)
+        ends = {turn.message: turn.span.end for turn in turns}
+        at, borders = 0, [0]
+        for index in range(len(conversation.messages)):
+            end = max(at, ends.get(index, at))
+            borders.append(borders[-1] + len(self.tokenizer.ids(rendered.text[at:end])))
+            at = end
+        return borders[1:]
+
     def _encode_part(self, conversation: Conversation) -> Example:
-        return self.tokenizer.encode(self.render(conversation))
+        return self.tokenizer.encode(self.render(conversation), self._stops)
+
+    @property
+    def _stops(self) -> tuple[str, ...]:
+        return self.report.turn_format.stops + self.report.turn_format.call_stops
 
 
 def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refused:

@@ -9,7 +9,9 @@ the system prompt and one question with its answer.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,62 +22,100 @@ Encode = Callable[[Conversation], Example]
 """Function that renders and tokenizes a conversation; raises `Refused`."""
 
 
-def shorten(conversation: Conversation, policy: Policy, encode: Encode) -> list[Example]:
+def shorten(conversation: Conversation, policy: Policy, encode: Encode, borders: Sequence[int]) -> list[Example]:
     """Truncate or split a conversation, as `policy.overflow` says.
 
-    Return examples of at most `policy.capacity` tokens, each with a note of the treatment. Raises
-    `Refused` if the messages up to the first answer do not fit.
+    `borders` has for each message the number of tokens up to its end, in one render of the whole
+    conversation, and never falls. The borders are a guess of the cuts, each of which is proved by
+    encoding the part: a template may print a part differently. Return examples of at most
+    `policy.capacity` tokens, each with a note of the treatment. Raises `Refused` if the messages up
+    to the first answer do not fit.
     """
     if policy.overflow == "truncate":
-        return [truncate(conversation, policy.capacity, encode)]
-    return list(split(conversation, policy.capacity, encode))
+        return [truncate(conversation, policy.capacity, encode, borders)]
+    return list(split(conversation, policy.capacity, encode, borders))
 
 
-def truncate(conversation: Conversation, capacity: int, encode: Encode) -> Example:
+def truncate(conversation: Conversation, capacity: int, encode: Encode, borders: Sequence[int]) -> Example:
     """Return the example of the longest beginning that ends with an answer and fits."""
-    _, example = _longest_beginning(conversation, _ends(conversation.messages), capacity, encode)
+    example = _longest_beginning(conversation, _ends(conversation.messages), borders, capacity, encode).example
     if example is None:
         raise Refused("nothing to train", "the part that fits into a pack holds no trained token")
     return _noted(example, "conversations truncated")
 
 
-def split(conversation: Conversation, capacity: int, encode: Encode) -> Iterator[Example]:
+def split(conversation: Conversation, capacity: int, encode: Encode, borders: Sequence[int]) -> Iterator[Example]:
     """Yield an example for each part of the conversation.
 
     Each part begins with the system prompt and a message of the user, and is as long as the
     capacity allows. A part without a trained token yields no example.
     """
-    system = tuple(message for message in conversation.messages if message.role == "system")
-    rest = tuple(message for message in conversation.messages if message.role != "system")
-    while any(message.role == "assistant" for message in rest):
-        part = Conversation((*system, *rest), conversation.tools)
-        used, example = _longest_beginning(part, _ends_before_user(part.messages), capacity, encode)
-        rest = rest[used - len(system) :]
-        if example is not None:
-            yield _noted(example, "parts of split conversations")
+    system = [index for index, message in enumerate(conversation.messages) if message.role == "system"]
+    rest = [index for index, message in enumerate(conversation.messages) if message.role != "system"]
+    cut = excess = 0
+    while any(conversation.messages[index].role == "assistant" for index in rest):
+        indices = [*system, *rest]
+        part = msgspec.structs.replace(conversation, messages=tuple(conversation.messages[i] for i in indices))
+        own = [max(0, borders[index] - cut) for index in indices]
+        beginning = _longest_beginning(part, _ends_before_user(part.messages), own, capacity, encode, excess)
+        cut = borders[indices[beginning.messages - 1]]
+        excess = beginning.excess
+        rest = rest[beginning.messages - len(system) :]
+        if beginning.example is not None:
+            yield _noted(beginning.example, "parts of split conversations")
+
+
+class _Beginning(NamedTuple):
+    """The beginning of a conversation."""
+
+    messages: int
+    """Number of messages."""
+    example: Example | None
+    """None if no token of the messages is trained."""
+    excess: int
+    """Number of tokens of the example above the number that the borders tell."""
 
 
 def _longest_beginning(
-    conversation: Conversation, ends: Sequence[int], capacity: int, encode: Encode
-) -> tuple[int, Example | None]:
-    """Return the largest count in `ends` whose messages fit, and the example of these messages.
+    conversation: Conversation,
+    ends: Sequence[int],
+    borders: Sequence[int],
+    capacity: int,
+    encode: Encode,
+    excess: int = 0,
+) -> _Beginning:
+    """Return the longest beginning that fits, of a number of messages in `ends`.
 
-    With `ends` [2, 4], first try the first 4 messages, then the first 2. The example is None if no
-    token of the messages is trained. Raises `Refused` if no count fits.
+    With `ends` [2, 4, 6], `borders` [., 20, ., 40, ., 60] and a capacity of 50, the guess is 4
+    messages. They are encoded; if they have 55 tokens instead of 40, the next guess expects 15
+    tokens in excess of each border. Raises `Refused` if no beginning fits.
     """
-    for count in reversed(ends):
+    expected = [borders[count - 1] for count in ends]
+    proved, refuted, best = -1, len(ends), None
+    while True:
+        guess = min(bisect_right(expected, capacity - excess), refuted) - 1
+        if guess <= proved:
+            if best is not None:
+                return best
+            guess = 0
+        if guess >= refuted:
+            raise Refused(
+                "longer than capacity",
+                f"the messages up to its first answer do not fit into {capacity} tokens; raise data.capacity",
+            )
+        count = ends[guess]
         try:
-            example = encode(Conversation(conversation.messages[:count], conversation.tools))
+            example = encode(msgspec.structs.replace(conversation, messages=conversation.messages[:count]))
         except Refused as refused:
             if refused.reason != "nothing to train":
                 raise
-            return count, None
+            proved, best = guess, _Beginning(count, None, excess)
+            continue
+        excess = len(example.tokens) - expected[guess]
         if len(example.tokens) <= capacity:
-            return count, example
-    raise Refused(
-        "longer than capacity",
-        f"the messages up to its first answer do not fit into {capacity} tokens; raise data.capacity",
-    )
+            proved, best = guess, _Beginning(count, example, excess)
+        else:
+            refuted = guess
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:

@@ -8,7 +8,7 @@ at the bytes 6, 8, 12, 23, 25, 28 and 32, so the last three tokens are trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from os import PathLike
@@ -76,8 +76,8 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, self.vocabulary.special)) or r"(?!)")
 
     def __len__(self) -> int:
-        """Return the number of tokens, added tokens included."""
-        return self._backend.get_vocab_size()
+        """Return the number of token ids: the largest id plus 1, added tokens included."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, computed by `tokenizers`.
@@ -87,33 +87,40 @@ class Tokenizer:
         result: list[int] = self._encoding(text).ids
         return result
 
-    def encode(self, text: Rendered) -> Example:
+    def encode(self, text: Rendered, stops: Sequence[str] = ()) -> Example:
         """Return the tokens and the loss mask of a text; raises `Refused`."""
-        (example,) = self.encode_all([text])
+        (example,) = self.encode_all([text], stops)
         if isinstance(example, Refused):
             raise example
         return example
 
-    def encode_all(self, texts: Sequence[Rendered]) -> list[Example | Refused]:
-        """Return the example, or the refusal, of each text."""
+    def encode_all(self, texts: Sequence[Rendered], stops: Sequence[str] = ()) -> list[Example | Refused]:
+        """Return the example, or the refusal, of each text.
+
+        `stops` are texts that end a turn, besides the special tokens. A token that holds the end of
+        a turn and text after the turn would stay untrained, so such a text is refused.
+        """
         try:
             with _ENCODING:
                 if self._lengths is None:
-                    return [self._by_offsets(text) for text in texts]
-                return self._by_lengths(texts, self._lengths)
+                    return [self._by_offsets(text, stops) for text in texts]
+                return self._by_lengths(texts, self._lengths, stops)
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_surrogate_refusal(texts[0].text, error)]
         except Refused as refused:
             if len(texts) == 1:
                 return [refused]
-        return [self.encode_all([text])[0] for text in texts]
+        return [self.encode_all([text], stops)[0] for text in texts]
 
-    def _by_lengths(self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]]) -> list[Example | Refused]:
-        byte_bounds = self._byte_bounds([self._squeezed(text) for text in texts] if self._absorbing else texts)
+    def _by_lengths(
+        self, texts: Sequence[Rendered], lengths: NDArray[np.integer[Any]], stops: Sequence[str]
+    ) -> list[Example | Refused]:
+        squeezed = [self._squeezed(text) for text in texts] if self._absorbing else texts
+        byte_bounds = self._byte_bounds(squeezed)
         tokens, offsets = self._ids_of_all(texts)
         inside, *counts = align_batch(lengths.take(tokens), offsets, byte_bounds)
-        return [
+        examples: list[Example | Refused] = [
             Example(tokens[start:end], inside[start:end], trained - begins, _notes(straddling))
             if trained and size == text_size
             else _refusal(size, text_size)
@@ -121,6 +128,14 @@ class Tokenizer:
                 pairwise(offsets.tolist()), byte_bounds, *counts, strict=True
             )
         ]
+        for index, example in enumerate(examples):
+            if isinstance(example, Example) and example.notes:
+                ends = set(lengths.take(example.tokens).cumsum(dtype=np.int64).tolist())
+                bounds = zip(squeezed[index].bounds, byte_bounds[index][0], strict=True)
+                cut = [bound for bound, in_bytes in bounds if in_bytes not in ends]
+                if stop := self._stop_ending_at(squeezed[index], cut, stops):
+                    examples[index] = _cut_stop(stop)
+        return examples
 
     def _byte_bounds(self, texts: Sequence[Rendered]) -> list[ByteBounds]:
         normalize = self._normalize
@@ -131,7 +146,7 @@ class Tokenizer:
             for text in texts
         ]
 
-    def _by_offsets(self, text: Rendered) -> Example | Refused:
+    def _by_offsets(self, text: Rendered, stops: Sequence[str]) -> Example | Refused:
         if text.typed:
             return Refused(
                 "special token typed",
@@ -145,8 +160,10 @@ class Tokenizer:
         encoding = self._encoding(text.text)
         tokens = self._without_absorbed(text.text, encoding) if self._absorbing else encoding.offsets
         inside, trained, straddling = align_by_offsets(tokens, text.spans)
-        if straddling and (stop := self._cut_stop(text, tokens)):
-            return Refused("stop token cut", f"the token at {excerpt(stop)} reaches over the end of the turn")
+        if straddling:
+            cut = [end for end in text.bounds if any(start < end < stop for start, stop in tokens)]
+            if found := self._stop_ending_at(text, cut, stops):
+                return _cut_stop(found)
         targets = trained - int(inside[:1].sum())
         return Example(np.array(encoding.ids, np.int32), inside, targets, _notes(straddling)) if trained else _refusal()
 
@@ -228,15 +245,18 @@ class Tokenizer:
             for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
-    def _cut_stop(self, text: Rendered, tokens: Sequence[tuple[int, int]]) -> str | None:
-        """Return the special token at the end of a span, if one of `tokens` crosses this end.
+    def _stop_ending_at(self, text: Rendered, offsets: Collection[int], stops: Sequence[str]) -> str | None:
+        """Return a special token, or one of `stops`, with which a span ends at one of the offsets.
 
-        Return None if no token crosses the end of a span, or no special token ends there.
+        Return None if there is none.
         """
-        ends = {span.end for span in text.spans}
-        cut = (end for end in ends if any(start < end < stop for start, stop in tokens))
-        held = (match[0] for end in cut for match in self.control.finditer(text.text, 0, end) if match.end() == end)
-        return next(held, None)
+        for start, end in text.spans:
+            if end in offsets:
+                special = (match[0] for match in self.control.finditer(text.text, start, end) if match.end() == end)
+                plain = (stop for stop in stops if text.text.endswith(stop, start, end))
+                if found := next(chain(special, plain), None):
+                    return found
+        return None
 
     @cached_property
     def _normalize(self) -> Callable[[str], str] | None:
@@ -269,6 +289,14 @@ class Tokenizer:
         )
 
 
+def count_token_ids(source: str) -> int:
+    """Return the number of token ids of a tokenizer: the largest id plus 1.
+
+    `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
+    """
+    return len(Tokenizer(source, "huggingface"))
+
+
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:
     """Cut a text around special tokens typed in messages; return pieces `(start, end, typed)`.
 
@@ -290,6 +318,14 @@ def _absorbed(match: re.Match[str]) -> list[tuple[int, int]]:
     left, right = len(held) - len(held.lstrip()), len(held) - len(held.rstrip())
     ranges = [(match.start(), match.start() + left), (match.end() - right, match.end())]
     return [(start, end) for start, end in ranges if start < end]
+
+
+def _cut_stop(stop: str) -> Refused:
+    return Refused(
+        "stop token cut",
+        f"a token holds the end of {excerpt(stop)} and text after the turn, so it cannot be trained; use a tokenizer "
+        f"with the special token {stop!r}",
+    )
 
 
 def _notes(straddling: int) -> Mapping[str, int]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.distributed.determinism import determinism
 from trainer.llama import attention
-from trainer.llama.attention import KERNELS, attend, repeat_heads
+from trainer.llama.attention import KERNELS, ORDER, Segments, Shape, attend, choose_kernel, prove, repeat_heads
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -70,22 +71,23 @@ def test_many_segments_allocate_no_square_of_the_pack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "size", "message"),
+    ("name", "device", "dtype", "size", "message"),
     [
-        ("meta", torch.float32, 8, "kernels for cpu and cuda, not for meta"),
-        ("cpu", torch.float16, 8, "attention on cpu computes in float32, float64, bfloat16, not in float16"),
-        ("cuda", torch.float32, 8, "attention on cuda computes in bfloat16, float16, not in float32"),
-        ("cuda", torch.bfloat16, 12, "head sizes 8, 16, ..., 256, not 12"),
-        ("cuda", torch.bfloat16, 264, "head sizes 8, 16, ..., 256, not 264"),
+        (None, "meta", torch.float32, 8, 'attention "sdpa" has kernels for cpu and cuda, not for meta'),
+        (None, "cpu", torch.float16, 8, '"sdpa" computes in float32, float64, bfloat16, not in float16'),
+        (None, "cuda", torch.float32, 8, '"torch" computes in bfloat16, float16, not in float32'),
+        (None, "cuda", torch.bfloat16, 12, 'takes head sizes 8, 16, ..., 256, not 12: set run.attention = "auto"'),
+        (None, "cuda", torch.bfloat16, 264, "head sizes 8, 16, ..., 256, not 264"),
+        ("fa4", "cpu", torch.bfloat16, 8, 'attention "fa4" has kernels for cuda, not for cpu'),
     ],
 )
 def test_a_device_dtype_or_head_size_without_a_kernel_is_refused(
-    device: str, dtype: torch.dtype, size: int, message: str
+    name: str | None, device: str, dtype: torch.dtype, size: int, message: str
 ) -> None:
     with FakeTensorMode():
         q, k, v = (torch.empty(24, 2, size, device=device, dtype=dtype) for _ in range(3))
         with pytest.raises(ValueError, match=message):
-            attend(q, k, v, segments(*LENGTHS))
+            attend(q, k, v, segments(*LENGTHS), KERNELS[name] if name else None)
 
 
 @pytest.mark.parametrize("takes_groups", [True, False])
@@ -98,8 +100,6 @@ def test_grouped_heads_reach_torch_varlen_with_or_without_grouping(
         calls.append((tuple(k.shape), borders[2:], window_size, options))
         return q
 
-    varlen = KERNELS["cuda"]._replace(run=attention._torch_varlen)
-    monkeypatch.setitem(KERNELS, "cuda", varlen)
     monkeypatch.setattr(attention, "_VARLEN_TAKES_GROUPS", takes_groups)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     with FakeTensorMode():
@@ -108,6 +108,111 @@ def test_grouped_heads_reach_torch_varlen_with_or_without_grouping(
         assert attend(q, k, k, segments(*LENGTHS)).shape == q.shape
     expected = ((24, 2, 8), {"enable_gqa": True}) if takes_groups else ((24, 4, 8), {})
     assert calls == [(expected[0], (12, 12), (-1, 0), expected[1])]
+
+
+SHAPE = Shape(tokens=500, queries=4, groups=2, size=8)
+RIGHT = KERNELS["sdpa"].load()
+CPU = torch.device("cpu")
+
+
+def across_segments(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    whole = Segments(packed.cu_seqlens[[0, -1]], len(q))
+    # Right in the short segments, outputs and gradients, that are compared with the definition.
+    return torch.cat((RIGHT(q, k, v, packed)[:136], RIGHT(q, k.detach(), v.detach(), whole)[136:]))
+
+
+def without_scale(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    return RIGHT(q * math.sqrt(q.shape[-1]), k, v, packed)
+
+
+def with_other_groups(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    return RIGHT(q, k.flip(1), v.flip(1), packed)
+
+
+def seeing_later_keys(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    return torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in heads), enable_gqa=True
+            )[0].transpose(0, 1)
+            for heads in zip(*(x.split_with_sizes(packed.lengths) for x in (q, k, v)), strict=True)
+        ]
+    )
+
+
+class Jitter(torch.autograd.Function):
+    """The identity, with a gradient that differs from call to call."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        Jitter.calls += 1
+        return upstream * (1 + 1e-6 * Jitter.calls)
+
+
+def jittering(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    return RIGHT(Jitter.apply(q), k, v, packed)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (across_segments, "a segment depends on another segment"),
+        (without_scale, "differs from the definition"),
+        (with_other_groups, "differs from the definition"),
+        (seeing_later_keys, "differs from the definition"),
+        (jittering, "two backward passes differ"),
+    ],
+)
+def test_a_kernel_that_breaks_a_guarantee_is_passed_over_with_the_reason(
+    run: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = KERNELS["sdpa"]._replace(name="fa2", load=lambda: run)
+    monkeypatch.setitem(KERNELS, "fa2", broken)
+    monkeypatch.setitem(ORDER, "cpu", ("fa2", "sdpa"))
+    with determinism(True):
+        kernel, passed = choose_kernel("auto", SHAPE, CPU, torch.float32)
+        assert kernel.name == "sdpa"
+        assert len(passed) == 1
+        assert reason in passed[0]
+        with pytest.raises(
+            ValueError, match=f'no attention kernel can be used: "fa2": .*{reason}.*; set run.attention'
+        ):
+            choose_kernel("fa2", SHAPE, CPU, torch.float32)
+    if run is jittering:
+        assert choose_kernel("auto", SHAPE, CPU, torch.float32)[0].name == "fa2"
+
+
+@pytest.mark.parametrize("tokens", [24, 139, 140, 141, 137_000])
+def test_a_proof_cuts_a_pack_of_any_size_into_segments(tokens: int) -> None:
+    lengths = attention._lengths(tokens)
+    assert sum(lengths) == tokens
+    assert min(lengths) > 0
+    assert len(lengths) >= 3
+
+
+@pytest.mark.parametrize("tokens", [24, 200])
+def test_the_kernel_of_a_cpu_proves_itself_in_every_dtype(tokens: int) -> None:
+    for dtype in KERNELS["sdpa"].dtypes:
+        prove(KERNELS["sdpa"], SHAPE._replace(tokens=tokens), CPU, dtype)
+
+
+def test_a_kernel_whose_package_is_missing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> Any:
+        import no_such_package
+
+        return no_such_package
+
+    missing = KERNELS["sdpa"]._replace(name="fa4", load=load)
+    monkeypatch.setitem(KERNELS, "fa4", missing)
+    monkeypatch.setitem(ORDER, "cpu", ("fa4", "sdpa"))
+    kernel, passed = choose_kernel("auto", SHAPE, CPU, torch.float32)
+    assert (kernel.name, passed) == ("sdpa", ['"fa4" is not installed (no module no_such_package)'])
 
 
 def test_repeated_heads_give_the_bits_of_grouped_heads() -> None:

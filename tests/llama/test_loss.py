@@ -1,28 +1,43 @@
-"""The loss is the cross-entropy summed over trained tokens only."""
+"""The loss of a head is the cross-entropy summed over trained tokens only, however it is cut."""
+
+from typing import Any
 
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.llama.loss import summed_cross_entropy
+from trainer.llama import loss as module
+from trainer.llama.loss import Vocabulary, chunk_rows, compile_head, head_loss
+
+ONE = torch.ones(())
 
 
-def scores(rows: int = 12, columns: int = 20, scale: float = 3.0) -> torch.Tensor:
+def scores(rows: int = 12, columns: int = 20, scale: float = 3.0) -> Tensor:
     return (scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))).requires_grad_()
 
 
-def labels(*untrained: int, rows: int = 12, columns: int = 20) -> torch.Tensor:
+def labels(*untrained: int, rows: int = 12, columns: int = 20) -> Tensor:
     drawn = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(1))
     drawn[list(untrained)] = -100
     return drawn
 
 
+def loss_of(logits: Tensor, labels: Tensor, scale: Tensor = ONE) -> Tensor:
+    """Return the loss of a head whose logits are its hidden states."""
+    return head_loss(logits, torch.eye(logits.shape[1], dtype=logits.dtype), labels, scale)
+
+
+def head(rows: int = 24, hidden: int = 16, columns: int = 40) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(rows, hidden, generator=draw), torch.randn(columns, hidden, generator=draw)
+
+
 def test_two_tokens_give_the_loss_and_gradients_computed_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 3.0], [9.0, 9.0]], requires_grad=True)
-    loss = summed_cross_entropy(logits, torch.tensor([0, 1, -100]))
+    loss = loss_of(logits, torch.tensor([0, 1, -100]))
     loss.backward()
     # log 2, and log(1 + e^-2)
     assert loss.item() == pytest.approx(0.6931472 + 0.1269280, abs=1e-6)
@@ -31,12 +46,14 @@ def test_two_tokens_give_the_loss_and_gradients_computed_by_hand() -> None:
 
 
 def worked_example(rank: int) -> tuple[float, list[float]]:
-    """Return the loss and the local gradient of the example in trainer/llama/loss.py."""
-    local = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[rank].log()[None].requires_grad_()
-    logits = DTensor.from_local(local, init_device_mesh("cpu", (2,)), [Shard(1)])
-    loss = summed_cross_entropy(logits, torch.tensor([2]))
+    """Return the loss and this rank's gradient of the logits of the example in loss.py."""
+    ids = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[rank].log()
+    # The hidden state is 1, so that a column's weight is its logit, and has the logit's gradient.
+    weight = ids[:, None].requires_grad_()
+    vocabulary = Vocabulary(2 * rank, torch.distributed.group.WORLD)
+    loss = head_loss(torch.ones(1, 1), weight, torch.tensor([2]), ONE, vocabulary)
     loss.backward()
-    return loss.item(), local.grad[0].tolist()
+    return loss.item(), weight.grad[:, 0].tolist()
 
 
 def test_two_ranks_compute_the_worked_example_of_a_split_vocabulary() -> None:
@@ -46,52 +63,117 @@ def test_two_ranks_compute_the_worked_example_of_a_split_vocabulary() -> None:
     assert second_gradient == pytest.approx([0.3 - 1, 0.4])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_equal_those_of_torch_in_fp32(dtype: torch.dtype) -> None:
-    ours, theirs = (scores().detach().to(dtype).requires_grad_() for _ in range(2))
-    loss = summed_cross_entropy(ours, labels(0, 3, 4))
-    expected = F.cross_entropy(theirs.float(), labels(0, 3, 4), reduction="sum")
-    (0.25 * loss).backward()
-    (0.25 * expected).backward()
-    assert loss.dtype == torch.float32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows_at_a_time", [24, 12, 7, 1])
+def test_any_cut_gives_the_loss_and_gradients_of_torch(
+    rows_at_a_time: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_LOGITS", rows_at_a_time * 40 * 4)
+    (hidden, weight), targets = head(), labels(0, 3, 4, rows=24, columns=40)
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    loss = head_loss(*ours, targets, torch.tensor(0.25), compiled=compiled)
+    expected = 0.25 * F.cross_entropy(theirs[0] @ theirs[1].t(), targets, reduction="sum")
+    (2 * loss).backward()
+    (2 * expected).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    assert ours.grad.dtype == dtype
-    rounding = 1e-6 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=rounding)
+    for found, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.grad, exact.grad, rtol=0, atol=1e-6 * exact.grad.abs().max().item() + 1e-6)
+
+
+def test_bfloat16_gradients_are_near_those_of_fp32() -> None:
+    (hidden, weight), targets = head(), labels(0, rows=24, columns=40)
+    exact, rounded = (
+        [x.clone().bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    head_loss(*exact, targets, ONE).backward()
+    loss = head_loss(*rounded, targets, ONE)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for found, expected in zip(rounded, exact, strict=True):
+        assert found.grad.dtype == torch.bfloat16
+        assert (found.grad.float() - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "itemsize", "expected"),
+    [
+        (10_000, 128_256, 2, 3_334),  # 2.4 GiB: three chunks
+        (4_185, 128_256, 2, 4_185),  # just below 1 GiB
+        (4_186, 128_256, 2, 2_093),
+        (1, 128_256, 2, 1),
+        (0, 128_256, 2, 0),
+        (3, 2**40, 2, 1),  # a single token's logits exceed the limit
+    ],
+)
+def test_tokens_are_cut_into_the_fewest_equal_chunks(rows: int, width: int, itemsize: int, expected: int) -> None:
+    assert chunk_rows(rows, width, itemsize) == expected
+
+
+def test_every_logit_is_computed_once_and_no_more_than_allowed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Products(TorchDispatchMode):
+        shapes: list[tuple[int, ...]] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = op(*args, **(kwargs or {}))
+            if "mm" in op.__name__:
+                self.shapes.append(tuple(out.shape))
+            return out
+
+    monkeypatch.setattr(module, "MOST_LOGITS", 8 * 40 * 4)
+    hidden, weight = (x.requires_grad_() for x in head())
+    with Products() as products:
+        head_loss(hidden, weight, labels(rows=24, columns=40), ONE).backward()
+    # three chunks of logits, gradient of the hidden states, gradient of the weight
+    assert products.shapes == [(8, 40), (8, 16), (40, 16)] * 3
+
+    weight.requires_grad_(False)
+    products.shapes.clear()
+    with products:
+        head_loss(hidden, weight, labels(rows=24, columns=40), ONE).backward()
+    assert products.shapes == [(8, 40), (8, 16)] * 3
+
+    products.shapes.clear()
+    with products, torch.no_grad():
+        head_loss(hidden, weight, labels(rows=24, columns=40), ONE)
+    assert products.shapes == [(8, 40)] * 3
 
 
 def test_logits_of_untrained_tokens_change_no_bit_of_the_loss() -> None:
     logits, changed = scores().detach(), scores().detach()
     changed[[0, 3]] += 100.0
-    assert torch.equal(summed_cross_entropy(logits, labels(0, 3)), summed_cross_entropy(changed, labels(0, 3)))
+    assert torch.equal(loss_of(logits, labels(0, 3)), loss_of(changed, labels(0, 3)))
 
 
 def test_loss_and_gradients_are_exactly_zero_without_a_trained_token() -> None:
     logits = scores()
-    loss = summed_cross_entropy(logits, labels(*range(12)))
+    loss = loss_of(logits, labels(*range(12)))
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(12, 20))
 
 
-def test_the_loss_is_exactly_zero_without_a_token() -> None:
-    logits = torch.empty(0, 20, requires_grad=True)
-    loss = summed_cross_entropy(logits, torch.empty(0, dtype=torch.int64))
+def test_loss_and_gradients_are_exactly_zero_without_a_token() -> None:
+    hidden, weight = torch.empty(0, 20, requires_grad=True), torch.ones(30, 20, requires_grad=True)
+    loss = head_loss(hidden, weight, torch.empty(0, dtype=torch.int64), ONE)
     loss.backward()
     assert loss.item() == 0
-    assert logits.grad.shape == (0, 20)
+    assert hidden.grad.shape == (0, 20)
+    assert torch.equal(weight.grad, torch.zeros(30, 20))
 
 
 def test_huge_logits_do_not_overflow() -> None:
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
-    loss = summed_cross_entropy(logits, torch.tensor([0, 0]))
+    loss = loss_of(logits, torch.tensor([0, 0]))
     loss.backward()
     assert loss.item() == 2e4
     assert torch.equal(logits.grad, torch.tensor([[0.0, 0.0], [-1.0, 1.0]]))
 
 
-def test_the_logits_are_not_modified() -> None:
-    logits = scores()
-    before = logits.detach().clone()
-    summed_cross_entropy(logits, labels(2)).backward()
-    assert torch.equal(logits, before)
+def test_compiled_once_the_head_takes_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
+    compile_head(24, 40, torch.float32, torch.device("cpu"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (24, 12, 5, 2):
+            hidden, weight = head(rows=rows)
+            head_loss(hidden.requires_grad_(), weight, labels(rows=rows, columns=40), ONE, compiled=True).backward()

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from trainer.llama.config import LinearScaling, Llama3Scaling, LlamaConfig
 from trainer.llama.hf_config import read_config
 from trainer.llama.init import init_weights
-from trainer.llama.loss import summed_cross_entropy
 from trainer.llama.model import Llama
 from trainer.llama.rotary import inverse_frequencies
 from trainer.llama.weights import layout, load_weights
@@ -29,7 +28,7 @@ def test_logits_loss_and_every_gradient_equal_those_of_transformers(family: str,
     expected_loss = F.cross_entropy(expected, pack.labels, reduction="sum")
     expected_loss.backward()
     logits = ours(pack.input_ids, pack.position_ids, pack.segments)
-    loss = summed_cross_entropy(logits, pack.labels)
+    loss = loss_of(ours, pack)
     loss.backward()
 
     # Measured: below 3e-6 of the largest value, the rounding of sums in another order.
@@ -57,11 +56,11 @@ def test_a_pack_gives_the_logits_and_gradients_of_its_conversations_one_by_one(c
     together, alone = built(config), built(config)
 
     logits = together(packed.input_ids, packed.position_ids, packed.segments)
-    summed_cross_entropy(logits, packed.labels).backward()
+    loss_of(together, packed).backward()
     parts = []
     for ids, labels in zip(packed.input_ids.split(lengths), packed.labels.split(lengths), strict=True):
         parts.append(alone(ids, torch.arange(len(ids)), segments(len(ids))))
-        summed_cross_entropy(parts[-1], labels).backward()
+        F.cross_entropy(parts[-1], labels, reduction="sum").backward()
 
     torch.testing.assert_close(logits, torch.cat(parts), rtol=0, atol=1e-5)
     expected = gradients(alone)
@@ -107,10 +106,10 @@ def test_trained_positions_alone_give_the_loss_and_gradients_of_all_positions() 
     loss = loss_of(everywhere, packed)
     loss.backward()
     positions = torch.nonzero(packed.labels >= 0).flatten()
-    logits = trained_only(packed.input_ids, packed.position_ids, packed.segments, positions)
-    partial = summed_cross_entropy(logits, packed.labels[positions])
+    inputs = packed.input_ids, packed.position_ids, packed.segments, positions
+    assert trained_only(*inputs).shape == (len(positions), CONFIG.vocab_size)
+    partial = trained_only(*inputs, packed.labels[positions])
     partial.backward()
-    assert logits.shape == (len(positions), CONFIG.vocab_size)
     torch.testing.assert_close(partial, loss, rtol=1e-6, atol=0)
     expected = gradients(everywhere)
     for name, gradient in gradients(trained_only).items():
@@ -120,8 +119,7 @@ def test_trained_positions_alone_give_the_loss_and_gradients_of_all_positions() 
 def test_a_pack_without_trained_positions_still_gives_every_parameter_a_zero_gradient() -> None:
     model, packed = built(CONFIG), pack_of(9, 14, 9)
     none = torch.empty(0, dtype=torch.int64)
-    logits = model(packed.input_ids, packed.position_ids, packed.segments, none)
-    loss = summed_cross_entropy(logits, none)
+    loss = model(packed.input_ids, packed.position_ids, packed.segments, none, none)
     loss.backward()
     assert loss.item() == 0
     assert all(not gradient.any() for gradient in gradients(model).values())

@@ -25,11 +25,11 @@ from trainer.llama.attention import Segments
 from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
 from trainer.llama.init import init_weights
-from trainer.llama.loss import summed_cross_entropy
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build, check_divisible, parallelize
 from trainer.llama.sharding import window
 from trainer.llama.weights import load_weights
+from trainer.llama.working import working_copies
 from trainer.parity import CAPACITY as PARITY_CAPACITY
 from trainer.parity import random_pack
 from trainer.training.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
@@ -93,7 +93,7 @@ def backward(model: Llama, mine: list[PackTensors], *, trained_only: bool = Fals
             model.set_requires_gradient_sync(number == len(mine))
         positions = torch.nonzero(pack.labels != IGNORE_INDEX).flatten() if trained_only else None
         labels = pack.labels[positions] if trained_only else pack.labels
-        loss = summed_cross_entropy(model(pack.input_ids, pack.position_ids, pack.segments, positions), labels)
+        loss = model(pack.input_ids, pack.position_ids, pack.segments, positions, labels)
         loss.backward()
         total += loss.item()
     return total
@@ -210,19 +210,18 @@ def test_an_optimizer_step_gives_every_topology_the_weights_of_one_process(both:
             np.testing.assert_allclose(rank.stepped[name], array, rtol=0, atol=5e-5, err_msg=name)
 
 
-def unwrapped(rank: int) -> tuple[bool, bool]:
+def unsharded(rank: int) -> list[tuple[bool, bool]]:
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
-    plain = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.float32)
-    mixed = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=torch.bfloat16)
-    init_weights(mixed, 0)
-    backward(mixed, packs(2))
-    assert all(p.grad.dtype == torch.float32 for p in mixed.parameters())
-    is_plain = not isinstance(plain, FSDPModule) and not any(isinstance(p, DTensor) for p in plain.parameters())
-    return is_plain, isinstance(mixed, FSDPModule)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = parallelize(Llama(CONFIG), mesh, capacity=CAPACITY, compute_dtype=dtype)
+        wrapped = isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+        found.append((wrapped, working_copies(model) is not None))
+    return found
 
 
-def test_one_process_is_wrapped_only_to_compute_in_another_dtype() -> None:
-    assert run_ranks(1, unwrapped) == [(True, True)]
+def test_one_process_is_never_sharded_and_copies_weights_only_to_compute_in_another_dtype() -> None:
+    assert run_ranks(1, unsharded) == [[(False, False), (False, True)]]
 
 
 def rounded(rank: int, weights_dtype: torch.dtype) -> tuple[float, Arrays]:
@@ -252,17 +251,14 @@ def projected(rank: int) -> None:
     topology = Topology(data_and_tensor_mesh("cpu", ParallelConfig(tp=2)), CPU)
     model = build(TIED, topology.mesh, CPU, capacity=CAPACITY)
     init_weights(model, 0)
-    rows: list[tuple[int, ...]] = []
-    model.head.register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape)))
     pack = packs(2)[0]
     trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
     assert 0 < len(trained) < CAPACITY
-    logits = model(pack.input_ids, pack.position_ids, pack.segments, trained)
-    assert rows == [(len(trained), TIED.hidden_size)]
-    assert logits.to_local().shape == (len(trained), TIED.vocab_size // 2)
-    leaf = logits.detach().requires_grad_()
+    inputs = pack.input_ids, pack.position_ids, pack.segments, trained
+    assert model(*inputs).to_local().shape == (len(trained), TIED.vocab_size // 2)
+    hidden = torch.randn(len(trained), TIED.hidden_size, requires_grad=True)
     with Operations() as seen:
-        summed_cross_entropy(leaf, pack.labels[trained]).backward()
+        model.head.loss(hidden, pack.labels[trained], torch.ones(())).backward()
     assert {name: count for name, count in seen.counts.items() if "all" in name} == {"allreduce_": 2}
 
 
@@ -327,7 +323,7 @@ def test_a_step_runs_exactly_the_collectives_of_the_policy(settings: dict[str, A
     for n in range(3 * len(ranks)):
         pack = random_pack(CONFIG.vocab_size, n)
         segments = Segments(pack.cu_seqlens, pack.max_seqlen)
-        (summed_cross_entropy(model(pack.input_ids, pack.position_ids, segments), pack.labels) / 99).backward()
+        (model(pack.input_ids, pack.position_ids, segments, labels=pack.labels) / 99).backward()
     assert_near(gradients, whole({name: p.grad for name, p in model.named_parameters()}))
 
 

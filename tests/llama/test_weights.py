@@ -135,3 +135,46 @@ def test_a_tied_model_loads_a_stored_head_only_if_equal_to_the_embedding(tmp_pat
     save_file(tensors | {"lm_head.weight": embedding}, file)
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight has shape none"):
         load_weights(Llama(TIED), tmp_path / "out")
+
+
+def split_with_a_double(directory: Path, indexed: str | None) -> Path:
+    """Export a model in two files, with `model.norm.weight` also in the second file, all zero."""
+    file = exported(directory) / "model.safetensors"
+    tensors = load_file(file)
+    half = len(tensors) // 2
+    parts = dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])
+    double = "model.norm.weight"
+    first, second = parts if double in parts[0] else parts[::-1]
+    save_file(first, directory / "a.safetensors")
+    save_file(second | {double: torch.zeros(32)}, directory / "b.safetensors")
+    weight_map = {name: f"{letter}.safetensors" for letter, part in (("a", first), ("b", second)) for name in part}
+    weight_map.pop(double)
+    if indexed:
+        weight_map[double] = indexed
+    (directory / "model.safetensors.index.json").write_text(msgspec.json.encode({"weight_map": weight_map}).decode())
+    file.unlink()
+    return directory
+
+
+@pytest.mark.parametrize(("indexed", "norm"), [("a.safetensors", 1.0), ("b.safetensors", 0.0)])
+def test_the_index_decides_between_two_files_that_hold_a_tensor(tmp_path: Path, indexed: str, norm: float) -> None:
+    model = Llama(CONFIG)
+    load_weights(model, split_with_a_double(tmp_path / "out", indexed))
+    assert model.norm.weight.tolist() == [norm] * 32
+
+
+def test_a_tensor_in_two_files_and_not_in_the_index_is_refused(tmp_path: Path) -> None:
+    directory = split_with_a_double(tmp_path / "out", None)
+    with pytest.raises(ValueError, match=r"a\.safetensors and b\.safetensors both hold model\.norm\.weight"):
+        load_weights(Llama(CONFIG), directory)
+
+
+def test_an_index_that_names_a_file_without_the_tensor_is_refused(tmp_path: Path) -> None:
+    directory = split_with_a_double(tmp_path / "out", "a.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"lm_head.weight":"', '"lm_head.weight":"x'))
+    with pytest.raises(ValueError, match=r"xa\.safetensors is missing|xb\.safetensors is missing"):
+        load_weights(Llama(CONFIG), directory)
+    index.write_text('{"weight_map": {"model.norm.weight": "a.safetensors", "lm_head.bias": "b.safetensors"}}')
+    with pytest.raises(ValueError, match=r"b\.safetensors holds no lm_head\.bias, but model\.safetensors\.index\.json"):
+        load_weights(Llama(CONFIG), directory)

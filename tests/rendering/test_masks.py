@@ -339,7 +339,7 @@ def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, templa
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer: str) -> None:
     endless = "{% for a in range(90000) %}" * 4 + "{% set b = a %}" + "{% endfor %}" * 4
-    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 steps"):
+    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 units of work"):
         ChatEncoder(tokenizer, endless)
     patient = tiny.TEMPLATE.replace(
         "{{- message.content", "{%- if 'loop' in message.content %}" + endless + "{% endif %}{{- message.content"
@@ -354,7 +354,8 @@ def test_a_run_that_refuses_too_much_stops(tokenizer: str, tmp_path: Any) -> Non
     rows = [row for good in tiny.rows(100) for row in (good, {"text": "?"})]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"of 1\d\d rows were refused, more than data.max_refused = 0.25 \(unknown layout: \d+\)"
+        ValueError,
+        match=r"of 1\d\d rows are refused for other reasons than their length, more than data.max_refused = 0.25",
     ):
         list(PackLoader(tiny.data_config(tokenizer, path, max_refused=0.25)))
     assert len(list(PackLoader(tiny.data_config(tokenizer, path, max_refused=0.75)))) > 0

@@ -114,14 +114,16 @@ CALL = ToolCall("f", {"a": "x"})
     ],
 )
 def test_a_name_or_key_that_would_become_a_control_token_is_refused(message: Message) -> None:
-    expected = "control token in text: message 0 contains '<|eot_id|>' in a name or key; remove the token"
+    expected = "control token in text: message 0 contains '<|eot_id|>' in a name, key or value; remove the token"
     assert refusal(template(), message, Message("assistant", "b")) == expected
 
 
 @pytest.mark.parametrize("tool", [{"description": "<|eot_id|>"}, {"<|eot_id|>": 1}, {"enum": [["a", "<|eot_id|>"]]}])
 def test_a_tool_whose_text_would_become_a_control_token_is_refused(tool: dict[str, Any]) -> None:
     tools = ({"type": "function", "function": {"name": "f", **tool}},)
-    expected = "control token in text: a tool definition contains '<|eot_id|>' in a name or key; remove the token"
+    expected = (
+        "control token in text: a tool definition contains '<|eot_id|>' in a name, key or value; remove the token"
+    )
     assert refusal(template(), HI, Message("assistant", "b"), tools=tools) == expected
 
 

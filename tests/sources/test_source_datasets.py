@@ -17,6 +17,7 @@ from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.sources import hub
 from sftstream.sources.corpus import FileSet
+from sftstream.sources.streamed import StreamedSource
 
 TRAIN, TEST = tiny.rows(10), tiny.rows(4, seed=1)
 CARD = """---
@@ -107,6 +108,42 @@ def test_a_split_of_a_saved_dictionary_is_named(splits: Path) -> None:
     assert read_all(opened(splits, split="test")) == TEST
     assert refusal(splits) == (f"source '{splits}' has several splits; set split to one of 'train', 'test'")
     assert refusal(splits, split="dev") == f"source '{splits}' has no split 'dev'; set split to one of 'train', 'test'"
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train[:2]", "train[2:]", "train[-1:]", "train[:50%]", "train[25%:75%]", "train+test", "test[1:]+train[:1]"],
+)
+def test_slices_of_saved_splits_are_those_of_datasets(splits: Path, split: str) -> None:
+    names = {name: datasets.load_from_disk(str(splits / name)) for name in ("train", "test")}
+    sizes = {name: len(rows) for name, rows in names.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    everything = {"train": TRAIN, "test": TEST}
+    expected = [row for part in parts for row in everything[part.splitname][part.from_ or 0 : part.to]]
+    source = opened(splits, split=split)
+    assert read_all(source) == expected
+    assert sum(len(file) for file in source.files) == len(expected)
+
+
+def test_a_slice_of_a_saved_dataset_is_named_in_its_identity_and_places(saved: Path) -> None:
+    source = opened(saved, split="train[1:3]")
+    assert read_all(source) == TRAIN[1:3]
+    names = [identity.name for identity in source.identities]
+    assert all(name.endswith(("[0:1]", "[1:2]", "[1:3]", "[0:2]")) for name in names), names
+    assert source.locate_row(0).endswith("[1]") or source.locate_row(0).endswith("[0]")
+    assert source.identities != opened(saved, split="train[2:4]").identities
+
+
+@pytest.mark.parametrize("split", ["dev[:1]", "train[:x]", "[:1]", "train[:200%]"])
+def test_a_slice_that_selects_nothing_known_is_refused(splits: Path, split: str) -> None:
+    message = refusal(splits, split=split)
+    assert message.startswith(f"source '{splits}' has no ")
+    assert "\n" not in message
+
+
+def test_a_slice_cannot_be_streamed(splits: Path) -> None:
+    with pytest.raises(ValueError, match=r"is streamed, and split = 'train\[:2\]' selects rows by number; leave out"):
+        StreamedSource(SourceConfig(path=str(splits), split="train[:2]", streaming=True, shuffle=False))
 
 
 def test_the_only_split_of_a_saved_dictionary_need_not_be_named(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ class Run:
         return self.settings["overflow"] == "split" or self.settings["history"] == "per_turn"
 
     def config(self, accept: bool = False) -> DataConfig:
-        return tiny.data_config(**self.settings, accept_changed=("data",) if accept else ())
+        return tiny.data_config(
+            **self.settings, accept_changed=("data",) if accept else (), max_refused=1.0, max_too_long=1.0
+        )
 
     def more_rows(self, count: int) -> list[dict[str, Any]]:
         """Rows with an id, some of them refused."""
@@ -180,7 +182,10 @@ class Run:
         end = self.settings["epochs"]
         first = {row: min(seen) for row, seen in epochs.items()}
         assert all(epochs[row] == set(range(first[row], max(end, max(epochs[row]) + 1))) for row in epochs)
-        assert sum(sum(stream.refused.values()) for stream in loader.state.streams.values()) == self.listed.total()
+        assert (
+            sum(sum(reasons.values()) for s in loader.state.streams.values() for reasons in s.refused)
+            == self.listed.total()
+        )
 
 
 def _id(loader: PackLoader, source: int, row: int) -> str:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import random
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import msgspec
 import pytest
 import tiny
+from test_interrupts import Interrupt, interrupt_after
 
-from sftstream import DataConfig, Pack, PackAssignment, PackLoader, Shard, merge
+from sftstream import DataConfig, Pack, PackAssignment, PackLoader, Shard, SourceConfig, merge
+from sftstream.records import Ref
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
-DRAWS = 12
-MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 300)
+DRAWS = 20
+MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 500)
+LARGEST_STREAM = 20_000
+"""Bytes of a stream's state as JSON, far above any window drawn here."""
 
 
 class Given(NamedTuple):
@@ -115,7 +123,7 @@ def _steps(
 ) -> tuple[list[list[str]], Any]:
     """The digests of `count` steps on a topology, in the order of the run, and the state after them."""
     loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
-    assignment = PackAssignment(config.streams, config.global_batch, shards)
+    assignment = PackAssignment(config.stream_count, config.global_batch, shards)
     result = []
     for step in range(first, first + count):
         packs = [loader.next_step() for loader in loaders]
@@ -132,19 +140,92 @@ def _steps(
     return result, state
 
 
+def _require_refused_if_edited(draw: random.Random, config: DataConfig, state: dict[str, Any]) -> None:
+    """Change a random number of a state, or remove a random entry: the state is refused."""
+    edited = json.loads(json.dumps(state))
+    place, key = draw.choice(list(_places(edited)))
+    if type(place[key]) in (int, float) and draw.random() < 0.8:
+        place[key] += draw.choice([-1, 1, 10**6])
+    else:
+        del place[key]
+    with pytest.raises(ValueError, match=r"the state was edited or damaged|this is not a data state|reads formats"):
+        PackLoader(config, state=edited)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every entry of a state, as its holder and key."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
+
+
+def _interrupted_step(draw: random.Random, loader: PackLoader) -> list[Pack]:
+    """A step after a try that is interrupted somewhere, while a second thread asks for the state."""
+    before, seen, done = loader.state_dict(), [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.append(loader.state_dict())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        with interrupt_after(draw.choice([30, 500, 6000])):
+            packs = loader.next_step()
+    except Interrupt:
+        assert loader.state_dict() == before
+        packs = loader.next_step()
+    finally:
+        done.set()
+        thread.join()
+    after = loader.state_dict()
+    assert all(state in (before, after) for state in seen)
+    return packs
+
+
 def _check(number: int, tokenizer: str, corpora: list[dict[str, Any]]) -> None:
     draw = random.Random(f"{SEED}/{number}")
     config = _draw_config(draw, tokenizer, corpora)
+    try:
+        _check_config(draw, config)
+    except (AssertionError, ValueError) as error:
+        raise AssertionError(f"seed {SEED}, draw {number}: {config}: {error}") from error
+
+
+def _check_config(draw: random.Random, config: DataConfig) -> None:
     whole = _reference(config, steps=draw.randint(3, 14))
     expected = [tiny.digests(step) for step in whole]
     done, state, hops = 0, None, []
     while done < len(expected):
-        shards, workers = draw.randint(1, min(config.streams, 5)), draw.choice([0, 0, 0, 1, 2, 3])
+        shards, workers = draw.randint(1, min(config.stream_count, 5)), draw.choice([0, 0, 0, 1, 2, 3])
         count = draw.randint(1, len(expected) - done)
         hops.append((shards, workers, count))
+        if draw.random() < 0.3:
+            loader = PackLoader(config, state=state)
+            assert tiny.digests(_interrupted_step(draw, loader)) == expected[done], f"interrupted after {hops}"
         digests, state = _steps(config, state, shards, workers, done, count)
-        assert digests == expected[done : done + count], f"seed {SEED}, draw {number}: {config}, hops {hops}"
+        assert digests == expected[done : done + count], f"hops {hops}"
+        assert max(len(json.dumps(stream)) for stream in state["streams"].values()) < LARGEST_STREAM
+        _require_refused_if_edited(draw, config, state)
         done += count
+    if config.epochs is not None:
+        _require_each_row_once(draw, config, whole, state)
+
+
+def _require_each_row_once(draw: random.Random, config: DataConfig, whole: list[list[Pack]], state: Any) -> None:
+    """Each row of each epoch is given or listed once, at times over an accepted change of the window."""
+    packs = [pack for step in whole for pack in step]
+    if draw.random() < 0.5:
+        config = msgspec.structs.replace(config, window=config.window + 3, accept_changed=("data.window",))
+    loader = PackLoader(config, state=state)
+    while not loader.exhausted:
+        packs += loader.next_step()
+    rows = Counter(segment.ref for pack in packs for segment in pack.segments if segment.part == 0)
+    rows.update(Ref(refusal.source, refusal.row, refusal.epoch) for pack in packs for refusal in pack.refused)
+    assert set(rows.values()) == {1}
+    if loader.total_rows is not None and config.ends_with == "all":
+        assert rows.total() == loader.total_rows
 
 
 @pytest.mark.parametrize("number", range(DRAWS))
@@ -159,6 +240,30 @@ def test_hundreds_of_random_runs_give_the_same_packs(tokenizer: str, corpora: li
     print(f"seed {SEED}")
     for number in range(1000, 1000 + MORE_DRAWS):
         _check(number, tokenizer, corpora)
+
+
+@pytest.mark.parametrize("mix_by", ["conversations", "tokens", "trained_tokens"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_random_run_with_a_source_of_refused_rows_is_an_error(
+    number: int, mix_by: str, tokenizer: str, corpora: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    draw = random.Random(f"{SEED}/bad/{number}")
+    config = _draw_config(draw, tokenizer, corpora)
+    weight = None if config.sources[0].weight is None else 1.0
+    bad = SourceConfig(path=tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "?"}] * 4), weight=weight)
+    stages = tuple(msgspec.structs.replace(stage, weights=(*stage.weights, 1.0)) for stage in config.stages)
+    config = msgspec.structs.replace(config, sources=(*config.sources, bad), stages=stages, mix_by=mix_by)
+    loader = PackLoader(config)
+    message = ""
+    try:
+        for _ in range(40):
+            loader.next_step()
+    except ValueError as error:
+        message = str(error)
+    # The streams of an unlucky draw come to their end before the first row of the source.
+    drawn = sum(stream.drawn[-1] for stream in loader.state.streams.values())
+    stopped = f"source {len(config.sources) - 1} holds no conversation to train" in message
+    assert stopped or (drawn == 0 and not message), f"seed {SEED}, draw {number}: {config}: {message}"
 
 
 def test_uneven_shards_lose_and_repeat_nothing(tokenizer: str, tmp_path: Path) -> None:

@@ -58,9 +58,26 @@ def test_a_data_state_of_an_earlier_version_gives_the_packs_that_were_still_to_c
 
 def test_a_data_state_of_an_earlier_version_is_written_again_under_the_same_names() -> None:
     saved = json.loads((VERSION_0_1_0 / "state.json").read_text())["state"]
-    now = saved | {"identity": saved["identity"] | {"format": 4}}
+    streams = {
+        number: stream | {"refused": [stream["refused"], {}]}  # of the first source, see `mixed_sources`
+        for number, stream in saved["streams"].items()
+    }
+    now = saved | {"identity": saved["identity"] | {"format": 4, "versions": {}}, "streams": streams}
     assert DataState.parse(saved).builtins() == tiny.resealed(now)
     assert tiny.resealed(now) == now | {"checksum": tiny.resealed(now)["checksum"]}
+
+
+def test_refused_rows_of_format_3_are_given_to_the_sources_that_lost_them() -> None:
+    saved = json.loads((VERSION_0_1_0 / "state.json").read_text())["state"]
+    stream = saved["streams"]["0"]
+    stream["refused"] = {"a": 2, "b": 4}
+    stream["drawn"] = [stream["accepted"][0][0] + 5, stream["accepted"][1][0] + 1]
+    assert DataState.parse(saved).streams[0].refused == ({"b": 4, "a": 1}, {"a": 1})
+    stream["refused"] = {"a": 2, "b": 5}  # one row was accepted before a change, and refused after
+    assert DataState.parse(saved).streams[0].refused == ({"b": 5}, {"a": 2})
+    del stream["drawn"]
+    with pytest.raises(ValueError, match=r"this is not a data state of this version: .*refused"):
+        DataState.parse(saved)
 
 
 def test_a_data_state_of_format_4_is_written_again_unchanged() -> None:

@@ -32,11 +32,11 @@ def _config(tokenizer: str, files: list[str], sources: list[dict[str, Any]], **c
 def _drawn(config: DataConfig, draws: int) -> list[Counter[int]]:
     """What all streams together draw from each source in `draws` rows: shares alone, no conversation is read."""
     result = []
-    for stream in range(config.streams):
+    for stream in range(config.stream_count):
         rows = RowSampler(config, [IndexedCursor((size,), config, i, stream) for i, size in enumerate((40, 30, 20))])
         rows.reset()
         counts: Counter[int] = Counter()
-        for _ in range(draws // config.streams):
+        for _ in range(draws // config.stream_count):
             counts[next(rows).refs[0].source] += 1
         result.append(counts)
     return result

@@ -19,10 +19,20 @@ from hypothesis import strategies as st
 
 from sftstream import IGNORE_INDEX, Example, Pack, Refusal, Segment
 from sftstream.records import Ref
-from sftstream.state import Leftover
+from sftstream.state import Leftover, StreamState
 from sftstream.streaming.graph import Map
-from sftstream.streaming.packer import MAX_WAIT, Packer, PackerConfig
-from sftstream.streaming.packing import build_pack, plan_packs, window_size
+from sftstream.streaming.packer import MAX_WAIT, MOST_REFUSED, Packer, PackerConfig
+from sftstream.streaming.packing import (
+    WindowPlan,
+    WindowSize,
+    build_pack,
+    packs_of_stream,
+    plan_last_window,
+    plan_packs,
+    plan_window,
+    ramped,
+    window_size,
+)
 from sftstream.streaming.sampler import IndexedCursor, RowSampler
 
 X = IGNORE_INDEX
@@ -181,11 +191,51 @@ def test_a_plan_is_best_fit_decreasing() -> None:
     assert plan_packs([10, 10], 10, [False, False]) == [[0], [1]]
 
 
+def test_a_window_leaves_its_emptiest_packs_and_fills_the_others_from_them() -> None:
+    assert plan_packs([6, 3, 5, 2, 2], 10, [False] * 5) == [[0, 1], [2, 3, 4]]
+    assert plan_window([6, 3, 5, 2, 2], 10, [False] * 5) == WindowPlan([[0, 4, 3]], [1, 2])
+    assert plan_last_window([6, 3, 5, 2, 2], 10, [False] * 5) == [[0, 4, 3], [2, 1]]
+    # 3 + 3 take the place of 5, and one of two free slots is filled.
+    assert plan_packs([5, 5, 3, 3, 3], 12, [False] * 5) == [[0, 1], [2, 3, 4]]
+    assert plan_window([5, 5, 3, 3, 3], 12, [False] * 5) == WindowPlan([[0, 3, 2]], [1, 4])
+    assert plan_window([6, 3, 5, 2, 2], 10, [True] * 5) == WindowPlan([[0, 1], [2, 3, 4]], [])
+    assert plan_window([], 10, []) == WindowPlan([], [])
+
+
+@given(lengths_and_urgency())
+def test_a_window_plans_or_leaves_each_example_once_and_leaves_no_urgent_one(
+    case: tuple[int, list[tuple[int, bool]]],
+) -> None:
+    capacity, items = case
+    lengths, urgent = [length for length, _ in items], [urgency for _, urgency in items]
+    packs, left = plan_window(lengths, capacity, urgent)
+    assert sorted([*(index for pack in packs for index in pack), *left]) == list(range(len(items)))
+    assert all(0 < sum(lengths[i] for i in pack) <= capacity for pack in packs)
+    assert not any(urgent[index] for index in left)
+    whole = plan_last_window(lengths, capacity, urgent)
+    assert sorted(index for pack in whole for index in pack) == list(range(len(items)))
+    assert all(0 < sum(lengths[i] for i in pack) <= capacity for pack in whole)
+    assert len(packs) <= len(plan_packs(lengths, capacity, urgent))
+
+
 def test_the_first_windows_are_small_and_then_spread_over_the_streams() -> None:
-    assert [window_size(256, 0, stream, 4) for stream in range(4)] == [32, 32, 32, 32]
-    assert [window_size(256, 1, stream, 4) for stream in range(4)] == [88, 144, 200, 256]
-    assert [window_size(256, windows, 1, 4) for windows in (2, 3, 100)] == [256, 256, 256]
-    assert [window_size(1, windows, 0, 64) for windows in (0, 1, 2)] == [1, 1, 1]
+    assert [ramped(256, 0, stream, 4) for stream in range(4)] == [32, 32, 32, 32]
+    assert [ramped(256, 1, stream, 4) for stream in range(4)] == [88, 144, 200, 256]
+    assert [ramped(256, windows, 1, 4) for windows in (2, 3, 100)] == [256, 256, 256]
+    assert [ramped(1, windows, 0, 64) for windows in (0, 1, 2)] == [1, 1, 1]
+
+
+def test_a_window_holds_several_packs_and_the_last_window_all_rows_left() -> None:
+    assert window_size(256, 8192, 0, 0, 4, None) == WindowSize(32, 0, 32)
+    assert window_size(256, 8192, 1, 1, 4, 5000) == WindowSize(144, 0, 144)
+    assert window_size(256, 8192, 2, 0, 4, 513) == WindowSize(256, 32768, 1024)
+    assert window_size(256, 8192, 2, 0, 4, 512) == WindowSize(512, 0, 512)
+    assert window_size(256, 8192, 0, 0, 4, 400) == WindowSize(512, 0, 512)
+    size = WindowSize(256, 32768, 1024)
+    assert [size.missing(*read) for read in ((0, 0), (200, 9000), (256, 32768), (256, 16384), (1000, 100))] == [
+        *(256, 56, 0, 256, 24),
+    ]
+    assert size.missing(1024, 100) == 0
 
 
 class LengthReader:
@@ -209,16 +259,29 @@ def require_own_tokens(packs: Iterable[Pack]) -> None:
         assert pack.ids[: len(named)].tolist() == named
 
 
+class RecordedPacker(Packer):
+    """Notes in `ends` the rows read before and after each window."""
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.ends = [self.state.drawn[0]]
+
+    def _plan_window(self) -> list[Refusal]:
+        refused = super()._plan_window()
+        self.ends.append(self.state.drawn[0])
+        return refused
+
+
 def packer(
     lengths: Sequence[int], capacity: int, window: int = 16, *, endless: bool = False, shuffle: bool = True
-) -> Packer:
+) -> RecordedPacker:
     epochs = None if endless else 1
     config = tiny.data_config("", "", streams=1, shuffle=False, epochs=epochs, sources=[{"path": "rows"}])
     sampler = RowSampler(config, [IndexedCursor((len(lengths),), config, 0, 0)])
     reader = LengthReader(lengths)
     source = Map(sampler, lambda refs: [reader.examples(ref) for ref in refs])
-    settings = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0, rows=len(lengths))
-    node = Packer(source, sampler, reader, 0, settings)
+    settings = PackerConfig(capacity, window, streams=1, seed=0, shuffle=shuffle, pad_id=0)
+    node = RecordedPacker(source, sampler, reader, 0, settings)
     node.reset()
     return node
 
@@ -251,10 +314,10 @@ def test_a_leftover_that_is_drawn_again_has_its_own_tokens_in_both_packs() -> No
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(40, 100), st.integers(1, 50))
 def test_no_conversation_waits_longer_than_promised(lengths: list[int], capacity: int, window: int) -> None:
     node = packer(lengths, capacity, window)
-    read_in = [w for w in range(len(lengths)) for _ in range(window_size(window, w, 0, 1))]
     while not node.state.exhausted:
         pack = next(node)
         planned_in = node.state.windows - 1
+        read_in = [w for w, (first, end) in enumerate(itertools.pairwise(node.ends)) for _ in range(first, end)]
         assert all(planned_in - read_in[segment.row] <= MAX_WAIT for segment in pack.segments)
         assert all(
             leftover.waited == planned_in - read_in[leftover.segment.row] + 1 for leftover in node.state.leftovers
@@ -276,9 +339,22 @@ def test_packs_leave_in_the_order_of_their_first_conversation_unless_shuffled() 
     assert sorted(orders[1]) == orders[0]
 
 
+PINNED = [(7 * i * i + 11 * i) % 37 + 4 for i in range(40)]
+
+
 def test_the_plan_of_a_stream_never_changes_by_accident() -> None:
-    lengths = [(7 * i * i + 11 * i) % 37 + 4 for i in range(40)]
-    packs = until_exhausted(packer(lengths, 64, 24))
+    packs = until_exhausted(packer(PINNED, 64, 8))
+    assert [[segment.row for segment in pack.segments] for pack in packs] == [
+        *([3, 4, 6], [1, 2, 8], [5, 14, 17, 22], [10, 20], [13, 21], [0, 7, 9, 19], [26, 29, 31], [16, 27, 32]),
+        *([12, 18], [25, 33], [11, 15, 23, 30], [35, 36, 39], [24, 34, 38], [28, 37]),
+    ]
+
+
+def test_a_stream_begun_under_format_3_keeps_the_plan_of_that_format() -> None:
+    node = packer(PINNED, 64, 24)
+    node.reset(msgspec.to_builtins(msgspec.structs.replace(node.state, planning=msgspec.UNSET)))
+    packs = until_exhausted(node)
+    assert msgspec.convert(node.get_state(), StreamState).planning is msgspec.UNSET
     assert [[segment.row for segment in pack.segments] for pack in packs] == [
         *([10, 20], [3, 23], [2, 7, 8, 22], [13, 21], [0, 4, 5, 9, 11, 14, 24], [12, 25], [6, 16, 26]),
         *([15, 17, 18], [27, 38], [28, 33], [30, 31, 32, 34], [29, 37], [1, 19], [35, 36, 39]),
@@ -295,18 +371,61 @@ def test_packs_of_common_lengths_are_almost_full(capacity: int, fill: float) -> 
     assert node.state.tokens / (node.state.packs * capacity) >= fill
 
 
+def test_many_short_conversations_fill_large_packs() -> None:
+    """A window of 16 fills a third of a pack, so the stream reads more at a time, up to four windows."""
+    node = packer([20 + i % 7 for i in range(3000)], 1000)
+    packs = until_exhausted(node)
+    assert len(packs) <= -(-sum(pack.tokens for pack in packs) // 1000) + 1
+    assert max(end - first for first, end in itertools.pairwise(node.ends)) == 4 * 16
+
+
+@pytest.mark.parametrize("count", [3, 30, 32, 40, 100])
+def test_the_end_of_a_run_leaves_one_pack_partly_filled(count: int) -> None:
+    """Conversations of a tenth of a pack: with the last ones planned alone several packs had room."""
+    draw = random.Random(count)
+    lengths = [draw.randint(10, 150) for _ in range(count)]
+    packs = until_exhausted(packer(lengths, 1000))
+    assert len(packs) == -(-sum(lengths) // 1000)
+
+
+def test_a_small_stream_is_planned_as_a_whole() -> None:
+    node = packer([30] * 32, 100)
+    next(node)
+    assert node.ends == [0, 32]
+
+
+def test_a_stream_is_foreseen_as_it_is_packed() -> None:
+    draw = random.Random(5)
+    for _ in range(20):
+        capacity, window, count = draw.choice([64, 200]), draw.choice([4, 16]), draw.randint(1, 300)
+        lengths = [draw.randint(1, 40) for _ in range(count)]
+        packed, foreseen = (
+            len(until_exhausted(packer(lengths, capacity, window))),
+            packs_of_stream(lengths, capacity, window),
+        )
+        assert abs(packed - foreseen) <= 1 + packed // 50
+
+
 def test_a_window_of_few_short_conversations_waits_for_company() -> None:
     packs = until_exhausted(packer([10] * 64, 100, 8))
     assert sum(pack.tokens for pack in packs) / (100 * len(packs)) > 0.9
 
 
 @pytest.mark.parametrize("lengths", [[50], [50, 60, 70]])
-def test_an_endless_stream_of_too_long_conversations_is_an_error(lengths: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"stream 0 refused \d+ rows in a row and found none to train \(longer than cap"
-    ) as error:
-        next(packer(lengths, 40, endless=True))
-    assert "do not fit into a pack of 40; raise data.capacity, or set data.overflow" in str(error.value)
+def test_an_endless_stream_of_refused_rows_gives_an_empty_pack_now_and_then(lengths: list[int]) -> None:
+    """So a run comes to the border of a step, where refusals are judged."""
+    node = packer(lengths, 40, endless=True)
+    for number in range(1, 4):
+        pack = next(node)
+        assert (pack.segments, pack.exhausted, len(pack.refused)) == ((), False, MOST_REFUSED)
+        assert node.state.refused == ({"longer than capacity": number * MOST_REFUSED},)
+
+
+def test_a_window_ends_early_after_many_refused_rows() -> None:
+    node = packer([50] * 999 + [40] * 2 + [50] * 2 + [40] * 20, 40, window=24, shuffle=False)
+    packs = [next(node) for _ in range(3)]
+    assert [len(pack.refused) for pack in packs] == [MOST_REFUSED, 0, 1]
+    assert [pack.segments for pack in packs[:2]] == [(Segment(0, row, 40, 0),) for row in (999, 1000)]
 
 
 def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
@@ -323,7 +442,7 @@ def test_a_conversation_longer_than_a_pack_is_refused_and_counted() -> None:
         ),
     )
     assert packs[0].refused == refused
-    assert node.state.refused == {"longer than capacity": 1}
+    assert node.state.refused == ({"longer than capacity": 1},)
 
 
 def test_a_stream_with_nothing_to_train_is_exhausted_after_one_empty_pack() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -83,7 +84,7 @@ def test_states_of_all_shards_merge_in_any_order(states: list[dict[str, Any]], c
 
 def test_merging_leaves_the_states_as_they_were(states: list[dict[str, Any]]) -> None:
     before = copy.deepcopy(states)
-    merge(states)["streams"]["0"]["refused"]["x"] = 1
+    merge(states)["streams"]["0"]["refused"][0]["x"] = 1
     assert states == before
 
 
@@ -177,3 +178,17 @@ def test_a_stream_of_full_windows_keeps_a_few_kilobytes() -> None:
         next(node)
         largest = max(largest, len(msgspec.json.encode(node.state)))
     assert 3_000 < largest < 8_000
+
+
+def test_a_description_names_the_columns_that_nothing_reads(tmp_path: Path, tokenizer: str) -> None:
+    rows = [row | {"id": 1, "score": 0.5} for row in tiny.rows(20)]
+    paths = [tiny.write_jsonl(tmp_path / "a.jsonl", rows), tiny.write_jsonl(tmp_path / "b.jsonl", tiny.rows(20))]
+    loader = PackLoader(tiny.data_config(tokenizer, *paths))
+    assert "unread_columns" not in loader.state_dict()
+    assert loader.unread_columns() == [f"source {paths[0]!r}: nothing reads id, score"]
+    state = loader.state_dict()
+    first, second = (line for line in describe(state).splitlines() if line.startswith("source "))
+    assert "; nothing reads id, score" in first
+    assert "nothing reads" not in second
+    resumed = PackLoader(tiny.data_config(tokenizer, *paths), state=state)
+    assert resumed.state_dict() == state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,11 @@ def encode(conversation: Conversation) -> Example:
 def messages(overflow: str, capacity: int, *talk: Message) -> list[list[int]]:
     """Return the numbers of the messages in each example."""
     policy = Policy(overflow=overflow, capacity=capacity)
-    return [example.tokens[::10].tolist() for example in shorten(Conversation(talk), policy, encode)]
+    return [example.tokens[::10].tolist() for example in shorten(Conversation(talk), policy, encode, borders(talk))]
+
+
+def borders(talk: Sequence[Message]) -> list[int]:
+    return [10 * (index + 1) for index in range(len(talk))]
 
 
 def test_a_conversation_is_truncated_after_the_last_answer_that_fits() -> None:
@@ -59,5 +65,26 @@ def test_a_conversation_is_refused_if_its_first_answer_does_not_fit(overflow: st
 
 def test_the_policy_is_noted_in_each_example() -> None:
     for overflow, note in (("truncate", "conversations truncated"), ("split", "parts of split conversations")):
-        examples = shorten(Conversation((SYSTEM, *TALK)), Policy(overflow=overflow, capacity=30), encode)
+        examples = shorten(
+            Conversation((SYSTEM, *TALK)), Policy(overflow=overflow, capacity=30), encode, borders((SYSTEM, *TALK))
+        )
         assert all(example.notes == {note: 1} for example in examples)
+
+
+@pytest.mark.parametrize("wrong", [0, 15, -15, 400])
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+def test_wrong_borders_cost_time_and_change_no_cut(overflow: str, wrong: int) -> None:
+    """A template may print a part with other text than the whole: each cut is proved by the part's own tokens."""
+    talk = (SYSTEM, *(Message(("user", "assistant")[n % 2], str(n)) for n in range(200)))
+    tried: list[int] = []
+
+    def counting(conversation: Conversation) -> Example:
+        tried.append(len(conversation.messages))
+        return encode(conversation)
+
+    policy = Policy(overflow=overflow, capacity=570)
+    guessed = [max(0, border + wrong) for border in borders(talk)]
+    examples = shorten(Conversation(talk), policy, counting, guessed)
+    lengths = [570] * 3 + [330] if overflow == "split" else [570]
+    assert [len(example.tokens) for example in examples] == lengths
+    assert len(tried) <= len(lengths) + (3 if wrong else 1)

@@ -251,3 +251,21 @@ def test_a_special_token_that_reaches_over_a_turns_end_is_refused() -> None:
     text = rendered("hello seven<|end|>x", "seven<|end|>")
     with pytest.raises(Refused, match="stop token cut"):
         Tokenizer(hf).encode(text)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "unigram", "byte fallback"])
+def test_a_plain_stop_inside_a_longer_token_is_refused(tokenizer: str, kind: str) -> None:
+    loaded = Tokenizer(tokenizer if kind == "byte-level" else _metaspace(kind))
+    text = "hello seven hello seven"
+    words = next(iter(sorted(loaded.hf.tokenize(text), key=len, reverse=True))).strip("\u2581\u0120")
+    cut = rendered(text, text[: text.index(words) + len(words) - 1])
+    assert loaded.encode(cut).notes == {"tokens across a span's border": 1}
+    for stops, refused in (((words[-2],), True), (("?", words[:-1]), True), ((words[-1],), False), (("?",), False)):
+        (result,) = loaded.encode_all([cut], stops)
+        assert (isinstance(result, Refused) and result.reason == "stop token cut") == refused, stops
+    with pytest.raises(
+        Refused, match=r"stop token cut: a token holds the end of .* and text after the turn.*use a token"
+    ):
+        loaded.encode(cut, (words[-2],))
+    whole = rendered(text, text[: text.index(words) + len(words)])
+    assert isinstance(loaded.encode(whole, (words[-1],)), Example)

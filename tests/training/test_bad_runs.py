@@ -150,6 +150,34 @@ def test_a_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, conf
     assert "every step in" in _fails(tmp_path, config)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_source_that_loses_many_rows_stops_the_run_with_an_example(
+    tmp_path: Path, config: dict[str, Any], ranks: int
+) -> None:
+    rows = [
+        row for number, good in enumerate(tiny.rows(100)) for row in ([good, {"text": "?"}] if number % 3 else [good])
+    ]
+    path = tiny.write_jsonl(tmp_path / "poor.jsonl", rows)
+    config["data"]["sources"] = [{"path": path}]
+    line = _fails(tmp_path, config, ranks)
+    assert f"source 0 ({path}): " in line
+    assert f"more than data.max_refused = 0.1 (one is {path}:" in line
+    assert "data.max_too_long is the limit for lengths" in line
+
+
+def test_a_source_that_loses_many_rows_is_said_once_with_its_first_refused_row(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "poor.jsonl", [{"text": "?"}, *tiny.rows(30), *[{"text": "?"}] * 9])
+    config["data"] |= {"sources": [config["data"]["sources"][0], {"path": path}], "shuffle": False}
+    config["run"] = {"epochs": 2, "device": "cpu", "name": "run"}
+    output = runs.run(tmp_path, config).output()
+    said = [line for line in output.splitlines() if line.startswith("source ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"source 1 ({path}): ")
+    assert f" rows are refused for other reasons than their length, the first at {path}:1: unknown layout: " in said[0]
+
+
 def test_refused_rows_are_counted_and_listed_with_their_location(tmp_path: Path, config: dict[str, Any]) -> None:
     config["run"] = {"epochs": 1, "device": "cpu", "name": "run"}
     job = runs.run(tmp_path, config)

@@ -14,13 +14,14 @@ import torch
 from test_kill import compare
 from tiny_llama import public_llama
 from torch import Tensor
+from torch.nn import functional as F
 
 from trainer.distributed.determinism import determinism
-from trainer.llama.attention import Segments, attend
+from trainer.llama import loss, swiglu
+from trainer.llama.attention import KERNELS, ORDER, KernelName, Segments, Shape, attend, choose_kernel
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_weights
-from trainer.llama.loss import summed_cross_entropy
 from trainer.llama.model import Llama
 
 pytestmark = [
@@ -152,16 +153,84 @@ def test_a_model_on_a_gpu_equals_transformers_up_to_bfloat16_rounding(tmp_path: 
         assert "torch.bfloat16" in result.stdout
 
 
-def test_float32_attention_on_a_gpu_is_an_error(segments: Segments) -> None:
-    with pytest.raises(ValueError, match=r"attention on cuda computes in bfloat16, float16, not in float32"):
-        attend(*(t.float() for t in _qkv(4)), segments)
+@pytest.mark.parametrize("name", ORDER["cuda"])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_installed_kernel_proves_itself(name: KernelName, size: int, deterministic: bool) -> None:
+    shape = Shape(tokens=4096, queries=8, groups=2, size=size)
+    try:
+        KERNELS[name].load()
+    except ImportError:
+        pytest.skip(f"{name} is not installed")
+    with determinism(deterministic):
+        assert choose_kernel(name, shape, torch.device("cuda"), torch.bfloat16)[0].name == name
 
 
-def test_kills_leave_no_trace_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
+def test_float32_attention_on_a_gpu_uses_the_one_kernel_that_computes_it() -> None:
+    shape, device = Shape(tokens=512, queries=4, groups=2, size=32), torch.device("cuda")
+    kernel, passed = choose_kernel("auto", shape, device, torch.float32)
+    assert kernel.name == "sdpa"
+    assert all("not in float32" in reason for reason in passed)
+    with pytest.raises(ValueError, match='"torch": attention "torch" computes in bfloat16, float16, not in float32'):
+        choose_kernel("torch", shape, device, torch.float32)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [3, 700, 2000])
+def test_the_heads_loss_equals_that_of_torch(rows: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "MOST_LOGITS", 700 * 5000 * 4)
+    draw = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, device="cuda", generator=draw).requires_grad_() for n in (rows, 5000))
+    labels = torch.randint(5000, (rows,), device="cuda", generator=draw)
+    scale = torch.full((), 1 / rows, device="cuda")
+    if compiled:
+        loss.compile_head(700, 5000, torch.float32, torch.device("cuda"))
+    found = loss.head_loss(hidden, weight, labels, scale, compiled=compiled)
+    found.backward()
+    ours = [hidden.grad, weight.grad]
+    hidden.grad = weight.grad = None
+    expected = F.cross_entropy(hidden @ weight.t(), labels)
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for gradient, exact in zip(ours, [hidden.grad, weight.grad], strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-6 * exact.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize(("inner", "block"), [(8192, 1024), (14336, 1792), (256, 128)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)])
+def test_the_fused_gradient_of_the_feed_forward_equals_the_plain_one(
+    inner: int, block: int, dtype: torch.dtype, rounding: float
+) -> None:
+    gate_up, upstream = (torch.randn(300, n, device="cuda").to(dtype) for n in (2 * inner, inner))
+    assert swiglu.tile(block)
+    found = swiglu.fused_gradient(gate_up, upstream, block)
+    expected = swiglu.plain_gradient(gate_up, upstream, block)
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"device": "cuda"})
+    config["model"] |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
+    job = runs.Job(tmp_path, config)
+    assert job.finish() == 1
+    assert "the model does not fit: weights, gradients and optimizer alone need" in job.output()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weights_dtype": "bfloat16"},
+        {"compile": False, "recompute": "selective"},
+        {"attention": "torch", "recompute": "full"},
+    ],
+    ids=str,
+)
+def test_kills_leave_no_trace_on_a_gpu(settings: dict[str, object], tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(
-        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}
+        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20} | settings, data={"workers": 1}
     )
-    compare(tmp_path, config, processes=1, draw=random.Random(0), kills=3)
+    compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
 
 def _built(*, recompute: Recompute, compiled: bool) -> Llama:
@@ -172,13 +241,13 @@ def _built(*, recompute: Recompute, compiled: bool) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("system", ["ours-default", "ours-bf16", "ours-compiled"])
+@pytest.mark.parametrize("system", ["ours-default", "ours-bf16", "ours-bf16-free", "ours-bf16-plain"])
 def test_the_benchmark_of_the_training_step_prints_a_row(system: str) -> None:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "train_step.py"
     small = ["--shape=tiny", "--layers=1", "--capacity=512", "--steps=1", f"--systems={system}"]
     done = subprocess.run([sys.executable, script, *small], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    speed = done.stdout.splitlines()[-1].split(" | ")[1]
+    speed = done.stdout.splitlines()[-1].split(" | ")[2]
     assert float(speed.replace(",", "")) > 0
 
 
@@ -188,7 +257,7 @@ def _backward(model: Llama, lengths: list[int]) -> float:
     ids = torch.randint(512, (512,), device="cuda", generator=draw)
     positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    loss = summed_cross_entropy(model(ids, positions, Segments(borders, max(lengths))), ids.roll(-1))
+    loss = model(ids, positions, Segments(borders, max(lengths)), labels=ids.roll(-1))
     loss.backward()
     return loss.item()
 

@@ -100,7 +100,7 @@ def test_a_run_of_refused_rows_leaves_no_checkpoint_and_gives_its_reason_at_ever
 def test_steps_before_the_first_trained_token_are_not_saved(tmp_path: Path, config: dict[str, Any]) -> None:
     rows = [{"text": "?"}] * 200 + tiny.rows(9)
     config["data"] |= {"sources": [{"path": tiny.write_jsonl(tmp_path / "late.jsonl", rows)}], "shuffle": False}
-    config["data"] |= {"window": 1, "streams": 1, "global_batch": 1}
+    config["data"] |= {"window": 1, "streams": 1, "global_batch": 1, "max_refused": 1.0}
     config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
     config["checkpoint"] = {"every": 1, "keep": 99}
     runs.run(tmp_path, config)

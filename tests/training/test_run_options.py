@@ -1,5 +1,6 @@
 """Options change no bit of a run if they change memory or traffic only, and else rounding only."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,35 @@ def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
         assert line["loss"] == pytest.approx(before["loss"], rel=tolerance)
     assert runs.outcome(tmp_path)["weights"] != expected["weights"]
     if "run" in changes:
-        job = runs.Job(tmp_path, changed(config, {"run": {"steps": 6}}), processes=2)
+        plain_run = {"steps": 6, "compile": False, "weights_dtype": "float32"}
+        job = runs.Job(tmp_path, changed(config, {"run": plain_run}), processes=2)
         assert job.finish() == 1
         for key, value in changes["run"].items():
             assert f"run.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
+
+
+def test_a_resume_without_settings_uses_the_choices_of_its_checkpoint(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 2})
+    chosen = {"compute_dtype": "bfloat16", "weights_dtype": "bfloat16"}
+    output = runs.run(tmp_path, changed(config, {"run": chosen})).output()
+    line = 'layers not compiled, attention "sdpa", bfloat16 weights, computation in bfloat16, recompute none, deterministic'
+    assert line in output
+    later = {"steps": 4, "compute_dtype": "bfloat16"}
+    assert line in runs.run(tmp_path, changed(config, {"run": later})).output()
+    job = runs.Job(tmp_path, changed(config, {"run": later | {"steps": 6, "attention": "torch"}}))
+    assert job.finish() == 1
+    assert (
+        'no attention kernel can be used: "torch": attention "torch" has kernels for cuda, not for cpu' in job.output()
+    )
+
+
+def test_a_trace_of_steps_is_written_and_named(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 3, "profile": [2, 3]})
+    output = runs.run(tmp_path, config).output()
+    path = Path("runs") / "run" / "trace.json.gz"
+    assert f"the profiler's trace is in {path}" in output
+    names = {event.get("name") for event in json.loads(gzip.decompress((tmp_path / path).read_bytes()))["traceEvents"]}
+    assert "aten::mm" in names
 
 
 def test_the_export_has_the_requested_dtype(plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:

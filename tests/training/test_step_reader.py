@@ -25,7 +25,7 @@ def _steps(rank: int, config: DataConfig, dp: int, tp: int) -> list[tuple[list[s
     topology = Topology(init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp")), torch.device("cpu"))
     loader = PackLoader(config, shard=topology.shard) if topology.leads else None
     step_reader = StepReader(
-        loader, PackAssignment(config.streams, config.global_batch, dp), config.capacity, topology.tp_group
+        loader, PackAssignment(config.stream_count, config.global_batch, dp), config.capacity, topology.tp_group
     )
     result = []
     for step in range(STEPS):
@@ -56,7 +56,7 @@ def test_every_rank_of_a_coordinate_gets_its_packs_and_all_agree_on_the_step(con
 def _beside_a_loader(config: DataConfig, steps: int) -> str:
     """Compare a StepReader that reads ahead with a plain loader; return the error that ended it, or
     "enough"."""
-    assignment = PackAssignment(config.streams, config.global_batch, 1)
+    assignment = PackAssignment(config.stream_count, config.global_batch, 1)
     alone = PackLoader(config, workers=0)
     step_reader = StepReader(PackLoader(config), assignment, config.capacity, ahead=True)
     end = "enough"
@@ -91,7 +91,7 @@ def test_reading_ahead_raises_an_error_at_its_own_step(tokenizer: str, tmp_path:
     rows = [*tiny.rows(200), *[{"text": str(number)} for number in range(400)]]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     config = tiny.data_config(tokenizer, path, epochs=1, shuffle=False, max_refused=0.5, workers=1)
-    assert "rows were refused, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
+    assert "length, more than data.max_refused = 0.5" in _beside_a_loader(config, 1000)
 
 
 def test_refused_rows_of_all_ranks_reach_the_first_rank(tokenizer: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]

@@ -18,8 +18,8 @@ from trainer.llama.config import LlamaConfig
 from trainer.training.model import ModelSource
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
 
-ACCEPTABLE = ("optimizer", "schedule")
-"""Tables of settings that `run.accept_changed` may name."""
+ACCEPTABLE = ("optimizer", "schedule", "run.attention")
+"""Tables and keys that `run.accept_changed` may name."""
 
 
 class AcceptedChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,16 +39,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compute_dtype: str
     weights_dtype: str = "float32"
     compile: bool = False
+    attention: str | UnsetType = UNSET
+    """Name of the attention kernel; left out by version 0.2.0."""
     steps: int | None = None
     """The run's length if the schedule decays to the run's end, else None."""
     first_weights: str | UnsetType = UNSET
     """Digest of the files of `model.init_from`, or "random"; left out by version 0.1.0."""
+    rows_before: int | UnsetType = UNSET
+    """Number of tokens in `model.init_from` before `model.resize_vocabulary` added rows; left out
+    if no rows were added."""
     accepted: tuple[AcceptedChange, ...] | UnsetType = UNSET
     """Changes accepted so far, oldest first; left out if there are none. Not compared."""
 
     @classmethod
     def of(cls, config: TrainConfig, source: ModelSource, compute_dtype: torch.dtype) -> Settings:
-        """Collect the settings of a run; `compute_dtype` is the dtype that "auto" stands for."""
+        """Collect the settings of a run whose choices are made; `compute_dtype` replaces "auto"."""
+        assert config.run.compile != "auto"
         return cls(
             seed=config.run.seed,
             model=source.shape,
@@ -57,8 +63,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             compute_dtype=str(compute_dtype).removeprefix("torch."),
             weights_dtype=config.run.weights_dtype,
             compile=config.run.compile,
+            attention=config.run.attention,
             steps=config.run.steps if config.schedule.decays_to_run_end else None,
             first_weights=source.digest,
+            rows_before=UNSET if source.rows_before is None else source.rows_before,
         )
 
 
@@ -108,6 +116,9 @@ def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
     for path in ("seed", "model", "optimizer", "compute_dtype", "weights_dtype", "compile"):
         before, after = (msgspec.to_builtins(getattr(settings, path)) for settings in (saved, now))
         changed += differences(before, after, path if path in ("model", "optimizer") else f"run.{path}")
+    changed += differences(saved.rows_before or None, now.rows_before or None, "model.resize_vocabulary")
+    if saved.attention is not UNSET:
+        changed += differences(saved.attention, now.attention, "run.attention")
     if saved.first_weights is not UNSET:
         changed += differences(saved.first_weights, now.first_weights, "model.init_from")
     if not _gave_equal_rates(saved, now, step):
@@ -143,9 +154,9 @@ def _remedies(saved: Settings, refused: Sequence[str], accept: Sequence[str]) ->
         end = _terms(saved)["steps"]
         if isinstance(end, int) and end > saved.schedule.warmup:
             remedies.append(f"set schedule.steps = {end} to go on at the rate of the decay's end")
-    if all(change.startswith(tuple(f"{table}." for table in ACCEPTABLE)) for change in refused):
-        names = dict.fromkeys([*accept, *(change.partition(".")[0] for change in refused)])
-        listed = ", ".join(f'"{name}"' for name in names)
+    covering = [name for change in refused for name in ACCEPTABLE if _covers(name, change)]
+    if len(covering) == len(refused):
+        listed = ", ".join(f'"{name}"' for name in dict.fromkeys([*accept, *covering]))
         remedies.append(f"set run.accept_changed = [{listed}] to go on with the new ones and keep a record")
     return f"{', '.join(remedies)}, or give the run another name"
 

@@ -142,7 +142,7 @@ def restore(
     not fit the model.
     """
     values = store.values(step)
-    saved = msgspec.convert(values["settings"], Settings)
+    saved = saved_settings(store, step)
     settings = carry_over(saved, settings, step, accept)
     # Version 0.1.0 saved the head also of a model with tied embeddings.
     state = _tensors(model, optimizer, all_names=f"{MODEL}.{HEAD}" in store.manifest(step).tensors)
@@ -156,6 +156,11 @@ def restore(
     streams = {int(key.removeprefix(STREAM)): blob for key, blob in values.items() if key.startswith(STREAM)}
     data = DataState.from_parts(values["data/run"], streams)
     return Restored(msgspec.convert(values["progress"], Progress), settings, data, reseeded)
+
+
+def saved_settings(store: CheckpointStore, step: int) -> Settings:
+    """Return the settings in the checkpoint of `step`."""
+    return msgspec.convert(store.values(step, "settings")["settings"], Settings)
 
 
 def _tensors(model: Llama, optimizer: torch.optim.Optimizer, *, all_names: bool = False) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from typing import Literal, Never
 import msgspec
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from checkpoints import CheckpointError, LostRank, one_line, printable
 from sftstream import Shard
@@ -141,9 +142,11 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     # gloo beside NCCL: counts and packs of a step travel between CPUs, without a wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1) if alone else dist.init_process_group(
-        backend, timeout=timeout
-    )
+    if alone:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        store, rank, size = _meeting(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     complete = True
     try:
         yield Topology(data_and_tensor_mesh(torch_device.type, parallel), torch_device, parallel)
@@ -153,6 +156,18 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     finally:
         if complete:
             dist.destroy_process_group()
+
+
+def _meeting(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the store in which the ranks meet, this process's rank, and the number of ranks.
+
+    With a fixed `--master-addr`, the store of torchrun outlives workers that are started again:
+    under the names of the first start they would find, and wait for, the addresses of dead workers.
+    Every start of a rank therefore has names of its own.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return PrefixStore(f"start {store.add(f'starts of rank {rank}', 1)}", store), rank, size
 
 
 def _device(kind: str) -> torch.device:
@@ -173,11 +188,7 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
     Raises ValueError if tp x replicas does not divide the number of ranks.
     """
     world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
-    if world % (tp * replicas):
-        sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
-        raise ValueError(
-            f"{sizes} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
-        )
+    check_ranks(world, parallel)
     if replicas == 1:
         return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
     mesh = init_device_mesh(
@@ -185,6 +196,16 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
     )
     mesh["replicate", "shard"]._flatten("dp")
     return mesh
+
+
+def check_ranks(world: int, parallel: ParallelConfig) -> None:
+    """Raise ValueError if tp x replicas does not divide `world`, the number of ranks."""
+    tp, replicas = parallel.tp, parallel.replicas
+    if world % (tp * replicas):
+        sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
+        raise ValueError(
+            f"{sizes} does not divide the {world} processes of this run; start a multiple of {tp * replicas}"
+        )
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:

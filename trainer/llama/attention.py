@@ -1,16 +1,17 @@
 """Causal attention inside each segment of a pack; the only file that knows attention kernels.
 
-`attend` checks the inputs and calls the kernel in `KERNELS` for the device:
+| name  | package                                 | devices   | dtypes           | head sizes     |
+|-------|-----------------------------------------|-----------|------------------|----------------|
+| fa4   | flash-attn-4 (`flash_attn.cute`)        | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| fa3   | flash-attn-3 (`flash_attn_interface`)   | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| fa2   | flash-attn (`flash_attn`)               | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| torch | torch's own FlashAttention 2            | cuda      | bf16, fp16       | 8, 16, ... 256 |
+| sdpa  | torch, one segment at a time            | cpu, cuda | fp32, fp64, bf16 | any            |
 
-| device | kernel                                             | dtypes           | head sizes     |
-|--------|----------------------------------------------------|------------------|----------------|
-| cpu    | torch scaled_dot_product_attention on each segment | fp32, fp64, bf16 | any            |
-| cuda   | flash-attn's varlen function if installed          | bf16, fp16       | 8, 16, ... 256 |
-| cuda   | torch varlen_attn otherwise                        | bf16, fp16       | 8, 16, ... 256 |
-
-To add a kernel, write a function `(q, k, v, segments) -> out` with the shapes of `attend`, and
-make the function the `run` of a device's `Kernel` in `KERNELS`, with dtypes and head sizes. Between
-several kernels of a device the import decides, as for "cuda". A kernel must guarantee:
+`choose_kernel` returns the first kernel of `ORDER` that is installed and proves itself on the
+device. To add a kernel, write a function that imports the package and returns a function `(q, k, v,
+segments) -> out` with the shapes of `attend`, and add a `Kernel` with its limits. A kernel must
+guarantee, and `prove` tests on packs of the run's own shape:
 
 - Segments are isolated: no bit of an output or gradient depends on another segment, and a query
   reads no later key. For `cu_seqlens = [0, 3, 5]` query 4 reads keys 3 and 4, query 3 reads key 3.
@@ -19,36 +20,35 @@ several kernels of a device the import decides, as for "cuda". A kernel must gua
 - Query head `h` reads key and value head `h // (Hq / Hkv)`; scores are scaled by `1 / sqrt(D)`.
 - Memory grows with the pack, not with the square of the pack: no `(T, T)` mask.
 - The entry in `KERNELS` states every supported dtype and head size: `attend` raises ValueError for
-  the rest, without a fallback to a slower kernel.
+  the rest.
 
 tests/llama/test_attention.py checks these guarantees on a CPU, tests/training/test_gpu.py on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, cast
+from functools import cache, cached_property
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# The name flash_attn alone proves nothing: the package of the cute kernels installs into the same
-# namespace, without the interface below.
-_HAS_FLASH_ATTN = bool(
-    importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.flash_attn_interface")
-)
-if _HAS_FLASH_ATTN:
-    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+from sftstream import cache_directory
 
 # torch 2.11 has the kernel but not the argument; key and value heads are repeated for that version.
 _VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+KernelName = Literal["fa4", "fa3", "fa2", "torch", "sdpa"]
+
+FAILURES = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+"""Errors of a package that is missing, or that does not support the device or the shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,46 +64,219 @@ class Segments:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each segment. For CPU kernels only: on a GPU the copy waits for the device."""
+        """Tokens of each segment. For "sdpa" only: on a GPU the copy waits for the device."""
         lengths: list[int] = self.cu_seqlens.diff().tolist()
         return lengths
 
 
-class Kernel(NamedTuple):
-    """An attention function for one device, with its limits."""
+Attend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 
-    run: Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+class Kernel(NamedTuple):
+    """An attention function with its limits."""
+
+    name: KernelName
+    load: Callable[[], Attend]
+    """Import the package and return the function; a missing package raises ImportError."""
+    devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     head_sizes: range
+
+    def require(self, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+        """Raise ValueError if the kernel does not support device, dtype or head size."""
+        if device.type not in self.devices:
+            raise ValueError(
+                f'attention "{self.name}" has kernels for {" and ".join(self.devices)}, not for {device.type}: '
+                'set run.attention = "auto"'
+            )
+        if dtype not in self.dtypes:
+            raise ValueError(
+                f'attention "{self.name}" computes in {", ".join(map(_dtype_name, self.dtypes))}, not in '
+                f"{_dtype_name(dtype)}: set run.compute_dtype to one of these"
+            )
+        if head_size not in self.head_sizes:
+            sizes = self.head_sizes
+            raise ValueError(
+                f'attention "{self.name}" takes head sizes {sizes[0]}, {sizes[1]}, ..., {sizes[-1]}, not {head_size}: '
+                'set run.attention = "auto"'
+            )
+
+
+class Shape(NamedTuple):
+    """The attention of a pack on one rank."""
+
+    tokens: int
+    queries: int
+    """Query heads."""
+    groups: int
+    """Key and value heads."""
+    size: int
+    """Channels of a head."""
 
 
 # Excluded from compilation: borders differ from pack to pack, and would compile the model again.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: Kernel | None = None) -> Tensor:
     """Return causal attention computed within each segment, `(T, Hq, D)`.
 
     `q` is `(T, Hq, D)`, `k` and `v` are `(T, Hkv, D)` with `Hq` a multiple of `Hkv`. The cost is
-    the sum of the squared segment lengths.
+    the sum of the squared segment lengths. Without a `kernel` the last of the device's kernels that
+    needs no package computes: "torch" on a GPU, "sdpa" elsewhere.
 
-    Raises ValueError if the device has no kernel, or if the kernel does not support the dtype or
-    the head size.
+    Raises ValueError if the kernel does not support device, dtype or head size.
     """
-    device, head_size = q.device.type, q.shape[-1]
-    if device not in KERNELS:
-        raise ValueError(f"attention has kernels for {' and '.join(KERNELS)}, not for {device}: move the model to one")
-    kernel = KERNELS[device]
-    if q.dtype not in kernel.dtypes:
-        raise ValueError(
-            f"attention on {device} computes in {', '.join(map(_dtype_name, kernel.dtypes))}, not in "
-            f"{_dtype_name(q.dtype)}: set the compute dtype to one of these"
-        )
-    if head_size not in kernel.head_sizes:
-        sizes = kernel.head_sizes
-        raise ValueError(
-            f"attention on {device} takes head sizes {sizes[0]}, {sizes[1]}, ..., {sizes[-1]}, not {head_size}: "
-            "train this model on a CPU"
-        )
-    return kernel.run(q, k, v, segments)
+    kernel = kernel or KERNELS["torch" if q.device.type == "cuda" else "sdpa"]
+    kernel.require(q.device, q.dtype, q.shape[-1])
+    return kernel.load()(q, k, v, segments)
+
+
+def choose_kernel(
+    wanted: KernelName | Literal["auto"], shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[Kernel, list[str]]:
+    """Return the kernel of a run, and a reason for each faster kernel that was passed over.
+
+    "auto" is the first kernel of `ORDER` that is installed and passes `prove`; a name is that
+    kernel or an error. Raises ValueError if no wanted kernel can be used.
+    """
+    passed: list[str] = []
+    for name in ORDER[device.type] if wanted == "auto" else (wanted,):
+        try:
+            KERNELS[name].require(device, dtype, shape.size)
+            if name != "sdpa" or device.type == "cuda":  # on a CPU "sdpa" is the definition itself
+                prove(KERNELS[name], shape, device, dtype)
+            return KERNELS[name], passed
+        except ModuleNotFoundError as error:
+            passed.append(f'"{name}" is not installed (no module {error.name})')
+        except FAILURES as error:
+            passed.append(f'"{name}": {str(error).strip() or type(error).__name__}'.splitlines()[0])
+    raise ValueError(
+        f"no attention kernel can be used: {'; '.join(passed)}"
+        + ("" if wanted == "auto" else '; set run.attention = "auto" for the fastest kernel that can')
+    )
+
+
+def prove(kernel: Kernel, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    """Run a kernel on a random pack of `shape`, and raise ValueError for a broken guarantee.
+
+    Compares outputs and gradients of short segments with "sdpa" in fp32, and the bits of all
+    segments before and after a change of one segment. Under deterministic algorithms two backward
+    passes must give equal bits.
+    """
+    lengths = _lengths(shape.tokens)
+    start, stop = sum(lengths[:2]), sum(lengths[:3])
+    draw = torch.Generator(device).manual_seed(0)
+    heads = (shape.queries, shape.groups, shape.groups, shape.queries)  # q, k, v and the gradient of the output
+    inputs = [torch.randn(shape.tokens, n, shape.size, device=device, generator=draw).to(dtype) for n in heads]
+    borders = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    segments = Segments(borders, max(lengths))
+    found = _outcome(kernel, inputs, segments)
+
+    short = Segments(borders[:4], max(lengths[:3]))
+    expected = _outcome(KERNELS["sdpa"], [part[:stop].float() for part in inputs], short)
+    for ours, exact in zip(found, expected, strict=True):
+        error = ((ours[:stop].float() - exact).abs().max() / exact.abs().max()).item()
+        if not error <= _ROUNDING.get(dtype, 1e-4):
+            raise ValueError(f"it differs from the definition of attention by {error:.2g} of the largest value")
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic and not all(map(torch.equal, found, _outcome(kernel, inputs, segments))):
+        raise ValueError("two backward passes differ; run.deterministic = true needs equal bits")
+    changed = [part.clone() for part in inputs]
+    for part in changed:
+        part[start:stop] *= -0.5
+    # Without determinism gradients differ by themselves, and only the output can be compared.
+    for before, after in zip(found[: None if deterministic else 1], _outcome(kernel, changed, segments), strict=False):
+        if not (torch.equal(before[:start], after[:start]) and torch.equal(before[stop:], after[stop:])):
+            raise ValueError("a segment depends on another segment of the pack")
+
+
+_ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.004}
+"""Allowed error relative to the largest value; 1e-4 in other dtypes."""
+
+
+def _lengths(tokens: int) -> list[int]:
+    """Return the segment lengths of a proof: three short segments, then longer segments.
+
+    Example: 1,000 tokens make segments of 5, 1, 130, 300 and 564 tokens.
+    """
+    if tokens < 140:
+        return [1, 1, tokens - 2]
+    lengths = [5, 1, 130]
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, 300 * (len(lengths) - 2)))
+    return lengths
+
+
+def _outcome(kernel: Kernel, inputs: list[Tensor], segments: Segments) -> list[Tensor]:
+    """Return the output and the gradients of `inputs`: q, k, v and the gradient of the output."""
+    q, k, v = (part.detach().requires_grad_() for part in inputs[:3])
+    out = kernel.load()(q, k, v, segments)
+    out.backward(inputs[3])
+    return [out.detach(), *(cast(Tensor, part.grad) for part in (q, k, v))]
+
+
+@cache
+def _load_fa4() -> Attend:
+    # The package compiles its kernels at the first call, 10 s that a cache saves later starts. Its
+    # default directory lies in /tmp, where another user could have placed code.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention"))
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options())
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    return run
+
+
+@cache
+def _load_fa3() -> Attend:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options())
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    return run
+
+
+@cache
+def _load_fa2() -> Attend:
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        return cast(Tensor, flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options()))
+
+    return run
+
+
+def _options() -> dict[str, bool]:
+    return {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+def _named_borders(segments: Segments) -> dict[str, Any]:
+    """Return borders and longest segment under the argument names of FlashAttention."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, _borders(segments), strict=True))
+
+
+def _borders(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
+    return segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    causal = (-1, 0)  # a window without limit to the left, closed to the right
+    if _VARLEN_TAKES_GROUPS:
+        return cast(Tensor, varlen_attn(q, k, v, *_borders(segments), window_size=causal, enable_gqa=True))
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    return cast(Tensor, varlen_attn(q, k, v, *_borders(segments), window_size=causal))
+
+
+def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Return `x` `(T, Hkv, D)` with each head repeated for its query heads, `(T, Hq, D)`."""
+    repeats = q.shape[1] // x.shape[1]
+    return x.unsqueeze(2).expand(-1, -1, repeats, -1).reshape(q.shape)  # the backward pass is a sum: deterministic
 
 
 def _sdpa_per_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -119,45 +292,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_varlen_func(q, k, v, *_borders(segments), causal=True, deterministic=deterministic)
-    return cast(Tensor, out)
-
-
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    causal = (-1, 0)  # a window without limit to the left, closed to the right
-    if _VARLEN_TAKES_GROUPS:
-        return cast(Tensor, varlen_attn(q, k, v, *_borders(segments), window_size=causal, enable_gqa=True))
-    k, v = repeat_heads(k, q), repeat_heads(v, q)
-    return cast(Tensor, varlen_attn(q, k, v, *_borders(segments), window_size=causal))
-
-
-def _borders(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
-    """Return borders and longest segment of queries and keys, the arguments of varlen kernels."""
-    return segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen
-
-
-KERNELS = {
-    "cpu": Kernel(
-        run=_sdpa_per_segment,
-        dtypes=(torch.float32, torch.float64, torch.bfloat16),
-        head_sizes=range(1, sys.maxsize),
-    ),
-    "cuda": Kernel(
-        run=_flash_attn if _HAS_FLASH_ATTN else _torch_varlen,
-        dtypes=(torch.bfloat16, torch.float16),
-        head_sizes=range(8, 256 + 1, 8),
-    ),
-}
-"""The kernel of each device type."""
-
-
-def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    """Return `x` `(T, Hkv, D)` with each head repeated for its query heads, `(T, Hq, D)`."""
-    repeats = q.shape[1] // x.shape[1]
-    return x.unsqueeze(2).expand(-1, -1, repeats, -1).reshape(q.shape)  # the backward pass is a sum: deterministic
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+_HALF, _FLASH_SIZES = (torch.bfloat16, torch.float16), range(8, 256 + 1, 8)
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("fa4", _load_fa4, ("cuda",), _HALF, _FLASH_SIZES),
+        Kernel("fa3", _load_fa3, ("cuda",), _HALF, _FLASH_SIZES),
+        Kernel("fa2", _load_fa2, ("cuda",), _HALF, _FLASH_SIZES),
+        Kernel("torch", lambda: _torch_varlen, ("cuda",), _HALF, _FLASH_SIZES),
+        Kernel(
+            "sdpa",
+            lambda: _sdpa_per_segment,
+            ("cpu", "cuda"),
+            (torch.float32, torch.float64, torch.bfloat16),
+            range(1, sys.maxsize),
+        ),
+    )
+}
+"""All kernels by name."""
+
+ORDER: dict[str, tuple[KernelName, ...]] = {"cuda": ("fa4", "fa3", "fa2", "torch", "sdpa"), "cpu": ("sdpa",)}
+"""The kernels of each device type, the fastest first."""

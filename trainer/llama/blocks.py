@@ -15,24 +15,28 @@ import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.llama.attention import Kernel
 from trainer.llama.model import Block, Llama
 
 Recompute = Literal["none", "selective", "full"]
 
 
-def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> None:
-    """Set recomputation and compilation for each block of `model`, in place.
+def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None) -> None:
+    """Set recomputation, compilation and attention kernel for each block of `model`, in place.
+
+    Without a `kernel` attention uses the kernel of each device that needs no other package.
 
     `recompute` selects the activations that the backward pass computes again instead of storing
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
     "full", all but the input of the block. Recomputation changes no bit.
 
-    `compiled` changes rounding. The code is compiled once for all blocks and all packs of a
-    capacity: only attention sees the segment borders, and attention stays outside the compiled
-    code.
+    `compiled` also compiles the elementwise work of the head's loss, and changes rounding. The code
+    is compiled once for all blocks and all packs of a capacity: only attention sees the segment
+    borders, and attention stays outside the compiled code.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
+        block.attention.kernel = kernel
         if recompute == "selective":
             _replace_forward(block.mlp, _recomputed)
         if compiled:
@@ -43,6 +47,7 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool) -> Non
         # Without this flag the compiler picks kernels by their time, and another pick sums in
         # another order.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
+        model.head.compiled = True
         model.register_forward_pre_hook(_expect_any_borders)
 
 

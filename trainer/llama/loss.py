@@ -1,105 +1,215 @@
-"""Cross-entropy over the trained tokens of a pack, on logits that may be split over the vocabulary.
+"""Cross-entropy of a head's logits, with at most `MOST_LOGITS` bytes of logits at a time.
 
-The split version is the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al. 2019,
-arXiv:1909.08053, section 3). Example with two ranks, a vocabulary of 4 and one token with label 2:
+The head and its loss are one operation: the forward pass computes the logits of some tokens, the
+loss, and at once the gradients of the hidden states and of the head's weight; then the logits of
+the next tokens. No logit is computed twice, and none is kept for the backward pass.
+
+With a weight split over the vocabulary each rank has the logits of its ids, as in Megatron-LM
+(Shoeybi et al. 2019, arXiv:1909.08053, section 3). Example with two ranks, a vocabulary of 4 and
+one token with label 2:
 
 |                                    | rank 0 (ids 0, 1) | rank 1 (ids 2, 3) | all-reduce     |
 |------------------------------------|-------------------|-------------------|----------------|
 | logits                             | ln 1, ln 2        | ln 3, ln 4        |                |
 | largest logit                      | ln 2              | ln 4              | max: ln 4      |
-| scores = logits - ln 4             | ln 1/4, ln 2/4    | ln 3/4, 0         |                |
-| sum of exp(scores)                 | 0.75              | 1.75              | sum: 2.5       |
-| score of label 2                   | 0 (not here)      | ln 3/4            | sum: ln 3/4    |
-| loss = ln 2.5 - ln 3/4             | 1.2040            | 1.2040            |                |
+| sum of exp(logit - largest)        | 1.5               | 1.75              |                |
+| the same below the common largest  | 0.75              | 1.75              | sum: 2.5       |
+| logit of label 2                   | 0 (not here)      | ln 3              | sum: ln 3      |
+| loss = ln 4 + ln 2.5 - ln 3        | 1.2040            | 1.2040            |                |
 | gradient = softmax - one at label  | 0.1, 0.2          | 0.3 - 1, 0.4      |                |
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from sftstream import IGNORE_INDEX
 
+MOST_LOGITS = 2**30
+"""Bytes of a rank's logits in memory at a time; their gradient needs as many again."""
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the fp32 sum of the cross-entropy over the trained tokens.
 
-    The caller divides by the trained tokens of the global batch. `logits` is `(n, vocabulary)`: a
-    plain tensor, or a DTensor split over the vocabulary, never gathered. `labels` is int64 `(n,)`,
-    equal on every rank of the split, with `IGNORE_INDEX` for tokens that are not trained. Without
-    a trained token the sum and every gradient are exactly 0, and the collectives still run.
+class Vocabulary(NamedTuple):
+    """The part of the vocabulary on this rank."""
 
-    Memory: one fp32 copy of the local logits at a time, in the forward and in the backward pass.
-    Between the passes only the logits and one number per token are kept.
+    first: int = 0
+    """Smallest id."""
+    group: dist.ProcessGroup | None = None
+    """Ranks with the other parts; None if this rank has all ids."""
 
-    Raises ValueError if `logits` is a DTensor with any other placement.
+
+WHOLE = Vocabulary()
+
+
+class Kernels(NamedTuple):
+    """The two functions over all logits, plain or compiled."""
+
+    statistics: Callable[[Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def chunk_rows(rows: int, width: int, itemsize: int) -> int:
+    """Return the number of tokens whose logits are computed at a time.
+
+    The tokens are cut into the fewest equal chunks of at most `MOST_LOGITS` bytes. Example: 10,000
+    tokens with 128,256 logits of 2 bytes make three chunks of 3,334 tokens.
     """
-    if not isinstance(logits, DTensor):
-        return _sum(logits, labels, 0, None)
-    mesh = logits.device_mesh
-    if mesh.ndim != 1 or not logits.placements[0].is_shard(1):
-        raise ValueError(
-            f"logits must be split over the vocabulary, Shard(1) on a mesh of one dimension, not {logits.placements}: "
-            "redistribute them"
-        )
-    local = logits.to_local()
-    return _sum(local, labels, mesh.get_local_rank() * local.shape[1], mesh.get_group())
+    most = max(1, MOST_LOGITS // (width * itemsize))
+    return math.ceil(rows / max(1, math.ceil(rows / most)))
 
 
-def _sum(logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
-    loss: Tensor = _SummedCrossEntropy.apply(logits, labels, first, group)  # type: ignore[no-untyped-call]
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    vocabulary: Vocabulary = WHOLE,
+    *,
+    compiled: bool = False,
+) -> Tensor:
+    """Return `scale` times the summed cross-entropy of the trained tokens, an fp32 scalar.
+
+    `hidden` is `(n, hidden_size)`; `weight` is `(ids on this rank, hidden_size)`; `labels` is int64
+    `(n,)`, equal on every rank of the vocabulary, with `IGNORE_INDEX` for tokens that are not
+    trained; `scale` is an fp32 scalar, `1 / trained tokens of the global batch` in training. The
+    gradient of `hidden` covers the ids of this rank: its sum over the ranks of the vocabulary is
+    the full gradient. Without a trained token loss and gradients are exactly 0.
+
+    Gradients are computed only if they are needed: none without autograd, none of a frozen
+    `weight`. The weight's gradient is summed over the chunks in its own dtype. `compiled` runs the
+    elementwise work as compiled code, which rounds differently.
+    """
+    wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
+    kernels = _compiled() if compiled else _PLAIN
+    loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, kernels, wanted)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """The computation of the example above.
+@torch.no_grad()  # as in the forward pass of _HeadLoss
+def compile_head(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the work over `rows` x `width` logits, for any other number of rows as well.
 
-    The forward pass makes two all-reduces, of one and of two numbers per token; the backward pass
-    none.
+    The compiler fits its code to the first number of rows that it sees. Compiled here, before the
+    first pack, the code of a resumed run is that of the first start.
     """
+    rows = max(2, chunk_rows(rows, width, dtype.itemsize))
+    logits = torch.zeros(rows, width, dtype=dtype, device=device)
+    column = torch.zeros(rows, dtype=torch.int64, device=device)
+    _statistics_of(_compiled(), logits, column)
+    _gradient_of(_compiled(), logits, column, torch.zeros(rows, device=device), torch.zeros(rows, device=device))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The computation of the example above, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
-        column, here = _local_columns(labels, first, logits.shape[1])
-        maximum = _all_reduced(logits.amax(1).float(), dist.ReduceOp.MAX, group)
-        scores = logits - maximum[:, None]  # (n, V/tp), fp32 for logits of any dtype
-        picked = scores.gather(1, column[:, None])[:, 0] * here
-        sums = torch.stack((scores.exp_().sum(1), picked))  # (2, n)
-        total, picked = _all_reduced(sums, dist.ReduceOp.SUM, group).unbind()
-        ctx.save_for_backward(logits, labels, maximum + total.log())
-        ctx.first = first
-        return torch.where(labels != IGNORE_INDEX, total.log() - picked, 0.0).sum()
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        vocabulary: Vocabulary,
+        kernels: Kernels,
+        wanted: tuple[bool, bool],
+    ) -> Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        ctx.hidden = torch.empty_like(hidden) if wanted[0] else None
+        ctx.weight = None
+        rows = chunk_rows(len(hidden), len(weight), hidden.element_size())
+        for start in range(0, len(hidden), max(rows, 1)):
+            part = slice(start, start + rows)
+            logits = hidden[part] @ weight.t()
+            column = labels[part] - vocabulary.first
+            trained = (labels[part] != IGNORE_INDEX) * scale
+            log_total, picked = _combined(_statistics_of(kernels, logits, column), vocabulary.group)
+            loss += torch.dot(log_total - picked, trained)
+            if any(wanted):
+                gradient = _gradient_of(kernels, logits, column, log_total, trained)
+                del logits
+                if ctx.hidden is not None:
+                    torch.mm(gradient, weight, out=ctx.hidden[part])
+                if wanted[1]:
+                    ctx.weight = _added(ctx.weight, gradient.t(), hidden[part])
+        if wanted[1] and ctx.weight is None:
+            ctx.weight = torch.zeros_like(weight)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, labels, log_total = ctx.saved_tensors
-        column, here = _local_columns(labels, ctx.first, logits.shape[1])
-        gradient = (logits - log_total[:, None]).exp_()  # softmax, (n, V/tp), fp32
-        rows = torch.arange(len(labels), device=labels.device)
-        gradient[rows, column] -= here.float()
-        gradient *= (upstream * (labels != IGNORE_INDEX))[:, None]
-        return gradient.to(logits.dtype), None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Popped, so that the memory is free as soon as the gradients are used.
+        hidden, weight = ctx.__dict__.pop("hidden"), ctx.__dict__.pop("weight")
+        scaled = (None if gradient is None else gradient.mul_(upstream) for gradient in (hidden, weight))
+        return (*scaled, None, None, None, None, None)
 
 
-def _local_columns(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the column of each label in the local logits, and a mask of the labels that lie there.
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if total is None else total.addmm_(left, right)
 
-    The local logits cover the ids `[first, first + width)`. Labels outside get column 0 and False.
-    Example: labels `[2, 0]`, `first` 2, `width` 2 give columns `[0, 0]` and the mask
-    `[True, False]`.
+
+def _combined(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of each token's sum of exponentials, and the logit of its label.
+
+    `statistics` covers the ids of this rank. Two all-reduces, of one and of two numbers per token.
     """
-    here = (labels >= first) & (labels < first + width)  # IGNORE_INDEX is negative: always False
-    return torch.where(here, labels - first, 0), here
-
-
-def _all_reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
+    maximum, total, picked = statistics.unbind()
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
-    return x
+        largest = maximum.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack((total * (maximum - largest).exp(), picked))
+        dist.all_reduce(sums, group=group)
+        maximum, (total, picked) = largest, sums.unbind()
+    return maximum + total.log(), picked
+
+
+def _statistics_of(kernels: Kernels, logits: Tensor, column: Tensor) -> Tensor:
+    _expect_any_rows(logits, column)
+    return kernels.statistics(logits, column)
+
+
+def _gradient_of(kernels: Kernels, logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
+    _expect_any_rows(logits, column, log_total, scale)
+    return kernels.gradient(logits, column, log_total, scale)
+
+
+def _expect_any_rows(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _statistics(logits: Tensor, column: Tensor) -> Tensor:
+    """Return `(3, n)` fp32: largest logit, sum of exp(logit - largest), logit of the label.
+
+    `column` is the label's column, or a number outside of the columns if the label is elsewhere:
+    its logit is then 0.
+    """
+    scores = logits.float()
+    maximum = scores.amax(1)
+    here = (column >= 0) & (column < logits.shape[1])
+    picked = scores.gather(1, torch.where(here, column, 0)[:, None])[:, 0] * here
+    return torch.stack((maximum, (scores - maximum[:, None]).exp().sum(1), picked))
+
+
+def _gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of `logits`, in their dtype: softmax minus one at the label, scaled."""
+    softmax = (logits.float() - log_total[:, None]).exp()
+    at_label = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    return ((softmax - at_label.float()) * scale[:, None]).to(logits.dtype)
+
+
+_PLAIN = Kernels(_statistics, _gradient)
+
+
+@cache
+def _compiled() -> Kernels:
+    # Not at import: the compiler starts processes, which a fork of this process could not use.
+    return Kernels(torch.compile(_statistics), torch.compile(_gradient))

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
-from trainer.llama.attention import Segments, attend
+from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
+from trainer.llama.loss import WHOLE, Vocabulary, head_loss
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
-from trainer.llama.sharding import local_weight
+from trainer.llama.sharding import weight_of
+from trainer.llama.swiglu import swiglu
 
 
 class Embedding(nn.Embedding):
@@ -26,9 +28,9 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, ids: Tensor) -> Tensor:
+        rows = weight_of(self)
         if not isinstance(self.weight, DTensor):
-            return super().forward(ids)
-        rows = local_weight(self.weight)
+            return F.embedding(ids, rows)
         ids = ids - self.weight.device_mesh.get_local_rank() * len(rows)
         here = (ids >= 0) & (ids < len(rows))
         return F.embedding(torch.where(here, ids, 0), rows) * here[:, None]
@@ -38,14 +40,14 @@ class Linear(nn.Linear):
     """Linear layer with the part of the weight on this rank."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local_weight(self.weight), None if self.bias is None else local_weight(self.bias))
+        return F.linear(x, weight_of(self), None if self.bias is None else weight_of(self, "bias"))
 
 
 class Norm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, local_weight(self.weight), self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight_of(self), self.eps)
 
 
 class Attention(nn.Module):
@@ -65,6 +67,8 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.query_norm, self.key_norm = _head_norm(config), _head_norm(config)
         self.output = Linear(width, config.hidden_size, bias=False)
+        self.kernel: Kernel | None = None
+        """The attention kernel; None is the kernel of each device that needs no other package."""
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         # (T, groups on this rank, queries + 2, D)
@@ -72,7 +76,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-        return self.output(attend(q, k, v, segments).flatten(1))  # type: ignore[no-any-return]
+        return self.output(attend(q, k, v, segments, self.kernel).flatten(1))  # type: ignore[no-any-return]
 
 
 def _head_norm(config: LlamaConfig) -> nn.Module:
@@ -94,8 +98,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).unflatten(1, (-1, 2, self.block)).unbind(2)
-        return self.down((F.silu(gate) * up).flatten(1))  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(x), self.block))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -124,16 +127,27 @@ class Select(nn.Module):
 
 
 class Head(Linear):
-    """Projection `(n, hidden_size)` to logits `(n, vocabulary)`.
+    """Projection `(n, hidden_size)` to logits `(n, vocabulary)`, or to their loss.
 
-    With a weight split over the vocabulary the result is a DTensor, split over dimension 1.
+    With a weight split over the vocabulary the logits are a DTensor, split over dimension 1.
     """
+
+    compiled = False
+    """True if `loss` runs compiled code."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
         if not isinstance(self.weight, DTensor):
             return logits
         return DTensor.from_local(logits, self.weight.device_mesh, [Shard(1)], run_check=False)
+
+    def loss(self, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """Return `scale` times the summed cross-entropy, as `head_loss` does."""
+        rows, vocabulary = weight_of(self), WHOLE
+        if isinstance(self.weight, DTensor):
+            mesh = self.weight.device_mesh
+            vocabulary = Vocabulary(mesh.get_local_rank() * len(rows), mesh.get_group())
+        return head_loss(x, rows, labels, scale, vocabulary, compiled=self.compiled)
 
 
 class Llama(nn.Module):
@@ -161,15 +175,27 @@ class Llama(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Segments,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
 
         `input_ids` and `position_ids` are int64 `(T,)`; `positions` holds int64 indices `(n,)`
         into the pack, without duplicates. Under tensor parallelism every rank of the group passes
         equal inputs, and the logits are a DTensor split over the vocabulary.
+
+        With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
+        the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group.
         """
-        return self.head(self.select(self.hidden(input_ids, position_ids, segments), positions))  # type: ignore[no-any-return]
+        hidden = self.select(self.hidden(input_ids, position_ids, segments), positions)
+        if labels is None:
+            return self.head(hidden)  # type: ignore[no-any-return]
+        return self.head.loss(hidden, labels, torch.ones((), device=hidden.device) if scale is None else scale)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
         """Return the normed hidden states, `(T, hidden_size)`.

@@ -1,4 +1,4 @@
-"""Spread a Llama over a mesh: tensor parallelism (TP) inside layers, FSDP2 around them.
+"""Spread a Llama over a mesh: tensor parallelism (TP) inside layers, FSDP2 around them if "dp" > 1.
 
 Example with `num_attention_heads` 4, `num_key_value_heads` 2 and `head_dim` 2: the fused matrix
 `attention.qkv.weight` has 16 rows. On four ranks with "dp" 2 and "tp" 2, TP first gives each TP
@@ -30,6 +30,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from trainer.llama.config import LlamaConfig
 from trainer.llama.model import Llama
+from trainer.llama.working import WorkingCopies
 
 
 def build(
@@ -70,8 +71,8 @@ def parallelize(
     The mesh dimensions are "dp" and "tp". If "dp" is composed of "replicate" and "shard", weights
     are split over "shard" only. `capacity` is the tokens of a pack. Layers compute in
     `compute_dtype`, independent of the dtype of the parameters; gradients are summed in fp32. A
-    model on "meta" is split without memory. If nothing needs to be split or cast, nothing is
-    wrapped.
+    model on "meta" is split without memory. With a "dp" of 1 nothing is sharded over it: layers
+    then compute with `WorkingCopies`, or with the weights themselves if all is float32.
 
     Gradients are sums over "dp", not means. Gradients of norms stay partial sums over "tp" until
     `clip_by_global_norm` or the optimizer reduces them: once per step instead of once per pack.
@@ -82,8 +83,10 @@ def parallelize(
     if tp.size() > 1:
         check_divisible(model.config, capacity, tp.size())
         _shard_tensors(model, tp)
-    if mesh["dp"].size() > 1 or {compute_dtype, model.norm.weight.dtype} != {torch.float32}:
+    if mesh["dp"].size() > 1:
         _shard_data(model, _data_mesh(mesh), compute_dtype, reshard_after_forward)
+    elif {compute_dtype, model.norm.weight.dtype} != {torch.float32}:
+        model.register_forward_pre_hook(WorkingCopies(compute_dtype))
     return model
 
 
@@ -119,7 +122,7 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
         role = path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
             # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
-            split = distribute_tensor(parameter, tp, [_placement(role)], src_data_rank=None)
+            split = distribute_tensor(parameter, tp, [placement_of(role)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split))
         if role in ("qkv", "gate_up", "select"):
             module.register_forward_pre_hook(gather)
@@ -128,7 +131,7 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
     model.tie()
 
 
-def _placement(role: str) -> Placement:
+def placement_of(role: str) -> Placement:
     """Return the placement of a weight over "tp"; `role` is the last part of the module's name."""
     if role.endswith("norm"):
         return Replicate()
@@ -173,7 +176,8 @@ def _exchange(x: Tensor, gathers: bool, size: int, group: str) -> Tensor:
 
 
 def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # The loss's scale is an input in float32; all other inputs have the compute dtype already.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root holds embedding, norm and head together, since a tied weight is one parameter. Both

@@ -5,8 +5,8 @@ A plain tensor counts as full: each function here accepts plain tensors too.
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -24,16 +24,26 @@ def window(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def local_weight(weight: Tensor) -> Tensor:
-    """Return the part of `weight` on this rank as a plain tensor through which gradients flow.
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight to compute with: a plain tensor through which gradients flow.
 
-    Layers compute on plain tensors because DTensor operations go through Python and derive their
-    placements again for each new shape. A replicated weight sees only the tokens of this rank, so
-    the gradient is marked as a partial sum.
+    The result is the working copy of the weight if `working.py` made one, else the part of the
+    weight on this rank. Layers compute on plain tensors because DTensor operations go through
+    Python and derive their placements again for each new shape.
     """
-    if not isinstance(weight, DTensor):
-        return weight
-    return weight.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in weight.placements])
+    copy: Tensor | None = getattr(module, f"{name}_copy", None)
+    if copy is not None:
+        return copy
+    weight: Tensor = getattr(module, name)
+    return weight.to_local(grad_placements=gradient_placements(weight)) if isinstance(weight, DTensor) else weight
+
+
+def gradient_placements(weight: DTensor) -> list[Placement]:
+    """Return the placements of a gradient of `weight`.
+
+    A replicated weight sees only the tokens of this rank, so its gradient is a partial sum.
+    """
+    return [Partial() if placement.is_replicate() else placement for placement in weight.placements]
 
 
 def gather_full(tensor: Tensor) -> Tensor:

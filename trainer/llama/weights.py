@@ -23,6 +23,8 @@ from trainer.llama.model import Llama
 from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"
+_ROWS = 16_384
+"""Rows of an embedding read at a time."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Accepted dtypes of safetensors; other dtypes hold the codes of a quantization."""
 
@@ -101,30 +103,55 @@ def shapes(model: Llama) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def load_weights(model: Llama, directory: StrPath) -> None:
+def load_weights(model: Llama, directory: StrPath, rows_before: int | None = None) -> None:
     """Load the safetensors of a Hugging Face directory, one file or several, into `model`.
 
     Each rank reads only the rows and columns that the rank holds, converted to the dtype of the
-    parameters. Raises ValueError, before anything is loaded, if a file is missing or damaged, or
-    if a tensor is missing, unexpected, quantized or has a shape that differs from `config.json`.
+    parameters. `rows_before` is the number of tokens in `directory` if the model has more: each
+    further row of the embedding and the head is the mean of the stored rows. Raises ValueError,
+    before anything is loaded, if a file is missing or damaged, or if a tensor is missing,
+    unexpected, quantized or has a shape that differs from `config.json`.
     """
     directory = Path(directory)
     with opened(directory) as tensors:
-        _check_tensors(model, tensors, directory)
+        stored = msgspec.structs.replace(model.config, vocab_size=rows_before or model.config.vocab_size)
+        _check_tensors(model, tensors, directory, stored.vocab_size)
         parameters = dict(model.named_parameters())
-        for name, pieces in layout(model.config).items():
+        for name, pieces in layout(stored).items():
             _fill(parameters[name], pieces, tensors)
+            if name in ("embedding.weight", "head.weight"):
+                _fill_with_mean(parameters[name], pieces[0], tensors)
 
 
 @contextmanager
 def opened(directory: Path) -> Iterator[dict[str, Any]]:
     """Open the safetensors files of `directory`, and yield a mapping from tensor name to open file.
 
-    Raises ValueError if a file or the index is missing or damaged.
+    The index decides between two files that hold a tensor. Raises ValueError if a file or the index
+    is missing or damaged, or if two files hold a tensor that is not in the index.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in weight_files(directory)]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+        files = {path.name: stack.enter_context(_opened(path)) for path in weight_files(directory)}
+        holders: dict[str, list[str]] = {}
+        for file, opened_file in files.items():
+            for name in opened_file.keys():  # noqa: SIM118 - not a mapping
+                holders.setdefault(name, []).append(file)
+        chosen = _chosen(holders, _weight_map(directory), directory)
+        yield {name: files[file] for name, file in chosen.items()}
+
+
+def _chosen(holders: Mapping[str, list[str]], weight_map: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Return the file of each tensor: the file in the index, or else the only file."""
+    for name, file in weight_map.items():
+        if file not in holders.get(name, ()):
+            raise ValueError(f"{directory / file} holds no {name}, but {INDEX} says so: fetch the model again")
+    for name, files in holders.items():
+        if name not in weight_map and len(files) > 1:
+            raise ValueError(
+                f"{directory}: {' and '.join(files)} both hold {name}, which is not in {INDEX}: remove one of the files, "
+                "or fetch the model again"
+            )
+    return {name: weight_map.get(name, files[0]) for name, files in holders.items()}
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -132,16 +159,25 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises ValueError if the index is damaged or names a file outside of the directory.
     """
-    index = directory / INDEX
-    if not index.exists():
+    if not (directory / INDEX).exists():
         return [directory / "model.safetensors"]
-    try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"{index}: {error}") from error
+    names = sorted(set(_weight_map(directory).values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]!r}: weight files must lie in the directory of the index")
+        raise ValueError(
+            f"{directory / INDEX} names {outside[0]!r}: weight files must lie in the directory of the index"
+        )
     return [directory / name for name in names]
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor in the index, or nothing without an index."""
+    index = directory / INDEX
+    try:
+        return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except FileNotFoundError:
+        return {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{index}: {error}") from error
 
 
 def _opened(path: Path) -> Any:
@@ -153,8 +189,11 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or not a safetensors file, fetch it again: {error}") from error
 
 
-def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path) -> None:
+def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vocabulary: int) -> None:
     expected = shapes(model)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in expected:
+            expected[name][0] = vocabulary
     stored = {name: list(file.get_slice(name).get_shape()) for name, file in tensors.items() if _is_weight(name)}
     if model.config.tie_word_embeddings and "lm_head.weight" in stored:
         ends = [
@@ -193,6 +232,18 @@ def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]
             read = tensors[piece.tensor].get_slice(piece.tensor)[(slice(low + shift, high + shift), *columns)]
             local(parameter)[low - rows.start : high - rows.start].copy_(read)
         offset += piece.rows
+
+
+def _fill_with_mean(parameter: Tensor, stored: Piece, tensors: Mapping[str, Any]) -> None:
+    """Set the local rows after the stored rows to the mean of all stored rows."""
+    rows, *columns = window(parameter)
+    if rows.stop <= stored.rows:
+        return
+    tensor = tensors[stored.tensor].get_slice(stored.tensor)
+    total = torch.zeros(parameter.shape[1], dtype=torch.float64)[columns[0]]
+    for low in range(0, stored.rows, _ROWS):
+        total += tensor[(slice(low, min(low + _ROWS, stored.rows)), *columns)].double().sum(0)
+    local(parameter)[max(0, stored.rows - rows.start) :].copy_(total / stored.rows)
 
 
 def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

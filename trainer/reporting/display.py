@@ -63,10 +63,12 @@ def summary(metrics: StepMetrics) -> str:
     """Return a step in one line.
 
     `trained` is the share of the step's tokens in the loss, `wait` the share of its time spent on
-    waiting for packs.
+    waiting for packs. On a GPU the line ends with the use of the GPU (MFU) and its peak memory.
     """
     trained = metrics.trained_tokens / max(metrics.tokens, 1)
+    gpu = "" if metrics.mfu is None else f" | MFU {metrics.mfu:.1%}"
+    gpu += "" if metrics.peak_memory is None else f" | {metrics.peak_memory:.1f} GiB"
     return (
         f"step {metrics.step} | loss {metrics.loss:.4f} | {metrics.tokens_per_second:,.0f} tokens/s | fill {metrics.fill:.1%} | "
-        f"trained {trained:.0%} | wait {metrics.data_wait / metrics.seconds:.1%}"
+        f"trained {trained:.0%} | wait {metrics.data_wait / metrics.seconds:.1%}{gpu}"
     )

@@ -17,13 +17,24 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sftstream import LedgerWriter
+from sftstream import TOO_LONG, LedgerWriter
 from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
 
 
-CURVES = ("loss", "validation_loss", "grad_norm", "learning_rate", "fill", "tokens_per_second", "data_wait")
+CURVES = (
+    "loss",
+    "validation_loss",
+    "grad_norm",
+    "learning_rate",
+    "fill",
+    "tokens_per_second",
+    "gpu_tokens_per_second",
+    "mfu",
+    "peak_memory",
+    "data_wait",
+)
 """Fields of StepMetrics with a curve in TensorBoard."""
 
 
@@ -56,6 +67,15 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Seconds of the step in which rank 0 waited for packs."""
     seconds: float
     """Duration of the step, without validation and checkpoint."""
+    gpu_tokens_per_second: float
+    """`tokens_per_second` divided by the number of ranks."""
+    mfu: float | None = None
+    """Operations that the model needs for the step, divided by those of all GPUs at their bf16
+    peak in the same time, in [0, 1]; left out on CPUs and GPUs of unknown peak. Counts the
+    attention of each conversation exactly, the head for trained tokens only, and no operation that
+    is repeated to save memory."""
+    peak_memory: float | None = None
+    """Largest allocated memory of rank 0's GPU since the start, in GiB; left out on a CPU."""
     batch_digest: str
     """Hash of the packs of all ranks, in order; equal for equal global batches."""
     validation_loss: float | None = None
@@ -98,6 +118,12 @@ class RunLog:
         for refusal, location in refusals:
             names = ("source", "row", "epoch", "reason", "detail")
             self._refused.add({"step": step, "place": location} | {name: getattr(refusal, name) for name in names})
+
+    def first_refused(self, source: int) -> str | None:
+        """Return location, reason and detail of the first row of a source refused for another
+        reason than its length; None if no such row is listed."""
+        rows = (line for line in self._refused.read() if line["source"] == source and line["reason"] not in TOO_LONG)
+        return next((f"{line['place']}: {line['reason']}: {line['detail']}" for line in rows), None)
 
     def refused_by_reason(self) -> Counter[str]:
         """Return the number of rows refused since the start of the run, by reason."""

@@ -27,12 +27,14 @@ from sftstream import (
     PackAssignment,
     PackLoader,
     Refusal,
+    RowCounts,
     Segments,
     batch_digest,
-    in_order,
     segments_of,
 )
+from sftstream import in_order as ordered_by_pack
 from trainer.distributed.mesh import Topology
+from trainer.llama.flops import squared_lengths
 from trainer.training.segment_gather import SegmentGather
 
 
@@ -51,9 +53,19 @@ def open_loader(config: DataConfig, topology: Topology, state: DataState | None,
     if tokens > vocabulary:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but model.vocab_size is {vocabulary}; set model.vocab_size = {tokens} or more, "
-            "or with model.init_from use the tokenizer of that model"
+            "or with model.init_from use the tokenizer of that model, or set model.resize_vocabulary = true"
         )
     return loader
+
+
+def assign_packs(loader: PackLoader | None, data: DataConfig, topology: Topology) -> PackAssignment:
+    """Return the assignment of the packs of `data` to shards. Collective.
+
+    All ranks take the number of streams from the first rank's loader.
+    """
+    streams = [loader.config.stream_count if loader else 0]
+    dist.broadcast_object_list(streams, src=0)
+    return PackAssignment(streams[0], data.global_batch, topology.dp)
 
 
 def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
@@ -66,12 +78,20 @@ def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
+NUMBERS = 7
+"""Length of `LocalStep.numbers`, in the order of the first fields of `StepTotals`."""
+
+
 class LocalStep(NamedTuple):
     """One rank's packs of a step, with counts and the position after the step."""
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, rows, refused rows, and 1 if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations, and 1
+    if the shard is not exhausted, else 0."""
+    counts: list[int]
+    """Rows accepted, too long and refused otherwise since the run's start, for one source after the
+    other, of the shard's streams."""
     digests: list[int]
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
@@ -83,9 +103,9 @@ class LocalStep(NamedTuple):
 class StepReader:
     """Packs step by step, read by `loader` or received from the first rank of `group`.
 
-    `loader` is None on ranks without a loader; `group` is None if every rank reads. `ahead` allows
-    `read_ahead` to take the next step's packs from the loader's workers in a thread; `position`
-    stays at the step that `packs` returned.
+    `loader` is None on ranks without a loader; `group` is None if every rank reads; `sources` is
+    the number of sources. `ahead` allows `read_ahead` to take the next step's packs from the
+    loader's workers in a thread; `position` stays at the step that `packs` returned.
     """
 
     def __init__(
@@ -95,9 +115,11 @@ class StepReader:
         capacity: int,
         group: dist.ProcessGroup | None = None,
         *,
+        sources: int = 1,
         ahead: bool = False,
     ) -> None:
         self.loader = loader
+        self.sources = sources
         self.assignment = assignment
         self.step: LocalStep | None = None
         """The last step returned by `packs`; None on ranks without a loader."""
@@ -153,12 +175,15 @@ def _read(loader: PackLoader) -> LocalStep:
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
+        sum(squared_lengths(pack) for pack in packs),
         sum(pack.conversations for pack in packs) + refused,
         refused,
+        sum(bool(pack.segments) for pack in packs),
         int(not loader.exhausted),
     ]
+    counts = [number for source in loader.row_counts for number in source]
     digests = [word for pack in packs for word in _words(pack.digest())]
-    return LocalStep(packs, numbers, digests, loader.position(), segments_of(packs))
+    return LocalStep(packs, numbers, counts, digests, loader.position(), segments_of(packs))
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -187,16 +212,22 @@ class StepTotals(NamedTuple):
     """Tokens in the loss."""
     tokens: int
     """Tokens of conversations, padding excluded."""
+    squares: int
+    """Sum of the conversations' squared lengths, which the cost of attention follows."""
     rows: int
     """Conversations in the packs, and refused rows."""
     refused: int
     """Rows refused on the way to the packs."""
+    filled_packs: int
+    """Packs with conversations."""
     unexhausted_shards: int
     """Shards with rows left to read; 0 after the last step of the data."""
     stop: int
     """Number of ranks with a request to stop."""
     digest: str
     """Hash of the packs of all shards, in the order of the run."""
+    row_counts: tuple[RowCounts, ...]
+    """Rows read from each source since the start of the run."""
     segments: Segments
     """Segments of the packs of all shards, in the order of the run; empty on all ranks but the
     first."""
@@ -209,30 +240,29 @@ def reduce_totals(
 
     All ranks then decide alike about the step. `stop` is True if this rank was asked to stop.
     """
-    numbers, digests = (
-        (step_reader.step.numbers, step_reader.step.digests) if step_reader.step else ([0] * 5, [0] * 4 * len(packs))
-    )
+    mine = step_reader.step
+    numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * NUMBERS, [0] * 3 * step_reader.sources)
     shards = step_reader.assignment.shards_of_step(step)
-    segments = _numbered(step_reader.step.segments, shards, topology) if step_reader.step else NO_SEGMENTS
-    counts = torch.tensor([*numbers, int(stop), *digests])
-    row = torch.cat([counts, step_reader.gather.row(segments)])
+    segments = _numbered(mine.segments, shards, topology) if mine else NO_SEGMENTS
+    sums = [*numbers, int(stop), *counts]
+    fixed = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
+    row = torch.cat([fixed, step_reader.gather.row(segments)])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     gathered = torch.stack(rows)
-    segments = step_reader.gather.gathered(gathered[:, len(counts) :], segments, first=topology.first)
-    table = gathered[:, : len(counts)].reshape(topology.dp, topology.tp, -1)
-    totals = table[..., : len(numbers) + 1].sum((0, 1)).tolist()
-    words = table[:, 0, len(numbers) + 1 :].reshape(topology.dp, len(packs), 4)
-    taken = Counter[int]()  # packs of each shard that stand in ordered
-    ordered = []
+    segments = step_reader.gather.gathered(gathered[:, len(fixed) :], segments, first=topology.first)
+    table = gathered[:, : len(fixed)].reshape(topology.dp, topology.tp, -1)
+    totals = table[..., : len(sums)].sum((0, 1)).tolist()
+    words = table[:, 0, len(sums) :].reshape(topology.dp, len(packs), 4)
+    taken = Counter[int]()  # packs of each shard that stand in in_order
+    in_order = []
     for shard in shards:
-        ordered.append(words[shard, taken[shard]])
+        in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
-    trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping = totals
-    digest = batch_digest(map(_hex, ordered))
-    return StepTotals(
-        trained_tokens, tokens, conversations, refused, unexhausted_shards, stopping, digest, in_order(segments)
-    )
+    row_counts = tuple(RowCounts(*totals[i : i + 3]) for i in range(NUMBERS + 1, len(totals), 3))
+    fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
+    digest = batch_digest(map(_hex, in_order))
+    return StepTotals(**fields, digest=digest, row_counts=row_counts, segments=ordered_by_pack(segments))
 
 
 def _numbered(segments: Segments, shards: list[int], topology: Topology) -> Segments:

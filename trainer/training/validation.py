@@ -27,11 +27,11 @@ class Validation:
     """The held-out packs, read once and kept in memory. Collective.
 
     Packs are assigned to ranks as in training, so that every topology validates on equal packs.
-    `encoder` is the run's encoder, None on ranks without a loader. Raises ValueError if the sources
-    hold no trained token.
+    `streams` is the run's number of streams, equal on every topology; `encoder` the run's encoder,
+    None on ranks without a loader. Raises ValueError if the sources hold no trained token.
     """
 
-    def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None) -> None:
+    def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None, streams: int) -> None:
         assert config.validation is not None
         self.every = config.validation.every
         self.conversations = self.trained_tokens = 0
@@ -39,10 +39,10 @@ class Validation:
         self._topology = topology
         self._packs: list[Pack] = []
         self._digests: list[str] = []
-        data = config.held_out(config.validation.sources)
+        data = msgspec.structs.replace(config.held_out(config.validation.sources), streams=streams)
         loader = PackLoader(_with_date_of(data, encoder), shard=topology.shard) if encoder else None
-        assignment = PackAssignment(data.streams, data.global_batch, topology.dp)
-        step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group)
+        assignment = PackAssignment(streams, data.global_batch, topology.dp)
+        step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources))
         self._read(step_reader, config.validation.global_batches)
         step_reader.close()
         if not self.trained_tokens:

@@ -52,6 +52,9 @@ Above either limit, the oldest shape is removed with its plans.
 PLANS = 8
 """Largest number of plans of a shape. Each has other answers to the template's questions."""
 
+LONGEST = 64
+"""Largest number of messages of a conversation with a plan; longer ones rarely share a shape."""
+
 NOT_JSON = TypeError, ValueError, RecursionError
 """Errors raised by values that have no JSON form or no exact key, a date for example."""
 
@@ -64,7 +67,8 @@ class RenderCache:
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        self._to_json: Any = template.environment.filters["tojson"].__wrapped__  # rows print no more than they hold
+        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
         self._characters = 0
@@ -83,6 +87,8 @@ class RenderCache:
 
     def learn(self, conversation: Conversation, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Trace the template on the conversation; keep the plan if it prints exactly `rendered`."""
+        if len(conversation.messages) > LONGEST:
+            return
         try:
             shape, values = split_conversation(conversation, self._reads_inside)
             plans = self.plans.get(shape, [])
@@ -111,12 +117,13 @@ class RenderCache:
         """
         if any(turn.by_comparison for turn in turns):
             return None
-        recorder = Recorder()
+        recorder, variables = Recorder(), conversation.variables
         messages, tools = symbolic_conversation(recorder, conversation, values, self._reads_inside)
         for turn in turns:
-            if turn.by_prompt and self._traced.trace(recorder, messages[: turn.message], tools, prompt=True) is None:
+            earlier = messages[: turn.message]
+            if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
-        return self._traced.trace(recorder, messages, tools)
+        return self._traced.trace(recorder, messages, tools, variables=variables)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:

@@ -84,7 +84,7 @@ class RenderPlan(NamedTuple):
     slots: tuple[Slot, ...]
     """The slots in order of print; slot `i` fills piece `2 * i + 1`."""
     untrimmed: tuple[int, ...]
-    """Indices of slots that print white space at both ends of a value: `{{ m.content }}`.
+    """Indices of slots that print a value without stripping it: `{{ m.content }}`.
 
     If a value in such a slot begins or ends with white space, the plan does not hold: the search
     for turns takes white space at the ends for template text, and would find other bounds.
@@ -97,8 +97,8 @@ class RenderPlan(NamedTuple):
     unprinted: tuple[int, ...]
     """Indices of values without a slot: ids in most templates, earlier reasoning in some.
 
-    Unprinted values are searched for markup too, because the full path refuses a conversation with
-    a special token in an id.
+    Unprinted values are searched for markup too, because without a render plan a conversation with
+    a special token in an id is refused.
     """
     conditions: tuple[Condition, ...]
     """Questions that the values must answer as the traced conversation's values did."""

@@ -1,8 +1,8 @@
 """Split a conversation into its shape and its values.
 
 The values are the texts of the conversation in a fixed order. The shape is everything else that can
-change how a template prints and how turns are found: roles, train flags, present fields, and which
-texts are blank. Conversations of the same shape share render plans.
+change how a template prints and how turns are found: roles, train flags, present fields, which
+texts are blank, and variables of the template. Conversations of the same shape share render plans.
 
     Conversation((Message("user", "hi"), Message("assistant", "seven")))
     shape   (0, "user", None, True, "assistant", None, True)
@@ -83,6 +83,8 @@ def split_conversation(conversation: Conversation, reads_inside: ReadsInside) ->
         shape += (message.role, message.train, bool(content) and not content.isspace())
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
             shape.append(_optional_fields(message, values, reads_inside))
+    if conversation.variables:
+        shape.append(sha256(exact_key(conversation.variables)).digest())
     return tuple(shape), values
 
 

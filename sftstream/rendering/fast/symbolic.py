@@ -41,7 +41,8 @@ Directed Automated Random Testing", PLDI 2005, https://doi.org/10.1145/1065010.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jinja2 import Template
@@ -55,6 +56,9 @@ Op = tuple[str, tuple[Any, ...]]
 `("strip", (None,))` is `value.strip(None)`; `("tojson", (("indent", 2),))` is
 `value | tojson(indent=2)`.
 """
+
+
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class ValueRef(NamedTuple):
@@ -265,14 +269,21 @@ class TracedTemplate:
         self._compiled.root_render_func.__globals__.update(str=_to_str, str_join=_join, markup_join=_join)
 
     def trace(
-        self, recorder: Recorder, messages: Sequence[TemplateMessage], tools: Sequence[Any], *, prompt: bool = False
+        self,
+        recorder: Recorder,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[Any],
+        *,
+        prompt: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> Trace | None:
         """Run the template on messages and tools that contain symbolic objects.
 
-        The guards go to `recorder`. Return None if an operation cannot be recorded or the template
-        raises an error.
+        `variables` are those of the conversation, beside the template's own. The guards go to
+        `recorder`. Return None if an operation cannot be recorded or the template raises an error.
         """
-        context = self._compiled.new_context(self._template.context(messages, tools, prompt))
+        template = self._template.with_variables(variables)
+        context = self._compiled.new_context(template.context(messages, tools, prompt))
         try:
             with bounded():
                 printed = [part for item in self._compiled.root_render_func(context) for part in _parts(item)]

@@ -1,0 +1,140 @@
+"""The number of streams of a new run, and the packs, steps and fill to expect of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from sftstream.config import DataConfig
+from sftstream.sources import Corpus, StreamedSource
+from sftstream.streaming.length_sample import LengthSample
+from sftstream.streaming.order import draws_of_source, shuffled
+from sftstream.streaming.packing import packs_of_stream
+
+MOST_STREAMS = 64
+"""Largest chosen number of streams, unless there are more shards."""
+PACKS_OF_A_STREAM = 64
+"""Packs that a stream holds at least: the partly filled pack at a stream's end then costs less than
+1 % of the slots."""
+WINDOWS_OF_A_STREAM = 4
+"""Windows of examples that a stream holds at least."""
+PLANNED_EXAMPLES = 4096
+"""Examples planned to foresee the fill of a stream."""
+FEW_STEPS = 10
+"""Steps of a run of which the empty packs of the last step are mentioned: a tenth of all packs."""
+
+
+class Content(NamedTuple):
+    """The examples of a run, as estimated from a sample."""
+
+    examples: int
+    tokens: int
+
+
+def estimate_content(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample]) -> list[Content]:
+    """Return the examples of each source in all epochs; in one epoch of an endless run."""
+    contents = []
+    for source, size, sample in zip(config.sources, corpus.sizes, samples, strict=True):
+        draws = draws_of_source(size or 0, source.repeat, config.epochs or 1)
+        contents.append(Content(draws * len(sample.lengths) // sample.rows, draws * sum(sample.lengths) // sample.rows))
+    return contents
+
+
+def choose_streams(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] | None, shards: int) -> int:
+    """Return the number of streams of a new run on `shards` data-parallel shards.
+
+    The number is the largest of `shards`, 2 * `shards`, 4 * `shards`, ... up to `MOST_STREAMS` with
+    at least `PACKS_OF_A_STREAM` packs and `WINDOWS_OF_A_STREAM` windows in a stream; at least
+    `shards`. Without samples (a source is streamed, so the rows are unknown) the data counts as
+    large, and each stream reads a file of its own.
+
+    1,000 rows of 200 tokens in 3 epochs fill 73 packs of 8192 tokens and 12 windows of 256: one
+    stream for one shard, 8 streams for 8 shards. 100,000 rows of 360 tokens: 64 and 64 streams.
+    """
+    if samples is None:
+        files = min(source.file_count for source in corpus.sources if isinstance(source, StreamedSource))
+        most = min(MOST_STREAMS, files)
+    else:
+        contents = estimate_content(config, corpus, samples)
+        packs = sum(content.tokens for content in contents) // config.capacity
+        examples = sum(content.examples for content in contents)
+        most = min(MOST_STREAMS, packs // PACKS_OF_A_STREAM, examples // (WINDOWS_OF_A_STREAM * config.window))
+    streams = shards
+    while 2 * streams <= most:
+        streams *= 2
+    return streams
+
+
+class Forecast(NamedTuple):
+    """The packs to expect of a run, as estimated from a sample of rows."""
+
+    streams: int
+    global_batch: int
+    capacity: int
+    packs: int | None
+    """Packs with conversations; None for an endless run, or with a streamed source."""
+    fill: float | None
+    """Share of the packs' slots filled by conversations; None with a streamed source."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps until the data ends; None if the data is endless or its size unknown."""
+        return None if self.packs is None else max(1, -(-self.packs // self.global_batch))
+
+    def describe(self, most_steps: int | None = None) -> str:
+        """Return the forecast in a line; the run ends after `most_steps` if the data does not."""
+        steps = self.steps if most_steps is None else min(most_steps, self.steps or most_steps)
+        full = "" if self.fill is None else f", about {self.fill:.1%} full"
+        end = f"{full}; {_counted(self.streams, 'logical stream')}"
+        if steps is None:
+            return f"packs of {self.capacity:,} tokens{end}"
+        if steps != self.steps or self.packs is None:
+            return f"{steps * self.global_batch:,} packs of {self.capacity:,} tokens in {_counted(steps, 'step')}{end}"
+        line = f"about {self.packs:,} packs of {self.capacity:,} tokens in {_counted(steps, 'step')}{end}"
+        empty = steps * self.global_batch - self.packs
+        if empty > steps * self.global_batch // FEW_STEPS:
+            line += (
+                f"; the last step has about {empty} empty packs of {self.global_batch}: "
+                "a smaller data.global_batch has fewer"
+            )
+        return line
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] | None) -> Forecast:
+    """Return the packs to expect of a run, by planning a part of a stream."""
+    streams, batch, capacity = config.stream_count, config.global_batch, config.capacity
+    if samples is None:
+        return Forecast(streams, batch, capacity, None, None)
+    contents = estimate_content(config, corpus, samples)
+    examples, tokens = (sum(numbers) for numbers in zip(*contents, strict=True))
+    if not tokens:
+        return Forecast(streams, batch, capacity, 0, 0.0)
+    per_stream = max(1, examples // streams)
+    planned = min(per_stream, PLANNED_EXAMPLES)
+    lengths = _drawn(contents, samples, planned)
+    full = Fraction(sum(lengths), capacity)
+    packs = packs_of_stream(lengths, capacity, config.window)
+    # The loss of the planned part recurs, except for the partly filled pack of its end.
+    warm = Fraction(packs, math.ceil(full))
+    if config.epochs is None:
+        return Forecast(streams, batch, capacity, None, float(1 / warm))
+    ideal = Fraction(tokens, capacity)
+    whole = streams == 1 and planned == per_stream
+    total = packs if whole else max(min(streams, examples), math.ceil(ideal * warm + Fraction(streams, 2)))
+    return Forecast(streams, batch, capacity, total, float(ideal / total))
+
+
+def _drawn(contents: Sequence[Content], samples: Sequence[LengthSample], count: int) -> list[int]:
+    """Return about `count` lengths from all sources by their shares, shuffled."""
+    examples = sum(content.examples for content in contents)
+    lengths: list[int] = []
+    for content, sample in zip(contents, samples, strict=True):
+        share = -(-count * content.examples // examples)
+        lengths += [sample.lengths[i % len(sample.lengths)] for i in range(share if sample.lengths else 0)]
+    return [lengths[i] for i in shuffled(len(lengths), "forecast")]

@@ -1,0 +1,129 @@
+"""Long conversations: a bounded number of renders finds what renders of every beginning would find."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import judge
+import msgspec
+import pytest
+
+from sftstream import ChatEncoder, Refused
+from sftstream.formats import parse_row
+from sftstream.records import Conversation
+from sftstream.rendering.mask import trained_messages
+from sftstream.rendering.template import template_message
+from sftstream.rendering.turns import representatives
+
+SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(10**6))
+CODES = ("u a", "u ar", "u ac t a", "u ac t ac t a", "u ai", "u a a", "u a-", "s u a", "u arc t ar", "u a~")
+LOOP = (
+    "{# <|user|> <|assistant|> <|tool|> <|call|> #}{% for m in messages %}<|{{ m.role }}|>"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{{ m.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class Counting(ChatEncoder):
+    """An encoder that counts the messages rendered by the template."""
+
+    messages = 0
+
+    def count(self) -> Counting:
+        compiled = self.template._compiled
+        plain = compiled.render
+
+        def render(**context: Any) -> str:
+            self.messages += len(context["messages"])
+            return str(plain(**context))
+
+        compiled.render = render
+        return self
+
+
+def talk(codes: str, count: int) -> Conversation:
+    messages, tools = judge.conversation(" ".join([codes] * count))
+    return parse_row({"messages": messages, "tools": tools})
+
+
+@pytest.mark.parametrize("codes", ["u a", "u ac t a", "u ac t ac t ac t a"])
+@pytest.mark.parametrize("prompt", ["<|assistant|>", "<|assistant|><think></think>", "<|assistant|>Well. "])
+def test_turns_are_found_with_three_renders_however_long_the_conversation(codes: str, prompt: str) -> None:
+    template = LOOP.replace("%}<|assistant|>{%", f"%}}{prompt}{{%")
+    plain = judge.open_encoder(template)
+    encoder = Counting(plain.tokenizer.hf, template, capacity=10**9).count()
+    long = talk(codes, 50)
+    encoder.renderer.render_whole(long)
+    assert encoder.messages <= 2.2 * len(long.messages)
+
+
+def dialogues(draw: random.Random, count: int) -> Iterator[tuple[str, Conversation]]:
+    for _ in range(count):
+        codes = " ".join(draw.choices(CODES, k=draw.randint(2, 9)))
+        messages, tools = judge.conversation(codes)
+        yield codes, parse_row({"messages": messages, "tools": tools})
+
+
+def verdict_by_every_turn(encoder: ChatEncoder, conversation: Conversation) -> str:
+    """Compare every trained message, without a choice of some."""
+    whole = encoder.render(conversation).text
+    messages = conversation.messages
+    for index in trained_messages(messages, encoder.policy):
+        if index == len(messages) - 1:
+            continue
+        before = [msgspec.structs.replace(message, train=False) for message in messages[:index]]
+        part = encoder.render(Conversation((*before, messages[index]), conversation.tools))
+        if not whole.startswith(part.text[: max(part.bounds, default=0)]):
+            return "history rewritten"
+    return "printed alike"
+
+
+def verdict(encoder: ChatEncoder, conversation: Conversation) -> str:
+    try:
+        encoder.renderer.render_conversation(conversation)
+    except Refused as refused:
+        return refused.reason
+    return "printed alike"
+
+
+@pytest.mark.realdata
+def test_some_turns_tell_whether_any_turn_is_rewritten(realdata: Path) -> None:
+    print(f"SFTSTREAM_SEED={SEED}")
+    draw, verdicts = random.Random(SEED), []
+    paths = [path for folder in ("templates", "templates_more") for path in sorted((realdata / folder).glob("*.jinja"))]
+    for path in draw.sample(paths, int(os.environ.get("SFTSTREAM_DRAWS") or 8)):
+        encoder = judge.open_encoder(path.read_text(encoding="utf-8"), history="error")
+        for codes, conversation in dialogues(draw, 4):
+            try:
+                expected = verdict_by_every_turn(encoder, conversation)
+            except Refused as refused:
+                expected = refused.reason
+            assert verdict(encoder, conversation) == expected, f"SFTSTREAM_SEED={SEED} {path.stem} [{codes}]"
+            verdicts.append(expected)
+    assert "printed alike" in verdicts
+
+
+def test_few_messages_stand_for_all_of_a_long_conversation() -> None:
+    messages = [template_message(message) for message in talk("u a u ac t a", 100).messages]
+    trained = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = representatives(messages, trained)
+    assert len(chosen) <= 16
+    assert {1, 3, 5, trained[-1]} <= set(chosen)
+    assert representatives(messages[:4], [1, 3]) == [1, 3]
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+def test_a_cut_costs_a_render_of_the_whole_and_of_each_part(overflow: str) -> None:
+    plain = judge.open_encoder(LOOP)
+    long = talk("u a", 100)
+    length = len(plain.encode_conversation(long)[0].tokens)
+    encoder = Counting(plain.tokenizer.hf, LOOP, capacity=length // 4, overflow=overflow).count()
+    examples = encoder.encode_conversation(long)
+    assert [len(example.tokens) <= length // 4 for example in examples] == [True] * len(examples)
+    assert len(examples) == (1 if overflow == "truncate" else 5)
+    assert encoder.messages <= 11 * len(long.messages)

@@ -1,0 +1,146 @@
+"""Choose the settings that a config leaves to "auto", once, before a model is loaded.
+
+The rules depend on the device, its memory and the installed packages alone, never on a measured
+time, so that equal machines choose alike:
+
+| setting             | "auto" on a GPU                                     | on a CPU  |
+|---------------------|-----------------------------------------------------|-----------|
+| `run.compile`       | true                                                | false     |
+| `run.attention`     | the fastest kernel that passes `prove`              | "sdpa"    |
+| `run.weights_dtype` | float32, or bfloat16 if float32 does not fit        | "float32" |
+| `run.recompute`     | the least that fits: none, selective, full          | "none"    |
+
+A resumed run uses the choices of its checkpoint, except for `run.recompute`, which changes no bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import torch
+import torch.distributed as dist
+from msgspec import UNSET
+
+from trainer.checkpointing.settings import Settings
+from trainer.config import RunConfig, TrainConfig
+from trainer.distributed.mesh import Topology, named_dtype
+from trainer.estimate import memory, with_memory_settings
+from trainer.llama.attention import Kernel, Shape, choose_kernel
+from trainer.llama.config import LlamaConfig
+
+
+class Choices(NamedTuple):
+    """The settings of a run, none of them "auto"."""
+
+    config: TrainConfig
+    kernel: Kernel
+    message: str
+    """A line for the user: the choices, and why faster kernels were passed over."""
+
+
+def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None) -> Choices:
+    """Return the choices of a run; `saved` are the settings of the checkpoint of a resume.
+
+    Collective. Raises ValueError if no attention kernel can be used, or if the model does not fit
+    the memory of the GPU.
+    """
+    config = _with_run(config, _as_saved(config.run, saved))
+    kernel, passed = _kernel(config, shape, topology, saved)
+    size = _gpu_memory(topology)
+    compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
+    settings = msgspec.structs.replace(config.run, attention=kernel.name, compile=compiled)
+    if size is None:
+        dtype = "float32" if settings.weights_dtype == "auto" else settings.weights_dtype
+        way = "none" if settings.recompute == "auto" else settings.recompute
+        chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
+        return Choices(chosen, kernel, _message(chosen.run, topology, passed, None, None))
+    gpus = dist.get_world_size()
+    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, compiled=compiled)
+    _require_fit(chosen, shape, gpus, size)
+    planned = sum(memory(chosen, shape, gpus).values())
+    return Choices(chosen, kernel, _message(chosen.run, topology, passed, planned, size))
+
+
+def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:
+    return msgspec.structs.replace(config, run=run)
+
+
+def _as_saved(run: RunConfig, saved: Settings | None) -> RunConfig:
+    """Return `run` with the saved choices where it says "auto"."""
+    if saved is None:
+        return run
+    stored = {"compile": saved.compile, "weights_dtype": saved.weights_dtype, "attention": saved.attention}
+    return msgspec.structs.replace(
+        run, **{name: value for name, value in stored.items() if getattr(run, name) == "auto" and value is not UNSET}
+    )
+
+
+def _kernel(
+    config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None
+) -> tuple[Kernel, list[str]]:
+    tp = topology.tp
+    heads = Shape(
+        config.data.capacity, shape.num_attention_heads // tp, shape.num_key_value_heads // tp, shape.head_size
+    )
+    dtype = named_dtype(config.run.compute_dtype, topology.device)
+    try:
+        return choose_kernel(config.run.attention, heads, topology.device, dtype)
+    except ValueError as error:
+        if saved is None or saved.attention != config.run.attention:
+            raise
+        raise ValueError(
+            f'the checkpoint was made with attention "{saved.attention}", which cannot be used here: {error}; or set '
+            'run.accept_changed = ["run.attention"] and name another kernel in run.attention, such as "torch" on a GPU'
+        ) from error
+
+
+def _gpu_memory(topology: Topology) -> int | None:
+    """Return the bytes of the smallest GPU of the run, None on CPUs. Collective."""
+    if topology.device.type != "cuda":
+        return None
+    size = torch.tensor(torch.cuda.get_device_properties(topology.device).total_memory)
+    dist.all_reduce(size, op=dist.ReduceOp.MIN)
+    return int(size.item())
+
+
+def _require_fit(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) -> None:
+    """Raise ValueError if the parts that are counted exactly exceed the memory of a GPU."""
+    least = _least(config, shape, gpus)
+    if least <= size:
+        return
+    run = config.run
+    remedies = ['set run.weights_dtype = "bfloat16"'] if run.weights_dtype == "float32" else []
+    # Each data-parallel coordinate needs a stream, and a pack of each step to be of use.
+    streams = config.data.global_batch if config.data.streams == "auto" else config.data.streams
+    most = streams * config.parallel.tp
+    step = config.parallel.tp * config.parallel.replicas
+    more = (n for n in range(gpus + step, most + 1, step) if _least(config, shape, n) <= FITS * size)
+    needed = next(more, None)
+    remedies += [f"start {needed} GPUs or more"] if needed else []
+    raise ValueError(
+        f"the model does not fit: weights, gradients and optimizer alone need {least / 2**30:.0f} GiB on each GPU, which "
+        f"has {size / 2**30:.0f} GiB; {' or '.join([*remedies, 'use a smaller model'])}"
+    )
+
+
+FITS = 0.8
+"""Share of a GPU's memory left to weights, gradients and optimizer in a remedy."""
+
+
+def _least(config: TrainConfig, shape: LlamaConfig, gpus: int) -> int:
+    parts = memory(config, shape, gpus)
+    return sum(parts[name] for name in ("weights", "optimizer", "gradients", "working weights"))
+
+
+def _message(run: RunConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
+    compiled = "compiled" if run.compile else "not compiled"
+    same = "deterministic" if run.deterministic else "not deterministic"
+    dtype = named_dtype(run.compute_dtype, topology.device)
+    line = (
+        f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} weights, computation in '
+        f"{str(dtype).removeprefix('torch.')}, recompute {run.recompute}, {same}"
+    )
+    if planned is not None and size is not None:
+        line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
+    return line + (f"; passed over: {'; '.join(passed)}" if passed else "")
