@@ -3,6 +3,10 @@
 from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
+from sftstream.ledger.files import in_order
+from sftstream.ledger.records import Session
+from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
+from sftstream.ledger.writer import LedgerWriter
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
 from sftstream.records import (
     IGNORE_INDEX,
@@ -31,6 +35,8 @@ __version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "NO_SEGMENTS",
+    "SEGMENT",
     "TOO_LONG",
     "ChatEncoder",
     "Conversation",
@@ -38,6 +44,7 @@ __all__ = [
     "DataState",
     "Example",
     "Forecast",
+    "LedgerWriter",
     "LoaderPosition",
     "Message",
     "Pack",
@@ -48,6 +55,8 @@ __all__ = [
     "Refused",
     "RowCounts",
     "Segment",
+    "Segments",
+    "Session",
     "Shard",
     "SourceConfig",
     "StreamState",
@@ -63,10 +72,12 @@ __all__ = [
     "differences",
     "exceeded_limits",
     "identify_file",
+    "in_order",
     "merge",
     "read_conversations",
     "read_toml",
     "require_few_refused",
     "rows_in_all_epochs",
+    "segments_of",
     "sum_row_counts",
 ]

@@ -146,6 +146,9 @@ def outcome(directory: Path, name: str = "run") -> dict[str, Any]:
     return {
         "metrics": metrics(directory, name),
         "refused": (root / "refused.jsonl").read_text(),
+        "ledger": {
+            path.name: path.read_bytes() for path in (root / "ledger").iterdir() if path.name != "sessions.jsonl"
+        },
         "weights": (root / "export" / "model.safetensors").read_bytes(),
     }
 

@@ -22,6 +22,7 @@ from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
 from trainer.reporting.fill import FillWatch
+from trainer.reporting.ledger import gather_streams, session
 from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
@@ -107,7 +108,7 @@ def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
         losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:
             trace.before(progress.step + 1)
-            step = _take_step(run, progress, stop, watch)
+            step = _take_step(run, progress, stop, watch, log)
             progress = step.progress
             trace.after(progress.step)
             if log and losses:
@@ -131,15 +132,22 @@ def _open_trace(run: Run) -> Trace:
 
 
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
-    return RunLog(run.config.run.directory, progress.step) if run.topology.first else nullcontext()
+    loader = run.step_reader.loader
+    if not run.topology.first or loader is None:
+        return nullcontext()
+    log = RunLog(run.config.run.directory, progress.step)
+    log.ledger.begin(session(loader, run.topology, progress.step))
+    return log
 
 
-def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch) -> FinishedStep:
+def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, log: RunLog | None) -> FinishedStep:
     """Read the packs, train on them, and validate after every `validation.every`-th step."""
     config, began = run.config, time.perf_counter()
     number = progress.step + 1
     with watch.waiting_for(number, "the packs and counts of all ranks"):
         batch = _next_batch(run, progress, stop)
+        if log:
+            log.ledger.add(number, batch.totals.segments)  # before the step, for a step that ends the run by an error
         _require_few_refused(run, batch)
     rate = run.learning_rate(progress)
     with watch.waiting_for(number, "the loss and gradients of all ranks"):
@@ -222,5 +230,8 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
 
 def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> None:
     position = run.step_reader.position
+    streams = gather_streams(position, run.topology)
+    if log and position:
+        log.ledger.keep_state(position.header, streams)
     snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.validation_loss)
     run.saves.save(snapshot, log, last=last)

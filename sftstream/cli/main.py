@@ -15,8 +15,10 @@ import typer
 from rich.console import Console
 
 from sftstream.cli.bench import measure, show
+from sftstream.cli.ledger import audit, find, trace
 from sftstream.cli.state import read_data_config, read_state, rebased
 from sftstream.cli.template import show_report
+from sftstream.cli.verify import verify_resume
 from sftstream.excerpt import one_line, printable
 from sftstream.state import describe
 from sftstream.state import diff as differing
@@ -94,6 +96,10 @@ def bench(
 ) -> None:
     """Measure how fast the packs of a run come on this machine, as a whole and stage by stage."""
     show(*measure(read_data_config(config, []), seconds), Console(highlight=False, markup=False))
+
+
+for _command in (audit, trace, find, verify_resume):
+    app.command()(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Write a run's files: `metrics.jsonl`, `refused.jsonl` and the TensorBoard curves."""
+"""Write a run's files: `metrics.jsonl`, `refused.jsonl`, the ledger and the TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sftstream import TOO_LONG
+from sftstream import TOO_LONG, LedgerWriter
 from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class RunLog:
         self._metrics = Lines(directory / "metrics.jsonl", step)
         self._refused = Lines(directory / "refused.jsonl", step)
         self._curves = Curves(directory / "tensorboard", step)
+        self.ledger = LedgerWriter(directory / "ledger", step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -104,7 +105,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._curves.close()
-        self.sync()
+        self._sync_lines()
+        self.ledger.end()
 
     def step(self, metrics: StepMetrics) -> None:
         """Append a step to `metrics.jsonl` and to the curves."""
@@ -128,10 +130,14 @@ class RunLog:
         return Counter(line["reason"] for line in self._refused.read())
 
     def sync(self) -> None:
-        """Force all lines to the disk, before a checkpoint of their steps is written.
+        """Force all lines to the disk and close the ledger's steps, before a checkpoint is written.
 
         Raises OSError if the disk does not take them.
         """
+        self._sync_lines()
+        self.ledger.close()
+
+    def _sync_lines(self) -> None:
         self._metrics.sync()
         self._refused.sync()
 

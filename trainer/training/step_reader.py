@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sftstream import (
+    NO_SEGMENTS,
     DataConfig,
     DataState,
     LoaderPosition,
@@ -27,10 +28,14 @@ from sftstream import (
     PackLoader,
     Refusal,
     RowCounts,
+    Segments,
     batch_digest,
+    segments_of,
 )
+from sftstream import in_order as ordered_by_pack
 from trainer.distributed.mesh import Topology
 from trainer.llama.flops import squared_lengths
+from trainer.training.segment_gather import SegmentGather
 
 
 def open_loader(config: DataConfig, topology: Topology, state: DataState | None, vocabulary: int) -> PackLoader | None:
@@ -91,6 +96,8 @@ class LocalStep(NamedTuple):
     """SHA-256 of each pack as four signed 64-bit integers, one pack after the other."""
     position: LoaderPosition
     """Position of the loader after the step."""
+    segments: Segments
+    """Segments of the packs, numbered by their place in `packs`."""
 
 
 class StepReader:
@@ -116,6 +123,7 @@ class StepReader:
         self.assignment = assignment
         self.step: LocalStep | None = None
         """The last step returned by `packs`; None on ranks without a loader."""
+        self.gather = SegmentGather()
         self._group = group
         self._capacity = capacity
         self._thread = ThreadPoolExecutor(1, "step_reader") if ahead and loader and loader.workers else None
@@ -175,7 +183,7 @@ def _read(loader: PackLoader) -> LocalStep:
     ]
     counts = [number for source in loader.row_counts for number in source]
     digests = [word for pack in packs for word in _words(pack.digest())]
-    return LocalStep(packs, numbers, counts, digests, loader.position())
+    return LocalStep(packs, numbers, counts, digests, loader.position(), segments_of(packs))
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -220,6 +228,9 @@ class StepTotals(NamedTuple):
     """Hash of the packs of all shards, in the order of the run."""
     row_counts: tuple[RowCounts, ...]
     """Rows read from each source since the start of the run."""
+    segments: Segments
+    """Segments of the packs of all shards, in the order of the run; empty on all ranks but the
+    first."""
 
 
 def reduce_totals(
@@ -231,21 +242,34 @@ def reduce_totals(
     """
     mine = step_reader.step
     numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * NUMBERS, [0] * 3 * step_reader.sources)
+    shards = step_reader.assignment.shards_of_step(step)
+    segments = _numbered(mine.segments, shards, topology) if mine else NO_SEGMENTS
     sums = [*numbers, int(stop), *counts]
-    row = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
+    fixed = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
+    row = torch.cat([fixed, step_reader.gather.row(segments)])
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
-    table = torch.stack(rows).reshape(topology.dp, topology.tp, -1)
+    gathered = torch.stack(rows)
+    segments = step_reader.gather.gathered(gathered[:, len(fixed) :], segments, first=topology.first)
+    table = gathered[:, : len(fixed)].reshape(topology.dp, topology.tp, -1)
     totals = table[..., : len(sums)].sum((0, 1)).tolist()
     words = table[:, 0, len(sums) :].reshape(topology.dp, len(packs), 4)
     taken = Counter[int]()  # packs of each shard that stand in in_order
     in_order = []
-    for shard in step_reader.assignment.shards_of_step(step):
+    for shard in shards:
         in_order.append(words[shard, taken[shard]])
         taken[shard] += 1
     row_counts = tuple(RowCounts(*totals[i : i + 3]) for i in range(NUMBERS + 1, len(totals), 3))
     fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
-    return StepTotals(**fields, digest=batch_digest(map(_hex, in_order)), row_counts=row_counts)
+    digest = batch_digest(map(_hex, in_order))
+    return StepTotals(**fields, digest=digest, row_counts=row_counts, segments=ordered_by_pack(segments))
+
+
+def _numbered(segments: Segments, shards: list[int], topology: Topology) -> Segments:
+    """Return segments with the packs' places in the step instead of the places in the shard."""
+    result = segments.copy()
+    result["pack"] = np.flatnonzero(np.array(shards) == topology.shard.index)[segments["pack"]]
+    return result
 
 
 def _words(digest: str) -> list[int]:

@@ -1,0 +1,99 @@
+"""The commands on the ledger of a run: audit, trace and find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftstream.excerpt import printable
+from sftstream.ledger.audit import audit as audited
+from sftstream.ledger.audit import sessions
+from sftstream.ledger.compare import compare
+from sftstream.ledger.losses import model_of
+from sftstream.ledger.reader import Ledger
+from sftstream.ledger.trace import describe
+from sftstream.ledger.trace import trace as traced
+
+RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run, such as runs/my-run.")]
+
+
+def audit(
+    run: RunDirectory,
+    other: Annotated[
+        Path | None,
+        typer.Argument(help="Directory of a second run, to find the first step in which both differ."),
+    ] = None,
+    rebuild: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of steps, evenly spread, whose packs are built again. Default: all steps."),
+    ] = None,
+) -> None:
+    """Prove that a run trained each conversation once an epoch, in the packs of its metrics. The
+    exit code is 1 if a difference is found."""
+    ledger = Ledger(run)
+    if other is not None:
+        _compare(ledger, Ledger(other))
+        return
+    for line in sessions(ledger):
+        typer.echo(printable(line))
+    report = audited(ledger, rebuild)
+    for title, lines in zip(("proved", "not shown", "difference"), (report[0], report[2], report[1]), strict=True):
+        for line in lines:
+            typer.echo(printable(f"{title}: {line}"))
+    raise typer.Exit(bool(report.differences))
+
+
+def trace(
+    run: RunDirectory,
+    step: Annotated[int, typer.Option(help="Number of the step, counted from 1.")],
+    pack: Annotated[int | None, typer.Option(help="Pack of the step, counted from 0. Default: all packs.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model or checkpoint; conversations are sorted by their loss under it, the largest first."),
+    ] = None,
+    width: Annotated[int, typer.Option(min=8, help="Most characters of a text that are shown.")] = 160,
+) -> None:
+    """Show the conversations of a step: location, roles, trained tokens, and borders in the
+    pack."""
+    ledger = Ledger(run)
+    if model is None:
+        found = traced(ledger, step, pack)
+    else:
+        with model_of(model) as opened:
+            found = traced(ledger, step, pack, opened.losses)
+    for conversation in found:
+        for line in describe(conversation, width):
+            typer.echo(line)
+
+
+def find(
+    run: RunDirectory,
+    source: Annotated[int, typer.Option(help="Number of the source, counted from 0.")],
+    row: Annotated[int, typer.Option(help="Number of the row in the source, counted from 0.")],
+) -> None:
+    """List the steps that trained a row, and its refusals. The exit code is 1 if there are none."""
+    ledger = Ledger(run)
+    uses, refusals = ledger.uses(source, row), ledger.refusals(source, row)
+    for use in uses:
+        part = f", part {use.part}" if use.part else ""
+        typer.echo(
+            f"step {use.step}, pack {use.pack}: epoch {use.epoch}{part}, {use.tokens} tokens, {use.trained_tokens} trained"
+        )
+    for line in refusals:
+        typer.echo(
+            printable(f"step {line.step}: refused in epoch {line.epoch}, {line.reason}: {line.detail} ({line.place})")
+        )
+    if not uses and not refusals:
+        typer.echo(f"row {row} of source {source} is in no step of {printable(str(run))}")
+        raise typer.Exit(1)
+
+
+def _compare(a: Ledger, b: Ledger) -> None:
+    difference, count = compare(a, b)
+    if difference is None:
+        typer.echo(f"the runs have {count:,} equal steps; A has {len(a.steps):,} steps, B has {len(b.steps):,}")
+        return
+    typer.echo(printable(f"the runs part after {count:,} equal steps: {difference}"))
+    raise typer.Exit(1)

@@ -1,0 +1,50 @@
+"""The command that kills and resumes a user's own run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from sftstream.cli.state import read_data_config
+from sftstream.excerpt import printable
+from sftstream.ledger.verify import verify_data, verify_training
+
+
+def verify_resume(
+    config: Annotated[Path, typer.Argument(help="TOML file of a run.")],
+    data_only: Annotated[bool, typer.Option("--data-only", help="Compare packs alone, without a model.")] = False,
+    steps: Annotated[int, typer.Option(min=2, help="Number of steps of each run.")] = 12,
+    kills: Annotated[int, typer.Option(min=1, help="Number of kills.")] = 4,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the moments and topologies. Default: random, and printed.")
+    ] = None,
+) -> None:
+    """Prove on your own data and machine that a killed run resumes exactly. The exit code is 1 if
+    a difference is found."""
+    chosen = random.SystemRandom().randrange(10**9) if seed is None else seed
+    typer.echo(f"seed {chosen}")
+
+    def say(line: str) -> None:
+        typer.echo(printable(line))
+
+    with TemporaryDirectory() as directory:
+        place = Path(directory)
+        data = read_data_config(config, [])
+        verdict = (
+            verify_data(data, place, steps, kills, chosen, say)
+            if data_only
+            else verify_training(config, place, steps, kills, chosen, say)
+        )
+    for title, lines in (
+        ("shown", verdict.shown),
+        ("not shown", verdict.not_shown),
+        ("difference", verdict.differences),
+    ):
+        for line in lines:
+            say(f"{title}: {line}")
+    say("verdict: the resumes are not exact" if verdict.differences else "verdict: the resumes are exact")
+    raise typer.Exit(bool(verdict.differences))

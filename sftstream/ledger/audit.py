@@ -1,0 +1,345 @@
+"""Prove the order of a finished or running training run from its ledger, metrics and sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftstream.ledger.once import Trained, astray, draws_of, moved, repeated, unbalanced
+from sftstream.ledger.reader import Ledger, refs_of
+from sftstream.ledger.rebuild import Rebuilder
+from sftstream.ledger.records import Session, StepLine, StepSegments
+from sftstream.ledger.segments import segments_of
+from sftstream.records import Ref, batch_digest
+from sftstream.sources import Corpus, FileSet
+from sftstream.state import DataState, StreamState
+from sftstream.streaming.order import draws_of_source, draws_of_stream
+
+
+class Report(NamedTuple):
+    """The result of an audit. The run is proved in order if `differences` is empty."""
+
+    proved: list[str]
+    differences: list[str]
+    """Contradictions, each with the first step or row that shows it."""
+    not_shown: list[str]
+    """Statements that could not be examined, with the reason."""
+
+
+def audit(ledger: Ledger, rebuild: int | None = None) -> Report:
+    """Return the report on a run.
+
+    `rebuild` is the number of steps, evenly spread, whose packs are built again from the sources;
+    None for all. Raises ValueError or OSError if the ledger or a source cannot be read.
+    """
+    return _Audit(ledger).report(rebuild)
+
+
+class _Audit:
+    """An audit under way. Each `_check` method adds to `proved`, `differences` and `not_shown`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._report = Report([], [], [])
+        steps, segments = ledger.up_to()
+        self._all = Trained(steps, segments)
+        self._opened: list[tuple[Session, Rebuilder]] = []
+
+    def report(self, rebuild: int | None) -> Report:
+        """Run all checks, the cheap checks first."""
+        if not self._ledger.steps:
+            self._report.not_shown.append("everything: the run has finished no step")
+            return self._report
+        self._check_steps()
+        self._check_capacity()
+        self._check_totals()
+        self._check_once()
+        self._check_digests(rebuild)
+        return self._report
+
+    @cached_property
+    def _last(self) -> Rebuilder:
+        return self._rebuilder(self._ledger.sessions[-1])
+
+    def _rebuilder(self, session: Session) -> Rebuilder:
+        """Return the opened data of a session; sessions with equal data share it."""
+        for known, rebuilder in self._opened:
+            if (known.data, known.identity) == (session.data, session.identity):
+                return rebuilder
+        self._opened.append((session, Rebuilder(session)))
+        return self._opened[-1][1]
+
+    def _check_steps(self) -> None:
+        numbers = [step.step for step in self._ledger.steps]
+        missing = [before + 1 for before, after in pairwise(numbers) if after != before + 1]
+        metrics = self._ledger.metrics
+        found: list[str] = []
+        if missing:
+            found.append(f"step {missing[0]} is not in the ledger, but step {numbers[-1]} is")
+        if unwritten := sorted(set(metrics) - set(numbers)):
+            steps = [step for step in unwritten if step >= numbers[0]]
+            found += [f"step {step} is in metrics.jsonl, but not in the ledger" for step in steps[:1]]
+        # The ledger has a step before the step is trained; a kill may leave it without metrics.
+        if unknown := sorted(set(numbers[:-1]) - set(metrics)):
+            found.append(f"step {unknown[0]} is in the ledger, but not in metrics.jsonl")
+        if numbers[0] > 1:
+            self._report.not_shown.append(f"steps 1 to {numbers[0] - 1}: made before the run had a ledger")
+        self._add(found, f"steps {numbers[0]:,} to {numbers[-1]:,} are in the ledger, each once")
+
+    def _check_capacity(self) -> None:
+        found: list[str] = []
+        most = 0
+        for step, segments in self._ledger.steps:
+            identity = self._ledger.session(step).identity
+            if not len(segments):
+                continue
+            tokens = np.bincount(segments["pack"], weights=segments["tokens"])
+            most = max(most, int(tokens.max()))
+            if len(tokens) > identity.global_batch:
+                found.append(f"step {step} has a pack {len(tokens) - 1}, but a step has {identity.global_batch} packs")
+            if (tokens > identity.capacity).any():
+                pack = int(tokens.argmax())
+                found.append(f"pack {pack} of step {step} holds {int(tokens[pack])} tokens of {identity.capacity}")
+        self._add(found, f"no pack is over its capacity; the fullest holds {most:,} tokens")
+
+    def _check_totals(self) -> None:
+        """Compare the counts of each step with its line in `metrics.jsonl`."""
+        found: list[str] = []
+        before = self._ledger.metrics.get(self._ledger.steps[0].step - 1)
+        rows = before.rows if before else 0
+        for step, segments in self._ledger.steps:
+            line = self._ledger.metrics.get(step)
+            if line is None:
+                continue
+            rows += int((segments["part"] == 0).sum()) + line.refused
+            counts = {
+                "tokens": (int(segments["tokens"].sum()), line.tokens),
+                "trained tokens": (int(segments["trained_tokens"].sum()), line.trained_tokens),
+                "rows so far": (rows, line.rows),
+            }
+            for name, (ours, theirs) in counts.items():
+                if ours != theirs:
+                    found.append(f"step {step}: {ours:,} {name} in the ledger, {theirs:,} in metrics.jsonl")
+            rows = line.rows
+        listed = len(self._ledger.refused)
+        counted = sum(line.refused for line in self._ledger.metrics.values())
+        if listed != counted:
+            found.append(f"refused.jsonl lists {listed:,} rows, metrics.jsonl counts {counted:,}")
+        self._add(found, "tokens, trained tokens and rows of each step are those of metrics.jsonl")
+
+    def _check_once(self) -> None:
+        found = [line] if (line := repeated(self._all)) else []
+        stored = self._ledger.state
+        if stored is None:
+            self._add(found, "no conversation is trained twice in an epoch")
+            self._report.not_shown.append("that no row is lost: no checkpoint was written yet")
+            return
+        step, state = stored
+        if later := self._ledger.steps[-1].step - step:
+            self._report.not_shown.append(
+                f"that no row is lost in the last {later} steps: they follow the newest checkpoint, of step {step}"
+            )
+        trained = Trained(*self._ledger.up_to(step))
+        refused = refs_of(self._ledger.refused, step)
+        lines: list[str] = []
+        for source in range(len(state.identity.sources)):
+            if moved(state.orders.get(source, ())):
+                self._report.not_shown.append(
+                    f"that no row of source {source} is lost: an accepted change gave its rows other numbers"
+                )
+                continue
+            draws = draws_of(source, self._last.config, self._last.corpus, state)
+            found += unbalanced(source, trained, refused, state, draws) if not state.history else []
+            if draws is not None and self._one_assignment:
+                identity = state.identity
+                line = astray(source, trained, draws, identity.streams, identity.global_batch)
+                found += [line] if line else []
+            lines.append(_summary(source, trained, refused, state))
+        if state.history:
+            self._report.not_shown.append(
+                "that no row is lost: the run accepted changes of data or settings, after which rows may be refused that "
+                "were trained before"
+            )
+        found += _unfinished(state, self._last.corpus)
+        self._add(found, "each conversation is trained, refused or waiting exactly once in each epoch")
+        self._report.proved.extend([] if found else lines)
+        self._check_mixture(state)
+
+    @cached_property
+    def _one_assignment(self) -> bool:
+        """True if all sessions had the same number of streams and packs in a step."""
+        return len({(s.identity.streams, s.identity.global_batch) for s in self._ledger.sessions}) == 1
+
+    def _check_mixture(self, state: DataState) -> None:
+        identity = state.identity
+        if len(identity.sources) == 1:
+            return
+        unit = identity.mix_by
+        # A conversation is drawn whole, so a stream may be ahead by its longest conversation.
+        slack = len(identity.sources) * (1 if unit == "conversations" else max(self._longest, identity.capacity))
+        found: list[str] = []
+        examined = 0
+        weights = _weights(state, self._last.corpus)
+        for number, stream in state.streams.items():
+            if _any_ended(stream, number, state, self._last.corpus):
+                continue
+            examined += 1
+            total, wanted = sum(stream.mixed), weights[stream.stage]
+            for source, amount in enumerate(stream.mixed):
+                share = wanted[source] / sum(wanted)
+                if abs(amount - share * total) > slack:
+                    found.append(
+                        f"stream {number} drew {amount:,} of {total:,} {unit.replace('_', ' ')} from source {source}, whose "
+                        f"weight is {share:.1%}"
+                    )
+        self._add(
+            found[:1],
+            f"the mixture is as wanted in {examined} of {len(state.streams)} streams; in all others a source ended",
+        )
+        self._report.proved.extend(_shares(self._all, unit, weights[0]) if not found else [])
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of the longest trained conversation, in all parts."""
+        tokens = self._all.segments["tokens"]
+        parts = int(self._all.segments["part"].max(initial=0)) + 1
+        return int(tokens.max(initial=0)) * parts
+
+    def _check_digests(self, rebuild: int | None) -> None:
+        steps = [step for step in self._ledger.steps if step.step in self._ledger.metrics]
+        chosen = steps if rebuild is None or rebuild >= len(steps) else _spread(steps, rebuild)
+        if changes := self._last.changes:
+            self._report.differences.append(f"the data is not the data of the run: {changes[0]}")
+            return
+        found: list[str] = []
+        count = 0
+        for step in chosen:
+            rebuilder = self._rebuilder(self._ledger.session(step.step))
+            if rebuilder.changes:
+                self._report.not_shown.append(
+                    f"the packs of step {step.step} and others: the data changed since ({rebuilder.changes[0]})"
+                )
+                break
+            found += _rebuilt(rebuilder, step, self._ledger.metrics[step.step])
+            count += 1
+            if found:
+                break
+        if len(chosen) < len(steps):
+            self._report.not_shown.append(f"the packs of {len(steps) - len(chosen):,} steps: not built again, as asked")
+        self._add(
+            found, f"the packs of {count:,} steps, built again from the sources, have the digests in metrics.jsonl"
+        )
+
+    def _add(self, found: list[str], proved: str) -> None:
+        """Add the first difference found, or else the statement proved."""
+        if found:
+            self._report.differences.extend(found[:5])
+        else:
+            self._report.proved.append(proved)
+
+
+def sessions(ledger: Ledger) -> Iterator[str]:
+    """Yield a line for each start of the run: its steps, topology and workers."""
+    last = ledger.steps[-1].step if ledger.steps else 0
+    ends = [*(session.after for session in ledger.sessions[1:]), last]
+    for session, end in zip(ledger.sessions, ends, strict=True):
+        mesh = ", ".join(f"{name} {size}" for name, size in session.mesh.items())
+        made = f"steps {session.after + 1:,} to {end:,}" if end > session.after else "no step that was kept"
+        accepted = f"; accepted so far: {'; '.join(session.accepted)}" if session.accepted else ""
+        yield f"{made}: {mesh}, {session.workers} workers, version {session.version}{accepted}"
+
+
+def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[str]:
+    try:
+        packs = rebuilder.step(step.segments)
+    except ValueError as error:
+        return [f"step {step.step} cannot be built again: {error}"]
+    built = segments_of(packs)
+    if len(built) != len(step.segments):
+        return [f"step {step.step} has segments in packs that a step does not have"]
+    if len(wrong := np.flatnonzero(built != step.segments)):
+        ours, theirs = (array["trained_tokens"][wrong[0]] for array in (step.segments, built))
+        row = f"row {built['row'][wrong[0]]} of source {built['source'][wrong[0]]}"
+        return [f"step {step.step}: {row} has {ours:,} trained tokens in the ledger, {theirs:,} when built again"]
+    if (digest := batch_digest(pack.digest() for pack in packs)) != line.batch_digest:
+        return [
+            f"step {step.step}: the packs in the ledger have the digest {digest[:12]}, metrics.jsonl has "
+            f"{line.batch_digest[:12]}"
+        ]
+    return []
+
+
+def _spread(steps: list[StepSegments], count: int) -> list[StepSegments]:
+    """Return `count` evenly spread steps, the first and the last among them."""
+    return [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int)).tolist()]
+
+
+def _summary(source: int, trained: Trained, refused: list[Ref], state: DataState) -> str:
+    own = trained.of_source(source).segments
+    left_out = sum(1 for ref in refused if ref.source == source)
+    drawn = sum(stream.drawn[source] for stream in state.streams.values())
+    epochs = int(own["epoch"].max(initial=0)) + 1
+    return (
+        f"source {source}: {drawn:,} draws in {epochs} epochs; {int((own['part'] == 0).sum()):,} conversations trained, "
+        f"{left_out:,} refused"
+    )
+
+
+def _unfinished(state: DataState, corpus: Corpus) -> list[str]:
+    """Return the sources with draws left, in a run whose streams have all ended."""
+    identity = state.identity
+    if identity.epochs is None or identity.ends_with == "first" or not all(s.exhausted for s in state.streams.values()):
+        return []
+    found = []
+    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
+        if not isinstance(opened, FileSet) or state.orders.get(index):
+            continue
+        wanted = draws_of_source(len(opened), source.repeat, identity.epochs)
+        drawn = sum(stream.drawn[index] for stream in state.streams.values())
+        if drawn != wanted:
+            found.append(f"source {index}: the run ended after {drawn:,} of {wanted:,} draws")
+    return found
+
+
+def _weights(state: DataState, corpus: Corpus) -> list[list[float]]:
+    first = [
+        (len(opened) if isinstance(opened, FileSet) else 1) * source.repeat if source.weight is None else source.weight
+        for source, opened in zip(state.identity.sources, corpus.sources, strict=True)
+    ]
+    return [first, *(list(stage.weights) for stage in state.identity.stages)]
+
+
+def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpus) -> bool:
+    """Return True if a source has no draw left for a stream, or might have none left."""
+    identity = state.identity
+    if stream.exhausted:
+        return True
+    if identity.epochs is None:
+        return False
+    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
+        if not isinstance(opened, FileSet):
+            return True
+        draws = draws_of_source(len(opened), source.repeat, identity.epochs)
+        if stream.drawn[index] >= draws_of_stream(draws, number, identity.streams):
+            return True
+    return False
+
+
+def _shares(trained: Trained, unit: str, weights: list[float]) -> Iterator[str]:
+    segments = trained.segments
+    amounts: NDArray[np.int64] = {
+        "conversations": (segments["part"] == 0).astype(np.int64),
+        "tokens": segments["tokens"],
+        "trained_tokens": segments["trained_tokens"],
+    }[unit]
+    reached = np.bincount(segments["source"], weights=amounts, minlength=len(weights))
+    for source, amount in enumerate(reached.tolist()):
+        yield (
+            f"source {source}: {amount / max(reached.sum(), 1):.1%} of trained {unit.replace('_', ' ')}, "
+            f"{weights[source] / sum(weights):.1%} wanted at the beginning of the run"
+        )

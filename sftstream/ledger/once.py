@@ -1,0 +1,181 @@
+"""Prove that each drawn row is trained, refused or waiting, exactly once in each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftstream.config import DataConfig
+from sftstream.ledger.segments import Segments
+from sftstream.records import Ref
+from sftstream.sources import Corpus, FileSet
+from sftstream.state import DataState, PastOrder
+from sftstream.streaming.sampler import row_order
+
+Integers = NDArray[np.int64]
+
+
+class Draws(NamedTuple):
+    """The draws of a source that a data state counts: key of the row, and stream, of each."""
+
+    keys: Integers
+    streams: Integers
+
+
+class Trained(NamedTuple):
+    """All segments up to a step, and the step of each."""
+
+    steps: Integers
+    segments: Segments
+
+    def of_source(self, source: int) -> Trained:
+        """Return the segments of a source."""
+        chosen = self.segments["source"] == source
+        return Trained(self.steps[chosen], self.segments[chosen])
+
+    def at(self, index: int) -> str:
+        """Return the place of a segment in words."""
+        return f"step {self.steps[index]}, pack {self.segments['pack'][index]}"
+
+
+def repeated(trained: Trained) -> str | None:
+    """Return the first conversation, or part, trained twice in an epoch; None without one."""
+    segments = trained.segments
+    names = ("part", "row", "epoch", "source")
+    order = np.lexsort([trained.steps, *(segments[name] for name in names)])
+    ordered = segments[order]
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for name in names:
+        same &= ordered[name][1:] == ordered[name][:-1]
+    found = np.flatnonzero(same)
+    if not len(found):
+        return None
+    # The difference in the earliest step, named by both of its places.
+    first = found[np.argmin(trained.steps[order[found + 1]])]
+    one, other = order[first], order[first + 1]
+    segment = segments[one]
+    part = f", part {segment['part']}," if segment["part"] else ""
+    return (
+        f"row {segment['row']} of source {segment['source']}{part} is trained twice in epoch {segment['epoch']}: in "
+        f"{trained.at(one)}, and in {trained.at(other)}"
+    )
+
+
+def unbalanced(
+    source: int, trained: Trained, refused: Sequence[Ref], state: DataState, draws: Draws | None
+) -> Iterator[str]:
+    """Yield each kind of difference between drawn rows, and trained, refused and waiting rows.
+
+    `draws` is None for a streamed source, of which only the number of rows is compared.
+    """
+    own = trained.of_source(source)
+    waiting = [s for stream in state.streams.values() for s in stream.waiting if s.source == source]
+    unlisted = [r for stream in state.streams.values() for r in stream.unlisted if r.source == source]
+    refs = [*refused, *(Ref(r.source, r.row, r.epoch) for r in unlisted)]
+    left_out = keys([(ref.row, ref.epoch) for ref in refs if ref.source == source])
+    own_keys = row_keys(own.segments["row"], own.segments["epoch"])
+    seen = np.concatenate([own_keys, keys([(s.row, s.epoch) for s in waiting])])
+    parts = np.concatenate([own.segments["part"], np.array([s.part for s in waiting], np.int32)])
+    yield from _incomplete_parts(source, seen, parts)
+    if len(both := np.intersect1d(left_out, own_keys)):
+        yield f"{_row(source, both[0])} is trained, but is listed as refused too"
+    if len(left_out) > len(np.unique(left_out)):
+        values, counts = np.unique(left_out, return_counts=True)
+        yield f"{_row(source, values[counts > 1][0])} is listed as refused {counts.max()} times"
+    known = np.unique(np.concatenate([seen, left_out]))
+    if draws is None:
+        drawn = sum(stream.drawn[source] for stream in state.streams.values())
+        if drawn != len(known):
+            yield f"source {source}: {drawn:,} rows were drawn, but {len(known):,} are trained, refused or waiting"
+        return
+    if len(lost := np.setdiff1d(draws.keys, known)):
+        yield (
+            f"{_row(source, lost[0])} was drawn, but is in no pack, and neither refused nor waiting; "
+            f"{len(lost):,} such rows"
+        )
+    if len(foreign := np.setdiff1d(known, draws.keys)):
+        (places,) = np.nonzero(own_keys == foreign[0])
+        where = f"in {own.at(int(places[0]))}" if len(places) else "waiting or refused"
+        yield f"{_row(source, foreign[0])} is {where}, but was not drawn; {len(foreign):,} such rows"
+
+
+def astray(source: int, trained: Trained, draws: Draws, streams: int, global_batch: int) -> str | None:
+    """Return the first row in a pack of another stream than the stream that drew the row."""
+    own = trained.of_source(source)
+    order = np.argsort(draws.keys)
+    at = np.searchsorted(draws.keys[order], row_keys(own.segments["row"], own.segments["epoch"]))
+    drew = draws.streams[order[np.minimum(at, len(order) - 1)]] if len(order) else np.empty(0)
+    packed = ((own.steps - 1) * global_batch + own.segments["pack"]) % streams
+    if len(drew) != len(packed) or not len(wrong := np.flatnonzero(drew != packed)):
+        return None
+    index = int(wrong[0])
+    return (
+        f"row {own.segments['row'][index]} of source {source} was drawn by stream {drew[index]}, but is in a pack of stream "
+        f"{packed[index]}: {own.at(index)}"
+    )
+
+
+def draws_of(source: int, config: DataConfig, corpus: Corpus, state: DataState) -> Draws | None:
+    """Return the draws of a source that `state` counts; None if the source is streamed."""
+    opened = corpus.sources[source]
+    if not isinstance(opened, FileSet):
+        return None
+    order = row_order(opened.file_sizes, config, source, state.orders.get(source, ()))
+    count = state.identity.streams
+    parts, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for stream, stream_state in state.streams.items():
+        done, drawn = 0, stream_state.drawn[source]
+        while done < drawn:
+            rows, epoch = order.stretch(stream + done * count, count, drawn - done)
+            parts.append(row_keys(np.array(rows, np.int64), np.full(len(rows), epoch)))
+            owners.append(np.full(len(rows), stream))
+            done += len(rows)
+    return Draws(np.concatenate(parts), np.concatenate(owners))
+
+
+def moved(past: Sequence[PastOrder]) -> bool:
+    """Return True if an accepted change of files gave old rows other numbers."""
+    for order in past:
+        sizes = np.array([rows for rows, _ in order.files])
+        if ([first for _, first in order.files] != np.cumsum(sizes) - sizes).any():
+            return True
+    return False
+
+
+_EPOCH_BITS = 20
+
+
+def row_keys(rows: NDArray[np.integer], epochs: NDArray[np.integer]) -> Integers:
+    """Return a number for each pair of row and epoch, ordered by row.
+
+    Raises ValueError for an epoch above a million or a row above 8 trillion.
+    """
+    if len(rows) and (int(epochs.max()) >> _EPOCH_BITS or int(rows.max()) >> (63 - _EPOCH_BITS)):
+        raise ValueError(f"row {rows.max()} in epoch {epochs.max()} is too large a number for this command")
+    result: Integers = (rows.astype(np.int64) << _EPOCH_BITS) + epochs.astype(np.int64)
+    return result
+
+
+def keys(pairs: Sequence[tuple[int, int]]) -> Integers:
+    """Return `row_keys` of pairs of row and epoch."""
+    table = np.array(pairs, np.int64).reshape(-1, 2)
+    return row_keys(table[:, 0], table[:, 1])
+
+
+def _incomplete_parts(source: int, seen: Integers, parts: NDArray[np.int32]) -> Iterator[str]:
+    """Yield the first row of which a part is missing: the parts of a row are 0, 1, 2, ..."""
+    if not parts.any():
+        return
+    values, inverse, counts = np.unique(seen, return_inverse=True, return_counts=True)
+    last = np.zeros(len(values), np.int64)
+    np.maximum.at(last, inverse, parts)
+    if len(wrong := np.flatnonzero(last + 1 > counts)):
+        index = wrong[0]
+        yield f"{_row(source, values[index])} has part {last[index]}, but only {counts[index]} parts in all"
+
+
+def _row(source: int, key: int) -> str:
+    return f"row {int(key) >> _EPOCH_BITS} of source {source} in epoch {int(key) & ((1 << _EPOCH_BITS) - 1)}"

@@ -1,0 +1,47 @@
+"""Describe the conversations of a step as rows of a table, a row for each segment of a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftstream.records import Pack
+
+SEGMENT = np.dtype(
+    [
+        ("row", "<i8"),
+        ("pack", "<i4"),
+        ("source", "<i4"),
+        ("epoch", "<i4"),
+        ("part", "<i4"),
+        ("tokens", "<i4"),
+        ("trained_tokens", "<i4"),
+    ]
+)
+"""A segment in 32 bytes: the fields of a `Segment`, the pack's place in its step, counted from 0,
+and the number of the segment's labels that count in the loss."""
+
+Segments = NDArray[Any]
+"""Array of `SEGMENT`."""
+NO_SEGMENTS: Segments = np.empty(0, SEGMENT)
+
+
+def segments_of(packs: Sequence[Pack]) -> Segments:
+    """Return the segments of `packs`; the field `pack` is the index in `packs`."""
+    parts = [_segments(index, pack) for index, pack in enumerate(packs) if pack.segments]
+    return np.concatenate(parts) if parts else NO_SEGMENTS
+
+
+def _segments(index: int, pack: Pack) -> Segments:
+    labels = pack.trained.copy()
+    labels[pack.borders[:-1]] = False  # no token predicts the first token of a segment
+    result = np.empty(len(pack.segments), SEGMENT)
+    columns = zip(*[(s.source, s.row, s.length, s.epoch, s.part) for s in pack.segments], strict=True)
+    for name, column in zip(("source", "row", "tokens", "epoch", "part"), columns, strict=True):
+        result[name] = column
+    result["pack"] = index
+    result["trained_tokens"] = np.add.reduceat(labels, pack.borders[:-1], dtype=np.int32)[: len(result)]
+    return result

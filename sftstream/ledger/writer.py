@@ -1,0 +1,149 @@
+"""Write the ledger of a run, step by step, cut back to the step that the run resumes from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from sftstream.ledger.files import (
+    JOURNAL,
+    SESSIONS,
+    closed_files,
+    frame,
+    publish,
+    read_closed,
+    read_journal,
+    state_file,
+    state_files,
+    write_closed,
+)
+from sftstream.ledger.records import Session, StepSegments
+from sftstream.ledger.segments import Segments
+from sftstream.state import DataState
+
+MOST_OPEN = 1 << 20
+"""Number of segments, 32 MB, after which steps are closed without waiting for a checkpoint."""
+STATES_KEPT = 3
+"""Number of data states kept: a run may resume from an earlier checkpoint than the newest."""
+
+
+class LedgerWriter:
+    """The ledger in `directory`, cut back to its steps up to `step`.
+
+    Later steps were written after the checkpoint that the run resumes from; the run repeats them.
+    Bytes that a full disk does not accept wait in memory for the next write. Raises ValueError if a
+    closed file is damaged, OSError if a file cannot be opened.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        kept = _cut_back(directory, step)
+        self._first = kept + 1
+        """First step that is not in a closed file."""
+        self._steps = [found for found in read_journal(directory) if kept < found.step <= step]
+        """Steps that are not in a closed file, in order."""
+        self._state: tuple[DataState, Mapping[int, bytes]] | None = None
+        self._last = self._steps[-1].step if self._steps else kept
+        self._waiting = b""
+        self._journal = self._open_journal()
+
+    def begin(self, session: Session) -> None:
+        """Append a start of the run to `sessions.jsonl`."""
+        path = self._directory / SESSIONS
+        content = path.read_bytes() if path.exists() else b""
+        torn = len(content) - (content.rfind(b"\n") + 1)
+        with path.open("ab") as file:
+            file.truncate(len(content) - torn)  # a kill during a write left a part of a line
+            file.write(msgspec.json.encode(session) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add(self, step: int, segments: Segments) -> None:
+        """Append the segments of a step, ordered by pack; on disk at the latest after `sync`."""
+        if not self._steps:
+            self._first = step
+        self._last = step
+        self._steps.append(StepSegments(step, segments))
+        self._waiting += frame(self._steps[-1])
+        with suppress(OSError):  # the next write tries again, and sync raises the error
+            self._write()
+            if sum(len(step.segments) for step in self._steps) >= MOST_OPEN:
+                self._close_steps()
+
+    def keep_state(self, state: DataState, streams: Mapping[int, bytes]) -> None:
+        """Keep the data state after the last added step, for the next `close`.
+
+        `state` is the state without streams, `streams` the encoded states of all streams.
+        """
+        self._state = (state, streams)
+
+    def close(self) -> None:
+        """Close the steps of the journal, before a checkpoint of the last step is written.
+
+        Raises OSError if the disk does not accept the files.
+        """
+        if self._steps:
+            self._close_steps()
+        self._write_state()
+
+    def sync(self) -> None:
+        """Force the journal to the disk. Raises OSError if the disk does not accept the bytes."""
+        self._write()
+        os.fsync(self._journal)
+
+    def end(self) -> None:
+        """Force the journal to the disk and close its file. Raises OSError like `sync`."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._journal)
+
+    def _close_steps(self) -> None:
+        self._first = write_closed(self._directory, self._first, self._steps).last + 1
+        self._steps, self._waiting = [], b""
+        os.ftruncate(self._journal, 0)
+
+    def _write_state(self) -> None:
+        if self._state is None:
+            return
+        run, streams = self._state
+        self._state = None
+        path = state_file(self._directory, self._last)
+        partial = path.with_name(f".{path.name}")
+        partial.write_bytes(msgspec.msgpack.encode({"run": run, "streams": dict(sorted(streams.items()))}))
+        publish(partial, path)
+        for old in list(state_files(self._directory).values())[:-STATES_KEPT]:
+            old.unlink()
+
+    def _open_journal(self) -> int:
+        """Replace the journal by one with the open steps, and return its file descriptor."""
+        path = self._directory / JOURNAL
+        partial = path.with_name(f".{JOURNAL}")
+        partial.write_bytes(b"".join(map(frame, self._steps)))
+        publish(partial, path)
+        return os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._journal, self._waiting) :]
+
+
+def _cut_back(directory: Path, step: int) -> int:
+    """Remove closed steps and states after `step`; return the last closed step, 0 if none."""
+    for number, path in state_files(directory).items():
+        if number > step:
+            path.unlink()
+    for file in closed_files(directory):
+        if file.last > step:
+            steps = read_closed(file) if file.first <= step else []
+            if kept := [found for found in steps if found.step <= step]:
+                write_closed(directory, file.first, kept)
+            file.path.unlink()
+    for left in directory.glob(".*"):
+        left.unlink()  # a kill interrupted the writing of this file
+    return max((file.last for file in closed_files(directory)), default=0)

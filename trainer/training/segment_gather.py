@@ -1,0 +1,57 @@
+"""Send each rank's segments of a step along with the step's counts, in the same collective.
+
+The counts travel in an all_gather, which needs rows of equal length. A row has room for a number of
+segments that all ranks change alike: if any rank announces more segments than there is room for,
+all ranks gather once more and then have more room. So only the first steps gather twice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sftstream import NO_SEGMENTS, SEGMENT, Segments
+
+WORDS = SEGMENT.itemsize // 8
+"""Number of 64-bit words of a segment."""
+
+
+class SegmentGather:
+    """Room in the row of counts for the segments of a rank: `[number, segment, segment, ...]`."""
+
+    def __init__(self, room: int = 64) -> None:
+        self.room = room
+        """Number of segments that fit into a row, equal on all ranks."""
+
+    def row(self, segments: Segments) -> Tensor:
+        """Return the row of this rank, int64 `(1 + WORDS * room,)`.
+
+        With too many segments the row has their number alone.
+        """
+        row = np.zeros(1 + WORDS * self.room, np.int64)
+        row[0] = len(segments)
+        if len(segments) <= self.room:
+            row[1 : 1 + WORDS * len(segments)] = np.ascontiguousarray(segments).view(np.int64)
+        return torch.from_numpy(row)
+
+    def gathered(self, rows: Tensor, local: Segments, *, first: bool) -> Segments:
+        """Return the segments of all ranks on the first rank, and none elsewhere. Collective.
+
+        `rows` holds the rows of all ranks, int64 `(ranks, 1 + WORDS * room)`; `local` are the
+        segments of this rank.
+        """
+        most = int(rows[:, 0].max())
+        if most > self.room:
+            self.room = most + most // 4
+            row = self.row(local)
+            gathered = [torch.empty_like(row) for _ in range(len(rows))]
+            dist.all_gather(gathered, row)
+            rows = torch.stack(gathered)
+        if not first:
+            return NO_SEGMENTS
+        table = rows.numpy()
+        words = table[:, 1:].reshape(len(table), self.room, WORDS)
+        used = np.arange(self.room) < table[:, :1]
+        return np.ascontiguousarray(words[used]).view(SEGMENT).reshape(-1)
