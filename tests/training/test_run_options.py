@@ -64,8 +64,8 @@ def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
     assert [line["batch_digest"] for line in found] == [line["batch_digest"] for line in expected["metrics"]]
     for line, before in zip(found, expected["metrics"], strict=True):
         assert line["loss"] == pytest.approx(before["loss"], rel=tolerance)
-    assert runs.outcome(tmp_path)["weights"] != expected["weights"]
-    if "run" in changes:
+    if "run" in changes:  # sums of two ranks can have equal bits in both orders
+        assert runs.outcome(tmp_path)["weights"] != expected["weights"]
         plain_run = {"steps": 6, "compile": False, "weights_dtype": "float32"}
         job = runs.Job(tmp_path, changed(config, {"run": plain_run}), processes=2)
         assert job.finish() == 1
