@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from sftstream.config import DataConfig
-from sftstream.identity import Identity, accepted_changes, changed_versions, identify, with_full_digests
-from sftstream.rebase import is_possible, rebase
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
+from sftstream.start import check_topology, first_state, open_encoder, with_streams
 from sftstream.state import DataState, StreamState
-from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.example_reader import unread_columns
-from sftstream.streaming.forecast import Forecast, choose_streams, foresee
-from sftstream.streaming.graph import build_stream
-from sftstream.streaming.length_sample import TO_CHOOSE, TO_FORESEE, sample_lengths
+from sftstream.streaming.forecast import Forecast, foresee
+from sftstream.streaming.length_sample import TO_FORESEE, sample_lengths
 from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import (
@@ -36,8 +29,6 @@ from sftstream.streaming.refusals import (
 )
 from sftstream.streaming.sampler import row_order
 from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
-from sftstream.tokenization.encoder import ChatEncoder
-from sftstream.version_check import require_equal_tokens
 
 
 class LoaderPosition(NamedTuple):
@@ -122,16 +113,16 @@ class PackLoader:
     ) -> None:
         self.shard = shard
         self.workers = config.workers if workers is None else workers
-        _check_topology(self.shard, self.workers)
+        check_topology(self.shard, self.workers)
         saved = None if state is None else DataState.parse(state)
         self.corpus = Corpus(config.sources)
-        self.encoder = _open_encoder(config, saved, shard)
-        self.config = config = _with_streams(config, saved, self.corpus, self.encoder, shard)
+        self.encoder = open_encoder(config, saved, shard)
+        self.config = config = with_streams(config, saved, self.corpus, self.encoder, shard)
         self._assignment = PackAssignment(
             config.stream_count, config.global_batch, shard.count, max(self.workers, 1), resumed=saved is not None
         )
         self._digests = FullDigests(self.corpus)
-        start = self._start_from(saved)
+        start = first_state(config, self.corpus, self.encoder, self._assignment, shard, saved, self._digests)
         self._run = msgspec.structs.replace(start, streams={})
         self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
         self._progress = Progress(
@@ -384,107 +375,3 @@ class PackLoader:
     def _empty_pack(self) -> Pack:
         pad_id = self.encoder.tokenizer.vocabulary.pad_id
         return build_pack((), (), self.config.capacity, pad_id, exhausted=True)
-
-    def _start_from(self, saved: DataState | None) -> DataState:
-        identity = identify(self.config, self.corpus, self.encoder)
-        owned = self._assignment.streams_of(self.shard.index)
-        if saved is None:
-            streams = {stream: self._fresh(stream) for stream in owned}
-            return DataState(identity=identity, packs=0, streams=streams)
-        before, now = self._in_full(saved, identity)
-        versions = changed_versions(saved.identity, identity)
-        possible = partial(is_possible, saved, identity, self.config, self.corpus)
-        if changed := accepted_changes(before, now, self.config.accept_changed, possible):
-            saved = rebase(saved, identity, self.config, self.corpus, self.encoder, changed)
-            versions = []  # all waiting rows were read again
-        require_sound(saved, self.config, self.corpus)
-        if missing := [stream for stream in owned if stream not in saved.streams]:
-            raise ValueError(
-                f"the state lacks {len(missing)} streams of this shard, first stream {missing[0]}; merge the states "
-                "of all shards"
-            )
-        shared = self._assignment.even and saved.packs % self.shard.count == 0
-        if self.shard.count > 1 and saved.packs % self.config.global_batch and not shared:
-            raise ValueError(
-                f"the state was saved after {saved.packs} packs, inside a step that {self.shard.count} "
-                "shards cannot share evenly; save a state at the end of a step"
-            )
-        streams = {stream: saved.streams[stream] for stream in owned}
-        if versions:
-            require_equal_tokens(versions, streams, self.corpus, self.encoder)
-        return msgspec.structs.replace(saved, identity=identity, streams=streams)
-
-    def _in_full(self, saved: DataState, identity: Identity) -> tuple[Identity, Identity]:
-        """Return the identities of a state and of this loader with the digests of all bytes, as far
-        as the state has them."""
-        files = {number: source.files for number, source in enumerate(saved.identity.sources)}
-        now = self._digests.verify(saved.digests_in_full, files)
-        before = {
-            source: {number: saved.digests_in_full[source][number] for number in digests}
-            for source, digests in now.items()
-        }
-        return with_full_digests(saved.identity, before), with_full_digests(identity, now)
-
-    def _fresh(self, stream: int) -> StreamState:
-        node = build_stream(self.config, self.corpus, self.encoder, stream)
-        node.reset()
-        return node.state
-
-
-def _with_streams(
-    config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
-) -> DataConfig:
-    """Return `config` with a number of streams: the state's, or a choice for a new run."""
-    if config.streams != "auto":
-        return config
-    if saved is not None:
-        return msgspec.structs.replace(config, streams=saved.identity.streams)
-    streams = choose_streams(config, corpus, sample_lengths(corpus, encoder, TO_CHOOSE), shard.count)
-    return msgspec.structs.replace(config, streams=streams)
-
-
-def _open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date`, the date is the UTC day of the start.
-
-    A resume uses the date of the state instead.
-
-    Raises ValueError if the template prints the date and several shards have no common date.
-    """
-    tokenizer = config.tokenizer
-    date = tokenizer.date or (saved.identity.date if saved else None)
-    today = datetime.now(UTC).date().isoformat()
-    with _without_collector():
-        encoder = ChatEncoder(
-            tokenizer.path,
-            tokenizer.template,
-            date=date or today,
-            variables=tokenizer.variables,
-            policy=config,
-            backend=tokenizer.backend,
-        )
-    if shard.count > 1 and date is None and encoder.template.date:
-        raise ValueError(
-            f"the template prints a date, and each of {shard.count} shards would print the day of its own start; "
-            f'set data.tokenizer.date = "{today}"'
-        )
-    return encoder
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Suspend the garbage collector, which would scan a tokenizer's many objects several times and
-    take a tenth of a second."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _check_topology(shard: Shard, workers: int) -> None:
-    if not 0 <= shard.index < shard.count:
-        raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
-    if workers < 0:
-        raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")

@@ -18,7 +18,7 @@ from sftstream.config import DataConfig
 from sftstream.identity import Identity, SourceIdentity
 from sftstream.records import Refusal, Segment
 from sftstream.sources import Corpus, FileIdentity, FileSet
-from sftstream.sources.jsonl import JsonLines
+from sftstream.sources.file_formats.jsonl import JsonLines
 from sftstream.state import DataState, Leftover, PastOrder, RowParts, StreamState
 from sftstream.streaming.sampler import row_order
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from sftstream.config import SourceConfig
 from sftstream.door import Door
-from sftstream.sources.arrow import Batches
+from sftstream.sources.file_formats.arrow import Batches
 from sftstream.sources.location import require_whole
 from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived
 from sftstream.sources.saved import choose

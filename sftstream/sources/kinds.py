@@ -8,8 +8,6 @@ from io import BufferedReader
 from pathlib import PurePath
 from typing import NamedTuple
 
-from sftstream.sources.arrow import arrow, arrow_forward
-from sftstream.sources.compressed import CODECS, unpacked, unpacking
 from sftstream.sources.content import (
     HEAD,
     codec_of,
@@ -20,11 +18,13 @@ from sftstream.sources.content import (
     require_row,
     require_rows,
 )
-from sftstream.sources.delimited import Delimited, records_forward
-from sftstream.sources.json_array import JsonArray, elements_forward
-from sftstream.sources.jsonl import JsonLines, lines_forward
+from sftstream.sources.file_formats.arrow import arrow, arrow_forward
+from sftstream.sources.file_formats.compressed import CODECS, unpacked, unpacking
+from sftstream.sources.file_formats.delimited import Delimited, records_forward
+from sftstream.sources.file_formats.json_array import JsonArray, elements_forward
+from sftstream.sources.file_formats.jsonl import JsonLines, lines_forward
+from sftstream.sources.file_formats.parquet import parquet, parquet_forward
 from sftstream.sources.location import FileLocation
-from sftstream.sources.parquet import parquet, parquet_forward
 from sftstream.sources.rows import RowFile, RowsFrom
 from sftstream.sources.stored import Stored
 

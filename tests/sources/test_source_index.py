@@ -21,9 +21,10 @@ import pytest
 from sftstream import SourceConfig, cache, read_conversations
 from sftstream.formats import decode_row
 from sftstream.records import Ref
-from sftstream.sources import Corpus, CorpusReader, jsonl, rows
+from sftstream.sources import Corpus, CorpusReader, rows
 from sftstream.sources import row_index as spans
 from sftstream.sources.corpus import FileSet
+from sftstream.sources.file_formats import jsonl
 from sftstream.streaming.example_reader import ExampleReader
 
 

@@ -21,8 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.records import Ref
-from sftstream.sources import StreamedReader, StreamedSource, compressed, remote
+from sftstream.sources import StreamedReader, StreamedSource, remote
 from sftstream.sources.corpus import FileSet
+from sftstream.sources.file_formats import compressed
 
 ROWS = [{"n": number, "text": "ä" * number} for number in range(50)]
 PLAIN = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -21,8 +21,8 @@ import tiny
 from sftstream import SourceConfig
 from sftstream.formats import parse_row
 from sftstream.records import BrokenRow, Unreadable
-from sftstream.sources import arrow as arrow_module
 from sftstream.sources.corpus import FileSet
+from sftstream.sources.file_formats import arrow as arrow_module
 
 Write = Callable[[Path, pa.Table], None]
 

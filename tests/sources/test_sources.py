@@ -75,7 +75,7 @@ def test_a_file_without_a_row_is_refused_by_name(tmp_path: Path, content: bytes)
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_rows_behind_chunk_borders_are_found(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftstream.sources.jsonl._CHUNK", 7)
+    monkeypatch.setattr("sftstream.sources.file_formats.jsonl._CHUNK", 7)
     assert read_all(written(tmp_path / name, lines(*range(1000, 1050)))) == list(range(1000, 1050))
 
 

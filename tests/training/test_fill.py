@@ -9,7 +9,7 @@ import pytest
 import runs
 import tiny
 
-from sftstream import Pack
+from sftstream import NO_SEGMENTS, Pack
 from trainer.reporting.fill import STEPS, FillWatch
 from trainer.training.step import heaviest_first
 from trainer.training.step_reader import StepTotals
@@ -19,7 +19,19 @@ DATA = tiny.data_config("", "rows.jsonl", capacity=1000)
 
 
 def totals(tokens: int, packs: int = 4, rows: int = 40, refused: int = 0) -> StepTotals:
-    return StepTotals(tokens, tokens, rows, refused, packs, 1, 0, "")
+    return StepTotals(
+        trained_tokens=tokens,
+        tokens=tokens,
+        squares=0,
+        rows=rows,
+        refused=refused,
+        filled_packs=packs,
+        unexhausted_shards=1,
+        stop=0,
+        digest="",
+        row_counts=(),
+        segments=NO_SEGMENTS,
+    )
 
 
 def said(watch: FillWatch, *steps: StepTotals) -> list[str]:

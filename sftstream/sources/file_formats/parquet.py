@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from sftstream.door import Door
-from sftstream.sources.arrow import Arrow, Source, in_columns, rows_of, seekable
+from sftstream.sources.file_formats.arrow import Arrow, Source, in_columns, rows_of, seekable
 from sftstream.sources.rows import RowsFrom
 from sftstream.sources.stored import Stored
 
