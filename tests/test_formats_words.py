@@ -171,6 +171,11 @@ def test_columns_and_keys_that_nothing_reads_are_named() -> None:
     assert unread_columns(b"{") == set()
 
 
+def test_an_empty_column_is_not_named_as_unread() -> None:
+    row = {"instruction": "Hi", "input": "", "output": "Hello", "history": [], "score": 0}
+    assert unread_columns(row) == {"score"}
+
+
 @pytest.mark.parametrize(
     ("marks", "train"),
     [
