@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -24,6 +28,8 @@ from sftstream.streaming.packer import Packer
 from sftstream.streaming.refusals import RowCounts, row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 
+SECONDS_BETWEEN_LOOKS = 1.0
+"""Time between two looks of a worker for its parent process."""
 EncodedStreams = Mapping[int, bytes]
 """Number of a logical stream -> its `StreamState` as MessagePack. The worker encodes the state; a
 checkpoint stores the bytes unchanged."""
@@ -110,7 +116,7 @@ class StreamWorker:
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_unchanged,
                 prefetch_factor=prefetch,
-                worker_init_fn=_begin_work,
+                worker_init_fn=partial(_begin_work, os.getpid()),
                 # fork: workers inherit the row index, the tokenizer and the compiled template.
                 multiprocessing_context=None if prefetch is None else "fork",
                 # Without a generator the loader draws a seed from the global generator.
@@ -133,9 +139,21 @@ def _unchanged(read: Read | Failed) -> Read | Failed:
     return read
 
 
-def _begin_work(_worker: int) -> None:
+def _begin_work(parent: int, _worker: int) -> None:
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     # The garbage collector would write to memory shared with the parent, and so copy it.
     gc.freeze()
     # Ctrl-C reaches the whole process group; the trainer needs its loader to finish a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit_with(parent: int) -> None:
+    """End this process when its parent process has ended.
+
+    StatefulDataLoader ends the loop of a worker without a parent, but the process would then wait
+    forever to send packs: its own copies of the pipes' reading ends keep the pipes open and full.
+    """
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)

@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -347,6 +349,38 @@ def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig) -> None:
         _kill_and_read_on(loader)
     assert time.monotonic() - started < 30
     assert multiprocessing.active_children() == []
+
+
+def test_the_workers_of_a_killed_process_end(wide: DataConfig, tmp_path: Path) -> None:
+    """The workers have more packs ready than a pipe holds, and a process of their own would wait forever to send them."""
+    config = tmp_path / "config.json"
+    config.write_bytes(msgspec.json.encode(msgspec.structs.replace(wide, epochs=None, prefetch=4000)))
+    program = (
+        "import sys, time, multiprocessing, msgspec\n"
+        "from sftstream import DataConfig, PackLoader\n"
+        "loader = PackLoader(msgspec.json.decode(open(sys.argv[1], 'rb').read(), type=DataConfig), workers=2)\n"
+        "next(loader)\n"
+        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(config)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        time.sleep(1)  # the pipes fill up
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(_is_running, workers)):
+        assert time.monotonic() < deadline, f"workers {workers} outlive their process"
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def _kill_and_read_on(loader: PackLoader) -> None:

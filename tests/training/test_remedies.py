@@ -117,6 +117,7 @@ ELSEWHERE = {
     "trainer/llama/": "tests/llama",
     "trainer/training/": "tests/training",
     "trainer/distributed/": "tests/training",
+    "trainer/choices.py": "tests/training/test_gpu.py",
     "sftstream/rebase.py": "tests/streaming",
 }
 """Places of messages that need a run, and the tests that follow their remedies."""

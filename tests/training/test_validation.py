@@ -120,15 +120,14 @@ def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, A
     for steps in (3, 6):
         runs.run(tmp_path, config | {"run": config["run"] | {"steps": steps}})
     found = losses(tmp_path)
-    assert sorted(found, key=lambda step: found[step])[:2] == [1, 2]
-    assert store(tmp_path).steps() == [1, 2, 6]
+    best = sorted(sorted(found, key=lambda step: found[step])[:2])
+    assert best[0] <= 3, "a checkpoint of the first start is among the best"
+    assert store(tmp_path).steps() == sorted({*best, 6})
     changed = config["validation"] | {"sources": config["data"]["sources"]}
     job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
     assert job.finish() == 1
     assert "the checkpoint's losses come from other held-out conversations; restore validation.sources" in job.output()
-    assert [store(tmp_path).manifest(step).about.validation_loss for step in (1, 2, 6)] == [
-        found[step] for step in (1, 2, 6)
-    ]
+    assert [store(tmp_path).manifest(step).about.validation_loss for step in best] == [found[step] for step in best]
 
 
 def test_held_out_conversations_print_the_date_of_the_runs_start(config: dict[str, Any], tmp_path: Path) -> None:
