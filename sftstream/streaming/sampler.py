@@ -20,9 +20,10 @@ X = TypeVar("X")
 BATCH_ROWS = 128
 """Largest number of rows in a batch: a few hundred kilobytes."""
 LOOKAHEAD = 512
-"""Number of rows of an order computed at once."""
+"""Number of draws of which a cursor computes the rows at once."""
 EPOCHS_WITHOUT_A_ROW = 20
-"""Number of epochs with empty files only, after which an endless stream raises an error."""
+"""Number of empty stripes in succession after which a stream raises an error, in multiples of the
+number of stripes of the source."""
 
 
 class RowBatch(NamedTuple, Generic[X]):
@@ -101,7 +102,7 @@ class StreamingCursor:
 
     rows = None
     rows_left = None
-    """Unknown: shards are counted when they end."""
+    """None, because the number of rows of a file is unknown before its end is read."""
 
     def __init__(self, reader: StreamedReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
@@ -128,7 +129,7 @@ class StreamingCursor:
     def skip_empty(self) -> None:
         """Move to the next stripe that has a row. The size of a file is unknown before its end.
 
-        Raises ValueError if the stream finds no row for `EPOCHS_WITHOUT_A_ROW` epochs.
+        Raises ValueError after too many empty stripes in succession (see `EPOCHS_WITHOUT_A_ROW`).
         """
         empty = 0
         while not self.exhausted and not self._reader.reaches(self._next()):
@@ -208,7 +209,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         self._only = _only_cursor(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
         self.mixes_by_content = config.mix_by != "conversations"
-        """The content of a row decides the next draw."""
+        """True if the source of the next draw depends on the tokens of the last row."""
         self._requested = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
