@@ -22,8 +22,7 @@ from sftstream.streaming.order import draws_of_source, draws_of_stream
 
 
 class Report(NamedTuple):
-    """The result of an audit. If `differences` is empty, all statements in `proved` hold, and
-    nothing contradicts the others."""
+    """The result of an audit: statements proved, contradictions, and statements not examined."""
 
     proved: list[str]
     differences: list[str]

@@ -26,7 +26,7 @@ from sftstream.ledger.segments import Segments
 from sftstream.state import DataState
 
 MOST_OPEN = 1 << 20
-"""Number of segments in the journal, 32 MB, at which steps are closed before a checkpoint is due."""
+"""Number of segments in the journal, 32 MB, at which steps are closed before any checkpoint."""
 STATES_KEPT = 3
 """Number of newest data states to keep; a run may resume from a checkpoint before the newest."""
 

@@ -126,7 +126,8 @@ def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] 
     lengths = _drawn(contents, samples, planned)
     full = Fraction(sum(lengths), capacity)
     packs = packs_of_stream(lengths, capacity, config.window)
-    # Packs made, per full pack, in the planned part. Rounded up, since the last pack is partly filled.
+    # Packs per pack of a perfect packing. Rounded up, so that the partly filled last pack of the
+    # planned part does not count as a loss.
     warm = Fraction(packs, math.ceil(full))
     if config.epochs is None:
         return Forecast(streams, batch, capacity, None, float(1 / warm))

@@ -1,4 +1,4 @@
-"""Measure the lengths of sampled rows, to choose the number of streams and to forecast the packs."""
+"""Measure the lengths of sampled rows, to choose the number of streams and to forecast packs."""
 
 from __future__ import annotations
 

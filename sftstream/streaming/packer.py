@@ -95,8 +95,8 @@ class Packer(BaseNode[Pack]):
         config: PackerConfig,
         check: SourceCheck | None = None,
     ) -> None:
-        """Make the last node of a graph, whose first node is `sampler` and whose last but one is
-        `source`."""
+        """Make the last node of a graph. The node before the packer is `source`, and the first node
+        of the graph is `sampler`."""
         super().__init__()
         self.source = source
         self._sampler = sampler

@@ -200,7 +200,7 @@ def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], 
 
 
 def copied(examples: Sequence[Example]) -> list[Example]:
-    """Return examples with the same content in a new array, which they share."""
+    """Return copies of `examples` in new arrays, so that the arrays of `examples` can be freed."""
     if not examples:
         return []
     whole = joined(examples)
@@ -301,7 +301,7 @@ def ramped(window: int, windows: int, stream: int, streams: int) -> int:
 
 
 def packs_of_stream(lengths: Sequence[int], capacity: int, window: int) -> int:
-    """Return the number of packs that a run with a single stream makes from examples of `lengths`."""
+    """Return the number of packs that a run with a single stream makes of examples of `lengths`."""
     packs = windows = at = 0
     left: list[int] = []
     while at < len(lengths):
