@@ -36,6 +36,26 @@ def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
         assert first in rows
 
 
+def test_the_benchmark_of_the_bounded_state_prints_a_row_for_each_position() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks" / "bounded" / "bounded.py",
+            "--rows=3000",
+            "--streams=2",
+            "--capacity=256",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["100", "1,500", "3,000"]
+    assert all(0 < int(row[1].replace(",", "")) <= 4096 for row in rows)
+
+
 @pytest.mark.parametrize("ranks", ["--dp=1", "--dp=2", "--tp=2"])
 def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: str) -> None:
     small = ["--device=cpu", "--layers=1", "--hidden=64", "--capacity=256", "--steps=2", "--vocabulary=4096"]

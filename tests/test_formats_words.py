@@ -161,14 +161,18 @@ def test_two_different_contents_of_a_message_are_refused() -> None:
 def test_columns_and_keys_that_nothing_reads_are_named() -> None:
     turns = [{**HI, "id": 1, "train": None}, {**HELLO, "markdown": True, "loss": True}]
     row = {"messages": turns, "topic": "x", "score": 1, "system": None, "tools": [], "prompt": "hi"}
-    assert unread_columns(row) == {"topic", "score", "prompt", "tools", "messages[].id", "messages[].markdown"}
+    assert unread_columns(row) == {"topic", "score", "prompt", "messages[].id", "messages[].markdown"}
     assert unread_columns(row, RowSettings(ignore=("topic", "id"))) == {
         "score",
         "prompt",
-        "tools",
         "messages[].markdown",
     }
     assert unread_columns(b"{") == set()
+
+
+def test_an_empty_column_is_not_named_as_unread() -> None:
+    row = {"instruction": "Hi", "input": "", "output": "Hello", "history": [], "score": 0}
+    assert unread_columns(row) == {"score"}
 
 
 @pytest.mark.parametrize(

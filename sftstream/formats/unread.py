@@ -35,6 +35,9 @@ WORDS = frozenset(
 BESIDE_MESSAGES = WORDS - {"messages", "tools"}
 """Names of columns that need a check if a row has them besides `messages` and `tools`."""
 
+EMPTY = (None, "", [], {})
+"""Values of a column without content."""
+
 
 def tools_of(row: Row) -> Any:
     """Return the row's tool definitions as stored; None if the row has no tool definitions."""
@@ -79,10 +82,11 @@ def require_readable(row: Row, settings: RowSettings) -> None:
 def unread_names(row: Row, settings: RowSettings) -> set[str]:
     """Return the names of the columns of a row, and of the keys of its turns, that are not read.
 
+    An empty value, such as `"input": ""` of an Alpaca row, counts as no column.
     Keys of turns are named like `messages[].score`. Raises Refused if the layout is unknown.
     """
     read = _read(row)
-    names = {str(column) for column, value in row.items() if column not in read and value is not None}
+    names = {str(column) for column, value in row.items() if column not in read and value not in EMPTY}
     for column in read & {"messages", "conversations", "conversation"}:
         names |= {f"{column}[].{key}" for key in unread_keys(row[column], settings)}
     return names

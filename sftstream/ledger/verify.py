@@ -223,6 +223,7 @@ class _TrainingAttempt:
             "run.name": directory.name,
             "run.steps": steps,
             "checkpoint.every": 2,
+            "checkpoint.root": str(directory.absolute() / "checkpoints"),  # never the checkpoints of the real run
             "data.workers": hop.workers,
         }
         words = [f"{key}={value}" for key, value in overrides.items()]

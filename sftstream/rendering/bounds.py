@@ -103,7 +103,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         _require_affordable(operator, (left, right))
         return self.binop_table[operator](left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self: Any, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the result of a call in a template."""
         _count(_CALL)
         name = getattr(__obj, "__name__", "")
