@@ -69,7 +69,7 @@ def _require_streams(
     """
     if missing := [stream for stream in owned if stream not in saved.streams]:
         raise ValueError(
-            f"the state lacks {len(missing)} streams of this shard, first stream {missing[0]}; merge the states "
+            f"the state lacks {len(missing)} streams of this shard, the first is stream {missing[0]}; merge the states "
             "of all shards"
         )
     shared = assignment.even and saved.packs % shard.count == 0

@@ -262,7 +262,7 @@ def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[s
         return [f"step {step.step} cannot be built again: {error}"]
     built = segments_of(packs)
     if len(built) != len(step.segments):
-        return [f"step {step.step} has segments in packs that a step does not have"]
+        return [f"step {step.step} has segments outside the {len(packs)} packs of a step"]
     if len(wrong := np.flatnonzero(built != step.segments)):
         ours, theirs = (array["trained_tokens"][wrong[0]] for array in (step.segments, built))
         row = f"row {built['row'][wrong[0]]} of source {built['source'][wrong[0]]}"

@@ -14,7 +14,7 @@ def compare(a: Ledger, b: Ledger) -> tuple[str | None, int]:
     """
     for count, (one, other) in enumerate(zip(a.steps, b.steps, strict=False)):
         if one.step != other.step:
-            return f"the ledgers have other steps: {one.step} in A, {other.step} in B", count
+            return f"the next step is {one.step} in A and {other.step} in B", count
         if difference := _segments(one.segments, other.segments):
             return f"step {one.step}, {difference}", count
         lines = [ledger.metrics.get(one.step) for ledger in (a, b)]

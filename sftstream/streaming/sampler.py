@@ -195,10 +195,10 @@ def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | No
 class RowSampler(BaseNode[RowBatch[Ref]]):
     """The first node of the graph of a logical stream: references to rows, mixed from all sources.
 
-    Before `next`, the packer calls `request` with the number of rows that it needs, so that no row
-    after the end of the window is drawn. `next` returns a batch of rows. If the mixture counts
-    tokens, a batch is a single row, because the packer must report the tokens of a row with
-    `count_tokens` before the source of the next row is known.
+    Before `next`, the packer calls `request` with the number of rows that the window lacks, so that
+    no row after the end of the window is drawn. `next` returns a batch of references. If the
+    mixture counts tokens, a batch holds a single reference, because the packer must report the
+    tokens of a row with `count_tokens` before the source of the next row is known.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
@@ -224,7 +224,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
                 cursor.position = position.stripe_positions.get(source, StripePosition())
 
     def request(self, rows: int) -> None:
-        """Limit each of the next batches to `rows` rows."""
+        """Set the largest number of rows in each of the next batches."""
         self._requested = rows
 
     def next(self) -> RowBatch[Ref]:
