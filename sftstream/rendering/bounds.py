@@ -1,12 +1,13 @@
-"""Count the work of a chat template, so that a row is refused for too much work and never for too
-much time.
+"""Limit the work of a chat template by a count of operations, not by time.
 
-A template is a program of unknown origin. Each render has a budget of work units: a pass of a loop
-costs 1 unit, a call 16 units, and copied text 1 unit per 1,024 characters. Values have a limit of
-size, which is checked before the value is made.
+A template is a program of unknown origin. Each render has a budget of 10,000,000 work units: a pass
+of a loop costs 1 unit, a call 16 units, and copied text 1 unit per 1,024 characters. The size of a
+value is also limited. An operation whose result may be far longer than its operands is checked
+before it runs; a sum or a text joined by `~` is checked afterwards.
 
-Example: `{% for i in range(99999) %}` nested three times is refused after 10,000,000 units, and
-`{{ 'x' * 10**13 }}` at once, on every machine alike.
+Example: three nested loops over `range(99999)` are refused after 10,000,000 units, and
+`{{ 'x' * 10**13 }}` is refused at once. A count, unlike a time limit, refuses the same rows on
+every machine.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sftstream.records import Refused
 
 MOST_WORK = 10_000_000
-"""Steps of a render: a few seconds. A conversation of 1,000 messages takes some 100,000."""
+"""Largest number of work units of a render, reached after a few seconds.
+
+Published templates need up to 40,000 units for a conversation of 1,000 short messages.
+"""
 MOST_CHARACTERS = 1 << 26
-"""Size of a value: characters of a text, or elements of a list."""
+"""Largest size of a value: characters of a text, or elements of a list."""
 _MOST_BITS = 1 << 16
+"""Largest number of bits of a product or power of two integers."""
 _COPIED = 1024
-"""Characters copied in one unit of work."""
+"""Number of copied characters that cost one work unit."""
 _CALL, _NODE = 16, 32
-"""Work units of a call; and the characters added for each element of a nested value, when the size
-of the printed value is estimated."""
+"""`_CALL` is the number of work units of a call. `_NODE` is the number of characters that the
+estimate of a nested value's printed size adds for each list, dictionary and element."""
 _WIDTH = re.compile(r"\d{7}|\*")
 
 _GROWING = {
@@ -43,13 +48,13 @@ _GROWING = {
 }
 """Operators, methods and filters whose result may be far longer than their arguments."""
 _NESTED = {"join", "tojson", "pprint", "string", "format", "%", "xmlattr"}
-"""The growing ones that print the elements of a list."""
+"""Members of `_GROWING` that print the elements of a list."""
 _SIZED: tuple[Any, ...] = (str, list, tuple, dict, range, set, type({}.keys()), type({}.values()), type({}.items()))
 _LAZY: tuple[Any, ...] = (GeneratorType, type(reversed([])), type(reversed({})), type(iter([])), map, filter, zip)
 
 
 class _Meter:
-    """The work units of a render."""
+    """A counter of the work units spent by a render."""
 
     def __init__(self) -> None:
         self.work = 0
@@ -59,8 +64,8 @@ class _Meter:
         if self.work > MOST_WORK:
             raise Refused(
                 "template does too much",
-                f"it took more than {MOST_WORK:,} units of work on this conversation; "
-                "simplify the loops of the template",
+                f"a render needs more than {MOST_WORK:,} units of work (1 for each pass of a loop, {_CALL} for each "
+                "call); simplify the loops of the template",
             )
 
 
@@ -69,7 +74,10 @@ _METER: ContextVar[_Meter] = ContextVar("meter")
 
 @contextmanager
 def metered() -> Iterator[None]:
-    """Limit the work of all renders in the body of this context. More work raises `Refused`."""
+    """Limit the total work of the renders inside a `with` block to `MOST_WORK` units.
+
+    More work raises `Refused`.
+    """
     token = _METER.set(_Meter())
     try:
         yield
@@ -88,23 +96,23 @@ def _require_size(size: int) -> None:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that counts work, and limits the size of each value.
+    """A sandbox that counts the work of each render, and limits the size of values.
 
-    Jinja computes constants such as `'x' * 10**9` when it compiles a template, but leaves the
-    operators in `intercepted_binops` to each render.
+    Jinja computes constants when it compiles a template. Constants with an operator in
+    `intercepted_binops`, such as `'x' * 10**9`, are an exception: each render computes them.
     """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def call_binop(self, _context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Return the result of an operator of a template."""
-        if operator == "+":  # makes at most the sum of two sizes
+        """Return the result of an operator of a template; raises `Refused` if it is too large."""
+        if operator == "+":  # the result is only as long as both operands together
             return _checked(left + right)
         _require_affordable(operator, (left, right))
         return self.binop_table[operator](left, right)
 
     def call(__self: Any, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of a call in a template."""
+        """Return the result of a call in a template; raises `Refused` if it is too large."""
         _count(_CALL)
         name = getattr(__obj, "__name__", "")
         if name in _GROWING:
@@ -120,11 +128,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 _EACH = "each"
-"""Name of the filter around each loop's values; replaces no filter of Jinja."""
+"""Name of the filter that counts the passes of a loop. Jinja has no filter of this name."""
 
 
 def bound(environment: ImmutableSandboxedEnvironment) -> None:
-    """Make a sandbox a `BoundedEnvironment`, with a limit on each filter."""
+    """Convert a sandbox in place to a `BoundedEnvironment`, and limit the filters in `_GROWING`."""
     environment.__class__ = BoundedEnvironment
     limited = {name: _limited(name, environment.filters[name]) for name in _GROWING & environment.filters.keys()}
     environment.filters = {**environment.filters, **limited, _EACH: _each}
@@ -132,12 +140,15 @@ def bound(environment: ImmutableSandboxedEnvironment) -> None:
 
 
 def compiled_names() -> Mapping[str, Callable[..., Any]]:
-    """Return the functions that a compiled template calls by global names: for `~` and `{{ }}`."""
+    """Return the limited functions that replace globals of a compiled template, by name.
+
+    The compiled code of `~` and `{{ }}` calls these globals.
+    """
     return {"str_join": _joined_values, "markup_join": _joined_values, "str": _text}
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)  # keeps the marks that tell Jinja to pass its context
+    @wraps(function)  # keeps the attributes by which Jinja passes its context
     def limited(*args: Any, **kwargs: Any) -> Any:
         _require_affordable(name, (*args, *kwargs.values()))
         return function(*args, **kwargs)
@@ -146,7 +157,10 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _each(values: Any) -> Any:
-    """Return the values of a loop, counted."""
+    """Return the values of a loop, and count one work unit for each value.
+
+    The elements of an iterator are counted when the loop reads them.
+    """
     kind = type(values)
     if kind in _SIZED:
         _count(len(values) + 1)
@@ -161,7 +175,10 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _require_affordable(name: str, values: Sequence[Any]) -> None:
-    """Raise `Refused` if an operation would take too much work, or its result be too large."""
+    """Raise `Refused` if an operation would need too much work, or if its result may be too large.
+
+    `values` are the operands, or the arguments after the value that a filter or method applies to.
+    """
     size, work = 1, 1
     for index, value in enumerate(values):
         kind = type(value)
@@ -171,7 +188,7 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
         elif kind in (list, tuple, dict):
             size *= (_printed(value) if name in _NESTED else len(value)) + 1
             work += len(value) // _COPIED
-        elif kind is int and (index or name == "*"):  # a width; the first value is what is printed
+        elif kind is int and (index or name == "*"):  # may be a width, unless it is the printed value itself
             size *= abs(value) + 1
     _count(work)
     if name == "**" or (name == "*" and type(values[0]) is type(values[1]) is int):
@@ -179,18 +196,24 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
     elif size > MOST_CHARACTERS:
         _require_size(_exact(name, values, size))
     elif name in ("%", "format", "format_map") and any(_has_width(value) for value in values):
-        raise Refused("template does too much", "it formats a text with a width of millions")
+        raise Refused(
+            "template does too much",
+            "it formats a text that contains `*` or a number of 7 digits, which may be a width of millions",
+        )
 
 
 def _require_number(name: str, left: Any, right: Any) -> None:
     if type(left) is int and type(right) is int:
         bits = left.bit_length() * right if name == "**" else left.bit_length() + right.bit_length()
         if bits > _MOST_BITS:
-            raise Refused("template does too much", f"it makes a number of {bits:,} bits")
+            raise Refused("template does too much", f"it makes a number of {bits:,} bits, above {_MOST_BITS:,}")
 
 
 def _exact(name: str, values: Sequence[Any], bound: int) -> int:
-    """Return the length of a replaced or joined text, or `bound` for other operations."""
+    """Return the length of the result of `replace` or `join`, or `bound` for other operations.
+
+    For `join`, the length of the printed elements is an estimate.
+    """
     texts = [value for value in values if type(value) is str]
     if name == "replace" and len(texts) == 3:
         text, old, new = texts
@@ -206,8 +229,10 @@ def _has_width(value: Any) -> bool:
 
 
 def _printed(value: Any) -> int:
-    """Return roughly the number of characters of a printed nested value. Counting stops above
-    `MOST_CHARACTERS`, so that a larger result is only a lower bound."""
+    """Return an estimate of the number of characters of a nested value if it is printed.
+
+    The estimate stops as soon as it exceeds `MOST_CHARACTERS`.
+    """
     size, waiting = 0, [value]
     while waiting and size <= MOST_CHARACTERS:
         inner = waiting.pop()
@@ -224,7 +249,7 @@ def _printed(value: Any) -> int:
 
 
 def _text(value: Any = "") -> str:
-    """Return a printed value."""
+    """Return a value as text; raises `Refused` if the text of a nested value would be too long."""
     if type(value) is str:
         return value
     if type(value) in (list, tuple, dict):
@@ -233,12 +258,15 @@ def _text(value: Any = "") -> str:
 
 
 def _joined_values(values: Iterable[Any]) -> str:
-    return str(_checked("".join(map(_text, values))))  # makes at most the sum of a few sizes
+    return str(_checked("".join(map(_text, values))))  # only as long as the values together
 
 
 def _checked(value: Any) -> Any:
-    """Return the value if its size is within the limit; raises `Refused` if it is larger. For
-    values that were cheap to compute, whatever their size."""
+    """Return a computed value; raises `Refused` if it is larger than the limit.
+
+    For values that are only as long as their operands together, so that they may be computed before
+    the check.
+    """
     if type(value) in (str, list, tuple) and len(value) > _COPIED:
         _require_size(len(value))
         _count(len(value) // _COPIED)
@@ -246,7 +274,7 @@ def _checked(value: Any) -> Any:
 
 
 def _joined(pieces: Iterable[str]) -> str:
-    """Return the pieces of a template's output as one text."""
+    """Return the pieces of a template's output as one text; raises `Refused` if it is too long."""
     pieces = list(pieces)
     size = sum(map(len, pieces))
     _require_size(size)

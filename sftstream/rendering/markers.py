@@ -3,7 +3,7 @@
 A payload is a text of the conversation itself: a content, a reasoning, the name of a called tool,
 or a string in the arguments of a call. The conversation is rendered twice: once as stored, once
 with every payload between two markers. After removal of the markers, the second text must equal
-the first. Each pair of markers then shows where a payload is printed. If the two texts differ, the
+the first. Each pair of markers then shows the place of a payload. If the two texts differ, the
 template's output depends on the words of the messages, and the conversation is refused.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message. The user's
@@ -43,7 +43,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Payload(NamedTuple):
-    """An occurrence of a message's text, at characters `[start, end)` of the rendered text."""
+    """A printed payload, at the characters `[start, end)` of the rendered text."""
 
     start: int
     end: int
@@ -52,8 +52,10 @@ class Payload(NamedTuple):
     kind: str
     """A member of `KINDS`."""
     number: int
-    """Number of the payload in the conversation. If a template prints a payload twice, both records
-    have the same number. A thought split off a content has a negative number.
+    """Number of the payload in the conversation.
+
+    If a template prints a text twice, the text has two `Payload` records with the same number. A
+    thought that was split off a content has a negative number.
     """
 
 
@@ -81,18 +83,21 @@ class PayloadIndex:
             self._of.setdefault(payload.message, []).append(payload)
 
     def of(self, message: int) -> Sequence[Payload]:
-        """Return the payloads of a message, in order of print."""
+        """Return the payloads of a message, in the order of the printed text."""
         return self._of.get(message, ())
 
     def last_end(self, message: int, offset: int) -> int:
-        """Return the end of the last payload before `offset` of an earlier message, or 0."""
+        """Return the largest payload end up to `offset`, of the messages before `message`; or 0."""
         found = bisect_right(self._by_end, (offset, len(self._by_end) + message)) - 1
         while found >= 0 and self._by_end[found][1] >= message:
             found -= 1
         return self._by_end[found][0] if found >= 0 else 0
 
     def next_start(self, message: int, offset: int) -> int | None:
-        """Return the start of the first payload of a later message from `offset` on, or None."""
+        """Return the smallest payload start from `offset` on, of the messages after `message`.
+
+        Return None if there is no such payload.
+        """
         for payload in islice(self._by_start, bisect_left(self._starts, offset), None):
             if payload.message > message:
                 return payload.start
@@ -111,8 +116,8 @@ Key = tuple[int, int, int]
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
     """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails, if the markers change text outside the payloads, or if a
-    payload is printed neither unchanged nor escaped as in a JSON string.
+    Raises `Refused` if a render fails, if markers change the text outside the payloads, or if the
+    template alters a payload by more than the escapes of a JSON string.
     """
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
@@ -125,7 +130,7 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     if best is None:
         raise Refused(
             "template rewrites text",
-            "with markers around the messages' text, the template prints other text; use another template",
+            "the template prints different text if markers surround the messages' texts; use another template",
         )
     return best
 
@@ -141,10 +146,11 @@ def _locate(
     """Render with markers and return the payloads.
 
     Return None if the marked render, after removal of the markers, differs from `text`. With
-    `split_thoughts`, the inside of `<think>...</think>` and the rest of a content are two payloads.
+    `split_thoughts`, the text inside `<think>...</think>` and the rest of a content are two
+    payloads. Raises `Refused` as `locate` does.
     """
-    # A marker in a blank message shows the message's offset. But a template may ask whether a
-    # content is blank, and print other text because of the marker. The second try leaves blank
+    # The first try also marks blank messages, to find their places. But a template may ask whether
+    # a content is blank, and print other text because of the marker. The second try leaves blank
     # messages unmarked.
     for fill_blanks in (True, False) if any(map(_is_blank, messages)) else (False,):
         marking = Marking(messages, text, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
@@ -166,12 +172,14 @@ def _locate(
 
 
 def _is_blank(message: TemplateMessage) -> bool:
-    """Return True if a message of a user, system or tool is empty or only white space."""
+    """Return True for a message of a user, system or tool that is empty or only white space."""
     return message["role"] != "assistant" and not message["content"].strip()
 
 
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
-    """Split an assistant's content into its thought and the rest, if both are printed unchanged.
+    """Split a payload into thought and rest if it is an assistant's content with a thought.
+
+    Any other payload is returned alone, unchanged:
 
     "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
     """
@@ -185,7 +193,10 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
 
 
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
-    """Extend the payload of a thought to its `<think>` tag, if the tag is printed unchanged."""
+    """Return the payload, extended to the left by the `<think>` tag if it is a thought.
+
+    A tag that is not printed as in the content is not included.
+    """
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
@@ -248,7 +259,7 @@ class Marking:
         return new
 
     def _mark(self, index: int, kind: int, value: Any) -> Any:
-        """Return a copy of the value with markers around every string.
+        """Return a copy of the value with markers around every string that is not blank.
 
         White space at both ends stays outside of the markers: " hi" becomes " ZqM...hiZqM...". A
         template that trims therefore removes the same white space with and without markers.
@@ -306,7 +317,7 @@ def _marker_pattern(prefix: str) -> re.Pattern[str]:
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
-    """Return a member of `PREFIXES` that occurs neither in the text nor in a payload.
+    """Return the first member of `PREFIXES` that occurs neither in the text nor in the messages.
 
     Raises `Refused` if every prefix occurs.
     """
@@ -324,8 +335,10 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
 
 
 def _unprinted(message: TemplateMessage) -> Iterator[str]:
-    """Yield the strings that may be absent from the plain render and still be printed by a render
-    with markers. A marker must not occur in them."""
+    """Yield the strings of a message that the plain render may leave out.
+
+    A render with markers may print such a string, so the prefix must not occur in it either.
+    """
     yield message["content"]
     yield message.get("reasoning_content", "")
     yield from strings(message.get("tool_calls", ()))
@@ -360,7 +373,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
-    """Raise Refused unless `printed` is `stored`, unchanged or escaped as inside a JSON string."""
+    """Raise `Refused` unless `printed` is `stored`, unchanged or escaped as in a JSON string."""
     if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
             "template alters text",

@@ -1,7 +1,7 @@
 """Choose the trained spans of a rendered conversation.
 
-The policy decides which roles and which parts of a turn are trained. A conversation is refused if a
-span would contain text of another message.
+The policy decides which messages are trained, and whether the reasoning and the tool calls of a
+turn are trained. A conversation is refused if a span would contain text of another message.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def rendered(
 ) -> Rendered:
     """Return the text with the spans that the policy trains.
 
-    `control` matches the text of any special token. A match inside a payload was typed by a person
-    and is listed in `Rendered.typed`, to be tokenized as plain words. Raises `Refused` if a span
-    contains text of another message, if two spans overlap, or if a payload lies outside its turn.
+    `control` matches the text of any special token. A match inside a payload is text of the
+    conversation, not of the template; `Rendered.typed` lists such matches, so that the tokenizer
+    treats them as ordinary text. Raises `Refused` if a span contains text of another message, if
+    two spans overlap, or if a payload lies outside its turn.
     """
     by_message = {turn.message: turn for turn in turns}
     payloads = PayloadIndex(located.payloads)
@@ -54,12 +55,12 @@ def rendered(
 def require_whole(
     messages: Sequence[Message], located: Located, policy: Policy, prints_reasoning: bool, prints_thoughts: bool
 ) -> None:
-    """Raise Refused if the template left out a payload.
+    """Raise `Refused` if the template left out a payload.
 
-    One omission is allowed: a template may print the reasoning of the last turn and leave out the
+    One omission is allowed: a template that prints the reasoning of the last turn may leave out the
     reasoning of earlier turns, as at inference. If `policy.history` is "error", this omission is
-    refused too. `prints_reasoning` and `prints_thoughts` tell whether the template prints the last
-    turn's reasoning field, and its `<think>...</think>` inside the content.
+    refused too. `prints_reasoning` tells whether the template prints the reasoning field of the
+    last turn; `prints_thoughts` tells the same for `<think>...</think>` inside the content.
     """
     for message, kind, text in located.dropped:
         can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
@@ -92,8 +93,8 @@ def _is_trained(message: Message, policy: Policy) -> bool:
 def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
     """Return the trained spans of an assistant turn.
 
-    Reasoning and calls are left out if the policy does not train reasoning or calls. Template text
-    between a left-out payload and a trained payload is left out too:
+    The policy may leave out reasoning, tool calls or both. Template text between a left-out payload
+    and a trained payload is left out too:
 
         turn                             <think>hm</think>seven<call>add</call></s>
         without reasoning                seven<call>add</call></s>
@@ -121,11 +122,10 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
 def _payload_spans(
     index: int, message: Message, text: str, payloads: PayloadIndex, turn_format: TurnFormat
 ) -> list[Span]:
-    """Return the span of a system, user or tool message: the first payload and the stop after it.
+    """Return the span of a message without a turn: the first payload and the stop after it.
 
-    A stop belongs to the span if it follows the payload directly, or after the white space that
-    ends the content. Otherwise the span is the payload alone. A message without printed text has no
-    span.
+    The stop must follow the payload directly, or after the white space that ends the content.
+    Otherwise the span is the payload alone. A message without printed text has no span.
     """
     payload = next(iter(payloads.of(index)), None)
     if payload is None or payload.start == payload.end:
@@ -139,14 +139,14 @@ def _payload_spans(
 
 
 def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: PayloadIndex) -> None:
-    """Raise Refused if a payload of another message lies inside the spans of message `index`."""
+    """Raise `Refused` if a payload of another message overlaps a span of message `index`."""
     for payload in (payload for span in spans for payload in payloads.overlapping(span)):
         if payload.message != index:
             raise Refused("foreign text in span", f"message {payload.message} is printed inside message {index}")
 
 
 def _typed(located: Located, control: re.Pattern[str]) -> Iterable[Span]:
-    """Yield the ranges of payloads that spell a special token, as typed by a person."""
+    """Yield the ranges inside payloads that spell a special token."""
     for payload in located.payloads:
         for match in control.finditer(located.text, payload.start, payload.end):
             yield Span(match.start(), match.end())

@@ -27,7 +27,7 @@ def common_prefix(left: str, right: str) -> str:
 
 
 def is_within(gap: str, tail: str) -> bool:
-    """Return True if `gap` is `tail`, or `tail` without its end, or without a middle part.
+    """Return True if `gap` is `tail`, or `tail` without its end or without a stretch inside.
 
     For the tail "<a><b><c>", the gaps "<a><b><c>", "<a>" and "<a><c>" are within the tail.
     """
@@ -49,14 +49,14 @@ def shared_end(lead: str, tail: str) -> int:
 def cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
     """Return the common beginning, cut after the last whole token, tag or line end of `right`.
 
-    "<a><bc>" and "<a><bd>" give "<a>".
+    The result for "<a><bc>" and "<a><bd>" is "<a>".
     """
     common = common_prefix(left, right)
     return common[: cut(common, right, control)]
 
 
 def opens_thought(text: str) -> bool:
-    """Return True if the text begins with `<think` or `[THINK`, white space aside."""
+    """Return True if the text begins with `<think` or `[THINK`, after optional white space."""
     return bool(_THOUGHT.match(text))
 
 

@@ -1,4 +1,4 @@
-"""Messages of the probes. Each text begins and ends with "Zq", a word of no template."""
+"""Messages of the probes. Each content begins and ends with "Zq", a word of no known template."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Conversation -> text with trained spans.
+"""Render conversations as texts with trained spans.
 
-The first conversation of a shape is rendered by the template. Later conversations of the shape are
-rendered from a stored plan with the same result (`fast/`).
+The template renders the first conversation of a shape. Most later conversations of the shape are
+printed from a stored plan, with the same result as from the template (`fast/`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from sftstream.rendering.template import ChatTemplate, TemplateMessage, template
 from sftstream.rendering.turns import Turn, find_turns, representatives
 
 CHECK_INTERVAL = 4096
-"""Number of conversations rendered from plans up to the next comparison with the template."""
+"""One in this number of renders from plans is compared with a render by the template."""
 
 
 class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
-    """A conversation and its rendered texts, each of which is tokenized to one example.
+    """A conversation and its rendered texts.
 
     There is a single text, unless `policy.history` is "per_turn" and the template prints earlier
-    turns differently once further messages follow; then each trained message has a text.
+    turns differently once further messages follow; then each trained message has a text. Each text
+    is tokenized as one example. Only a single text is split or shortened if it is too long.
     """
 
     conversation: Conversation
@@ -40,8 +41,8 @@ class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
 class Renderer:
     """Renders conversations with one chat template under one policy.
 
-    `special` are the texts of the tokenizer's special tokens, `control` a pattern that matches any
-    of the texts. Raises ValueError if no conversation can be trained on with the template.
+    `special` are the texts of the tokenizer's special tokens; `control` is a pattern that matches
+    any of these texts. Raises ValueError if the template is unfit for training (see `probe`).
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Renderer:
         self.report = probe(template, control)
         self.render_cache = RenderCache(template, self.report.turn_format, special)
         self.rendered = 0
-        """Number of conversations rendered."""
+        """Number of calls of `render`: at least one for each conversation."""
         self.planned = 0
-        """Number of conversations rendered from a plan."""
+        """Number of calls of `render` that found a plan."""
 
     def render_conversations(self, conversations: Iterable[Conversation]) -> Iterator[RenderedConversation | Refused]:
         """Yield the texts, or the refusal, of each conversation."""
@@ -72,7 +73,7 @@ class Renderer:
         drops the reasoning of earlier turns. `policy.history` decides about such a conversation:
 
             as_rendered  one text, the whole conversation
-            per_turn     one text for each trained message, which ends with that message
+            per_turn     one text for each trained message: the messages up to the trained one
             error        the conversation is refused
         """
         whole = self.render(conversation)
@@ -93,9 +94,10 @@ class Renderer:
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
 
     def _is_printed_alike(self, conversation: Conversation, index: int, whole: Rendered) -> bool:
-        """Return True if `whole` begins with all text up to the end of trained message `index`.
+        """Return True if the messages after trained message `index` do not change the text before.
 
-        The text is a render of the messages up to `index`: what inference has after the message.
+        The messages up to `index` are rendered alone, as at inference. The text of this render, up
+        to the end of the trained message, must be the beginning of `whole`.
         """
         part = self.render(_up_to(conversation, index))
         return whole.text.startswith(part.text[: max(part.bounds, default=0)])
@@ -103,8 +105,8 @@ class Renderer:
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text and the trained spans of the whole conversation; raises `Refused`.
 
-        Uses a plan if one holds for the conversation. Every `CHECK_INTERVAL`th conversation
-        rendered from a plan is also rendered by the template; a difference raises RuntimeError.
+        Uses a plan if a plan holds for the conversation. One in `CHECK_INTERVAL` conversations
+        printed from plans is also rendered by the template; a difference raises RuntimeError.
         """
         self.rendered += 1
         planned = self.render_cache.render(conversation)
@@ -133,7 +135,7 @@ class Renderer:
             if not refused.reason.startswith(("template drops", "template raises")) or not self._unset_variables:
                 raise
             names = ", ".join(self._unset_variables)
-            hint = f"the template also reads variables that are not set ({names}); set them by data.tokenizer.variables"
+            hint = f"the template also reads variables that are not set ({names}); set them in data.tokenizer.variables"
             raise Refused(refused.reason, f"{refused.detail}; {hint}") from None
 
     def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn]]:
@@ -145,8 +147,8 @@ class Renderer:
         if own and located.dropped:
             prints = prints_last_reasoning(template, turn_format, self._control)
         require_whole(conversation.messages, located, self.policy, *prints)
-        # The turn format is known for the variables of the config. A conversation with variables of
-        # its own may have another generation prompt, so each start is proved by a render.
+        # The turn format was learned with the variables of the config. A conversation with its own
+        # variables may have another generation prompt, so each start is proved by a render.
         turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
         return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
 
@@ -165,8 +167,8 @@ class Renderer:
     ) -> None:
         """Raise `Refused` if a name, id, key, tool definition or variable contains a special token.
 
-        Names, keys and variables get no markers. A special token of the template could therefore
-        not be told from a special token typed in one of these texts.
+        These texts get no markers, so a special token typed in one of them looks like a special
+        token of the template.
         """
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
@@ -181,6 +183,6 @@ class Renderer:
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:
-    """Return the conversation up to message `index`, with only that message to be trained."""
+    """Return the conversation up to and with message `index`, with `train=False` before it."""
     earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
     return msgspec.structs.replace(conversation, messages=(*earlier, conversation.messages[index]))

@@ -1,4 +1,5 @@
-"""Render messages by the model's chat template: compiled once, date fixed, work bounded."""
+"""Render messages with the model's chat template, compiled once, with a fixed date and bounded
+work."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ TemplateMessage = dict[str, Any]
 SECONDS = 60.0
 """Time limit for one render, in seconds; a long conversation takes a few milliseconds.
 
-Exceeding the limit ends the run. It does not refuse the row, because a faster machine would accept
+A render above the limit ends the run. The row is not refused, because a faster machine would accept
 the same row.
 """
 _LONGEST = 1 << 20
-"""Characters of a template; published templates have up to 40,000."""
+"""Largest number of characters of a template; published templates have up to 40,000."""
 
 MEMORY = 256 << 20
-"""Bytes that a template may allocate during the probe: 256 MiB."""
+"""Largest number of bytes that the process may allocate while a template is probed: 256 MiB."""
 
 REMEMBERED = 2048
 """Number of results in one generation of `_JsonCache`, which keeps two generations."""
@@ -44,9 +45,12 @@ SET_BY_RENDERER = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "date_string"}
     | {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 )
-"""Names that a render sets itself, beside the special tokens of the tokenizer."""
+"""Names of template variables that only the renderer may set.
 
-# A template is a program and may add None to a string, split by "", divide by 0 or never return.
+`ChatTemplate.set_by_renderer` also has the names of the tokenizer's further special tokens.
+"""
+
+# A template is a program: it may add None to a string, split a text at "", or divide by 0.
 _RUNNING = Door("", error=lambda line: Refused("template raises", line.removeprefix(": ")))
 
 
@@ -55,7 +59,7 @@ class ChatTemplate:
 
     `variables` come from the tokenizer: `{"bos_token": "<s>"}`. A template that prints today's date
     (with `strftime_now` or `date_string`) prints `date` instead; the default is the day on which
-    the object is made. Raises ValueError if `text` is not valid Jinja.
+    the object is made. Raises ValueError if `text` is not valid Jinja or is too long.
     """
 
     def __init__(self, text: str, variables: Mapping[str, str], date: Date | None = None) -> None:
@@ -64,7 +68,7 @@ class ChatTemplate:
         self.date = (date or Date.today()) if asks_for_date else None
         self._variables: dict[str, Any] = dict(variables)
         self.set_by_renderer = SET_BY_RENDERER | variables.keys()
-        """Names that `with_variables` refuses."""
+        """Names of variables that `with_variables` refuses."""
         if self.date is not None:
             self._variables |= {"strftime_now": self.date.strftime, "date_string": self.date.strftime("%d %b %Y")}
         if len(text) > _LONGEST:
@@ -74,33 +78,36 @@ class ChatTemplate:
         with Door("the chat template is not valid Jinja"):
             self._compiled = _compiled(text)
         self.variables: Mapping[str, Any] = {}
-        """Further variables of every render, from the config or a row."""
+        """Variables from the config or a row, which every render gets too."""
         self.content_as_parts = False
-        """True if the template gets a content "hi" as `[{"type": "text", "text": "hi"}]`."""
+        """True if a render passes the content "hi" as `[{"type": "text", "text": "hi"}]`."""
         self.has_generation_tags = bool(re.search(r"{%-?\s*generation\s*-?%}", text))
 
     def with_content_as_parts(self) -> ChatTemplate:
-        """Return a copy of the template that gets each content as a list of one text part."""
+        """Return a copy of the template whose renders pass each content as a list.
+
+        The content "hi" is passed as `[{"type": "text", "text": "hi"}]`.
+        """
         result = copy.copy(self)
         result.content_as_parts = True
         return result
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """Return a copy of the template that gets further variables: `{"enable_thinking": False}`.
+        """Return a copy of the template with further variables: `{"enable_thinking": False}`.
 
-        Raises ValueError if a name is set by every render, or if a value has no JSON form.
+        Raises ValueError if only the renderer may set a variable, or if a value has no JSON form.
         """
         if not variables:
             return self
         for name, value in variables.items():
             if name in self.set_by_renderer:
-                remedy = "set data.tokenizer.date" if name in ("date_string", "strftime_now") else "remove the name"
+                remedy = "set data.tokenizer.date" if name in ("date_string", "strftime_now") else "remove the variable"
                 raise ValueError(f"the variable {name!r} is set by every render of a chat template; {remedy}")
             try:
                 exact_key(value)
             except ValueError:
                 raise ValueError(
-                    f"the variable {name!r} = {value!r} is no text, number, true, false, list or table; write it as a text"
+                    f"the variable {name!r} = {value!r} is not a text, number, boolean, list or table; write it as a text"
                 ) from None
         result = copy.copy(self)
         result.variables = {**self.variables, **variables}
@@ -108,10 +115,10 @@ class ChatTemplate:
 
     @property
     def unset_variables(self) -> tuple[str, ...]:
-        """Names that the template reads, but that neither a render nor `variables` sets; sorted.
+        """Names of the variables that the template reads, and that nothing sets, in sorted order.
 
-        A name that the template assigns itself counts only if the template asks whether the name is
-        defined: `{% if enable_thinking is not defined %}{% set enable_thinking = true %}`.
+        A variable that the template itself assigns is listed only if the template also asks whether
+        it is defined: `{% if enable_thinking is not defined %}{% set enable_thinking = true %}`.
         """
         tree = self.environment.parse(self.text)
         names = list(tree.find_all(nodes.Name))
@@ -125,7 +132,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
         """Return the rendered text; with `prompt`, the text ends with the generation prompt.
 
-        Raises `Refused` if the template raises or does too much work.
+        Raises `Refused` if the template raises an error or does too much work, and RuntimeError if
+        the render exceeds the time limit.
         """
         with bounded():
             text: str = self._compiled.render(**self.context(messages, tools, prompt))
@@ -139,7 +147,7 @@ class ChatTemplate:
 
     @property
     def environment(self) -> jinja2.Environment:
-        """The sandboxed Jinja environment that transformers makes for chat templates."""
+        """The sandboxed Jinja environment of the template, as described at `_compiled`."""
         return self._compiled.environment
 
     def context(self, messages: Sequence[TemplateMessage], tools: Sequence[Any], prompt: bool) -> dict[str, Any]:
@@ -177,8 +185,9 @@ def exact_key(value: Any) -> bytes:
     """Return a key that differs for any two different JSON values.
 
     1, 1.0, True and "1" have four different keys; a list and a tuple of equal items have different
-    keys. A NumPy array has the key of its bytes. Raises ValueError if the value contains another
-    type, for example a date. (A JSON encoder would give a date and its text the same key.)
+    keys. A NumPy array has the key of its bytes. Raises ValueError if the value contains an object
+    that `marshal` does not know, for example a date; a JSON encoder would return the same key for a
+    date and its text.
     """
     return marshal.dumps(value, 2)  # versions 3 and 4 may encode equal values differently
 
@@ -213,9 +222,9 @@ class _JsonCache:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Convert errors of a template, and the limits of its work, to `Refused`.
+    """Raise `Refused` if the template raises an error or does too much work inside the body.
 
-    Raises RuntimeError, which ends a run, if the template uses up the time limit all the same.
+    Raises RuntimeError, which ends a run, if the body exceeds the time limit of `SECONDS`.
     """
     with _RUNNING, _alarm(), metered():
         yield
@@ -225,7 +234,7 @@ def bounded() -> Iterator[None]:
 def bounded_memory() -> Iterator[None]:
     """Let the process allocate at most `MEMORY` more bytes of address space inside the body.
 
-    A template that allocates without end raises MemoryError instead of exhausting the machine.
+    A template that needs more raises MemoryError before it exhausts the machine's memory.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -268,7 +277,7 @@ def template_message(message: Message) -> TemplateMessage:
     if message.reasoning:
         result |= dict.fromkeys(REASONING_KEYS, message.reasoning)
     if message.tool_calls:
-        # Mistral requires an id of nine letters and digits. A call without an id gets a new one.
+        # Mistral requires an id of nine letters and digits. A call without an id gets a new id.
         result["tool_calls"] = [
             {
                 "type": "function",

@@ -2,8 +2,8 @@
 
 The texts are learned once per run, from renders of short conversations (`probe_messages.py`).
 
-Example. Two probes are rendered with ChatML: a question and an answer, and the same with another
-question after them. After the answer the template prints
+Example. Two conversations are rendered with ChatML: a question and an answer, and the same with a
+second question. After the answer the template prints
 
     at the conversation's end      "<|im_end|>\\n"
     before another message         "<|im_end|>\\n<|im_start|>user\\n"
@@ -39,10 +39,10 @@ class TurnFormat(NamedTuple):
     prompt: str
     """The generation prompt after a user's message; empty if there is no prompt (Mistral)."""
     role_marker: str
-    """The beginning of the prompt that the template also prints before every answer.
+    """The longest beginning of the prompt that the template also prints before every answer.
 
     `<|im_start|>assistant\\n` if the prompt is `<|im_start|>assistant\\n<think>\\n` and the
-    template prints answers without a thought.
+    template prints answers without a thought. Without a prompt, the text that opens an answer.
     """
     stops: tuple[str, ...]
     """Texts that end a turn, for example `("<|im_end|>",)`."""
@@ -54,7 +54,7 @@ class TurnFormat(NamedTuple):
     open_end: bool
     """True if the last turn of a conversation has no stop (GLM).
 
-    Such a template ends a turn by the beginning of the next message, `<|user|>` for example.
+    With such a template, the beginning of the next message ends a turn: `<|user|>`, for example.
     """
 
 
@@ -110,7 +110,7 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
     if prompted.startswith(plain):
         return prompted[len(plain) :]
     # Phi prints an end-of-text token after the last message, but only without a prompt. The prompt
-    # then begins where the two texts begin to differ.
+    # then begins at the first difference of the two texts.
     asked = prompted.rfind(USER["content"]) + len(USER["content"])
     return prompted[max(asked, cut(common_prefix(plain, prompted), prompted, control)) :]
 
@@ -119,8 +119,9 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
     """Return the longest beginning of the prompt that is also printed before every answer.
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought
-    (`<think></think>`), or the first words of the answer. Some templates have no prompt, but print
-    the assistant's role at the end of every conversation; the role is then returned.
+    (`<think></think>`), or the first words of the answer. For a template without a prompt, return
+    the text that announces the assistant at the end of every conversation. If there is no such
+    text, return the header of an answer.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""
@@ -139,12 +140,12 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
 
 
 def _header_without_prompt(template: ChatTemplate, tail: str) -> str:
-    """Return the text that opens an answer under a template without any generation prompt.
+    """Return the header of an answer, for a template without a generation prompt.
 
     `tail` is the text after a user's message at the end of a conversation. The gap before an answer
-    goes on with the header: tail "</s>", gap "</s><assistant>", header "<assistant>". The header is
-    not the assistant's text, although inference does not print it either. White space and an opened
-    thought are no header.
+    is the tail and the header: tail "</s>", gap "</s><assistant>", header "<assistant>". The header
+    is not trained, although a template without a prompt does not print it at inference. White space
+    or an opened thought does not count as a header.
     """
     gap = _gap(template, [USER, ANSWER]) or ""
     header = gap[len(tail) :] if gap.startswith(tail) else ""
@@ -152,7 +153,7 @@ def _header_without_prompt(template: ChatTemplate, tail: str) -> str:
 
 
 def _gap(template: ChatTemplate, messages: Sequence[TemplateMessage], *, prompt: bool = False) -> str | None:
-    """Return the text between the first payload and the next payload or the text's end.
+    """Return the text from the first user's content to the next payload, or to the text's end.
 
     Return None if the template refuses the messages, both with and without a tool definition.
     """
@@ -172,9 +173,9 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    The result holds the token or tag that begins the role marker. It also holds, of the tokens and
-    tags before the first user's text, the first one that occurs more than once in the render. A
-    text that ends a turn is left out.
+    The result holds the token or tag that begins the role marker. It also holds the first token or
+    tag before the first user's content that occurs more than once in the render. The token or tag
+    that begins `at_end`, the text after a last answer, is left out, because it ends a turn.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
@@ -191,7 +192,7 @@ def _probe_openers(
 def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> frozenset[str]:
     """Return the special tokens and tags printed between two calls of one message.
 
-    The turn goes on after such a token or tag, which therefore is no stop.
+    They are not stops, since the turn continues after them.
     """
     (call,) = CALLED["tool_calls"]
     try:
@@ -233,7 +234,7 @@ def _stops(
     `at_end` is the text after the turn's payload at the end of a conversation, `in_middle` the text
     after the same payload before another message; None if the template refuses the conversation.
     `other` are tokens and tags that do not end a turn. The common beginning of `at_end` and
-    `in_middle` is cut after its last whole token, tag or line. Three rules are tried in order:
+    `in_middle` is cut after its last whole token, tag or line end. Three rules are tried in order:
 
     1. the last special token of the common beginning, before any text of `other`:
 
@@ -247,10 +248,9 @@ def _stops(
 
            at_end "", in_middle "<|user|>\\n"  ->  {"<|user|>"}
 
-    `turn_stops` are the known stops of turns without calls. If given, only stops that turns with
-    calls have in addition are returned: none if `at_end` or `in_middle` contains one of
-    `turn_stops`. With `turn_stops`, rule 2 is never applied. Without `by_next_role`, rule 3 does
-    not apply if both texts exist.
+    `turn_stops` are the known stops of turns without calls, if the texts are from turns with calls.
+    The result is then empty if `at_end` or `in_middle` contains a member of `turn_stops`, and rule
+    2 is not applied. Without `by_next_role`, rule 3 is not applied if both texts exist.
     """
     texts = [text for text in (at_end, in_middle) if text is not None]
     if not texts or any(contains(text, turn_stops) for text in texts):

@@ -3,7 +3,7 @@
 A turn starts where the model would begin to speak at inference: after the generation prompt. A turn
 ends after its stop, the text that ends the model's reply. The prompt and the stops of a template
 are known from the start of the run (`turn_format.py`), the payloads of the conversation from
-`markers.py`. A turn whose start or end cannot be proved is refused.
+`markers.py`. A conversation is refused if the start or end of a turn cannot be proved.
 
 Example. The template prints `<{{ m.role }}>{{ m.content }}</s>` for each message; its generation
 prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "seven":
@@ -13,7 +13,7 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
     gap     the template text between the payloads "hi" and "seven": "</s><assistant>"
     tail    the user's message alone, rendered with the generation prompt, is
             "<user>hi</s><assistant>"; the tail is the text after "hi": "</s><assistant>"
-    start   gap and tail are equal, so the model says all text after the gap: offset 23
+    start   gap and tail are equal, so the turn starts at the end of the gap: offset 23
     end     the first stop after "seven" ends at offset 32
     turn    Turn(message=1, span=Span(23, 32), ...), the characters "seven</s>"
 """
@@ -72,9 +72,9 @@ def find_turns(
     """Return the assistant turns in text order; raises `Refused` if a start or end is not proved.
 
     With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
-    further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
-    turn. Both ways return equal spans. An empty message that prints no header or no stop has no
-    turn.
+    further render. Without `shortcut`, renders of the earlier messages with the prompt are compared
+    for every turn. Both ways return equal spans. An assistant message without payloads has no turn
+    if its header or stop is not printed.
     """
     search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
@@ -92,7 +92,7 @@ def find_turns(
 
 
 class _Start(NamedTuple):
-    """The start of a turn, and the renders that proved it, as in `Turn`."""
+    """The offset at which a turn starts, with the flags of `Turn` that tell how it was found."""
 
     offset: int
     by_prompt: bool = True
@@ -102,7 +102,8 @@ class _Start(NamedTuple):
 class _TurnSearch:
     """The search for turns in the text of one conversation.
 
-    With `compare`, a start without a header may be proved by a shorter conversation.
+    With `compare`, the start of a message without a header may be proved by a render of a shorter
+    conversation.
     """
 
     def __init__(
@@ -138,11 +139,11 @@ class _TurnSearch:
     def turn(self, index: int, earliest: int) -> Turn:
         """Return the turn of assistant message `index`, which may not start before `earliest`.
 
-        `earliest` is the end of the turn before, or 0. Raises `Refused` if the start or the end is
-        not found.
+        `earliest` is the end of the previous turn, or 0. Raises `Refused` if the start or the end
+        is not found.
         """
-        # A template may print an earlier message a second time, after this message. The second
-        # occurrence does not count for `before`, the end of the earlier messages.
+        # `before` is the end of the earlier messages. A template may print an earlier message again
+        # after this message; such a second print is ignored.
         own = self._payloads.of(index)
         before = self._payloads.last_end(index, own[0].start if own else len(self._text))
         payloads = self._first_prints(index, max(before, earliest))
@@ -164,7 +165,7 @@ class _TurnSearch:
         return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
-        """Return where the first payload of a later message starts, at or after `offset`.
+        """Return the start of the first payload of a later message, at or after `offset`.
 
         Return the end of the text if there is no such payload.
         """
@@ -176,9 +177,9 @@ class _TurnSearch:
 
         The gap is the text from `before`, the end of the earlier messages' payloads, to `limit`,
         the beginning of the message's first payload. An `empty` message has no payload; its gap
-        ends at the next message. The start lies in the gap or at its end, except if the generation
-        prompt ends with a `<think>` that the message's own text begins with: the start then lies
-        after that `<think>`.
+        ends at the next message. The start lies in the gap or at its end, with one exception: if
+        the generation prompt ends with `<think>` and the message's own text begins with the same
+        `<think>`, the start lies after this `<think>`.
         """
         gap = self._text[before:limit]
         prompt, role_marker = self._format.prompt, self._format.role_marker
@@ -197,16 +198,16 @@ class _TurnSearch:
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
         """Return the start as an offset in `gap`, proved by a render of the generation prompt.
 
-        For the tail, only the earlier messages are rendered, with the generation prompt. The tail
-        is the text after their last payload; at inference the model speaks after the tail. Of three
-        cases, the first that applies decides:
+        The earlier messages are rendered alone, with the generation prompt. The tail is the text
+        after the last payload of this render; at inference the model speaks after the tail. Three
+        cases are tried in order:
 
             the gap begins with the tail          the model says the rest of the gap
                 gap   </s><assistant><tool_call>  the turn starts at <tool_call>
                 tail  </s><assistant>
 
             the gap is the tail without its end   the model says nothing of the gap
-            or without a middle part
+            or without a stretch inside
                 gap   </s><assistant>             the turn starts at the message's text
                 tail  </s><assistant><think></think>
 
@@ -214,10 +215,10 @@ class _TurnSearch:
                 gap   </s><assistant><quick>      the turn starts at <quick>
                 tail  </s><assistant><deep>
 
-        In the third case, the text after the common beginning may start with a suffix of the tail.
-        The prompt contains that suffix, so the turn starts after it: gap
-        `</s><assistant></think><call>`, tail `</s><assistant><think></think>`, start `<call>`.
-        Return None if no case applies, or if a role marker remains after the start.
+        In the third case, the rest of the gap after the common beginning may start with a suffix of
+        the tail. The suffix belongs to the prompt, so the turn starts after the suffix: for the gap
+        `</s><assistant></think><call>` and the tail `</s><assistant><think></think>`, at `<call>`.
+        Return None if no case applies, or if the gap has a role marker after the start.
         """
         tail, rendered = self._tail(index, gap, prompt=True)
         if tail is None:
@@ -237,11 +238,11 @@ class _TurnSearch:
         return _Start(start, by_prompt=rendered) if self._is_said(gap[start:], empty=empty) else None
 
     def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
-        """Return the start for a message that may begin with a `<think>` of the prompt.
+        """Return the start of a turn whose `<think>` may already belong to the prompt.
 
         Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the prompt
-        already contains `<think>`, so the turn starts at `hm`. The start is the end of the gap if
-        the rest of the tail does not open a thought.
+        already contains `<think>`, so the turn starts at `hm`. If the tail has no opened thought
+        after the gap, the turn starts at the end of the gap.
         """
         if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
             return max(len(gap), len(cut_prefix(following, tail, self._control)))
@@ -250,8 +251,8 @@ class _TurnSearch:
     def _is_said(self, lead: str, *, empty: bool) -> bool:
         """Return True if `lead`, the text from the start to the first payload, has no role marker.
 
-        A role marker in `lead` would show that the turn starts later. An `empty` message has no
-        payload, so nothing is checked.
+        A role marker in `lead` would show that the turn starts later. For an `empty` message, which
+        has no payload, the result is True without a check.
         """
         role_marker = self._format.role_marker
         return empty or not role_marker or role_marker not in lead
@@ -259,9 +260,9 @@ class _TurnSearch:
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the start after the gap's only role marker; None unless there is exactly one.
 
-        From the role marker on, the gap is compared with the prompt. The text in which both are
-        equal belongs to the prompt: for the gap `<assistant>\\n<think>\\n\\n`, the role marker
-        `<assistant>` and the prompt `<assistant>\\n`, the turn starts at `<think>`.
+        From the role marker on, the gap is compared with the prompt. The turn starts after their
+        common beginning: for the gap `<assistant>\\n<think>\\n\\n`, the role marker `<assistant>`
+        and the prompt `<assistant>\\n`, the turn starts at `<think>`.
         """
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if not role_marker or gap.count(role_marker) != 1:
@@ -273,10 +274,11 @@ class _TurnSearch:
         """Return the start of a message that the template prints without a header.
 
         Apertus and DeepSeek 3.2 print no header before an answer to a tool's result. As evidence,
-        the last user's message and this message are rendered alone, where the template prints a
-        header. The text between that header and the message is the lead, `<|inner|>` for example.
-        The start is proved if the gap consists of text of the generation prompt followed by the
-        lead; the turn starts with the lead. Return None otherwise.
+        the last message of a user and this message are rendered as a conversation of two messages,
+        for which the template prints a header. The lead is the text between the header and the
+        first payload of this message, `<|inner|>` for example. The start is proved if the gap
+        consists of text of the generation prompt followed by the lead; the turn starts with the
+        lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)
@@ -297,10 +299,10 @@ class _TurnSearch:
     def _tail(self, index: int, gap: str, *, prompt: bool) -> tuple[str | None, bool]:
         """Return the text after the last payload of a render of the messages before `index`.
 
-        The tail is None if the template refuses the messages. The second item tells whether the
-        messages were rendered for this call. A long conversation has few different tails, so a
-        render serves all turns of the same gap whose earlier messages have the same kinds, with the
-        last one of the same kind: 200 calls and answers need two renders.
+        The tail is None if the template refuses the messages. The second item tells whether this
+        call rendered the messages. Turns share a render if their gaps are equal, if the same kinds
+        of messages precede them, and if the message directly before has the same kind. A question
+        with 200 tool calls and their results needs two renders.
         """
         key = (self._kinds_before[index], self._kinds[index - 1] if index else None, gap, prompt)
         if rendered := key not in self._tails:
@@ -321,10 +323,11 @@ class _TurnSearch:
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
 
-        The stop is searched between `last`, the end of that payload, and `following`, the first
-        payload of a later message. A text that begins a message ends the search. Without a stop,
-        raise `Refused`. If the format has an open end, the last message of the conversation needs
-        no stop: its turn ends with the text.
+        The stop is searched between `last`, the end of that payload, and `following`, the start of
+        the next payload of a later message. A text that begins a message ends the search. Raises
+        `Refused` if no stop is found. If the format has an open end, the last message of the
+        conversation needs no stop: its turn ends with the text, without the white space that the
+        template adds.
         """
         rest = self._text[last:following]
         message = self._messages[index]
@@ -362,11 +365,12 @@ class _TurnSearch:
 
 
 def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
-    """Return the first and the last index of each group of messages alike.
+    """Divide `indices` into groups of similar messages; return the first and last of each group.
 
-    Messages are alike if they and their neighbours have the same kind, the same kinds occur before
-    them, and both or none precede the last message of the user. A template that prints one of the
-    group differently once further messages follow does so for the first or the last.
+    Two messages are similar if they have the same kind, their neighbours have the same kinds, the
+    same kinds occur before them, and both or neither of them precede the last message of a user. If
+    a template prints any message of a group differently once further messages follow, the first or
+    the last message of the group shows the difference.
     """
     kinds = [_kind(message) for message in messages]
     before = _distinct_before(kinds)
@@ -379,7 +383,7 @@ def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int])
 
 
 def _kind(message: TemplateMessage) -> tuple[Any, ...]:
-    """Return all of a message that may change a template's text around it, without the words."""
+    """Return the kind of a message: all except its words that may change the template's text."""
     content = message["content"]
     return (
         message["role"],
@@ -391,7 +395,7 @@ def _kind(message: TemplateMessage) -> tuple[Any, ...]:
 
 
 def _distinct_before(kinds: Sequence[Hashable]) -> list[int]:
-    """Return for each index the number of different kinds before: `"aab"` gives `[0, 1, 1]`."""
+    """Return for each index the number of different kinds before: `[0, 1, 1]` for "aab"."""
     seen: set[Hashable] = set()
     counts = []
     for kind in kinds:
@@ -403,8 +407,8 @@ def _distinct_before(kinds: Sequence[Hashable]) -> list[int]:
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
     """Narrow each turn to the `{% generation %}` block around its payloads.
 
-    `tags` are the spans printed inside such blocks. Return an empty list if the payloads of a turn
-    do not lie in a single block.
+    `tags` are the ranges of the text printed inside such blocks. Return an empty list if the
+    payloads of a turn do not lie in a single block.
     """
     result, starts = [], [tag.start for tag in tags]
     for turn in turns:

@@ -339,7 +339,9 @@ def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, templa
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer: str) -> None:
     endless = "{% for a in range(90000) %}" * 4 + "{% set b = a %}" + "{% endfor %}" * 4
-    with pytest.raises(ValueError, match="the chat template does too much: it took more than 10,000,000 units of work"):
+    with pytest.raises(
+        ValueError, match="the chat template does too much: a render needs more than 10,000,000 units of work"
+    ):
         ChatEncoder(tokenizer, endless)
     patient = tiny.TEMPLATE.replace(
         "{{- message.content", "{%- if 'loop' in message.content %}" + endless + "{% endif %}{{- message.content"

@@ -83,13 +83,13 @@ def test_plans_hold_for_equal_variables_only(tokenizer: str) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"messages": []}, "the variable 'messages' is set by every render of a chat template; remove the name"),
+        ({"messages": []}, "the variable 'messages' is set by every render of a chat template; remove the variable"),
         ({"tools": []}, "'tools' is set by every render"),
         ({"add_generation_prompt": True}, "'add_generation_prompt' is set by every render"),
         ({"continue_final_message": True}, "'continue_final_message' is set by every render"),
         ({"eos_token": "x"}, "'eos_token' is set by every render"),
         ({"date_string": "x"}, "'date_string' is set by every render of a chat template; set data.tokenizer.date"),
-        ({"day": parse_row}, "is no text, number, true, false, list or table; write it as a text"),
+        ({"day": parse_row}, "is not a text, number, boolean, list or table; write it as a text"),
     ],
 )
 def test_a_name_that_every_render_sets_is_refused(tokenizer: str, variables: dict[str, Any], message: str) -> None:
@@ -120,7 +120,7 @@ def test_a_template_that_needs_a_variable_names_it(tokenizer: str) -> None:
     )
     assert ChatEncoder(tokenizer, reads_own).template.unset_variables == ("b", "c", "enable_thinking", "xml_tools")
     with pytest.raises(
-        Refused, match=r"a tool call: .*not set \(enable_thinking, xml_tools\); set them by data\.token"
+        Refused, match=r"a tool call: .*not set \(enable_thinking, xml_tools\); set them in data\.token"
     ):
         encoder.encode([shapes.user("ab"), CALL])
     with pytest.raises(ValueError, match="'city' is undefined"):

@@ -4,9 +4,9 @@ The first conversation of a shape takes the full path: the template renders the 
 and without markers, and the turns are found and verified. `RenderCache.learn` then traces the
 template on symbolic values (`symbolic.py`), and keeps the plan (`render_plan.py`) if the plan
 prints the same text with the same trained spans. `RenderCache.render` uses the plan for a later
-conversation if three conditions hold: the conversation has the same shape (`shape.py`); the
+conversation if four conditions hold: the conversation has the same shape (`shape.py`); the
 template's questions about the values have the same answers as for the first conversation; no value
-contains markup.
+contains markup; no value is printed with white space at its ends, or stripped only in part.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
 
@@ -50,10 +50,13 @@ Above either limit, the oldest shape is removed with its plans.
 """
 
 PLANS = 8
-"""Largest number of plans of a shape. Each has other answers to the template's questions."""
+"""Largest number of plans of a shape; they differ in the answers to the template's questions."""
 
 LONGEST = 64
-"""Largest number of messages of a conversation with a plan; longer ones rarely share a shape."""
+"""Largest number of messages of a conversation with a plan.
+
+Longer conversations rarely share a shape.
+"""
 
 NOT_JSON = TypeError, ValueError, RecursionError
 """Errors raised by values that have no JSON form or no exact key, a date for example."""
@@ -67,7 +70,7 @@ class RenderCache:
 
     def __init__(self, template: ChatTemplate, turn_format: TurnFormat, special: Sequence[str]) -> None:
         self._traced = TracedTemplate(template)
-        # Without the size limit of `bounds`: a row is limited by data.sources.max_row_bytes.
+        # The filter without the size limit of `bounds`: `max_row_bytes` limits the row already.
         self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
@@ -111,9 +114,9 @@ class RenderCache:
     def _trace(self, conversation: Conversation, values: Sequence[Any], turns: Sequence[Turn]) -> Trace | None:
         """Trace the render of the conversation, and each generation prompt rendered for its turns.
 
-        The guards of the prompts belong to the trace: with other answers, a turn could start
-        elsewhere. Return None if a start was proved for this conversation only, or if the template
-        cannot be traced.
+        The guards of the generation prompts belong to the trace, because a turn could start
+        elsewhere if the answers were different. Return None if the start of a turn was proved for
+        this conversation only, or if the template cannot be traced.
         """
         if any(turn.by_comparison for turn in turns):
             return None

@@ -8,7 +8,7 @@ prints the conversation of a user's "hi" and an assistant's "seven", values ["hi
 
     <user>hi</s><assistant>seven</s>        trained: characters [23, 32), "seven</s>"
 
-The trace of the template gives the plan
+The plan made from the trace of the template is
 
     pieces   ["<user>", "", "</s><assistant>", "", "</s>"]
     slots    (Slot(0, str.strip), Slot(1, str.strip))
@@ -60,7 +60,7 @@ class Slot(NamedTuple):
     number: int
     """Index into the conversation's values."""
     convert: Convert | None
-    """Applied to the value before it is printed, for example `str.strip`; None prints as is."""
+    """Function applied to the value before it is printed: `str.strip`; None for no function."""
 
 
 class Condition(NamedTuple):
@@ -69,7 +69,7 @@ class Condition(NamedTuple):
     number: int
     """Index into the conversation's values."""
     convert: Convert | None
-    """Applied to the value before the question; None asks about the value itself."""
+    """Function applied to the value before the question; None for no function."""
     ask: Callable[[Any], Any]
     """The question, for example `methodcaller("startswith", "x")`."""
     answer: bool
@@ -77,17 +77,17 @@ class Condition(NamedTuple):
 
 
 class RenderPlan(NamedTuple):
-    """The pieces and the trained spans of all conversations of one shape with equal answers."""
+    """The pieces and the trained spans of all conversations with one shape and equal answers."""
 
     pieces: list[str]
     """The template's texts at even indices, empty strings for the printed values at odd indices."""
     slots: tuple[Slot, ...]
-    """The slots in order of print; slot `i` fills piece `2 * i + 1`."""
+    """The slots in text order; slot `i` fills piece `2 * i + 1`."""
     untrimmed: tuple[int, ...]
     """Indices of slots that print a value without stripping it: `{{ m.content }}`.
 
     If a value in such a slot begins or ends with white space, the plan does not hold: the search
-    for turns takes white space at the ends for template text, and would find other bounds.
+    for turns treats white space at the ends as template text, and would find other bounds.
     """
     must_be_verbatim: tuple[int, ...]
     """Indices of slots with a partial strip: `m.content.strip('xy')`, `m.content.lstrip()`.
@@ -139,7 +139,7 @@ class MarkupSearch:
 def build_plan(
     trace: Trace, values: Sequence[Any], rendered: Rendered, to_json: Callable[..., str], markup: MarkupSearch
 ) -> RenderPlan | None:
-    """Return the plan of the traced conversation; None unless it prints exactly `rendered`."""
+    """Return the plan of the traced conversation; None if the plan does not print `rendered`."""
     texts, refs = _split_pieces(trace.pieces)
     slots = tuple(Slot(ref.number, _converter(ref, to_json)) for ref in refs)
     plan = RenderPlan(
@@ -206,8 +206,8 @@ def assemble(plan: RenderPlan, printed: Sequence[str]) -> Rendered:
 def _split_pieces(pieces: Iterable[str | ValueRef]) -> tuple[list[str], list[ValueRef]]:
     """Return the template's texts, and the references to values between the texts.
 
-    There is one more text than references: ("a", ref 1, ref 2) gives (["a", "", ""], [ref 1,
-    ref 2]), with an empty text between the references and at the end.
+    There is one more text than references. The result for ("a", ref 1, ref 2) is (["a", "", ""],
+    [ref 1, ref 2]), with an empty text between the references and at the end.
     """
     texts, refs = [""], []
     for piece in pieces:
@@ -241,11 +241,11 @@ def _is_partial_strip(op: Op) -> bool:
 
 
 def _offsets(bounds: Iterable[int], texts: Sequence[str], printed: Sequence[str]) -> Iterator[Offset]:
-    """Yield the plan offset of each text offset.
+    """Yield the `Offset` of each bound.
 
-    For the texts ["<user>", "</s>"] and the printed value ["hi"], bound 8 (after "hi") gives
-    Offset(1, 6), and bound 12 (the end) gives Offset(1, 10). A bound inside a printed value, or
-    between two values without template text in between, is left out; `build_plan` then gives up.
+    For the texts ["<user>", "</s>"] and the printed value ["hi"], bound 8 (after "hi") is
+    Offset(1, 6), and bound 12 (the end) is Offset(1, 10). A bound inside a printed value, or
+    between two adjacent values, is left out; `build_plan` then returns None.
     """
     template_ends = [0, *accumulate(map(len, texts))]
     value_ends = [0, *accumulate(map(len, printed))]

@@ -1,8 +1,9 @@
 """Split a conversation into its shape and its values.
 
-The values are the texts of the conversation in a fixed order. The shape is everything else that can
-change how a template prints and how turns are found: roles, train flags, present fields, which
-texts are blank, and variables of the template. Conversations of the same shape share render plans.
+The values are the texts, tool definitions and call arguments of the conversation, in a fixed order.
+The shape is everything else that can change the printed text or the trained spans: roles, train
+flags, present fields, which texts are blank, and template variables. Conversations of the same
+shape share render plans.
 
     Conversation((Message("user", "hi"), Message("assistant", "seven")))
     shape   (0, "user", None, True, "assistant", None, True)
@@ -28,7 +29,7 @@ Shape = tuple[Any, ...]
 
 
 class ReadsInside(NamedTuple):
-    """Answers whether a template reads single fields of tool definitions and call arguments.
+    """Flags that tell whether a template reads single fields of tool definitions and arguments.
 
     If the template prints a definition whole, as JSON, the definition is a value. If the template
     reads single fields of the definition, the definition belongs to the shape. The same holds for
@@ -71,8 +72,8 @@ def probe_reads_inside(traced: TracedTemplate) -> ReadsInside:
 def split_conversation(conversation: Conversation, reads_inside: ReadsInside) -> tuple[Shape, list[Any]]:
     """Return the shape and the values of a conversation.
 
-    Raises ValueError if tools or arguments that belong to the shape contain a type unknown to JSON,
-    for example a date.
+    Raises ValueError if tools, arguments or variables that belong to the shape contain a type
+    unknown to JSON, for example a date.
     """
     tools = conversation.tools
     shape: list[Any] = [sha256(exact_key(tools)).digest() if tools and reads_inside.tools else len(tools)]
@@ -125,8 +126,8 @@ def symbolic_conversation(
 ) -> tuple[list[TemplateMessage], list[Any]]:
     """Return the template's messages and tools with a symbolic object in place of each value.
 
-    `values` are the values of the conversation as returned by `split_conversation`. Value 0 becomes
-    `SymbolicStr(recorder, ValueRef(0), "hi")` or, if it is printed as JSON, a `SymbolicJson`.
+    `values` are the values of the conversation as returned by `split_conversation`. A text becomes
+    `SymbolicStr(recorder, ValueRef(0), "hi")`, a definition or arguments a `SymbolicJson`.
     """
     numbers = iter(range(len(values)))
 

@@ -4,8 +4,8 @@ In a traced conversation, symbolic objects replace the values: texts, tool defin
 arguments. Each question that the template asks about a symbolic object (`in`, `==`, `startswith`,
 truth) is recorded with its answer as a `Guard`. Each printed object is recorded as a `ValueRef`. An
 operation that cannot be recorded raises `Untraceable`; the trace then ends without a result, and
-the template itself renders such conversations. A trace is therefore never a guess: for every
-conversation of the same shape with the same answers, the template prints the recorded pieces.
+the conversation gets no plan. A trace is therefore never a guess: for every conversation of the
+same shape with the same answers, the template prints the recorded pieces.
 
 Example, run on a conversation of one message with the content " ax ":
 
@@ -17,8 +17,8 @@ Example, run on a conversation of one message with the content " ax ":
     guards     (Guard(ValueRef(0), "__contains__", ("x",), answer=True),)
 
 The trace reads: if value 0 contains "x", the template prints "[!", then value 0 stripped of white
-space, then "]". The content "box " fulfils the guard and gives "[!box]" without a run of the
-template. The content "no" does not fulfil the guard; the trace says nothing about "no".
+space, then "]". The content "box " fulfils the guard, so the output is "[!box]" without a run of
+the template. The content "no" does not fulfil the guard; the trace says nothing about "no".
 
 How symbolic objects survive printing. Jinja compiles a template into a Python module. The module
 calls `str` on every printed value, `str_join` or `markup_join` for the operator `~`, and
@@ -26,7 +26,7 @@ calls `str` on every printed value, `str_join` or `markup_join` for the operator
 would lose a symbolic object. `TracedTemplate` therefore compiles a second copy of the template and
 sets globals of the copy's module: `str` to `_to_str`, `str_join` and `markup_join` to `_join`.
 Python looks names up in the module's globals before the builtins. The first copy, used for all
-real renders, stays unchanged.
+real renders, keeps its own globals.
 
 A later Jinja release may generate other code. Three checks prevent wrong text in that case:
 
@@ -83,9 +83,9 @@ class Trace(NamedTuple):
     """The pieces printed in one run of the template, with the guards that make the run valid."""
 
     pieces: tuple[str | ValueRef, ...]
-    """Texts of the template and references to printed values, in order of print."""
+    """Texts of the template and references to printed values, in text order."""
     guards: tuple[Guard, ...]
-    """The template's questions with their answers, in order of the first time asked."""
+    """The template's questions with their answers, in the order of the first asking."""
 
 
 class Untraceable(BaseException):
@@ -116,7 +116,10 @@ class _Symbolic:
 
 
 class SymbolicStr(_Symbolic):
-    """A symbolic object for a text. `value`, the traced conversation's text, answers questions."""
+    """A symbolic object for a text.
+
+    `value`, the text in the traced conversation, is only used to answer questions.
+    """
 
     def __init__(self, recorder: Recorder, ref: ValueRef, value: str) -> None:
         self._recorder, self._ref, self._value = recorder, ref, value
@@ -164,13 +167,13 @@ class SymbolicStr(_Symbolic):
         return self._apply("rstrip", characters)
 
     def split(self, separator: str, _most: int = -1) -> list[SymbolicStr]:
-        """Return a list of the whole string if the separator is absent; else raise Untraceable."""
+        """Return a list of the string if the separator is absent; raises `Untraceable` if not."""
         return [self] if isinstance(separator, str) and separator not in self else self._refuse()
 
     rsplit = split
 
     def replace(self, old: str, _new: str) -> SymbolicStr:
-        """Return the string unchanged if `old` is absent; else raise Untraceable."""
+        """Return the string unchanged if `old` is absent; raises `Untraceable` if not."""
         return self if isinstance(old, str) and old not in self else self._refuse()
 
 
@@ -221,7 +224,7 @@ class SymbolicLength(_Symbolic):
 
 
 class SymbolicJson(_Symbolic):
-    """A symbolic object for a tool definition or call arguments; can only be printed whole."""
+    """A symbolic object for a tool definition or call arguments, printed only as a whole."""
 
     def __init__(self, recorder: Recorder, ref: ValueRef, value: Any) -> None:
         self._recorder, self._ref, self._value = recorder, ref, value
@@ -231,7 +234,7 @@ class SymbolicJson(_Symbolic):
 
 
 class Recorder:
-    """The guards of one trace, in order of the questions. A repeated question is stored once."""
+    """The guards of one trace, in the order of the questions; equal guards are stored once."""
 
     def __init__(self) -> None:
         self.guards: dict[Guard, None] = {}
@@ -279,8 +282,9 @@ class TracedTemplate:
     ) -> Trace | None:
         """Run the template on messages and tools that contain symbolic objects.
 
-        `variables` are those of the conversation, beside the template's own. The guards go to
-        `recorder`. Return None if an operation cannot be recorded or the template raises an error.
+        `variables` are the conversation's variables, in addition to those of the config. The guards
+        are added to `recorder`. Return None if an operation cannot be recorded or the template
+        raises an error.
         """
         template = self._template.with_variables(variables)
         context = self._compiled.new_context(template.context(messages, tools, prompt))
@@ -322,9 +326,9 @@ def _merge(parts: Iterable[Any]) -> list[str | ValueRef]:
 
 
 def _equals_no_string(other: object) -> bool:
-    """Return False for a real object.
+    """Return False, the answer to `==`, for an object that is not symbolic.
 
-    Raises Untraceable for a symbolic object: a guard cannot record a comparison of two values.
+    Raises `Untraceable` for a symbolic object: a guard cannot record a comparison of two values.
     """
     if isinstance(other, _Symbolic):
         raise Untraceable
