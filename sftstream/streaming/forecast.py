@@ -16,10 +16,12 @@ from sftstream.streaming.packing import packs_of_stream
 MOST_STREAMS = 64
 """Largest number of streams that is chosen, unless there are more shards."""
 PACKS_OF_A_STREAM = 64
-"""Least number of packs in a stream at which the number of streams is doubled. The last pack of a
-stream is half empty on average, which costs less than 1 % of the slots of 64 packs."""
+"""Smallest number of packs in each stream of a chosen number of streams, unless the shards need
+more streams. The last pack of a stream is half empty on average, which costs less than 1 % of the
+slots of 64 packs."""
 WINDOWS_OF_A_STREAM = 4
-"""Least number of windows in a stream at which the number of streams is doubled."""
+"""Smallest number of windows in each stream of a chosen number of streams, unless the shards need
+more streams."""
 PLANNED_EXAMPLES = 4096
 """Largest number of examples that a forecast divides into packs."""
 FEW_STEPS = 10
@@ -35,7 +37,7 @@ class Content(NamedTuple):
 
 
 def estimate_content(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample]) -> list[Content]:
-    """Return an estimate for each source: of all epochs, or of one epoch if the run is endless."""
+    """Return the estimated content of each source in all epochs; in one epoch of an endless run."""
     contents = []
     for source, size, sample in zip(config.sources, corpus.sizes, samples, strict=True):
         draws = draws_of_source(size or 0, source.repeat, config.epochs or 1)
