@@ -32,7 +32,8 @@ from sftstream.streaming.worker import EncodedStreams, PackStreams, StreamWorker
 
 
 class LoaderPosition(NamedTuple):
-    """The position of a shard between two packs. Cheap to make: nothing is decoded."""
+    """The position of a shard between two packs. The states of the streams stay encoded, so a
+    position costs almost nothing."""
 
     header: DataState
     """State of the run without its streams: identity, number of packs, history."""
@@ -57,8 +58,8 @@ class Progress(NamedTuple):
     """
 
     at: int
-    """Number, in the run, of the pack that follows the last returned pack of this shard. That pack
-    may belong to another shard."""
+    """Number, in the run, of the pack after the last returned pack of this shard. The pack with
+    this number may belong to another shard."""
     streams: EncodedStreams
     """States of the shard's streams, as MessagePack."""
     exhausted: frozenset[int]
@@ -66,13 +67,14 @@ class Progress(NamedTuple):
     counts: Mapping[int, tuple[RowCounts, ...]]
     """Rows read from each source, by stream."""
     examples: Mapping[tuple[int, str], tuple[Refusal, str]]
-    """First refused row since the loader was opened, and its location, by source and limit."""
+    """First row refused since the loader was opened, and its location, for each pair of a source
+    and the config key of a limit."""
 
 
 def rows_in_all_epochs(state: DataState) -> int | None:
-    """Return the number of rows that a run draws in all its epochs, from its state.
+    """Return the number of rows that the run of `state` draws in all its epochs.
 
-    Returns None for an endless run, and if a source is streamed.
+    Returns None if the run is endless or a source is streamed.
     """
     sources, epochs = state.identity.sources, state.identity.epochs
     sizes = [(source.rows, source.repeat) for source in sources if source.rows is not None]
@@ -85,19 +87,19 @@ class PackLoader:
     """Iterator over the packs of a shard, in order, from the beginning or from a state.
 
     `workers` processes load packs ahead (default: `config.workers`; 0 loads in this process).
-    `state` is a state dict of this class, also from another topology; `merge` combines the state
-    dicts of several shards into a state dict for any number of shards.
+    `state` is a state dict of a PackLoader, which may have had another topology; `merge` combines
+    the state dicts of several shards into a state dict for any number of shards.
 
     All packs of the run are the same for any number of shards and workers. If the number of shards
     does not divide `streams` and `global_batch`, the shards have different numbers of packs in a
-    step, and a state can be taken at the end of a step only. A finite run ends at the end of a
+    step, and a state can be taken only at the end of a step. A finite run ends at the end of a
     step: exhausted streams return empty packs until then. Shards may end at different steps.
 
     If an error or an interrupt occurs in `next` or `next_step`, the workers are closed, and the
     state remains that of the last returned pack or step. The next call continues from there.
     `state_dict` may be called from any thread, and from a signal handler.
 
-    `config` is the given config with a number of streams in place of "auto".
+    The attribute `config` is the given config; if `streams` is "auto", with the chosen number.
 
     Raises ValueError if the topology does not fit the config, or if `state` has other data or
     settings than `config`.
@@ -197,7 +199,7 @@ class PackLoader:
 
     @property
     def packs(self) -> int:
-        """Number of packs consumed by all shards together, if all are at the same step as this one.
+        """Number of packs consumed by all shards together, if all are at the step of this shard.
 
         Raises ValueError inside a step that the shards do not share evenly.
         """
@@ -222,15 +224,15 @@ class PackLoader:
         return sum_row_counts(self._progress.counts.values())
 
     def forecast(self) -> Forecast:
-        """Return the packs and the fill to expect of the whole run, from a sample of rows."""
+        """Estimate the packs of the whole run and their fill from a sample of rows."""
         return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
 
     def unread_columns(self) -> list[str]:
         """Return a line for each source with columns, or keys of messages, that no layout reads.
 
         An unread column is harmless, unless it contains a part of the conversation under an unknown
-        name. The setting `columns` renames columns; `ignore` suppresses the line. A sample of 100
-        rows of each source is examined.
+        name. The setting `columns` renames columns; `ignore` suppresses the line. Up to 100 rows of
+        each source are examined.
         """
         found = unread_columns(self.corpus)
         unread = {number: tuple(sorted(names)) for number, names in enumerate(found) if names}
@@ -294,8 +296,7 @@ class PackLoader:
     def _go_back(self, before: Progress) -> None:
         """Return to the progress `before` after an error or an interrupt, and close the workers."""
         self._progress = before
-        # If not closed, StatefulDataLoader would continue without the failed worker, in another
-        # order or to a wrong end.
+        # After an error, an open StatefulDataLoader would skip packs or end too early.
         self.close()
         self._reading_thread = None
 
@@ -321,8 +322,8 @@ class PackLoader:
     def _judge(self, progress: Progress) -> None:
         """Raise ValueError at a step's border if too many rows are refused.
 
-        A loader of one of several shards knows the counts of its own streams only, and judges
-        nothing: whoever knows all shards calls `require_few_refused`.
+        A loader of one of several shards judges nothing, because it knows only the counts of its
+        own streams. The caller adds up the counts of all shards and calls `require_few_refused`.
         """
         if self.shard.count == 1 and progress.at % self.config.global_batch == 0:
             counts = sum_row_counts(progress.counts.values())
@@ -331,7 +332,8 @@ class PackLoader:
     def _with_examples(
         self, progress: Progress, refused: Sequence[Refusal]
     ) -> Mapping[tuple[int, str], tuple[Refusal, str]]:
-        """Return the examples with the first refused row of each further source and limit."""
+        """Return `progress.examples`, with an entry added for each source and limit that has its
+        first refused row in `refused`."""
         first = {(r.source, limit_of(r.reason).key): r for r in reversed(refused)}
         further = {key: (r, self.locate_row(r)) for key, r in first.items() if key not in progress.examples}
         return {**progress.examples, **further} if further else progress.examples

@@ -34,10 +34,12 @@ def first_state(
     saved: DataState | None,
     digests: FullDigests,
 ) -> DataState:
-    """Return the state in which a shard starts: a new state, or `saved` with the shard's streams.
+    """Return the state in which a shard starts: a new state, or `saved` without other shards'
+    streams.
 
-    Raises ValueError if `saved` is damaged, lacks a stream of the shard, or differs from `config`
-    or `corpus` in a way that `config.accept_changed` does not name.
+    Raises ValueError if `saved` is damaged or lacks a stream of the shard, if changed libraries
+    give the waiting rows other tokens, or if the data or settings differ from those of `saved` and
+    `config.accept_changed` does not name the difference.
     """
     identity = identify(config, corpus, encoder)
     owned = assignment.streams_of(shard.index)
@@ -67,7 +69,7 @@ def _require_streams(
     """
     if missing := [stream for stream in owned if stream not in saved.streams]:
         raise ValueError(
-            f"the state lacks {len(missing)} streams of this shard, first stream {missing[0]}; merge the states "
+            f"the state lacks {len(missing)} streams of this shard, the first is stream {missing[0]}; merge the states "
             "of all shards"
         )
     shared = assignment.even and saved.packs % shard.count == 0
@@ -79,8 +81,8 @@ def _require_streams(
 
 
 def _with_full_digests(saved: DataState, identity: Identity, digests: FullDigests) -> tuple[Identity, Identity]:
-    """Return the identities of a state and of a loader with the digests of all bytes, as far as the
-    state has them."""
+    """Return the identity of a state and the identity of a loader, both with the SHA-256 of all
+    bytes of each file for which the state has this digest."""
     files = {number: source.files for number, source in enumerate(saved.identity.sources)}
     now = digests.verify(saved.digests_in_full, files)
     before = {
@@ -98,7 +100,8 @@ def _new_stream(config: DataConfig, corpus: Corpus, encoder: ChatEncoder, stream
 def with_streams(
     config: DataConfig, saved: DataState | None, corpus: Corpus, encoder: ChatEncoder, shard: Shard
 ) -> DataConfig:
-    """Return `config` with a number of streams: the state's, or a choice for a new run."""
+    """Return `config` with a number in place of `streams = "auto"`: the number in `saved`, or for a
+    new run a number chosen from a sample of the rows."""
     if config.streams != "auto":
         return config
     if saved is not None:
@@ -108,11 +111,12 @@ def with_streams(
 
 
 def open_encoder(config: DataConfig, saved: DataState | None, shard: Shard) -> ChatEncoder:
-    """Open tokenizer and template. Without `tokenizer.date`, the date is the UTC day of the start.
+    """Open tokenizer and template.
 
-    A resume uses the date of the state instead.
+    A template may print the date. The printed date is `tokenizer.date`, or else the date in
+    `saved`, or else today in UTC.
 
-    Raises ValueError if the template prints the date and several shards have no common date.
+    Raises ValueError if several shards would each print the day of their own start.
     """
     tokenizer = config.tokenizer
     date = tokenizer.date or (saved.identity.date if saved else None)
@@ -148,7 +152,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def check_topology(shard: Shard, workers: int) -> None:
-    """Raise ValueError if a shard or a number of workers does not exist."""
+    """Raise ValueError if the shard's index is not below its count, or if `workers` is negative."""
     if not 0 <= shard.index < shard.count:
         raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
     if workers < 0:

@@ -1,1 +1,1 @@
-"""The ledger of a run: the conversations of each step's packs, and the proof of their order."""
+"""The ledger of a run: a record of the conversations in each step's packs, and its proofs."""

@@ -1,4 +1,4 @@
-"""Prove the order of a finished or running training run from its ledger, metrics and sources."""
+"""Prove from ledger, metrics and sources that a run, finished or not, trained the right rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sftstream.streaming.order import draws_of_source, draws_of_stream
 
 
 class Report(NamedTuple):
-    """The result of an audit. The run is proved in order if `differences` is empty."""
+    """The result of an audit: statements proved, contradictions, and statements not examined."""
 
     proved: list[str]
     differences: list[str]
@@ -32,10 +32,10 @@ class Report(NamedTuple):
 
 
 def audit(ledger: Ledger, rebuild: int | None = None) -> Report:
-    """Return the report on a run.
+    """Return the report on the run of `ledger`.
 
-    `rebuild` is the number of steps, evenly spread, whose packs are built again from the sources;
-    None for all. Raises ValueError or OSError if the ledger or a source cannot be read.
+    `rebuild` is the number of evenly spread steps whose packs are built again from the sources;
+    None for all steps. Raises ValueError or OSError if the ledger or a source cannot be read.
     """
     return _Audit(ledger).report(rebuild)
 
@@ -67,7 +67,7 @@ class _Audit:
         return self._rebuilder(self._ledger.sessions[-1])
 
     def _rebuilder(self, session: Session) -> Rebuilder:
-        """Return the opened data of a session; sessions with equal data share it."""
+        """Return the Rebuilder of a session. Sessions with equal data share a Rebuilder."""
         for known, rebuilder in self._opened:
             if (known.data, known.identity) == (session.data, session.identity):
                 return rebuilder
@@ -205,7 +205,7 @@ class _Audit:
 
     @cached_property
     def _longest(self) -> int:
-        """Tokens of the longest trained conversation, in all parts."""
+        """Upper bound of the tokens of a trained conversation, in all its parts together."""
         tokens = self._all.segments["tokens"]
         parts = int(self._all.segments["part"].max(initial=0)) + 1
         return int(tokens.max(initial=0)) * parts
@@ -236,7 +236,8 @@ class _Audit:
         )
 
     def _add(self, found: list[str], proved: str) -> None:
-        """Add the first difference found, or else the statement proved."""
+        """Add up to five of the differences `found`, or, if there are none, the statement
+        `proved`."""
         if found:
             self._report.differences.extend(found[:5])
         else:
@@ -261,7 +262,7 @@ def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[s
         return [f"step {step.step} cannot be built again: {error}"]
     built = segments_of(packs)
     if len(built) != len(step.segments):
-        return [f"step {step.step} has segments in packs that a step does not have"]
+        return [f"step {step.step} has segments outside the {len(packs)} packs of a step"]
     if len(wrong := np.flatnonzero(built != step.segments)):
         ours, theirs = (array["trained_tokens"][wrong[0]] for array in (step.segments, built))
         row = f"row {built['row'][wrong[0]]} of source {built['source'][wrong[0]]}"
@@ -275,7 +276,7 @@ def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[s
 
 
 def _spread(steps: list[StepSegments], count: int) -> list[StepSegments]:
-    """Return `count` evenly spread steps, the first and the last among them."""
+    """Return `count` evenly spread steps, including the first and, if `count` > 1, the last."""
     return [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int)).tolist()]
 
 
@@ -315,7 +316,7 @@ def _weights(state: DataState, corpus: Corpus) -> list[list[float]]:
 
 
 def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpus) -> bool:
-    """Return True if a source has no draw left for a stream, or might have none left."""
+    """Return True if a source is, or may be, exhausted for a stream."""
     identity = state.identity
     if stream.exhausted:
         return True

@@ -7,13 +7,14 @@ from sftstream.ledger.segments import SEGMENT, Segments
 
 
 def compare(a: Ledger, b: Ledger) -> tuple[str | None, int]:
-    """Return the first difference, None if there is none, and the number of equal steps before it.
+    """Return the first difference between two runs, or None, and the number of equal steps.
 
-    Compares the steps that both runs have made. Raises ValueError if a ledger cannot be read.
+    Compares the steps that both runs have made: segments, then digests, then refused rows. Raises
+    ValueError if a ledger cannot be read.
     """
     for count, (one, other) in enumerate(zip(a.steps, b.steps, strict=False)):
         if one.step != other.step:
-            return f"the ledgers have other steps: {one.step} in A, {other.step} in B", count
+            return f"the next step is {one.step} in A and {other.step} in B", count
         if difference := _segments(one.segments, other.segments):
             return f"step {one.step}, {difference}", count
         lines = [ledger.metrics.get(one.step) for ledger in (a, b)]

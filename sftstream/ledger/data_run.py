@@ -1,7 +1,7 @@
-"""Run the data of a training run without a model: packs, ledger, metrics and saved states.
+"""Run the data service of a training run without a model, and write ledger, metrics and states.
 
-The directory has the files that a training run writes, so the same commands read it. A run that is
-killed continues from its newest saved state when it is started again, on any topology.
+The directory has the files that a training run writes, so the ledger commands can read the
+directory. A killed run, started again on any topology, continues from its newest saved state.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from sftstream.streaming.assignment import PackAssignment, Shard
 
 
 def run_data(config: DataConfig, directory: Path, steps: int, every: int, shards: int = 1, workers: int = 0) -> int:
-    """Take up to `steps` steps and return the number of the last one.
+    """Run up to step number `steps`, or to the end of the data; return the number of the last step.
 
-    A state is saved after every `every` steps. Raises ValueError or OSError like `PackLoader`.
+    A state is saved at each multiple of `every` steps, and at the end. Raises ValueError or OSError
+    like `PackLoader`.
     """
     states = directory / "states"
     states.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,10 @@ def run_data(config: DataConfig, directory: Path, steps: int, every: int, shards
 
 
 def _in_order(packs: Sequence[Sequence[Pack]], shards: Sequence[int]) -> list[Pack]:
-    """Return the packs of a step in the order of the run."""
+    """Return the packs of a step in the order of the run.
+
+    `packs` holds the packs of each shard, `shards` the shard of each pack.
+    """
     taken = Counter[int]()
     result = []
     for shard in shards:
@@ -119,7 +123,8 @@ class _Numbered(msgspec.Struct):
 
 
 def _cut_back(directory: Path, step: int) -> int:
-    """Cut metrics and refused rows back to `step`, and return the rows so far."""
+    """Remove the metrics and refused rows after `step`; return the field `rows` of the last line
+    left in `metrics.jsonl`, or 0."""
     rows = 0
     for name in ("refused.jsonl", "metrics.jsonl"):
         path = directory / name

@@ -1,14 +1,14 @@
 """Store a ledger in files that stay readable after a kill at any instruction.
 
     ledger/
-      steps-00000001-00000100.parquet   closed: the segments of the steps 1 to 100
-      journal                           open: the steps after the last closed step, a frame each
+      steps-00000001-00000100.parquet   closed file: the segments of the steps 1 to 100
+      journal                           the steps after the last closed file, a frame for each step
       state-00000100.msgpack            data state after step 100
-      sessions.jsonl                    starts of the run
+      sessions.jsonl                    the sessions: a line for each start of the run
 
-A closed file is never modified. A kill while a file is closed leaves its steps in the journal too;
-readers use the closed file. A frame of the journal is a header (step, number of segments, CRC-32 of
-the segments) and the segments as bytes.
+To *close* steps is to move them from the journal into a closed file, which is never modified. After
+a kill during the move, steps may be in both files; readers then use the closed file. A frame is a
+header (step, number of segments, CRC-32 of the segments) followed by the segments as bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SCHEMA = pyarrow.schema(
     + [(name, pyarrow.from_numpy_dtype(SEGMENT[name])) for name in _NAMES]
 )
 _ENCODED = {"row": "DELTA_BINARY_PACKED", "tokens": "DELTA_BINARY_PACKED", "trained_tokens": "DELTA_BINARY_PACKED"}
-"""Encoding of columns with many different values; the other columns use a dictionary."""
+"""Parquet encoding of columns with many different values; all other columns use a dictionary."""
 
 
 class ClosedFile(NamedTuple):
@@ -59,7 +59,7 @@ def closed_files(directory: Path) -> list[ClosedFile]:
 
 
 def state_files(directory: Path) -> dict[int, Path]:
-    """Return the files of data states by step, in rising order."""
+    """Return the path of each stored data state, by step, in the order of steps."""
     found = ((path, _STATE.fullmatch(path.name)) for path in directory.glob("state-*.msgpack"))
     return dict(sorted((int(match[1]), path) for path, match in found if match))
 
@@ -70,9 +70,9 @@ def state_file(directory: Path, step: int) -> Path:
 
 
 def write_closed(directory: Path, first: int, steps: Sequence[StepSegments]) -> ClosedFile:
-    """Write the steps from `first` to the last of `steps` as a closed file, safe on disk.
+    """Write a closed file of the steps from `first` to the last of `steps`, and sync it to disk.
 
-    Equal steps make equal bytes. Raises OSError if the disk does not accept the file.
+    Equal steps result in equal bytes. Raises OSError if the disk does not accept the file.
     """
     last = steps[-1].step
     path = directory / f"steps-{first:08d}-{last:08d}.parquet"
@@ -95,7 +95,7 @@ def write_closed(directory: Path, first: int, steps: Sequence[StepSegments]) -> 
 
 
 def read_closed(file: ClosedFile) -> list[StepSegments]:
-    """Return all steps of a closed file, also steps without segments.
+    """Return all steps of a closed file, including steps without segments.
 
     Raises ValueError if the file is damaged.
     """
@@ -131,7 +131,7 @@ def frame(step: StepSegments) -> bytes:
 
 
 def read_journal(directory: Path) -> Iterator[StepSegments]:
-    """Yield the whole frames of the journal; a frame torn by a kill ends the journal."""
+    """Yield the steps of the journal up to the first incomplete frame, which a kill may leave."""
     path = directory / JOURNAL
     content = path.read_bytes() if path.exists() else b""
     at = 0
@@ -146,7 +146,8 @@ def read_journal(directory: Path) -> Iterator[StepSegments]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, so that a power cut leaves the whole file or none."""
+    """Sync the file `partial` to disk and rename it to `path`: after a power cut, `path` is a whole
+    file or absent, never a part of a file."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,7 +158,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Force the names in a directory to the disk."""
+    """Sync the file names of a directory to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -166,5 +167,5 @@ def sync_directory(directory: Path) -> None:
 
 
 def in_order(segments: Segments) -> Segments:
-    """Return segments ordered by pack; segments of a pack keep their order."""
+    """Return segments ordered by pack; the segments of each pack keep their order."""
     return segments[np.argsort(segments["pack"], kind="stable")]

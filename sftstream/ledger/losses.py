@@ -20,7 +20,7 @@ from sftstream.records import IGNORE_INDEX, Pack
 
 
 class Model:
-    """A causal language model of a directory with `config.json` and weights, in float32.
+    """A causal language model, loaded in float32 from a directory with `config.json` and weights.
 
     Raises ValueError if the directory holds no model that transformers can load.
     """
@@ -33,7 +33,7 @@ class Model:
     def losses(self, pack: Pack) -> NDArray[np.float32]:
         """Return the cross-entropy of each position in nats, float32 `(T,)`; 0 without a label.
 
-        Each segment runs through the model alone, as attention inside a pack does.
+        The model runs on each segment separately, because attention never crosses segments.
         """
         result = np.zeros(pack.capacity, np.float32)
         borders = pack.borders.tolist()
@@ -49,7 +49,7 @@ class Model:
 
 @contextmanager
 def model_of(path: Path) -> Iterator[Model]:
-    """Open a model directory, or export a checkpoint into a temporary directory and open that.
+    """Open a model directory, or a checkpoint after an export into a temporary directory.
 
     Raises ValueError if the checkpoint cannot be exported.
     """
@@ -58,7 +58,7 @@ def model_of(path: Path) -> Iterator[Model]:
         return
     with TemporaryDirectory() as directory:
         target = Path(directory) / "model"
-        # A process of its own: this package does not know the format of checkpoints.
+        # In another process, because sftstream does not import the package of checkpoints.
         command = [sys.executable, "-m", "checkpoints", "export", str(path), str(target)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:

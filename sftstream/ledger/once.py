@@ -19,14 +19,15 @@ Integers = NDArray[np.int64]
 
 
 class Draws(NamedTuple):
-    """The draws of a source that a data state counts: key of the row, and stream, of each."""
+    """The draws from a source that a data state counts: for each draw, the key of the row (see
+    `row_keys`) and the stream that drew the row."""
 
     keys: Integers
     streams: Integers
 
 
 class Trained(NamedTuple):
-    """All segments up to a step, and the step of each."""
+    """All segments up to some step, and the step of each segment."""
 
     steps: Integers
     segments: Segments
@@ -37,12 +38,12 @@ class Trained(NamedTuple):
         return Trained(self.steps[chosen], self.segments[chosen])
 
     def at(self, index: int) -> str:
-        """Return the place of a segment in words."""
+        """Return the step and the pack of a segment in words."""
         return f"step {self.steps[index]}, pack {self.segments['pack'][index]}"
 
 
 def repeated(trained: Trained) -> str | None:
-    """Return the first conversation, or part, trained twice in an epoch; None without one."""
+    """Return a line on the first example trained twice in an epoch; None if there is none."""
     segments = trained.segments
     names = ("part", "row", "epoch", "source")
     order = np.lexsort([trained.steps, *(segments[name] for name in names)])
@@ -53,7 +54,7 @@ def repeated(trained: Trained) -> str | None:
     found = np.flatnonzero(same)
     if not len(found):
         return None
-    # The difference in the earliest step, named by both of its places.
+    # Of all repetitions, the repetition in the earliest step.
     first = found[np.argmin(trained.steps[order[found + 1]])]
     one, other = order[first], order[first + 1]
     segment = segments[one]
@@ -67,9 +68,11 @@ def repeated(trained: Trained) -> str | None:
 def unbalanced(
     source: int, trained: Trained, refused: Sequence[Ref], state: DataState, draws: Draws | None
 ) -> Iterator[str]:
-    """Yield each kind of difference between drawn rows, and trained, refused and waiting rows.
+    """Yield a line for each kind of contradiction between the drawn rows of a source and its
+    trained, refused and waiting rows.
 
-    `draws` is None for a streamed source, of which only the number of rows is compared.
+    Each drawn row must be exactly one of the three. `draws` is None for a streamed source; then
+    only the numbers of rows are compared.
     """
     own = trained.of_source(source)
     waiting = [s for stream in state.streams.values() for s in stream.waiting if s.source == source]
@@ -103,7 +106,7 @@ def unbalanced(
 
 
 def astray(source: int, trained: Trained, draws: Draws, streams: int, global_batch: int) -> str | None:
-    """Return the first row in a pack of another stream than the stream that drew the row."""
+    """Return a line on the first row in a pack of a stream that did not draw the row, or None."""
     own = trained.of_source(source)
     order = np.argsort(draws.keys)
     at = np.searchsorted(draws.keys[order], row_keys(own.segments["row"], own.segments["epoch"]))
@@ -119,7 +122,7 @@ def astray(source: int, trained: Trained, draws: Draws, streams: int, global_bat
 
 
 def draws_of(source: int, config: DataConfig, corpus: Corpus, state: DataState) -> Draws | None:
-    """Return the draws of a source that `state` counts; None if the source is streamed."""
+    """Return the draws from a source that `state` counts; None if the source is streamed."""
     opened = corpus.sources[source]
     if not isinstance(opened, FileSet):
         return None
@@ -137,7 +140,8 @@ def draws_of(source: int, config: DataConfig, corpus: Corpus, state: DataState) 
 
 
 def moved(past: Sequence[PastOrder]) -> bool:
-    """Return True if an accepted change of files gave old rows other numbers."""
+    """Return True if an accepted change of files gave rows other numbers. `past` holds the orders
+    of the source's rows before accepted changes."""
     for order in past:
         sizes = np.array([rows for rows, _ in order.files])
         if ([first for _, first in order.files] != np.cumsum(sizes) - sizes).any():
@@ -166,7 +170,7 @@ def keys(pairs: Sequence[tuple[int, int]]) -> Integers:
 
 
 def _incomplete_parts(source: int, seen: Integers, parts: NDArray[np.int32]) -> Iterator[str]:
-    """Yield the first row of which a part is missing: the parts of a row are 0, 1, 2, ..."""
+    """Yield a line on the first row without all parts from 0 to its last part."""
     if not parts.any():
         return
     values, inverse, counts = np.unique(seen, return_inverse=True, return_counts=True)

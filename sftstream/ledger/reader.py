@@ -23,7 +23,7 @@ Line = TypeVar("Line", bound=msgspec.Struct)
 
 
 class Use(NamedTuple):
-    """A use of a row: a segment, and the step of the segment."""
+    """A use of a row in training: the fields of a segment, and the step of the segment."""
 
     step: int
     pack: int
@@ -50,7 +50,7 @@ class Ledger:
     @cached_property
     def steps(self) -> list[StepSegments]:
         """All steps in rising order. Raises ValueError if a file is damaged."""
-        # The journal first: a step that is closed meanwhile is then in both, and never in neither.
+        # The journal first: a step that the run closes meanwhile is then read twice, never missed.
         journal = list(read_journal(self.directory))
         closed = [step for file in closed_files(self.directory) for step in read_closed(file)]
         last = closed[-1].step if closed else 0
@@ -58,7 +58,7 @@ class Ledger:
 
     @cached_property
     def sessions(self) -> tuple[Session, ...]:
-        """Starts of the run, oldest first."""
+        """Sessions of the run, oldest first."""
         return tuple(_lines(self.directory / SESSIONS, Session))
 
     @cached_property
@@ -95,7 +95,7 @@ class Ledger:
         return found
 
     def uses(self, source: int, row: int) -> list[Use]:
-        """Return the segments of a row, in the order of steps."""
+        """Return each use of a row, in the order of steps."""
         uses = []
         for step, segments in self.steps:
             for found in segments[(segments["source"] == source) & (segments["row"] == row)]:
@@ -108,7 +108,10 @@ class Ledger:
         return [line for line in self.refused if (line.source, line.row) == (source, row)]
 
     def up_to(self, step: int | None = None) -> tuple[NDArray[np.int64], Segments]:
-        """Return the step of each segment, and all segments, of the steps up to `step`."""
+        """Return all segments up to `step` (None: up to the last step), and the step of each.
+
+        The steps are the first array of the result, the segments the second.
+        """
         steps = [found for found in self.steps if step is None or found.step <= step]
         numbers = np.repeat([s.step for s in steps], [len(s.segments) for s in steps]).astype(np.int64)
         return numbers, np.concatenate([s.segments for s in steps]) if steps else NO_SEGMENTS
@@ -120,12 +123,13 @@ class _StoredState(msgspec.Struct):
 
 
 def refs_of(lines: Sequence[RefusedLine], step: int) -> list[Ref]:
-    """Return the rows that were refused up to `step`."""
+    """Return references to the rows that were refused up to `step`."""
     return [line.ref for line in lines if line.step <= step]
 
 
 def _lines(path: Path, kind: type[Line]) -> list[Line]:
-    """Return the lines of a file of JSON lines; a last line torn by a kill is left out."""
+    """Return the lines of a file of JSON lines. A last line without a newline is left out, because
+    a kill may have interrupted its writing."""
     with Door(f"{path} cannot be read"):
         content = path.read_bytes() if path.exists() else b""
     lines = re.findall(rb"[^\n]*\n", content)

@@ -1,4 +1,4 @@
-"""Rebuild the packs of a step from the ledger: read the step's rows again, replay no other step."""
+"""Rebuild the packs of a step from the ledger. Only the rows of the step are read again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 
 class Rebuilder:
-    """The data of a session, opened again.
+    """Builder of packs from the data of a session, opened again: sources, tokenizer and template.
 
     Raises ValueError or OSError if the sources or the tokenizer cannot be read.
     """
@@ -42,7 +42,8 @@ class Rebuilder:
             backend=tokenizer.backend,
         )
         now = identify(self.config, self.corpus, self.encoder)
-        # Other libraries or versions matter only if they make other tokens, which the digests show.
+        # Another library or version matters only if it makes other tokens, and digests of packs
+        # show other tokens.
         now = msgspec.structs.replace(
             now, fast_tokenizer=session.identity.fast_tokenizer, versions=session.identity.versions
         )
@@ -52,9 +53,10 @@ class Rebuilder:
         """A pack of an exhausted stream."""
 
     def packs(self, segments: Segments) -> dict[int, Pack]:
-        """Return the packs of a step by their place; `segments` are those of the step.
+        """Return the packs that `segments` describe, by place in the step.
 
-        Raises ValueError if a row is refused or has another length now.
+        `segments` are the segments of a step, or of some packs of a step. Raises ValueError if a
+        row is refused or has another length now.
         """
         examples = self._examples(segments)
         result = {}
@@ -66,7 +68,7 @@ class Rebuilder:
         return result
 
     def step(self, segments: Segments) -> list[Pack]:
-        """Return all packs of a step in order, those of exhausted streams too."""
+        """Return all packs of a step in order, including the empty packs of exhausted streams."""
         packs = self.packs(segments)
         return [packs.get(place, self.empty) for place in range(self.config.global_batch)]
 
@@ -105,7 +107,7 @@ class Rebuilder:
 
 
 def segments_as_records(segments: Segments) -> tuple[Segment, ...]:
-    """Return rows of the ledger as records."""
+    """Return entries of a ledger as `Segment` records."""
     columns = (segments[name].tolist() for name in ("source", "row", "tokens", "epoch", "part"))
     return tuple(Segment(*values) for values in zip(*columns, strict=True))
 
@@ -123,7 +125,9 @@ def _example(examples: Mapping[Ref, list[Example]], segment: Segment) -> Example
 
 
 def _present(session: Session) -> DataConfig:
-    """Return the config of a session with the date of its template and with absolute paths."""
+    """Return the config of a session with the values that the session used: the number of streams,
+    the date printed by the template, and paths that start in the working directory of the session.
+    """
     tokenizer = session.data.tokenizer
     template = tokenizer.template and _located(session.directory, tokenizer.template)
     date = session.identity.date or tokenizer.date
@@ -141,7 +145,7 @@ def _present(session: Session) -> DataConfig:
 
 
 def _located(directory: str, path: str) -> str:
-    """Return a local relative path from the session's directory; another path unchanged."""
+    """Return a relative local path joined to `directory`; return any other path unchanged."""
     if "\n" in path or "{" in path or "://" in path:
         return path  # the text of a template, or a remote path
     local = Path(os.path.join(directory, path))

@@ -1,4 +1,4 @@
-"""Define the records of a ledger beside its segments: sessions, states, lines of other files."""
+"""Define the records that ledger commands read: sessions, steps, and lines of the run's files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sftstream.records import Ref
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """A start of the run's command, first or resumed, as a line of `sessions.jsonl`.
+    """A start of the run's command, new or resumed, as a line of `sessions.jsonl`.
 
-    The session made the steps after `after`, up to the step at which the next session began.
+    The session made the steps `after + 1`, `after + 2`, ... up to the `after` of the next session.
     """
 
     after: int
-    """Steps done before the session."""
+    """Number of the last step before the session; 0 for a new run."""
     mesh: dict[str, int]
     """Sizes of the topology by name, for example `{"dp": 2, "tp": 1}`."""
     workers: int
     """Loader processes of each data-parallel shard."""
     version: str
-    """Version of this package."""
+    """Version of sftstream."""
     directory: str
-    """Working directory, from which relative paths of `data` start."""
+    """Working directory of the session, the start of relative paths in `data`."""
     data: DataConfig
     identity: Identity
     accepted: tuple[str, ...] = ()
@@ -35,14 +35,14 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepSegments(NamedTuple):
-    """The conversations of a step, ordered by pack."""
+    """The segments of a step, ordered by pack."""
 
     step: int
     segments: Segments
 
 
 class StepLine(msgspec.Struct, frozen=True):
-    """The part of a line of `metrics.jsonl` that an audit compares."""
+    """The values in a line of `metrics.jsonl` that an audit compares with the ledger."""
 
     step: int
     tokens: int

@@ -1,4 +1,4 @@
-"""Describe the conversations of a step as rows of a table, a row for each segment of a pack."""
+"""Describe the segments of a step's packs as a NumPy array with an entry for each segment."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SEGMENT = np.dtype(
         ("trained_tokens", "<i4"),
     ]
 )
-"""A segment in 32 bytes: the fields of a `Segment`, the pack's place in its step, counted from 0,
-and the number of the segment's labels that count in the loss."""
+"""An entry of 32 bytes for a segment: the fields of a `Segment`, the place of the pack in the step,
+counted from 0, and the number of labels of the segment that count in the loss."""
 
 Segments = NDArray[Any]
-"""Array of `SEGMENT`."""
+"""One-dimensional array of the type `SEGMENT`."""
 NO_SEGMENTS: Segments = np.empty(0, SEGMENT)
 
 
 def segments_of(packs: Sequence[Pack]) -> Segments:
-    """Return the segments of `packs`; the field `pack` is the index in `packs`."""
+    """Return the segments of `packs` in order; their field `pack` is the index in `packs`."""
     parts = [_segments(index, pack) for index, pack in enumerate(packs) if pack.segments]
     return np.concatenate(parts) if parts else NO_SEGMENTS
 

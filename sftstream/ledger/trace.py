@@ -1,4 +1,4 @@
-"""Show the conversations of a step, rebuilt from the ledger, with roles, tokens and losses."""
+"""Show the conversations of a step, rebuilt from the ledger: messages, trained texts, losses."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ LossOf = Callable[[Pack], np.ndarray]
 
 
 class Traced(NamedTuple):
-    """A conversation of a step."""
+    """A segment of a step, with its conversation."""
 
     pack: int
+    """Place of the pack in the step, counted from 0."""
     segment: Segment
     start: int
     """Position of the first token in the pack."""
     trained_tokens: int
     location: str
-    """File and line for an editor."""
+    """File and line, in a form that editors open."""
     conversation: Conversation | None
     """None for a row of plain text or token ids."""
     trained: list[str]
-    """Texts of the trained stretches of tokens, in order."""
+    """Text of each unbroken sequence of trained tokens, in order."""
     loss: float | None
     """Mean loss over the trained tokens, in nats; None without a model or a trained token."""
 
@@ -37,8 +38,9 @@ class Traced(NamedTuple):
 def trace(ledger: Ledger, step: int, pack: int | None = None, loss_of: LossOf | None = None) -> list[Traced]:
     """Return the conversations of a step, or of one of its packs.
 
-    With `loss_of` they are sorted by loss, the largest first; else they are in the order of the
-    packs. Raises ValueError if the step, the pack or a row cannot be found, or has changed.
+    With `loss_of`, the conversations are sorted by loss, the largest first; otherwise they are in
+    the order of the packs. Raises ValueError if the ledger lacks the step, if the step has no such
+    pack, or if a source changed.
     """
     segments = ledger.segments(step)
     session = ledger.session(step)
@@ -94,7 +96,7 @@ def _traced(
 
 
 def _trained_texts(rebuilder: Rebuilder, pack: Pack, start: int, end: int) -> list[str]:
-    """Return the text of each unbroken stretch of trained tokens in `[start, end)`."""
+    """Return the text of each unbroken sequence of trained tokens at positions `start` to `end`."""
     trained = np.concatenate([[False], pack.trained[start:end], [False]])
     edges = np.flatnonzero(trained[1:] != trained[:-1]) + start
     return [
@@ -110,7 +112,7 @@ def _text(message: Message) -> str:
 
 
 def _short(text: str, width: int) -> str:
-    """Return a text in one printable line."""
+    """Return a text as a printable line of at most `width` characters."""
     # Escaped before it is cut, so that the shown line has at most `width` characters.
     line = printable(text).replace("\n", "\\n").replace("\t", "\\t")
     return line if len(line) <= width else f"{line[: width - 3]}..."

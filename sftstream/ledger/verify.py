@@ -1,4 +1,4 @@
-"""Kill and resume a user's own run at random moments, and compare it with a run never killed."""
+"""Kill and resume a run of the user's config at random moments; compare with an unkilled run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sftstream.ledger.reader import Ledger
 from sftstream.loader import PackLoader
 
 NEVER = 600.0
-"""Seconds without a new step after which an attempt counts as stuck."""
+"""Seconds after which an attempt is killed even if the drawn step is not reached."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The result of a verification; the resumes are exact if `differences` is empty."""
+    """The result of a verification. The resumes are exact if `differences` is empty."""
 
     shown: tuple[str, ...]
     differences: tuple[str, ...]
@@ -37,25 +37,25 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Attempt(Protocol):
-    """A started run that can be killed."""
+    """A start of a run, which continues the run from its newest state, and can be killed."""
 
     def alive(self) -> bool:
         """Return True until the run has ended."""
 
     def kill(self) -> None:
-        """Send SIGKILL to all processes of the run and wait for their end."""
+        """Send SIGKILL to the run, and wait for its end."""
 
     def code(self) -> int:
-        """Wait for the end, and return the exit code."""
+        """Wait for the end of the run, and return its exit code."""
 
 
 Start = Callable[[Path, "Hop"], Attempt]
-"""Function that starts the run in a directory, or continues it, on a topology."""
+"""Function that starts, or continues, the run in a directory on a topology."""
 
 
 @dataclass(frozen=True)
 class Hop:
-    """A topology of an attempt."""
+    """The topology of an attempt."""
 
     shards: int
     workers: int
@@ -67,7 +67,8 @@ class Hop:
 def verify_data(
     config: DataConfig, directory: Path, steps: int, kills: int, seed: int, say: Callable[[str], None]
 ) -> Verdict:
-    """Run `steps` steps of the data without a model, once unkilled and once with `kills` kills.
+    """Run `steps` steps of the data service without a model: once without a kill, and once with up
+    to `kills` kills, each followed by a resume on a topology drawn from `seed`.
 
     Raises ValueError if the config cannot be run at all.
     """
@@ -85,9 +86,11 @@ def verify_data(
 def verify_training(
     path: Path, directory: Path, steps: int, kills: int, seed: int, say: Callable[[str], None]
 ) -> Verdict:
-    """Train `steps` steps of the run in the TOML file `path`, unkilled and with `kills` kills.
+    """Train `steps` steps of the run in the TOML file `path`: once without a kill, and once with up
+    to `kills` kills, each followed by a resume.
 
-    The topology stays that of one process; workers change. Raises ValueError if the run fails.
+    Every attempt trains in a single process, with 0 to 2 loader workers drawn from `seed`. Raises
+    ValueError if the run fails.
     """
 
     def start(place: Path, hop: Hop) -> Attempt:
@@ -151,7 +154,10 @@ def _judge(
 
 
 def _killed(attempt: Attempt, directory: Path, draw: random.Random) -> bool:
-    """Kill an attempt at a random moment after 1 to 3 more steps; False if it ended before."""
+    """Kill an attempt at a random moment after 1 to 3 more steps.
+
+    Returns False if the attempt ended before the kill.
+    """
     wanted, deadline = _steps(directory) + draw.randint(1, 3), time.monotonic() + NEVER
     while attempt.alive() and _steps(directory) < wanted and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -169,7 +175,7 @@ def _finish(attempt: Attempt, directory: Path) -> None:
 
 
 def _steps(directory: Path) -> int:
-    """Return the last step in `metrics.jsonl`, or 0."""
+    """Return the number of the last step in `metrics.jsonl`; 0 if there is none."""
     path = directory / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
@@ -177,7 +183,7 @@ def _steps(directory: Path) -> int:
 
 
 class _DataAttempt:
-    """Data without a model, in a process of its own."""
+    """A run of the data service without a model, in another process."""
 
     def __init__(self, config: DataConfig, directory: Path, steps: int, hop: Hop) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -208,7 +214,7 @@ def _run_data(config: bytes, directory: Path, steps: int, shards: int, workers: 
 
 
 class _TrainingAttempt:
-    """The trainer, as a user starts it, in a session of its own."""
+    """A run of the trainer's command in another process."""
 
     def __init__(self, path: Path, directory: Path, steps: int, hop: Hop) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -222,7 +228,7 @@ class _TrainingAttempt:
         }
         words = [f"{key}={value}" for key, value in overrides.items()]
         with (directory / "log.txt").open("wb") as log:
-            # A session of its own, so that a kill reaches the loader's workers too.
+            # A new process group, so that a kill reaches the loader's workers too.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "trainer.main", str(path), *words],
                 stdout=log,

@@ -1,4 +1,4 @@
-"""Write the ledger of a run, step by step, cut back to the step that the run resumes from."""
+"""Write the ledger of a run step by step. A resumed run first removes the steps that it repeats."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from sftstream.ledger.segments import Segments
 from sftstream.state import DataState
 
 MOST_OPEN = 1 << 20
-"""Number of segments, 32 MB, after which steps are closed without waiting for a checkpoint."""
+"""Number of segments in the journal, 32 MB, at which steps are closed before any checkpoint."""
 STATES_KEPT = 3
-"""Number of data states kept: a run may resume from an earlier checkpoint than the newest."""
+"""Number of newest data states to keep; a run may resume from a checkpoint before the newest."""
 
 
 class LedgerWriter:
-    """The ledger in `directory`, cut back to its steps up to `step`.
+    """Writer of the ledger in `directory`. The constructor removes all steps after `step`.
 
-    Later steps were written after the checkpoint that the run resumes from; the run repeats them.
-    Bytes that a full disk does not accept wait in memory for the next write. Raises ValueError if a
-    closed file is damaged, OSError if a file cannot be opened.
+    `step` is the step of the checkpoint that the run resumes from, so the run repeats the removed
+    steps. Bytes that a full disk does not accept wait in memory for the next write. Raises
+    ValueError if a closed file is damaged, OSError if a file cannot be opened.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
@@ -53,7 +53,7 @@ class LedgerWriter:
         self._journal = self._open_journal()
 
     def begin(self, session: Session) -> None:
-        """Append a start of the run to `sessions.jsonl`."""
+        """Append a session to `sessions.jsonl`."""
         path = self._directory / SESSIONS
         content = path.read_bytes() if path.exists() else b""
         torn = len(content) - (content.rfind(b"\n") + 1)
@@ -64,7 +64,10 @@ class LedgerWriter:
             os.fsync(file.fileno())
 
     def add(self, step: int, segments: Segments) -> None:
-        """Append the segments of a step, ordered by pack; on disk at the latest after `sync`."""
+        """Append the segments of a step, ordered by pack, to the journal.
+
+        The step is safe on disk only after `sync` or `close`. An error of the disk is raised there.
+        """
         if not self._steps:
             self._first = step
         self._last = step
@@ -76,16 +79,17 @@ class LedgerWriter:
                 self._close_steps()
 
     def keep_state(self, state: DataState, streams: Mapping[int, bytes]) -> None:
-        """Keep the data state after the last added step, for the next `close`.
+        """Remember the data state after the last added step; the next `close` writes the state.
 
-        `state` is the state without streams, `streams` the encoded states of all streams.
+        `state` is the data state without streams, `streams` the encoded states of all streams.
         """
         self._state = (state, streams)
 
     def close(self) -> None:
-        """Close the steps of the journal, before a checkpoint of the last step is written.
+        """Close the steps of the journal and write the remembered data state.
 
-        Raises OSError if the disk does not accept the files.
+        Call it before a checkpoint of the last step is written. Raises OSError if the disk does not
+        accept the files.
         """
         if self._steps:
             self._close_steps()
@@ -121,7 +125,7 @@ class LedgerWriter:
             old.unlink()
 
     def _open_journal(self) -> int:
-        """Replace the journal by one with the open steps, and return its file descriptor."""
+        """Replace the journal by a journal of `self._steps`, and return its file descriptor."""
         path = self._directory / JOURNAL
         partial = path.with_name(f".{JOURNAL}")
         partial.write_bytes(b"".join(map(frame, self._steps)))
@@ -134,7 +138,7 @@ class LedgerWriter:
 
 
 def _cut_back(directory: Path, step: int) -> int:
-    """Remove closed steps and states after `step`; return the last closed step, 0 if none."""
+    """Remove closed steps and data states after `step`; return the last closed step left, or 0."""
     for number, path in state_files(directory).items():
         if number > step:
             path.unlink()

@@ -21,13 +21,13 @@ from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.unverified import encode_unverified
 
 _SAMPLED = 100
-"""Number of rows of a source that are examined for unread columns."""
+"""Largest number of rows of a source that are examined for unread columns."""
 
 SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
-"""Largest number of rows of a source, and number of first rows of each file of a streamed source,
-that are tried in the search of a conversation."""
+"""Limits of the search for a row that can be trained: rows tried in a source, and rows tried in
+each file of a streamed source before the search moves to the next file for the first time."""
 CHECKED_AT_ONCE = 64
-"""Number of rows of a random order computed at once."""
+"""Number of row numbers that the search in random order computes at once."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class ExampleReader:
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:
         """Yield the conversation of each row, or a Refused if the row cannot be trained.
 
-        Of a row without turns in a source with `verified = false`, yields the examples.
+        For a row of plain text or token ids, which needs a source with `verified = false`, yields
+        the list of the row's examples instead.
 
         Raises RuntimeError at the end if the content of a file has changed.
         """
@@ -67,11 +68,11 @@ class ExampleReader:
                 yield refused
             except BrokenRow as broken:
                 yield Refused("broken row", f"{self.corpus.locate_broken(ref)} {broken}")
-        self.corpus.require_unchanged(refs)  # after the reads, so that none came from a changed file
+        self.corpus.require_unchanged(refs)  # after the reads, so that it covers every row read
 
     @cached_property
     def _most_letters(self) -> float:
-        """Largest number of characters that could fit into a pack, if all tokens were the longest.
+        """Number of characters in a pack if every token were the vocabulary's longest token.
 
         Infinite if long conversations are shortened, or if the template may leave out text.
         """

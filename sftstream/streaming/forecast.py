@@ -1,4 +1,4 @@
-"""The number of streams of a new run, and the packs, steps and fill to expect of a run."""
+"""Choose the number of streams of a new run, and estimate the packs, steps and fill of a run."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from sftstream.streaming.order import draws_of_source, shuffled
 from sftstream.streaming.packing import packs_of_stream
 
 MOST_STREAMS = 64
-"""Largest chosen number of streams, unless there are more shards."""
+"""Largest number of streams that is chosen, unless there are more shards."""
 PACKS_OF_A_STREAM = 64
-"""Packs that a stream holds at least: the partly filled pack at a stream's end then costs less than
-1 % of the slots."""
+"""Smallest number of packs in each stream of a chosen number of streams, unless the shards need
+more streams. The last pack of a stream is half empty on average, which costs less than 1 % of the
+slots of 64 packs."""
 WINDOWS_OF_A_STREAM = 4
-"""Windows of examples that a stream holds at least."""
+"""Smallest number of windows in each stream of a chosen number of streams, unless the shards need
+more streams."""
 PLANNED_EXAMPLES = 4096
-"""Examples planned to foresee the fill of a stream."""
+"""Largest number of examples that a forecast divides into packs."""
 FEW_STEPS = 10
-"""Steps of a run of which the empty packs of the last step are mentioned: a tenth of all packs."""
+"""`Forecast.describe` mentions the empty packs of the last step if they are more than one in
+`FEW_STEPS` of all packs."""
 
 
 class Content(NamedTuple):
-    """The examples of a run, as estimated from a sample."""
+    """Number of examples of a source in a run, and of their tokens, estimated from a sample."""
 
     examples: int
     tokens: int
 
 
 def estimate_content(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample]) -> list[Content]:
-    """Return the examples of each source in all epochs; in one epoch of an endless run."""
+    """Return the estimated content of each source in all epochs; in one epoch of an endless run."""
     contents = []
     for source, size, sample in zip(config.sources, corpus.sizes, samples, strict=True):
         draws = draws_of_source(size or 0, source.repeat, config.epochs or 1)
@@ -45,13 +48,15 @@ def estimate_content(config: DataConfig, corpus: Corpus, samples: Sequence[Lengt
 def choose_streams(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] | None, shards: int) -> int:
     """Return the number of streams of a new run on `shards` data-parallel shards.
 
-    The number is the largest of `shards`, 2 * `shards`, 4 * `shards`, ... up to `MOST_STREAMS` with
-    at least `PACKS_OF_A_STREAM` packs and `WINDOWS_OF_A_STREAM` windows in a stream; at least
-    `shards`. Without samples (a source is streamed, so the rows are unknown) the data counts as
-    large, and each stream reads a file of its own.
+    The number is the largest of `shards`, 2 * `shards`, 4 * `shards`, ... that is at most
+    `MOST_STREAMS` and leaves each stream at least `PACKS_OF_A_STREAM` packs and
+    `WINDOWS_OF_A_STREAM` windows. If even `shards` streams are too many, the number is `shards`.
+    `samples` is None if a source is streamed. The amount of data is then unknown and counts as
+    large, but the number is at most the number of files, so that each stream reads whole files.
 
-    1,000 rows of 200 tokens in 3 epochs fill 73 packs of 8192 tokens and 12 windows of 256: one
-    stream for one shard, 8 streams for 8 shards. 100,000 rows of 360 tokens: 64 and 64 streams.
+    1,000 rows of 200 tokens in 3 epochs fill 73 packs of 8192 tokens and 12 windows of 256
+    examples: the number is 1 for one shard, and 8 for 8 shards. For 100,000 rows of 360 tokens the
+    number is 64 for one shard and for 8 shards.
     """
     if samples is None:
         files = min(source.file_count for source in corpus.sources if isinstance(source, StreamedSource))
@@ -68,7 +73,7 @@ def choose_streams(config: DataConfig, corpus: Corpus, samples: Sequence[LengthS
 
 
 class Forecast(NamedTuple):
-    """The packs to expect of a run, as estimated from a sample of rows."""
+    """The packs of a run, estimated from a sample of rows."""
 
     streams: int
     global_batch: int
@@ -84,7 +89,10 @@ class Forecast(NamedTuple):
         return None if self.packs is None else max(1, -(-self.packs // self.global_batch))
 
     def describe(self, most_steps: int | None = None) -> str:
-        """Return the forecast in a line; the run ends after `most_steps` if the data does not."""
+        """Return the forecast as a line of text.
+
+        `most_steps` is the step at which the run ends even if rows are left; None for no such step.
+        """
         steps = self.steps if most_steps is None else min(most_steps, self.steps or most_steps)
         full = "" if self.fill is None else f", about {self.fill:.1%} full"
         end = f"{full}; {_counted(self.streams, 'logical stream')}"
@@ -107,7 +115,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] | None) -> Forecast:
-    """Return the packs to expect of a run, by planning a part of a stream."""
+    """Estimate the packs of a run, by dividing a part of a stream's examples into packs."""
     streams, batch, capacity = config.stream_count, config.global_batch, config.capacity
     if samples is None:
         return Forecast(streams, batch, capacity, None, None)
@@ -120,7 +128,8 @@ def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] 
     lengths = _drawn(contents, samples, planned)
     full = Fraction(sum(lengths), capacity)
     packs = packs_of_stream(lengths, capacity, config.window)
-    # The loss of the planned part recurs, except for the partly filled pack of its end.
+    # Packs per pack of a perfect packing. Rounded up, so that the partly filled last pack of the
+    # planned part does not count as a loss.
     warm = Fraction(packs, math.ceil(full))
     if config.epochs is None:
         return Forecast(streams, batch, capacity, None, float(1 / warm))
@@ -131,7 +140,8 @@ def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] 
 
 
 def _drawn(contents: Sequence[Content], samples: Sequence[LengthSample], count: int) -> list[int]:
-    """Return about `count` lengths from all sources by their shares, shuffled."""
+    """Return about `count` sampled lengths in random order, from each source in proportion to its
+    number of examples."""
     examples = sum(content.examples for content in contents)
     lengths: list[int] = []
     for content, sample in zip(contents, samples, strict=True):

@@ -1,4 +1,4 @@
-"""Lengths of a sample of rows, to choose the number of streams and to foresee the packs."""
+"""Measure the lengths of sampled rows, to choose the number of streams and to forecast packs."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 
 LEAST_ROWS = 4
-"""Rows measured of each of many sources."""
+"""Number of rows sampled from each source even if the config has very many sources."""
 ROWS_AT_ONCE = 16
+"""Number of rows read and tokenized together."""
 
 
 class SampleSize(NamedTuple):
-    """The size of a sample of all sources. A sample of long conversations has fewer rows."""
+    """Limits of a sample of all sources together, divided evenly among the sources. Sampling a
+    source ends at the limit that is reached first."""
 
     rows: int
     tokens: int
 
 
 TO_CHOOSE = SampleSize(128, 1 << 15)
-"""Measured in about a tenth of a second before the first pack."""
+"""Sample from which the number of streams is chosen, in about a tenth of a second before the first
+pack."""
 TO_FORESEE = SampleSize(1024, 1 << 19)
-"""A mean length is exact to 2 % if lengths vary by 50 %."""
+"""Sample for a forecast. If the standard deviation of the lengths is half of their mean, the mean
+length is exact to about 2 %."""
 
 
 class LengthSample(NamedTuple):
-    """The examples of sampled rows of a source."""
+    """The lengths of the examples in a sample of a source."""
 
     rows: int
-    """Rows looked at, refused rows included."""
+    """Number of sampled rows, refused rows included."""
     lengths: tuple[int, ...]
-    """Tokens of each example."""
+    """Number of tokens of each example made from the sampled rows."""
 
 
 def sample_lengths(corpus: Corpus, encoder: ChatEncoder, size: SampleSize) -> list[LengthSample] | None:
-    """Return a sample of each source; None with a streamed source, of which no row is read ahead.
+    """Return a sample of each source, or None if any source is streamed.
 
-    Depends on the data and the encoder alone: all shards and all starts get equal samples.
+    A streamed source cannot be sampled, because its rows are read only in stored order. The result
+    depends on nothing but the data, the encoder and `size`, so it is equal on all shards.
     """
     reader = ExampleReader.of(corpus, encoder)
     sources = [source for source in corpus.sources if isinstance(source, FileSet)]

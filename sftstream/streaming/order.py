@@ -49,8 +49,8 @@ def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
 
     The permutation is a Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite
     Domains", 2002). A network permutes `range(a * b)`; here `a` is the square root of `size`,
-    rounded up, and `b` is `size / a`, rounded up. An output that is not below `size` is mapped
-    again until it is ("cycle walking").
+    rounded up, and `b` is `size / a`, rounded up. An output of `size` or more is mapped again until
+    the output is below `size` ("cycle walking").
 
     Example for `size = 5`: a = 3 and b = 2, so the network permutes `range(6)`. With
     `keys = round_keys("example")`, the indices `[0, 1, 2, 3, 4]` become `[2, 1, 3, 0, 4]`.
@@ -100,8 +100,8 @@ def next_source(amounts: Sequence[int], weights: Sequence[float], open_sources: 
     """Return the number of the source to draw from next, or None if `open_sources` is empty.
 
     `amounts` holds the amount drawn from each source so far, for example the number of its
-    conversations. The next source is the one with the largest `weight / (2 * amount + 1)`
-    (Sainte-Lague's method); among sources with the same value, the source with the lowest number.
+    conversations. The next source has the largest `weight / (2 * amount + 1)` (Sainte-Lague's
+    method), and among sources with the same value the lowest number.
     If amounts are conversations and weights are sizes, all sources end an epoch together. A source
     with weight 0 is drawn only if all other sources are exhausted.
 
@@ -129,7 +129,7 @@ def draws_of_source(rows: int, repeat: float, epochs: int) -> int:
 
 
 def draws_of_stream(draws: int, stream: int, streams: int) -> int:
-    """Return the number of draws that stream `stream` of `streams` makes, of `draws` in all."""
+    """Return how many of the draws `0, 1, ..., draws - 1` stream `stream` of `streams` makes."""
     return max(0, -(-(draws - stream) // streams))
 
 

@@ -38,10 +38,10 @@ MOST_REFUSED = 1000
 where refusals are judged, even if nearly all rows of a source are refused."""
 REFUSED_SHARE = 16
 """In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
-So a source of refused rows delays no other source for long. If a tenth of a source is refused, the
-mixture differs from the weights by less than 0.2 %."""
+So a source whose rows are all refused does not keep the stream from other sources for long. If a
+tenth of a source is refused, the mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
-"""`StreamState.planning` of a new stream."""
+"""Value of `StreamState.planning` in a new stream."""
 
 
 class PackerConfig(NamedTuple):
@@ -65,7 +65,8 @@ class Window(NamedTuple):
     """The example of each segment, in the same order."""
     refused: list[Refusal]
     accepted: list[list[int]]
-    """For each source the fields of an `Amount`: what the stream accepted since its beginning."""
+    """For each source, the fields of an `Amount`: conversations, tokens and trained tokens that the
+    stream accepted since its beginning."""
     notes: Counter[str]
     """Modification, such as "truncated" -> number of examples with the modification since the
     beginning of the stream."""
@@ -74,10 +75,11 @@ class Window(NamedTuple):
 class Packer(BaseNode[Pack]):
     """Reads a window of examples, divides them into packs by length, and returns one pack per call.
 
-    The emptiest packs of a window are dissolved. Their examples become leftovers, which are divided
-    into packs again together with the next window, at most `MAX_WAIT` times. Example: a window of
-    4, capacity 100, and lengths 60, 30, 50, 40. The packs are 60 + 40 and 50 + 30. The second is
-    dissolved, so 50 and 30 are leftovers.
+    The emptiest packs of a window are dissolved (see `plan_window`). The examples that are left
+    become leftovers, which are divided into packs again together with the next window, at most
+    `MAX_WAIT` times. Example: a window of 4 examples of 60, 30, 50 and 40 tokens, and capacity 100.
+    The packs are 60 + 40 and 50 + 30. The second pack is dissolved, so the examples of 50 and 30
+    tokens are leftovers.
 
     The state holds segments, never tokens. A reset tokenizes nothing: `reader` reads the rows of a
     planned pack when the pack is due, and the row of a leftover with the next window. After the
@@ -93,8 +95,8 @@ class Packer(BaseNode[Pack]):
         config: PackerConfig,
         check: SourceCheck | None = None,
     ) -> None:
-        """Make the last node of a graph. `source` is the node before it, and `sampler` is the first
-        node of the graph."""
+        """Make the last node of a graph. The node before the packer is `source`, and the first node
+        of the graph is `sampler`."""
         super().__init__()
         self.source = source
         self._sampler = sampler
@@ -114,7 +116,7 @@ class Packer(BaseNode[Pack]):
         """Segment of a leftover -> its example."""
         self._joined: list[Example] = []
         """The concatenated examples of each planned pack, in reverse order: the pack to return next
-        is at the end of the list. Empty after a reset, so that the rows are read again."""
+        is at the end of the list. Empty after a reset, so rows of planned packs are read again."""
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
@@ -162,7 +164,8 @@ class Packer(BaseNode[Pack]):
         )
 
     def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
-        """Return the examples of the next planned pack, concatenated or one for each segment."""
+        """Return the examples of the next planned pack: a single concatenated example, or after a
+        reset an example for each segment."""
         if self._joined:
             return [self._joined.pop()]
         return [self._read_again(segment) for segment in segments]
@@ -313,7 +316,11 @@ class Packer(BaseNode[Pack]):
         return None
 
     def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
-        """Return the indices of each pack, and the indices left for the next window."""
+        """Return the plan of a window and its leftovers, with the packs in the order of return.
+
+        `waited` holds the number of windows that each example has waited. If the window is the
+        `last` of the stream, no example is left.
+        """
         urgent = [windows >= MAX_WAIT for windows in waited]
         capacity, of_format_3 = self._config.capacity, self.state.planning is UNSET
         if last:
@@ -326,7 +333,7 @@ class Packer(BaseNode[Pack]):
     def _ordered(self, packs: list[list[int]]) -> list[list[int]]:
         """Return the packs in the order in which their first rows were read, or shuffled.
 
-        Without this, packs with long examples would come first.
+        In the order in which packs are planned, packs with long examples would come first.
         """
         packs = sorted(packs)
         if not self._config.shuffle:

@@ -13,18 +13,21 @@ import xxhash
 from sftstream.records import Example, Pack, Refusal, Segment
 
 SPARE = 64
-"""Examples that a window leaves for the next window, as a rule: enough to make nearly every room of
-up to four short examples exactly. With 16 the packs of real conversations hold up to 0.2 % less."""
+"""Number of left examples at which no further pack of a window is dissolved (see `plan_window`).
+Some of 64 examples nearly always have exactly the tokens that an exchange must bring into a pack.
+With 16 examples, packs of real conversations are filled up to 0.2 % less."""
 SHARE_LEFT = 3
-"""A window leaves at most one in `SHARE_LEFT` of its packs."""
+"""At most one pack in `SHARE_LEFT` of a window's packs is dissolved; of fewer packs, one pack."""
 EXCHANGED = 4
-"""Most examples that leave a pack in an exchange."""
+"""Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
-"""Most tokens that an exchange brings in: sums of left examples are the bits of an integer."""
+"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time, because
+`_sums` needs a bit for each number of tokens."""
 CAPACITIES_OF_A_WINDOW = 4
-"""Capacities that a window fills at least, so that a pack of many short examples finds company."""
+"""Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
+further examples until it holds these tokens, and so has several packs to plan."""
 LONGEST_WINDOW = 4
-"""Largest number of examples in a window, in multiples of `window`."""
+"""Largest number of examples in a window, in multiples of `data.window`."""
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
@@ -35,8 +38,8 @@ def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) ->
     exceed `capacity`.
 
     Example: for the lengths `[60, 30, 50, 40]`, capacity 100 and no urgent examples, the result is
-    `[[0, 3], [2, 1]]`. 60 opens the first pack, and 50 the second. 40 fills the first. 30 goes into
-    the second.
+    `[[0, 3], [2, 1]]`. The example of 60 tokens opens the first pack, 50 opens the second, 40 fills
+    the first, and 30 goes into the second.
     """
     packs, _ = _best_fit(lengths, capacity, urgent)
     return packs
@@ -45,10 +48,13 @@ def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) ->
 def _best_fit(
     lengths: Sequence[int], capacity: int, urgent: Sequence[bool]
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Return the packs of `plan_packs`, and each pack's room and number, sorted."""
+    """Return the packs of `plan_packs`, and `(room, pack)` for each pack, the fullest pack first.
+
+    `room` is the number of free slots, and `pack` the index of the pack.
+    """
     count = len(lengths)
     packs: list[list[int]] = []
-    free: list[int] = []  # room * count + pack, sorted: comparing integers is faster than tuples
+    free: list[int] = []  # room * count + pack, sorted: integers compare faster than tuples
     order = sorted(range(count), key=lengths.__getitem__, reverse=True)
     if True in urgent:
         order = [index for index in order if urgent[index]] + [index for index in order if not urgent[index]]
@@ -66,21 +72,25 @@ def _best_fit(
 
 
 class WindowPlan(NamedTuple):
-    """The plan of a window: the packs' indices, and the indices left for the next window."""
+    """The plan of a window: for each pack the indices of its examples, and the indices of the
+    examples left for the next window."""
 
     packs: list[list[int]]
     left: list[int]
 
 
 def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> WindowPlan:
-    """Plan almost full packs, and leave the rest for the next window.
+    """Plan almost full packs, and leave the other examples for the next window.
 
-    The emptiest packs of `plan_packs` are dissolved until `SPARE` examples are left; packs with an
-    urgent example stay. Then each pack with room exchanges its shortest examples, up to
-    `EXCHANGED`, for left examples that fill the room exactly, or else as far as possible.
+    The emptiest packs of `plan_packs` are dissolved, which means that their examples are left,
+    until `SPARE` examples are left or one pack in `SHARE_LEFT` is dissolved. Full packs and packs
+    with an `urgent` example are never dissolved. Then each other pack with free slots exchanges up
+    to `EXCHANGED` of its shortest examples for left examples that together fill the pack exactly,
+    or else as far as possible.
 
-    For lengths `[6, 3, 5, 2, 2]` and capacity 10 the packs of `plan_packs` are 6 + 3 and 5 + 2 + 2.
-    The second is dissolved, and the first exchanges 3 for 2 + 2. The plan: `([[0, 4, 3]], [1, 2])`.
+    Example: for the lengths `[6, 3, 5, 2, 2]` and capacity 10, the packs of `plan_packs` are 6 + 3
+    and 5 + 2 + 2. The second pack is dissolved, and the first pack exchanges 3 for 2 + 2. The
+    result is `([[0, 4, 3]], [1, 2])`.
     """
     packs, rooms = _best_fit(lengths, capacity, urgent)
     dissolved = _emptiest(packs, rooms, urgent)
@@ -92,14 +102,17 @@ def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -
 
 
 def plan_last_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
-    """Plan all examples: as `plan_window`, with the left examples in the last packs."""
+    """Return packs of all examples: the packs of `plan_window`, then packs of the left examples."""
     packs, left = plan_window(lengths, capacity, urgent)
     rest = plan_packs([lengths[index] for index in left], capacity, [False] * len(left))
     return [*packs, *([left[index] for index in pack] for pack in rest)]
 
 
 def plan_window_of_format_3(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> WindowPlan:
-    """Plan a window of a stream that began under format 3: only the emptiest pack is left."""
+    """Plan a window by the rules of format 3, for a stream that began under format 3.
+
+    Only the examples of the emptiest pack without an urgent example are left, without exchanges.
+    """
     packs = plan_packs(lengths, capacity, urgent)
     patient = [pack for pack in packs if not any([urgent[index] for index in pack])]
     left = min(patient, key=lambda pack: sum([lengths[index] for index in pack]), default=[])
@@ -107,7 +120,7 @@ def plan_window_of_format_3(lengths: Sequence[int], capacity: int, urgent: Seque
 
 
 def _emptiest(packs: Sequence[Sequence[int]], rooms: Sequence[tuple[int, int]], urgent: Sequence[bool]) -> set[int]:
-    """Return the numbers of the packs to dissolve."""
+    """Return the indices of the packs to dissolve; `rooms` is the second result of `_best_fit`."""
     dissolved: set[int] = set()
     examples = 0
     most = max(1, len(packs) // SHARE_LEFT)
@@ -121,7 +134,11 @@ def _emptiest(packs: Sequence[Sequence[int]], rooms: Sequence[tuple[int, int]], 
 
 
 def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int], urgent: Sequence[bool]) -> None:
-    """Exchange the last examples of `pack` for examples of `left` that fill `room`."""
+    """Exchange the last examples of `pack` for examples of `left`, to fill its `room` free slots.
+
+    Modifies `pack` and `left`. Does nothing if no exchange makes the pack fuller.
+    """
+    # goals[n]: the free slots of the pack without its last n + 1 examples.
     goals: list[int] = []
     goal = room
     for index in pack[: -EXCHANGED - 1 : -1]:
@@ -134,7 +151,7 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
     if not goals:
         return
     sums = _sums(left, lengths, goals)
-    # The largest sum up to each goal: the highest bit.
+    # For each goal, the largest sum that is not above the goal: the highest bit set up to the goal.
     reached = [(sums[-1] & (2 << goal) - 1).bit_length() - 1 for goal in goals]
     gains = [total - goal for total, goal in zip(reached, goals, strict=True)]
     gain = max(gains)
@@ -150,9 +167,11 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _sums(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> list[int]:
-    """Return the sums of the first 0, 1, 2, ... left lengths, until a goal is among the sums.
+    """Return the possible sums of the lengths of the first 0, 1, 2, ... examples in `left`.
 
-    The sums are the bits of an integer: bit 7 is set if some lengths have the sum 7.
+    The sums of the first `n` examples are the bits of an integer: bit 7 is set if some of the `n`
+    lengths have the sum 7. Sums above the last, largest goal are left out. The result ends with the
+    first integer that has the bit of a goal.
     """
     mask, wanted = (2 << goals[-1]) - 1, 0
     for goal in goals:
@@ -168,7 +187,10 @@ def _sums(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> 
 
 
 def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], total: int) -> list[int]:
-    """Return the places in `left`, last first, of lengths with the sum `total`."""
+    """Return indices in `left`, the highest first, of examples whose lengths have the sum `total`.
+
+    `sums` is the result of `_sums`.
+    """
     taken: list[int] = []
     for at in range(len(sums) - 2, -1, -1):
         if not sums[at] >> total & 1:
@@ -178,7 +200,7 @@ def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], 
 
 
 def copied(examples: Sequence[Example]) -> list[Example]:
-    """Return examples with the same content in arrays of their own."""
+    """Return copies of `examples` in new arrays, so that the arrays of `examples` can be freed."""
     if not examples:
         return []
     whole = joined(examples)
@@ -214,9 +236,9 @@ def build_pack(
 ) -> Pack:
     """Return a pack with the tokens of `examples`, padded to `capacity` with `pad_id`.
 
-    `examples` concatenated are the tokens of `segments`. An item of `examples` may be the joined
-    tokens of several segments (see `joined`). For segments of 3 and 2 tokens and capacity 8, the
-    borders are `[0, 3, 5, 8]`.
+    The tokens of `examples`, concatenated, are the tokens of `segments` in order. A single example
+    may hold the tokens of several segments (see `joined`). For segments of 3 and 2 tokens and
+    capacity 8, the borders are `[0, 3, 5, 8]`.
     """
     lengths = [segment.length for segment in segments]
     used = sum(lengths)
@@ -232,14 +254,18 @@ def build_pack(
 
 
 class WindowSize(NamedTuple):
-    """The end of a window: after `most` examples, or `least` examples that hold `tokens` tokens."""
+    """The size at which a window ends: `most` examples, or at least `least` examples with together
+    at least `tokens` tokens."""
 
     least: int
     tokens: int
     most: int
 
     def missing(self, examples: int, tokens: int) -> int:
-        """Return about how many examples a window of `examples` with `tokens` still takes."""
+        """Return the estimated number of examples missing from a window; 0 if it is complete.
+
+        The window has `examples` examples with together `tokens` tokens.
+        """
         if examples < self.least:
             return self.least - examples
         if tokens >= self.tokens or examples >= self.most:
@@ -252,9 +278,9 @@ def window_size(
 ) -> WindowSize:
     """Return the size of a stream's next window, after `windows` planned windows.
 
-    A stream's last `rows_left` rows, up to two windows, are planned at once. The first window is an
-    eighth of `window`, for an early first pack. The second window differs from stream to stream:
-    otherwise all streams would read a window during a single step.
+    If at most `2 * window` rows are left, the window holds them all. The first window is an eighth
+    of `window`, for an early first pack. The second window differs from stream to stream, since
+    otherwise all streams would read their windows during the same step.
     """
     if rows_left is not None and rows_left <= 2 * window:
         return WindowSize(2 * window, 0, 2 * window)
@@ -265,7 +291,8 @@ def window_size(
 
 
 def ramped(window: int, windows: int, stream: int, streams: int) -> int:
-    """Return the number of examples in a stream's next window without regard to its tokens."""
+    """Return the least number of examples in a stream's next window: an eighth of `window` in the
+    first, a number that rises from stream to stream in the second, `window` in all others."""
     if windows == 0:
         return max(1, window // 8)
     if windows == 1:
@@ -274,7 +301,7 @@ def ramped(window: int, windows: int, stream: int, streams: int) -> int:
 
 
 def packs_of_stream(lengths: Sequence[int], capacity: int, window: int) -> int:
-    """Return the packs of a run's only stream with examples of `lengths`, from start to end."""
+    """Return the number of packs that a run with a single stream makes of examples of `lengths`."""
     packs = windows = at = 0
     left: list[int] = []
     while at < len(lengths):

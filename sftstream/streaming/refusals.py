@@ -1,7 +1,7 @@
-"""The limits on refused rows: counts of each source from the states of all streams.
+"""Count the refused rows of each source over all streams, and stop a run above a limit.
 
-The counts are judged at the border of a step, where the states of all streams are the same on any
-topology. So every topology stops at the same step.
+The counts are judged at the end of a step. There, the states of all streams are the same on any
+topology, so a run stops at the same step on any topology.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from sftstream.state import StreamState
 TOO_LONG = frozenset({"longer than capacity", "row too large"})
 """Reasons that count for `max_too_long`; all other reasons count for `max_refused`."""
 MIN_ROWS_TO_JUDGE = 100
-"""Rows of a source read before the shares of refused rows are compared with the limits."""
+"""Number of rows of a source at and above which the shares of refused rows are judged."""
 LOUD_SHARE = 0.1
-"""Share of rows refused for other reasons than length above which a run says so."""
+"""Share of rows refused for other reasons than their length, above which the trainer prints a
+message."""
 
 
 class RowCounts(NamedTuple):
@@ -35,15 +36,17 @@ class RowCounts(NamedTuple):
         return sum(self)
 
     def is_loud(self, size: int | None) -> bool:
-        """Return True if more than `LOUD_SHARE` of the rows is refused, those too long not counted.
+        """Return True if more than `LOUD_SHARE` of the rows read are refused for other reasons than
+        their length.
 
-        Judged from `MIN_ROWS_TO_JUDGE` rows on, or from all `size` rows of a smaller source.
+        Returns False before `MIN_ROWS_TO_JUDGE` rows, or all `size` rows of a smaller source, are
+        read. `size` is None for a streamed source.
         """
         return self.rows >= min(MIN_ROWS_TO_JUDGE, size or MIN_ROWS_TO_JUDGE) and self.other > LOUD_SHARE * self.rows
 
 
 def row_counts(stream: StreamState) -> tuple[RowCounts, ...]:
-    """Return the rows read by a stream, by source."""
+    """Return the counts of rows read by a stream, for each source."""
     return tuple(
         RowCounts(amount.conversations, too_long, sum(refused.values()) - too_long)
         for amount, refused in zip(stream.accepted, stream.refused, strict=True)
@@ -52,7 +55,7 @@ def row_counts(stream: StreamState) -> tuple[RowCounts, ...]:
 
 
 def sum_row_counts(streams: Iterable[Sequence[RowCounts]]) -> tuple[RowCounts, ...]:
-    """Return the sums of several streams' counts, by source."""
+    """Return the sum of the counts of several streams, for each source."""
     return tuple(RowCounts(*map(sum, zip(*source, strict=True))) for source in zip(*streams, strict=True))
 
 
@@ -60,9 +63,9 @@ class Limit(NamedTuple):
     """A limit on the share of refused rows."""
 
     key: str
-    """Name of the limit in the config."""
+    """Key of the limit in the `[data]` table."""
     refused: str
-    """The counted rows in words, after "rows are"."""
+    """Description of the counted rows, which follows "rows are" in an error message."""
     remedy: str
 
 
@@ -87,10 +90,10 @@ def limit_of(reason: str) -> Limit:
 def exceeded_limits(
     config: DataConfig, sizes: Sequence[int | None], counts: Sequence[RowCounts]
 ) -> list[tuple[int, Limit]]:
-    """Return the sources, by number, with too large a share of refused rows, and the limits.
+    """Return the number of each source with too large a share of refused rows, and the limit.
 
-    `sizes` holds the rows of each source, None if streamed; `counts` are those of all streams, at
-    the border of a step.
+    `sizes` holds the number of rows of each source, None if streamed; `counts` holds for each
+    source the sum over all streams at the end of a step.
     """
     return [
         (number, limit)
@@ -101,10 +104,11 @@ def exceeded_limits(
 
 
 def _most(share: float, rows: int, size: int | None) -> float:
-    """Return the largest number of refused rows among `rows`.
+    """Return the largest number of refused rows among `rows` read rows under a limit of `share`.
 
-    As long as a part of the source is read, a share above the limit may be chance: three standard
-    deviations are allowed. 19 of 100 rows pass a limit of 0.1, and 1,090 of 10,000.
+    Until all `size` rows of the source are read, a share above the limit may be chance, so three
+    standard deviations are added. A limit of 0.1 allows 19 refused rows of 100, and 1,090 of
+    10,000.
     """
     whole = size is not None and rows >= size
     return share * rows + (0 if whole else 3 * math.sqrt(share * (1 - share) * rows))
@@ -118,9 +122,8 @@ def require_few_refused(
 ) -> None:
     """Raise ValueError naming the first source with too large a share of refused rows.
 
-    `sizes` holds the rows of each source, None if streamed; `counts` are those of all streams, at
-    the border of a step. `located` holds refused rows with their locations; the message names the
-    first that counts for the limit.
+    `sizes` and `counts` are the arguments of `exceeded_limits`. `located` holds refused rows with
+    their locations; the message names the first row that counts for the limit.
     """
     for number, limit in exceeded_limits(config, sizes, counts):
         count = counts[number]

@@ -20,9 +20,10 @@ X = TypeVar("X")
 BATCH_ROWS = 128
 """Largest number of rows in a batch: a few hundred kilobytes."""
 LOOKAHEAD = 512
-"""Number of rows of an order computed at once."""
+"""Number of draws of which a cursor computes the rows at once."""
 EPOCHS_WITHOUT_A_ROW = 20
-"""Number of epochs with empty files only, after which an endless stream raises an error."""
+"""Number of empty stripes in succession after which a stream raises an error, in multiples of the
+number of stripes of the source."""
 
 
 class RowBatch(NamedTuple, Generic[X]):
@@ -101,7 +102,7 @@ class StreamingCursor:
 
     rows = None
     rows_left = None
-    """Unknown: shards are counted when they end."""
+    """None, because the number of rows of a file is unknown before its end is read."""
 
     def __init__(self, reader: StreamedReader, config: DataConfig, source: int, stream: int) -> None:
         self.drawn = 0
@@ -128,7 +129,7 @@ class StreamingCursor:
     def skip_empty(self) -> None:
         """Move to the next stripe that has a row. The size of a file is unknown before its end.
 
-        Raises ValueError if the stream finds no row for `EPOCHS_WITHOUT_A_ROW` epochs.
+        Raises ValueError after too many empty stripes in succession (see `EPOCHS_WITHOUT_A_ROW`).
         """
         empty = 0
         while not self.exhausted and not self._reader.reaches(self._next()):
@@ -194,10 +195,10 @@ def _limit(config: DataConfig, source: int, count: int, stream: int) -> int | No
 class RowSampler(BaseNode[RowBatch[Ref]]):
     """The first node of the graph of a logical stream: references to rows, mixed from all sources.
 
-    Before `next`, the packer calls `request` with the number of rows that it needs, so that no row
-    after the end of the window is drawn. `next` returns a batch of rows. If the mixture counts
-    tokens, a batch is a single row, because the packer must report the tokens of a row with
-    `count_tokens` before the source of the next row is known.
+    Before `next`, the packer calls `request` with the number of rows that the window lacks, so that
+    no row after the end of the window is drawn. `next` returns a batch of references. If the
+    mixture counts tokens, a batch holds a single reference, because the packer must report the
+    tokens of a row with `count_tokens` before the source of the next row is known.
     """
 
     def __init__(self, config: DataConfig, cursors: Sequence[Cursor]) -> None:
@@ -208,7 +209,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         self._only = _only_cursor(config, cursors)
         self._weights = [_weights(config, cursors), *(stage.weights for stage in config.stages)]
         self.mixes_by_content = config.mix_by != "conversations"
-        """The content of a row decides the next draw."""
+        """True if the source of the next draw depends on the tokens of the last row."""
         self._requested = 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -223,7 +224,7 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
                 cursor.position = position.stripe_positions.get(source, StripePosition())
 
     def request(self, rows: int) -> None:
-        """Limit each of the next batches to `rows` rows."""
+        """Set the largest number of rows in each of the next batches."""
         self._requested = rows
 
     def next(self) -> RowBatch[Ref]:

@@ -36,8 +36,8 @@ checkpoint stores the bytes unchanged."""
 
 
 class Failed(NamedTuple):
-    """The message of an error in a worker. If raised in the worker, it would arrive as a
-    traceback."""
+    """The message of an error in a worker. A worker returns the message instead of raising the
+    error, because a raised error would arrive with a traceback in its message."""
 
     message: str
 
@@ -45,8 +45,8 @@ class Failed(NamedTuple):
 class Read(NamedTuple):
     """A pack with the state of its stream after the pack.
 
-    The worker sends both together. It reads ahead, so its state at a later time would belong to a
-    later pack.
+    A worker sends the pack and the state together. The worker reads ahead, so a state requested
+    later would belong to a later pack.
     """
 
     pack: Pack
@@ -59,7 +59,7 @@ class Read(NamedTuple):
 class PackStreams(IterableDataset[Read | Failed]):
     """The packs of some logical streams, in the order of the run, read by a single process.
 
-    `start` holds the states of these streams. `packs` is the number of the run's next pack.
+    `start` holds the states of the streams to read. `packs` is the number of the run's next pack.
     """
 
     def __init__(

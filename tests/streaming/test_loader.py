@@ -268,10 +268,10 @@ def test_the_state_of_one_shard_alone_is_an_error(wide: DataConfig) -> None:
     loaders = shards(wide, 2)
     steps(loaders, 1)
     with pytest.raises(
-        ValueError, match="the state lacks 4 streams of this shard, first stream 1; merge the states of all"
+        ValueError, match="the state lacks 4 streams of this shard, the first is stream 1; merge the states of all"
     ):
         PackLoader(wide, state=loaders[0].state_dict())
-    with pytest.raises(ValueError, match="the state lacks 2 streams of this shard, first stream 1; merge"):
+    with pytest.raises(ValueError, match="the state lacks 2 streams of this shard, the first is stream 1; merge"):
         PackLoader(wide, shard=Shard(1, 4), state=loaders[0].state_dict())
 
 
