@@ -29,8 +29,7 @@ FIRST_WITH_CHECKSUM = 4
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An example that waits for the next window, because it was in the emptiest pack of a
-    window."""
+    """An example that waits for the next window, because no pack of its window is full with it."""
 
     segment: Segment
     waited: int

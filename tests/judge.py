@@ -166,7 +166,7 @@ def open_encoder(template: str, *, special: bool = True, **policy: Any) -> ChatE
     if special:
         found = dict.fromkeys([*SPECIAL.findall(template), "<|im_end|>", "[INST]"])
         tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in found], special_tokens=True)
-    return ChatEncoder(tokenizer, template, date=str(date.today()), capacity=10**9, **policy)
+    return ChatEncoder(tokenizer, template, date=str(date.today()), capacity=2**24, **policy)
 
 
 class Case(NamedTuple):

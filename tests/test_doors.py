@@ -19,6 +19,7 @@ from sftstream.cli import main as command
 from sftstream.cli.main import main
 from sftstream.door import Door
 from sftstream.records import Refused
+from sftstream.rendering.template import ChatTemplate
 from sftstream.sources import Corpus
 from sftstream.tokenization.tokenizer import Tokenizer
 
@@ -189,7 +190,7 @@ BAD_TEMPLATES = {
     "loops without end": ("{% for a in range(90000) %}" * 3 + "{% endfor %}" * 3, "more than 10,000,000 units of work"),
     "a power": ("{{ 9 ** 99999999 }}", "it makes a number of 399,999,996 bits"),
     "a width": ("{{ 'a' | center(1000000000) }}", "it makes a value of size"),
-    "a format": ("{{ '%0999999999d' % 1 }}", "a width of millions"),
+    "a format": ("{{ '%0999999999d' % 1 }}", "a width of 7 digits or more"),
     "text without a tag": ("{#" + "a" * (1 << 20) + "#}{{ 1 }}", "has 1,048,587 characters, above 1,048,576"),
 }
 
@@ -356,3 +357,19 @@ def test_control_characters_of_a_tokenizer_are_not_printed(tmp_path: Path) -> No
     printed = outcome.stdout + outcome.stderr
     assert "\\x1b[2J\\x07" in printed
     assert not [line for line in printed.splitlines() if not line.isprintable()]
+
+
+@pytest.mark.parametrize("print_content", ["'%s' % m.content", "'{}'.format(m.content)", "'**{}**'.format(m.content)"])
+@pytest.mark.parametrize("content", ["5% of 2 * 3", '{"id": 1234567}', "{:9999999}", "%9999999d"])
+def test_a_content_with_percent_signs_and_braces_is_printed_by_a_format(print_content: str, content: str) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ " + print_content + " }}{% endfor %}", {})
+    assert content in template.render([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    "text", ["'%*d' % (10 ** 9, 1)", "'{:{}}'.format(1, 10 ** 9)", "'{0[0]:{0[1]}}'.format([1, 10 ** 9])"]
+)
+def test_a_format_with_a_width_from_a_value_is_refused(text: str) -> None:
+    template = ChatTemplate("{{ " + text + " }}", {})
+    with pytest.raises((Refused, ValueError), match="does too much"):
+        template.render([{"role": "user", "content": "x"}])

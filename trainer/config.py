@@ -68,7 +68,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Device of the model. "auto" is a GPU if torch sees one, else the CPU."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the layers' computation. "auto" is bfloat16 on a GPU and float32 on a CPU.
-    Attention on a GPU has no float32 kernel."""
+    On a GPU only the attention kernel "sdpa" computes in float32."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of stored weights, gradients and optimizer state. bfloat16 halves their memory,
     but loses every update smaller than 1/256 of the weight. "auto" is float32, and on a GPU whose

@@ -35,7 +35,7 @@ WORDS = frozenset(
 BESIDE_MESSAGES = WORDS - {"messages", "tools"}
 """Names of columns that need a check if a row has them besides `messages` and `tools`."""
 
-EMPTY = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values of a column without content."""
 
 

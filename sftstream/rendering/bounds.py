@@ -39,7 +39,9 @@ _COPIED = 1024
 _CALL, _NODE = 16, 32
 """`_CALL` is the number of work units of a call. `_NODE` is the number of characters that the
 estimate of a nested value's printed size adds for each list, dictionary and element."""
-_WIDTH = re.compile(r"\d{7}|\*")
+_WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0]*\d*\.?(\d{7}|\*)|\{[^{}]*:[^{}]*(\d{7}|\{)")
+"""A conversion of a format text with a width of 7 digits or more, or with a width from a value:
+"%9999999d", "%*d", "{:9999999}", "{:{}}"."""
 
 _GROWING = {
     *("*", "%", "join", "replace", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap"),
@@ -195,10 +197,10 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
         _require_number(name, *values)
     elif size > MOST_CHARACTERS:
         _require_size(_exact(name, values, size))
-    elif name in ("%", "format", "format_map") and any(_has_width(value) for value in values):
+    elif name in ("%", "format", "format_map") and _has_width(values[0]):
         raise Refused(
             "template does too much",
-            "it formats a text that contains `*` or a number of 7 digits, which may be a width of millions",
+            "it formats a text with a width of 7 digits or more, or with a width from a value",
         )
 
 
@@ -224,8 +226,8 @@ def _exact(name: str, values: Sequence[Any], bound: int) -> int:
     return bound
 
 
-def _has_width(value: Any) -> bool:
-    return type(value) is str and _WIDTH.search(value) is not None and ("%" in value or "{" in value)
+def _has_width(text: Any) -> bool:
+    return type(text) is str and _WIDTH.search(text) is not None
 
 
 def _printed(value: Any) -> int:

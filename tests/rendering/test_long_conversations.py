@@ -56,7 +56,7 @@ def talk(codes: str, count: int) -> Conversation:
 def test_turns_are_found_with_three_renders_however_long_the_conversation(codes: str, prompt: str) -> None:
     template = LOOP.replace("%}<|assistant|>{%", f"%}}{prompt}{{%")
     plain = judge.open_encoder(template)
-    encoder = Counting(plain.tokenizer.hf, template, capacity=10**9).count()
+    encoder = Counting(plain.tokenizer.hf, template, capacity=2**24).count()
     long = talk(codes, 50)
     encoder.renderer.render_whole(long)
     assert encoder.messages <= 2.2 * len(long.messages)

@@ -233,7 +233,7 @@ def test_a_text_that_holds_every_marker_is_refused(encoder: ChatEncoder) -> None
     ids=lambda text: ascii(text[:8]),
 )
 def test_odd_text_survives(encoder: ChatEncoder, text: str) -> None:
-    encoder = ChatEncoder(encoder.tokenizer.hf, capacity=10**9)
+    encoder = ChatEncoder(encoder.tokenizer.hf, capacity=2**24)
     assert _trained(encoder, [shapes.user(text), shapes.said(text)]) == [f"{text.strip()}{STOP}"]
 
 

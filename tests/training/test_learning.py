@@ -18,8 +18,8 @@ def test_a_run_learns_its_answers_and_the_export_gives_them(tmp_path: Path, toke
     config = runs.run_config(
         tokenizer,
         path,
-        run={"steps": 60},
-        optimizer={"learning_rate": 2e-2},
+        run={"steps": 120},
+        optimizer={"learning_rate": 1e-2},
         schedule={"kind": "cosine", "warmup": 5},
         checkpoint={"every": 1000},
         evaluation={"path": tiny.write_jsonl(tmp_path / "heldout.jsonl", rows), "show": 1},
