@@ -99,4 +99,4 @@ def test_the_packing_benchmark_prints_a_row_for_each_capacity(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if "us" in line]
-    assert rows == ["| 2048", "| 4096", "| 8192"]
+    assert rows == ["| 2048", "| 4096", "| 8192", "| 16384"]

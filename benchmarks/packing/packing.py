@@ -67,7 +67,7 @@ def ours(lengths: list[int], capacity: int) -> Measured:
     sampler = RowSampler(data, [IndexedCursor((len(lengths),), data, 0, 0)])
     reader: Any = LengthReader(lengths)
     source = Map(sampler, lambda refs: [reader.examples(ref) for ref in refs])
-    settings = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0, rows=len(lengths))
+    settings = PackerConfig(capacity, window=256, streams=1, seed=0, shuffle=True, pad_id=0)
     packer = Packer(source, sampler, reader, 0, settings)
     began = time.thread_time()
     packer.reset()

@@ -61,6 +61,7 @@ def config_of(request: Request) -> DataConfig:
             "sources": [{"path": request.path}],
             "tokenizer": {"path": request.job.tokenizer, "date": DAY},
             "workers": request.workers,
+            "streams": 64,
             "capacity": request.job.capacity,
         },
         DataConfig,

@@ -167,7 +167,7 @@ def test_a_state_does_not_grow_with_what_was_consumed(tokenizer: str, corpus_pat
     for _ in range(40):
         tiny.take(loader, 8)
         sizes.append(max(len(json.dumps(stream)) for stream in loader.state_dict()["streams"].values()))
-    assert max(sizes[20:]) <= max(sizes[5:20]) + 40  # some counters get another digit
+    assert max(sizes[20:]) <= 1.2 * max(sizes[5:20])  # counters get digits, and the number of leftovers varies
     assert max(sizes) < 16 * 3 * 24 + 400
 
 
