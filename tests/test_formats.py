@@ -74,7 +74,8 @@ def test_the_layouts_are_those_the_error_lists() -> None:
     assert refusal({"text": "hi", "b": 1}) == (
         "unknown layout: columns ['b', 'text'] match none of messages | conversations | conversation | "
         "instruction + output/response/answer/completion/chosen | "
-        "prompt/question/query/input + completion/response/answer/output/chosen | data"
+        "prompt/question/query/input + completion/response/answer/output/chosen | data; verified = false of the "
+        "source trains plain text or token ids, of which nothing can be proved"
     )
     assert len(LAYOUTS) == 6
 

@@ -199,9 +199,9 @@ class Watched(StreamedSource):
 
     def open(self, shard: int, at: int) -> RowsFrom:
         first, rows = super().open(shard, at)
-        return RowsFrom(first, self._watched(shard, first, rows))
+        return RowsFrom(first, self._recorded(shard, first, rows))
 
-    def _watched(self, shard: int, first: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
+    def _recorded(self, shard: int, first: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         for number, row in enumerate(rows, first):
             self.read.append((shard, number))
             yield row

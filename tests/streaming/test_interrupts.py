@@ -199,7 +199,8 @@ def test_alarms_from_a_signal_handler_lose_and_repeat_nothing(
             except KeyboardInterrupt:
                 pass
             except RuntimeError as error:  # torch's own signal handler, for a worker that an alarm ended at its start
-                assert "killed by signal: Terminated" in str(error)
+                if "killed by signal: Terminated" not in str(error):
+                    raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -176,5 +176,5 @@ def test_packs_are_the_same_with_fastokens_and_a_resume_needs_the_same_backend(
     quick = PackLoader(with_backend(tokenizer, corpus_path, "fastokens"))
     quick.encoder.tokenizer.fast_tokenizer.load()
     assert tiny.digests(quick) == tiny.digests(plain)
-    with pytest.raises(ValueError, match=r"data.fast_tokenizer: 'fastokens \S+' -> None"):
+    with pytest.raises(ValueError, match=r"data.fast_tokenizer: 'fastokens' -> None"):
         PackLoader(with_backend(tokenizer, corpus_path, "huggingface"), state=quick.state_dict())
