@@ -60,6 +60,7 @@ ORDER = {
         "rendering.markers",
         "rendering.overlap",
         "rendering.probe_messages",
+        "rendering.message_kinds",
         "rendering.turn_format",
         "rendering.turns",
         "rendering.probe",

@@ -33,15 +33,15 @@ Published templates need up to 40,000 units for a conversation of 1,000 short me
 MOST_CHARACTERS = 1 << 26
 """Largest size of a value: characters of a text, or elements of a list."""
 _MOST_BITS = 1 << 16
-"""Largest number of bits of a product or power of two integers."""
+"""Largest number of bits of the result of `a * b` or `a ** b`, for integers a and b."""
 _COPIED = 1024
 """Number of copied characters that cost one work unit."""
 _CALL, _NODE = 16, 32
 """`_CALL` is the number of work units of a call. `_NODE` is the number of characters that the
 estimate of a nested value's printed size adds for each list, dictionary and element."""
 _WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0]*\d*\.?(\d{7}|\*)|\{[^{}]*:[^{}]*(\d{7}|\{)")
-"""A conversion of a format text with a width of 7 digits or more, or with a width from a value:
-"%9999999d", "%*d", "{:9999999}", "{:{}}"."""
+"""Matches a format specifier whose width has 7 digits or more, or comes from a value: "%9999999d",
+"%*d", "{:9999999}", "{:{}}"."""
 
 _GROWING = {
     *("*", "%", "join", "replace", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap"),
@@ -179,7 +179,8 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 def _require_affordable(name: str, values: Sequence[Any]) -> None:
     """Raise `Refused` if an operation would need too much work, or if its result may be too large.
 
-    `values` are the operands, or the arguments after the value that a filter or method applies to.
+    `values` are the operands; for a filter or method, the value that it applies to, followed by the
+    arguments.
     """
     size, work = 1, 1
     for index, value in enumerate(values):

@@ -87,7 +87,8 @@ class PayloadIndex:
         return self._of.get(message, ())
 
     def last_end(self, message: int, offset: int) -> int:
-        """Return the largest payload end up to `offset`, of the messages before `message`; or 0."""
+        """Among the payloads of earlier messages, return the last end at or before `offset`; or
+        0."""
         found = bisect_right(self._by_end, (offset, len(self._by_end) + message)) - 1
         while found >= 0 and self._by_end[found][1] >= message:
             found -= 1
@@ -179,7 +180,7 @@ def _is_blank(message: TemplateMessage) -> bool:
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
     """Split a payload into thought and rest if it is an assistant's content with a thought.
 
-    Any other payload is returned alone, unchanged:
+    Any other payload is returned alone and unchanged. Example of a split:
 
     "<think>\\nhm\\n</think>\\n\\nseven"   ->  reasoning "<think>\\nhm\\n</think>", content "seven"
     """
@@ -195,7 +196,8 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
 def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> Payload:
     """Return the payload, extended to the left by the `<think>` tag if it is a thought.
 
-    A tag that is not printed as in the content is not included.
+    The tag is included only if the text shows the tag, and the white space after it, exactly as in
+    the content.
     """
     content = messages[payload.message]["content"]
     thought = _THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
@@ -225,7 +227,8 @@ class Marking:
         split_thoughts: bool = False,
         fill_blanks: bool = False,
     ) -> None:
-        """Choose a prefix absent from `text`, the render without markers, and from the messages.
+        """Choose a prefix that occurs neither in `text` (the render without markers) nor in the
+        messages.
 
         `split_thoughts` marks `<think>...</think>` separately from the rest of a content;
         `fill_blanks` puts a pair of markers into blank messages too.

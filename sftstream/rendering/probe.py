@@ -55,7 +55,8 @@ class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
         "drops user content"            the template leaves out the user's content
         "template raises: ..."          the template raises an error for the messages
 
-    Verdicts with any other reason for a refusal have the second or the last form.
+    Any other refusal is written as "whole, but REASON: ..." if all payloads are printed, else as
+    "REASON: ...".
     """
     rewrites_history: bool
     """True if the template prints a turn differently once further messages follow (Qwen3)."""

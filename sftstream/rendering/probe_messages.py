@@ -1,4 +1,5 @@
-"""Messages of the probes. Each content begins and ends with "Zq", a word of no known template."""
+"""Messages of the probes. Each text of a message begins and ends with "Zq", a word of no known
+template."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
+from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
-from sftstream.rendering.turns import Turn, find_turns, representatives
+from sftstream.rendering.turns import Turn, find_turns
 
 CHECK_INTERVAL = 4096
 """One in this number of renders from plans is compared with a render by the template."""
@@ -31,7 +32,8 @@ class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
 
     There is a single text, unless `policy.history` is "per_turn" and the template prints earlier
     turns differently once further messages follow; then each trained message has a text. Each text
-    is tokenized as one example. Only a single text is split or shortened if it is too long.
+    is tokenized as one example. A text that is too long is split or shortened only if it is the
+    single text of the conversation.
     """
 
     conversation: Conversation

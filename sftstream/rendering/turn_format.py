@@ -118,9 +118,9 @@ def _probe_prompt(template: ChatTemplate, control: re.Pattern[str]) -> str:
 def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt: str) -> str:
     """Return the longest beginning of the prompt that is also printed before every answer.
 
-    The rest of a prompt may be an opened thought (`<think>`), an empty thought
-    (`<think></think>`), or the first words of the answer. For a template without a prompt, return
-    the text that announces the assistant at the end of every conversation. If there is no such
+    The rest of a prompt may be an opened thought (`<think>`), an empty thought (`<think></think>`),
+    or the first words of the answer. A template without a prompt may print the assistant's header
+    after the last user message of every conversation; then return this header. If there is no such
     text, return the header of an answer.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
 from sftstream.rendering.markers import Located, Marking, Payload, PayloadIndex, locate
+from sftstream.rendering.message_kinds import distinct_before, kind_of
 from sftstream.rendering.overlap import (
     common_prefix,
     cut,
@@ -72,9 +73,9 @@ def find_turns(
     """Return the assistant turns in text order; raises `Refused` if a start or end is not proved.
 
     With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
-    further render. Without `shortcut`, renders of the earlier messages with the prompt are compared
-    for every turn. Both ways return equal spans. An assistant message without payloads has no turn
-    if its header or stop is not printed.
+    further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
+    turn, and the result is compared with the text. Both ways return equal spans. An assistant
+    message without payloads has no turn if its header or stop is not printed.
     """
     search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
@@ -128,8 +129,8 @@ class _TurnSearch:
         self._fill_blanks = located.fill_blanks
         self._shortcut = shortcut
         self._compare = compare
-        self._kinds = [_kind(message) for message in messages]
-        self._kinds_before = _distinct_before(self._kinds)
+        self._kinds = [kind_of(message) for message in messages]
+        self._kinds_before = distinct_before(self._kinds)
         self._tails: dict[tuple[Any, ...], str | None] = {}
 
     def has_payload(self, index: int) -> bool:
@@ -362,46 +363,6 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
-
-
-def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
-    """Divide `indices` into groups of similar messages; return the first and last of each group.
-
-    Two messages are similar if they have the same kind, their neighbours have the same kinds, the
-    same kinds occur before them, and both or neither of them precede the last message of a user. If
-    a template prints any message of a group differently once further messages follow, the first or
-    the last message of the group shows the difference.
-    """
-    kinds = [_kind(message) for message in messages]
-    before = _distinct_before(kinds)
-    asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    groups: dict[Hashable, list[int]] = {}
-    for index in indices:
-        neighbours = tuple(kinds[max(0, index - 1) : index + 2])
-        groups.setdefault((neighbours, before[index], index < asked), []).append(index)
-    return sorted({index for group in groups.values() for index in (group[0], group[-1])})
-
-
-def _kind(message: TemplateMessage) -> tuple[Any, ...]:
-    """Return the kind of a message: all except its words that may change the template's text."""
-    content = message["content"]
-    return (
-        message["role"],
-        tuple(message),
-        bool(content.strip()),
-        opens_thought(content),
-        len(message.get("tool_calls", ())),
-    )
-
-
-def _distinct_before(kinds: Sequence[Hashable]) -> list[int]:
-    """Return for each index the number of different kinds before: `[0, 1, 1]` for "aab"."""
-    seen: set[Hashable] = set()
-    counts = []
-    for kind in kinds:
-        counts.append(len(seen))
-        seen.add(kind)
-    return counts
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:

@@ -16,16 +16,16 @@ from sftstream.streaming.packing import packs_of_stream
 MOST_STREAMS = 64
 """Largest number of streams that is chosen, unless there are more shards."""
 PACKS_OF_A_STREAM = 64
-"""Smallest number of packs in each stream of a chosen number of streams, unless the shards need
-more streams. The last pack of a stream is half empty on average, which costs less than 1 % of the
-slots of 64 packs."""
+"""`choose_streams` leaves each stream at least this number of packs, unless the shards need more
+streams. The last pack of a stream is half empty on average, which costs less than 1 % of the slots
+of 64 packs."""
 WINDOWS_OF_A_STREAM = 4
 """Smallest number of windows in each stream of a chosen number of streams, unless the shards need
 more streams."""
 PLANNED_EXAMPLES = 4096
 """Largest number of examples that a forecast divides into packs."""
 FEW_STEPS = 10
-"""`Forecast.describe` mentions the empty packs of the last step if they are more than one in
+"""`Forecast.describe` mentions the empty packs of the last step if they are more than 1 /
 `FEW_STEPS` of all packs."""
 
 
@@ -128,8 +128,9 @@ def foresee(config: DataConfig, corpus: Corpus, samples: Sequence[LengthSample] 
     lengths = _drawn(contents, samples, planned)
     full = Fraction(sum(lengths), capacity)
     packs = packs_of_stream(lengths, capacity, config.window)
-    # Packs per pack of a perfect packing. Rounded up, so that the partly filled last pack of the
-    # planned part does not count as a loss.
+    # Number of packs made, divided by the number that a packing without free slots would make. The
+    # divisor is rounded up, so that the partly filled last pack of the planned part does not count
+    # as a loss.
     warm = Fraction(packs, math.ceil(full))
     if config.epochs is None:
         return Forecast(streams, batch, capacity, None, float(1 / warm))

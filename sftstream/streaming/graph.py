@@ -25,7 +25,7 @@ _FINISHED = frozenset({Refused, list})
 
 
 class Map(BaseNode[RowBatch[Y]], Generic[X, Y]):
-    """Node that applies a pure function, the transform, to batches of rows. It has no state.
+    """Node that applies a function, the transform, to batches of rows. It has no state.
 
     Rows that an earlier node refused or finished pass through unchanged. Batches keep the code and
     tables of a transform in the CPU cache; row by row, the transforms would take twice as long.

@@ -37,9 +37,9 @@ MOST_REFUSED = 1000
 """Number of refused rows after which a window ends early. So a run soon reaches the end of a step,
 where refusals are judged, even if nearly all rows of a source are refused."""
 REFUSED_SHARE = 16
-"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation.
-So a source whose rows are all refused does not keep the stream from other sources for long. If a
-tenth of a source is refused, the mixture differs from the weights by less than 0.2 %."""
+"""In a mixture by tokens, a refused row counts as a sixteenth of the stream's mean conversation. So
+if all rows of a source are refused, the stream soon draws from the other sources again. If a tenth
+of a source is refused, the mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
 """Value of `StreamState.planning` in a new stream."""
 
@@ -68,8 +68,8 @@ class Window(NamedTuple):
     """For each source, the fields of an `Amount`: conversations, tokens and trained tokens that the
     stream accepted since its beginning."""
     notes: Counter[str]
-    """Modification, such as "truncated" -> number of examples with the modification since the
-    beginning of the stream."""
+    """Number of examples with each modification since the beginning of the stream:
+    `{"truncated": 3}`."""
 
 
 class Packer(BaseNode[Pack]):
@@ -230,7 +230,8 @@ class Packer(BaseNode[Pack]):
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
-        """Return the number of examples of each waiting row that has several examples.
+        """For each row of a planned pack or a leftover, return the number of its examples if there
+        are several.
 
         `read` holds the segments of the window, with all parts of each row.
         """

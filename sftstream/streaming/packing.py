@@ -13,11 +13,13 @@ import xxhash
 from sftstream.records import Example, Pack, Refusal, Segment
 
 SPARE = 64
-"""Number of left examples at which no further pack of a window is dissolved (see `plan_window`).
-Some of 64 examples nearly always have exactly the tokens that an exchange must bring into a pack.
-With 16 examples, packs of real conversations are filled up to 0.2 % less."""
+"""Number of leftovers at which a window stops dissolving packs (see `plan_window`). Among 64
+examples there are nearly always some whose lengths add up to exactly the tokens that an exchange
+must bring into a pack. With 16 instead of 64, the fill of packs of real conversations is lower, by
+at most 0.2 %."""
 SHARE_LEFT = 3
-"""At most one pack in `SHARE_LEFT` of a window's packs is dissolved; of fewer packs, one pack."""
+"""At most 1 / `SHARE_LEFT` of a window's packs are dissolved; of fewer than `SHARE_LEFT` packs, at
+most one."""
 EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
@@ -82,11 +84,11 @@ class WindowPlan(NamedTuple):
 def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> WindowPlan:
     """Plan almost full packs, and leave the other examples for the next window.
 
-    The emptiest packs of `plan_packs` are dissolved, which means that their examples are left,
-    until `SPARE` examples are left or one pack in `SHARE_LEFT` is dissolved. Full packs and packs
-    with an `urgent` example are never dissolved. Then each other pack with free slots exchanges up
-    to `EXCHANGED` of its shortest examples for left examples that together fill the pack exactly,
-    or else as far as possible.
+    The emptiest packs of `plan_packs` are dissolved: their examples become leftovers. Dissolving
+    stops at `SPARE` leftovers, or when 1 / `SHARE_LEFT` of the packs are dissolved. Full packs and
+    packs with an `urgent` example are never dissolved. Then each other pack with free slots
+    exchanges up to `EXCHANGED` of its shortest examples for left examples that together fill the
+    pack exactly, or else as far as possible.
 
     Example: for the lengths `[6, 3, 5, 2, 2]` and capacity 10, the packs of `plan_packs` are 6 + 3
     and 5 + 2 + 2. The second pack is dissolved, and the first pack exchanges 3 for 2 + 2. The

@@ -29,7 +29,7 @@ from sftstream.streaming.refusals import RowCounts, row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 
 SECONDS_BETWEEN_LOOKS = 1.0
-"""Time between two looks of a worker for its parent process."""
+"""Seconds between two checks by a worker that its parent process still runs."""
 EncodedStreams = Mapping[int, bytes]
 """Number of a logical stream -> its `StreamState` as MessagePack. The worker encodes the state; a
 checkpoint stores the bytes unchanged."""

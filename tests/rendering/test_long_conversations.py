@@ -16,8 +16,8 @@ from sftstream import ChatEncoder, Refused
 from sftstream.formats import parse_row
 from sftstream.records import Conversation
 from sftstream.rendering.mask import trained_messages
+from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.template import template_message
-from sftstream.rendering.turns import representatives
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(10**6))
 CODES = ("u a", "u ar", "u ac t a", "u ac t ac t a", "u ai", "u a a", "u a-", "s u a", "u arc t ar", "u a~")

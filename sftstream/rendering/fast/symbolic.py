@@ -167,7 +167,8 @@ class SymbolicStr(_Symbolic):
         return self._apply("rstrip", characters)
 
     def split(self, separator: str, _most: int = -1) -> list[SymbolicStr]:
-        """Return a list of the string if the separator is absent; raises `Untraceable` if not."""
+        """Return a list with the whole string as its only item if the separator is absent; else
+        raise `Untraceable`."""
         return [self] if isinstance(separator, str) and separator not in self else self._refuse()
 
     rsplit = split
