@@ -243,3 +243,10 @@ def test_an_unknown_model_name_is_refused(name: str) -> None:
         match=re.escape(f"model {name!r} is neither a local directory nor available from the Hugging Face hub"),
     ):
         find_model(name)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ' * 5000 + b"1" + b"}" * 5000, b'{"a": "\xff"}', b"[]"])
+def test_a_config_that_cannot_be_decoded_is_one_line_with_its_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json: "):
+        read_config(tmp_path)

@@ -93,7 +93,7 @@ class RunDirectory:
             return msgspec.json.decode(path.read_bytes(), type=Owner)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointError(f"{path} was not written by a run: {error}; move {self.path} away") from error
 
     def _write(self, owner: Owner) -> None:

@@ -148,7 +148,7 @@ def _read_generation(path: Path) -> dict[str, Any]:
     try:
         keys = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         msgspec.convert(keys.get("eos_token_id"), int | list[int] | None)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     return keys
 

@@ -79,7 +79,7 @@ def read_config(directory: StrPath) -> LlamaConfig:
         raise ValueError(f"{directory} is not a Hugging Face model: it has no config.json")
     try:
         return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, RecursionError, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
     except KeyError as error:
         # Raised by transformers if keys of the rope settings are missing.

@@ -233,7 +233,7 @@ def _reopen(path: Path, step: int) -> BufferedRandom:
         try:
             if msgspec.json.decode(line, type=_Numbered).step > step:
                 break
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number} was not written by a run: {error}; remove the line, or move the file away"
             ) from error
