@@ -248,5 +248,5 @@ def test_an_unknown_model_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize("content", [b'{"a": ' * 5000 + b"1" + b"}" * 5000, b'{"a": "\xff"}', b"[]"])
 def test_a_config_that_cannot_be_decoded_is_one_line_with_its_file(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match="config.json: "):
+    with pytest.raises(ValueError, match=r"config\.json: "):
         read_config(tmp_path)
