@@ -188,7 +188,10 @@ def test_a_config(tmp_path: Path, tokenizer: str) -> None:
         text = ""
         if isinstance(tables, dict):
             with_values = ((name, table) for name, table in tables.items() if table is not None)
-            text = "".join(f"{name} = {runs.toml(table)}\n" for name, table in with_values)
+            try:
+                text = "".join(f"{name} = {runs.toml(table)}\n" for name, table in with_values)
+            except RecursionError:  # the writer of this test follows values less deeply than the values are nested
+                text = "run = " + "[" * 9000
         content = text.encode(errors="replace")
         (place / "run.toml").write_bytes(content if draw.random() < 0.6 else damaged(content, draw))
         return place / "run.toml"
