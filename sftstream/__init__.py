@@ -10,6 +10,7 @@ from sftstream.ledger.writer import LedgerWriter
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
 from sftstream.records import (
     IGNORE_INDEX,
+    UNDECODABLE,
     Conversation,
     Example,
     Message,
@@ -38,6 +39,7 @@ __all__ = [
     "NO_SEGMENTS",
     "SEGMENT",
     "TOO_LONG",
+    "UNDECODABLE",
     "ChatEncoder",
     "Conversation",
     "DataConfig",

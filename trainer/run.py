@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from sftstream import Pack, exceeded_limits, require_few_refused
+from sftstream import Pack, Session, __version__, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -22,7 +22,7 @@ from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.reporting.display import Display
 from trainer.reporting.fill import FillWatch
-from trainer.reporting.ledger import gather_streams, session
+from trainer.reporting.ledger import gather_streams
 from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
@@ -136,7 +136,7 @@ def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | N
     if not run.topology.first or loader is None:
         return nullcontext()
     log = RunLog(run.config.run.directory, progress.step)
-    log.ledger.begin(session(loader, run.topology, progress.step))
+    log.ledger.begin(Session.of(loader, run.topology.sizes, progress.step, __version__))
     return log
 
 

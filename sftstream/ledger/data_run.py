@@ -6,7 +6,6 @@ directory. A killed run, started again on any topology, continues from its newes
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
@@ -40,7 +39,7 @@ def run_data(config: DataConfig, directory: Path, steps: int, every: int, shards
     assignment = PackAssignment(loaders[0].position().header.identity.streams, config.global_batch, shards)
     rows = _cut_back(directory, step)
     ledger = LedgerWriter(directory / "ledger", step)
-    ledger.begin(_session(loaders[0], step, shards))
+    ledger.begin(Session.of(loaders[0], {"dp": shards}, step, metadata.version("sftstream")))
     with (directory / "metrics.jsonl").open("ab", 0) as metrics, (directory / "refused.jsonl").open("ab", 0) as refused:
         while step < steps and not all(loader.exhausted for loader in loaders):
             step += 1
@@ -101,20 +100,6 @@ def _save(loaders: Sequence[PackLoader], ledger: LedgerWriter, path: Path) -> No
     partial = path.with_name(f".{path.name}")
     partial.write_bytes(msgspec.json.encode(state))
     publish(partial, path)
-
-
-def _session(loader: PackLoader, step: int, shards: int) -> Session:
-    header = loader.position().header
-    return Session(
-        after=step,
-        mesh={"dp": shards},
-        workers=loader.workers,
-        version=metadata.version("sftstream"),
-        directory=os.getcwd(),
-        data=loader.config,
-        identity=header.identity,
-        accepted=tuple(difference for change in header.history for difference in change.differences),
-    )
 
 
 class _Numbered(msgspec.Struct):

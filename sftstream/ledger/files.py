@@ -148,18 +148,14 @@ def read_journal(directory: Path) -> Iterator[StepSegments]:
 def publish(partial: Path, path: Path) -> None:
     """Sync the file `partial` to disk and rename it to `path`: after a power cut, `path` is a whole
     file or absent, never a part of a file."""
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(partial)
     os.replace(partial, path)
-    sync_directory(path.parent)
+    _sync(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Sync the file names of a directory to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Sync the bytes of a file, or the file names of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

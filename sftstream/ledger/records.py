@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from sftstream.config import DataConfig
 from sftstream.identity import Identity
 from sftstream.ledger.segments import Segments
+from sftstream.loader import PackLoader
 from sftstream.records import Ref
 
 
@@ -32,6 +34,21 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity
     accepted: tuple[str, ...] = ()
     """Differences of data or settings that the run has accepted so far."""
+
+    @classmethod
+    def of(cls, loader: PackLoader, mesh: dict[str, int], after: int, version: str) -> Session:
+        """Return the session that starts after step `after` with the data of `loader`."""
+        header = loader.position().header
+        return cls(
+            after=after,
+            mesh=mesh,
+            workers=loader.workers,
+            version=version,
+            directory=os.getcwd(),
+            data=loader.config,
+            identity=header.identity,
+            accepted=tuple(difference for change in header.history for difference in change.differences),
+        )
 
 
 class StepSegments(NamedTuple):

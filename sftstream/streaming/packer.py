@@ -302,9 +302,10 @@ class Packer(BaseNode[Pack]):
         read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
         if self._check and not read.accepted[ref.source][0]:
             self._check.require_conversation(ref.source)
-        conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
-        parts = REFUSED_SHARE * max(conversations, 1)
-        self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
+        if self._mixed_by_content:
+            conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
+            parts = REFUSED_SHARE * max(conversations, 1)
+            self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
 
     def _too_long(self, examples: Sequence[Example]) -> Refused | None:
         capacity = self._config.capacity

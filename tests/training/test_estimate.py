@@ -31,6 +31,14 @@ LLAMA_70B = LlamaConfig(
 )
 SHORT = msgspec.structs.replace(LLAMA_70B, num_hidden_layers=4)
 """A model with fewer layers, since wrapping takes time per layer."""
+LLAMA_1B = msgspec.structs.replace(
+    LLAMA_70B,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    tie_word_embeddings=True,
+)
 
 
 def config(**changes: dict[str, Any]) -> TrainConfig:
@@ -189,18 +197,10 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_one_gpu_holds_copies_to_compute_with_and_at_most_two_gib_of_logits_and_gradient() -> None:
-    llama_1b = msgspec.structs.replace(
-        LLAMA_70B,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        tie_word_embeddings=True,
-    )
     single = {"parallel": {"tp": 1}, "data": {"capacity": 16384, "global_batch": 1}}
     weights = 1_235_814_400
     for dtype, copies in (("float32", 2), ("bfloat16", 0)):
-        found = estimate(config(run={"weights_dtype": dtype}, **single), llama_1b, 1).memory
+        found = estimate(config(run={"weights_dtype": dtype}, **single), LLAMA_1B, 1).memory
         assert found["working weights"] == copies * weights
         # Four chunks of 4,096 tokens, their gradient, and the gradient of the head's weight.
         assert found["head"] == 2 * 4096 * 128256 * 2 + 128256 * 2048 * 2
@@ -208,7 +208,7 @@ def test_one_gpu_holds_copies_to_compute_with_and_at_most_two_gib_of_logits_and_
         # activations are freed.
         measured = {"float32": 38.9, "bfloat16": 29.7}[dtype]
         assert (sum(found.values()) - found["gradients"]) / GIB == pytest.approx(measured, rel=0.05)
-    found = estimate(config(parallel={"tp": 1}, data={"capacity": 16384}), llama_1b, 1).memory
+    found = estimate(config(parallel={"tp": 1}, data={"capacity": 16384}), LLAMA_1B, 1).memory
     assert found["gradients"] == 4 * weights
 
 
@@ -227,17 +227,9 @@ def test_one_gpu_holds_copies_to_compute_with_and_at_most_two_gib_of_logits_and_
 def test_memory_decides_weights_and_recomputation_in_a_fixed_order(
     size: int, changes: dict[str, str], dtype: str, way: str
 ) -> None:
-    llama_1b = msgspec.structs.replace(
-        LLAMA_70B,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        tie_word_embeddings=True,
-    )
     automatic = {"weights_dtype": "auto", "recompute": "auto"} | changes
     given = config(run=automatic, parallel={"tp": 1}, data={"capacity": 16384, "global_batch": 1})
-    found = with_memory_settings(given, llama_1b, 1, size * GIB, compiled=True).run
+    found = with_memory_settings(given, LLAMA_1B, 1, size * GIB, compiled=True).run
     assert (found.weights_dtype, found.recompute, found.compile) == (dtype, way, True)
 
 

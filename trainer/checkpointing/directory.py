@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoints import CheckpointError, Lock
+from sftstream import UNDECODABLE
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
 
@@ -93,7 +94,7 @@ class RunDirectory:
             return msgspec.json.decode(path.read_bytes(), type=Owner)
         except FileNotFoundError:
             return None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise CheckpointError(f"{path} was not written by a run: {error}; move {self.path} away") from error
 
     def _write(self, owner: Owner) -> None:

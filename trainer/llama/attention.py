@@ -215,6 +215,17 @@ def _outcome(kernel: Kernel, inputs: list[Tensor], segments: Segments) -> list[T
     return [out.detach(), *(cast(Tensor, part.grad) for part in (q, k, v))]
 
 
+def _attend_by(varlen: Callable[..., Any]) -> Attend:
+    """Return the attention of a FlashAttention package, whose versions differ in the result: a
+    tensor, or a tuple that begins with the tensor."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        out = varlen(q, k, v, **_named_borders(segments), **_options())
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    return run
+
+
 @cache
 def _load_fa4() -> Attend:
     # The package compiles its kernels at the first call, 10 s that a cache saves later starts. Its
@@ -223,32 +234,21 @@ def _load_fa4() -> Attend:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention"))
     from flash_attn.cute import flash_attn_varlen_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options())
-        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
-
-    return run
+    return _attend_by(flash_attn_varlen_func)
 
 
 @cache
 def _load_fa3() -> Attend:
     from flash_attn_interface import flash_attn_varlen_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options())
-        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
-
-    return run
+    return _attend_by(flash_attn_varlen_func)
 
 
 @cache
 def _load_fa2() -> Attend:
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        return cast(Tensor, flash_attn_varlen_func(q, k, v, **_named_borders(segments), **_options()))
-
-    return run
+    return _attend_by(flash_attn_varlen_func)
 
 
 def _options() -> dict[str, bool]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import MODEL_FILE_BYTES, TensorSpec, write_model
+from sftstream import UNDECODABLE
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
 from trainer.llama.model import Llama
@@ -148,7 +149,7 @@ def _read_generation(path: Path) -> dict[str, Any]:
     try:
         keys = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         msgspec.convert(keys.get("eos_token_id"), int | list[int] | None)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{path}: {error}") from error
     return keys
 

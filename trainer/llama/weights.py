@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sftstream import UNDECODABLE
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
 from trainer.llama.model import Llama
@@ -176,7 +177,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except FileNotFoundError:
         return {}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{index}: {error}") from error
 
 

@@ -1,28 +1,11 @@
-"""Tell the ledger of a run about its sessions and its data states."""
+"""Gather the data states for the ledger of a run."""
 
 from __future__ import annotations
 
-import os
-
 import torch.distributed as dist
 
-from sftstream import LoaderPosition, PackLoader, Session, __version__
+from sftstream import LoaderPosition
 from trainer.distributed.mesh import Topology
-
-
-def session(loader: PackLoader, topology: Topology, step: int) -> Session:
-    """Return the record of a start of the run after `step` steps."""
-    header = loader.position().header
-    return Session(
-        after=step,
-        mesh=topology.sizes,
-        workers=loader.workers,
-        version=__version__,
-        directory=os.getcwd(),
-        data=loader.config,
-        identity=header.identity,
-        accepted=tuple(difference for change in header.history for difference in change.differences),
-    )
 
 
 def gather_streams(position: LoaderPosition | None, topology: Topology) -> dict[int, bytes]:

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sftstream import TOO_LONG, LedgerWriter
+from sftstream import TOO_LONG, UNDECODABLE, LedgerWriter
 from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ def _reopen(path: Path, step: int) -> BufferedRandom:
         try:
             if msgspec.json.decode(line, type=_Numbered).step > step:
                 break
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise ValueError(
                 f"{path}:{number} was not written by a run: {error}; remove the line, or move the file away"
             ) from error
