@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -183,10 +182,8 @@ def test_a_number_far_above_any_use_is_refused_at_once(tmp_path: Path, field: st
     msgspec.convert(table, DataConfig)
     for value in (MOST[field] + 1, 10 * MOST[field]):
         holder[field] = value
-        began = time.monotonic()
         with pytest.raises(msgspec.ValidationError, match=rf"{field} = .* must be at most {MOST[field]}"):
             msgspec.convert(table, DataConfig)
-        assert time.monotonic() - began < 1
 
 
 def test_every_whole_number_of_the_data_table_has_a_largest_value() -> None:
