@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,14 +59,6 @@ def refusal(row: Any, **settings: Any) -> str:
 def test_layouts_of_others_give_the_same_conversation(row: dict[str, Any]) -> None:
     assert parse_row(row) == Conversation(SAID)
     assert parse_row(json.dumps(row).encode()) == Conversation(SAID)
-
-
-def test_the_examples_of_the_page_give_the_same_conversation() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^\| [^|]+ \| `(\{.*\})` \|$", page, re.MULTILINE)
-    assert len(examples) == 12
-    for example in examples:
-        assert parse_row(example.encode()) == Conversation(SAID)
 
 
 @pytest.mark.parametrize("column", ["prompt", "completion"])
