@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("\n## Layouts\n") : PAGE.index("\n## Order and mixing\n")]
 SAID = Conversation((Message("user", "hi"), Message("assistant", "hello")))
-NO_READERS = {"__str__", "_column_of_turns", "_layout", "fits", "_advice", "columns_read", "unread_keys"}
+NO_READERS = {"_is_unclear", "__str__", "_column_of_turns", "_layout", "fits", "_advice", "columns_read", "unread_keys"}
 """Functions that choose a reader, or name the columns that are not read."""
 READERS = ("layouts", "messages", "items", "parts", "tools", "exclusions", "unverified")
 

@@ -43,6 +43,8 @@ ORDER = {
         "sources.full_digests",
         "sources",
         "formats.fields",
+        "formats.roles",
+        "formats.spelled",
         "formats.exclusions",
         "formats.tools",
         "formats.parts",
