@@ -173,9 +173,10 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    The result holds the token or tag that begins the role marker. It also holds the first token or
-    tag before the first user's content that occurs more than once in the render. The token or tag
-    that begins `at_end`, the text after a last answer, is left out, because it ends a turn.
+    The result has up to two entries: the token or tag at the start of the role marker, and the
+    first token or tag before the first user's content that occurs more than once in the render.
+    The token or tag at the start of `at_end`, the text after a last answer, ends a turn and is left
+    out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []

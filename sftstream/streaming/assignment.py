@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """A data-parallel coordinate: number `index`, counted from 0, of `count`."""
+    """A data-parallel part of the run: number `index`, counted from 0, of `count` shards."""
 
     index: int
     count: int

@@ -104,8 +104,8 @@ class Forecast(NamedTuple):
         empty = steps * self.global_batch - self.packs
         if empty > steps * self.global_batch // FEW_STEPS:
             line += (
-                f"; the last step has about {empty} empty packs of {self.global_batch}: "
-                "a smaller data.global_batch has fewer"
+                f"; about {empty} of the {self.global_batch} packs of the last step are empty: "
+                "a smaller data.global_batch leaves fewer packs empty"
             )
         return line
 

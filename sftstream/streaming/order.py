@@ -3,9 +3,12 @@
 A *draw* is the choice of the next row of a source. The draws of a source are numbered from 0, over
 all logical streams and epochs. Stream `s` of `S` makes the draws `s, s + S, s + 2S, ...`.
 
-Example: a source of 3 rows in stored order, 2 streams. Draws 0, 1, 2 are the rows 0, 1, 2 of epoch
-0; draws 3, 4, 5 are the rows 0, 1, 2 of epoch 1. Stream 0 makes the draws 0, 2, 4: row 0 and row 2
-of epoch 0, then row 1 of epoch 1.
+Example: a source of 3 rows, not shuffled, and 2 streams:
+
+    draw     0  1  2  3  4  5
+    epoch    0  0  0  1  1  1
+    row      0  1  2  0  1  2
+    stream   0  1  0  1  0  1
 """
 
 from __future__ import annotations

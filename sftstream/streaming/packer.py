@@ -184,12 +184,12 @@ class Packer(BaseNode[Pack]):
                 example = self._reader.examples(segment.ref)[segment.part]
             except (Refused, IndexError) as error:
                 raise ValueError(
-                    f"{row} is part of a planned pack but is refused now ({error}): the source changed; restore it"
+                    f"{row} was accepted when its window was read, and is refused now ({error}): the source changed; restore it"
                 ) from None
         if len(example.tokens) != segment.length:
             raise ValueError(
-                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its pack was "
-                "planned: the source changed; restore it"
+                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its window was read: "
+                "the source changed; restore it"
             )
         return example
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -116,9 +117,10 @@ class StreamingCursor:
         self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
         self._limit = _limit(config, source, self._order.rows, stream)
         if draws_of(config, source, self._order.rows) == 0:
+            least = math.ceil(1000 / (self._order.rows * config.epochs)) / 1000 if config.epochs else 1
             raise ValueError(
-                f"repeat = {config.sources[source].repeat} of source {source} selects none of its "
-                f"{files} files, since a streamed source is repeated by whole files; raise repeat"
+                f"repeat = {config.sources[source].repeat} of source {source} selects none of its {files} files: "
+                f"a streamed source is read in whole files; raise repeat to {least} or more"
             )
 
     @property
