@@ -286,11 +286,10 @@ class Packer(BaseNode[Pack]):
         source, row, epoch = ref
         accepted = read.accepted[source]
         accepted[0] += 1
+        read.examples.extend(examples)
         for part, example in enumerate(examples):
             length = len(example.tokens)
-            segment = Segment(source, row, length, epoch, part)
-            read.segments.append(segment)
-            read.examples.append(example)
+            read.segments.append(Segment(source, row, length, epoch, part))
             accepted[1] += length
             accepted[2] += example.targets
             if example.notes:
