@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -63,6 +64,7 @@ class _Audit:
         self._check_skips()
         self._check_once()
         self._check_digests(rebuild)
+        self._check_parts()
         return self._report
 
     @cached_property
@@ -254,6 +256,25 @@ class _Audit:
             found, f"the packs of {count:,} steps, built again from the sources, have the digests in metrics.jsonl"
         )
 
+    def _check_parts(self) -> None:
+        """Compare the parts of each rebuilt row with the parts listed and waiting."""
+        stored = self._ledger.state
+        read = {ref: count for _, rebuilder in self._opened for ref, count in rebuilder.parts.items()}
+        if stored is None or stored[1].rebased or not read:
+            return
+        step, state = stored
+        _, segments = self._ledger.up_to(step)
+        columns = (segments[name].tolist() for name in Ref._fields)
+        listed = Counter(map(Ref._make, zip(*columns, strict=True)))
+        waiting = Counter(segment.ref for stream in state.streams.values() for segment in stream.waiting)
+        found = [
+            f"row {ref.row} of source {ref.source} in epoch {ref.epoch} has {count} parts, but {listed[ref] + waiting[ref]} "
+            "are trained, skipped or waiting"
+            for ref, count in read.items()
+            if listed[ref] and listed[ref] + waiting[ref] != count
+        ]
+        self._add(found, f"all parts of {len(read):,} divided conversations are trained, skipped or waiting")
+
     def _add(self, found: list[str], proved: str) -> None:
         """Add up to five of the differences `found`, or, if there are none, the statement
         `proved`."""
@@ -292,7 +313,7 @@ def sessions(ledger: Ledger) -> Iterator[str]:
 
 def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[str]:
     try:
-        packs = rebuilder.step(given(step.segments))
+        packs = rebuilder.step(step.segments)
     except ValueError as error:
         return [f"step {step.step} cannot be built again: {error}"]
     built, ours = segments_of(packs), given(step.segments)
