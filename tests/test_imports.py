@@ -95,6 +95,7 @@ ORDER = {
         "streaming.length_sample",
         "streaming.forecast",
         "streaming.refusals",
+        "streaming.deferred_signals",
         "streaming.worker",
         "source_changes",
         "state_checks",
