@@ -1,7 +1,7 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
 from sftstream.cache import directory as cache_directory
-from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
+from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.ledger.files import in_order
 from sftstream.ledger.records import Session
@@ -60,6 +60,7 @@ __all__ = [
     "Segments",
     "Session",
     "Shard",
+    "SkipConfig",
     "SourceConfig",
     "StreamState",
     "TokenizerConfig",

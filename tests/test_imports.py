@@ -91,6 +91,7 @@ ORDER = {
         "streaming.sampler",
         "streaming.example_reader",
         "streaming.packing",
+        "streaming.skip",
         "streaming.packer",
         "streaming.graph",
         "streaming.length_sample",

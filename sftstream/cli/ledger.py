@@ -13,7 +13,8 @@ from sftstream.ledger.audit import sessions
 from sftstream.ledger.compare import compare
 from sftstream.ledger.losses import model_of
 from sftstream.ledger.reader import Ledger
-from sftstream.ledger.trace import describe
+from sftstream.ledger.segments import SKIPPED
+from sftstream.ledger.trace import describe, left_out
 from sftstream.ledger.trace import trace as traced
 
 RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run, such as runs/my-run.")]
@@ -66,6 +67,8 @@ def trace(
     for conversation in found:
         for line in describe(conversation, width):
             typer.echo(line)
+    for line in left_out(ledger, step, pack):
+        typer.echo(line)
 
 
 def find(
@@ -78,9 +81,8 @@ def find(
     uses, refusals = ledger.uses(source, row), ledger.refusals(source, row)
     for use in uses:
         part = f", part {use.part}" if use.part else ""
-        typer.echo(
-            f"step {use.step}, pack {use.pack}: epoch {use.epoch}{part}, {use.tokens} tokens, {use.trained_tokens} trained"
-        )
+        trained = "skipped" if use.trained_tokens == SKIPPED else f"{use.trained_tokens} trained"
+        typer.echo(f"step {use.step}, pack {use.pack}: epoch {use.epoch}{part}, {use.tokens} tokens, {trained}")
     for line in refusals:
         typer.echo(
             printable(f"step {line.step}: refused in epoch {line.epoch}, {line.reason}: {line.detail} ({line.place})")
