@@ -41,7 +41,7 @@ REFUSED_SHARE = 16
 if all rows of a source are refused, the stream soon draws from the other sources again. If a tenth
 of a source is refused, the mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
-"""Value of `StreamState.planning` in a new stream."""
+"""The state format whose rules plan the windows of a new stream (see `StreamState.planning`)."""
 
 
 class PackerConfig(NamedTuple):

@@ -129,7 +129,9 @@ class StreamingCursor:
         return self._limit is not None and self.position.stripes >= self._limit
 
     def skip_empty(self) -> None:
-        """Move to the next stripe that has a row. The size of a file is unknown before its end.
+        """If the current stripe has no further row, move to the next stripe that has a row.
+
+        Stripes must be tried, because the size of a file is unknown before its end.
 
         Raises ValueError after too many empty stripes in succession (see `EPOCHS_WITHOUT_A_ROW`).
         """
@@ -320,8 +322,8 @@ def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
     """Return the weights of the sources. The default is the number of rows drawn in an epoch.
 
-    A streamed source without a weight has unknown size, but is the only source, so its weight has
-    no effect.
+    A streamed source has unknown size. The config requires a weight for a streamed source, unless
+    it is the only source; then its weight has no effect.
     """
     return [
         (cursor.rows or 1) * source.repeat if source.weight is None else source.weight
