@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from io import BufferedReader
+from itertools import chain, islice
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from sftstream.sources.content import (
     require_lines,
     require_row,
     require_rows,
+    shows_rows,
 )
 from sftstream.sources.file_formats.arrow import arrow, arrow_forward
 from sftstream.sources.file_formats.compressed import CODECS, unpacked, unpacking
@@ -56,7 +58,11 @@ def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -
     if is_array(head, lines=lines):
         return elements_forward(file, name, start)
     require_lines(head, name)
-    return lines_forward(file, name, start)
+    first, rows = lines_forward(file, name, start)
+    begun = list(islice(rows, 2))
+    if start == 0 and len(begun) == 1:
+        require_row(begun[0](), name)
+    return RowsFrom(first, chain(begun, rows))
 
 
 def _json(*, lines: bool) -> FileFormat:
@@ -93,15 +99,13 @@ def open_file(location: FileLocation) -> RowFile:
     or the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    if kind not in FILE_FORMATS:
-        raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     head = _head(stored)
     if codec := _codec(head, packed):
         stored = unpacked(stored, codec)
         head = _head(stored)
     require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
+    return _format(head, kind, location).by_number(stored)
 
 
 def read_forward(location: FileLocation, start: int) -> RowsFrom:
@@ -116,7 +120,17 @@ def read_forward(location: FileLocation, start: int) -> RowsFrom:
         file = unpacking(file, codec)
     head = file.peek(HEAD)
     require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].forward(file, location.display_name, start)
+    return _format(head, kind, location).forward(file, location.display_name, start)
+
+
+def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:
+    """Return the format of a file with the first bytes `head`; raises ValueError if unknown."""
+    if suffix not in FILE_FORMATS and not shows_rows(head):
+        raise ValueError(
+            f"{location.display_name} has the unknown suffix {PurePath(location.name).suffix!r}, and its content shows "
+            f"neither JSON nor a table; known are {KNOWN}"
+        )
+    return FILE_FORMATS[kind_of(head, suffix if suffix in FILE_FORMATS else ".json")]
 
 
 def _codec(head: bytes, packed: str) -> str | None:

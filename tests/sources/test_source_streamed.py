@@ -388,7 +388,9 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
-    assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
+    assert "notes.txt has the unknown suffix '.txt', and its content shows neither JSON nor a table; " in said(
+        f"{path}/*"
+    )
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
     assert "lacks 1 of 2 files, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]
