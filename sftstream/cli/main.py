@@ -19,6 +19,7 @@ from sftstream import __version__
 from sftstream.cli.bench import bench
 from sftstream.cli.inspect import diff, inspect
 from sftstream.cli.ledger import audit, find, trace
+from sftstream.cli.preview import preview
 from sftstream.cli.rebase import rebase
 from sftstream.cli.template import template
 from sftstream.cli.usage import USAGE
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS = (template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
+VERBS = (preview, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
 """Functions of the verbs, in the order of the help."""
 
 for _verb in VERBS:

@@ -28,6 +28,15 @@ class Usage(NamedTuple):
 
 
 USAGE = {
+    "preview": Usage(
+        "Show packs as the model will see them.",
+        (
+            "sftstream preview run.toml                          # the first pack",
+            "sftstream preview run.toml --pack 3 --html packs.html",
+            "sftstream preview run.toml --state runs/first       # the packs that a resume trains next",
+        ),
+        (),
+    ),
     "template": Usage(
         "Report on a chat template.",
         (
