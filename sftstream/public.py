@@ -5,7 +5,7 @@ one of the names is first used, so that `sftstream --help` loads none of these l
 """
 
 from sftstream.cache import directory as cache_directory
-from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
+from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
 from sftstream.ledger.files import in_order
 from sftstream.ledger.records import Session
@@ -64,6 +64,7 @@ __all__ = [
     "Segments",
     "Session",
     "Shard",
+    "SkipConfig",
     "SourceConfig",
     "StateSummary",
     "StreamState",

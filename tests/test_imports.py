@@ -43,6 +43,8 @@ ORDER = {
         "sources.full_digests",
         "sources",
         "formats.fields",
+        "formats.roles",
+        "formats.spelled",
         "formats.exclusions",
         "formats.tools",
         "formats.parts",
@@ -91,11 +93,13 @@ ORDER = {
         "streaming.sampler",
         "streaming.example_reader",
         "streaming.packing",
+        "streaming.skip",
         "streaming.packer",
         "streaming.graph",
         "streaming.length_sample",
         "streaming.forecast",
         "streaming.refusals",
+        "streaming.deferred_signals",
         "streaming.worker",
         "source_changes",
         "state_checks",
@@ -293,3 +297,15 @@ def test_no_file_is_named_for_what_is_left_over() -> None:
     for package in (*ORDER, "tests", "benchmarks", "examples"):
         for path in (ROOT / package).rglob("*"):
             assert path.stem not in FORBIDDEN, path
+
+
+def test_no_test_asserts_a_time() -> None:
+    """A wait may have a deadline, but no assertion compares a duration, which the machine's load decides."""
+    clocks = ("time", "monotonic", "perf_counter", "process_time")
+    for path in (ROOT / "tests").rglob("*.py"):
+        for assertion in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(assertion, ast.Assert):
+                for node in ast.walk(assertion.test):
+                    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+                        called = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                        assert not called.intersection(clocks), f"{path}:{assertion.lineno}"

@@ -66,7 +66,7 @@ def trace(
     pack."""
     from sftstream.ledger.losses import model_of
     from sftstream.ledger.reader import Ledger
-    from sftstream.ledger.trace import describe
+    from sftstream.ledger.trace import describe, left_out
     from sftstream.ledger.trace import trace as traced
 
     ledger = Ledger(run)
@@ -81,6 +81,8 @@ def trace(
     for conversation in found:
         for line in describe(conversation, width):
             typer.echo(line)
+    for line in left_out(ledger, step, pack):
+        typer.echo(line)
 
 
 def find(
@@ -91,6 +93,7 @@ def find(
 ) -> None:
     """List the steps that trained a row, and its refusals. The exit code is 1 if there are none."""
     from sftstream.ledger.reader import Ledger
+    from sftstream.ledger.segments import SKIPPED
 
     ledger = Ledger(run)
     uses, refusals = ledger.uses(source, row), ledger.refusals(source, row)
@@ -99,9 +102,8 @@ def find(
         raise typer.Exit(not uses and not refusals)
     for use in uses:
         part = f", part {use.part}" if use.part else ""
-        typer.echo(
-            f"step {use.step}, pack {use.pack}: epoch {use.epoch}{part}, {use.tokens} tokens, {use.trained_tokens} trained"
-        )
+        trained = "skipped" if use.trained_tokens == SKIPPED else f"{use.trained_tokens} trained"
+        typer.echo(f"step {use.step}, pack {use.pack}: epoch {use.epoch}{part}, {use.tokens} tokens, {trained}")
     for line in refusals:
         typer.echo(
             printable(f"step {line.step}: refused in epoch {line.epoch}, {line.reason}: {line.detail} ({line.place})")

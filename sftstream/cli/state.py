@@ -14,7 +14,8 @@ from sftstream.toml_file import read_toml
 
 
 def read_data_config(path: Path, accept: list[str]) -> DataConfig:
-    """Return the `[data]` table of a run's TOML, with `seed` and `epochs` of its `[run]` table.
+    """Return the `[data]` table of a run's TOML, with `seed`, `epochs` and `skip` of its `[run]`
+    table.
 
     `accept` names the settings that may differ from those of a state. Raises ValueError if the file
     cannot be read or its table is not valid.
@@ -23,7 +24,7 @@ def read_data_config(path: Path, accept: list[str]) -> DataConfig:
     data, run = tables.get("data"), tables.get("run", {})
     if not isinstance(data, dict) or not isinstance(run, dict):
         raise ValueError(f"config {str(path)!r} has no [data] table; name the TOML file of a run")
-    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs")}
+    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs", "skip")}
     with Door(f"config {str(path)!r}: the [data] table is not valid"):
         return msgspec.convert({**data, **of_run, "accept_changed": accept}, DataConfig)
 
