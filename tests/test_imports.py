@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = {
     "sftstream": [
+        "refused",
         "records",
         "config",
         "excerpt",
@@ -56,6 +57,9 @@ ORDER = {
         "formats",
         "rendering",
         "rendering.bounds",
+        "rendering.limits",
+        "rendering.json_cache",
+        "rendering.environment",
         "rendering.template",
         "rendering.markers",
         "rendering.overlap",
@@ -64,6 +68,8 @@ ORDER = {
         "rendering.turn_format",
         "rendering.turns",
         "rendering.probe",
+        "rendering.certificate_process",
+        "rendering.certificate",
         "rendering.mask",
         "rendering.fast",
         "rendering.fast.symbolic",

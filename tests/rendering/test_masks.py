@@ -328,8 +328,11 @@ def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
         (tiny.TEMPLATE + "{{ [1, 2, 3] | random }}", "No filter named 'random'"),
         (tiny.TEMPLATE + "{{ lipsum() }}", "'lipsum' is undefined"),
-        (tiny.TEMPLATE + "{{ messages[0].items }}", r"prints '<built-in method items of .* at 0x"),
-        (tiny.TEMPLATE + "{{ messages | unique }}", r"prints '<generator object .* at 0x"),
+        (
+            tiny.TEMPLATE + "{{ messages[0].items }}",
+            r"differently in each process \('<built-in method items of .* at 0x",
+        ),
+        (tiny.TEMPLATE + "{{ messages | unique }}", r"differently in each process \('<generator object .* at 0x"),
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, template: str, message: str) -> None:
