@@ -162,6 +162,29 @@ def test_a_long_conversation_is_split_before_users_with_the_system_prompt_again(
     assert len(splitting.encode([*TALK, shapes.user("window")])) == 2
 
 
+CALLS_FIRST = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}\n"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
+)
+"""A template that prints the calls of a message before its content."""
+
+
+def test_reasoning_is_left_out_only_where_it_is_known_where_the_text_before_it_ends(tokenizer: str) -> None:
+    thought = "<think>because</think>north"
+    call = {"function": {"name": "look", "arguments": {"a": "river"}}}
+    calling = [shapes.user("which"), {"role": "assistant", "content": thought, "tool_calls": [call]}]
+    quiet = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False)
+    with pytest.raises(Refused, match="reasoning after other text: message 1: .*; set train_reasoning = true"):
+        quiet.encode(calling)
+    assert _trained(quiet, [shapes.user("which"), shapes.said(thought)]) == [f"north{STOP}"]
+    silent = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False, train_tool_calls=False)
+    assert _trained(silent, calling) == [f"north{STOP}"]
+    assert _trained(ChatEncoder(tokenizer, CALLS_FIRST), calling) == [
+        f'<call>look {{"a": "river"}}</call>{thought}{STOP}'
+    ]
+
+
 def test_a_part_without_a_trained_token_makes_no_example(tokenizer: str, encoder: ChatEncoder) -> None:
     silent = [message | ({"train": False} if message["content"] == "north" else {}) for message in TALK]
     splitting = ChatEncoder(tokenizer, overflow="split", capacity=_length(encoder, silent) - 1)
