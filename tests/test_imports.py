@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = {
     "sftstream": [
+        "refused",
         "records",
         "config",
         "excerpt",
@@ -58,6 +59,9 @@ ORDER = {
         "formats",
         "rendering",
         "rendering.bounds",
+        "rendering.limits",
+        "rendering.json_cache",
+        "rendering.environment",
         "rendering.template",
         "rendering.markers",
         "rendering.overlap",
@@ -66,6 +70,8 @@ ORDER = {
         "rendering.turn_format",
         "rendering.turns",
         "rendering.probe",
+        "rendering.certificate_process",
+        "rendering.certificate",
         "rendering.mask",
         "rendering.fast",
         "rendering.fast.symbolic",
