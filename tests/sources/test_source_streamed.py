@@ -264,9 +264,12 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 selects none of its 5 files, .*; raise repeat"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of .* none of its 5 files: .*; raise repeat to 0.2 or more"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
+    with pytest.raises(ValueError, match=r"repeat = 0.01 of .* files: .*; raise repeat to 0.067 or more"):
+        PackLoader(configured(tokenizer, path, {"repeat": 0.01}, epochs=3))
+    assert drawn(configured(tokenizer, path, {"repeat": 0.067}, epochs=3))
 
 
 def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) -> None:
