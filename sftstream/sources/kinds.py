@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from io import BufferedReader
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -19,13 +18,13 @@ from sftstream.sources.content import (
     require_rows,
 )
 from sftstream.sources.file_formats.arrow import arrow, arrow_forward
-from sftstream.sources.file_formats.compressed import CODECS, unpacked, unpacking
+from sftstream.sources.file_formats.compressed import CODECS, text_from, unpacked
 from sftstream.sources.file_formats.delimited import Delimited, records_forward
 from sftstream.sources.file_formats.json_array import JsonArray, elements_forward
 from sftstream.sources.file_formats.jsonl import JsonLines, lines_forward
 from sftstream.sources.file_formats.parquet import parquet, parquet_forward
 from sftstream.sources.location import FileLocation
-from sftstream.sources.rows import RowFile, RowsFrom
+from sftstream.sources.rows import Place, RowFile, RowsFrom, Text
 from sftstream.sources.stored import Stored
 
 
@@ -34,9 +33,10 @@ class FileFormat(NamedTuple):
 
     by_number: Callable[[Stored], RowFile]
     """Opens a local file for reading by row number."""
-    forward: Callable[[BufferedReader, str, int], RowsFrom]
-    """`forward(file, name, start)` reads the rows of an open file from row `start`, or from an
-    earlier row, to the end."""
+    forward: Callable[[Text, int, Text | None], RowsFrom]
+    """`forward(text, start, rest)` reads the rows of an open file from row `start`, or from an
+    earlier row, to the end. `rest` is the content from row `start` on, or None if the place of the
+    row is unknown."""
 
 
 def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
@@ -51,12 +51,12 @@ def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
     return rows
 
 
-def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -> RowsFrom:
-    head = file.peek(HEAD)
+def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> RowsFrom:
+    head = text.file.peek(HEAD)
     if is_array(head, lines=lines):
-        return elements_forward(file, name, start)
-    require_lines(head, name)
-    return lines_forward(file, name, start)
+        return elements_forward(text, start)
+    require_lines(head, text.display_name)
+    return lines_forward(text, start, rest)
 
 
 def _json(*, lines: bool) -> FileFormat:
@@ -104,19 +104,20 @@ def open_file(location: FileLocation) -> RowFile:
     return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
 
 
-def read_forward(location: FileLocation, start: int) -> RowsFrom:
+def read_forward(location: FileLocation, start: int, place: Place | None = None) -> RowsFrom:
     """Read the rows of a file from row `start`, or from an earlier row, to the end.
 
-    If content and suffix disagree, the content decides. Raises ValueError, now or during reading,
-    if the file cannot contain rows.
+    `place` is the place of row `start`; None if unknown. If content and suffix disagree, the
+    content decides. Raises ValueError, now or during reading, if the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    file = location.open()
-    if codec := _codec(file.peek(HEAD), packed):
-        file = unpacking(file, codec)
-    head = file.peek(HEAD)
-    require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].forward(file, location.display_name, start)
+    name, file = location.display_name, location.open()
+    codec = _codec(file.peek(HEAD), packed)
+    text = text_from(file, name, codec)
+    head = text.file.peek(HEAD)
+    require_rows(head, name)
+    rest = None if place is None else text_from(location.open(), name, codec, place)
+    return FILE_FORMATS[kind_of(head, kind)].forward(text, start, rest)
 
 
 def _codec(head: bytes, packed: str) -> str | None:

@@ -166,8 +166,11 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Return `(count, total)`: the set bit `total` of `bits` that is nearest to a goal, not above the
-    goal, and the number `count` of the goal, counted from 1. Of equally near goals the first wins."""
+    """Return `(count, total)`: the number of a goal, counted from 1, and the highest set bit of
+    `bits` up to the goal.
+
+    The goal is the first with the smallest distance to its bit.
+    """
     nearest, gap = (1, 0), goals[0] + 1
     for count, goal in enumerate(goals, 1):
         total = (bits & (2 << goal) - 1).bit_length() - 1

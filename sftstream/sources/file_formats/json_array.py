@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
-from io import BufferedReader, FileIO
+from io import FileIO
 
 import msgspec
 import numpy as np
 
 from sftstream.records import UNDECODABLE
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom
 from sftstream.sources.stored import Stored
 
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -38,13 +38,17 @@ class JsonArray(IndexedFile):
         """Do nothing: an element may begin anywhere in a line, so there is nothing to check."""
 
 
-def elements_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
-    """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
+def elements_forward(text: Text, start: int) -> RowsFrom:
+    """Read the elements of a JSON array from element `start`.
+
+    Raises ValueError if the file is not a JSON array.
+    """
+    after_bom(text.file)
     try:
-        elements = _ELEMENTS.decode(skip_bom(file).read())
+        elements = _ELEMENTS.decode(text.file.read())
     except UNDECODABLE as error:
-        raise ValueError(f"{name} is not a JSON array of conversations: {error}") from None
-    return RowsFrom(0, (partial(bytes, element) for element in elements))
+        raise ValueError(f"{text.display_name} is not a JSON array of conversations: {error}") from None
+    return RowsFrom(start, (partial(bytes, element) for element in elements[start:]))
 
 
 def _divide(file: FileIO, display_name: str) -> Iterator[tuple[Integers, Integers]]:
