@@ -85,7 +85,7 @@ def rebase(
     """Carry a state over to new settings. No row is lost or repeated, and the new state records
     each accepted change."""
     new = rebased(read_state(state), read_data_config(config, accept))
-    out.write_bytes(msgspec.json.encode(new.builtins()))
+    out.write_bytes(msgspec.json.encode(new.state_dict()))
     typer.echo(printable(describe(new)))
 
 
