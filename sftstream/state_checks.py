@@ -58,11 +58,11 @@ def _problems(state: DataState, config: DataConfig, corpus: Corpus) -> Iterator[
         if not 0 <= number < state.identity.streams:
             yield number, f"the run has {state.identity.streams} streams"
         yield from ((number, problem) for problem in _bad_shapes(stream, state.identity))
-        yield from ((number, problem) for problem in _bad_packs(stream, state.identity))
     waiting = _waiting(state)
     yield from _bad_segments(waiting, state.identity)
     orders = _orders(state, config, corpus)
     for number, stream in state.streams.items():
+        yield from ((number, problem) for problem in _bad_packs(stream, state.identity))
         yield from ((number, problem) for problem in _bad_positions(number, stream, config, orders))
         if not state.rebased:
             yield from ((number, problem) for problem in _bad_counters(state, number, stream))
