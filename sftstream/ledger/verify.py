@@ -95,9 +95,9 @@ def verify_data(
         return _DataAttempt(config, place, steps, hop)
 
     hops = [Hop(shards, workers) for shards in range(1, most + 1) for workers in range(3)]
-    run = _Verification(start, directory, kills, random.Random(seed), say)
+    run = _Verification(start, directory, random.Random(seed), say)
     run.whole(hops[0])
-    run.killed("killed", hops)
+    run.killed(directory / "killed", [run.draw.choice(hops) for _ in range(kills + 1)])
     run.not_shown.append("losses and weights: data only")
     return run.verdict()
 
@@ -119,16 +119,19 @@ def verify_training(
     def hop(shards: int, workers: int) -> Hop:
         return Hop(shards, workers, room.tp)
 
-    run = _Verification(start, directory, kills, random.Random(seed), say)
+    run = _Verification(start, directory, random.Random(seed), say)
     run.whole(hop(room.least, 0))
-    killed = run.killed("killed", [hop(room.least, workers) for workers in range(3)])
+    run.killed(directory / "killed", [hop(room.least, run.draw.randrange(3)) for _ in range(kills + 1)])
     for name, of in (("losses", _losses), ("weights", _weights)):
-        run.compare_bits(name, of(directory / WHOLE), of(killed))
+        run.compare_bits(name, of(directory / WHOLE), of(directory / "killed"))
     streams = Ledger(directory / WHOLE).sessions[0].identity.streams
     shards = min(room.most, streams) // room.least * room.least
     if shards > room.least:
-        hopped = run.killed("on other shards", [hop(room.least, 0), hop(shards, 1)], in_turn=True)
-        run.compare_losses(_losses(directory / WHOLE), _losses(hopped))
+        # The first and every second attempt on the least shards; the last attempt on the most.
+        more = [attempt % 2 == 1 or attempt == kills for attempt in range(kills + 1)]
+        hops = [hop(shards, 1) if many else hop(room.least, 0) for many in more]
+        run.killed(directory / "hopped", hops, "on other shards: ")
+        run.compare_losses(_losses(directory / WHOLE), _losses(directory / "hopped"))
         run.not_shown.append("equal bits on another number of shards: their sums round differently")
     run.not_shown.append(
         f"more than {max(shards, room.least)} shards: this machine has room for {room.most}, and the run has {streams} streams"
@@ -159,10 +162,9 @@ def _room(tables: dict[str, Any]) -> _Room:
 class _Verification:
     """A verification under way: a run without a kill, then killed runs that must be like it."""
 
-    def __init__(
-        self, start: Start, directory: Path, kills: int, draw: random.Random, say: Callable[[str], None]
-    ) -> None:
-        self._start, self._directory, self._kills, self._draw, self._say = start, directory, kills, draw, say
+    def __init__(self, start: Start, directory: Path, draw: random.Random, say: Callable[[str], None]) -> None:
+        self._start, self._directory, self._say = start, directory, say
+        self.draw = draw
         self.shown: list[str] = []
         self.differences: list[str] = []
         self.not_shown: list[str] = []
@@ -173,39 +175,38 @@ class _Verification:
         place = self._directory / WHOLE
         _finish(self._start(place, hop), place)
 
-    def killed(self, name: str, hops: Sequence[Hop], *, in_turn: bool = False) -> Path:
-        """Run with kills, each followed by a resume on one of `hops`, drawn or in turn; compare the
-        packs with those of the run without a kill. Return the directory of the run."""
-        place, kills = self._directory / name.replace(" ", "-"), 0
-        used: list[Hop] = []
-        for number in range(self._kills + 1):
-            used.append(hops[number % len(hops)] if in_turn else self._draw.choice(hops))
-            attempt = self._start(place, used[-1])
-            if number == self._kills or not _killed(attempt, place, self._draw):
-                _finish(attempt, place)
+    def killed(self, place: Path, hops: Sequence[Hop], prefix: str = "") -> None:
+        """Run in directory `place`, killed on each of `hops` but the last, and resumed on the next.
+
+        Compares the packs with those of the run without a kill; `prefix` begins each line of the
+        verdict.
+        """
+        kills = 0
+        for hop in hops[:-1]:
+            attempt = self._start(place, hop)
+            if not _killed(attempt, place, self.draw):
                 break
             kills += 1
-            self._say(f"{name}: killed on {used[-1]} after step {_steps(place)}")
-        topologies = ", ".join(dict.fromkeys(map(str, used)))
-        self.judge(place, name, kills, topologies)
-        return place
+            self._say(f"{prefix}killed on {hop} after step {_steps(place)}")
+        _finish(self._start(place, hops[kills]), place)
+        self.judge(place, prefix, kills, ", ".join(dict.fromkeys(map(str, hops[: kills + 1]))))
 
-    def judge(self, place: Path, name: str, kills: int, topologies: str) -> None:
+    def judge(self, place: Path, prefix: str, kills: int, topologies: str) -> None:
         """Compare the packs of a killed run with those of the run without a kill, and audit it."""
         whole, broken = Ledger(self._directory / WHOLE), Ledger(place)
         difference, count = compare(whole, broken)
         if difference is None and len(whole.steps) != len(broken.steps):
             difference = f"A has {len(whole.steps)} steps, B has {len(broken.steps)}"
         if difference:
-            self.differences.append(f"{name}: A is the run without a kill, B the killed run: {difference}")
+            self.differences.append(f"{prefix}A is the run without a kill, B the killed run: {difference}")
         else:
-            self.shown.append(f"{name}: {count} steps have equal packs after {kills} kills; topologies: {topologies}")
+            self.shown.append(f"{prefix}{count} steps have equal packs after {kills} kills; topologies: {topologies}")
         report = audit(broken)
-        self.differences += [f"{name}: {line}" for line in report.differences]
-        self.not_shown += [f"{name}: {line}" for line in report.not_shown]
-        self.shown += [] if report.differences else [f"{name}: the audit of the run finds no difference"]
+        self.differences += [f"{prefix}{line}" for line in report.differences]
+        self.not_shown += [f"{prefix}{line}" for line in report.not_shown]
+        self.shown += [] if report.differences else [f"{prefix}the audit of the run finds no difference"]
         if not kills:
-            self.not_shown.append(f"{name}: kills: the run was finished before the first kill; give more --steps")
+            self.not_shown.append(f"{prefix}kills: the run was finished before the first kill; give more --steps")
 
     def compare_bits(self, name: str, whole: object, killed: object) -> None:
         """Compare values that must be equal to the bit."""
