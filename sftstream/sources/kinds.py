@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from io import BufferedReader
-from itertools import chain, islice
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -21,13 +19,13 @@ from sftstream.sources.content import (
     shows_rows,
 )
 from sftstream.sources.file_formats.arrow import arrow, arrow_forward
-from sftstream.sources.file_formats.compressed import CODECS, unpacked, unpacking
+from sftstream.sources.file_formats.compressed import CODECS, text_from, unpacked
 from sftstream.sources.file_formats.delimited import Delimited, records_forward
 from sftstream.sources.file_formats.json_array import JsonArray, elements_forward
 from sftstream.sources.file_formats.jsonl import JsonLines, lines_forward
 from sftstream.sources.file_formats.parquet import parquet, parquet_forward
 from sftstream.sources.location import FileLocation
-from sftstream.sources.rows import RowFile, RowsFrom
+from sftstream.sources.rows import Place, ReadRow, RowFile, RowsFrom, Text
 from sftstream.sources.stored import Stored
 
 
@@ -36,9 +34,10 @@ class FileFormat(NamedTuple):
 
     by_number: Callable[[Stored], RowFile]
     """Opens a local file for reading by row number."""
-    forward: Callable[[BufferedReader, str, int], RowsFrom]
-    """`forward(file, name, start)` reads the rows of an open file from row `start`, or from an
-    earlier row, to the end."""
+    forward: Callable[[Text, int, Text | None], RowsFrom]
+    """`forward(text, start, rest)` reads the rows of an open file from row `start`, or from an
+    earlier row, to the end. `rest` is the content from row `start` on, or None if the place of the
+    row is unknown."""
 
 
 def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
@@ -53,16 +52,21 @@ def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
     return rows
 
 
-def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -> RowsFrom:
-    head = file.peek(HEAD)
+def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> RowsFrom:
+    head = text.file.peek(HEAD)
     if is_array(head, lines=lines):
-        return elements_forward(file, name, start)
-    require_lines(head, name)
-    first, rows = lines_forward(file, name, start)
-    begun = list(islice(rows, 2))
-    if start == 0 and len(begun) == 1:
-        require_row(begun[0](), name)
-    return RowsFrom(first, chain(begun, rows))
+        return elements_forward(text, start)
+    require_lines(head, text.display_name)
+    read = lines_forward(text, start, rest)
+    return read if rest else read._replace(rows=_checked(read.rows, text))
+
+
+def _checked(rows: Iterator[ReadRow], text: Text) -> Iterator[ReadRow]:
+    """Yield `rows`; raises ValueError if the file has a single row with several rows inside."""
+    for number, row in enumerate(rows):
+        if number == 0 and not text.file.peek(HEAD).strip():
+            require_row(row(), text.display_name)
+        yield row
 
 
 def _json(*, lines: bool) -> FileFormat:
@@ -108,19 +112,20 @@ def open_file(location: FileLocation) -> RowFile:
     return _format(head, kind, location).by_number(stored)
 
 
-def read_forward(location: FileLocation, start: int) -> RowsFrom:
+def read_forward(location: FileLocation, start: int, place: Place | None = None) -> RowsFrom:
     """Read the rows of a file from row `start`, or from an earlier row, to the end.
 
-    If content and suffix disagree, the content decides. Raises ValueError, now or during reading,
-    if the file cannot contain rows.
+    `place` is the place of row `start`; None if unknown. If content and suffix disagree, the
+    content decides. Raises ValueError, now or during reading, if the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    file = location.open()
-    if codec := _codec(file.peek(HEAD), packed):
-        file = unpacking(file, codec)
-    head = file.peek(HEAD)
-    require_rows(head, location.display_name)
-    return _format(head, kind, location).forward(file, location.display_name, start)
+    name, file = location.display_name, location.open()
+    codec = _codec(file.peek(HEAD), packed)
+    text = text_from(file, name, codec)
+    head = text.file.peek(HEAD)
+    require_rows(head, name)
+    rest = None if place is None else text_from(location.open(), name, codec, place)
+    return _format(head, kind, location).forward(text, start, rest)
 
 
 def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:

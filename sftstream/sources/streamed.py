@@ -12,7 +12,7 @@ from sftstream.sources.kinds import is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.resolve import Dataset, SavedSlices, resolve, source_door
-from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
+from sftstream.sources.rows import FileIdentity, Place, ReadRow, RowsFrom
 from sftstream.sources.stored import Stored
 
 
@@ -51,16 +51,17 @@ class StreamedSource:
         file, index = self.file_and_index(row)
         return f"{self._locations[file].display_name}[{index}]"
 
-    def open(self, file: int, start: int) -> RowsFrom:
+    def open(self, file: int, start: int, place: Place | None = None) -> RowsFrom:
         """Read file number `file` from row `start`, or from an earlier row, to its end.
 
-        Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
+        `place` is the place of row `start`; None if unknown. Raises ValueError if the file is
+        unreadable, and RuntimeError if the file has changed.
         """
         self._require_unchanged(file)
         location = self._locations[file]
         with Door(f"{location.display_name} cannot be read"):
-            first, rows = read_forward(location, start)
-        return RowsFrom(first, self._to_the_end(file, rows))
+            read = read_forward(location, start, place)
+        return read._replace(rows=self._to_the_end(file, read.rows))
 
     def require_unchanged(self, rows: Iterable[int]) -> None:
         """Raise RuntimeError if the content of a local file with one of the rows has changed.

@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from io import BufferedReader, FileIO
+from io import FileIO
 
 import msgspec
 import numpy as np
 
 from sftstream.records import UNDECODABLE
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom
 from sftstream.sources.stored import Stored
 
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -44,10 +44,14 @@ class JsonArray(IndexedFile):
         """Do nothing: an element may begin anywhere in a line, so there is nothing to check."""
 
 
-def elements_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
-    """Read the elements of a JSON array; raises ValueError if the file is not a JSON array."""
-    elements = _elements(skip_bom(file).read(), name)
-    return RowsFrom(0, (partial(bytes, element) for element in elements))
+def elements_forward(text: Text, start: int) -> RowsFrom:
+    """Read the elements of a JSON array from element `start`.
+
+    Raises ValueError if the file is not a JSON array.
+    """
+    after_bom(text.file)
+    elements = _elements(text.file.read(), text.display_name)
+    return RowsFrom(start, (partial(bytes, element) for element in elements[start:]))
 
 
 def _divide(file: FileIO, display_name: str) -> Iterator[tuple[Integers, Integers]]:
