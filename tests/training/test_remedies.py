@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import runs
 import tiny
@@ -22,6 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import CheckpointError, CheckpointStore
 from sftstream import PackLoader, Shard
+from sftstream.config import RowSettings
+from sftstream.formats import parse_row
 from sftstream.records import Refused
 from sftstream.tokenization import fast_tokenizer
 from trainer.checkpointing.saves import Saves
@@ -126,6 +129,12 @@ def put(changes: dict[str, str]) -> None:
         torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
+def parse(changes: dict[str, str]) -> None:
+    """Read the JSON text of a row under the settings of its source, each a JSON text."""
+    settings = {key: json.loads(value) for key, value in changes.items() if key != "row"}
+    parse_row(changes["row"].encode(), msgspec.convert(settings, RowSettings))
+
+
 class Advice(NamedTuple):
     """A broken config, its message, and changes that the message advises, each to be tried alone."""
 
@@ -163,11 +172,104 @@ MOVES = (
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
 )
 """A template that prints the tools before the last question."""
+TURNS = json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
+MARKED = TURNS.replace('"hello"', '"hello", "MARK": VALUE')
+FORMATS = "sftstream/formats"
 HISTORIES: tuple[dict[str, str], ...] = ({"data.history": "'per_turn'"}, {"data.history": "'as_rendered'"})
 LONG = {"data.sources": rows_at("long.jsonl"), "data.streams": "1"}
 
 STREAMED = {"data.sources": "[{path = 'rows.jsonl', streaming = true}]", "data.shuffle": "false"}
 ADVICE = [
+    Advice(
+        {"row": f'{{"messages": {MARKED.replace("MARK", "skipLoss").replace("VALUE", "true")}}}'},
+        "or leave the key out by ignore = ['skipLoss']",
+        ({"ignore": '["skipLoss"]'},),
+        f"{FORMATS}/exclusions.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {MARKED.replace("MARK", "weight").replace("VALUE", "0.5")}}}'},
+        "use true or false, 1 or 0, or leave it out by ignore = ['weight']",
+        ({"ignore": '["weight"]'},),
+        f"{FORMATS}/exclusions.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {MARKED.replace("MARK", "value").replace("VALUE", chr(34) + "bye" + chr(34))}}}'},
+        "leave out the wrong keys by ignore = [...]",
+        ({"ignore": '["value"]'}, {"ignore": '["content"]'}),
+        f"{FORMATS}/messages.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {MARKED.replace("MARK", "refusal").replace("VALUE", chr(34) + "no" + chr(34))}}}'},
+        "or leave them out by ignore = ['refusal']",
+        ({"ignore": '["refusal"]'},),
+        f"{FORMATS}/messages.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"prompt": "Hi!", "chosen": {TURNS}}}'},
+        'read the answer alone by columns = {messages = "..."} with the name of its column',
+        ({"columns": '{"messages": "chosen"}'},),
+        f"{FORMATS}/messages.py",
+        parse,
+    ),
+    Advice(
+        {"row": '{"prompt": "hi", "completion": "no", "label": false}'},
+        "or train the answerX by ignore = ['label']",
+        ({"ignore": '["label"]'},),
+        f"{FORMATS}/layouts.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"instruction": {json.dumps(TURNS)}, "output": "x"}}'},
+        "read it by columns = {messages = ...} with the column's name",
+        ({"columns": '{"messages": "instruction"}'},),
+        f"{FORMATS}/spelled.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {TURNS}, "background": "It rains."}}'},
+        "read the column under a known name by columns = {...}, or leave the column out by ignore = ['background']",
+        ({"ignore": '["background"]'}, {"columns": '{"messages": "messages", "system": "background"}'}),
+        f"{FORMATS}/unread.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {TURNS}}}', "max_row_bytes": "50"},
+        "raise max_row_bytes, or shorten the row",
+        ({"max_row_bytes": "500"},),
+        f"{FORMATS}/rows.py",
+        parse,
+    ),
+    Advice(
+        {"row": '{"task": "hi", "reply": "hello"}'},
+        "columns = {...} of the source reads columns under these names",
+        ({"columns": '{"prompt": "task", "completion": "reply"}'},),
+        f"{FORMATS}/layouts.py",
+        parse,
+    ),
+    Advice(
+        {"row": f'{{"messages": {TURNS.replace("user", "narrator")}}}'},
+        "roles = {...} adds names",
+        ({"roles": '{"narrator": "user"}'},),
+        f"{FORMATS}/messages.py",
+        parse,
+    ),
+    Advice(
+        {"data.sources": rows_at("splits", split="'a[:5]'", streaming="true"), "data.shuffle": "false"},
+        "leave out streaming, or name a whole split",
+        (
+            {"data.sources": rows_at("splits", split="'a[:5]'")},
+            {"data.sources": rows_at("splits", split="'a'", streaming="true")},
+        ),
+    ),
+    Advice(
+        {**STREAMED, "run.epochs": "2", "schedule": "{kind = 'cosine', over = 'data'}"},
+        'use schedule.over = "steps" with schedule.steps',
+        ({"schedule": "{kind = 'cosine', over = 'steps', steps = 9}"},),
+    ),
     Advice(
         {**LONG, "data.max_too_long": "1.0"},
         "tokens do not fit into a pack of 256; raise data.capacity, or set data.overflow",
@@ -463,9 +565,10 @@ def test_the_automatic_backend_needs_no_fastokens(place: Path, monkeypatch: Any)
     start({"data.tokenizer": "{path = 'words', backend = 'auto'}"})
 
 
+TABLES = "(?:run|data|model|schedule|optimizer|checkpoint|validation)"
 NAMED = re.compile(
-    r"(?:\bset|\braise|\blower|\bleave out|\badd) (?:(?:run|data|model|schedule|optimizer|checkpoint|validation)\.)?[a-z_]+"
-    r"(?:\.[a-z_]+)*(?: =| to| out)|\bset (?:run|data|model|schedule|optimizer|checkpoint)\.[a-z_.]+"
+    rf"(?:\bset|\braise|\blower|\bleave out|\badd) (?:{TABLES}\.)?[a-z_]+(?:\.[a-z_]+)*(?: =| to| out)"
+    rf"|\bset {TABLES}\.[a-z_.]+|\b(?:by|use) (?:ignore|columns|schedule\.over) =|\braise max_row_bytes"
 )
 
 
