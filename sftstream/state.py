@@ -24,7 +24,7 @@ from sftstream.earlier_formats import in_present_format
 from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
-from sftstream.sources import FileIdentity
+from sftstream.sources import Bookmark, FileIdentity
 
 CHECKSUM = "checksum"
 """Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
@@ -137,9 +137,18 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
 
+    bookmarks: dict[int, tuple[Bookmark, ...]] | UnsetType = UNSET
+    """Number of a streamed source -> rows from which a resume begins to read, as of the last
+    window. Absent if a resume reads each file from the beginning."""
+
     planning: Literal[4] | UnsetType = UNSET
     """Format with the first stream planned by the same rules as the next windows; absent for a
     stream begun under format 3, which goes on under the rules of that format."""
+
+    @property
+    def known_bookmarks(self) -> dict[int, tuple[Bookmark, ...]]:
+        """`bookmarks`, or an empty dict if absent."""
+        return {} if isinstance(self.bookmarks, UnsetType) else self.bookmarks
 
     @property
     def waiting(self) -> list[Segment]:

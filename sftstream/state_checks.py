@@ -58,6 +58,7 @@ def _problems(state: DataState, config: DataConfig, corpus: Corpus) -> Iterator[
         if not 0 <= number < state.identity.streams:
             yield number, f"the run has {state.identity.streams} streams"
         yield from ((number, problem) for problem in _bad_shapes(stream, state.identity))
+        yield from ((number, problem) for problem in _bad_bookmarks(stream, state.identity))
     waiting = _waiting(state)
     yield from _bad_segments(waiting, state.identity)
     orders = _orders(state, config, corpus)
@@ -106,6 +107,16 @@ def _bad_shapes(stream: StreamState, identity: Identity) -> Iterator[str]:
         yield f"source {unknown[0]} is not streamed but has a position in a file"
     if stream.exhausted and (stream.planned or stream.leftovers or stream.unlisted):
         yield "the stream is exhausted, but rows are waiting"
+
+
+def _bad_bookmarks(stream: StreamState, identity: Identity) -> Iterator[str]:
+    for source, bookmarks in stream.known_bookmarks.items():
+        files = identity.sources[source].shards or 0 if 0 <= source < len(identity.sources) else 0
+        for bookmark in bookmarks:
+            if not 0 <= bookmark.file < files:
+                yield f"a bookmark is in file {bookmark.file} of source {source}, which has {files} streamed files"
+            if bad := [n for n in (bookmark.row, bookmark.offset, bookmark.skipped) if not 0 <= n < LARGEST]:
+                yield f"a bookmark of source {source} holds {bad[0]}"
 
 
 def _bad_packs(stream: StreamState, identity: Identity) -> Iterator[str]:

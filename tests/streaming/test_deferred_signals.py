@@ -43,11 +43,15 @@ def test_a_signal_inside_the_block_is_handled_after_it(handled: list[int]) -> No
 
 def test_a_handler_that_raises_does_so_after_the_block_is_complete(handled: list[int]) -> None:
     handlers = [signal.getsignal(number) for number in NUMBERS]
-    complete = False
-    with pytest.raises(Interrupt), deferred_signals():
-        os.kill(os.getpid(), signal.SIGUSR2)
-        complete = True
-    assert complete
+
+    def run() -> None:
+        with deferred_signals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            handled.append(0)
+
+    with pytest.raises(Interrupt):
+        run()
+    assert handled == [0, signal.SIGUSR2]
     assert [signal.getsignal(number) for number in NUMBERS] == handlers
 
 
