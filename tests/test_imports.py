@@ -93,6 +93,7 @@ ORDER = {
         "identity",
         "earlier_formats",
         "state",
+        "state_text",
         "state_summary",
         "stored_state",
         "streaming",
