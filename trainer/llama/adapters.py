@@ -21,7 +21,8 @@ from trainer.llama.lora import TARGETS, A, B, LoraConfig
 from trainer.llama.model import Llama
 from trainer.llama.weights import Piece, fill, layout, opened_file, shapes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+WEIGHTS = f"{STEM}.safetensors"
 PREFIX = "base_model.model."
 """Beginning of the tensors' names in `adapter_model.safetensors`."""
 

@@ -22,6 +22,7 @@ exchange are linear, so that adapters need no further exchange.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Literal, NamedTuple, get_args
 
@@ -93,6 +94,26 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Names of the layers with an adapter, in the order of `TARGETS`."""
         return TARGETS if self.targets == "all-linear" else tuple(name for name in TARGETS if name in self.targets)
 
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings that decide the numbers of a run, each in a single spelling."""
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": list(self.adapted),
+            "rank_stabilized": self.rank_stabilized,
+            "modules_to_save": sorted(self.modules_to_save),
+        }
+
+    @property
+    def toml(self) -> str:
+        """The settings as an inline table."""
+        targets = json.dumps(self.targets)
+        return (
+            f"{{ rank = {self.rank}, alpha = {self.alpha}, targets = {targets}, rank_stabilized = "
+            f"{json.dumps(self.rank_stabilized)}, modules_to_save = {json.dumps(self.modules_to_save)} }}"
+        )
+
     def require_suits(self, shape: LlamaConfig) -> None:
         """Raise ValueError if a model of `shape` cannot have these adapters."""
         if self.modules_to_save and shape.tie_word_embeddings:
@@ -101,6 +122,22 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 "embedding and head (tie_word_embeddings); leave lora.modules_to_save out, or start from a model that "
                 "does not tie them"
             )
+
+
+def adapter_weights(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Return the number of weights in the adapters of one layer."""
+    hidden, wide, size = config.hidden_size, config.intermediate_size, config.head_size
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, wide),
+        "up_proj": (hidden, wide),
+        "down_proj": (wide, hidden),
+    }
+    return lora.rank * sum(sum(sizes[name]) for name in lora.adapted)
 
 
 class Part(NamedTuple):

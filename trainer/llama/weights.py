@@ -136,12 +136,25 @@ def opened(directory: Path) -> Iterator[dict[str, Any]]:
     """
     with ExitStack() as stack:
         files = {path.name: stack.enter_context(opened_file(path)) for path in weight_files(directory)}
-        holders: dict[str, list[str]] = {}
-        for file, handle in files.items():
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                holders.setdefault(name, []).append(file)
-        chosen = _chosen(holders, _weight_map(directory), directory)
-        yield {name: files[file] for name, file in chosen.items()}
+        yield {name: files[file] for name, file in _files_of_tensors(files, directory).items()}
+
+
+def files_of_tensors(directory: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor of a Hugging Face directory, by tensor.
+
+    Raises ValueError as `opened` does.
+    """
+    with ExitStack() as stack:
+        files = {path.name: stack.enter_context(opened_file(path)) for path in weight_files(directory)}
+        return _files_of_tensors(files, directory)
+
+
+def _files_of_tensors(files: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    holders: dict[str, list[str]] = {}
+    for file, handle in files.items():
+        for name in handle.keys():  # noqa: SIM118 - not a mapping
+            holders.setdefault(name, []).append(file)
+    return _chosen(holders, _weight_map(directory), directory)
 
 
 def _chosen(holders: Mapping[str, list[str]], weight_map: Mapping[str, str], directory: Path) -> dict[str, str]:
