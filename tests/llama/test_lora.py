@@ -15,8 +15,10 @@ from test_parity import SPREAD, topology
 from tiny_llama import CONFIG, FAMILIES, TIED, built, loss_of, pack_of, public_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.adapters import load_adapters, read_adapter_config, trained_layout
 from trainer.llama.blocks import Recompute, prepare_blocks
+from trainer.llama.flops import model_flops
 from trainer.llama.hf_config import read_config
 from trainer.llama.init import init_adapters, init_weights
 from trainer.llama.lora import A, Adapter, LoraConfig, Part
@@ -299,3 +301,111 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_its_tensor(models: Path, tmp
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         load_adapters(model, tmp_path)
+
+
+WAYS = {
+    "gradients reduced after each pack": (2, ParallelConfig(reduce_gradients="pack")),
+    "weights kept after the forward pass": (2, ParallelConfig(reshard_after_forward=False)),
+    "two replicas": (2, ParallelConfig(replicas=2)),
+    "two replicas of two shards": (4, ParallelConfig(replicas=2)),
+    "two replicas of two tensor-parallel ranks": (4, ParallelConfig(replicas=2, tp=2)),
+}
+
+
+def two_steps(rank: int, root: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
+    """Return the trained weights after two steps of four packs on all ranks."""
+    ranks = Topology(data_and_tensor_mesh("cpu", parallel), torch.device("cpu"), parallel)
+    model = spread(ranks, Path(root) / UNTIED, Path(root) / f"{UNTIED}, head", torch.float32)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for step in range(2):
+        packs = [random_pack(model.config.vocab_size, 4 * step + number) for number in range(4)]
+        tokens = sum(pack.trained_tokens for pack in packs)
+        mine = packs[ranks.shard.index :: ranks.shard.count]
+        train_step(model, optimizer, mine, ranks, trained_tokens=tokens, learning_rate=RATE, clip=1.0)
+    with torch.no_grad():
+        pieces = trained_layout(model.config, model.lora)
+        return dict(unfused_pieces(pieces, dict(model.named_parameters())))
+
+
+def test_every_way_to_spread_adapters_takes_the_steps_of_one_process(models: Path) -> None:
+    expected = run_ranks(1, two_steps, str(models), ParallelConfig())[0]
+    for way, (size, parallel) in WAYS.items():
+        for found in run_ranks(size, two_steps, str(models), parallel):
+            for name, tensor in expected.items():
+                assert (found[name] - tensor).abs().max() < 5e-5, (way, name)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_frozen_weights_are_made_once_and_those_of_adapters_after_each_step(
+    weights_dtype: torch.dtype,
+) -> None:
+    ((frozen, trained, dtypes),) = run_ranks(1, copied, weights_dtype)
+    assert dtypes == {(False, weights_dtype), (True, torch.float32)}
+    assert frozen == ([1, 0, 0] if weights_dtype == torch.float32 else [0, 0, 0])
+    assert trained == [1, 1, 1]
+
+
+def copied(rank: int, weights_dtype: torch.dtype) -> tuple[list[int], list[int], set[tuple[bool, torch.dtype]]]:
+    """Count in three steps the copies of a frozen weight and of an adapter."""
+    ranks = topology(1, 1)
+    model = build(
+        CONFIG,
+        ranks.mesh,
+        ranks.device,
+        capacity=CAPACITY,
+        compute_dtype=torch.bfloat16,
+        weights_dtype=weights_dtype,
+        lora=LoraConfig(),
+    )
+    init_weights(model, 0)
+    init_adapters(model, 0)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    watched = [model.get_parameter(f"blocks.0.mlp.down.{name}") for name in ("weight", "lora_A")]
+    counts: tuple[list[int], list[int]] = ([], [])
+    for step in range(3):
+        pack = random_pack(CONFIG.vocab_size, step)
+        with Copies() as copies:
+            train_step(model, optimizer, [pack], ranks, trained_tokens=9, learning_rate=RATE, clip=None)
+        for count, weight in zip(counts, watched, strict=True):
+            count.append(copies.sources.count(weight.data_ptr()))
+    return *counts, {(p.requires_grad, p.dtype) for p in model.parameters()}
+
+
+class Copies(TorchDispatchMode):
+    """Records the memory from which weights are cast to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._foreach_copy_:
+            self.sources += [tensor.data_ptr() for tensor in args[1]]
+        return func(*args, **(kwargs or {}))
+
+
+def test_compiled_adapters_stay_near_plain_ones_and_are_compiled_in_the_first_pass_only() -> None:
+    gradients = []
+    for compiled in (False, True):
+        model = Llama(TIED, LoraConfig(rank=2))
+        init_weights(model, 0)
+        init_adapters(model, 0)
+        prepare_blocks(model, recompute="none", compiled=compiled)
+        loss_of(model, pack_of(9, 4, 11)).backward()
+        with torch._dynamo.config.patch(error_on_recompile=compiled):
+            loss_of(model, pack_of(10, 6, 5, 3)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_operations_of_a_step_count_4_for_a_frozen_weight_and_6_for_an_adapters() -> None:
+    lora = LoraConfig(rank=2)
+    model = Llama(CONFIG, lora)
+    frozen = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1 and not p.requires_grad)
+    adapters = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad)
+    attention = 6 * 1000 * 32 * CONFIG.num_hidden_layers
+    head = 7 * 64 * 32
+    assert model_flops(CONFIG, 10, 7, 1000, lora) == 10 * (4 * frozen + 6 * adapters) + attention + 4 * head
+    saved = LoraConfig(rank=2, modules_to_save=("lm_head",))
+    assert model_flops(CONFIG, 10, 7, 1000, saved) == 10 * (4 * frozen + 6 * adapters) + attention + 6 * head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import runs
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 
 from checkpoints.cli.main import app, main
 from trainer.config import parse_config
+from trainer.training.evaluation import generate
 
 RANK = {"rank": 4, "alpha": 8.0}
 
@@ -248,8 +251,6 @@ def test_a_run_goes_on_from_an_adapter_with_the_same_settings_only(
 
 
 def _parsed(table: str) -> dict[str, Any]:
-    import tomllib
-
     return tomllib.loads(f"lora = {table}")["lora"]
 
 
@@ -258,7 +259,7 @@ def _parsed(table: str) -> dict[str, Any]:
     [
         ({"lora": {"rank": 0}}, "rank = 0 must be from 1 to 4096 - at `$.lora`"),
         ({"lora": {"alpha": float("inf")}}, "alpha = inf must be finite and above 0"),
-        ({"lora": {"dropout": 0.05}}, "dropout = 0.05 is not supported"),
+        ({"lora": {"dropout": 0.05}}, "dropout = 0.05 is not supported; set dropout = 0"),
         ({"lora": {"targets": []}}, 'targets is empty; name layers such as "q_proj", or use "all-linear"'),
         ({"lora": {"targets": ["lm_head"]}}, "Invalid enum value 'lm_head' - at `$.lora.targets[0]`"),
         ({"lora": {"targets": "q_proj"}}, "Invalid enum value 'q_proj' - at `$.lora.targets`"),
@@ -291,3 +292,62 @@ def test_a_directory_of_other_files_is_not_replaced_by_an_adapter(tmp_path: Path
     (tmp_path / "runs/run/adapter").mkdir(parents=True)
     (tmp_path / "runs/run/adapter/notes.txt").write_text("mine")
     assert "adapter holds other files than a model's" in fails(tmp_path, config)
+
+
+def test_adapters_reproduce_64_conversations_word_for_word_merged_and_alone(tmp_path: Path, tokenizer: str) -> None:
+    draw = random.Random(0)
+    rows = [
+        tiny.chat(
+            f"{number}: {' '.join(draw.choices(tiny.WORDS, k=3))}",
+            " ".join(draw.choices(tiny.WORDS, k=draw.randint(2, 6))),
+        )
+        for number in range(64)
+    ]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    public_llama(vocab_size=512, **sizes).save_pretrained(tmp_path / "base")
+    config = runs.run_config(
+        tokenizer,
+        path,
+        run={"steps": 140},
+        data={"streams": 1, "capacity": 512, "global_batch": 2},
+        optimizer={"learning_rate": 1e-2},
+        schedule={"kind": "linear"},
+        checkpoint={"every": 1000},
+        lora={"rank": 32},
+        evaluation={"path": path, "show": 0},
+    ) | {"model": {"init_from": str(tmp_path / "base")}}
+    output = runs.run(tmp_path, config).output()
+    assert max(line["loss"] for line in runs.metrics(tmp_path)[-5:]) < 0.05
+    assert "100.0% of 64 held-out questions answered exactly" in output
+    answers = [json.loads(line) for line in (tmp_path / "runs/run/answers.jsonl").read_text().splitlines()]
+    assert [answer["given"] for answer in answers] == [f"{row['messages'][1]['content']}<|eot_id|>" for row in rows]
+    stop_ids = [transformers.AutoTokenizer.from_pretrained(tokenizer).eos_token_id]
+    prompts = [answer["prompt"] for answer in answers]
+    alone = generate(tmp_path / "runs/run/adapter", prompts, 64, stop_ids, torch.device("cpu"))
+    assert alone == [answer["given"] for answer in answers]
+
+
+def test_adapters_on_a_bfloat16_base_validate_resume_and_stay_float32(tmp_path: Path, config: dict[str, Any]) -> None:
+    held_out = {"sources": config["data"]["sources"], "every": 2, "global_batches": 1}
+    config |= {"validation": held_out, "parallel": {"tp": 2}}
+    config["run"] |= {"compute_dtype": "bfloat16", "recompute": "full", "steps": 4}
+    job = runs.run(_directory(tmp_path / "whole"), config, processes=2)
+    assert "bfloat16 frozen weights, float32 adapters, computation in bfloat16, recompute full" in job.output()
+    for steps in (2, 4):
+        config["run"] |= {"steps": steps}
+        runs.run(tmp_path, config, processes=2)
+    assert runs.outcome(tmp_path) == runs.outcome(tmp_path / "whole")
+    lines = runs.metrics(tmp_path)
+    assert lines[3]["validation_loss"] < lines[1]["validation_loss"]
+    held = store(tmp_path).manifest(4).tensors
+    assert {tensor.dtype for name, tensor in held.items() if "lora" in name} == {"F32"}
+    # the export is merged in float32 from the weights as the run computed with them
+    merged = load_file(tmp_path / "runs/run/export/model.safetensors")
+    first = read(Path(config["model"]["init_from"]))
+    assert torch.equal(merged["lm_head.weight"], first["lm_head.weight"].bfloat16().float())
+    result = CliRunner().invoke(
+        app, ["export", str(tmp_path / "runs/run/checkpoints/step-00000004"), str(tmp_path / "out"), "--merged"]
+    )
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "out") == contents(tmp_path / "runs/run/export")

@@ -65,7 +65,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Layers to train in full beside the adapters: the embedding, the head or both. Refused for a
     model that ties them."""
     dropout: float = 0.0
-    """Only 0, the default: the same step then has the same numbers on any number of ranks."""
+    """Only 0, which is also peft's default. Present so that a copied setting is refused by name."""
     export_merged: bool = True
     """Write the model with the adapters added to its weights to `runs/<name>/export` as well, which
     `[evaluation]` needs. The adapter alone is always written, to `runs/<name>/adapter`."""
@@ -76,7 +76,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha = {self.alpha} must be finite and above 0")
         if self.dropout != 0:
-            raise ValueError(f"dropout = {self.dropout} is not supported, since packed rows are trained once; use 0")
+            raise ValueError(f"dropout = {self.dropout} is not supported; set dropout = 0, or remove the key")
         if not self.targets:
             raise ValueError('targets is empty; name layers such as "q_proj", or use "all-linear"')
         for name in ("targets", "modules_to_save"):
