@@ -1,5 +1,6 @@
 """Save and load crash-safe directories of tensors and plain values, without models or data."""
 
+<<<<<<< HEAD
 from checkpoints.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
 from checkpoints.export import RECIPE, Recipe
@@ -32,3 +33,28 @@ __all__ = [
     "weight_digests",
     "write_model",
 ]
+=======
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpoints.public import *  # noqa: F403
+    from checkpoints.public import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of `checkpoints.public`; the first call imports torch."""
+    is_special = name.startswith("__") and name != "__all__"
+    if is_special or find_spec(f"{__name__}.{name}"):  # `from checkpoints import store` imports a module
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module(f"{__name__}.public")
+    if name != "__all__" and name not in public.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return list(__getattr__("__all__"))
+>>>>>>> main

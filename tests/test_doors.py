@@ -13,8 +13,8 @@ import tiny
 from commands import run
 from test_imports import ORDER, files
 
-from sftstream import ChatEncoder, DataConfig
-from sftstream.cli import main as command
+from sftstream import ChatEncoder, DataConfig, stored_state
+from sftstream.cli import state as command
 from sftstream.cli.main import main
 from sftstream.door import Door
 from sftstream.records import Refused
@@ -238,7 +238,7 @@ def test_each_way_to_double_a_value_is_counted(tokenizer: str, body: str) -> Non
 
 def test_what_is_refused_depends_on_no_clock(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ChatEncoder(tokenizer, tiny.TEMPLATE + "{% for a in messages[0].content %}{% endfor %}")
-    monkeypatch.setattr("sftstream.rendering.template.SECONDS", 0.01)
+    monkeypatch.setattr("sftstream.rendering.limits.SECONDS", 0.01)
     slow = tiny.chat("a" * 3_000_000, "b")["messages"]
     with pytest.raises(RuntimeError, match=r"did not print a conversation within 0 s; .* lower max_row_bytes"):
         encoder.encode(slow)
@@ -328,7 +328,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     def broken(_: object) -> None:
         raise kind("first\n\x1b[2Jsecond")
 
-    monkeypatch.setattr(command, "read_state", broken)
+    monkeypatch.setattr(stored_state, "find_state", broken)
     monkeypatch.delenv("LOGLEVEL", raising=False)
     outcome = run(main, "inspect", tmp_path / "state.json")
     (line,) = outcome.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""State dicts in JSON files and data configs in TOML files."""
+"""Read data configs in TOML files, and carry states over to them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ from sftstream.door import Door
 from sftstream.loader import PackLoader
 from sftstream.state import DataState
 from sftstream.toml_file import read_toml
-
-
-def read_state(path: Path) -> DataState:
-    """Return the state in a JSON file. Raises ValueError if the file holds no readable state."""
-    with Door(f"{path} cannot be read"):
-        content = path.read_bytes()
-    try:
-        with Door("not JSON"):
-            value = msgspec.json.decode(content)
-        return DataState.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_data_config(path: Path, accept: list[str]) -> DataConfig:

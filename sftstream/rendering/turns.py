@@ -277,9 +277,9 @@ class _TurnSearch:
         Apertus and DeepSeek 3.2 print no header before an answer to a tool's result. As evidence,
         the last message of a user and this message are rendered as a conversation of two messages,
         for which the template prints a header. The lead is the text between the header and the
-        first payload of this message, `<|inner|>` for example. The start is proved if the gap
-        consists of text of the generation prompt followed by the lead; the turn starts with the
-        lead. Return None otherwise.
+        first payload of this message, `<|inner|>` for example. The start is proved if the gap ends
+        with the lead, and if the rest of the gap agrees with the text that a generation prompt adds
+        at this place (see `is_within`). The turn then starts with the lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)

@@ -14,7 +14,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Call the handlers of signals that arrive inside the block after the end of the block.
+    """Delay signals: if a signal arrives inside the block, call its handler after the block ends.
 
     A handler may raise, as Ctrl-C does. Inside the constructor of a process the exception would
     leave a process that no object owns; inside `__del__` Python would print and drop the exception.

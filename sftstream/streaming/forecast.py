@@ -20,7 +20,7 @@ PACKS_OF_A_STREAM = 64
 streams. The last pack of a stream is half empty on average, which costs less than 1 % of the slots
 of 64 packs."""
 WINDOWS_OF_A_STREAM = 4
-"""Smallest number of windows in each stream of a chosen number of streams, unless the shards need
+"""`choose_streams` also leaves each stream at least this number of windows, unless the shards need
 more streams."""
 PLANNED_EXAMPLES = 4096
 """Largest number of examples that a forecast divides into packs."""

@@ -24,8 +24,8 @@ most one."""
 EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
-"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time, because
-`_sums` needs a bit for each number of tokens."""
+"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time:
+`_sums` stores the possible numbers of tokens as the bits of an integer of this length."""
 CAPACITIES_OF_A_WINDOW = 4
 """Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
 further examples until it holds these tokens, and so has several packs to plan."""
@@ -166,8 +166,11 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Return `(count, total)`: the set bit `total` of `bits` that is nearest to a goal, not above the
-    goal, and the number `count` of the goal, counted from 1. Of equally near goals the first wins."""
+    """Return `(count, total)` of the set bit `total` of `bits` that is nearest to a goal.
+
+    A bit above a goal does not count as near. `count` is the number of the goal, counted from 1; of
+    equally near goals the first is returned.
+    """
     nearest, gap = (1, 0), goals[0] + 1
     for count, goal in enumerate(goals, 1):
         total = (bits & (2 << goal) - 1).bit_length() - 1
