@@ -1,39 +1,5 @@
 """Save and load crash-safe directories of tensors and plain values, without models or data."""
 
-<<<<<<< HEAD
-from checkpoints.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
-from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
-from checkpoints.export import RECIPE, Recipe
-from checkpoints.lock import Lock
-from checkpoints.manifest import About
-from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
-from checkpoints.retention import Retention
-from checkpoints.store import CheckpointStore
-from checkpoints.tensor_file import TensorSpec
-
-__all__ = [
-    "MODEL_FILE_BYTES",
-    "RECIPE",
-    "About",
-    "BaseTensor",
-    "CheckpointError",
-    "CheckpointStore",
-    "CorruptCheckpoint",
-    "Lock",
-    "LostRank",
-    "Merged",
-    "Product",
-    "Recipe",
-    "Retention",
-    "Rows",
-    "TensorSpec",
-    "merge",
-    "one_line",
-    "printable",
-    "weight_digests",
-    "write_model",
-]
-=======
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -57,4 +23,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Return the public names."""
     return list(__getattr__("__all__"))
->>>>>>> main
