@@ -40,7 +40,7 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 FileName = Annotated[str, Meta(pattern=rf"\A({_WORD}/)?{_WORD}\.(json|jinja|txt|model)\Z")]
 
 
-class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The content of a model directory.
 
     `tensors` gives the rows of each tensor by name, to be concatenated in order; `files` the

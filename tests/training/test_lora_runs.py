@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import peft
 import pytest
 import runs
@@ -23,8 +24,12 @@ from tiny_llama import public_llama
 from typer.testing import CliRunner
 
 from checkpoints.cli.main import app, main
-from trainer.config import parse_config
+from trainer.checkpointing.settings import Settings, carry_over
+from trainer.config import ModelConfig, parse_config
+from trainer.llama.hf_config import read_config
+from trainer.llama.lora import LoraConfig
 from trainer.training.evaluation import generate
+from trainer.training.model import ModelSource, find_source
 
 RANK = {"rank": 4, "alpha": 8.0}
 
@@ -147,6 +152,7 @@ def spoil(directory: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace_in_a_run_of_adapters(tmp_path: Path, config: dict[str, Any]) -> None:
     compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
@@ -159,6 +165,7 @@ def test_kills_leave_no_trace_in_a_run_of_adapters_on_several_ranks(
     compare(tmp_path, config | {"parallel": {"tp": tp}}, processes, random.Random(processes + tp), kills=3)
 
 
+@pytest.mark.slow
 def test_adapters_go_on_in_any_topology_with_the_same_batches(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(_directory(tmp_path / "whole"), config)
     hops = _directory(tmp_path / "hops")
@@ -207,51 +214,55 @@ def test_a_resume_on_another_base_is_refused_by_name_and_on_a_moved_base_is_not(
     ],
 )
 def test_a_resume_needs_the_adapters_of_the_checkpoint(
-    lora: dict[str, Any] | None, difference: str, resumable: tuple[Path, dict[str, Any]]
+    lora: dict[str, Any] | None, difference: str, finished: Finished, base: Path
 ) -> None:
-    directory, config = resumable
-    changed = {name: table for name, table in config.items() if name != "lora"}
-    if lora is not None:
-        changed["lora"] = RANK | lora
-    assert difference in fails(directory, changed)
+    saved = settings(finished.config | {"lora": RANK}, base)
+    now = settings(finished.config | {"lora": lora and RANK | lora}, base)
+    with pytest.raises(ValueError, match=re.escape(difference)) as error:
+        carry_over(saved, now, 2, ())
+    assert "the checkpoint of step 2 was made with other settings" in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def resumable(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: str, base: Path
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A run of two steps, to be resumed; at the end it is, with the same adapters spelled in other words."""
-    directory = tmp_path_factory.mktemp("resumable")
-    config = adapting(directory, tokenizer, base, run={"steps": 2})
-    runs.run(directory, config)
-    config["run"]["steps"] = 4
-    yield directory, config
+def test_a_resume_may_spell_the_same_adapters_otherwise_and_export_other_files(finished: Finished, base: Path) -> None:
     layers = ["down_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
-    runs.run(directory, config | {"lora": RANK | {"targets": layers, "export_merged": False}})
+    saved, now = (
+        settings(finished.config | {"lora": RANK | keys}, base)
+        for keys in ({}, {"targets": layers, "export_merged": False})
+    )
+    assert carry_over(saved, now, 2, ()).accepted is msgspec.UNSET
+    assert msgspec.convert(msgspec.to_builtins(saved), Settings) == saved
 
 
-def test_a_run_goes_on_from_an_adapter_with_the_same_settings_only(
-    finished: Finished, tmp_path: Path, tokenizer: str
-) -> None:
+def settings(tables: dict[str, Any], base: Path) -> Settings:
+    tables = {name: table for name, table in tables.items() if table is not None}
+    chosen = tables | {"run": tables["run"] | {"compile": False}}
+    return Settings.of(parse_config(chosen), ModelSource(read_config(base), base), torch.float32)
+
+
+def test_a_run_goes_on_from_an_adapter(finished: Finished, tmp_path: Path, tokenizer: str) -> None:
     lora = finished.config["lora"]
-    config = adapting(tmp_path, tokenizer, finished.adapter, run={"steps": 2})
-    message = fails(tmp_path, config)
-    assert "lora.rank_stabilized: True -> False; lora.modules_to_save[0]: 'lm_head' -> None" in message
-    del config["lora"]
-    message = fails(tmp_path, config)
-    assert "is a PEFT adapter; set lora = {" in message
-    table = message.partition("set lora = ")[2].partition(" to train it on")[0]
-    started = runs.Job(tmp_path, config | {"lora": _parsed(table)})
-    assert started.finish() == 0, started.output()
-    assert _parsed(table) == lora | {"targets": "all-linear", "alpha": 8.0}
-    first = runs.metrics(tmp_path)[0]["loss"]
-    assert first < 0.95 * runs.metrics(finished.directory)[0]["loss"]
+    runs.run(tmp_path, adapting(tmp_path, tokenizer, finished.adapter, run={"steps": 2}) | {"lora": lora})
+    # the batch of the first step is that of the first run, whose adapters were new
+    assert runs.digests(tmp_path)[0] == runs.digests(finished.directory)[0]
+    assert runs.metrics(tmp_path)[0]["loss"] < 0.95 * runs.metrics(finished.directory)[0]["loss"]
     named = json.loads((tmp_path / "runs/run/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == finished.config["model"]["init_from"]
 
 
-def _parsed(table: str) -> dict[str, Any]:
-    return tomllib.loads(f"lora = {table}")["lora"]
+def test_an_adapter_needs_its_own_settings_and_the_error_has_the_table(finished: Finished, tokenizer: str) -> None:
+    model = ModelConfig(init_from=str(finished.adapter))
+    with pytest.raises(
+        ValueError, match=r"rank_stabilized: True -> False; lora.modules_to_save\[0\]: 'lm_head' -> None"
+    ):
+        find_source(model, tokenizer, LoraConfig(rank=4, alpha=8.0))
+    with pytest.raises(ValueError, match=r"is a PEFT adapter; set lora = \{") as error:
+        find_source(model, tokenizer)
+    table = str(error.value).partition("set lora = ")[2].partition(" to train it on")[0]
+    lora = msgspec.convert(tomllib.loads(f"lora = {table}")["lora"], LoraConfig)
+    source = find_source(model, tokenizer, lora)
+    assert (source.adapter, source.name) == (finished.adapter, finished.config["model"]["init_from"])
+    assert lora.identity == msgspec.convert(finished.config["lora"], LoraConfig).identity
+    assert source.digest != find_source(ModelConfig(init_from=source.name), tokenizer, lora).digest
 
 
 @pytest.mark.parametrize(
@@ -277,15 +288,16 @@ def test_a_mistake_in_the_table_is_named(changes: dict[str, Any], message: str) 
     tables = runs.run_config("tokenizer", "rows.jsonl") | {"model": {"init_from": "model"}, "lora": {}} | changes
     if "vocab_size" in tables["model"]:
         tables["model"] = runs.run_config("tokenizer")["model"]
-    with pytest.raises(ValueError, match="(?s)" + "".join(f"\\{c}" if c in "[].()+*?$" else c for c in message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse_config(tables)
 
 
 def test_a_tied_embedding_cannot_be_saved_beside_adapters(tmp_path: Path, tokenizer: str) -> None:
-    public_llama(vocab_size=512, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    config = adapting(tmp_path, tokenizer, tmp_path / "tied")
-    config["lora"] = RANK | {"modules_to_save": ["embed_tokens"]}
-    assert "would train a weight that the model uses as both embedding and head" in fails(tmp_path, config)
+    public_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match="would train a weight that the model uses as both embedding and head"):
+        find_source(
+            ModelConfig(init_from=str(tmp_path / "tied")), tokenizer, LoraConfig(modules_to_save=("embed_tokens",))
+        )
 
 
 def test_a_directory_of_other_files_is_not_replaced_by_an_adapter(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -309,7 +321,7 @@ def test_adapters_reproduce_64_conversations_word_for_word_merged_and_alone(tmp_
     config = runs.run_config(
         tokenizer,
         path,
-        run={"steps": 140},
+        run={"steps": 120},
         data={"streams": 1, "capacity": 512, "global_batch": 2},
         optimizer={"learning_rate": 1e-2},
         schedule={"kind": "linear"},

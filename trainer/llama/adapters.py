@@ -19,7 +19,7 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
 from trainer.llama.lora import TARGETS, A, B, LoraConfig
 from trainer.llama.model import Llama
-from trainer.llama.weights import Piece, fill, layout, opened_file, shapes
+from trainer.llama.weights import FLOATS, Piece, fill, layout, opened_file, shapes
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -86,6 +86,8 @@ def load_adapters(model: Llama, directory: StrPath) -> None:
                     f"{path}: {PREFIX}{name} has shape {stored.get(name, 'none')}, but the adapter's config and the base "
                     f"model imply {expected.get(name, 'none')}: use the {CONFIG} and the base model of these weights"
                 )
+            if (dtype := file.get_slice(PREFIX + name).get_dtype()) not in FLOATS:
+                raise ValueError(f"{path}: {PREFIX}{name} is stored as {dtype}: use one of {', '.join(FLOATS)}")
         for name, parts in pieces.items():
             named = [part._replace(tensor=PREFIX + part.tensor) for part in parts]
             fill(parameters[name], named, {part.tensor: file for part in named})
@@ -113,11 +115,14 @@ def write_adapter_config(lora: LoraConfig, base: str) -> bytes:
 
 
 _IRRELEVANT = {
-    *("auto_mapping", "inference_mode", "init_lora_weights", "peft_version", "revision", "task_type", "lora_dropout"),
+    *("auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "lora_dropout"),
     *("runtime_config", "ephemeral_gpu_offload", "peft_type", "base_model_name_or_path", "r", "lora_alpha"),
     *("use_rslora", "target_modules", "modules_to_save", "megatron_core", "qalora_group_size", "layers_pattern"),
 }
 """Keys of `adapter_config.json` that are read here or do not change the numbers of an adapter."""
+
+_INITIAL = (True, False, None, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model as it is."""
 
 _EMPTY: tuple[Any, ...] = (None, False, "none", [], {})
 """Values of the other keys for an adapter without the feature."""
@@ -152,8 +157,7 @@ def read_adapter_config(directory: StrPath) -> AdapterSource:
         read = msgspec.convert(keys, _Keys)
         if read.peft_type != "LORA":
             raise ValueError(f"peft_type is {read.peft_type!r}, but only 'LORA' is supported: train a LoRA adapter")
-        used = [key for key, value in keys.items() if key not in _IRRELEVANT and value not in _EMPTY]
-        if used:
+        if used := [key for key, value in keys.items() if _changes_the_numbers(key, value)]:
             raise ValueError(
                 f"{used[0]} is {keys[used[0]]!r}, which is not supported: merge the adapter with peft's "
                 "merge_and_unload, and start from the merged model"
@@ -175,9 +179,14 @@ def read_adapter_config(directory: StrPath) -> AdapterSource:
     return AdapterSource(lora, read.base_model_name_or_path)
 
 
+def _changes_the_numbers(key: str, value: Any) -> bool:
+    if key == "init_lora_weights":
+        return value not in _INITIAL
+    return key not in _IRRELEVANT and value not in _EMPTY
+
+
 def _targets(stored: list[str] | str) -> Any:
     """Return the targets as in `[lora]`; all seven layers are "all-linear"."""
     if isinstance(stored, str):
         return stored
-    named = sorted({name.rpartition(".")[2] for name in stored})
-    return "all-linear" if set(named) == set(TARGETS) else named
+    return "all-linear" if set(stored) == set(TARGETS) else sorted(set(stored))

@@ -26,7 +26,7 @@ from trainer.llama.sharding import gather_full, local, window
 INDEX = "model.safetensors.index.json"
 _ROWS = 16_384
 """Rows of an embedding read at a time."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 """Accepted dtypes of safetensors; other dtypes hold the codes of a quantization."""
 
 
@@ -232,9 +232,9 @@ def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vo
                 f"{directory}: {name} has shape {stored.get(name, 'none')}, but config.json implies "
                 f"{expected.get(name, 'none')}: use the config.json of these weights"
             )
-        if (dtype := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+        if (dtype := tensors[name].get_slice(name).get_dtype()) not in FLOATS:
             raise ValueError(
-                f"{directory}: {name} is stored as {dtype}: train from weights in one of {', '.join(_FLOATS)}"
+                f"{directory}: {name} is stored as {dtype}: train from weights in one of {', '.join(FLOATS)}"
             )
 
 
