@@ -21,8 +21,9 @@ from checkpoints.object_store import open_root
 from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention
 from checkpoints.staging import Staging
-from checkpoints.state import decode_value, encode_value, flatten, restore_tuples
-from checkpoints.storage import BlobKey, StepWriter, read_tensors, read_values, verify
+from checkpoints.state import flatten, restore_tuples
+from checkpoints.storage import BlobKey, StepWriter, read_tensors, verify
+from checkpoints.values import encode_value, read_step_values
 
 logger = logging.getLogger(__name__)
 
@@ -338,8 +339,7 @@ class CheckpointStore:
         return manifest, _Verified(manifest.token, verify(self._backend.step_files(step, manifest), manifest, share))
 
     def _read(self, step: int, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:
-        blobs = read_values(self._backend.step_files(step, manifest), manifest, spans)
-        return {key: decode_value(key, blob) for key, blob in blobs.items()}
+        return read_step_values(self._backend.step_files(step, manifest), manifest, spans)
 
     def _retain(self, good: int) -> list[int]:
         """Delete old steps, with `good` as an undamaged step; return the deleted steps."""

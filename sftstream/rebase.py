@@ -25,6 +25,7 @@ from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
 from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
+from sftstream.streaming.skip import require_steps_to_come
 from sftstream.tokenization.encoder import ChatEncoder
 
 
@@ -51,7 +52,11 @@ def rebase(
     `changed` holds the accepted differences, as returned by `accepted_changes`. Raises ValueError
     if the change would lose or repeat a conversation.
     """
-    _require_possible(saved.identity, identity, changed)
+    _require_possible(saved, identity, changed)
+    change = Change(packs=saved.packs, differences=tuple(changed))
+    if change.only_skips:
+        # Applied to finished packs: no draw and no waiting row changes.
+        return msgspec.structs.replace(saved, identity=identity, history=(*saved.history, change))
     _require_whole(saved)
     saved = follow_sources(saved, identity, config, corpus)
     streams = (
@@ -64,7 +69,6 @@ def rebase(
         for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch
-    change = Change(packs=saved.packs, differences=tuple(changed))
     return DataState(
         identity=identity,
         packs=steps * identity.global_batch,
@@ -79,7 +83,7 @@ def is_possible(
 ) -> bool:
     """Return True if the differences `changed` can be accepted, at the end of a step."""
     try:
-        _require_possible(saved.identity, identity, changed)
+        _require_possible(saved, identity, changed)
         follow_sources(saved, identity, config, corpus)
     except ValueError:
         return False
@@ -100,7 +104,9 @@ def _require_whole(saved: DataState) -> None:
         )
 
 
-def _require_possible(before: Identity, identity: Identity, changed: Sequence[str]) -> None:
+def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
+    before = saved.identity
+    require_steps_to_come(before.skip or None, identity.skip or None, saved.packs // before.global_batch)
     for difference in changed:
         if FIXED.fullmatch(name := difference.split(":")[0]):
             raise ValueError(

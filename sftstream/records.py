@@ -19,29 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sftstream.refused import BrokenRow as BrokenRow
+from sftstream.refused import Refused as Refused
+
 IGNORE_INDEX = -100
 """Label of an untrained token, as `torch.nn.functional.cross_entropy` expects."""
-
-
-class Refused(ValueError):
-    """Error for a conversation that cannot be trained correctly. A `Refusal` records the row.
-
-    `reason` is a short phrase for counting, such as "longer than capacity". `detail` is an
-    explanation for people, such as "9000 tokens do not fit into a pack of 8192".
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-class BrokenRow(ValueError):
-    """Error for a single stored row that cannot be read or decoded; other rows are readable.
-
-    Callers put the row's location before the message: "is not JSON: ..." becomes
-    "a.jsonl:3 is not JSON: ...".
-    """
 
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -243,6 +225,8 @@ class Pack:
     """Rows that were refused since the stream's previous pack."""
     exhausted: bool = False
     """True if the pack's logical stream has ended: all later packs of the stream are empty."""
+    skipped: tuple[Segment, ...] = ()
+    """Segments that `data.skip` has left out of the pack."""
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -297,6 +281,12 @@ class Pack:
         """Number of conversations; a conversation of several parts counts in the pack of part 0."""
         return [segment.part for segment in self.segments].count(0)
 
+    @property
+    def rows(self) -> int:
+        """Number of conversations, refused rows and skipped rows; a row of several parts counts in
+        the pack of part 0."""
+        return self.conversations + len(self.refused) + [segment.part for segment in self.skipped].count(0)
+
     def digest(self) -> str:
         """Return the SHA-256 (hex) of ids, labels, positions and borders."""
         digest = hashlib.sha256()
@@ -314,6 +304,7 @@ class Pack:
             self.segments,
             self.refused,
             self.exhausted,
+            self.skipped,
         )
 
 

@@ -8,6 +8,7 @@ a renamed field keeps its stored name in `msgspec.field(name=...)`, and a field 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from sftstream.config import SkipConfig
 from sftstream.earlier_formats import in_present_format
 from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
@@ -115,11 +117,11 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exhausted: bool = msgspec.field(name="dry", default=False)
     """True if all conversations were returned in packs."""
     packs: int = 0
-    """Packs returned, without empty packs."""
+    """Packs returned, without empty packs, but with packs that `data.skip` has left empty."""
     conversations: int = 0
-    """Conversations returned in packs."""
+    """Conversations returned in packs, or skipped."""
     tokens: int = 0
-    """Tokens of the returned conversations."""
+    """Tokens of the returned and skipped conversations."""
     refused: tuple[dict[str, int], ...] = ()
     """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
@@ -162,6 +164,17 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Number of the next pack at the time of the change."""
     differences: tuple[str, ...]
 
+    @property
+    def only_skips(self) -> bool:
+        """True if the change only skips other rows or steps, so that all draws and waiting rows
+        remain as they were."""
+        return only_skips(self.differences)
+
+
+def only_skips(differences: Sequence[str]) -> bool:
+    """Return True if all `differences` are in `data.skip`."""
+    return all(re.match(r"data\.skip[.:]", difference) for difference in differences)
+
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """State of a loader: identity, number of packs, and the states of the logical streams."""
@@ -188,6 +201,12 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def digests_in_full(self) -> dict[int, dict[int, str]]:
         """`full_digests`, or an empty dict if absent."""
         return {} if isinstance(self.full_digests, UnsetType) else self.full_digests
+
+    @property
+    def rebased(self) -> bool:
+        """True if an accepted change has read waiting rows again, or has divided the draws among
+        other streams."""
+        return not all(change.only_skips for change in self.history)
 
     @property
     def orders(self) -> PastOrders:
@@ -309,6 +328,7 @@ def describe(state: StateDict | DataState) -> str:
         *_progress_lines(data),
         *_source_lines(data),
         *_count_lines(data),
+        *_skip_lines(data.identity.skip),
         *(f"accepted at pack {c.packs}: {'; '.join(c.differences)}" for c in data.history),
     ]
     if exhausted := sum(stream.exhausted for stream in data.streams.values()):
@@ -361,6 +381,13 @@ def _unread(columns: Mapping[int, Sequence[str]] | UnsetType, source: int) -> st
 def _sampled(files: Sequence[FileIdentity], digests: Mapping[int, str]) -> str:
     sampled = sum(file.sampled and number not in digests for number, file in enumerate(files))
     return f"; {sampled} of {len(files)} files sampled, not yet read in full" if sampled else ""
+
+
+def _skip_lines(skip: SkipConfig | UnsetType) -> list[str]:
+    if isinstance(skip, UnsetType):
+        return []
+    steps = ", ".join(f"{first} to {last}" for first, last in skip.steps) or "none"
+    return [f"skipped: {len(skip.rows):,} rows in every epoch; steps: {steps}"]
 
 
 def _shares(part: Amount, total: Amount) -> str:

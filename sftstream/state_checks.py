@@ -26,8 +26,8 @@ MOST_DRAWS_CHECKED = 20_000
 def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
     """Raise ValueError naming the first contradiction in a state, or with `config` and `corpus`.
 
-    Counters of a stream are compared with each other only if no change was ever accepted: an
-    accepted change may divide the draws among other streams, and reads waiting rows again.
+    Counters of a stream are compared with each other only if the state was never rebased: a rebase
+    may divide the draws among other streams, and reads waiting rows again.
     """
     if not 0 <= state.packs < LARGEST:
         raise ValueError(f"the state is damaged: packs = {state.packs}; use another state")
@@ -44,7 +44,7 @@ def _problems(state: DataState, number: int, stream: StreamState, config: DataCo
     yield from _bad_segments(stream, state.identity)
     orders = _orders(state, config, corpus)
     yield from _bad_positions(number, stream, config, orders)
-    if not state.history:
+    if not state.rebased:
         yield from _bad_counters(state, number, stream)
         yield from _foreign_rows(number, stream, config, orders)
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = {
     "sftstream": [
+        "refused",
         "records",
         "config",
         "excerpt",
@@ -45,6 +46,8 @@ ORDER = {
         "sources.full_digests",
         "sources",
         "formats.fields",
+        "formats.roles",
+        "formats.spelled",
         "formats.exclusions",
         "formats.tools",
         "formats.parts",
@@ -58,6 +61,9 @@ ORDER = {
         "formats",
         "rendering",
         "rendering.bounds",
+        "rendering.limits",
+        "rendering.json_cache",
+        "rendering.environment",
         "rendering.template",
         "rendering.markers",
         "rendering.overlap",
@@ -66,6 +72,8 @@ ORDER = {
         "rendering.turn_format",
         "rendering.turns",
         "rendering.probe",
+        "rendering.certificate_process",
+        "rendering.certificate",
         "rendering.mask",
         "rendering.fast",
         "rendering.fast.symbolic",
@@ -85,17 +93,21 @@ ORDER = {
         "identity",
         "earlier_formats",
         "state",
+        "state_summary",
+        "stored_state",
         "streaming",
         "streaming.assignment",
         "streaming.order",
         "streaming.sampler",
         "streaming.example_reader",
         "streaming.packing",
+        "streaming.skip",
         "streaming.packer",
         "streaming.graph",
         "streaming.length_sample",
         "streaming.forecast",
         "streaming.refusals",
+        "streaming.deferred_signals",
         "streaming.worker",
         "source_changes",
         "state_checks",
@@ -117,14 +129,30 @@ ORDER = {
         "ledger.trace",
         "ledger.losses",
         "ledger.verify",
+        "preview",
+        "preview.parts",
+        "preview.view",
+        "preview.terminal",
+        "pages",
+        "pages.document",
+        "preview.page",
+        "public",
         "",
         "cli",
+        "cli.output",
+        "cli.usage",
+        "cli.template_report",
         "cli.template",
         "cli.state",
+        "cli.inspect",
+        "cli.rebase",
+        "cli.preview",
+        "cli.speed",
         "cli.bench",
         "cli.ledger",
         "cli.verify",
         "cli.main",
+        "__main__",
     ],
     "checkpoints": [
         "errors",
@@ -132,6 +160,7 @@ ORDER = {
         "manifest",
         "digest",
         "commit",
+        "values",
         "model_directory",
         "lock",
         "ranks",
@@ -144,6 +173,7 @@ ORDER = {
         "storage",
         "export",
         "store",
+        "public",
         "",
         "cli",
         "cli.show",
@@ -275,3 +305,15 @@ def test_no_file_is_named_for_what_is_left_over() -> None:
     for package in (*ORDER, "tests", "benchmarks", "examples"):
         for path in (ROOT / package).rglob("*"):
             assert path.stem not in FORBIDDEN, path
+
+
+def test_no_test_asserts_a_time() -> None:
+    """A wait may have a deadline, but no assertion compares a duration, which the machine's load decides."""
+    clocks = ("time", "monotonic", "perf_counter", "process_time")
+    for path in (ROOT / "tests").rglob("*.py"):
+        for assertion in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(assertion, ast.Assert):
+                for node in ast.walk(assertion.test):
+                    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+                        called = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                        assert not called.intersection(clocks), f"{path}:{assertion.lineno}"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from checkpoints import Retention
-from sftstream import DataConfig, SourceConfig, read_toml
+from sftstream import DataConfig, SkipConfig, SourceConfig, read_toml
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
@@ -54,6 +54,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     both. A finished run with raised `epochs` trains on if `data.accept_changed` holds
     "data.epochs": each row once in each new epoch, in packs that may differ from the packs of a
     run begun with more epochs."""
+    skip: SkipConfig = SkipConfig()
+    """Rows and steps that are left out of the packs. A resume with another `skip` than the
+    checkpoint's needs `data.accept_changed = ["data.skip"]`."""
     stop_after: str | None = None
     """Time after which the run saves and stops, as a signal would make it, such as "3h50m" or
     "90s". Default: none."""
@@ -310,6 +313,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             epochs=1,
             stages=(),
             ends_with="all",
+            skip=SkipConfig(),
             accept_changed=(),
             max_refused=1.0,
             max_too_long=1.0,
@@ -330,13 +334,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def parse_config(table: dict[str, Any]) -> TrainConfig:
     """Check parsed TOML tables and return the config.
 
-    `run.seed` and `run.epochs` are copied into `[data]`. Raises ValueError with the wrong key.
+    `run.seed`, `run.epochs` and `run.skip` are copied into `[data]`. Raises ValueError with the
+    wrong key.
     """
     for name in ("run", "data", "model"):
         if not isinstance(table.get(name, {}), dict):
             raise ValueError(f"{name} = {table[name]!r} is a value, not a table")
     run, data = table.get("run", {}), table.get("data", {})
-    for key in ("seed", "epochs"):
+    for key in ("seed", "epochs", "skip"):
         if key in data:
             raise ValueError(f"data.{key} is set by run.{key} in a training run; move it there")
         if key in run:

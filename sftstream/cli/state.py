@@ -1,4 +1,4 @@
-"""State dicts in JSON files and data configs in TOML files."""
+"""Read data configs in TOML files, and carry states over to them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,9 @@ from sftstream.state import DataState
 from sftstream.toml_file import read_toml
 
 
-def read_state(path: Path) -> DataState:
-    """Return the state in a JSON file. Raises ValueError if the file holds no readable state."""
-    with Door(f"{path} cannot be read"):
-        content = path.read_bytes()
-    try:
-        with Door("not JSON"):
-            value = msgspec.json.decode(content)
-        return DataState.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def read_data_config(path: Path, accept: list[str]) -> DataConfig:
-    """Return the `[data]` table of a run's TOML, with `seed` and `epochs` of its `[run]` table.
+    """Return the `[data]` table of a run's TOML, with `seed`, `epochs` and `skip` of its `[run]`
+    table.
 
     `accept` names the settings that may differ from those of a state. Raises ValueError if the file
     cannot be read or its table is not valid.
@@ -35,7 +24,7 @@ def read_data_config(path: Path, accept: list[str]) -> DataConfig:
     data, run = tables.get("data"), tables.get("run", {})
     if not isinstance(data, dict) or not isinstance(run, dict):
         raise ValueError(f"config {str(path)!r} has no [data] table; name the TOML file of a run")
-    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs")}
+    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs", "skip")}
     with Door(f"config {str(path)!r}: the [data] table is not valid"):
         return msgspec.convert({**data, **of_run, "accept_changed": accept}, DataConfig)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
+from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
-from sftstream.rendering.markers import locate, names, strings
+from sftstream.rendering.markers import Located, locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
 from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
@@ -40,16 +41,27 @@ class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
     texts: tuple[Rendered, ...]
 
 
+class MessageRange(NamedTuple):
+    """The characters `[start, end)` of a rendered text that belong to a message."""
+
+    start: int
+    end: int
+    message: int
+    """Index of the message in the conversation."""
+
+
 class Renderer:
     """Renders conversations with one chat template under one policy.
 
     `special` are the texts of the tokenizer's special tokens; `control` is a pattern that matches
-    any of these texts. Raises ValueError if the template is unfit for training (see `probe`).
+    any of these texts. Raises ValueError if the template is unfit for training (see `certify` and
+    `probe`).
     """
 
     def __init__(
         self, template: ChatTemplate, policy: Policy, special: Sequence[str], control: re.Pattern[str]
     ) -> None:
+        certify(template)
         self.template = template = reading_content(template)
         self.policy = policy
         self._control = control
@@ -92,7 +104,7 @@ class Renderer:
                 "the template prints a trained message, or text before the message, differently once further "
                 'messages follow; set history = "per_turn" or "as_rendered"',
             )
-        texts = [self.render(_up_to(conversation, index)) for index in trained]
+        texts = [self.render(up_to(conversation, index)) for index in trained]
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
 
     def _is_printed_alike(self, conversation: Conversation, index: int, whole: Rendered) -> bool:
@@ -101,7 +113,7 @@ class Renderer:
         The messages up to `index` are rendered alone, as at inference. The text of this render, up
         to the end of the trained message, must be the beginning of `whole`.
         """
-        part = self.render(_up_to(conversation, index))
+        part = self.render(up_to(conversation, index))
         return whole.text.startswith(part.text[: max(part.bounds, default=0)])
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -132,7 +144,7 @@ class Renderer:
         Return the text with the trained spans, and the turns. Raises `Refused`.
         """
         try:
-            return self._render_whole(conversation, self._with_variables(conversation.variables))
+            return self._render_whole(conversation, self._with_variables(conversation.variables))[:2]
         except Refused as refused:
             if not refused.reason.startswith(("template drops", "template raises")) or not self._unset_variables:
                 raise
@@ -140,7 +152,20 @@ class Renderer:
             hint = f"the template also reads variables that are not set ({names}); set them in data.tokenizer.variables"
             raise Refused(refused.reason, f"{refused.detail}; {hint}") from None
 
-    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn]]:
+    def message_ranges(self, conversation: Conversation) -> list[MessageRange]:
+        """Return the ranges of the rendered text that belong to messages, in text order.
+
+        A range is an assistant's turn up to its stop token, or a text of another message; the rest
+        of the rendered text is the template's. Raises `Refused`.
+        """
+        whole = self._render_whole(conversation, self._with_variables(conversation.variables))
+        _, turns, located = whole
+        spoken = {turn.message for turn in turns}
+        ranges = [MessageRange(*turn.span, turn.message) for turn in turns]
+        ranges += [MessageRange(p.start, p.end, p.message) for p in located.payloads if p.message not in spoken]
+        return sorted(ranges)
+
+    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
         messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)
@@ -152,7 +177,8 @@ class Renderer:
         # The turn format was learned with the variables of the config. A conversation with its own
         # variables may have another generation prompt, so each start is proved by a render.
         turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
-        return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
+        text = rendered(conversation.messages, located, turns, turn_format, self.policy, self._control)
+        return text, turns, located
 
     def _with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         try:
@@ -184,7 +210,7 @@ class Renderer:
                 )
 
 
-def _up_to(conversation: Conversation, index: int) -> Conversation:
+def up_to(conversation: Conversation, index: int) -> Conversation:
     """Return the conversation up to and with message `index`, with `train=False` before it."""
     earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
     return msgspec.structs.replace(conversation, messages=(*earlier, conversation.messages[index]))

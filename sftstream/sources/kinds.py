@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, islice
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from sftstream.sources.content import (
     require_lines,
     require_row,
     require_rows,
+    shows_rows,
 )
 from sftstream.sources.file_formats.arrow import arrow, arrow_forward
 from sftstream.sources.file_formats.compressed import CODECS, text_from, unpacked
@@ -56,7 +58,13 @@ def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> 
     if is_array(head, lines=lines):
         return elements_forward(text, start)
     require_lines(head, text.display_name)
-    return lines_forward(text, start, rest)
+    read = lines_forward(text, start, rest)
+    if rest:
+        return read
+    begun = list(islice(read.rows, 2))
+    if len(begun) == 1:
+        require_row(begun[0](), text.display_name)
+    return read._replace(rows=chain(begun, read.rows))
 
 
 def _json(*, lines: bool) -> FileFormat:
@@ -93,15 +101,13 @@ def open_file(location: FileLocation) -> RowFile:
     or the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    if kind not in FILE_FORMATS:
-        raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     head = _head(stored)
     if codec := _codec(head, packed):
         stored = unpacked(stored, codec)
         head = _head(stored)
     require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
+    return _format(head, kind, location).by_number(stored)
 
 
 def read_forward(location: FileLocation, start: int, place: Place | None = None) -> RowsFrom:
@@ -117,7 +123,17 @@ def read_forward(location: FileLocation, start: int, place: Place | None = None)
     head = text.file.peek(HEAD)
     require_rows(head, name)
     rest = None if place is None else text_from(location.open(), name, codec, place)
-    return FILE_FORMATS[kind_of(head, kind)].forward(text, start, rest)
+    return _format(head, kind, location).forward(text, start, rest)
+
+
+def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:
+    """Return the format of a file with the first bytes `head`; raises ValueError if unknown."""
+    if suffix not in FILE_FORMATS and not shows_rows(head):
+        raise ValueError(
+            f"{location.display_name} has the unknown suffix {PurePath(location.name).suffix!r}, and its content shows "
+            f"neither JSON nor a table; known are {KNOWN}"
+        )
+    return FILE_FORMATS[kind_of(head, suffix if suffix in FILE_FORMATS else ".json")]
 
 
 def _codec(head: bytes, packed: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.door import Door
 from sftstream.sources.hub import data_files
-from sftstream.sources.kinds import KNOWN, is_known, read_forward
+from sftstream.sources.kinds import is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.resolve import Dataset, SavedSlices, resolve, source_door
@@ -94,8 +94,9 @@ def _locations(source: SourceConfig) -> list[FileLocation]:
         require_whole(source.path, [location.name for location in locations])
     else:
         locations = resolved
-    if unknown := [location.display_name for location in locations if not is_known(location.name)]:
-        raise ValueError(f"{unknown[0]} has a suffix that cannot be streamed; known are {KNOWN}")
+    for location in locations:
+        if not is_known(location.name):
+            read_forward(location, 0)
     return locations
 
 

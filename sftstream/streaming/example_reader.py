@@ -25,7 +25,7 @@ _SAMPLED = 100
 
 SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
 """Limits of the search for a row that can be trained: rows tried in a source, and rows tried in
-each file of a streamed source before the search moves to the next file for the first time."""
+each file of a streamed source in the first pass over its files."""
 CHECKED_AT_ONCE = 64
 """Number of row numbers that the search in random order computes at once."""
 
@@ -117,8 +117,9 @@ class SourceCheck:
 
     A stream calls the check when it refuses a row of a source before it has accepted any row of
     that source. The check tries the rows of an indexed source in random order, and those of a
-    streamed source in stored order, some rows of each file in turn. It stops at the first good row,
-    and after `SEARCHED` rows unless the config sets no limit on refused rows.
+    streamed source in stored order, some rows of each file in turn. It stops at the first good row
+    or after `SEARCHED` rows. If `max_refused` or `max_too_long` is 1, a source may consist of
+    refused rows, and the check tries all rows.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:

@@ -41,7 +41,7 @@ REFUSED_SHARE = 16
 if all rows of a source are refused, the stream soon draws from the other sources again. If a tenth
 of a source is refused, the mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
-"""Value of `StreamState.planning` in a new stream."""
+"""The state format whose rules plan the windows of a new stream (see `StreamState.planning`)."""
 
 
 class PackerConfig(NamedTuple):
@@ -185,12 +185,12 @@ class Packer(BaseNode[Pack]):
                 example = self._reader.examples(segment.ref)[segment.part]
             except (Refused, IndexError) as error:
                 raise ValueError(
-                    f"{row} is part of a planned pack but is refused now ({error}): the source changed; restore it"
+                    f"{row} was accepted when its window was read, and is refused now ({error}): the source changed; restore it"
                 ) from None
         if len(example.tokens) != segment.length:
             raise ValueError(
-                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its pack was "
-                "planned: the source changed; restore it"
+                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its window was read: "
+                "the source changed; restore it"
             )
         return example
 

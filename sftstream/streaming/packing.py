@@ -24,8 +24,8 @@ most one."""
 EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
-"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time, because
-`_sums` needs a bit for each number of tokens."""
+"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time:
+`_sums` stores the possible numbers of tokens as the bits of an integer of this length."""
 CAPACITIES_OF_A_WINDOW = 4
 """Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
 further examples until it holds these tokens, and so has several packs to plan."""
@@ -166,10 +166,10 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Return `(count, total)`: the number of a goal, counted from 1, and the highest set bit of
-    `bits` up to the goal.
+    """Return `(count, total)` of the set bit `total` of `bits` that is nearest to a goal.
 
-    The goal is the first with the smallest distance to its bit.
+    A bit above a goal does not count as near. `count` is the number of the goal, counted from 1; of
+    equally near goals the first is returned.
     """
     nearest, gap = (1, 0), goals[0] + 1
     for count, goal in enumerate(goals, 1):

@@ -264,9 +264,12 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 selects none of its 5 files, .*; raise repeat"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of .* none of its 5 files: .*; raise repeat to 0.2 or more"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
+    with pytest.raises(ValueError, match=r"repeat = 0.01 of .* files: .*; raise repeat to 0.067 or more"):
+        PackLoader(configured(tokenizer, path, {"repeat": 0.01}, epochs=3))
+    assert drawn(configured(tokenizer, path, {"repeat": 0.067}, epochs=3))
 
 
 def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) -> None:
@@ -385,7 +388,9 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
-    assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
+    assert "notes.txt has the unknown suffix '.txt', and its content shows neither JSON nor a table; " in said(
+        f"{path}/*"
+    )
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
     assert "lacks 1 of 2 files, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]

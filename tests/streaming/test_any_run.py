@@ -106,6 +106,9 @@ def _draw_config(draw: random.Random, tokenizer: str, corpora: list[dict[str, An
         stages=stages,
         ends_with=draw.choice(["all", "first"]),
         prefetch=draw.choice([1, 2, 5]),
+        # Draws with replacement may refuse the two bad rows of a source many times.
+        max_refused=1.0,
+        max_too_long=1.0,
     )
 
 

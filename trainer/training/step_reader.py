@@ -171,13 +171,12 @@ class StepReader:
 
 def _read(loader: PackLoader) -> LocalStep:
     packs = loader.next_step()
-    refused = sum(len(pack.refused) for pack in packs)
     numbers = [
         sum(pack.trained_tokens for pack in packs),
         sum(pack.tokens for pack in packs),
         sum(squared_lengths(pack) for pack in packs),
-        sum(pack.conversations for pack in packs) + refused,
-        refused,
+        sum(pack.rows for pack in packs),
+        sum(len(pack.refused) for pack in packs),
         sum(bool(pack.segments) for pack in packs),
         int(not loader.exhausted),
     ]
@@ -215,7 +214,7 @@ class StepTotals(NamedTuple):
     squares: int
     """Sum of the conversations' squared lengths, which the cost of attention follows."""
     rows: int
-    """Conversations in the packs, and refused rows."""
+    """Conversations in the packs, refused rows and skipped rows."""
     refused: int
     """Rows refused on the way to the packs."""
     filled_packs: int

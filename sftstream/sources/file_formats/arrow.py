@@ -258,6 +258,8 @@ def _validate(array: pa.Array) -> None:
     elif pa.types.is_dictionary(kind):
         pa.DictionaryArray.from_arrays(array.indices, pa.nulls(len(array.dictionary)), safe=True)
         _validate(array.dictionary)
+    elif pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        array.validate()  # not the values: a date out of range matters to its own row only
     else:
         array.validate(full=True)
 

@@ -1,0 +1,28 @@
+"""The public names of the package, in the modules that define them; importing it imports torch."""
+
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
+from checkpoints.export import RECIPE, Recipe, Rows
+from checkpoints.lock import Lock
+from checkpoints.manifest import About
+from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
+from checkpoints.retention import Retention
+from checkpoints.store import CheckpointStore
+from checkpoints.tensor_file import TensorSpec
+
+__all__ = [
+    "MODEL_FILE_BYTES",
+    "RECIPE",
+    "About",
+    "CheckpointError",
+    "CheckpointStore",
+    "CorruptCheckpoint",
+    "Lock",
+    "LostRank",
+    "Recipe",
+    "Retention",
+    "Rows",
+    "TensorSpec",
+    "one_line",
+    "printable",
+    "write_model",
+]
