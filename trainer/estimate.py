@@ -231,13 +231,30 @@ def _steps_of_epochs(config: TrainConfig) -> int | None:
     return math.ceil(loader.total_rows / (rows / len(packs) * config.data.global_batch))
 
 
-def print_estimate(config: TrainConfig, gpus: int) -> None:
-    """Print the estimate of a run on `gpus` GPUs, from rank 0 only.
+def print_estimate(config: TrainConfig, gpus: int, *, as_json: bool = False) -> None:
+    """Print the estimate of a run on `gpus` GPUs, from rank 0 only; `as_json` prints a document.
 
     Raises ValueError if the run would refuse to start.
     """
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    show(estimate(config, find_source(config.model, config.data.tokenizer.path).shape, gpus), config, console)
+    found = estimate(config, find_source(config.model, config.data.tokenizer.path).shape, gpus)
+    if as_json:
+        console.print_json(msgspec.json.encode(_numbers(found)).decode())
+    else:
+        show(found, config, console)
+
+
+def _numbers(estimate: RunEstimate) -> dict[str, object]:
+    """Return the estimate as one level of JSON-able values."""
+    run = estimate.config.run
+    return {
+        **{name: value for name, value in estimate._asdict().items() if name not in ("config", "memory")},
+        "memory": sum(estimate.memory.values()),
+        "memory_of_parts": estimate.memory,
+        "recompute": run.recompute,
+        "weights_dtype": run.weights_dtype,
+        "compile": run.compile,
+    }
 
 
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:

@@ -17,6 +17,7 @@ import typer
 
 from sftstream import __version__
 from sftstream.cli.bench import bench
+from sftstream.cli.init import init
 from sftstream.cli.inspect import diff, inspect
 from sftstream.cli.ledger import audit, find, trace
 from sftstream.cli.preview import preview
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS = (preview, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
+VERBS = (init, preview, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
 """Functions of the verbs, in the order of the help."""
 
 for _verb in VERBS:

@@ -28,6 +28,14 @@ class Usage(NamedTuple):
 
 
 USAGE = {
+    "init": Usage(
+        "Write a config for conversations of your own.",
+        (
+            "sftstream init chats.jsonl --model model --out own.toml   # a model directory or a hub name",
+            "sftstream init chats.jsonl --model model --out own.toml --gpus 8",
+        ),
+        (),
+    ),
     "preview": Usage(
         "Show packs as the model will see them.",
         (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from sftstream.sources.file_formats.json_array import JsonArray, elements_forwar
 from sftstream.sources.file_formats.jsonl import JsonLines, lines_forward
 from sftstream.sources.file_formats.parquet import parquet, parquet_forward
 from sftstream.sources.location import FileLocation
-from sftstream.sources.rows import Place, RowFile, RowsFrom, Text
+from sftstream.sources.rows import Place, ReadRow, RowFile, RowsFrom, Text
 from sftstream.sources.stored import Stored
 
 
@@ -59,12 +58,15 @@ def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> 
         return elements_forward(text, start)
     require_lines(head, text.display_name)
     read = lines_forward(text, start, rest)
-    if rest:
-        return read
-    begun = list(islice(read.rows, 2))
-    if len(begun) == 1:
-        require_row(begun[0](), text.display_name)
-    return read._replace(rows=chain(begun, read.rows))
+    return read if rest else read._replace(rows=_checked(read.rows, text))
+
+
+def _checked(rows: Iterator[ReadRow], text: Text) -> Iterator[ReadRow]:
+    """Yield `rows`; raises ValueError if the file has a single row with several rows inside."""
+    for number, row in enumerate(rows):
+        if number == 0 and not text.file.peek(HEAD).strip():
+            require_row(row(), text.display_name)
+        yield row
 
 
 def _json(*, lines: bool) -> FileFormat:
