@@ -80,7 +80,9 @@ def test_a_new_user_trains_the_written_config_to_its_end(
     assert run(main, "audit", "runs/chats").exit_code == 0
 
 
-def test_the_text_and_the_json_tell_the_same_numbers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_and_the_json_tell_the_same_numbers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     bad = [{"messages": [{"role": "oracle\x1b[2J", "content": "?"}]}]
     tiny.write_jsonl(tmp_path / "chats.jsonl", [*tiny.rows(60), *bad])
