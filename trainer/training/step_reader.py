@@ -87,8 +87,8 @@ class LocalStep(NamedTuple):
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations, skipped
-    tokens, and 1 if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations,
+    skipped tokens, and 1 if the shard is not exhausted, else 0."""
     counts: list[int]
     """Rows accepted, too long and refused otherwise since the run's start, for one source after the
     other, of the shard's streams."""
