@@ -61,10 +61,18 @@ def test_the_help_of_a_verb_shows_its_examples_exit_codes_and_json(verb: str) ->
     assert "--json" in printed
 
 
+SLOW = ("verify-resume-0", "init-1")
+"""Examples that start a training run or the trainer's estimate; other tests cover the verbs."""
+
+
 @pytest.mark.parametrize(
     "example",
-    [example for usage in USAGE.values() for example in usage.examples],
-    ids=lambda e: " ".join(e.split()[1:5]),
+    [
+        pytest.param(example, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for verb, usage in USAGE.items()
+        for number, example in enumerate(usage.examples)
+        for name in [f"{verb}-{number}"]
+    ],
 )
 def test_an_example_of_a_help_runs_as_it_is(desk: Path, example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
