@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from sftstream.excerpt import one_line
-from sftstream.records import BrokenRow, Refused
+from sftstream.refused import BrokenRow, Refused
 
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _PACKAGE = __name__.partition(".")[0]

@@ -253,6 +253,7 @@ def _read_again(
     leftovers: list[Leftover] = []
     refused: list[Refusal] = []
     row_parts: list[RowParts] = []
+    reader.remember(stream.known_bookmarks)
     for item in waiting:
         reader.expect(item.ref)
     for item in waiting:

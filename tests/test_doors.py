@@ -238,7 +238,7 @@ def test_each_way_to_double_a_value_is_counted(tokenizer: str, body: str) -> Non
 
 def test_what_is_refused_depends_on_no_clock(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ChatEncoder(tokenizer, tiny.TEMPLATE + "{% for a in messages[0].content %}{% endfor %}")
-    monkeypatch.setattr("sftstream.rendering.template.SECONDS", 0.01)
+    monkeypatch.setattr("sftstream.rendering.limits.SECONDS", 0.01)
     slow = tiny.chat("a" * 3_000_000, "b")["messages"]
     with pytest.raises(RuntimeError, match=r"did not print a conversation within 0 s; .* lower max_row_bytes"):
         encoder.encode(slow)

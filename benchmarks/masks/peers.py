@@ -1,8 +1,9 @@
-"""Judge masks of sftstream and of TRL by the oracle of the tests, on the same conversations.
+"""Judge masks of sftstream, TRL, axolotl and NeMo Automodel by the oracle of the tests.
 
-`python benchmarks/masks/peers.py TEMPLATES... --trl PYTHON` prints a table: a row for each system,
-with the number of conversations whose mask is right, wrong or refused. PYTHON is the interpreter of
-an environment with TRL. TEMPLATES are files or directories.
+`python benchmarks/masks/peers.py TEMPLATES... --peer trl=PYTHON --peer axolotl=PYTHON` prints a
+table: a row for each system, with the number of conversations whose mask is right, wrong or
+refused. PYTHON is the interpreter of an environment with the peer. TEMPLATES are files or
+directories. `--wrong FILE` writes each wrong mask of a peer to a file.
 """
 
 from __future__ import annotations
@@ -22,47 +23,69 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import judge  # noqa: E402 (found by the path above)
 
-
-def trl_verdicts(python: str, path: Path, directory: Path) -> Iterator[str]:
-    """Yield the verdict on TRL's mask of each shape."""
-    template = path.read_text(encoding="utf-8")
-    try:
-        encoder = judge.open_encoder(template)
-    except ValueError:
-        return
-    encoder.tokenizer.hf.save_pretrained(str(directory / path.stem))
-    cases = [judge.conversation(shape) for shape in judge.SHAPES]
-    lines = [
-        json.dumps(
-            {"tokenizer": str(directory / path.stem), "template": template, "messages": messages, "tools": tools}
-        )
-        for messages, tools in cases
-    ]
-    command = [python, str(Path(__file__).with_name("trl_masks.py"))]
-    printed = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-    for (messages, tools), line in zip(cases, printed.splitlines(), strict=True):
-        yield trl_verdict(judge.Oracle(encoder, template, messages, tools), json.loads(line))
+from sftstream import ChatEncoder  # noqa: E402
 
 
-def trl_verdict(oracle: judge.Oracle, result: dict[str, Any]) -> str:
+def encoders(paths: list[Path]) -> Iterator[tuple[Path, ChatEncoder]]:
+    """Yield each template with an encoder, unless sftstream refuses the template."""
+    for path in paths:
+        try:
+            yield path, judge.open_encoder(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+
+
+def cases(path: Path, encoder: ChatEncoder, directory: Path) -> Iterator[tuple[judge.Oracle, dict[str, Any]]]:
+    """Yield the oracle and the input line of each shape."""
+    template, saved = path.read_text(encoding="utf-8"), str(directory / path.stem)
+    encoder.tokenizer.hf.save_pretrained(saved)
+    special = dict.fromkeys(judge.SPECIAL.findall(template))
+    stops = [token for token in special if judge.STOPS.search(token)]
+    for messages, tools in map(judge.conversation, judge.SHAPES):
+        line = {"tokenizer": saved, "template": template, "stops": stops, "messages": messages, "tools": tools}
+        yield judge.Oracle(encoder, template, messages, tools), line
+
+
+def answers(peer: str, python: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a peer answers to the input lines."""
+    command = [python, str(Path(__file__).with_name("peer_masks.py")), peer]
+    given = "\n".join(map(json.dumps, lines))
+    ended = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def verdict(oracle: judge.Oracle, answer: dict[str, Any]) -> tuple[str, str]:
     if oracle.text is None:
-        return "raises"
-    if "refused" in result:
-        return "lossless" if oracle.lossless() else "refused"
-    right = "right" if result["text"] == oracle.text else "another text"
-    oracle.text = result["text"]
-    return "wrong" if oracle.fault(result["text"], [(start, end) for start, end in result["spans"]]) else right
+        return "raises", ""
+    if "refused" in answer:
+        return ("lossless" if oracle.lossless() else "refused"), answer["refused"]
+    right = "right" if answer["text"] == oracle.text else "another text"
+    oracle.text = answer["text"]
+    fault = oracle.fault(answer["text"], [(start, end) for start, end in answer["spans"]])
+    return ("wrong", fault) if fault else (right, "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--trl", required=True, help="Python interpreter with TRL")
+    parser.add_argument("--peer", action="append", default=[], help="PEER=PYTHON; PEER: trl, axolotl, automodel")
+    parser.add_argument("--wrong", type=argparse.FileType("w"), help="file for the wrong masks of peers")
     arguments = parser.parse_args()
     paths = [p for path in arguments.paths for p in (sorted(path.glob("*.jinja")) if path.is_dir() else [path])]
     counts = {"sftstream": Counter(case.verdict for path in paths for case in judge.judge(path))}
-    with tempfile.TemporaryDirectory() as directory:
-        counts["TRL"] = Counter(v for path in paths for v in trl_verdicts(arguments.trl, path, Path(directory)))
+    opened = list(encoders(paths))
+    for peer, python in (given.split("=", 1) for given in arguments.peer):
+        with tempfile.TemporaryDirectory() as directory:
+            lines = [(path, *case) for path, encoder in opened for case in cases(path, encoder, Path(directory))]
+            answered = answers(peer, python, [line for _, _, line in lines])
+        counts[peer] = Counter()
+        for (path, oracle, line), answer in zip(lines, answered, strict=True):
+            kind, detail = verdict(oracle, answer)
+            counts[peer][kind] += 1
+            if arguments.wrong and kind not in ("right", "raises"):
+                print(
+                    peer, kind, path.stem, [m["role"] for m in line["messages"]], detail, sep="\t", file=arguments.wrong
+                )
     columns = ("right", "wrong", "another text", "lossless", "refused", "raises")
     print("| system | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for system, verdicts in counts.items():

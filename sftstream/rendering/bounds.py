@@ -23,7 +23,7 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sftstream.records import Refused
+from sftstream.refused import Refused
 
 MOST_WORK = 10_000_000
 """Largest number of work units of a render, reached after a few seconds.
@@ -52,6 +52,7 @@ _GROWING = {
 _NESTED = {"join", "tojson", "pprint", "string", "format", "%", "xmlattr"}
 """Members of `_GROWING` that print the elements of a list."""
 _SIZED: tuple[Any, ...] = (str, list, tuple, dict, range, set, type({}.keys()), type({}.values()), type({}.items()))
+_UNORDERED: tuple[Any, ...] = (set, frozenset, type({}.keys()), type({}.items()))
 _LAZY: tuple[Any, ...] = (GeneratorType, type(reversed([])), type(reversed({})), type(iter([])), map, filter, zip)
 
 
@@ -104,12 +105,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     `intercepted_binops`, such as `'x' * 10**9`, are an exception: each render computes them.
     """
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
     def call_binop(self, _context: Any, operator: str, left: Any, right: Any) -> Any:
         """Return the result of an operator of a template; raises `Refused` if it is too large."""
         if operator == "+":  # the result is only as long as both operands together
             return _checked(left + right)
+        if operator == "-":
+            if type(left) in _UNORDERED:  # the difference is a set, whose order differs in each process
+                raise Refused("template raises", "it subtracts from the keys of a dictionary; filter them in a loop")
+            return left - right
         _require_affordable(operator, (left, right))
         return self.binop_table[operator](left, right)
 

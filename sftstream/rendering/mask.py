@@ -101,7 +101,9 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
         without calls                    <think>hm</think>seven
         without reasoning and calls      seven
 
-    Raises `Refused` if a payload lies outside the turn.
+    Raises `Refused` if a payload lies outside the turn, or if a left-out reasoning follows a trained
+    payload. The template text between the two ends the trained payload and begins the reasoning,
+    and it is unknown where the one passes into the other.
     """
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
         raise Refused("payload outside its turn", f"message {turn.message} is not wholly inside its turn")
@@ -109,6 +111,12 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
     runs = [(out, list(run)) for out, run in itertools.groupby(turn.payloads, lambda p: left_out.get(p.kind, False))]
     if not runs:
         return [turn.span]
+    if any(out and number and run[0].kind == "reasoning" for number, (out, run) in enumerate(runs)):
+        raise Refused(
+            "reasoning after other text",
+            f"message {turn.message}: the template prints reasoning after a call or a text, so the reasoning cannot be "
+            "left out; set train_reasoning = true",
+        )
     return [
         Span(
             turn.span.start if number == 0 else run[0].start,

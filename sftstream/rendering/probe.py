@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 
 from sftstream.records import Refused
+from sftstream.rendering.limits import bounded_memory
 from sftstream.rendering.markers import locate
 from sftstream.rendering.probe_messages import ANSWER, CALLED, RESULT, SAID, SYSTEM, THOUGHT, TOOL, USER
-from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded_memory
+from sftstream.rendering.template import ChatTemplate, TemplateMessage
 from sftstream.rendering.turn_format import TurnFormat, probe_turn_format
 from sftstream.rendering.turns import find_turns
 
@@ -74,13 +75,11 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
     """Return the report on a template.
 
     `control` matches the text of any special token. Raises ValueError if the template is unfit for
-    training: it prints no stop, cannot print a user's message, does too much work, or prints the
-    address of an object in memory.
+    training: it prints no stop, cannot print a user's message, or does too much work.
     """
     with bounded_memory():
         turn_format = probe_turn_format(template, control)
         shapes = {name: _judge(template, turn_format, control, *shape) for name, shape in SHAPES.items()}
-        _refuse_addresses(template)
         rewrites_history = any(_rewrites(template, answer) for answer in (ANSWER, THOUGHT, INLINE))
     return TemplateReport(
         turn_format=turn_format,
@@ -104,25 +103,6 @@ def prints_last_reasoning(
         _judge(template, turn_format, control, *SHAPES[name]) for name in ("reasoning", "thoughts in the text")
     )
     return field.startswith("whole"), inline.startswith("whole")
-
-
-def _refuse_addresses(template: ChatTemplate) -> None:
-    """Raise ValueError if the template prints the address of an object in memory.
-
-    `<function f at 0x7f3a...>` differs in each process, so a resumed run would train other text.
-    """
-    for name in ("system prompt, several turns", "tool call", "reasoning", "thoughts in the text"):
-        try:
-            address = _ADDRESS.search(template.render(*SHAPES[name], prompt=True))
-        except Refused:
-            continue
-        if address and address[0] not in template.text:
-            raise ValueError(
-                f"the chat template prints {address[0]!r}, an address that differs in each process; use another template"
-            )
-
-
-_ADDRESS = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,16}>")
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:

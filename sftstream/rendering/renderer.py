@@ -15,6 +15,7 @@ import msgspec
 
 from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
+from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.markers import Located, locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
@@ -53,12 +54,14 @@ class Renderer:
     """Renders conversations with one chat template under one policy.
 
     `special` are the texts of the tokenizer's special tokens; `control` is a pattern that matches
-    any of these texts. Raises ValueError if the template is unfit for training (see `probe`).
+    any of these texts. Raises ValueError if the template is unfit for training (see `certify` and
+    `probe`).
     """
 
     def __init__(
         self, template: ChatTemplate, policy: Policy, special: Sequence[str], control: re.Pattern[str]
     ) -> None:
+        certify(template)
         self.template = template = reading_content(template)
         self.policy = policy
         self._control = control

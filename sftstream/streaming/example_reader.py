@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import inf
@@ -15,7 +15,7 @@ from sftstream import formats
 from sftstream.config import DataConfig, RowSettings, SourceConfig
 from sftstream.formats import parse_row, parse_unverified
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
-from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
+from sftstream.sources import Bookmarks, Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
 from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.unverified import encode_unverified
@@ -45,6 +45,14 @@ class ExampleReader:
     def expect(self, ref: Ref) -> None:
         """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
+
+    def remember(self, bookmarks: Bookmarks) -> None:
+        """Add the bookmarks of a loaded state."""
+        self.corpus.remember(bookmarks)
+
+    def bookmarks(self, refs: Sequence[Ref]) -> Bookmarks:
+        """Return the bookmarks from which the rows `refs`, which were read, can be reached."""
+        return self.corpus.bookmarks(refs)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:
         """Yield the conversation of each row, or a Refused if the row cannot be trained.

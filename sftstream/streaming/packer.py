@@ -117,6 +117,7 @@ class Packer(BaseNode[Pack]):
         self._joined: list[Example] = []
         """The concatenated examples of each planned pack, in reverse order: the pack to return next
         is at the end of the list. Empty after a reset, so rows of planned packs are read again."""
+        self._reader.remember(self.state.known_bookmarks)
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
@@ -227,6 +228,10 @@ class Packer(BaseNode[Pack]):
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
+        if (streamed := self._sampler.last_streamed) is not None:
+            refs = [*streamed, *(segment.ref for segment in self.state.waiting)]
+            bookmarks = {source: tuple(found) for source, found in self._reader.bookmarks(refs).items()}
+            self.state = msgspec.structs.replace(self.state, bookmarks=bookmarks or UNSET)
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:

@@ -153,13 +153,22 @@ class StreamingCursor:
         self.position = StripePosition(self.position.stripes, self.position.rows + 1)
         return ref
 
+    @property
+    def last_drawn(self) -> Ref | None:
+        """The row drawn last from the current stripe; None before its first row."""
+        return self._row(self.position.rows - 1) if self.position.rows else None
+
     def _next(self) -> Ref:
+        return self._row(self.position.rows)
+
+    def _row(self, number: int) -> Ref:
+        """Return a reference to a row of the current stripe."""
         if self._stripe_number != self.position.stripes:
             self._stripe_number = self.position.stripes
             self._stripe = self._order.at(self._stream + self.position.stripes * self._streams)
         stripe, epoch = self._stripe
         first, file = divmod(stripe, self._reader.source.file_count)
-        index = first + self.position.rows * self._stripes_per_file
+        index = first + number * self._stripes_per_file
         return Ref(self._source, self._reader.source.number(file, index), epoch)
 
 
@@ -257,6 +266,12 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
             },
             stage=self._stage,
         )
+
+    @property
+    def last_streamed(self) -> list[Ref] | None:
+        """The row drawn last from each streamed source of which a stripe has begun; None if no
+        source is streamed."""
+        return [ref for cursor in self._streaming if (ref := cursor.last_drawn)] if self._streaming else None
 
     @property
     def rows_left(self) -> int | None:

@@ -35,7 +35,7 @@ class Counting(ChatEncoder):
     messages = 0
 
     def count(self) -> Counting:
-        compiled = self.template._compiled
+        compiled = self.template.compiled
         plain = compiled.render
 
         def render(**context: Any) -> str:

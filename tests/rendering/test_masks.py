@@ -162,6 +162,29 @@ def test_a_long_conversation_is_split_before_users_with_the_system_prompt_again(
     assert len(splitting.encode([*TALK, shapes.user("window")])) == 2
 
 
+CALLS_FIRST = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}\n"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
+)
+"""A template that prints the calls of a message before its content."""
+
+
+def test_reasoning_is_left_out_only_where_it_is_known_where_the_text_before_it_ends(tokenizer: str) -> None:
+    thought = "<think>because</think>north"
+    call = {"function": {"name": "look", "arguments": {"a": "river"}}}
+    calling = [shapes.user("which"), {"role": "assistant", "content": thought, "tool_calls": [call]}]
+    quiet = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False)
+    with pytest.raises(Refused, match="reasoning after other text: message 1: .*; set train_reasoning = true"):
+        quiet.encode(calling)
+    assert _trained(quiet, [shapes.user("which"), shapes.said(thought)]) == [f"north{STOP}"]
+    silent = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False, train_tool_calls=False)
+    assert _trained(silent, calling) == [f"north{STOP}"]
+    assert _trained(ChatEncoder(tokenizer, CALLS_FIRST), calling) == [
+        f'<call>look {{"a": "river"}}</call>{thought}{STOP}'
+    ]
+
+
 def test_a_part_without_a_trained_token_makes_no_example(tokenizer: str, encoder: ChatEncoder) -> None:
     silent = [message | ({"train": False} if message["content"] == "north" else {}) for message in TALK]
     splitting = ChatEncoder(tokenizer, overflow="split", capacity=_length(encoder, silent) - 1)
@@ -328,8 +351,11 @@ def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
         (tiny.TEMPLATE + "{{ [1, 2, 3] | random }}", "No filter named 'random'"),
         (tiny.TEMPLATE + "{{ lipsum() }}", "'lipsum' is undefined"),
-        (tiny.TEMPLATE + "{{ messages[0].items }}", r"prints '<built-in method items of .* at 0x"),
-        (tiny.TEMPLATE + "{{ messages | unique }}", r"prints '<generator object .* at 0x"),
+        (
+            tiny.TEMPLATE + "{{ messages[0].items }}",
+            r"differently in each process \('<built-in method items of .* at 0x",
+        ),
+        (tiny.TEMPLATE + "{{ messages | unique }}", r"differently in each process \('<generator object .* at 0x"),
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_an_error(tokenizer: str, template: str, message: str) -> None:

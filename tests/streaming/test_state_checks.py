@@ -35,7 +35,7 @@ def mixed(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> DataConfi
 def state(mixed: DataConfig) -> dict[str, Any]:
     loader = PackLoader(mixed)
     tiny.take(loader, 21)
-    return loader.state_dict()
+    return loader.state.builtins()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_message_about_an_edited_state_names_both_checksums_and_the_remedy(s
 
 def test_a_checksum_holds_for_a_state_written_by_any_json_tool(mixed: DataConfig, state: dict[str, Any]) -> None:
     rewritten = json.loads(json.dumps(state, sort_keys=True, indent=3, ensure_ascii=True))
-    assert PackLoader(mixed, state=rewritten).state_dict() == state
+    assert PackLoader(mixed, state=rewritten).state.builtins() == state
 
 
 @pytest.mark.parametrize("pair", [("0", "1"), ("1", "3")])

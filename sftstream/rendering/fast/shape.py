@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from sftstream.records import REASONING_KEYS, Conversation, Message
 from sftstream.rendering.fast.symbolic import Recorder, SymbolicJson, SymbolicStr, TracedTemplate, ValueRef
+from sftstream.rendering.json_cache import exact_key
 from sftstream.rendering.probe_messages import CALLED, SAID, TOOL, USER
-from sftstream.rendering.template import TemplateMessage, exact_key, template_message
+from sftstream.rendering.template import TemplateMessage, template_message
 
 Shape = tuple[Any, ...]
 

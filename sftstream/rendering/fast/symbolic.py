@@ -48,7 +48,8 @@ from typing import Any, NamedTuple
 from jinja2 import Template
 
 from sftstream.records import Refused
-from sftstream.rendering.template import ChatTemplate, TemplateMessage, bounded
+from sftstream.rendering.limits import bounded
+from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 Op = tuple[str, tuple[Any, ...]]
 """An operation on a value: the name of a `str` method and its arguments, or a call of `tojson`.
