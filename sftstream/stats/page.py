@@ -27,18 +27,18 @@ def page(stats: Stats, title: str) -> str:
     }
     kind = "A sample of the rows" if stats.sampled else "Every row"
     note = f"{kind}, rendered and tokenized as the run does it. {run_lines(stats)[0].capitalize()}."
-    theme = '<button type="button" id="theme" aria-label="Light or dark">&#9680;</button>'
+    theme = '<button type="button" id="theme" class="corner" aria-label="Light or dark">&#9680;</button>'
     body = [
         tag(
             "header",
             [
+                theme,
                 tag("h1", text(title)),
                 tag("p", text(note), class_="sub"),
                 tag("dl", [tag("div", tag("dt", text(n)) + tag("dd", text(v))) for n, v in facts.items()], class_="facts"),
             ],
             class_="top",
         ),
-        tag("div", tag("div", f'<span class="spacer"></span>{theme}'), class_="bar"),
         tag("main", [_plots(stats), _sources(stats), _capacities(stats), _reasons(stats), _overlap(stats)]),
         tag("footer", text("Made by sftstream stats. The page loads nothing from anywhere.")),
     ]  # fmt: skip
