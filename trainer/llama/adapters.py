@@ -186,7 +186,12 @@ def _changes_the_numbers(key: str, value: Any) -> bool:
 
 
 def _targets(stored: list[str] | str) -> Any:
-    """Return the targets as in `[lora]`; all seven layers are "all-linear"."""
+    """Return the targets as in `[lora]`; all seven layers are "all-linear".
+
+    peft may list the layers of each block, such as "model.layers.0.self_attn.q_proj". If blocks are
+    left out, their tensors are missing, which `load_adapters` refuses.
+    """
     if isinstance(stored, str):
         return stored
-    return "all-linear" if set(stored) == set(TARGETS) else sorted(set(stored))
+    named = {name.rpartition(".")[2] for name in stored}
+    return "all-linear" if named == set(TARGETS) else sorted(named)
