@@ -69,6 +69,7 @@ def test_the_text_and_the_json_tell_the_same_numbers(
     assert proposal["capacity"] >= max(data["lengths"])
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_trainer_chooses_the_parallelism(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,7 @@ def test_a_verb_prints_one_json_document_of_ascii(
 
 def test_the_json_of_a_traced_step_holds_its_conversations(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    found = json.loads(run(main, "trace", "runs/first", "--step", "2", "--json").stdout)
+    found = json.loads(run(main, "trace", "runs/first", "--step", "2", "--json").stdout)["conversations"]
     assert {conversation["pack"] for conversation in found} == {0, 1}
     assert all(conversation["conversation"]["messages"][0]["role"] == "user" for conversation in found)
 
