@@ -8,8 +8,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: .venv/installed
 	$(BIN)/torchrun -m trainer.main
 
+# Two to four files of tests at a time; the tests of a file share fixtures and so a process.
 test: .venv/dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Long kill-and-resume runs; SFTSTREAM_KILLS sets their number, SFTSTREAM_SEED the random seed.
 test-slow: .venv/dev

@@ -26,11 +26,18 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
-import torch
 from msgspec import Meta, Struct
 
 from checkpoints.errors import CorruptCheckpoint
-from checkpoints.tensor_file import DTYPES
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+"""Bytes of an element by the name of its type in the safetensors format. A table of its own, beside
+the types of torch in `tensor_file`, so that a manifest is read without torch."""
 
 _CUTS = 8
 """Limit of dimensions cut by the chunks of a tensor. A check takes 2**cuts steps per chunk."""
@@ -97,6 +104,13 @@ class Part(Struct, frozen=True):
     values: dict[str, Span] = {}
 
 
+def _torch_version() -> str:
+    """Return the version of torch; torch is imported when a step is saved, not when one is read."""
+    import torch
+
+    return str(torch.__version__)
+
+
 class About(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Facts about the run for the manifest, to compare steps by their manifests alone."""
 
@@ -106,7 +120,7 @@ class About(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Validation loss after this step; lower is better. None without a validation."""
     digests: dict[Word, Digest] = {}
     """SHA-256 of the inputs of the step, such as data and config."""
-    versions: dict[Word, Word] = msgspec.field(default_factory=lambda: {"torch": str(torch.__version__)})
+    versions: dict[Word, Word] = msgspec.field(default_factory=lambda: {"torch": _torch_version()})
     """Versions of the libraries that wrote the step."""
 
 
@@ -186,10 +200,10 @@ def decode(data: bytes) -> Manifest:
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in ITEM_BYTES:
         raise CorruptCheckpoint(f"{key!r} has the unknown element type {tensor.dtype!r}")
     # An empty tensor has no bytes that would bound its other sizes.
-    extent = math.prod(max(size, 1) for size in tensor.shape[:_DIMENSIONS]) * DTYPES[tensor.dtype].itemsize
+    extent = math.prod(max(size, 1) for size in tensor.shape[:_DIMENSIONS]) * ITEM_BYTES[tensor.dtype]
     if len(tensor.shape) > _DIMENSIONS or (0 in tensor.shape and extent >= 2**63):
         raise CorruptCheckpoint(
             f"{key!r} has more than {_DIMENSIONS} dimensions, or is empty with sizes beyond 64 bits"
@@ -201,7 +215,7 @@ def _check_tensor(key: str, tensor: Tensor) -> None:
             )
         if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
             raise CorruptCheckpoint(f"a chunk of {key!r} lies outside the tensor")
-        if chunk.span.end - chunk.span.begin != chunk.volume * DTYPES[tensor.dtype].itemsize:
+        if chunk.span.end - chunk.span.begin != chunk.volume * ITEM_BYTES[tensor.dtype]:
             raise CorruptCheckpoint(f"a chunk of {key!r} does not have the bytes of {chunk.volume} elements")
     stored, total = sum(chunk.volume for chunk in tensor.chunks), math.prod(tensor.shape)
     if stored != total:

@@ -33,10 +33,15 @@ logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 26
 """Bytes per write to a file of fsspec, which keeps a copy."""
+_SERVED = ("http", "https", "ftp", "sftp", "ssh", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf")
+"""Schemes whose URLs begin with a host or bucket; `file:///x` and `hdfs:///x` need none."""
 
 
 def open_root(root: Path | str) -> LocalStore | ObjectStore:
-    """Return an `ObjectStore` for a URL (a str with `://`), else a `LocalStore`."""
+    """Return an `ObjectStore` for a URL (a str with `://`), else a `LocalStore`.
+
+    Raises CheckpointError if a URL names no place.
+    """
     return ObjectStore(root) if isinstance(root, str) and "://" in root else LocalStore(Path(root).absolute())
 
 
@@ -95,6 +100,11 @@ class ObjectStore:
     """The steps under a URL."""
 
     def __init__(self, root: str) -> None:
+        scheme, _, place = root.partition("://")
+        if not scheme or not place.strip("/") or (scheme in _SERVED and place.startswith("/")):
+            raise CheckpointError(
+                f"the root {root!r} of checkpoints names no bucket or path; write the whole URL, such as s3://bucket/run"
+            )
         self.root = root.rstrip("/")
         self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
         self._committed: set[int] | None = None

@@ -33,7 +33,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem
 
 from checkpoints.commit import Marker, Readable, StepFiles, read_into
-from checkpoints.digest import digesting
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import TENSORS, VALUES, Chunk, Manifest, Part, Span, Tensor
 from checkpoints.staging import Staging
@@ -173,21 +172,6 @@ def verify(step_files: StepFiles, manifest: Manifest, names: Iterable[str]) -> d
             raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
         markers[name] = checked.marker
     return markers
-
-
-def read_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    """Return the bytes of values by key.
-
-    Raises CorruptCheckpoint if a file with a value is damaged.
-    """
-    files: dict[str, bytes] = {}
-    for name in {span.file for span in spans.values()}:
-        with step_files.open(name, manifest.files[name].size) as file, digesting() as digest:
-            files[name] = file.read()
-            digest.update(files[name])
-            if digest.hexdigest() != manifest.files[name].sha256:
-                raise CorruptCheckpoint(f"{step_files.location(name)} does not match its SHA-256")
-    return {key: files[span.file][span.begin : span.end] for key, span in spans.items()}
 
 
 def read_tensors(

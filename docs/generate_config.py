@@ -37,10 +37,10 @@ torchrun -m trainer.main run.toml run.epochs=3 optimizer.learning_rate=1e-5 data
 ```
 
 Required keys have no default. `none` means that the key is left out. Used as a library,
-`sftstream.DataConfig` takes the keys of `[data]`, and `seed` and `epochs` besides.
+`sftstream.DataConfig` takes the keys of `[data]`, and `seed`, `epochs` and `skip` besides.
 """
 
-ELSEWHERE = {"data": ("seed", "epochs")}
+ELSEWHERE = {"data": ("seed", "epochs", "skip")}
 """Keys that a training run sets under `[run]`; `trainer.config.parse_config` refuses them in the
 section."""
 
@@ -63,7 +63,7 @@ def sections(path: str, struct: type) -> Iterator[tuple[str, type]]:
     the fields."""
     yield path, struct
     for field in keys(struct):
-        for inner in structs_in(field.type):
+        for inner in structs_in(field.type) if field.name not in ELSEWHERE.get(path, ()) else ():
             yield from sections(f"{path}.{field.name}".strip("."), inner)
 
 
@@ -142,6 +142,8 @@ def type_name(kind: Any) -> str:
         return ", ".join(f"`{toml(value)}`" for value in arguments)
     if origin is tuple:
         inner = type_name(arguments[0])
+        if inner.startswith("list of "):
+            return f"list of lists of {inner.removeprefix('list of ')}"
         return f"list of {inner}s" if Ellipsis not in arguments or "`" not in inner else f"list of {inner}"
     if origin is dict:
         return "table" if arguments[1] is Any else f"table of {type_name(arguments[1])}s"

@@ -1,85 +1,31 @@
 """Read conversation files and return packs for supervised fine-tuning, with exact resume."""
 
-from sftstream.cache import directory as cache_directory
-from sftstream.config import DataConfig, Policy, SourceConfig, TokenizerConfig
-from sftstream.identity import differences
-from sftstream.ledger.files import in_order
-from sftstream.ledger.records import Session
-from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
-from sftstream.ledger.writer import LedgerWriter
-from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
-from sftstream.records import (
-    IGNORE_INDEX,
-    UNDECODABLE,
-    Conversation,
-    Example,
-    Message,
-    Pack,
-    Refusal,
-    Refused,
-    Segment,
-    ToolCall,
-    ToolCalls,
-    batch_digest,
-)
-from sftstream.sources.rows import identify as identify_file
-from sftstream.state import DataState, StreamState, describe, diff, merge
-from sftstream.streaming.assignment import PackAssignment, Shard
-from sftstream.streaming.example_reader import read_conversations
-from sftstream.streaming.forecast import Forecast
-from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
-from sftstream.tokenization.encoder import ChatEncoder
-from sftstream.tokenization.tokenizer import count_token_ids
-from sftstream.toml_file import read_toml
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sftstream.public import *  # noqa: F403
+    from sftstream.public import __all__ as __all__
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "IGNORE_INDEX",
-    "NO_SEGMENTS",
-    "SEGMENT",
-    "TOO_LONG",
-    "UNDECODABLE",
-    "ChatEncoder",
-    "Conversation",
-    "DataConfig",
-    "DataState",
-    "Example",
-    "Forecast",
-    "LedgerWriter",
-    "LoaderPosition",
-    "Message",
-    "Pack",
-    "PackAssignment",
-    "PackLoader",
-    "Policy",
-    "Refusal",
-    "Refused",
-    "RowCounts",
-    "Segment",
-    "Segments",
-    "Session",
-    "Shard",
-    "SourceConfig",
-    "StreamState",
-    "TokenizerConfig",
-    "ToolCall",
-    "ToolCalls",
-    "__version__",
-    "batch_digest",
-    "cache_directory",
-    "count_token_ids",
-    "describe",
-    "diff",
-    "differences",
-    "exceeded_limits",
-    "identify_file",
-    "in_order",
-    "merge",
-    "read_conversations",
-    "read_toml",
-    "require_few_refused",
-    "rows_in_all_epochs",
-    "segments_of",
-    "sum_row_counts",
-]
+
+def __getattr__(name: str) -> Any:
+    """Return a name of `sftstream.public`; the first call imports torch and the other libraries."""
+    is_special = name.startswith("__") and name != "__all__"
+    if is_special or find_spec(f"{__name__}.{name}"):  # `from sftstream import formats` imports a module
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module(f"{__name__}.public")
+    names = [*public.__all__, "__version__"]
+    if name == "__all__":
+        return names
+    if name not in names:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(public, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return list(__getattr__("__all__"))

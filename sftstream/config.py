@@ -17,6 +17,7 @@ in stored order; false: all rows in stored order."""
 MOST = {
     "max_row_bytes": 2**30,
     "repeat": 10**6,
+    "weight": 10**15,
     "after": 10**15,
     "capacity": 2**24,
     "streams": 2**16,
@@ -29,6 +30,8 @@ MOST = {
 }
 """Largest value of each number in the `[data]` table, far above any use: a larger number is a slip
 that would fill the memory or take hours before the first pack."""
+MOST_STEPS = 10**12
+"""Largest number of a step in `skip.steps`."""
 
 
 def _require_at_most(config: msgspec.Struct) -> None:
@@ -144,8 +147,10 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
         _require_at_most(self)
-        if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
-            raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
+        if not all(0 <= weight <= MOST["weight"] for weight in self.weights) or not any(self.weights):
+            raise ValueError(
+                f"weights = {list(self.weights)} must lie between 0 and {MOST['weight']}, with at least one above 0"
+            )
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -207,6 +212,31 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
 
 
+class SkipConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Conversations to leave out of the packs, for example after a loss spike.
+
+    All other conversations keep their places: a pack without a skipped conversation is the pack of
+    a run without `skip`, bit for bit.
+    """
+
+    rows: tuple[tuple[int, int], ...] = ()
+    """Rows to skip in every epoch, each as `[source, row]`, both numbers counted from 0 as in the
+    ledger. Default: none."""
+    steps: tuple[tuple[int, int], ...] = ()
+    """Spans of steps to skip, each as `[first, last]`, counted from 1. A skipped step has empty
+    packs and changes no weight. Default: none."""
+
+    def __post_init__(self) -> None:
+        for source, row in self.rows:
+            if source < 0 or row < 0:
+                raise ValueError(f"rows holds [{source}, {row}]; numbers of sources and rows count from 0")
+        for first, last in self.steps:
+            if not 1 <= first <= last <= MOST_STEPS:
+                raise ValueError(
+                    f"steps holds [{first}, {last}]; give the first and the last step, counted from 1, at most {MOST_STEPS}"
+                )
+
+
 class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[data]` table. It decides the packs of a run, on any number of ranks and workers."""
 
@@ -252,6 +282,8 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ends_with: Literal["all", "first"] = "all"
     """End of a logical stream with weights and `epochs`. "all": the stream ends when all its
     sources are exhausted. "first": it ends when its first source is exhausted."""
+    skip: SkipConfig = SkipConfig()
+    """Rows and steps that are left out of the packs."""
     accept_changed: tuple[str, ...] = ()
     """Names of differences from the checkpoint that a resume accepts, for example
     "data.sources[2]" or "data.capacity". The state records each accepted difference. Default: a
@@ -278,6 +310,11 @@ class DataConfig(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs = {self.epochs} must be at least 1; leave it out for an endless stream")
         self._check_sources()
+        for source, row in self.skip.rows:
+            if source >= len(self.sources):
+                raise ValueError(
+                    f"skip.rows holds [{source}, {row}], but there are {len(self.sources)} sources, counted from 0"
+                )
 
     def _check_sources(self) -> None:
         if not self.sources:

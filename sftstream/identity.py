@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from sftstream.config import DataConfig, Policy, Shuffle, SourceConfig, StageConfig
+from sftstream.config import DataConfig, Policy, Shuffle, SkipConfig, SourceConfig, StageConfig
 from sftstream.excerpt import excerpt
 from sftstream.records import Role
 from sftstream.rendering.turn_format import TurnFormat
@@ -97,6 +97,7 @@ class Identity(Policy, frozen=True, kw_only=True):
     ends_with: str
     variables: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     """Variables of the chat template given by `tokenizer.variables`."""
+    skip: SkipConfig | msgspec.UnsetType = msgspec.UNSET
 
 
 def identify(config: DataConfig, corpus: Corpus, encoder: ChatEncoder) -> Identity:

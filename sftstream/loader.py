@@ -13,8 +13,9 @@ from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
 from sftstream.start import check_topology, first_state, open_encoder, with_streams
-from sftstream.state import DataState, StreamState
+from sftstream.state import DataState, StreamState, state_dict_of
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
+from sftstream.streaming.deferred_signals import deferred_signals
 from sftstream.streaming.example_reader import unread_columns
 from sftstream.streaming.forecast import Forecast, foresee
 from sftstream.streaming.length_sample import TO_FORESEE, sample_lengths
@@ -265,8 +266,11 @@ class PackLoader:
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state` as a dict of JSON-able values."""
-        return self.state.builtins()
+        """Return `state` as a dict of JSON-able values: see `state_dict_of`.
+
+        `DataState.parse(state).builtins()` is the same state with plain lists of waiting rows.
+        """
+        return state_dict_of(*self.position())
 
     def load_state_dict(self, _state: Mapping[str, Any]) -> None:
         """Raise RuntimeError: a state is passed to the constructor, before any pack is read."""
@@ -281,10 +285,10 @@ class PackLoader:
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""
         self._digests.stop()
-        readers, self._workers = self._workers, {}
         self._workers_at = None
-        for reader in readers.values():
-            reader.close()
+        with deferred_signals():
+            while self._workers:
+                self._workers.popitem()[1].close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a PackLoader holds open files and processes and cannot be pickled; pickle its state_dict()")
@@ -364,7 +368,9 @@ class PackLoader:
         # Only workers with a stream: a worker without a stream would search for a pack for ever.
         owned = self._assignment.streams_of(self.shard.index)
         workers = {self._assignment.worker(stream) for stream in owned}
-        self._workers = {worker: self._open(worker, progress) for worker in workers}
+        with deferred_signals():
+            for worker in workers:
+                self._workers[worker] = self._open(worker, progress)
         self._digests.start()
 
     def _open(self, worker: int, progress: Progress) -> StreamWorker:

@@ -25,6 +25,7 @@ from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import draws_of_stream
 from sftstream.streaming.packer import PLANNING
 from sftstream.streaming.sampler import RowSampler, open_cursors, row_order
+from sftstream.streaming.skip import require_steps_to_come
 from sftstream.tokenization.encoder import ChatEncoder
 
 
@@ -51,7 +52,11 @@ def rebase(
     `changed` holds the accepted differences, as returned by `accepted_changes`. Raises ValueError
     if the change would lose or repeat a conversation.
     """
-    _require_possible(saved.identity, identity, changed)
+    _require_possible(saved, identity, changed)
+    change = Change(packs=saved.packs, differences=tuple(changed))
+    if change.only_skips:
+        # Applied to finished packs: no draw and no waiting row changes.
+        return msgspec.structs.replace(saved, identity=identity, history=(*saved.history, change))
     _require_whole(saved)
     saved = follow_sources(saved, identity, config, corpus)
     streams = (
@@ -64,7 +69,6 @@ def rebase(
         for number, (stream, waiting) in streams.items()
     }
     steps = saved.packs // saved.identity.global_batch
-    change = Change(packs=saved.packs, differences=tuple(changed))
     return DataState(
         identity=identity,
         packs=steps * identity.global_batch,
@@ -79,7 +83,7 @@ def is_possible(
 ) -> bool:
     """Return True if the differences `changed` can be accepted, at the end of a step."""
     try:
-        _require_possible(saved.identity, identity, changed)
+        _require_possible(saved, identity, changed)
         follow_sources(saved, identity, config, corpus)
     except ValueError:
         return False
@@ -100,7 +104,9 @@ def _require_whole(saved: DataState) -> None:
         )
 
 
-def _require_possible(before: Identity, identity: Identity, changed: Sequence[str]) -> None:
+def _require_possible(saved: DataState, identity: Identity, changed: Sequence[str]) -> None:
+    before = saved.identity
+    require_steps_to_come(before.skip or None, identity.skip or None, saved.packs // before.global_batch)
     for difference in changed:
         if FIXED.fullmatch(name := difference.split(":")[0]):
             raise ValueError(
@@ -123,9 +129,27 @@ def _require_possible(before: Identity, identity: Identity, changed: Sequence[st
 
 def _keep_streams(saved: DataState, identity: Identity) -> dict[int, tuple[StreamState, list[Waiting]]]:
     return {
-        number: (_add_sources(stream, identity), list(_waiting(stream, saved.identity)))
+        number: (
+            _for_mixture(_add_sources(stream, identity), saved.identity, identity),
+            list(_waiting(stream, saved.identity)),
+        )
         for number, stream in saved.streams.items()
     }
+
+
+def _for_mixture(stream: StreamState, before: Identity, identity: Identity) -> StreamState:
+    """Return the stream with amounts of 0 if the settings of the mixture changed.
+
+    The new weights hold from here on. With the amounts from before, a source with a larger weight
+    than before, or an added source, would be drawn alone until its amount has caught up.
+    """
+    if _mixture(before) == _mixture(identity):
+        return stream
+    return msgspec.structs.replace(stream, mixed=(0,) * len(identity.sources))
+
+
+def _mixture(identity: Identity) -> tuple[object, ...]:
+    return identity.mix_by, identity.stages, [source.weight for source in identity.sources]
 
 
 def _divide_streams(
@@ -148,7 +172,11 @@ def _divide_streams(
         key=lambda item: item.ref,
     )
     count = identity.streams
-    return {number: (_split_counters(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
+    streams = {number: _split_counters(olds, ends, number, identity) for number in range(count)}
+    return {
+        number: (_for_mixture(stream, saved.identity, identity), waiting[number::count])
+        for number, stream in streams.items()
+    }
 
 
 def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:
@@ -247,6 +275,7 @@ def _read_again(
     leftovers: list[Leftover] = []
     refused: list[Refusal] = []
     row_parts: list[RowParts] = []
+    reader.remember(stream.known_bookmarks)
     for item in waiting:
         reader.expect(item.ref)
     for item in waiting:

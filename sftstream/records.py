@@ -225,6 +225,8 @@ class Pack:
     """Rows that were refused since the stream's previous pack."""
     exhausted: bool = False
     """True if the pack's logical stream has ended: all later packs of the stream are empty."""
+    skipped: tuple[Segment, ...] = ()
+    """Segments that `data.skip` has left out of the pack."""
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -279,6 +281,12 @@ class Pack:
         """Number of conversations; a conversation of several parts counts in the pack of part 0."""
         return [segment.part for segment in self.segments].count(0)
 
+    @property
+    def rows(self) -> int:
+        """Number of conversations, refused rows and skipped rows; a row of several parts counts in
+        the pack of part 0."""
+        return self.conversations + len(self.refused) + [segment.part for segment in self.skipped].count(0)
+
     def digest(self) -> str:
         """Return the SHA-256 (hex) of ids, labels, positions and borders."""
         digest = hashlib.sha256()
@@ -296,6 +304,7 @@ class Pack:
             self.segments,
             self.refused,
             self.exhausted,
+            self.skipped,
         )
 
 

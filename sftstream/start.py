@@ -15,12 +15,13 @@ from sftstream.identity import Identity, accepted_changes, changed_versions, ide
 from sftstream.rebase import is_possible, rebase
 from sftstream.sources import Corpus
 from sftstream.sources.full_digests import FullDigests
-from sftstream.state import DataState, StreamState
+from sftstream.state import DataState, StreamState, only_skips
 from sftstream.state_checks import require_sound
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.forecast import choose_streams
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.length_sample import TO_CHOOSE, sample_lengths
+from sftstream.streaming.skip import require_known_rows
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.version_check import require_equal_tokens
 
@@ -37,10 +38,12 @@ def first_state(
     """Return the state in which a shard starts: a new state, or `saved` without other shards'
     streams.
 
-    Raises ValueError if `saved` is damaged or lacks a stream of the shard, if changed libraries
-    give the waiting rows other tokens, or if the data or settings differ from those of `saved` and
-    `config.accept_changed` does not name the difference.
+    Raises ValueError if `config.skip` names a row that does not exist, if `saved` is damaged or
+    lacks a stream of the shard, if changed libraries give the waiting rows other tokens, or if the
+    data or settings differ from those of `saved` and `config.accept_changed` does not name the
+    difference.
     """
+    require_known_rows(config.skip, corpus)
     identity = identify(config, corpus, encoder)
     owned = assignment.streams_of(shard.index)
     if saved is None:
@@ -51,7 +54,8 @@ def first_state(
     possible = partial(is_possible, saved, identity, config, corpus)
     if changed := accepted_changes(before, now, config.accept_changed, possible):
         saved = rebase(saved, identity, config, corpus, encoder, changed)
-        versions = []  # all waiting rows were read again
+        if not only_skips(changed):
+            versions = []  # all waiting rows were read again
     require_sound(saved, config, corpus)
     _require_streams(saved, owned, config, assignment, shard)
     streams = {stream: saved.streams[stream] for stream in owned}

@@ -7,7 +7,9 @@ a renamed field keeps its stored name in `msgspec.field(name=...)`, and a field 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,16 +18,20 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from sftstream.door import Door
 from sftstream.earlier_formats import in_present_format
 from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
-from sftstream.sources import FileIdentity
+from sftstream.sources import Bookmark
 
 CHECKSUM = "checksum"
 """Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
 FIRST_WITH_CHECKSUM = 4
 """Number of the first format whose states have a checksum."""
+WAITING = ("planned", "leftovers", "digests", "row_parts")
+"""Fields of `StreamState` with an entry for each waiting row; texts in a state dict."""
+_PARTS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -115,11 +121,11 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exhausted: bool = msgspec.field(name="dry", default=False)
     """True if all conversations were returned in packs."""
     packs: int = 0
-    """Packs returned, without empty packs."""
+    """Packs returned, without empty packs, but with packs that `data.skip` has left empty."""
     conversations: int = 0
-    """Conversations returned in packs."""
+    """Conversations returned in packs, or skipped."""
     tokens: int = 0
-    """Tokens of the returned conversations."""
+    """Tokens of the returned and skipped conversations."""
     refused: tuple[dict[str, int], ...] = ()
     """For each source: reason -> number of refused rows."""
     unlisted: tuple[Refusal, ...] = ()
@@ -133,9 +139,18 @@ class StreamState(Position, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     row_parts: tuple[RowParts, ...] | UnsetType = UNSET
     """Waiting rows with several examples. Absent if the settings make one example for each row."""
 
+    bookmarks: dict[int, tuple[Bookmark, ...]] | UnsetType = UNSET
+    """Number of a streamed source -> rows from which a resume begins to read, as of the last
+    window. Absent if a resume reads each file from the beginning."""
+
     planning: Literal[4] | UnsetType = UNSET
     """Format with the first stream planned by the same rules as the next windows; absent for a
     stream begun under format 3, which goes on under the rules of that format."""
+
+    @property
+    def known_bookmarks(self) -> dict[int, tuple[Bookmark, ...]]:
+        """`bookmarks`, or an empty dict if absent."""
+        return {} if isinstance(self.bookmarks, UnsetType) else self.bookmarks
 
     @property
     def waiting(self) -> list[Segment]:
@@ -152,6 +167,17 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     packs: int
     """Number of the next pack at the time of the change."""
     differences: tuple[str, ...]
+
+    @property
+    def only_skips(self) -> bool:
+        """True if the change only skips other rows or steps, so that all draws and waiting rows
+        remain as they were."""
+        return only_skips(self.differences)
+
+
+def only_skips(differences: Sequence[str]) -> bool:
+    """Return True if all `differences` are in `data.skip`."""
+    return all(re.match(r"data\.skip[.:]", difference) for difference in differences)
 
 
 class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -181,6 +207,12 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return {} if isinstance(self.full_digests, UnsetType) else self.full_digests
 
     @property
+    def rebased(self) -> bool:
+        """True if an accepted change has read waiting rows again, or has divided the draws among
+        other streams."""
+        return not all(change.only_skips for change in self.history)
+
+    @property
     def orders(self) -> PastOrders:
         """`past_orders`, or an empty dict if absent."""
         return {} if isinstance(self.past_orders, UnsetType) else self.past_orders
@@ -189,12 +221,14 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def parse(cls, state: Mapping[str, Any] | DataState) -> DataState:
         """Return the typed record of a state dict in this format or an earlier one.
 
+        The streams of a state dict are encoded as by `state_dict`, or plain as by `builtins`.
+
         Raises ValueError with the path of a bad value, or if the state was edited.
         """
         if isinstance(state, DataState):
             return state
         content = {key: value for key, value in state.items() if key != CHECKSUM}
-        parsed = cls._convert(content)
+        parsed = cls._convert(_decoded(content))
         if CHECKSUM in state or state["identity"]["format"] >= FIRST_WITH_CHECKSUM:
             _require_unedited(state.get(CHECKSUM), content)
         return parsed
@@ -216,12 +250,65 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         except msgspec.ValidationError as error:
             raise ValueError(f"this is not a data state of this version: {error}") from None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return a new state dict of JSON-able values with a checksum: see `state_dict_of`."""
+        streams = {number: msgspec.msgpack.encode(stream) for number, stream in self.streams.items()}
+        return state_dict_of(msgspec.structs.replace(self, streams={}), streams)
+
     def builtins(self) -> dict[str, Any]:
-        """Return a new state dict of JSON-able values, with a checksum."""
-        # Through JSON, so that a state dict has lists, never tuples, and is equal to one read from
-        # a file.
-        result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return {**result, CHECKSUM: _checksum(result)}
+        """Return a new state dict in which the waiting rows are plain lists too, for programs that
+        look at each row. Such a state dict can be loaded as well."""
+        return _sealed(_builtins(self))
+
+
+def state_dict_of(run: DataState, streams: Mapping[int, bytes]) -> dict[str, Any]:
+    """Return the state dict of a run's state without streams, and of its streams as MessagePack.
+
+    Positions and counters of a stream are plain values. The lists of its waiting rows (`WAITING`)
+    are texts, the base64 of MessagePack. So a state dict of 64 streams takes less than a
+    millisecond and has some hundred entries. With plain lists it would take 10 ms and have
+    thousands of entries, each of which a checkpoint library may save as a key of its own.
+    """
+    shown = {str(number): _with_texts(_PARTS.decode(stream)) for number, stream in streams.items()}
+    return _sealed({**_builtins(run), "streams": shown})
+
+
+def _with_texts(parts: dict[str, msgspec.Raw]) -> dict[str, Any]:
+    texts = {name: base64.b64encode(parts.pop(name)).decode() for name in WAITING if name in parts}
+    values = {name: msgspec.msgpack.decode(part) for name, part in parts.items()}
+    # Through JSON, as in `_builtins`.
+    return {**msgspec.json.decode(msgspec.json.encode(values)), **texts}
+
+
+def _builtins(state: DataState) -> dict[str, Any]:
+    # Through JSON, so that a state dict has lists, never tuples, and is equal to one read from a
+    # file.
+    result: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(state))
+    return result
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, CHECKSUM: _checksum(content)}
+
+
+def _decoded(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state dict with plain lists of waiting rows.
+
+    Raises ValueError for a text that is not the base64 of MessagePack.
+    """
+    streams = content.get("streams")
+    if not isinstance(streams, Mapping):
+        return content
+    return {**content, "streams": {number: _decoded_stream(number, stream) for number, stream in streams.items()}}
+
+
+def _decoded_stream(number: object, stream: object) -> object:
+    if not isinstance(stream, Mapping):
+        return stream
+    texts = {name: text for name in WAITING if isinstance(text := stream.get(name), str)}
+    with Door(f"the state is damaged: stream {excerpt(number, 12)}"):
+        lists = {name: msgspec.msgpack.decode(base64.b64decode(text, validate=True)) for name, text in texts.items()}
+    return {**stream, **lists}
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -274,7 +361,7 @@ def merge(states: Sequence[StateDict | DataState]) -> dict[str, Any]:
     merged = msgspec.structs.replace(
         parsed[0], packs=packs, streams=dict(sorted(streams.items())), full_digests=digests
     )
-    return merged.builtins()
+    return merged.state_dict()
 
 
 def _merged_digests(states: Sequence[DataState]) -> dict[int, dict[int, str]]:
@@ -291,88 +378,3 @@ def _merged_digests(states: Sequence[DataState]) -> dict[int, dict[int, str]]:
                         "copy the file to all machines again"
                     )
     return merged
-
-
-def describe(state: StateDict | DataState) -> str:
-    """Return a text for people: progress, sources, refusals, accepted changes."""
-    data = DataState.parse(state)
-    lines = [
-        *_progress_lines(data),
-        *_source_lines(data),
-        *_count_lines(data),
-        *(f"accepted at pack {c.packs}: {'; '.join(c.differences)}" for c in data.history),
-    ]
-    if exhausted := sum(stream.exhausted for stream in data.streams.values()):
-        lines.append(f"exhausted streams: {exhausted}")
-    return "\n".join(lines)
-
-
-def _progress_lines(data: DataState) -> list[str]:
-    streams, identity = data.streams.values(), data.identity
-    packs = sum(stream.packs for stream in streams)
-    conversations = sum(stream.conversations for stream in streams)
-    tokens = sum(stream.tokens for stream in streams)
-    # After a change of capacity, the number of packs of each size is unknown, and so is the fill.
-    same_capacity = not any(d.startswith("data.capacity:") for change in data.history for d in change.differences)
-    fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs and same_capacity else ""
-    waiting = sum(len(stream.waiting) for stream in streams)
-    return [
-        f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
-        f"returned: {packs:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
-        f"read and waiting: {waiting:,} conversations",
-    ]
-
-
-def _source_lines(data: DataState) -> list[str]:
-    streams, sources = data.streams.values(), data.identity.sources
-    accepted = [
-        sum((stream.accepted[index] for stream in streams if stream.accepted), Amount())
-        for index in range(len(sources))
-    ]
-    total = sum(accepted, Amount())
-    lines = []
-    for index, source in enumerate(sources):
-        drawn = sum(stream.drawn[index] for stream in streams)
-        more = ", ..." if len(source.files) > 3 else ""
-        names = ", ".join(file.name for file in source.files[:3]) + more
-        line = f"source {index} ({names}): {drawn:,} rows drawn"
-        line += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
-        line += _sampled(source.files, data.digests_in_full.get(index, {}))
-        line += _unread(data.unread_columns, index)
-        line += _shares(accepted[index], total) if len(sources) > 1 and total.conversations else ""
-        lines.append(line)
-    return lines
-
-
-def _unread(columns: Mapping[int, Sequence[str]] | UnsetType, source: int) -> str:
-    names = () if isinstance(columns, UnsetType) else columns.get(source, ())
-    return f"; nothing reads {', '.join(names)}" if names else ""
-
-
-def _sampled(files: Sequence[FileIdentity], digests: Mapping[int, str]) -> str:
-    sampled = sum(file.sampled and number not in digests for number, file in enumerate(files))
-    return f"; {sampled} of {len(files)} files sampled, not yet read in full" if sampled else ""
-
-
-def _shares(part: Amount, total: Amount) -> str:
-    trained = part.trained_tokens / max(total.trained_tokens, 1)
-    return (
-        f"; {part.conversations / total.conversations:.1%} of conversations, "
-        f"{part.tokens / total.tokens:.1%} of tokens, {trained:.1%} of trained tokens"
-    )
-
-
-def _count_lines(data: DataState) -> list[str]:
-    streams = data.streams.values()
-    notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
-    return [
-        *(f"{note}: {count:,}" for note, count in notes.most_common()),
-        *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),
-    ]
-
-
-def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
-    """Return the differences between two states, as `path: in a -> in b`."""
-    first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
-    return differences(first, second, "state")

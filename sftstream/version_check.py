@@ -22,6 +22,7 @@ def require_equal_tokens(
     """
     for stream in streams.values():
         reader = ExampleReader.of(corpus, encoder)
+        reader.remember(stream.known_bookmarks)
         for segment in stream.waiting:
             reader.expect(segment.ref)
         for segments, digest in _groups(stream):

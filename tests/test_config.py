@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +46,11 @@ def test_a_table_is_typed_and_has_its_defaults() -> None:
     )
 
 
+def test_a_source_is_verified_unless_its_own_key_says_otherwise() -> None:
+    sources = config(sources=[{"path": "a"}, {"path": "b", "verified": False}, {"path": "c", "verified": True}]).sources
+    assert [source.verified for source in sources] == [True, False, True]
+
+
 def test_a_config_survives_being_written_down() -> None:
     given = config(streams=16, epochs=2, sources=[{"path": "b"}, {"path": "c"}])
     assert msgspec.json.decode(msgspec.json.encode(given), type=DataConfig) == given
@@ -68,6 +72,8 @@ def test_a_config_survives_being_written_down() -> None:
         ({"shuffle": 1}, "Expected `bool | str`, got `int` - at `$.shuffle`"),
         ({"epochs": "2"}, "Expected `int | null`, got `str` - at `$.epochs`"),
         ({"sources": [{"path": 5}]}, "Expected `str`, got `int` - at `$.sources[0].path`"),
+        ({"sources": [{"path": "a", "verified": 0}]}, "Expected `bool`, got `int` - at `$.sources[0].verified`"),
+        ({"sources": [{"path": "a", "verified": "no"}]}, "Expected `bool`, got `str` - at `$.sources[0].verified`"),
         ({"train_on": ["oracle"]}, "Invalid enum value 'oracle' - at `$.train_on[0]`"),
         ({"train_on": "assistant"}, "Expected `array`, got `str` - at `$.train_on`"),
     ],
@@ -120,7 +126,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"sources": [{"path": "a", "weight": float("inf")}]},
-            "weight = inf must be a positive number - at `$.sources[0]`",
+            "weight = inf must be at most 1000000000000000 - at `$.sources[0]`",
         ),
         (
             {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
@@ -141,7 +147,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"stages": [{"after": 5, "weights": [0]}]},
-            "weights = [0.0] must be 0 or more, with at least one above 0 - at `$.stages[0]`",
+            "weights = [0.0] must lie between 0 and 1000000000000000, with at least one above 0 - at `$.stages[0]`",
         ),
         (
             {"sources": [{"path": "a", "weight": 1}], "stages": [{"after": 5, "weights": [1, 2]}]},
@@ -175,7 +181,7 @@ def test_a_config_cannot_be_changed() -> None:
 def test_a_number_far_above_any_use_is_refused_at_once(tmp_path: Path, field: str) -> None:
     source = {"path": "rows.jsonl", "weight": 1.0}
     table: dict[str, Any] = {"sources": [source], "tokenizer": {"path": "none"}, "epochs": 1}
-    holder = source if field in ("max_row_bytes", "repeat") else table
+    holder = source if field in ("max_row_bytes", "repeat", "weight") else table
     if field == "after":
         holder = {"weights": [1.0]}
         table["stages"] = [holder]
@@ -183,10 +189,8 @@ def test_a_number_far_above_any_use_is_refused_at_once(tmp_path: Path, field: st
     msgspec.convert(table, DataConfig)
     for value in (MOST[field] + 1, 10 * MOST[field]):
         holder[field] = value
-        began = time.monotonic()
         with pytest.raises(msgspec.ValidationError, match=rf"{field} = .* must be at most {MOST[field]}"):
             msgspec.convert(table, DataConfig)
-        assert time.monotonic() - began < 1
 
 
 def test_every_whole_number_of_the_data_table_has_a_largest_value() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import tiny
 from commands import run
 from test_imports import ORDER, files
 
-from sftstream import ChatEncoder, DataConfig
-from sftstream.cli import main as command
+from sftstream import ChatEncoder, DataConfig, stored_state
+from sftstream.cli import state as command
 from sftstream.cli.main import main
 from sftstream.door import Door
 from sftstream.records import Refused
@@ -157,13 +156,11 @@ BAD_TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_bad_tokenizer_is_one_line_with_its_directory(tokenizer: str, tmp_path: Path, name: str) -> None:
     change, message = BAD_TOKENIZERS[name]
     directory = changed_tokenizer(tokenizer, tmp_path / "bad", change)
-    began = time.monotonic()
     outcome = run(main, "template", directory)
     assert outcome.exit_code == 1
     (line,) = outcome.stderr.splitlines()
     assert line.startswith(f"error: tokenizer '{directory}' {message}") or message in line
     assert str(directory) in line
-    assert time.monotonic() - began < 30
 
 
 def test_a_tokenizer_within_the_bounds_loads(tokenizer: str, tmp_path: Path) -> None:
@@ -285,12 +282,10 @@ def bad_source(name: str, directory: Path) -> str:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_source_is_one_line_with_its_path(tokenizer: str, tmp_path: Path, name: str, streaming: bool) -> None:
     path = bad_source(name, tmp_path)
-    began = time.monotonic()
     with pytest.raises(ValueError, match=r".") as error:
         Corpus(config(tokenizer, path, streaming=streaming, shuffle=False).sources)
     assert len(str(error.value).splitlines()) == 1
     assert repr(path)[1:-1] in str(error.value) or path in str(error.value)
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -333,7 +328,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     def broken(_: object) -> None:
         raise kind("first\n\x1b[2Jsecond")
 
-    monkeypatch.setattr(command, "read_state", broken)
+    monkeypatch.setattr(stored_state, "find_state", broken)
     monkeypatch.delenv("LOGLEVEL", raising=False)
     outcome = run(main, "inspect", tmp_path / "state.json")
     (line,) = outcome.stderr.splitlines()

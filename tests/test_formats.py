@@ -77,6 +77,9 @@ def test_the_layouts_are_those_the_error_lists() -> None:
         "prompt/question/query/input + completion/response/answer/output/chosen | data; verified = false of the "
         "source trains plain text or token ids, of which nothing can be proved"
     )
+    assert refusal({"Instruction": "hi"}).endswith(
+        "| data; columns = {...} of the source reads columns under these names"
+    )
     assert len(LAYOUTS) == 6
 
 
@@ -282,7 +285,7 @@ ANSWERED = {"role": "assistant", "content": "hello"}
             "bad history: 'ab' is not a pair of question and answer",
         ),
         ({"instruction": "hi", "output": "x", "history": [["a"]]}, "bad history: ['a'] is not a pair of question and"),
-        ({"instruction": "hi", "output": "x", "history": [["a", 5]]}, "not text: history is a int: 5"),
+        ({"instruction": "hi", "output": "x", "history": [["a", 5]]}, "not text: history[1] is a int: 5"),
         ({"prompt": 5, "completion": "x"}, "bad messages: prompt is a int, not a list of messages"),
         (
             {"messages": [HI, {**ANSWERED, "content": [{"type": "x" * 200}]}]},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,18 +61,10 @@ def test_layouts_of_others_give_the_same_conversation(row: dict[str, Any]) -> No
     assert parse_row(json.dumps(row).encode()) == Conversation(SAID)
 
 
-def test_the_examples_of_the_page_give_the_same_conversation() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^\| [^|]+ \| `(\{.*\})` \|$", page, re.MULTILINE)
-    assert len(examples) == 12
-    for example in examples:
-        assert parse_row(example.encode()) == Conversation(SAID)
-
-
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_messages_in_another_notation_than_json_are_refused(column: str) -> None:
     row = {"prompt": "hi", "completion": "hello", column: str([HI, HELLO])}
-    assert refusal(row).startswith(f"bad messages: {column} spells a list of messages that is not JSON: ")
+    assert refusal(row).startswith(f"bad messages: {column} spells out messages, but is not a JSON list of messages: ")
 
 
 @pytest.mark.parametrize("row", [{"instruction": json.dumps([HI]), "output": "x"}, {"data": [json.dumps([HI]), "x"]}])
@@ -82,7 +72,78 @@ def test_messages_as_text_are_refused_in_a_layout_of_texts(row: dict[str, Any]) 
     assert " holds a list of messages as text; read it by columns" in refusal(row)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '[{"a": 1}]', "[{'role': 'admin'}]", '{"role": "user"}', "[", "[]", ""])
+SPELLED = {
+    "a turn": json.dumps(HI),
+    "a turn in Python's notation": str(HI),
+    "turns one a line": f"{json.dumps(HI)}\n{json.dumps(HELLO)}",
+    "a row": json.dumps({"messages": [HI, HELLO]}),
+    "a row of ShareGPT": json.dumps({"conversations": [{"from": "human", "value": "hi"}]}),
+    "a row encoded twice": json.dumps(json.dumps({"messages": [HI]})),
+    "turns in Python's notation": str([HI, HELLO]),
+}
+
+
+@pytest.mark.parametrize("text", SPELLED.values(), ids=SPELLED)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "x"},
+        {"instruction": "hi", "output": "x"},
+        {"instruction": "hi", "input": "", "output": "x"},
+        {"question": "hi", "answer": "x"},
+        {"messages": [HI, HELLO], "system": ""},
+    ],
+)
+def test_a_text_that_spells_out_messages_is_never_trained_as_words(row: dict[str, Any], text: str) -> None:
+    for column in [column for column in row if column != "messages"]:
+        changed = {**row, column: text}
+        for stored in (changed, json.dumps(changed).encode()):
+            assert " spells out messages, but is not a JSON list of messages: " in refusal(stored)
+
+
+@pytest.mark.parametrize("text", SPELLED.values(), ids=SPELLED)
+@pytest.mark.parametrize("row", [{"instruction": "hi", "output": "x"}, {"prompt": "hi", "completion": "x"}])
+def test_a_history_that_spells_out_messages_is_never_trained_as_words(row: dict[str, Any], text: str) -> None:
+    for stored in ({**row, "history": [[text, "x"]]}, json.dumps({**row, "history": [["x", text]]}).encode()):
+        assert " spells out messages, but is not a JSON list of messages: " in refusal(stored)
+
+
+def test_messages_that_are_encoded_several_times_are_read() -> None:
+    asked = json.dumps(json.dumps([json.dumps(HI)]))
+    assert messages({"prompt": asked, "completion": json.dumps(json.dumps([HELLO]))}) == SAID
+
+
+def test_messages_as_text_are_found_by_the_roles_of_the_source() -> None:
+    text = json.dumps([{"role": "narrator", "content": "hi"}])
+    assert messages({"prompt": text, "completion": "hello"})[0].content == text
+    assert messages({"prompt": text, "completion": "hello"}, roles={"narrator": "user"}) == SAID
+    row = {"instruction": text, "output": "hello"}
+    assert "holds a list of messages as text" in refusal(row, roles={"narrator": "user"})
+
+
+def test_the_refusal_of_spelled_out_messages_ends_if_its_remedy_is_followed() -> None:
+    text = json.dumps(HI)
+    assert "write a JSON list, or, if the text is meant as words" in refusal({"prompt": text, "completion": "x"})
+    assert messages({"prompt": f"[{text}]", "completion": "x"})[0] == Message("user", "hi")
+    assert messages({"messages": [{**HI, "content": text}, HELLO]})[0] == Message("user", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        '[{"a": 1}]',
+        "[{'role': 'admin'}]",
+        '{"role": "user"}',
+        "[",
+        "[]",
+        "",
+        '"hi"',
+        "{x}",
+        '{"a": {"role": "user", "content": 5}}',
+        "{'role': 'user'}",
+    ],
+)
 def test_text_that_only_looks_like_messages_is_words(text: str) -> None:
     assert messages({"prompt": text, "completion": "hello"})[0].content == text
 
@@ -91,6 +152,7 @@ def test_text_that_only_looks_like_messages_is_words(text: str) -> None:
     "history",
     [
         [["a", "b"]],
+        {"role": ["user", "assistant"], "content": ["a", "b"]},
         json.dumps([["a", "b"]]),
         ['["a", "b"]'],
         [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}],
@@ -120,10 +182,89 @@ def test_an_object_that_names_no_definitions_is_refused() -> None:
     assert refusal({"messages": [HI, HELLO], "tools": {"add": 5}}).startswith("bad tools: {'add': 5} is neither")
 
 
-@pytest.mark.parametrize("column", ["context", "history", "documents", "prompt", "answer", "instruction", "knowledge"])
+SYSTEM = {"role": "system", "content": "be kind"}
+PREFERENCES: list[tuple[dict[str, Any], tuple[Message, ...]]] = [
+    ({"prompt": "hi", "chosen": [HI, HELLO]}, SAID),
+    ({"prompt": " hi\n", "chosen": [HI, HELLO]}, SAID),
+    ({"prompt": [HI], "chosen": [SYSTEM, HI, HELLO]}, (Message("system", "be kind"), *SAID)),
+    ({"prompt": [SYSTEM, HI], "chosen": [HI, HELLO]}, (Message("system", "be kind"), *SAID)),
+    ({"prompt": "hi", "system": "be kind", "chosen": [SYSTEM, HI, HELLO]}, (Message("system", "be kind"), *SAID)),
+    ({"prompt": [SYSTEM], "completion": [HI, HELLO]}, (Message("system", "be kind"), *SAID)),
+    ({"prompt": [HI, HELLO], "completion": [HI, HELLO]}, SAID),
+    (
+        {"prompt": [HI, HELLO], "completion": [{**HI, "content": "and?"}, HELLO]},
+        (*SAID, Message("user", "and?"), SAID[1]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), PREFERENCES)
+def test_a_question_that_the_answer_repeats_is_read_once(row: dict[str, Any], said: tuple[Message, ...]) -> None:
+    assert messages(row) == messages(json.dumps(row).encode()) == said
+    renamed = {{"chosen": "completion"}.get(column, column): value for column, value in row.items()}
+    assert messages(json.dumps(renamed).encode()) == said
+
+
+def test_an_answer_that_begins_with_another_question_is_refused() -> None:
+    for column in ("chosen", "completion"):
+        row = {"prompt": "Hi!", column: [HI, HELLO]}
+        for stored in (row, json.dumps(row).encode()):
+            assert refusal(stored).startswith(
+                "two questions: the answer begins with 'hi', and the question with 'Hi!'; "
+            )
+        assert messages(row, columns={"messages": column}) == SAID
+    other = {"role": "system", "content": "be brief"}
+    assert refusal({"prompt": [SYSTEM, HI], "chosen": [other, HI, HELLO]}).startswith("two questions: ")
+
+
+def test_an_answer_that_nobody_wants_is_refused_unless_the_config_says_otherwise() -> None:
+    row = {"prompt": "hi", "completion": "hello", "label": False}
+    assert refusal(row).startswith("unwanted answer: label is false")
+    assert messages(row, ignore=("label",)) == SAID
+    assert messages({**row, "label": True}) == messages({**row, "label": 0.5}) == SAID
+
+
+@pytest.mark.parametrize(
+    ("parts", "out_of_order"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "hm"}], "thinking after text"),
+        ([{"type": "tool_use", **FUNCTION}, {"type": "text", "text": "a"}], "text after tool calls"),
+        ([{"type": "tool_use", **FUNCTION}, {"type": "reasoning", "text": "hm"}], "reasoning after tool calls"),
+    ],
+)
+def test_parts_in_an_order_that_no_template_prints_are_refused(parts: list[Any], out_of_order: str) -> None:
+    row = {"messages": [HI, {"role": "assistant", "content": parts}]}
+    assert refusal(row).startswith(f"bad messages: messages[1] has {out_of_order}, and templates print reasoning, ")
+    divided = [{"role": "assistant", "content": [part]} for part in parts]
+    if all("thinking" not in part and part["type"] != "reasoning" for part in parts):
+        assert messages({"messages": [HI, *divided]})[1:] == (
+            Message("assistant", None, tool_calls=(ADD,)),  # type: ignore[arg-type]
+            Message("assistant", "a"),
+        )
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *(
+            "context",
+            "history",
+            "documents",
+            "prompt",
+            "answer",
+            "instruction",
+            "knowledge",
+            "reasoning",
+            "instructions",
+        ),
+        *("Context", "Chat History", "chatHistory", "SYSTEM-PROMPT", "functionList", "images", "cot"),
+    ],
+)
 def test_a_column_of_words_that_nothing_reads_is_refused_until_the_config_decides(column: str) -> None:
     row = {"messages": [HI, HELLO], column: "other words"}
     for stored in (row, json.dumps(row).encode()):
+        if column == "images":
+            stored = {"messages": [HI, HELLO], column: [{"bytes": b"\x89PNG", "path": None}]}
         said = refusal(stored)
         assert said.startswith(f"unread words: column {column!r} holds words that the layout messages does not read: ")
         assert said.endswith(f"or leave the column out by ignore = [{column!r}]")
@@ -199,10 +340,16 @@ def test_the_marks_of_others_are_obeyed(marks: dict[str, Any], train: bool | Non
     [
         *({"weight": 0.5}, {"weight": 2}, {"loss": "no"}, {"train": []}, {"loss_weight": 0.3}, {"mask": True}),
         *({"train": True, "weight": 0}, {"masked": True, "train": 1}, {"train_detail": [{"begin_offset": 0}]}),
+        *({"mask": 0}, {"LOSS": False}, {"Weight": 1}, {"should_train": False}, {"no_train": True}, {"ignore": True}),
+        *({"is_trainable": False}, {"loss_masked": 1}, {"supervised": False}, {"exclude": True}, {"skipLoss": True}),
     ],
 )
 def test_a_mark_that_cannot_be_obeyed_is_refused(marks: dict[str, Any]) -> None:
-    assert refusal({"messages": [HI, {**HELLO, **marks}]}).startswith("bad weight: messages[1]")
+    row = {"messages": [HI, {**HELLO, **marks}]}
+    assert refusal(row).startswith("bad weight: messages[1]")
+    if len(marks) == 1:
+        assert refusal(row).endswith(f" by ignore = [{next(iter(marks))!r}]")
+    assert messages(row, ignore=tuple(marks)) == SAID
 
 
 def test_names_of_roles_are_added_by_the_config() -> None:

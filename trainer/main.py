@@ -7,6 +7,7 @@ section.key=value  a value that replaces the config's, for example optimizer.lea
 --debug            show the traceback behind an error as well
 --plan[=GPUS]      print the memory, steps and hours of the run on GPUS GPUs (default: the processes
                    that torchrun started), then exit without training
+--json             with --plan: print one JSON document
 
 Repeat the command of a killed or stopped run to continue from its last checkpoint. The exit code
 is 0 after the last step, 75 after a stop on request, 1 after an error.
@@ -39,6 +40,8 @@ class CommandLine(NamedTuple):
     overrides: list[str]
     plan: str | None
     """The last `--plan` or `--plan=GPUS`, as written."""
+    json: bool
+    """True to print the plan as JSON."""
     debug: bool
     """True to show the traceback of an error."""
 
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(command.config, command.overrides)
         if command.plan is None:
             return 0 if run(config) else STOPPED
-        print_estimate(config, _gpus(command.plan))
+        print_estimate(config, _gpus(command.plan), as_json=command.json)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
@@ -69,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(words: Sequence[str]) -> CommandLine:
     plans = [word for word in words if word.partition("=")[0] == "--plan"]
-    rest = [word for word in words if word not in plans and word != "--debug"]
+    rest = [word for word in words if word not in plans and word not in ("--debug", "--json")]
     config = Path(rest.pop(0)) if rest and "=" not in rest[0] else DEMO
-    return CommandLine(config, rest, plans[-1] if plans else None, "--debug" in words)
+    return CommandLine(config, rest, plans[-1] if plans else None, "--json" in words, "--debug" in words)
 
 
 def _gpus(plan: str) -> int:

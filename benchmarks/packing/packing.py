@@ -55,6 +55,9 @@ class LengthReader:
     def expect(self, ref: Ref) -> None:
         """Do nothing: every row can be read again at any time."""
 
+    def remember(self, bookmarks: object) -> None:
+        """Do nothing: every row can be read at any time."""
+
     def examples(self, ref: Ref) -> list[Example]:
         """Return the row's example."""
         return self._examples[ref.row]

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 from environment import ONE_THREAD, QUIET
 
-from sftstream.cli.bench import private_memory
+from sftstream.cli.speed import private_memory
 
 X = TypeVar("X")
 

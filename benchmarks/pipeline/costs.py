@@ -21,7 +21,7 @@ from child import ask
 from corpus import DAY, Job
 
 from sftstream import DataConfig, PackAssignment, PackLoader
-from sftstream.cli.bench import private_memory
+from sftstream.cli.speed import private_memory
 from sftstream.state import DataState, StreamState
 from trainer.training.step_reader import StepReader
 

@@ -1,7 +1,7 @@
 """The commands of `python -m checkpoints`.
 
-`list`, `verify` and `inspect` take no lock and change nothing: safe to use beside a running
-training.
+`list`, `verify`, `inspect` and `values` take no lock and change nothing: safe to use beside a
+running training.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from checkpoints.cli.show import show_step, show_steps
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, one_line, printable
-from checkpoints.local_store import step_of
-from checkpoints.retention import Retention
-from checkpoints.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from checkpoints.store import CheckpointStore
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +35,10 @@ Step = Annotated[str, typer.Argument(help="Directory of a step, such as runs/my-
 @app.command("list")
 def list_(root: Root) -> None:
     """List the steps of a directory."""
+    from rich.console import Console
+
+    from checkpoints.cli.show import show_steps
+
     show_steps(_store(root), Console(highlight=False, markup=False))
 
 
@@ -59,9 +61,39 @@ def _is_undamaged(store: CheckpointStore, step: int) -> bool:
 
 
 @app.command()
-def inspect(step: Step) -> None:
-    """Print the tensors, sizes and short values of a step."""
-    show_step(*_step(step), Console(highlight=False, markup=False))
+def inspect(
+    step: Step,
+    everything: Annotated[bool, typer.Option("--all", help="Print each setting and each entry of a value.")] = False,
+) -> None:
+    """Print when and by whom a step was saved, how far the run was, versions and sizes. `sftstream
+    inspect` prints the position in the data."""
+    from rich.console import Console
+
+    from checkpoints.cli.show import show_step
+
+    show_step(*_step(step), Console(highlight=False, markup=False), everything=everything)
+
+
+@app.command()
+def values(
+    path: Annotated[str, typer.Argument(help="Directory of a step, or of steps, of which the newest is read.")],
+    prefix: Annotated[str, typer.Option(help="Beginning of the keys of the values to write.")] = "",
+) -> None:
+    """Write the values of a step to stdout, for programs: root, step and values, as MessagePack."""
+    import msgspec
+
+    from checkpoints.object_store import open_root
+    from checkpoints.values import read_step_values
+
+    root, step = _root_and_step(path)
+    backend = open_root(root)
+    steps = [step] if step is not None else backend.steps()
+    if not steps:
+        raise CheckpointError(f"{root} holds no steps; name a directory such as runs/my-run/checkpoints")
+    manifest = backend.manifest(steps[-1])
+    spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
+    found = read_step_values(backend.step_files(steps[-1], manifest), manifest, spans)
+    sys.stdout.buffer.write(msgspec.msgpack.encode({"root": root, "step": steps[-1], "values": found}))
 
 
 @app.command()
@@ -79,6 +111,9 @@ def prune(
 
     The newest undamaged step always stays. Refused while a run saves to the directory.
     """
+    from checkpoints.retention import Retention
+    from checkpoints.store import CheckpointStore
+
     with CheckpointStore(_existing(root), Retention(keep, keep_every, keep_best)) as store:
         deleted = store.prune()
     typer.echo(f"deleted {deleted or 'nothing'}; {store.steps()} stay")
@@ -90,31 +125,56 @@ def export(
     out: Annotated[Path, typer.Argument(help="Model directory to make; must not exist.")],
     best: Annotated[bool, typer.Option("--best", help="Export the step of the lowest validation loss.")] = False,
     last: Annotated[bool, typer.Option("--last", help="Export the newest undamaged step.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Add the adapters of the step to the weights of their base model.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the base model for --merged; default: that of the run.")
+    ] = None,
 ) -> None:
-    """Write the model of a step as a Hugging Face directory, with config and tokenizer."""
+    """Write the model of a step as a Hugging Face directory, with config and tokenizer.
+
+    A step of adapters becomes a PEFT adapter, or with --merged a whole model.
+    """
+    if base is not None and not merged:
+        raise CheckpointError("--base names the model under adapters; give --merged as well")
     if best and last:
         raise CheckpointError("--best and --last name different steps; give one of them")
     store, number = _chosen(_store(path), best=best) if best or last else _step(path)
-    store.export(number, out)
+    store.export(number, out, merged=merged, base=base)
     typer.echo(f"exported step {number} to {out}")
 
 
 def _store(root: str) -> CheckpointStore:
+    from checkpoints.store import CheckpointStore
+
     return CheckpointStore(_existing(root))
 
 
 def _existing(root: str) -> str:
-    if not CheckpointStore(root).steps():
+    from checkpoints.object_store import open_root
+
+    if not open_root(root).steps():
         raise CheckpointError(f"{root} holds no steps; name a directory such as runs/my-run/checkpoints")
     return root
 
 
-def _step(path: str) -> tuple[CheckpointStore, int]:
+def _root_and_step(path: str) -> tuple[str, int | None]:
+    """Return the root and the number of a step; the root and None for a directory of steps."""
+    from checkpoints.local_store import step_of
+
     root, _, name = path.rstrip("/").rpartition("/")
     step = step_of(name)
+    return (path, None) if step is None else (root or ".", step)
+
+
+def _step(path: str) -> tuple[CheckpointStore, int]:
+    from checkpoints.store import CheckpointStore
+
+    root, step = _root_and_step(path)
     if step is None:
         raise CheckpointError(f"{path} is not a step; name a directory such as runs/my-run/checkpoints/step-00000100")
-    return CheckpointStore(root or "."), step
+    return CheckpointStore(root), step
 
 
 def _chosen(store: CheckpointStore, *, best: bool) -> tuple[CheckpointStore, int]:
@@ -127,7 +187,7 @@ def _chosen(store: CheckpointStore, *, best: bool) -> tuple[CheckpointStore, int
 
 
 def _steps(path: str) -> tuple[CheckpointStore, list[int]]:
-    if step_of(path.rstrip("/").rpartition("/")[2]) is None:
+    if _root_and_step(path)[1] is None:
         store = _store(path)
         return store, store.steps()
     store, step = _step(path)

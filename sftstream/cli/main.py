@@ -1,4 +1,8 @@
-"""The commands of `sftstream`: help texts, and exit codes for errors."""
+"""The commands of `sftstream`: help texts, and exit codes for errors.
+
+No module imported here imports torch, transformers or pyarrow, so that help and completion are
+fast. Each verb imports its libraries when it runs.
+"""
 
 from __future__ import annotations
 
@@ -7,99 +11,51 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console
 
-from sftstream.cli.bench import measure, show
+from sftstream import __version__
+from sftstream.cli.bench import bench
+from sftstream.cli.init import init
+from sftstream.cli.inspect import diff, inspect
 from sftstream.cli.ledger import audit, find, trace
-from sftstream.cli.state import read_data_config, read_state, rebased
-from sftstream.cli.template import show_report
+from sftstream.cli.preview import preview
+from sftstream.cli.rebase import rebase
+from sftstream.cli.stats import stats
+from sftstream.cli.template import template
+from sftstream.cli.usage import USAGE
 from sftstream.cli.verify import verify_resume
 from sftstream.excerpt import one_line, printable
-from sftstream.state import describe
-from sftstream.state import diff as differing
-from sftstream.tokenization.encoder import ChatEncoder
 
 app = typer.Typer(
-    add_completion=False,
-    help="Inspect the data stream of a fine-tuning run without training.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes [data] in a help text for markup and prints nothing
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+VERBS = (init, preview, stats, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
+"""Functions of the verbs, in the order of the help."""
 
-@app.command()
-def template(
-    tokenizer: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face tokenizer.")],
-    path: Annotated[
-        str | None,
-        typer.Argument(
-            help="Jinja file of a chat template. Default: the tokenizer's own template.", show_default=False
-        ),
-    ] = None,
-    date: Annotated[
-        str | None,
-        typer.Option(help="Day that the template prints as today, as YYYY-MM-DD. Default: today.", show_default=False),
-    ] = None,
+for _verb in VERBS:
+    _name = _verb.__name__.replace("_", "-")
+    app.command(_name, short_help=USAGE[_name].short, epilog=USAGE[_name].text())(_verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sftstream {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Every verb has --help with examples and exit codes. --debug shows the traceback of an error.")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
-    """Print how an assistant's turns begin and end in a chat template, and the shapes of
-    conversation that are printed whole or not."""
-    show_report(ChatEncoder(tokenizer, path, date=date))
-
-
-@app.command()
-def inspect(state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")]) -> None:
-    """Print the progress of a state, its data and settings, and the reasons of refused rows."""
-    typer.echo(printable(describe(read_state(state))))
-
-
-@app.command()
-def diff(
-    before: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")],
-    after: Annotated[Path, typer.Argument(help="JSON file with the state dict to compare it with.")],
-) -> None:
-    """Print each field in which two states differ. The exit code is 0 if the states are equal,
-    else 1."""
-    differences = differing(read_state(before), read_state(after))
-    for line in differences:
-        typer.echo(printable(line))
-    raise typer.Exit(bool(differences))
-
-
-@app.command()
-def rebase(
-    state: Annotated[Path, typer.Argument(help="JSON file with the state dict of all streams.")],
-    config: Annotated[Path, typer.Argument(help="TOML file of the run with the new settings in [data].")],
-    out: Annotated[
-        Path, typer.Argument(help="JSON file to write the new state dict to. An existing file is replaced.")
-    ],
-    accept: Annotated[
-        list[str],
-        typer.Option(help="Setting that may differ from the state's, such as data.capacity. Repeat it for several."),
-    ] = [],  # noqa: B006
-) -> None:
-    """Carry a state over to new settings. No row is lost or repeated, and the new state records
-    each accepted change."""
-    new = rebased(read_state(state), read_data_config(config, accept))
-    out.write_bytes(msgspec.json.encode(new.builtins()))
-    typer.echo(printable(describe(new)))
-
-
-@app.command()
-def bench(
-    config: Annotated[Path, typer.Argument(help="TOML file of a run, of which the [data] table is read.")],
-    seconds: Annotated[float, typer.Option(help="Duration of each measurement in seconds.")] = 5.0,
-) -> None:
-    """Measure how fast the packs of a run come on this machine, as a whole and stage by stage."""
-    show(*measure(read_data_config(config, []), seconds), Console(highlight=False, markup=False))
-
-
-for _command in (audit, trace, find, verify_resume):
-    app.command()(_command)
+    """Look at the data of a fine-tuning run, before, while and after it trains."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

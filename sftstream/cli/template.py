@@ -1,36 +1,35 @@
-"""The report on a chat template as a table."""
+"""The command that reports on a chat template."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from typing import Annotated
 
-from sftstream.excerpt import printable
-from sftstream.tokenization.encoder import ChatEncoder
+import typer
+
+from sftstream.cli.output import Json, print_json
 
 
-def show_report(encoder: ChatEncoder, console: Console | None = None) -> None:
-    """Print the format of the assistant's turns, and the verdict on each probed shape."""
-    report = encoder.report
-    turn_format = report.turn_format
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    rows = {
-        "a turn begins after": repr(turn_format.prompt) if turn_format.prompt else "the end of the message before",
-        "a turn ends with": ", ".join(turn_format.stops) + (", or the text's end" if turn_format.open_end else ""),
-        "a tool call ends with": ", ".join(turn_format.call_stops or turn_format.stops),
-        "earlier turns": "printed differently once the conversation goes on"
-        if report.rewrites_history
-        else "printed unchanged",
-        "today's date": f"printed, as {report.date}" if report.date else "not printed",
-        "variables": ", ".join(f"{name} = {value!r}" for name, value in encoder.template.variables.items()) or "none",
-        "variables not set": ", ".join(encoder.template.unset_variables) or "none",
-        "{% generation %} tags": "yes" if report.has_generation_tags else "no",
-    }
-    for name, value in rows.items():
-        table.add_row(name, printable(value))
-    table.add_section()
-    for shape, verdict in report.shapes.items():
-        table.add_row(shape, printable(f"printed {verdict}" if verdict.startswith("whole") else verdict))
-    (console or Console(highlight=False, markup=False)).print(table)
+def template(
+    tokenizer: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face tokenizer.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            help="Jinja file of a chat template. Default: the tokenizer's own template.", show_default=False
+        ),
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(help="Day that the template prints as today, as YYYY-MM-DD. Default: today.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print how an assistant's turns begin and end in a chat template, and the shapes of
+    conversation that are printed whole or not."""
+    from sftstream.cli.template_report import rows_of, show_report
+    from sftstream.tokenization.encoder import ChatEncoder
+
+    encoder = ChatEncoder(tokenizer, path, date=date)
+    if as_json:
+        print_json({**rows_of(encoder), "shapes": encoder.report.shapes})
+    else:
+        show_report(encoder)

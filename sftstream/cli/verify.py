@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from sftstream.cli.state import read_data_config
+from sftstream.cli.output import Json, print_json
 from sftstream.excerpt import printable
-from sftstream.ledger.verify import verify_data, verify_training
 
 
 def verify_resume(
@@ -22,14 +21,21 @@ def verify_resume(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the moments and topologies. Default: random, and printed.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Prove on your own data and machine that a killed run resumes exactly. The exit code is 1 if
     a difference is found."""
+    import msgspec
+
+    from sftstream.cli.state import read_data_config
+    from sftstream.ledger.verify import verify_data, verify_training
+
     chosen = random.SystemRandom().randrange(10**9) if seed is None else seed
-    typer.echo(f"seed {chosen}")
 
     def say(line: str) -> None:
-        typer.echo(printable(line))
+        typer.echo(printable(line), err=as_json)
+
+    say(f"seed {chosen}")
 
     with TemporaryDirectory() as directory:
         place = Path(directory)
@@ -39,6 +45,9 @@ def verify_resume(
             if data_only
             else verify_training(config, place, steps, kills, chosen, say)
         )
+    if as_json:
+        print_json({"seed": chosen, "exact": not verdict.differences, **msgspec.structs.asdict(verdict)})
+        raise typer.Exit(bool(verdict.differences))
     for title, lines in (
         ("shown", verdict.shown),
         ("not shown", verdict.not_shown),

@@ -22,7 +22,7 @@ becomes Conversation((Message("user", "hi"), Message("assistant", "hello"))):
 """
 
 from sftstream.formats.layouts import LAYOUTS
-from sftstream.formats.messages import ROLES
+from sftstream.formats.roles import ROLES
 from sftstream.formats.rows import decode_row, parse_row, unread_columns
 from sftstream.formats.unverified import Unverified, parse_unverified
 

@@ -10,7 +10,9 @@ Four turns with their training:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from sftstream.excerpt import excerpt
@@ -26,6 +28,8 @@ _UNCLEAR = ("mask", "train_detail", "training_detail", "train_on")
 """Marks that are refused: their meaning differs between datasets, or concerns parts of a turn."""
 MARKS = frozenset({*_CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
 """Names of all marks."""
+_LIKE_MARKS = re.compile("train|loss|mask|weight|learn|supervis|exclude|skip|ignore", re.IGNORECASE)
+"""Parts of names that seem to be marks; such a key of an unknown meaning is refused."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 """Text of a mark's value, in small letters -> truth value."""
 
@@ -33,16 +37,17 @@ _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     """Return True if a mark trains the turn, False if a mark excludes the turn, otherwise None.
 
-    Raises Refused if a mark is neither true, false, 0 nor 1, if a mark has no agreed meaning, or if
-    two marks contradict each other.
+    Raises Refused if a mark is neither true, false, 0 nor 1, if a key seems to be a mark of unknown
+    meaning, or if two marks contradict each other.
     """
-    if MARKS.isdisjoint(turn):
-        return None
-    if unclear := [name for name in _UNCLEAR if turn.get(name)]:
+    if unclear := [name for name, value in turn.items() if _is_unclear(name) and value not in (None, "", [], {})]:
         raise Refused(
             "bad weight",
-            f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false",
+            f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false, or "
+            f"leave the key out by ignore = [{unclear[0]!r}]",
         )
+    if MARKS.isdisjoint(turn):
+        return None
     marks = {name: _flag(turn[name], f"{path}.{name}") for name in turn if name in MARKS and turn[name] is not None}
     choices = {marks[name] for name in _CHOICES if name in marks}
     excluded = any(not marks.get(name, True) for name in _WEIGHTS) or any(marks.get(name, False) for name in _MASKS)
@@ -53,8 +58,18 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     return choices.pop() if choices else None
 
 
+@lru_cache(maxsize=4096)
+def _is_unclear(name: str) -> bool:
+    """Return True for a key that seems to be a mark, but whose meaning is not known."""
+    return name in _UNCLEAR or (name not in MARKS and _LIKE_MARKS.search(name) is not None)
+
+
 def _flag(value: Any, path: str) -> bool:
     flag = _FLAGS.get(str(value).lower()) if isinstance(value, bool | int | float | str) else None
     if flag is None:
-        raise Refused("bad weight", f"{path} is {excerpt(value)}; use true or false, 1 or 0")
+        key = path.rpartition(".")[2]
+        raise Refused(
+            "bad weight",
+            f"{path} is {excerpt(value)}; use true or false, 1 or 0, or leave it out by ignore = [{key!r}]",
+        )
     return flag

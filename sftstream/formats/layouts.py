@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import Row, decoded, is_list, refuse_deep, require_text
-from sftstream.formats.messages import SYSTEM, parse_texts, parse_turns, require_words, system_message, turns_in
+from sftstream.formats.fields import Row, decoded, is_list, refuse_deep
+from sftstream.formats.messages import SYSTEM, parse_texts, parse_turns, question_and_answer, system_message
+from sftstream.formats.roles import known_roles
+from sftstream.formats.spelled import require_words, turns_in
 from sftstream.records import Message, Refused
 
 DEFAULT = RowSettings()
@@ -77,7 +79,7 @@ def parse_layout(row: Row, settings: RowSettings = DEFAULT) -> tuple[Message, ..
 
 def _advice(row: Row) -> str:
     if row.get("text") is None and row.get("input_ids") is None:
-        return ""
+        return "; columns = {...} of the source reads columns under these names"
     return "; verified = false of the source trains plain text or token ids, of which nothing can be proved"
 
 
@@ -113,7 +115,7 @@ def _column_of_turns(column: str) -> Callable[[Row, RowSettings], Iterator[Messa
     def read(row: Row, settings: RowSettings) -> Iterator[Message]:
         turns = decoded(row[column])
         yield from system_message(row)
-        yield from parse_texts(turns, column) if _is_texts(turns) else parse_turns(turns, column, settings)
+        yield from parse_texts(turns, column, settings) if _is_texts(turns) else parse_turns(turns, column, settings)
 
     return read
 
@@ -139,43 +141,48 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
         yield from _column_of_turns("conversation")(row, settings)
         return
     yield from system_message(row)
+    roles = known_roles(settings)
     for index, pair in enumerate(rounds):
         yield from system_message(pair)
-        yield Message("user", require_words(pair["input"], f"conversation[{index}].input"))
-        yield Message("assistant", require_words(pair.get("output"), f"conversation[{index}].output"))
+        yield Message("user", require_words(pair["input"], f"conversation[{index}].input", roles))
+        yield Message("assistant", require_words(pair.get("output"), f"conversation[{index}].output", roles))
 
 
-def _by_turns(row: Row, _settings: RowSettings) -> Iterator[Message]:
+def _by_turns(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read the column `data`, as in the first UltraChat: texts of user and assistant in turn."""
     texts = decoded(row["data"])
     if not is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
     yield from system_message(row)
-    yield from parse_texts(texts, "data")
+    yield from parse_texts(texts, "data", settings)
 
 
 def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read `instruction` with an answer; `input` or `context`, `system`, `history` are optional."""
     yield from system_message(row)
     yield from _history(row.get("history"), settings)
-    question = require_words(row["instruction"], "instruction")
+    roles = known_roles(settings)
+    question = require_words(row["instruction"], "instruction", roles)
     if column := _valued(row, CONTEXT):
-        question += "\n\n" + require_words(row[column], column)
+        question += "\n\n" + require_words(row[column], column, roles)
     yield Message("user", question)
     answer = _present(row, _ALPACA_ANSWERS)
     assert answer is not None
-    yield Message("assistant", require_words(row[answer], answer))
+    yield Message("assistant", require_words(row[answer], answer, roles))
 
 
 def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
     """Read the column `history`, the conversation before the question.
 
-    `history` is a list of turns or a list of pairs: `[["hi", "hello"], ["and?", "well"]]`.
+    `history` is a list of turns, an object of lists, or a list of pairs:
+    `[["hi", "hello"], ["and?", "well"]]`.
     """
     history = decoded(history)
     if not history:
         return
-    if is_list(history) and any(isinstance(decoded(turn), Mapping) for turn in history):
+    if isinstance(history, Mapping) or (
+        is_list(history) and any(isinstance(decoded(turn), Mapping) for turn in history)
+    ):
         yield from parse_turns(history, "history", settings)
         return
     for pair in history if is_list(history) else [history]:
@@ -184,16 +191,20 @@ def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
             raise Refused(
                 "bad history", f"{excerpt(pair)} is not a pair of question and answer; write [question, answer]"
             )
-        yield Message("user", require_text(texts[0], "history"))
-        yield Message("assistant", require_text(texts[1], "history"))
+        yield from parse_texts(texts, "history", settings)
 
 
 def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read a question and an answer, each a text or a list of turns, and an optional `history`.
 
-    In preference data, the answer (`chosen`) may be the whole conversation, which begins with the
-    turns of the question (`prompt`). Those turns are then read once.
+    Raises Refused if `label` is false, which marks an answer that nobody wants (unpaired preference
+    data).
     """
+    if row.get("label") is False:
+        raise Refused(
+            "unwanted answer",
+            "label is false, which marks an answer to avoid; remove the row, or train the answer by ignore = ['label']",
+        )
     question, answer = _present(row, QUESTIONS), _present(row, ANSWERS)
     assert question is not None
     assert answer is not None
@@ -201,12 +212,12 @@ def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
     answered = tuple(_side(row[answer], answer, Message("assistant", ""), settings))
     yield from system_message(row)
     yield from _history(row.get("history"), settings)
-    yield from answered if answered[: len(asked)] == asked else asked + answered
+    yield from question_and_answer(asked, answered)
 
 
 def _side(value: Any, column: str, empty: Message, settings: RowSettings) -> Iterator[Message]:
     """Yield the messages of a question or an answer; a text becomes a message of `empty.role`."""
-    turns = turns_in(value, column) if isinstance(value, str) else value
+    turns = turns_in(value, column, known_roles(settings)) if isinstance(value, str) else value
     if turns is None:
         yield Message(empty.role, value)
     else:

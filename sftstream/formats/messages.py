@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -12,40 +12,17 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import Row, carries_words, decoded, first, is_list, optional_text, require_text
+from sftstream.formats.fields import Row, carries_words, decoded, first, is_list, optional_text
 from sftstream.formats.items import ITEMS, join_items, parse_item
 from sftstream.formats.parts import parse_parts, split_results
+from sftstream.formats.roles import CALLING, known_roles
+from sftstream.formats.spelled import require_words
 from sftstream.formats.tools import parse_calls
 from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
-
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    "tool_result": "tool",
-}
-"""Name of a role in datasets, in small letters -> role of a `Message`."""
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a column with the system prompt; the first with a value is read."""
 
-CALLING = frozenset({"function_call", "tool_call"})
-"""Names of roles whose content is a tool call."""
 _CONTENT = ("content", "value", "text")
 """Keys of a turn's content."""
 _READ = frozenset(
@@ -54,18 +31,17 @@ _READ = frozenset(
 """Keys of a turn that are read."""
 _WORDS = frozenset(
     {"tools", "functions", "tool_defs", "context", "documents", "system", "input", "output", "thought", "thoughts"}
-    | {"reasoning_text", "refusal", "images", "audio", "videos", "response", "arguments"}
+    | {"reasoning_text", "refusal", "image", "images", "image_url", "audio", "audios", "video", "videos", "response"}
+    | {"arguments"}
 )
 """Keys of a turn that are known to hold words of a conversation but are not read; refused."""
-_SPELLED_TURNS = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?['"](?:role|from)['"]\s*:\s*['"](\w+)['"]""")
-"""Beginning of a list of turns in JSON or in Python's notation: `[{'role': 'user'`."""
 
 
 def system_message(row: Row) -> Iterable[Message]:
     """Yield a message for the column of the system prompt, if the row has such a column."""
     for column in SYSTEM:
         if prompt := row.get(column):
-            yield Message("system", require_text(prompt, "system"))
+            yield Message("system", require_words(prompt, "system"))
             return
 
 
@@ -80,7 +56,7 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
         turns = _turned(turns, column)
     if not is_list(turns):
         raise Refused("bad messages", f"{column} is a {type(turns).__name__}, not a list of messages")
-    roles = {**ROLES, **settings.roles} if settings.roles else ROLES
+    roles = known_roles(settings)
     messages: list[Message] = []
     has_items = False
     for index, turn in enumerate(turns):
@@ -93,43 +69,39 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
     return join_items(messages) if has_items else messages
 
 
-def parse_texts(texts: Sequence[Any], path: str) -> Iterator[Message]:
+def parse_texts(texts: Sequence[Any], path: str, settings: RowSettings) -> Iterator[Message]:
     """Yield the messages of a list of texts, which belong to user and assistant in turn."""
     for index, text in enumerate(texts):
-        yield Message(("user", "assistant")[index % 2], require_words(text, f"{path}[{index}]"))
+        yield Message(("user", "assistant")[index % 2], require_words(text, f"{path}[{index}]", known_roles(settings)))
 
 
-def require_words(value: Any, path: str) -> str:
-    """Return the value if it is a text of words.
+def question_and_answer(asked: tuple[Message, ...], answered: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the conversation of a question's messages and an answer's messages.
 
-    Raises Refused for another type, and for a text that is a list of turns written as text.
+    The answer may be the whole conversation, as in preference data; the question is then read once.
+    Raises Refused if an answer to a user begins with another question.
     """
-    text = require_text(value, path)
-    if turns_in(text, path) is not None:
+    if answered[: len(asked)] == asked:
+        return answered
+    if not answered or answered[0].role not in ("system", "user") or asked[-1].role != "user":
+        return asked + answered
+    system, own = _system(asked), _system(answered)
+    question, whole = asked[len(system) :], answered[len(own) :]
+    if len(whole) < len(question) or not all(map(_same_words, question, whole)) or (system and own and system != own):
         raise Refused(
-            "bad messages",
-            f"{path} holds a list of messages as text; read it by columns = {{messages = ...}} with the column's name",
+            "two questions",
+            f"the answer begins with {excerpt(answered[0].content)}, and the question with {excerpt(asked[0].content)}; "
+            'read the answer alone by columns = {messages = "..."} with the name of its column',
         )
-    return text
+    return (own or system) + whole
 
 
-def turns_in(text: str, path: str) -> list[Any] | None:
-    """Return the list of turns that a JSON text contains; None for any other text.
+def _system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(itertools.takewhile(lambda message: message.role == "system", messages))
 
-    Raises Refused if the text contains a list of turns in another notation, such as Python's
-    `[{'role': 'user', 'content': 'hi'}]`.
-    """
-    if text.lstrip()[:1] != "[":
-        return None
-    turns = decoded(text)
-    if not isinstance(turns, str):
-        return turns if turns and all(_is_turn(turn) for turn in turns) else None
-    if (spelled := _SPELLED_TURNS.match(text)) and spelled[1].lower() in ROLES:
-        raise Refused(
-            "bad messages",
-            f"{path} spells a list of messages that is not JSON: {excerpt(text)}; write the list as JSON",
-        )
-    return None
+
+def _same_words(first: Message, second: Message) -> bool:
+    return first.role == second.role and (first.content or "").strip() == (second.content or "").strip()
 
 
 def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
@@ -238,12 +210,6 @@ def _require_read(turn: Mapping[str, Any], path: str) -> None:
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(turn[unread[0]])}; move them to content "
             f"or a column, or leave them out by ignore = [{unread[0]!r}]",
         )
-
-
-def _is_turn(turn: Any) -> bool:
-    """Return True for an object with a known role."""
-    role = first(turn, "role", "from") if isinstance(turn, Mapping) else None
-    return isinstance(role, str) and role.lower() in ROLES
 
 
 def _is_item(turn: Any) -> bool:

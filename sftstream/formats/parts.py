@@ -26,7 +26,8 @@ _REASONING = ("reasoning", "thinking", "reasoning_text", "summary_text")
 def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCalls]:
     """Return the text, the reasoning and the tool calls of a content.
 
-    The content is a text or a list of typed parts. Raises Refused if a part has an unknown type.
+    The content is a text or a list of typed parts. Raises Refused if a part has an unknown type, or
+    if the parts are not in the order in which templates print them: reasoning, text, calls.
     """
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
@@ -47,6 +48,12 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
         else:
             raise Refused(
                 "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
+            )
+        if (kind in _REASONING and (any(texts) or calls)) or (kind in _TEXT and texts[-1] and calls):
+            raise Refused(
+                "bad messages",
+                f"{path} has {kind} after {'tool calls' if calls else 'text'}, and templates print reasoning, then text, "
+                "then calls; divide the message into several messages",
             )
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 

@@ -17,7 +17,14 @@ from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
 from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
-from sftstream.formats.unread import BESIDE_MESSAGES, VARIABLES, require_read, require_readable, tools_of, unread_names
+from sftstream.formats.unread import (
+    VARIABLES,
+    has_words_beside_messages,
+    require_read,
+    require_readable,
+    tools_of,
+    unread_names,
+)
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
 _DIGITS = 4300
@@ -41,8 +48,8 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
         return conversation
     if not isinstance(row, bytes):
         require_small(row, fields, settings)
-    known = fields.keys().isdisjoint(BESIDE_MESSAGES)
-    messages = typed_messages(fields) if known and usual else None
+    more = has_words_beside_messages(tuple(fields))
+    messages = typed_messages(fields) if usual and not more else None
     if messages is None:
         require_readable(fields, settings)
         messages = parse_layout(fields, settings)
@@ -51,7 +58,7 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     if not any(message.role == "assistant" for message in messages):
         raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
     conversation = Conversation(messages, parse_tools(tools_of(fields)), _variables(fields))
-    if not known or settings.columns is not None:
+    if more or settings.columns is not None:
         require_read(fields, conversation, settings)
     return conversation
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sftstream.formats.fields import Row, refuse_deep
-from sftstream.formats.messages import CALLING, ROLES, require_words
+from sftstream.formats.messages import question_and_answer
+from sftstream.formats.roles import CALLING, ROLES
+from sftstream.formats.spelled import require_words
 from sftstream.formats.tools import parse_calls, parse_tools
 from sftstream.records import UNDECODABLE, Conversation, Message, Refused, ToolCalls
 
@@ -128,10 +130,10 @@ def _instructed(row: _Instruction) -> tuple[Message, ...]:
 
 def _before(row: _Instruction) -> Iterator[Message]:
     if row.system:
-        yield Message("system", row.system)
+        yield Message("system", require_words(row.system, "system"))
     for question, answer in row.history or ():
-        yield Message("user", question)
-        yield Message("assistant", answer)
+        yield Message("user", require_words(question, "history"))
+        yield Message("assistant", require_words(answer, "history"))
 
 
 def _paired(row: _Pair) -> tuple[Message, ...]:
@@ -140,7 +142,7 @@ def _paired(row: _Pair) -> tuple[Message, ...]:
         asked = (Message("user", require_words(asked, "prompt")),)
     if isinstance(answered, str):
         answered = (Message("assistant", require_words(answered, "completion")),)
-    return answered if answered[: len(asked)] == asked else asked + answered
+    return question_and_answer(asked, answered)
 
 
 def _tool_calls(_type: type, value: Any) -> ToolCalls:

@@ -7,6 +7,7 @@ A row is refused if a column that is not read has a name known for words of a co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from sftstream.excerpt import excerpt
 from sftstream.formats.fields import Row, carries_words, decoded, is_list, texts_in
 from sftstream.formats.layouts import LAYOUTS, columns_read, find_layout
 from sftstream.formats.messages import SYSTEM, unread_keys
-from sftstream.records import BrokenRow, Conversation, Refused, Unreadable
+from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 
 TOOLS = (
     *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
@@ -26,14 +27,23 @@ TOOLS = (
 VARIABLES = "chat_template_kwargs"
 """Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Names of columns with pictures, films and sounds, which no model here can read."""
 WORDS = frozenset(
     _OF_LAYOUTS
-    | {*SYSTEM, *TOOLS, "context", "history", "chat_history", "dialogue", "dialog", "turns", "documents", "document"}
-    | {"passage", "knowledge", "background", "persona", "reasoning_content", "thinking", "thought", "thoughts"}
+    | {*SYSTEM, *TOOLS, *REASONING_KEYS, *MEDIA}
+    | {"sys", "sys_prompt", "system_instruction", "system_instructions", "instructions", "developer", "preamble"}
+    | {"function", "function_list", "tool_schema", "tool_descriptions", "apis", "api_list", "available_apis"}
+    | {"history", "chat_history", "conversation_history", "dialogue_history", "previous_turns", "previous_messages"}
+    | {"dialogue", "dialog", "chat", "turns", "utterances"}
+    | {"context", "contexts", "document", "documents", "passage", "passages", "paragraph", "paragraphs", "article"}
+    | {"knowledge", "background", "persona", "personas", "evidence"}
+    | {"thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
 )
-"""Names of columns known to hold words of a conversation."""
-BESIDE_MESSAGES = WORDS - {"messages", "tools"}
-"""Names of columns that need a check if a row has them besides `messages` and `tools`."""
+"""Names of columns known to hold words of a conversation, in small letters."""
+
+_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
+"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values of a column without content."""
@@ -42,6 +52,22 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 def tools_of(row: Row) -> Any:
     """Return the row's tool definitions as stored; None if the row has no tool definitions."""
     return next((row[column] for column in TOOLS if row.get(column)), None)
+
+
+@lru_cache(maxsize=4096)
+def is_for_words(column: str) -> bool:
+    """Return True for a name in `WORDS`, also if spelled "Chat History" or "chatHistory"."""
+    return column in WORDS or _spelling(column) in WORDS
+
+
+@lru_cache(maxsize=4096)
+def has_words_beside_messages(columns: tuple[str, ...]) -> bool:
+    """Return True if columns besides `messages` and `tools` may hold words of a conversation."""
+    return any(is_for_words(column) for column in columns if column not in ("messages", "tools"))
+
+
+def _spelling(column: str) -> str:
+    return _AT_CAPITALS.sub("_", column).lower()
 
 
 def require_read(row: Row, conversation: Conversation, settings: RowSettings) -> None:
@@ -53,7 +79,7 @@ def require_read(row: Row, conversation: Conversation, settings: RowSettings) ->
     words = " ".join(" ".join(_words(conversation)).split())
     for column in suspects:
         texts = texts_in(decoded(row[column])) if _carries(column, row[column]) else ()
-        if not all(" ".join(text.split()) in words for text in texts):
+        if _spelling(column) in MEDIA or not all(" ".join(text.split()) in words for text in texts):
             raise Refused(
                 "unread words",
                 f"column {column!r} holds words that the layout {find_layout(row)} does not read: "
@@ -69,13 +95,13 @@ def _suspects(present: tuple[str, ...], valued: tuple[str, ...], renamed: bool) 
     With `renamed`, that is with `columns` in the settings, every column may hold words.
     """
     read = _read({column: column in valued for column in present})
-    return tuple(column for column in valued if (renamed or column in WORDS) and column not in read)
+    return tuple(column for column in valued if (renamed or is_for_words(column)) and column not in read)
 
 
 def require_readable(row: Row, settings: RowSettings) -> None:
     """Raise BrokenRow if a column that may hold words has a value that Python cannot hold."""
     for column, value in row.items():
-        if type(value) is Unreadable and (column in WORDS or settings.columns is not None):
+        if type(value) is Unreadable and (is_for_words(column) or settings.columns is not None):
             raise BrokenRow(f"cannot be decoded: column {column!r}: {value.reason}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -10,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.ledger.once import Trained, astray, draws_of, moved, repeated, unbalanced
+from sftstream.config import SkipConfig
+from sftstream.identity import Identity
+from sftstream.ledger.once import Listed, astray, draws_of, moved, repeated, unbalanced
 from sftstream.ledger.reader import Ledger, refs_of
 from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import Session, StepLine, StepSegments
-from sftstream.ledger.segments import segments_of
+from sftstream.ledger.segments import SKIPPED, Segments, given, segments_of, skipped
 from sftstream.records import Ref, batch_digest
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
@@ -47,7 +50,7 @@ class _Audit:
         self._ledger = ledger
         self._report = Report([], [], [])
         steps, segments = ledger.up_to()
-        self._all = Trained(steps, segments)
+        self._all = Listed(steps, segments)
         self._opened: list[tuple[Session, Rebuilder]] = []
 
     def report(self, rebuild: int | None) -> Report:
@@ -58,8 +61,10 @@ class _Audit:
         self._check_steps()
         self._check_capacity()
         self._check_totals()
+        self._check_skips()
         self._check_once()
         self._check_digests(rebuild)
+        self._check_parts()
         return self._report
 
     @cached_property
@@ -94,8 +99,9 @@ class _Audit:
     def _check_capacity(self) -> None:
         found: list[str] = []
         most = 0
-        for step, segments in self._ledger.steps:
+        for step, listed in self._ledger.steps:
             identity = self._ledger.session(step).identity
+            segments = given(listed)
             if not len(segments):
                 continue
             tokens = np.bincount(segments["pack"], weights=segments["tokens"])
@@ -112,11 +118,12 @@ class _Audit:
         found: list[str] = []
         before = self._ledger.metrics.get(self._ledger.steps[0].step - 1)
         rows = before.rows if before else 0
-        for step, segments in self._ledger.steps:
+        for step, listed in self._ledger.steps:
             line = self._ledger.metrics.get(step)
             if line is None:
                 continue
-            rows += int((segments["part"] == 0).sum()) + line.refused
+            segments = given(listed)
+            rows += int((listed["part"] == 0).sum()) + line.refused
             counts = {
                 "tokens": (int(segments["tokens"].sum()), line.tokens),
                 "trained tokens": (int(segments["trained_tokens"].sum()), line.trained_tokens),
@@ -126,17 +133,31 @@ class _Audit:
                 if ours != theirs:
                     found.append(f"step {step}: {ours:,} {name} in the ledger, {theirs:,} in metrics.jsonl")
             rows = line.rows
-        listed = len(self._ledger.refused)
+        lines = len(self._ledger.refused)
         counted = sum(line.refused for line in self._ledger.metrics.values())
-        if listed != counted:
-            found.append(f"refused.jsonl lists {listed:,} rows, metrics.jsonl counts {counted:,}")
+        if lines != counted:
+            found.append(f"refused.jsonl lists {lines:,} rows, metrics.jsonl counts {counted:,}")
         self._add(found, "tokens, trained tokens and rows of each step are those of metrics.jsonl")
+
+    def _check_skips(self) -> None:
+        """Compare the skipped segments of each step with the `skip` of the step's session."""
+        found: list[str] = []
+        for step, segments in self._ledger.steps:
+            wanted = skips(self._ledger.session(step).identity, step, segments)
+            left_out = segments["trained_tokens"] == SKIPPED
+            for index in np.flatnonzero(wanted != left_out)[:1].tolist():
+                row = f"row {segments['row'][index]} of source {segments['source'][index]}"
+                is_skipped = "skipped, but skip does not name it" if left_out[index] else "trained, but skip names it"
+                found.append(f"step {step}, pack {segments['pack'][index]}: {row} is {is_skipped}")
+        count = len(skipped(self._all.segments))
+        if found or count:
+            self._add(found, f"{count:,} conversations or parts are skipped, as the config asks, and no others")
 
     def _check_once(self) -> None:
         found = [line] if (line := repeated(self._all)) else []
         stored = self._ledger.state
         if stored is None:
-            self._add(found, "no conversation is trained twice in an epoch")
+            self._add(found, "no conversation is listed twice in an epoch")
             self._report.not_shown.append("that no row is lost: no checkpoint was written yet")
             return
         step, state = stored
@@ -144,7 +165,7 @@ class _Audit:
             self._report.not_shown.append(
                 f"that no row is lost in the last {later} steps: they follow the newest checkpoint, of step {step}"
             )
-        trained = Trained(*self._ledger.up_to(step))
+        listed = Listed(*self._ledger.up_to(step))
         refused = refs_of(self._ledger.refused, step)
         lines: list[str] = []
         for source in range(len(state.identity.sources)):
@@ -154,19 +175,19 @@ class _Audit:
                 )
                 continue
             draws = draws_of(source, self._last.config, self._last.corpus, state)
-            found += unbalanced(source, trained, refused, state, draws) if not state.history else []
+            found += unbalanced(source, listed, refused, state, draws) if not state.rebased else []
             if draws is not None and self._one_assignment:
                 identity = state.identity
-                line = astray(source, trained, draws, identity.streams, identity.global_batch)
+                line = astray(source, listed, draws, identity.streams, identity.global_batch)
                 found += [line] if line else []
-            lines.append(_summary(source, trained, refused, state))
-        if state.history:
+            lines.append(_summary(source, listed, refused, state))
+        if state.rebased:
             self._report.not_shown.append(
                 "that no row is lost: the run accepted changes of data or settings, after which rows may be refused that "
                 "were trained before"
             )
         found += _unfinished(state, self._last.corpus)
-        self._add(found, "each conversation is trained, refused or waiting exactly once in each epoch")
+        self._add(found, "each conversation is trained, skipped, refused or waiting exactly once in each epoch")
         self._report.proved.extend([] if found else lines)
         self._check_mixture(state)
 
@@ -235,6 +256,25 @@ class _Audit:
             found, f"the packs of {count:,} steps, built again from the sources, have the digests in metrics.jsonl"
         )
 
+    def _check_parts(self) -> None:
+        """Compare the parts of each rebuilt row with the parts listed and waiting."""
+        stored = self._ledger.state
+        read = {ref: count for _, rebuilder in self._opened for ref, count in rebuilder.parts.items()}
+        if stored is None or stored[1].rebased or not read:
+            return
+        step, state = stored
+        _, segments = self._ledger.up_to(step)
+        columns = (segments[name].tolist() for name in Ref._fields)
+        listed = Counter(map(Ref._make, zip(*columns, strict=True)))
+        waiting = Counter(segment.ref for stream in state.streams.values() for segment in stream.waiting)
+        found = [
+            f"row {ref.row} of source {ref.source} in epoch {ref.epoch} has {count} parts, but {listed[ref] + waiting[ref]} "
+            "are trained, skipped or waiting"
+            for ref, count in read.items()
+            if listed[ref] and listed[ref] + waiting[ref] != count
+        ]
+        self._add(found, f"all parts of {len(read):,} divided conversations are trained, skipped or waiting")
+
     def _add(self, found: list[str], proved: str) -> None:
         """Add up to five of the differences `found`, or, if there are none, the statement
         `proved`."""
@@ -242,6 +282,22 @@ class _Audit:
             self._report.differences.extend(found[:5])
         else:
             self._report.proved.append(proved)
+
+
+def skips(identity: Identity, step: int, segments: Segments) -> NDArray[np.bool_]:
+    """Return for each segment of a step whether the setting `skip` of `identity` skips it."""
+    skip = identity.skip or SkipConfig()
+    if any(first <= step <= last for first, last in skip.steps):
+        return np.full(len(segments), True)
+    rows = np.array([number for _, number in skip.rows], np.int64)
+    sources = np.array([number for number, _ in skip.rows], np.int64)
+    return np.isin(_numbers(segments["source"], segments["row"]), _numbers(sources, rows))
+
+
+def _numbers(sources: NDArray[np.integer], rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return a number for each pair of a source and a row, different for different pairs."""
+    result: NDArray[np.int64] = (rows.astype(np.int64) << 20) + sources
+    return result
 
 
 def sessions(ledger: Ledger) -> Iterator[str]:
@@ -260,13 +316,13 @@ def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[s
         packs = rebuilder.step(step.segments)
     except ValueError as error:
         return [f"step {step.step} cannot be built again: {error}"]
-    built = segments_of(packs)
-    if len(built) != len(step.segments):
+    built, ours = segments_of(packs), given(step.segments)
+    if len(built) != len(ours):
         return [f"step {step.step} has segments outside the {len(packs)} packs of a step"]
-    if len(wrong := np.flatnonzero(built != step.segments)):
-        ours, theirs = (array["trained_tokens"][wrong[0]] for array in (step.segments, built))
+    if len(wrong := np.flatnonzero(built != ours)):
+        before, now = (array["trained_tokens"][wrong[0]] for array in (ours, built))
         row = f"row {built['row'][wrong[0]]} of source {built['source'][wrong[0]]}"
-        return [f"step {step.step}: {row} has {ours:,} trained tokens in the ledger, {theirs:,} when built again"]
+        return [f"step {step.step}: {row} has {before:,} trained tokens in the ledger, {now:,} when built again"]
     if (digest := batch_digest(pack.digest() for pack in packs)) != line.batch_digest:
         return [
             f"step {step.step}: the packs in the ledger have the digest {digest[:12]}, metrics.jsonl has "
@@ -280,14 +336,15 @@ def _spread(steps: list[StepSegments], count: int) -> list[StepSegments]:
     return [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int)).tolist()]
 
 
-def _summary(source: int, trained: Trained, refused: list[Ref], state: DataState) -> str:
-    own = trained.of_source(source).segments
+def _summary(source: int, listed: Listed, refused: list[Ref], state: DataState) -> str:
+    own = listed.of_source(source).segments
     left_out = sum(1 for ref in refused if ref.source == source)
     drawn = sum(stream.drawn[source] for stream in state.streams.values())
     epochs = int(own["epoch"].max(initial=0)) + 1
+    trained, unused = (int((part["part"] == 0).sum()) for part in (given(own), skipped(own)))
     return (
-        f"source {source}: {drawn:,} draws in {epochs} epochs; {int((own['part'] == 0).sum()):,} conversations trained, "
-        f"{left_out:,} refused"
+        f"source {source}: {drawn:,} draws in {epochs} epochs; {trained:,} conversations trained, {left_out:,} refused"
+        + (f", {unused:,} skipped" if unused else "")
     )
 
 
@@ -331,8 +388,8 @@ def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpu
     return False
 
 
-def _shares(trained: Trained, unit: str, weights: list[float]) -> Iterator[str]:
-    segments = trained.segments
+def _shares(listed: Listed, unit: str, weights: list[float]) -> Iterator[str]:
+    segments = given(listed.segments)
     amounts: NDArray[np.int64] = {
         "conversations": (segments["part"] == 0).astype(np.int64),
         "tokens": segments["tokens"],

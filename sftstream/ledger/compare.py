@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sftstream.ledger.reader import Ledger
-from sftstream.ledger.segments import SEGMENT, Segments
+from sftstream.ledger.segments import SEGMENT, SKIPPED, Segments
 
 
 def compare(a: Ledger, b: Ledger) -> tuple[str | None, int]:
@@ -52,7 +52,8 @@ def _segments(one: Segments, other: Segments) -> str | None:
 def _words(segments: Segments, index: int) -> str:
     values = {name: segments[name][index].item() for name in SEGMENT.names or ()}
     part = f" part {values['part']}" if values["part"] else ""
+    trained = "skipped" if values["trained_tokens"] == SKIPPED else f"{values['trained_tokens']} trained"
     return (
         f"row {values['row']}{part} of source {values['source']} in epoch {values['epoch']} with {values['tokens']} tokens, "
-        f"{values['trained_tokens']} trained, in pack {values['pack']}"
+        f"{trained}, in pack {values['pack']}"
     )

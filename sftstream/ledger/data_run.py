@@ -76,7 +76,7 @@ def _line(step: int, packs: Sequence[Pack], rows: int) -> StepLine:
         step,
         sum(pack.tokens for pack in packs),
         sum(pack.trained_tokens for pack in packs),
-        rows + sum(pack.conversations for pack in packs) + refused,
+        rows + sum(pack.rows for pack in packs),
         refused,
         batch_digest(pack.digest() for pack in packs),
     )

@@ -1,4 +1,4 @@
-"""Prove that each drawn row is trained, refused or waiting, exactly once in each epoch."""
+"""Prove that each drawn row is trained, skipped, refused or waiting, once in each epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.config import DataConfig
-from sftstream.ledger.segments import Segments
+from sftstream.ledger.segments import SKIPPED, Segments
 from sftstream.records import Ref
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, PastOrder
@@ -26,27 +26,28 @@ class Draws(NamedTuple):
     streams: Integers
 
 
-class Trained(NamedTuple):
-    """All segments up to some step, and the step of each segment."""
+class Listed(NamedTuple):
+    """All segments up to some step, trained and skipped, and the step of each segment."""
 
     steps: Integers
     segments: Segments
 
-    def of_source(self, source: int) -> Trained:
+    def of_source(self, source: int) -> Listed:
         """Return the segments of a source."""
         chosen = self.segments["source"] == source
-        return Trained(self.steps[chosen], self.segments[chosen])
+        return Listed(self.steps[chosen], self.segments[chosen])
 
     def at(self, index: int) -> str:
         """Return the step and the pack of a segment in words."""
-        return f"step {self.steps[index]}, pack {self.segments['pack'][index]}"
+        left_out = " (skipped)" if self.segments["trained_tokens"][index] == SKIPPED else ""
+        return f"step {self.steps[index]}, pack {self.segments['pack'][index]}{left_out}"
 
 
-def repeated(trained: Trained) -> str | None:
-    """Return a line on the first example trained twice in an epoch; None if there is none."""
-    segments = trained.segments
+def repeated(listed: Listed) -> str | None:
+    """Return a line on the first example listed twice in an epoch; None if there is none."""
+    segments = listed.segments
     names = ("part", "row", "epoch", "source")
-    order = np.lexsort([trained.steps, *(segments[name] for name in names)])
+    order = np.lexsort([listed.steps, *(segments[name] for name in names)])
     ordered = segments[order]
     same = np.ones(max(len(order) - 1, 0), bool)
     for name in names:
@@ -55,26 +56,26 @@ def repeated(trained: Trained) -> str | None:
     if not len(found):
         return None
     # Of all repetitions, the repetition in the earliest step.
-    first = found[np.argmin(trained.steps[order[found + 1]])]
+    first = found[np.argmin(listed.steps[order[found + 1]])]
     one, other = order[first], order[first + 1]
     segment = segments[one]
     part = f", part {segment['part']}," if segment["part"] else ""
     return (
         f"row {segment['row']} of source {segment['source']}{part} is trained twice in epoch {segment['epoch']}: in "
-        f"{trained.at(one)}, and in {trained.at(other)}"
+        f"{listed.at(one)}, and in {listed.at(other)}"
     )
 
 
 def unbalanced(
-    source: int, trained: Trained, refused: Sequence[Ref], state: DataState, draws: Draws | None
+    source: int, listed: Listed, refused: Sequence[Ref], state: DataState, draws: Draws | None
 ) -> Iterator[str]:
     """Yield a line for each kind of contradiction between the drawn rows of a source and its
-    trained, refused and waiting rows.
+    trained, skipped, refused and waiting rows.
 
-    Each drawn row must be exactly one of the three. `draws` is None for a streamed source; then
+    Each drawn row must be exactly one of the four. `draws` is None for a streamed source; then
     only the numbers of rows are compared.
     """
-    own = trained.of_source(source)
+    own = listed.of_source(source)
     waiting = [s for stream in state.streams.values() for s in stream.waiting if s.source == source]
     unlisted = [r for stream in state.streams.values() for r in stream.unlisted if r.source == source]
     refs = [*refused, *(Ref(r.source, r.row, r.epoch) for r in unlisted)]
@@ -84,7 +85,7 @@ def unbalanced(
     parts = np.concatenate([own.segments["part"], np.array([s.part for s in waiting], np.int32)])
     yield from _incomplete_parts(source, seen, parts)
     if len(both := np.intersect1d(left_out, own_keys)):
-        yield f"{_row(source, both[0])} is trained, but is listed as refused too"
+        yield f"{_row(source, both[0])} is in a pack, but is listed as refused too"
     if len(left_out) > len(np.unique(left_out)):
         values, counts = np.unique(left_out, return_counts=True)
         yield f"{_row(source, values[counts > 1][0])} is listed as refused {counts.max()} times"
@@ -92,7 +93,7 @@ def unbalanced(
     if draws is None:
         drawn = sum(stream.drawn[source] for stream in state.streams.values())
         if drawn != len(known):
-            yield f"source {source}: {drawn:,} rows were drawn, but {len(known):,} are trained, refused or waiting"
+            yield f"source {source}: {drawn:,} rows were drawn, but {len(known):,} are in packs, refused or waiting"
         return
     if len(lost := np.setdiff1d(draws.keys, known)):
         yield (
@@ -105,9 +106,9 @@ def unbalanced(
         yield f"{_row(source, foreign[0])} is {where}, but was not drawn; {len(foreign):,} such rows"
 
 
-def astray(source: int, trained: Trained, draws: Draws, streams: int, global_batch: int) -> str | None:
+def astray(source: int, listed: Listed, draws: Draws, streams: int, global_batch: int) -> str | None:
     """Return a line on the first row in a pack of a stream that did not draw the row, or None."""
-    own = trained.of_source(source)
+    own = listed.of_source(source)
     order = np.argsort(draws.keys)
     at = np.searchsorted(draws.keys[order], row_keys(own.segments["row"], own.segments["epoch"]))
     drew = draws.streams[order[np.minimum(at, len(order) - 1)]] if len(order) else np.empty(0)

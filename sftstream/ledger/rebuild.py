@@ -14,7 +14,7 @@ import numpy as np
 from sftstream.config import DataConfig
 from sftstream.identity import differences, identify
 from sftstream.ledger.records import Session
-from sftstream.ledger.segments import Segments
+from sftstream.ledger.segments import Segments, given, skipped
 from sftstream.records import Conversation, Example, Pack, Ref, Refused, Segment
 from sftstream.sources import Corpus
 from sftstream.streaming.example_reader import ExampleReader
@@ -51,17 +51,22 @@ class Rebuilder:
         """Differences between the data of the session and the data as it is now."""
         self.empty = self._pack((), ())
         """A pack of an exhausted stream."""
+        self.parts: dict[Ref, int] = {}
+        """Number of parts of each row with several parts that was read so far."""
 
     def packs(self, segments: Segments) -> dict[int, Pack]:
         """Return the packs that `segments` describe, by place in the step.
 
         `segments` are the segments of a step, or of some packs of a step. Raises ValueError if a
-        row is refused or has another length now.
+        row, trained or skipped, is refused or has another length now.
         """
         examples = self._examples(segments)
+        for left_out in segments_as_records(skipped(segments)):
+            _example(examples, left_out)
         result = {}
-        for place in np.unique(segments["pack"]).tolist():
-            chosen = segments_as_records(segments[segments["pack"] == place])
+        packed = given(segments)
+        for place in np.unique(packed["pack"]).tolist():
+            chosen = segments_as_records(packed[packed["pack"] == place])
             if (tokens := sum(segment.length for segment in chosen)) > self.config.capacity:
                 raise ValueError(f"pack {place} holds {tokens:,} tokens of {self.config.capacity:,}")
             result[place] = self._pack(tuple(_example(examples, s) for s in chosen), chosen)
@@ -100,6 +105,8 @@ class Rebuilder:
                     f"row {ref.row} of source {ref.source} was trained, but is refused now ({refused}): the source "
                     "changed; restore it"
                 ) from None
+            if len(examples[ref]) > 1:
+                self.parts[ref] = len(examples[ref])
         return examples
 
     def _pack(self, examples: tuple[Example, ...], segments: tuple[Segment, ...]) -> Pack:

@@ -65,7 +65,7 @@ class StepLine(msgspec.Struct, frozen=True):
     tokens: int
     trained_tokens: int
     rows: int
-    """Conversations trained and rows refused since the start of the run."""
+    """Conversations trained, and rows refused or skipped, since the start of the run."""
     refused: int
     batch_digest: str
 

@@ -10,6 +10,7 @@ import numpy as np
 from sftstream.excerpt import printable
 from sftstream.ledger.reader import Ledger
 from sftstream.ledger.rebuild import Rebuilder, segments_as_records
+from sftstream.ledger.segments import given, skipped
 from sftstream.records import Conversation, Message, Pack, Segment
 
 LossOf = Callable[[Pack], np.ndarray]
@@ -39,10 +40,10 @@ def trace(ledger: Ledger, step: int, pack: int | None = None, loss_of: LossOf | 
     """Return the conversations of a step, or of one of its packs.
 
     With `loss_of`, the conversations are sorted by loss, the largest first; otherwise they are in
-    the order of the packs. Raises ValueError if the ledger lacks the step, if the step has no such
-    pack, or if a source changed.
+    the order of the packs. Skipped conversations are left out (see `left_out`). Raises ValueError
+    if the ledger lacks the step, if the step has no such pack, or if a source changed.
     """
-    segments = ledger.segments(step)
+    segments = given(ledger.segments(step))
     session = ledger.session(step)
     packs = session.identity.global_batch
     if pack is not None and not 0 <= pack < packs:
@@ -58,6 +59,18 @@ def trace(ledger: Ledger, step: int, pack: int | None = None, loss_of: LossOf | 
     if loss_of:
         result.sort(key=lambda traced: -1.0 if traced.loss is None else traced.loss, reverse=True)
     return result
+
+
+def left_out(ledger: Ledger, step: int, pack: int | None = None) -> list[str]:
+    """Return a line for each conversation that was skipped in a step, or in one of its packs."""
+    segments = skipped(ledger.segments(step))
+    chosen = segments if pack is None else segments[segments["pack"] == pack]
+    return [
+        f"pack {place}: row {row} of source {source} in epoch {epoch}{f', part {part}' if part else ''} was skipped"
+        for place, row, source, epoch, part in zip(
+            *(chosen[name].tolist() for name in ("pack", "row", "source", "epoch", "part")), strict=True
+        )
+    ]
 
 
 def describe(traced: Traced, width: int) -> Iterator[str]:

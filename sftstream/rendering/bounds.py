@@ -37,8 +37,8 @@ _MOST_BITS = 1 << 16
 _COPIED = 1024
 """Number of copied characters that cost one work unit."""
 _CALL, _NODE = 16, 32
-"""`_CALL` is the number of work units of a call. `_NODE` is the number of characters that the
-estimate of a nested value's printed size adds for each list, dictionary and element."""
+"""`_CALL` is the number of work units of a call. `_NODE` is a number of characters: the estimate of
+a nested value's printed size adds `_NODE` for each list, dictionary and element."""
 _WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0]*\d*\.?(\d{7}|\*)|\{[^{}]*:[^{}]*(\d{7}|\{)")
 """Matches a format specifier whose width has 7 digits or more, or comes from a value: "%9999999d",
 "%*d", "{:9999999}", "{:{}}"."""
@@ -196,7 +196,7 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
         elif kind in (list, tuple, dict):
             size *= (_printed(value) if name in _NESTED else len(value)) + 1
             work += len(value) // _COPIED
-        elif kind is int and (index or name == "*"):  # may be a width, unless it is the printed value itself
+        elif kind is int and (index or name == "*"):  # a width or repeat count; not the first value
             size *= abs(value) + 1
     _count(work)
     if name == "**" or (name == "*" and type(values[0]) is type(values[1]) is int):

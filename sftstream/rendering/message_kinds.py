@@ -12,8 +12,9 @@ from sftstream.rendering.template import TemplateMessage
 def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
     """Divide `indices` into groups of similar messages; return the first and last of each group.
 
-    Two messages are similar if they have the same kind, their neighbours have the same kinds, the
-    same kinds occur before them, and both or neither of them precede the last message of a user. If
+    The kind of a message is its role, its fields and which of them are blank (see `kind_of`). Two
+    messages are similar if they have the same kind, their neighbours have the same kinds, the same
+    kinds occur before them, and both or neither of them precede the last message of a user. If
     a template prints any message of a group differently once further messages follow, the first or
     the last message of the group shows the difference.
     """

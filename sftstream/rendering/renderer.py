@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,7 +18,7 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
-from sftstream.rendering.markers import locate, names, strings
+from sftstream.rendering.markers import Located, locate, names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
 from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
@@ -40,6 +40,15 @@ class RenderedConversation(msgspec.Struct, frozen=True, gc=False):
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
+
+
+class MessageRange(NamedTuple):
+    """The characters `[start, end)` of a rendered text that belong to a message."""
+
+    start: int
+    end: int
+    message: int
+    """Index of the message in the conversation."""
 
 
 class Renderer:
@@ -96,7 +105,7 @@ class Renderer:
                 "the template prints a trained message, or text before the message, differently once further "
                 'messages follow; set history = "per_turn" or "as_rendered"',
             )
-        texts = [self.render(_up_to(conversation, index)) for index in trained]
+        texts = [self.render(up_to(conversation, index)) for index in trained]
         return RenderedConversation(conversation, tuple(text for text in texts if text.bounds))
 
     def _is_printed_alike(self, conversation: Conversation, index: int, whole: Rendered) -> bool:
@@ -105,7 +114,7 @@ class Renderer:
         The messages up to `index` are rendered alone, as at inference. The text of this render, up
         to the end of the trained message, must be the beginning of `whole`.
         """
-        part = self.render(_up_to(conversation, index))
+        part = self.render(up_to(conversation, index))
         return whole.text.startswith(part.text[: max(part.bounds, default=0)])
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -136,7 +145,7 @@ class Renderer:
         Return the text with the trained spans, and the turns. Raises `Refused`.
         """
         try:
-            return self._render_whole(conversation, self._with_variables(conversation.variables))
+            return self._render_whole(conversation, self._with_variables(conversation.variables))[:2]
         except Refused as refused:
             if not refused.reason.startswith(("template drops", "template raises")) or not self._unset_variables:
                 raise
@@ -144,7 +153,20 @@ class Renderer:
             hint = f"the template also reads variables that are not set ({names}); set them in data.tokenizer.variables"
             raise Refused(refused.reason, f"{refused.detail}; {hint}") from None
 
-    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn]]:
+    def message_ranges(self, conversation: Conversation) -> list[MessageRange]:
+        """Return the ranges of the rendered text that belong to messages, in text order.
+
+        A range is an assistant's turn up to its stop token, or a text of another message; the rest
+        of the rendered text is the template's. Raises `Refused`.
+        """
+        whole = self._render_whole(conversation, self._with_variables(conversation.variables))
+        _, turns, located = whole
+        spoken = {turn.message for turn in turns}
+        ranges = [MessageRange(*turn.span, turn.message) for turn in turns]
+        ranges += [MessageRange(p.start, p.end, p.message) for p in located.payloads if p.message not in spoken]
+        return sorted(ranges)
+
+    def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
         messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)
@@ -156,7 +178,8 @@ class Renderer:
         # The turn format was learned with the variables of the config. A conversation with its own
         # variables may have another generation prompt, so each start is proved by a render.
         turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
-        return rendered(conversation.messages, located, turns, turn_format, self.policy, self._control), turns
+        text = rendered(conversation.messages, located, turns, turn_format, self.policy, self._control)
+        return text, turns, located
 
     def _with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         try:
@@ -191,7 +214,7 @@ class Renderer:
                 )
 
 
-def _up_to(conversation: Conversation, index: int) -> Conversation:
+def up_to(conversation: Conversation, index: int) -> Conversation:
     """Return the conversation up to and with message `index`, with `train=False` before it."""
     earlier = tuple(msgspec.structs.replace(m, train=False) for m in conversation.messages[:index])
     return msgspec.structs.replace(conversation, messages=(*earlier, conversation.messages[index]))

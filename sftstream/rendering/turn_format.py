@@ -120,8 +120,8 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought (`<think></think>`),
     or the first words of the answer. A template without a prompt may print the assistant's header
-    after the last user message of every conversation; then return this header. If there is no such
-    text, return the header of an answer.
+    after the last user message even if no answer follows; then return this header. If there is no
+    such text, return the header of an answer.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""
@@ -173,9 +173,10 @@ def _probe_openers(
 ) -> frozenset[str]:
     """Return the special tokens and tags that begin a message, `<|im_start|>` for example.
 
-    The result holds the token or tag that begins the role marker. It also holds the first token or
-    tag before the first user's content that occurs more than once in the render. The token or tag
-    that begins `at_end`, the text after a last answer, is left out, because it ends a turn.
+    The result has up to two entries. The first is the token or tag at the start of the role marker.
+    The second is a token or tag before the first user's content: the first that occurs more than
+    once in the render. The token or tag at the start of `at_end`, the text after a last answer,
+    ends a turn and is left out.
     """
     token = token_or_tag(control)
     openers = [match[0]] if (match := token.match(role_marker.lstrip())) else []
@@ -249,8 +250,9 @@ def _stops(
            at_end "", in_middle "<|user|>\\n"  ->  {"<|user|>"}
 
     `turn_stops` are the known stops of turns without calls, if the texts are from turns with calls.
-    The result is then empty if `at_end` or `in_middle` contains a member of `turn_stops`, and rule
-    2 is not applied. Without `by_next_role`, rule 3 is not applied if both texts exist.
+    With `turn_stops`, rule 2 is never applied, and the result is empty if `at_end` or `in_middle`
+    contains a member of `turn_stops`. Without `by_next_role`, rule 3 is not applied if both texts
+    exist.
     """
     texts = [text for text in (at_end, in_middle) if text is not None]
     if not texts or any(contains(text, turn_stops) for text in texts):

@@ -1,9 +1,9 @@
 """Find the start and end of each assistant turn in a rendered text.
 
-A turn starts where the model would begin to speak at inference: after the generation prompt. A turn
-ends after its stop, the text that ends the model's reply. The prompt and the stops of a template
-are known from the start of the run (`turn_format.py`), the payloads of the conversation from
-`markers.py`. A conversation is refused if the start or end of a turn cannot be proved.
+A turn starts after the generation prompt, where the model would begin to write at inference. A turn
+ends after its stop, the text that ends the model's reply. `turn_format.py` finds the prompt and the
+stops of a template at the start of the run. `markers.py` finds the payloads of the conversation. A
+conversation is refused if the start or end of a turn cannot be proved.
 
 Example. The template prints `<{{ m.role }}>{{ m.content }}</s>` for each message; its generation
 prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "seven":
@@ -292,9 +292,9 @@ class _TurnSearch:
         Apertus and DeepSeek 3.2 print no header before an answer to a tool's result. As evidence,
         the last message of a user and this message are rendered as a conversation of two messages,
         for which the template prints a header. The lead is the text between the header and the
-        first payload of this message, `<|inner|>` for example. The start is proved if the gap
-        consists of text of the generation prompt followed by the lead; the turn starts with the
-        lead. Return None otherwise.
+        first payload of this message, `<|inner|>` for example. The start is proved if the gap ends
+        with the lead, and if the rest of the gap agrees with the text that a generation prompt adds
+        at this place (see `is_within`). The turn then starts with the lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)
@@ -353,9 +353,9 @@ class _TurnSearch:
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
 
-        The stop is searched between `last`, the end of that payload, and `following`, the start of
-        the next payload of a later message. A text that begins a message ends the search. Raises
-        `Refused` if no stop is found. If the format has an open end, the last message of the
+        `last` is the end of that payload, and `following` is the start of the next payload of a
+        later message. The stop is searched between the two, up to a text that begins a message.
+        Raises `Refused` if no stop is found. If the format has an open end, the last message of the
         conversation needs no stop: its turn ends with the text, without the white space that the
         template adds.
         """

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
 from sftstream.sources.resolve import open_source, source_door
-from sftstream.sources.rows import FileIdentity, RowFile
+from sftstream.sources.rows import Bookmark, FileIdentity, RowFile
 from sftstream.sources.streamed import StreamedSource
 from sftstream.sources.streamed_reader import StreamedReader
+
+Bookmarks = Mapping[int, Sequence[Bookmark]]
+"""Number of a streamed source -> bookmarks."""
 
 
 class FileSet:
@@ -105,6 +108,26 @@ class CorpusReader:
         source = self.sources[ref.source]
         if isinstance(source, StreamedReader):
             source.expect(ref)
+
+    def remember(self, bookmarks: Bookmarks) -> None:
+        """Add the bookmarks of a loaded state, from which announced rows are reached soon."""
+        for number, of_source in bookmarks.items():
+            source = self.sources[number]
+            if isinstance(source, StreamedReader):
+                source.remember(of_source)
+
+    def bookmarks(self, refs: Sequence[Ref]) -> Bookmarks:
+        """Return the bookmarks of streamed sources from which the rows `refs` can be reached.
+
+        All rows must have been read. Bookmarks of earlier rows are forgotten.
+        """
+        found: dict[int, tuple[Bookmark, ...]] = {}
+        for number, source in enumerate(self.sources):
+            if isinstance(source, StreamedReader) and (
+                of_source := source.bookmarks(ref for ref in refs if ref.source == number)
+            ):
+                found[number] = of_source
+        return found
 
     def read(self, ref: Ref) -> RawRow:
         """Return a row as stored; raises BrokenRow if unreadable.

@@ -65,7 +65,7 @@ class FullDigests:
     def start(self) -> None:
         """Compute the missing digests in a thread of low priority."""
         if self._thread is None and len(self._files) > sum(map(len, self.known.values())):
-            self._interrupted.clear()
+            self._interrupted = threading.Event()  # the event of an earlier thread remains set
             self._thread = threading.Thread(target=self._compute, name="full digests", daemon=True)
             self._thread.start()
 

@@ -21,6 +21,10 @@ from sftstream.sources.stored import stored
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DECLARED = re.compile(r"---\n(?:(?!---).*\n)*?(?:configs|dataset_info):")
+_CARD, _YAML = "README.md", ".huggingface.yaml"
+"""Files in which `datasets` looks for subsets and splits: a card with YAML on top, and YAML."""
+_PLACE = ("name", "version", "data_dir", "data_files", "description", "features")
+"""Fields of a builder's settings that do not change how a file is divided into rows."""
 _VALUES = 1_000_000
 """Values in the YAML of a dataset card; cards with hundreds of subsets have some 10,000."""
 _SLICE, _SLICES = 1000, 128
@@ -71,22 +75,39 @@ def is_hub_name(path: str) -> bool:
 
 
 def is_repository(directory: Path) -> bool:
-    """Return True if the directory has a dataset card that declares splits."""
-    card = directory / "README.md"
-    return card.is_file() and _DECLARED.match(card.read_text(encoding="utf-8", errors="replace")) is not None
+    """Return True if the directory has a dataset card, or a YAML file, that declares splits."""
+    yaml = _read(directory / _YAML)
+    return _DECLARED.match(_read(directory / _CARD)) is not None or _DECLARED.match(f"---\n{yaml}") is not None
 
 
 def data_files(source: SourceConfig) -> list[str]:
     """Return the paths or URLs of a split's files, in the order that `datasets` uses.
 
-    Raises ValueError if the split does not exist; the error lists the existing splits.
+    Raises ValueError if the split does not exist, and lists the existing splits, or if the dataset
+    card has settings of the reader of `datasets`, such as `sep: ";"`.
     """
     import datasets
 
     with _asking(source):
         builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
     files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    return files[choose(source.path, source.split, list(files))]
+    chosen = files[choose(source.path, source.split, list(files))]
+    _require_usual(source, builder.config, chosen)
+    return chosen
+
+
+def _require_usual(source: SourceConfig, settings: Any, files: list[str]) -> None:
+    """Raise ValueError if a dataset card changes how `datasets` divides files into rows."""
+    usual = vars(type(settings)())
+    if all(".tsv" in file for file in files):
+        usual["sep"] = "\t"
+    changed = {name: value for name, value in vars(settings).items() if name not in _PLACE and value != usual.get(name)}
+    if changed:
+        listed = ", ".join(f"{name} = {value!r}" for name, value in sorted(changed.items()))
+        raise ValueError(
+            f"source {source.path!r} is streamed, and its dataset card sets {listed}, which only the library datasets "
+            "applies; leave out streaming"
+        )
 
 
 def _only_split(source: SourceConfig) -> str:
@@ -128,18 +149,22 @@ def _require_bounded_card(directory: Path) -> None:
     `datasets` walks the values as a tree: 9 lists of 9 aliases each, 9 levels deep, are 400 million
     values in a card of 300 bytes.
     """
-    card = directory / "README.md"
-    if not card.is_file():
-        return
     import yaml
 
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    root = yaml.compose(parts[1], Loader=yaml.SafeLoader) if len(parts) == 3 and not parts[0].strip() else None
-    if (size := _tree_size(root, {})) > _VALUES:
-        raise ValueError(
-            f"source {str(directory)!r} has a dataset card whose aliases stand for {size:.3g} values, above {_VALUES:,}; "
-            "write the values out in README.md, or remove the aliases"
-        )
+    parts = _read(directory / _CARD).split("---\n", 2)
+    header = parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+    for file, text in ((_CARD, header), (_YAML, _read(directory / _YAML))):
+        size = _tree_size(yaml.compose(text, Loader=yaml.SafeLoader), {}) if text else 0
+        if size > _VALUES:
+            raise ValueError(
+                f"source {str(directory)!r} has a dataset card whose aliases stand for {size:.3g} values, above "
+                f"{_VALUES:,}; write the values out in {file}, or remove the aliases"
+            )
+
+
+def _read(path: Path) -> str:
+    """Return the text of a file without its byte order mark; "" if there is no file."""
+    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
 
 
 def _tree_size(node: Any, sizes: dict[int, int]) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from io import BufferedReader
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -17,15 +16,16 @@ from sftstream.sources.content import (
     require_lines,
     require_row,
     require_rows,
+    shows_rows,
 )
 from sftstream.sources.file_formats.arrow import arrow, arrow_forward
-from sftstream.sources.file_formats.compressed import CODECS, unpacked, unpacking
+from sftstream.sources.file_formats.compressed import CODECS, text_from, unpacked
 from sftstream.sources.file_formats.delimited import Delimited, records_forward
 from sftstream.sources.file_formats.json_array import JsonArray, elements_forward
 from sftstream.sources.file_formats.jsonl import JsonLines, lines_forward
 from sftstream.sources.file_formats.parquet import parquet, parquet_forward
 from sftstream.sources.location import FileLocation
-from sftstream.sources.rows import RowFile, RowsFrom
+from sftstream.sources.rows import Place, ReadRow, RowFile, RowsFrom, Text
 from sftstream.sources.stored import Stored
 
 
@@ -34,9 +34,10 @@ class FileFormat(NamedTuple):
 
     by_number: Callable[[Stored], RowFile]
     """Opens a local file for reading by row number."""
-    forward: Callable[[BufferedReader, str, int], RowsFrom]
-    """`forward(file, name, start)` reads the rows of an open file from row `start`, or from an
-    earlier row, to the end."""
+    forward: Callable[[Text, int, Text | None], RowsFrom]
+    """`forward(text, start, rest)` reads the rows of an open file from row `start`, or from an
+    earlier row, to the end. `rest` is the content from row `start` on, or None if the place of the
+    row is unknown."""
 
 
 def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
@@ -51,12 +52,21 @@ def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
     return rows
 
 
-def _json_forward(file: BufferedReader, name: str, start: int, *, lines: bool) -> RowsFrom:
-    head = file.peek(HEAD)
+def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> RowsFrom:
+    head = text.file.peek(HEAD)
     if is_array(head, lines=lines):
-        return elements_forward(file, name, start)
-    require_lines(head, name)
-    return lines_forward(file, name, start)
+        return elements_forward(text, start)
+    require_lines(head, text.display_name)
+    read = lines_forward(text, start, rest)
+    return read if rest else read._replace(rows=_checked(read.rows, text))
+
+
+def _checked(rows: Iterator[ReadRow], text: Text) -> Iterator[ReadRow]:
+    """Yield `rows`; raises ValueError if the file has a single row with several rows inside."""
+    for number, row in enumerate(rows):
+        if number == 0 and not text.file.peek(HEAD).strip():
+            require_row(row(), text.display_name)
+        yield row
 
 
 def _json(*, lines: bool) -> FileFormat:
@@ -93,30 +103,39 @@ def open_file(location: FileLocation) -> RowFile:
     or the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    if kind not in FILE_FORMATS:
-        raise ValueError(f"{location.display_name} has the unknown suffix {kind + packed!r}; known are {KNOWN}")
     stored = location.stored()
     head = _head(stored)
     if codec := _codec(head, packed):
         stored = unpacked(stored, codec)
         head = _head(stored)
     require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].by_number(stored)
+    return _format(head, kind, location).by_number(stored)
 
 
-def read_forward(location: FileLocation, start: int) -> RowsFrom:
+def read_forward(location: FileLocation, start: int, place: Place | None = None) -> RowsFrom:
     """Read the rows of a file from row `start`, or from an earlier row, to the end.
 
-    If content and suffix disagree, the content decides. Raises ValueError, now or during reading,
-    if the file cannot contain rows.
+    `place` is the place of row `start`; None if unknown. If content and suffix disagree, the
+    content decides. Raises ValueError, now or during reading, if the file cannot contain rows.
     """
     kind, packed = _suffixes(location.name)
-    file = location.open()
-    if codec := _codec(file.peek(HEAD), packed):
-        file = unpacking(file, codec)
-    head = file.peek(HEAD)
-    require_rows(head, location.display_name)
-    return FILE_FORMATS[kind_of(head, kind)].forward(file, location.display_name, start)
+    name, file = location.display_name, location.open()
+    codec = _codec(file.peek(HEAD), packed)
+    text = text_from(file, name, codec)
+    head = text.file.peek(HEAD)
+    require_rows(head, name)
+    rest = None if place is None else text_from(location.open(), name, codec, place)
+    return _format(head, kind, location).forward(text, start, rest)
+
+
+def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:
+    """Return the format of a file with the first bytes `head`; raises ValueError if unknown."""
+    if suffix not in FILE_FORMATS and not shows_rows(head):
+        raise ValueError(
+            f"{location.display_name} has the unknown suffix {PurePath(location.name).suffix!r}, and its content shows "
+            f"neither JSON nor a table; known are {KNOWN}"
+        )
+    return FILE_FORMATS[kind_of(head, suffix if suffix in FILE_FORMATS else ".json")]
 
 
 def _codec(head: bytes, packed: str) -> str | None:

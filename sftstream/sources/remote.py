@@ -25,6 +25,8 @@ _VERSIONS = (
 """Fields of fsspec's file information that change when the content of a file changes."""
 _BLOCK = 8 << 20
 """Number of bytes downloaded at a time."""
+_SERVED = ("http", "https", "ftp", "sftp", "ssh", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf")
+"""Schemes whose URLs begin with a host or bucket; `file:///x` and `hdfs:///x` need none."""
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -37,8 +39,10 @@ def connection_errors() -> tuple[type[Exception], ...]:
 def remote(url: str, *, full: bool = False) -> FileLocation:
     """Return the location of a URL; a `file://` URL gives a local location.
 
-    Raises ValueError if the scheme is unknown or the scheme's package is not installed.
+    Raises ValueError if the URL names no host, bucket or path, if the scheme is unknown, or if the
+    scheme's package is not installed.
     """
+    _require_place(url)
     with Door(f"source {url!r} cannot be opened"):
         filesystem, path = fsspec.url_to_fs(url)
     return (
@@ -46,6 +50,21 @@ def remote(url: str, *, full: bool = False) -> FileLocation:
         if isinstance(filesystem, LocalFileSystem)
         else RemoteLocation(filesystem, path, full)
     )
+
+
+def _require_place(url: str) -> None:
+    """Raise ValueError if a URL names no scheme, host, bucket or path.
+
+    The parts of a chain such as `zip://a.csv::s3://bucket/b.zip` are URLs of their own. Without
+    this check, the S3 library asks the network for credentials, for half a minute.
+    """
+    for link in url.split("::"):
+        scheme, separator, place = link.partition("://")
+        if separator and (not scheme or not place.strip("/") or (scheme in _SERVED and place.startswith("/"))):
+            raise ValueError(
+                f"source {url!r} names no {'host, bucket or path' if scheme else 'scheme'}; write the whole URL, such as "
+                "s3://bucket/rows.jsonl"
+            )
 
 
 @dataclass(frozen=True)

@@ -71,18 +71,53 @@ ReadRow = Callable[[], RawRow]
 skipped without being decoded."""
 
 
+class Place(NamedTuple):
+    """A byte of a file's content, in a form from which reading can begin."""
+
+    offset: int
+    """Byte of the stored file: the byte itself, or if the file is compressed a byte before it at
+    which unpacking can begin."""
+    skipped: int = 0
+    """Number of unpacked bytes between `offset` and the byte."""
+
+
 class RowsFrom(NamedTuple):
     """Rows in the order of the file, and the number of the first row."""
 
     first: int
     rows: Iterator[ReadRow]
+    place: Callable[[], Place] | None = None
+    """Returns the place from which the next row of `rows` can be read; None if the rows of the
+    format can be read only from the file's beginning, or need no place."""
 
 
-def skip_bom(file: BufferedReader) -> BufferedReader:
-    """Return `file`, positioned after its UTF-8 byte order mark if it has one."""
-    if file.peek(len(BOM)).startswith(BOM):
-        file.read(len(BOM))
-    return file
+class Bookmark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A row of a streamed source from which reading can begin."""
+
+    file: int
+    """Number of the file in the source."""
+    row: int
+    """Number of the row in the file."""
+    offset: int
+    skipped: int
+    """The `Place` of the row."""
+    digest: int
+    """32-bit digest of the row and its number."""
+
+
+class Text(NamedTuple):
+    """The unpacked content of a text file, from the file's beginning or from a row on."""
+
+    file: BufferedReader
+    display_name: str
+    place: Callable[[int], Place]
+    """`place(n)` is the place of byte `n` of `file`, counted from where `file` began."""
+
+
+def after_bom(file: BufferedReader) -> int:
+    """Move `file` after its UTF-8 byte order mark, and return the mark's size: 3, or 0 if the file
+    has none."""
+    return len(file.read(len(BOM))) if file.peek(len(BOM)).startswith(BOM) else 0
 
 
 def derived(*words: object) -> str:

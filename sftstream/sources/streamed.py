@@ -8,11 +8,11 @@ from pathlib import Path
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.door import Door
 from sftstream.sources.hub import data_files
-from sftstream.sources.kinds import KNOWN, is_known, read_forward
+from sftstream.sources.kinds import is_known, read_forward
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.resolve import Dataset, SavedSlices, resolve, source_door
-from sftstream.sources.rows import FileIdentity, ReadRow, RowsFrom
+from sftstream.sources.rows import FileIdentity, Place, ReadRow, RowsFrom
 from sftstream.sources.stored import Stored
 
 
@@ -51,16 +51,17 @@ class StreamedSource:
         file, index = self.file_and_index(row)
         return f"{self._locations[file].display_name}[{index}]"
 
-    def open(self, file: int, start: int) -> RowsFrom:
+    def open(self, file: int, start: int, place: Place | None = None) -> RowsFrom:
         """Read file number `file` from row `start`, or from an earlier row, to its end.
 
-        Raises ValueError if the file is unreadable, and RuntimeError if the file has changed.
+        `place` is the place of row `start`; None if unknown. Raises ValueError if the file is
+        unreadable, and RuntimeError if the file has changed.
         """
         self._require_unchanged(file)
         location = self._locations[file]
         with Door(f"{location.display_name} cannot be read"):
-            first, rows = read_forward(location, start)
-        return RowsFrom(first, self._to_the_end(file, rows))
+            read = read_forward(location, start, place)
+        return read._replace(rows=self._to_the_end(file, read.rows))
 
     def require_unchanged(self, rows: Iterable[int]) -> None:
         """Raise RuntimeError if the content of a local file with one of the rows has changed.
@@ -93,8 +94,9 @@ def _locations(source: SourceConfig) -> list[FileLocation]:
         require_whole(source.path, [location.name for location in locations])
     else:
         locations = resolved
-    if unknown := [location.display_name for location in locations if not is_known(location.name)]:
-        raise ValueError(f"{unknown[0]} has a suffix that cannot be streamed; known are {KNOWN}")
+    for location in locations:
+        if not is_known(location.name):
+            read_forward(location, 0)
     return locations
 
 

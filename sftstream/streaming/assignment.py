@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """A data-parallel coordinate: number `index`, counted from 0, of `count`."""
+    """A data-parallel part of the run: number `index`, counted from 0, of `count` shards."""
 
     index: int
     count: int
@@ -37,8 +37,8 @@ class PackAssignment:
     shards: int
     workers: int = 1
     resumed: bool = False
-    """True if `streams` is the number of a saved state. Another number then needs a rebase. The
-    flag changes only the remedy in the error message."""
+    """True if `streams` comes from a saved state: another number of streams then needs a rebase.
+    The flag changes only the remedy in the error message."""
 
     def __post_init__(self) -> None:
         if self.shards > self.streams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import inf
@@ -15,7 +15,7 @@ from sftstream import formats
 from sftstream.config import DataConfig, RowSettings, SourceConfig
 from sftstream.formats import parse_row, parse_unverified
 from sftstream.records import BrokenRow, Conversation, Example, Ref, Refused
-from sftstream.sources import Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
+from sftstream.sources import Bookmarks, Corpus, CorpusReader, FileSet, ReadRow, StreamedSource
 from sftstream.streaming.order import permute, round_keys
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.unverified import encode_unverified
@@ -25,7 +25,7 @@ _SAMPLED = 100
 
 SEARCHED, SEARCHED_IN_A_FILE = 10_000, 500
 """Limits of the search for a row that can be trained: rows tried in a source, and rows tried in
-each file of a streamed source before the search moves to the next file for the first time."""
+each file of a streamed source in the first pass over its files."""
 CHECKED_AT_ONCE = 64
 """Number of row numbers that the search in random order computes at once."""
 
@@ -45,6 +45,14 @@ class ExampleReader:
     def expect(self, ref: Ref) -> None:
         """Announce that a row will be read again, because a loaded state refers to it."""
         self.corpus.expect(ref)
+
+    def remember(self, bookmarks: Bookmarks) -> None:
+        """Add the bookmarks of a loaded state."""
+        self.corpus.remember(bookmarks)
+
+    def bookmarks(self, refs: Sequence[Ref]) -> Bookmarks:
+        """Return the bookmarks from which the rows `refs`, which were read, can be reached."""
+        return self.corpus.bookmarks(refs)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:
         """Yield the conversation of each row, or a Refused if the row cannot be trained.
@@ -109,8 +117,9 @@ class SourceCheck:
 
     A stream calls the check when it refuses a row of a source before it has accepted any row of
     that source. The check tries the rows of an indexed source in random order, and those of a
-    streamed source in stored order, some rows of each file in turn. It stops at the first good row,
-    and after `SEARCHED` rows unless the config sets no limit on refused rows.
+    streamed source in stored order, some rows of each file in turn. It stops at the first good row
+    or after `SEARCHED` rows. If `max_refused` or `max_too_long` is 1, a source may consist of
+    refused rows, and the check tries all rows.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:

@@ -20,7 +20,7 @@ PACKS_OF_A_STREAM = 64
 streams. The last pack of a stream is half empty on average, which costs less than 1 % of the slots
 of 64 packs."""
 WINDOWS_OF_A_STREAM = 4
-"""Smallest number of windows in each stream of a chosen number of streams, unless the shards need
+"""`choose_streams` also leaves each stream at least this number of windows, unless the shards need
 more streams."""
 PLANNED_EXAMPLES = 4096
 """Largest number of examples that a forecast divides into packs."""
@@ -104,8 +104,8 @@ class Forecast(NamedTuple):
         empty = steps * self.global_batch - self.packs
         if empty > steps * self.global_batch // FEW_STEPS:
             line += (
-                f"; the last step has about {empty} empty packs of {self.global_batch}: "
-                "a smaller data.global_batch has fewer"
+                f"; about {empty} of the {self.global_batch} packs of the last step are empty: "
+                "a smaller data.global_batch leaves fewer packs empty"
             )
         return line
 

@@ -41,7 +41,7 @@ REFUSED_SHARE = 16
 if all rows of a source are refused, the stream soon draws from the other sources again. If a tenth
 of a source is refused, the mixture differs from the weights by less than 0.2 %."""
 PLANNING: Final = 4
-"""Value of `StreamState.planning` in a new stream."""
+"""The state format whose rules plan the windows of a new stream (see `StreamState.planning`)."""
 
 
 class PackerConfig(NamedTuple):
@@ -117,6 +117,7 @@ class Packer(BaseNode[Pack]):
         self._joined: list[Example] = []
         """The concatenated examples of each planned pack, in reverse order: the pack to return next
         is at the end of the list. Empty after a reset, so rows of planned packs are read again."""
+        self._reader.remember(self.state.known_bookmarks)
         for segment in self.state.waiting:
             self._reader.expect(segment.ref)
 
@@ -184,12 +185,12 @@ class Packer(BaseNode[Pack]):
                 example = self._reader.examples(segment.ref)[segment.part]
             except (Refused, IndexError) as error:
                 raise ValueError(
-                    f"{row} is part of a planned pack but is refused now ({error}): the source changed; restore it"
+                    f"{row} was accepted when its window was read, and is refused now ({error}): the source changed; restore it"
                 ) from None
         if len(example.tokens) != segment.length:
             raise ValueError(
-                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its pack was "
-                "planned: the source changed; restore it"
+                f"{row} has {len(example.tokens)} tokens and had {segment.length} when its window was read: "
+                "the source changed; restore it"
             )
         return example
 
@@ -227,6 +228,10 @@ class Packer(BaseNode[Pack]):
             accepted=tuple(Amount(*amount) for amount in read.accepted),
             row_parts=self._row_parts(read.segments) if self._config.in_parts else UNSET,
         )
+        if (streamed := self._sampler.last_streamed) is not None:
+            refs = [*streamed, *(segment.ref for segment in self.state.waiting)]
+            bookmarks = {source: tuple(found) for source, found in self._reader.bookmarks(refs).items()}
+            self.state = msgspec.structs.replace(self.state, bookmarks=bookmarks or UNSET)
         return read.refused
 
     def _row_parts(self, read: Sequence[Segment]) -> tuple[RowParts, ...]:
@@ -286,11 +291,10 @@ class Packer(BaseNode[Pack]):
         source, row, epoch = ref
         accepted = read.accepted[source]
         accepted[0] += 1
+        read.examples.extend(examples)
         for part, example in enumerate(examples):
             length = len(example.tokens)
-            segment = Segment(source, row, length, epoch, part)
-            read.segments.append(segment)
-            read.examples.append(example)
+            read.segments.append(Segment(source, row, length, epoch, part))
             accepted[1] += length
             accepted[2] += example.targets
             if example.notes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from sftstream.records import Example, Pack, Refusal, Segment
 
@@ -23,8 +24,8 @@ most one."""
 EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
-"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time, because
-`_sums` needs a bit for each number of tokens."""
+"""Largest number of tokens that an exchange brings into a pack. The limit bounds the time:
+`_sums` stores the possible numbers of tokens as the bits of an integer of this length."""
 CAPACITIES_OF_A_WINDOW = 4
 """Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
 further examples until it holds these tokens, and so has several packs to plan."""
@@ -153,19 +154,31 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
     if not goals:
         return
     sums = _sums(left, lengths, goals)
-    # For each goal, the largest sum that is not above the goal: the highest bit set up to the goal.
-    reached = [(sums[-1] & (2 << goal) - 1).bit_length() - 1 for goal in goals]
-    gains = [total - goal for total, goal in zip(reached, goals, strict=True)]
-    gain = max(gains)
-    if gain <= -room:
+    count, total = _nearest(sums[-1], goals)
+    if total - goals[count - 1] <= -room:
         return
-    count = gains.index(gain) + 1
-    taken = _summands(left, lengths, sums, reached[count - 1])
+    taken = _summands(left, lengths, sums, total)
     moved = pack[-count:]
     pack[-count:] = [left[at] for at in taken]
     for at in taken:
         del left[at]
     left += moved
+
+
+def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
+    """Return `(count, total)` of the set bit `total` of `bits` that is nearest to a goal.
+
+    A bit above a goal does not count as near. `count` is the number of the goal, counted from 1; of
+    equally near goals the first is returned.
+    """
+    nearest, gap = (1, 0), goals[0] + 1
+    for count, goal in enumerate(goals, 1):
+        total = (bits & (2 << goal) - 1).bit_length() - 1
+        if goal - total < gap:
+            nearest, gap = (count, total), goal - total
+            if not gap:
+                break
+    return nearest
 
 
 def _sums(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> list[int]:
@@ -223,9 +236,14 @@ def joined(examples: Sequence[Example]) -> Example:
 
 
 def example_digest(example: Example) -> int:
-    """Return a 32-bit digest of an example's tokens and loss mask, in a microsecond for a pack."""
-    seed = xxhash.xxh3_64_intdigest(np.ascontiguousarray(example.tokens).data)
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(example.loss_mask).data, seed) & 0xFFFFFFFF
+    """Return a 32-bit digest of an example's tokens and loss mask, in a microsecond for a pack.
+
+    Raises ValueError if an array is not contiguous in memory.
+    """
+    # xxhash accepts any object with a buffer, but its type hints name bytes only.
+    tokens: Any = example.tokens
+    mask: Any = example.loss_mask
+    return xxhash.xxh3_64_intdigest(mask, xxhash.xxh3_64_intdigest(tokens)) & 0xFFFFFFFF
 
 
 def build_pack(
@@ -246,13 +264,24 @@ def build_pack(
     used = sum(lengths)
     if used < capacity:
         lengths.append(capacity - used)
+    borders = np.array([0, *accumulate(lengths)], np.int32)
+    ids, trained = _filled(examples, used, capacity, pad_id)
+    return Pack(ids, trained, borders, tuple(segments), tuple(refused), exhausted)
+
+
+def _filled(
+    examples: Sequence[Example], used: int, capacity: int, pad_id: int
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return the tokens and the loss mask of a pack. A single example that fills the pack is not
+    copied."""
+    if used == capacity and len(examples) == 1:
+        return examples[0].tokens, examples[0].loss_mask
     ids = np.full(capacity, pad_id, np.int32)
     trained = np.zeros(capacity, bool)
     if examples:
         np.concatenate([example.tokens for example in examples], out=ids[:used])
         np.concatenate([example.loss_mask for example in examples], out=trained[:used])
-    borders = np.array([0, *accumulate(lengths)], np.int32)
-    return Pack(ids, trained, borders, tuple(segments), tuple(refused), exhausted)
+    return ids, trained
 
 
 class WindowSize(NamedTuple):

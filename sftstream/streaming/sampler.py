@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -116,9 +117,10 @@ class StreamingCursor:
         self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
         self._limit = _limit(config, source, self._order.rows, stream)
         if draws_of(config, source, self._order.rows) == 0:
+            least = math.ceil(1000 / (self._order.rows * config.epochs)) / 1000 if config.epochs else 1
             raise ValueError(
-                f"repeat = {config.sources[source].repeat} of source {source} selects none of its "
-                f"{files} files, since a streamed source is repeated by whole files; raise repeat"
+                f"repeat = {config.sources[source].repeat} of source {source} selects none of its {files} files: "
+                f"a streamed source is read in whole files; raise repeat to {least} or more"
             )
 
     @property
@@ -127,7 +129,9 @@ class StreamingCursor:
         return self._limit is not None and self.position.stripes >= self._limit
 
     def skip_empty(self) -> None:
-        """Move to the next stripe that has a row. The size of a file is unknown before its end.
+        """If the current stripe has no further row, move to the next stripe that has a row.
+
+        Stripes must be tried, because the size of a file is unknown before its end.
 
         Raises ValueError after too many empty stripes in succession (see `EPOCHS_WITHOUT_A_ROW`).
         """
@@ -149,13 +153,22 @@ class StreamingCursor:
         self.position = StripePosition(self.position.stripes, self.position.rows + 1)
         return ref
 
+    @property
+    def last_drawn(self) -> Ref | None:
+        """The row drawn last from the current stripe; None before its first row."""
+        return self._row(self.position.rows - 1) if self.position.rows else None
+
     def _next(self) -> Ref:
+        return self._row(self.position.rows)
+
+    def _row(self, number: int) -> Ref:
+        """Return a reference to a row of the current stripe."""
         if self._stripe_number != self.position.stripes:
             self._stripe_number = self.position.stripes
             self._stripe = self._order.at(self._stream + self.position.stripes * self._streams)
         stripe, epoch = self._stripe
         first, file = divmod(stripe, self._reader.source.file_count)
-        index = first + self.position.rows * self._stripes_per_file
+        index = first + number * self._stripes_per_file
         return Ref(self._source, self._reader.source.number(file, index), epoch)
 
 
@@ -255,6 +268,12 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
         )
 
     @property
+    def last_streamed(self) -> list[Ref] | None:
+        """The row drawn last from each streamed source of which a stripe has begun; None if no
+        source is streamed."""
+        return [ref for cursor in self._streaming if (ref := cursor.last_drawn)] if self._streaming else None
+
+    @property
     def rows_left(self) -> int | None:
         """Draws to come, at most; None if unknown or endless."""
         left = [cursor.rows_left for cursor in self._cursors]
@@ -318,8 +337,8 @@ def _only_cursor(config: DataConfig, cursors: Sequence[Cursor]) -> IndexedCursor
 def _weights(config: DataConfig, cursors: Sequence[Cursor]) -> list[float]:
     """Return the weights of the sources. The default is the number of rows drawn in an epoch.
 
-    A streamed source without a weight has unknown size, but is the only source, so its weight has
-    no effect.
+    A streamed source has unknown size. The config requires a weight for a streamed source, unless
+    it is the only source; then its weight has no effect.
     """
     return [
         (cursor.rows or 1) * source.repeat if source.weight is None else source.weight

@@ -26,6 +26,7 @@ from sftstream.streaming.example_reader import SourceCheck
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.packer import Packer
 from sftstream.streaming.refusals import RowCounts, row_counts
+from sftstream.streaming.skip import Skip
 from sftstream.tokenization.encoder import ChatEncoder
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -82,6 +83,7 @@ class PackStreams(IterableDataset[Read | Failed]):
     def __iter__(self) -> Iterator[Read | Failed]:
         nodes: dict[int, Packer] = {}
         check = SourceCheck(self._corpus, self._encoder, self._config)
+        skip = Skip(self._config, self._encoder.tokenizer.vocabulary.pad_id)
         for number in itertools.count(self._packs):
             stream = number % self._config.stream_count
             if stream not in self._start:
@@ -92,7 +94,7 @@ class PackStreams(IterableDataset[Read | Failed]):
             except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
-            yield Read(pack, msgspec.msgpack.encode(node.state), row_counts(node.state))
+            yield Read(skip.applied(pack, number), msgspec.msgpack.encode(node.state), row_counts(node.state))
 
     def _open(self, stream: int, check: SourceCheck) -> Packer:
         node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)

@@ -146,12 +146,12 @@ class ChatEncoder:
         if isinstance(examples, Refused) or len(examples) > 1 or len(examples[0].tokens) <= self.policy.capacity:
             return examples
         try:
-            borders = self._borders(rendered.conversation)
-            return shorten(rendered.conversation, self.policy, self._encode_part, borders)
+            borders = self.borders(rendered.conversation)
+            return shorten(rendered.conversation, self.policy, self.encode_part, borders)
         except Refused as refused:
             return refused
 
-    def _borders(self, conversation: Conversation) -> list[int]:
+    def borders(self, conversation: Conversation) -> list[int]:
         """Return for each message the number of tokens up to the end of the last turn so far."""
         rendered, turns = self.renderer.render_whole(conversation)
         ends = {turn.message: turn.span.end for turn in turns}
@@ -162,7 +162,8 @@ class ChatEncoder:
             at = end
         return borders[1:]
 
-    def _encode_part(self, conversation: Conversation) -> Example:
+    def encode_part(self, conversation: Conversation) -> Example:
+        """Return the example of a conversation as one text, however long; raises `Refused`."""
         return self.tokenizer.encode(self.render(conversation), self._stops)
 
     @property

@@ -87,6 +87,22 @@ class Tokenizer:
         result: list[int] = self._encoding(text).ids
         return result
 
+    def ranges(self, text: Rendered) -> list[tuple[int, int]]:
+        """Return the characters `[start, end)` of each token of a text.
+
+        A character of several tokens is in the range of each of them.
+        """
+        pieces = _pieces(text) if text.typed else [(0, len(text.text), False)]
+        return [
+            (start + first, start + last)
+            for start, end, typed in pieces
+            for first, last in self._encoding(text.text[start:end], typed=typed).offsets
+        ]
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token in the vocabulary, such as "Ġhello" or "<|eot_id|>"."""
+        return self._backend.id_to_token(token) or ""
+
     def encode(self, text: Rendered, stops: Sequence[str] = ()) -> Example:
         """Return the tokens and the loss mask of a text; raises `Refused`."""
         (example,) = self.encode_all([text], stops)

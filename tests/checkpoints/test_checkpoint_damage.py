@@ -22,7 +22,7 @@ from test_manifest import manifest, seal
 
 from checkpoints import CheckpointStore, CorruptCheckpoint
 from checkpoints.manifest import Manifest, decode, encode
-from checkpoints.state import decode_value, encode_value
+from checkpoints.values import decode_value, encode_value
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 

@@ -13,8 +13,8 @@ import torch
 from test_checkpoint_cli import call
 
 from checkpoints import RECIPE, About, CheckpointError, CheckpointStore, CorruptCheckpoint, Recipe, Retention, Rows
-from checkpoints import state as plain_state
-from checkpoints.cli import main as command
+from checkpoints import values as plain_state
+from checkpoints.cli import show
 from checkpoints.errors import one_line, printable
 from checkpoints.manifest import Manifest, Tensor
 from checkpoints.model_directory import write_model
@@ -189,7 +189,7 @@ def test_an_unexpected_error_is_one_line_that_names_the_path(tmp_path, monkeypat
     def broken(*_: object) -> None:
         raise kind("surprise")
 
-    monkeypatch.setattr(command, "show_step", broken)
+    monkeypatch.setattr(show, "show_step", broken)
     monkeypatch.delenv("LOGLEVEL", raising=False)
     step = saved(tmp_path).root / "step-00000001"
     code, lines = call("inspect", step)

@@ -256,3 +256,17 @@ def save_and_load_on_ranks(rank: int, environment: dict[str, str], url: str) -> 
 def test_ranks_save_and_load_through_s3(s3):
     assert run_ranks(2, save_and_load_on_ranks, s3, "s3://bucket/ranks") == [[0, 1]] * 2
     assert len(keys("s3://bucket/ranks")) == 5
+
+
+@pytest.mark.parametrize("root", ["s3://", "s3:///", "s3:///run", "gs://", "memory://", "://", "://bucket/run"])
+def test_a_root_without_a_bucket_or_path_is_refused_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(fsspec, "url_to_fs", opened.append)
+    with pytest.raises(CheckpointError) as error:
+        CheckpointStore(root)
+    assert str(error.value) == (
+        f"the root {root!r} of checkpoints names no bucket or path; write the whole URL, such as s3://bucket/run"
+    )
+    assert opened == []

@@ -25,7 +25,8 @@ from torch import nn
 
 from checkpoints import About, CheckpointError, CheckpointStore, CorruptCheckpoint, Retention
 from checkpoints.digest import digesting, file_digest, threads
-from checkpoints.manifest import DTYPES, File, Span, decode, encode
+from checkpoints.manifest import File, Span, decode, encode
+from checkpoints.tensor_file import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

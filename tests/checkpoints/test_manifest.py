@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import CorruptCheckpoint
-from checkpoints.manifest import About, Chunk, File, Manifest, Part, Span, Tensor, decode, encode, merge
+from checkpoints.manifest import ITEM_BYTES, About, Chunk, File, Manifest, Part, Span, Tensor, decode, encode, merge
+from checkpoints.tensor_file import DTYPES
 
 DIGEST = "ab" * 32
 ABOUT = About(mesh={"dp": 1, "tp": 2}, validation_loss=0.1, digests={"data": DIGEST}, versions={"torch": "2.13.0+cpu"})
@@ -252,3 +253,7 @@ def test_every_grid_of_chunks_passes_and_none_with_a_chunk_lost_doubled_or_moved
         if chunks:
             with pytest.raises(CorruptCheckpoint):
                 tiled(shape, chunks).check()
+
+
+def test_the_sizes_of_elements_are_those_of_torch() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES

@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ def certificates() -> int:
 
 
 def test_a_template_that_compiles_for_hours_is_stopped_in_the_second_process() -> None:
-    start = time.process_time()
+    # A process that compiled the template itself would not come to its end.
     with pytest.raises(ValueError, match=r"could not compile .* it needs more than 1 s of CPU time; use another"):
         certify(template(FOLDED), seconds=1)
-    assert time.process_time() - start < 1  # this process has not compiled the template
 
 
 def test_a_template_that_compiles_with_too_much_memory_is_stopped_in_the_second_process() -> None:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pyarrow.parquet import write_table
 
 from sftstream.config import SourceConfig
 from sftstream.formats import decode_row
+from sftstream.records import Unreadable
 from sftstream.sources import FileSet, StreamedSource
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
@@ -115,6 +117,13 @@ MISTAKES = {
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
     "web page": (b"\n<!DOCTYPE html>\n<html></html>\n", "is a web page; download the file itself"),
     "zip": (zipped(), "is an archive of files; unpack the archive"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is an archive of files; unpack the archive"),
+    "SQLite": (
+        b"SQLite format 3\0" + bytes(80),
+        "is a SQLite database, which is not read; write the rows as JSON lines",
+    ),
+    "pickle": (pickle.dumps(ROWS), "is a pickle, which is not read; write the rows as JSON lines or Parquet"),
+    "zeros": (bytes(5000), "zero bytes, as after a crash; restore the file"),
     "tar": (tarred(), "is an archive of files; unpack the archive"),
     "pretty objects": (
         b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS),
@@ -139,11 +148,64 @@ def test_a_mistake_of_the_whole_file_is_one_error(
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("key", ["train", "data", "rows"])
-def test_an_object_that_holds_all_rows_is_one_error(tmp_path: Path, key: str) -> None:
+def test_an_object_that_holds_all_rows_is_one_error(
+    tmp_path: Path, key: str, read: Callable[[Path], list[Any]]
+) -> None:
     (tmp_path / "a.json").write_text(json.dumps({key: ROWS, "version": 1}))
     with pytest.raises(ValueError, match=rf"a.json is one JSON object with rows under '{key}'; .* jq -c '.{key}\[\]' "):
-        by_number(tmp_path / "a.json")
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["rows", "rows.txt", "rows.data.gz", "5f2a"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_named_file_of_any_suffix_is_read_by_its_content(
+    tmp_path: Path, content: str, name: str, read: Callable[[Path], list[Any]]
+) -> None:
+    packed = gzip.compress(CONTENTS[content]) if name.endswith(".gz") else CONTENTS[content]
+    (tmp_path / name).write_bytes(packed)
+    assert read(tmp_path / name) == ROWS
+
+
+NO_LINES = {
+    "comma-separated values": "prompt,completion\n" + "a,b\n" * 12,
+    "Python's notation": "{'prompt': 'a', 'completion': 'b'}\n" * 12,
+    "commas after the objects": '{"prompt": "a", "completion": "b"},\n' * 12,
+    "YAML": "- prompt: a\n  completion: b\n" * 12,
+    "Latin-1": '{"prompt": "caf\u00e9"}\n' * 12,
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("kind", NO_LINES)
+def test_a_file_of_lines_that_are_no_json_is_one_error(
+    tmp_path: Path, kind: str, read: Callable[[Path], list[Any]]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(NO_LINES[kind].encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^{path} is not JSON lines: none of its first 10 lines is JSON, such as "):
+        read(path)
+    path.write_bytes(b"\n".join([NO_LINES[kind].encode("latin-1").splitlines()[0]] * 9) + b"\n" + LINES)
+    assert len(FileSet(SourceConfig(path=str(path)))) == 9 + len(ROWS)
+
+
+def test_an_element_of_an_array_that_is_no_json_is_no_mistake_of_the_file(tmp_path: Path) -> None:
+    content = '[ {"a": NaN, "b": "é]}"},\n{"b": [1, Infinity, -1e999]} , {"b": "x"}, ' + "9" * 5000 + " ]\n"
+    path = tmp_path / "a.json"
+    for encoded in (content.encode(), b"\xef\xbb\xbf" + content.encode()):
+        path.write_bytes(encoded)
+        source = FileSet(SourceConfig(path=str(path)))
+        rows = [source.read(row) for row in range(len(source))]
+        assert [row() for row in StreamedSource(SourceConfig(path=str(path))).open(0, 0).rows] == rows
+        assert [type(decode_row(row)["b"]) for row in rows[:3]] == [str, Unreadable, str]
+        assert rows[1:] == [b'{"b": [1, Infinity, -1e999]}', b'{"b": "x"}', b"9" * 5000]
+    for damaged in ('[{"a": NaN}', '[{"a": NaN} {"a": 1}]', '[{"a": NaN}] x', '[{"a": oops}, NaN]', "[NaN,]"):
+        for read in READERS:
+            (tmp_path / "a.json").write_text(damaged)
+            with pytest.raises(ValueError, match=r"a.json is not a JSON array of conversations: "):
+                read(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(

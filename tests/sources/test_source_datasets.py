@@ -17,6 +17,7 @@ from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.sources import hub
 from sftstream.sources.corpus import FileSet
+from sftstream.sources.hub import is_repository
 from sftstream.sources.streamed import StreamedSource
 
 TRAIN, TEST = tiny.rows(10), tiny.rows(4, seed=1)
@@ -234,6 +235,72 @@ def test_a_directory_whose_card_has_splits_is_not_read_as_loose_files(repository
     )
     (repository / "README.md").write_text("Dialogues.\n")
     assert read_all(opened(repository)) == TEST
+
+
+WAYS = {
+    "one path": "data_files: extra/x.jsonl",
+    "a list of paths and globs": "data_files:\n  - extra/x.jsonl\n  - data/test-*",
+    "a directory": "data_dir: extra",
+    "a deep glob": "data_files: '**/*.jsonl'",
+    "splits": "data_files:\n  - split: train\n    path: [data/train-*, extra/*]",
+    "an alias": "data_files: &files extra/*\n- config_name: other\n  data_files: *files",
+    "a merged object": "<<: {data_files: extra/*}",
+}
+
+
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml", "byte order mark", "carriage returns"])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_a_card_to_name_files_gives_the_rows_of_datasets(tmp_path: Path, way: str, card: str) -> None:
+    for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", "extra/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tiny.write_jsonl(
+            tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {row}", "completion": "x"} for row in range(2)]
+        )
+    yaml = f"configs:\n- config_name: first\n  {WAYS[way]}\n"
+    if card == ".huggingface.yaml":
+        (tmp_path / card).write_text(yaml)
+    else:
+        text = f"---\n{yaml}---\nWords.\n".replace("\n", "\r\n" if card == "carriage returns" else "\n")
+        (tmp_path / "README.md").write_bytes(text.encode("utf-8-sig" if card == "byte order mark" else "utf-8"))
+    expected = datasets.load_dataset(str(tmp_path), "first", split="train", cache_dir=str(tmp_path / "cache")).to_list()
+    assert read_all(opened(tmp_path, subset="first", split="train")) == expected
+    source = SourceConfig(path=str(tmp_path), subset="first", split="train", streaming=True)
+    files = StreamedSource(source)
+    streamed = [decode_row(row()) for file in range(files.file_count) for row in files.open(file, 0).rows]
+    assert streamed == expected
+    assert refusal(tmp_path, subset="nothing").startswith(f"source '{tmp_path}' cannot be read as a dataset")
+    if way not in ("an alias", "a directory"):
+        assert is_repository(tmp_path)
+        assert read_all(opened(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "said"),
+    [
+        ("sep: ';'", "prompt;completion\na;b\n", "sep = ';'"),
+        ("header: null\n  names: [prompt, completion]", "a,b\n", "header = None, names = ['prompt', 'completion']"),
+    ],
+)
+def test_settings_of_a_card_are_applied_or_the_source_cannot_be_streamed(
+    tmp_path: Path, settings: str, content: str, said: str
+) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  {settings}\n---\n"
+    )
+    assert read_all(opened(tmp_path)) == [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError, match=r".") as error:
+        StreamedSource(SourceConfig(path=str(tmp_path), streaming=True))
+    assert str(error.value) == (
+        f"source '{tmp_path}' is streamed, and its dataset card sets {said}, which only the library datasets applies; "
+        "leave out streaming"
+    )
+
+
+def test_a_repository_of_tab_separated_values_can_be_streamed(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("prompt\tcompletion\na\tb\n")
+    source = StreamedSource(SourceConfig(path=str(tmp_path), split="train", streaming=True))
+    assert [row() for row in source.open(0, 0).rows] == [{"prompt": "a", "completion": "b"}]
 
 
 def test_an_unknown_split_or_subset_is_refused_in_the_words_of_datasets(repository: Path) -> None:

@@ -26,7 +26,7 @@ import pytest
 
 from sftstream import Conversation, Message, SourceConfig
 from sftstream.formats import parse_row
-from sftstream.records import BrokenRow, Ref, Refused
+from sftstream.records import BrokenRow, Ref, Refused, ToolCall, ToolCalls
 from sftstream.sources import Corpus, CorpusReader, FileSet, StreamedReader
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
@@ -59,19 +59,21 @@ BESIDE: list[tuple[str, list[Any]]] = [
     ("labels", [["x"], [], None]),
     ("nothing", [None]),
 ]
+WITH_TOOLS = {"calls", "blocks", "items"}
 IN_JSON = {"id", "score", "nested", "labels", "nothing"}
 
 
 def drawn_rows(rng: random.Random, *, tables: bool) -> tuple[Rows, list[Conversation]]:
     """Rows of one layout with any further columns, and the conversations that they hold."""
-    count, layout = rng.randint(1, 6), rng.choice(["messages", "conversations", "instruction", "prompt"])
+    count, layout = rng.randint(1, 6), rng.choice([*LAYOUTS])
+    tools = [[TOOL], json.dumps([TOOL])][rng.randint(0, 1)] if layout in WITH_TOOLS else None
     beside = [(name, values) for name, values in BESIDE if (tables or name in IN_JSON) and rng.random() < 0.2]
     rows, expected = [], []
     for _ in range(count):
         texts = [rng.choice([word for word in WORDS if word.strip()]) for _ in range(2 * rng.randint(1, 3))]
         row, messages = LAYOUTS[layout](texts)
-        rows.append(row | {name: rng.choice(values) for name, values in beside})
-        expected.append(Conversation(messages))
+        rows.append(row | ({"tools": tools} if tools else {}) | {name: rng.choice(values) for name, values in beside})
+        expected.append(Conversation(messages, (TOOL,) if tools else ()))
     return rows, expected
 
 
@@ -83,11 +85,85 @@ def spoken(texts: list[str]) -> tuple[Message, ...]:
     return tuple(Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts))
 
 
+def parts(texts: list[str]) -> Rows:
+    """Turns whose contents are lists of one or two parts."""
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    return [
+        {
+            "role": ("user", "assistant")[number % 2],
+            "content": [{"type": "text", "text": half} for half in pair if half],
+        }
+        for number, pair in enumerate(halves)
+    ]
+
+
+TOOL = {"type": "function", "function": {"name": "say", "description": "says"}}
+CALL = ToolCall("say", {"word": "a", "times": 2}, "c1")
+
+
+def called(texts: list[str]) -> tuple[Message, ...]:
+    """A question, a call, its result, and an answer."""
+    said = spoken(texts[:2])
+    return (
+        said[0],
+        Message("assistant", None, "Hm.", ToolCalls([CALL])),
+        Message("tool", "a", tool_call_id="c1"),
+        said[1],
+    )
+
+
+def calls(texts: list[str]) -> dict[str, Any]:
+    function = {"name": CALL.name, "arguments": json.dumps(CALL.arguments)}
+    asks = {"role": "assistant", "reasoning": "Hm.", "tool_calls": [{"id": "c1", "function": function}]}
+    question, answer = turns(texts[:2], "role", "content", ("User", "ASSISTANT"))
+    return {"messages": [question, asks, {"role": "tool", "tool_call_id": "c1", "content": "a"}, answer]}
+
+
+def blocks(texts: list[str]) -> dict[str, Any]:
+    use = {"type": "tool_use", "id": "c1", "name": CALL.name, "input": CALL.arguments}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a"}]}
+    question, answer = parts(texts[:2])
+    asks = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, use]}
+    return {"messages": [question, asks, {"role": "user", "content": [result]}, answer]}
+
+
+def items(texts: list[str]) -> dict[str, Any]:
+    asks = {"type": "function_call", "call_id": "c1", "name": CALL.name, "arguments": json.dumps(CALL.arguments)}
+    reasoning = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "a"}
+    question, answer = turns(texts[:2], "role", "content", ("user", "assistant"))
+    return {"messages": [question, reasoning, asks, result, {"type": "message", **answer}]}
+
+
+def with_history(texts: list[str]) -> dict[str, Any]:
+    *before, question, answer = texts
+    pairs = [list(pair) for pair in zip(before[::2], before[1::2], strict=True)]
+    return {"query": question, "response": answer, "history": pairs}
+
+
 LAYOUTS: dict[str, Callable[[list[str]], tuple[dict[str, Any], tuple[Message, ...]]]] = {
     "messages": lambda texts: ({"messages": turns(texts, "role", "content", ("user", "assistant"))}, spoken(texts)),
     "conversations": lambda texts: ({"conversations": turns(texts, "from", "value", ("human", "gpt"))}, spoken(texts)),
     "instruction": lambda texts: ({"instruction": texts[0], "output": texts[1]}, spoken(texts[:2])),
     "prompt": lambda texts: ({"prompt": texts[0], "completion": texts[1]}, spoken(texts[:2])),
+    "turns as text": lambda texts: (
+        {"messages": json.dumps(turns(texts, "role", "content", ("user", "assistant")))},
+        spoken(texts),
+    ),
+    "object of lists": lambda texts: (
+        {"messages": {"from": [("human", "gpt")[number % 2] for number in range(len(texts))], "value": texts}},
+        spoken(texts),
+    ),
+    "rounds": lambda texts: (
+        {"conversation": [{"input": ask, "output": say} for ask, say in zip(texts[::2], texts[1::2], strict=True)]},
+        spoken(texts),
+    ),
+    "texts": lambda texts: ({"data": texts}, spoken(texts)),
+    "history": lambda texts: (with_history(texts), spoken(texts)),
+    "parts": lambda texts: ({"messages": parts(texts)}, spoken(texts)),
+    "calls": lambda texts: (calls(texts), called(texts)),
+    "blocks": lambda texts: (blocks(texts), called(texts)),
+    "items": lambda texts: (items(texts), called(texts)),
 }
 
 

@@ -333,26 +333,23 @@ def test_rows_and_lines_of_random_files_are_those_of_a_plain_search(
 
 
 @pytest.mark.slow
-def test_ten_million_tiny_rows_are_indexed_in_seconds_and_little_memory(tmp_path: Path) -> None:
+def test_ten_million_tiny_rows_are_indexed_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         for first in range(0, 10_000_000, 100_000):
             file.write(b"".join(b"%d\n" % number for number in range(first, first + 100_000)))
     program = f"""
-import json, resource, time
+import json, resource
 from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.sources import FileSet
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = FileSet(SourceConfig(path={str(path)!r}))
-seconds = time.perf_counter() - start
 assert len(rows) == 10_000_000
 assert [int(rows.read(row)) for row in (0, 4_999_999, 9_999_999)] == [0, 4_999_999, 9_999_999]
 assert rows.locate_row(9_999_999).endswith(":10000000")
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds, kilobytes = json.loads(done.stdout)
-    assert seconds < 10
-    assert kilobytes < 64 << 10
+    assert json.loads(done.stdout) < 64 << 10  # kilobytes
     assert index_of(tmp_path).stat().st_size == 8 * 10_000_001 + 88

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sftstream import SourceConfig
 from sftstream.formats import decode_row
 from sftstream.records import Ref
-from sftstream.sources import StreamedReader, StreamedSource, remote
+from sftstream.sources import Corpus, StreamedReader, StreamedSource, remote
 from sftstream.sources.corpus import FileSet
 from sftstream.sources.file_formats import compressed
 
@@ -280,6 +280,31 @@ def test_a_scheme_whose_package_is_missing_is_one_line_that_names_it() -> None:
         "nowhere", "no_such_package.FileSystem", clobber=True, errtxt="Install no_such_package"
     )
     assert refusal("nowhere://a.jsonl") == "source 'nowhere://a.jsonl' cannot be opened: Install no_such_package"
+
+
+@pytest.mark.parametrize(
+    ("url", "lack"),
+    [
+        *((url, "host, bucket or path") for url in ("s3://", "s3:///", "s3:///rows.jsonl", "gs://", "hf:///a/b.jsonl")),
+        *(
+            (url, "host, bucket or path")
+            for url in ("https://", "https:///rows.jsonl", "memory://", "nope://", "file://")
+        ),
+        *((url, "host, bucket or path") for url in ("zip://a.jsonl::s3://", "simplecache::https:///a.jsonl")),
+        *((url, "scheme") for url in ("://", "://bucket/rows.jsonl")),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_url_without_a_place_is_refused_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, url: str, lack: str, streaming: bool
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(fsspec, "url_to_fs", opened.append)
+    source = SourceConfig(path=url, streaming=streaming, shuffle=False)
+    with pytest.raises(ValueError, match=r".") as error:
+        Corpus((source,))
+    assert str(error.value) == (f"source {url!r} names no {lack}; write the whole URL, such as s3://bucket/rows.jsonl")
+    assert opened == []
 
 
 def test_an_unknown_scheme_is_refused() -> None:

@@ -25,7 +25,7 @@ from sftstream import DataConfig, PackLoader, Shard, SourceConfig, describe, mer
 from sftstream.formats import decode_row
 from sftstream.records import BrokenRow, RawRow, Ref
 from sftstream.sources import Corpus, CorpusReader, FileSet, StreamedReader, StreamedSource
-from sftstream.sources.rows import ReadRow, RowsFrom
+from sftstream.sources.rows import Place, ReadRow, RowsFrom
 from sftstream.streaming.sampler import RowSampler, open_cursors
 
 ROWS = tiny.rows(30)
@@ -197,9 +197,9 @@ class Watched(StreamedSource):
         super().__init__(SourceConfig(path=path, streaming=True))
         self.read: list[tuple[int, int]] = []
 
-    def open(self, shard: int, at: int) -> RowsFrom:
-        first, rows = super().open(shard, at)
-        return RowsFrom(first, self._recorded(shard, first, rows))
+    def open(self, shard: int, at: int, place: Place | None = None) -> RowsFrom:
+        read = super().open(shard, at, place)
+        return read._replace(rows=self._recorded(shard, read.first, read.rows))
 
     def _recorded(self, shard: int, first: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         for number, row in enumerate(rows, first):
@@ -219,9 +219,9 @@ def test_after_a_resume_a_shard_is_read_once_and_only_as_far_as_somebody_waits(p
     for shard, index in waiting:
         tape.expect(Ref(0, source.number(shard, index), 0))
     assert [source.number_of(tape, *at) for at in waiting] == [5, 12, 1, 18, 1]
-    assert source.read == [*((0, row) for row in range(1, 6)), *((2, row) for row in range(3, 10))]
+    assert source.read == [*((0, row) for row in range(6)), *((2, row) for row in range(10))]
     assert source.number_of(tape, 2, 10) == 19
-    assert source.read[12:] == [(2, 10)]
+    assert source.read[16:] == [(2, 10)]
     assert not tape.reaches(Ref(0, source.number(2, 11), 0))
 
 
@@ -231,7 +231,7 @@ def test_a_row_that_waits_from_one_epoch_is_found_in_the_next_one_too(path: str)
     tape.expect(Ref(0, source.number(3, 1), 0))
     assert tape.reaches(Ref(0, source.number(3, 1), 1))
     assert [decode_row(tape.read(Ref(0, source.number(3, 1), epoch))) for epoch in (0, 1)] == [ROWS[21]] * 2
-    assert source.read == [(3, 1)]
+    assert source.read == [(3, 0), (3, 1)]
 
 
 def test_of_parquet_a_resume_reads_no_row_group_that_nobody_waits_for(tmp_path: Path) -> None:
@@ -264,9 +264,12 @@ def test_repeat_counts_in_shards(path: str, tokenizer: str) -> None:
 
 
 def test_a_repeat_that_takes_no_shard_is_refused(path: str, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match=r"repeat = 0.19 of source 0 selects none of its 5 files, .*; raise repeat"):
+    with pytest.raises(ValueError, match=r"repeat = 0.19 of .* none of its 5 files: .*; raise repeat to 0.2 or more"):
         PackLoader(configured(tokenizer, path, {"repeat": 0.19}, epochs=1))
     assert drawn(configured(tokenizer, path, {"repeat": 0.2}, epochs=1))
+    with pytest.raises(ValueError, match=r"repeat = 0.01 of .* files: .*; raise repeat to 0.067 or more"):
+        PackLoader(configured(tokenizer, path, {"repeat": 0.01}, epochs=3))
+    assert drawn(configured(tokenizer, path, {"repeat": 0.067}, epochs=3))
 
 
 def test_shards_without_a_row_are_passed_over(tmp_path: Path, tokenizer: str) -> None:
@@ -385,7 +388,9 @@ def test_what_cannot_be_streamed_says_why(path: str, tokenizer: str) -> None:
     assert 'set shuffle = "shards" to shuffle its shards' in said(path, {"shuffle": True})
     assert "matches no file" in said(f"{path}/none-*.jsonl")
     (Path(path) / "notes.txt").write_text("hello")
-    assert "notes.txt has a suffix that cannot be streamed; known are .jsonl, " in said(f"{path}/*")
+    assert "notes.txt has the unknown suffix '.txt', and its content shows neither JSON nor a table; " in said(
+        f"{path}/*"
+    )
     (Path(path) / "a-00000-of-00002.jsonl").write_bytes(tiny.json_lines(ROWS[:1]))
     assert "lacks 1 of 2 files, first a-00001-of-00002.jsonl" in said(path)
     two = [{"path": path, "streaming": True}, {"path": path}]

@@ -244,12 +244,12 @@ def test_a_broken_row_is_located_by_file_and_line(tmp_path: Path) -> None:
         next(rows)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.lz4", ".lz4"), ("a.gz", ".gz"), ("a", "")])
+@pytest.mark.parametrize(("name", "kind"), [("a.txt", ".txt"), ("a.jsonl.lz4", ".lz4"), ("a.tar", ".tar"), ("a", "")])
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
-    (tmp_path / name).write_bytes(lines(1))
+    (tmp_path / name).write_bytes(b"a,b\n1,2\n")
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name} has the unknown suffix '{kind}'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, "
-        "and these with .gz, .zst, .bz2 or .xz"
+        f"{tmp_path / name} has the unknown suffix '{kind}', and its content shows neither JSON nor a table; known are .jsonl, "
+        ".ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz, .zst, .bz2 or .xz"
     )
 
 

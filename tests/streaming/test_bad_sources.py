@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,11 @@ def test_a_source_without_a_conversation_is_an_error_at_once(
         {"path": tiny.write_jsonl(tmp_path / "bad.jsonl", _bad(3)), "weight": 1, **bad},
     ]
     loader = PackLoader(tiny.data_config(tokenizer, sources=sources, mix_by=mix_by, epochs=epochs, streams=streams))
-    started = time.monotonic()
     with pytest.raises(
         ValueError,
         match=r"source 1 holds no conversation to train: each of its 3 rows is refused \(unknown layout: 3",
     ):
         list(loader)
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])

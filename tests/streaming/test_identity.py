@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import tiny
 
-from sftstream import DataConfig, PackLoader, SourceConfig
+from sftstream import DataConfig, PackLoader, SkipConfig, SourceConfig
 from sftstream.identity import IN_OTHER_FORM, WITHOUT_EFFECT, Identity, SourceIdentity, differences
 
 TODAY = "2026-08-21"
@@ -336,6 +336,7 @@ def test_settings_that_an_identity_leaves_out_keep_their_defaults() -> None:
         if field.name == config_field.name and field.default is msgspec.UNSET
     }
     assert younger == {
+        ("DataConfig", "skip"): SkipConfig(),
         ("SourceConfig", "ignore"): (),
         ("SourceConfig", "roles"): None,
         ("SourceConfig", "max_row_bytes"): 16 << 20,

@@ -247,6 +247,9 @@ class LengthReader:
     def expect(self, ref: Ref) -> None:
         """Every row can be read again at any time."""
 
+    def remember(self, bookmarks: object) -> None:
+        """Every row can be read at any time."""
+
     def examples(self, ref: Ref) -> list[Example]:
         length = self.lengths[ref.row]
         return [Example(np.full(length, ref.row, np.int32), np.ones(length, bool), length - 1)]
@@ -473,7 +476,7 @@ def test_a_planned_conversation_is_read_again_after_a_reset_and_must_be_the_same
     lengths[:] = [11, 21, 31, 16]
     changed.reset(saved)
     with pytest.raises(
-        ValueError, match=r"row \d of source 0 has \d\d tokens and had \d\d when its pack was planned: the source chan"
+        ValueError, match=r"row \d of source 0 has \d\d tokens and had \d\d when its window was read: the source chan"
     ):
         next(changed)
 

@@ -265,7 +265,7 @@ def test_a_row_that_changed_since_it_was_planned_is_an_error(
     tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 20)
     with pytest.raises(
         ValueError,
-        match=r"row \d+ of source 0 is part of a planned pack but is refused now \(unknown layout: .* rest",
+        match=r"row \d+ of source 0 was accepted when its window was read, and is refused now \(unknown layout: .* rest",
     ):
         next(opened(config, encoder, 0, state))
 

@@ -201,8 +201,8 @@ def test_a_forecast_counts_the_ends_of_streams(thousand: DataConfig) -> None:
         (
             Forecast(1, 64, 8192, 71, 0.991),
             None,
-            "about 71 packs of 8,192 tokens in 2 steps, about 99.1% full; 1 logical stream; the last step has about 57 "
-            "empty packs of 64: a smaller data.global_batch has fewer",
+            "about 71 packs of 8,192 tokens in 2 steps, about 99.1% full; 1 logical stream; about 57 of the 64 "
+            "packs of the last step are empty: a smaller data.global_batch leaves fewer packs empty",
         ),
     ],
 )

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,12 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: s
         'checkpoint.root="a\\u001b"',
     ],
 )
-def test_a_size_or_place_out_of_bounds_is_refused_within_a_second(
+def test_a_size_or_place_out_of_bounds_is_refused_before_anything_is_made(
     tmp_path: Path, config: dict[str, Any], override: str
 ) -> None:
     path = written(tmp_path, config)
-    began = time.monotonic()
     with pytest.raises(ValueError, match=override.split("=")[0].split(".")[-1]) as error:
         load_config(path, [override])
-    assert time.monotonic() - began < 1
     assert str(error.value).isprintable()
 
 

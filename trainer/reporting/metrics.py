@@ -54,7 +54,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     trained_tokens: int
     """Tokens in the loss of the step."""
     rows: int
-    """Conversations trained on and rows refused since the start of the run."""
+    """Conversations trained on, and rows refused or skipped, since the start of the run."""
     refused: int
     """Rows refused in the step."""
     refused_by_reason: dict[str, int]

@@ -16,7 +16,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     """Finished steps."""
     rows: int = 0
-    """Conversations trained on and rows refused."""
+    """Conversations trained on, and rows refused or skipped."""
     tokens: int = 0
     """Tokens of the conversations, padding excluded."""
     trained_tokens: int = 0

@@ -4,9 +4,12 @@ The first conversation of a shape takes the full path: the template renders the 
 and without markers, and the turns are found and verified. `RenderCache.learn` then traces the
 template on symbolic values (`symbolic.py`), and keeps the plan (`render_plan.py`) if the plan
 prints the same text with the same trained spans. `RenderCache.render` uses the plan for a later
-conversation if four conditions hold: the conversation has the same shape (`shape.py`); the
-template's questions about the values have the same answers as for the first conversation; no value
-contains markup; no value is printed with white space at its ends, or stripped only in part.
+conversation if four conditions hold:
+
+- The conversation has the same shape (`shape.py`).
+- Each condition of the template on a value has the same result as for the first conversation.
+- No value contains markup.
+- No value is printed with white space at its ends or is stripped only in part.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
 

@@ -97,8 +97,8 @@ class RenderPlan(NamedTuple):
     unprinted: tuple[int, ...]
     """Indices of values without a slot: ids in most templates, earlier reasoning in some.
 
-    Unprinted values are searched for markup too, because without a render plan a conversation with
-    a special token in an id is refused.
+    Unprinted values are searched for markup too: the full path refuses a conversation with a
+    special token in an id, so a plan must not print this conversation.
     """
     conditions: tuple[Condition, ...]
     """Questions that the values must answer as the traced conversation's values did."""

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from io import BufferedReader, BytesIO, FileIO
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +17,7 @@ import pyarrow.ipc
 from sftstream.cache import cached
 from sftstream.door import Door
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
-from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, derived
+from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, Text, derived
 from sftstream.sources.stored import Stored, copy_of
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]
@@ -137,10 +137,16 @@ def in_columns(original: Stored, source: Callable[[], Source]) -> Arrow:
     return Arrow(copy_of(original, copy, key))
 
 
-def arrow_forward(file: BufferedReader, name: str, _start: int) -> RowsFrom:
-    """Read the rows of an Arrow file (file or stream format) from the first row to the last."""
-    _, batches = _source_of(name, pa.PythonFile(seekable(file), "r"))
-    return RowsFrom(0, rows_of(batches))
+def arrow_forward(text: Text, start: int, _rest: Text | None = None) -> RowsFrom:
+    """Read the rows of an Arrow file (file or stream format) from the beginning of the record batch
+    with row `start`."""
+    _, read = _source_of(text.display_name, pa.PythonFile(seekable(text.file), "r"))
+    batches, first = iter(read), 0
+    for batch in batches:
+        if first + batch.num_rows > start:
+            return RowsFrom(first, rows_of(chain([batch], batches)))
+        first += batch.num_rows
+    return RowsFrom(first, iter(()))
 
 
 def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[ReadRow]:
@@ -252,6 +258,8 @@ def _validate(array: pa.Array) -> None:
     elif pa.types.is_dictionary(kind):
         pa.DictionaryArray.from_arrays(array.indices, pa.nulls(len(array.dictionary)), safe=True)
         _validate(array.dictionary)
+    elif pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        array.validate()  # not the values: a date out of range matters to its own row only
     else:
         array.validate(full=True)
 

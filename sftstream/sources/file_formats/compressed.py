@@ -10,13 +10,16 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.cache import cached
-from sftstream.sources.rows import derived
+from sftstream.sources.file_formats.zstd_frames import Frames
+from sftstream.sources.rows import Place, Text, derived
+from sftstream.sources.skipping import skip_bytes
 from sftstream.sources.stored import Stored, copy_of
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Suffix -> name of the codec."""
 DAMAGED = (OSError, EOFError, lzma.LZMAError)
 """Errors of a codec if the content is damaged or truncated."""
+BEGINNING = Place(0)
 _BLOCK = 4 << 20
 """Number of bytes decompressed at a time."""
 
@@ -32,6 +35,24 @@ def unpacking(file: Any, codec: str) -> BufferedReader:
     if codec == "xz":
         return BufferedReader(lzma.LZMAFile(file))
     return BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec))
+
+
+def text_from(file: BufferedReader, display_name: str, codec: str | None, place: Place = BEGINNING) -> Text:
+    """Return the unpacked content of an open file from a place on; `codec` is None if the file is
+    not compressed."""
+    offset, skipped = place
+    if offset:
+        file.seek(offset)
+    if codec == "zstd":
+        frames = Frames(file, offset)
+        text = Text(BufferedReader(frames), display_name, lambda n: Place(*frames.start(skipped + n)))
+    elif codec:
+        text = Text(unpacking(file, codec), display_name, lambda n: Place(0, skipped + n))
+    else:
+        text = Text(file, display_name, lambda n: Place(offset + n))
+    if codec:
+        skip_bytes(text.file, skipped, display_name)
+    return text
 
 
 def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:

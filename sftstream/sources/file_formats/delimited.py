@@ -17,7 +17,7 @@ import numpy as np
 
 from sftstream.records import BrokenRow
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, skip_bom
+from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom
 from sftstream.sources.stored import Stored
 
 _CELL = 64 << 20
@@ -43,11 +43,38 @@ class Delimited(IndexedFile):
         return _record(self._index.read(row), self._delimiter, self._columns)
 
 
-def records_forward(file: BufferedReader, name: str, _start: int, *, delimiter: str) -> RowsFrom:
-    """Read the records of a file in order; raises ValueError if the header is unusable."""
-    texts = filter(None, (b"".join(lines).strip(b"\r\n") for lines in _divided(skip_bom(file), delimiter)))
-    columns = _header(next(texts, b""), delimiter, name)
-    return RowsFrom(0, (partial(_record, text, delimiter, columns) for text in texts))
+def records_forward(text: Text, start: int, rest: Text | None = None, *, delimiter: str) -> RowsFrom:
+    """Read the records of a file in order.
+
+    `rest` is the content from record `start` on. Without `rest`, the first record is record 0, as
+    in `lines_forward`. Raises ValueError if the header is unusable.
+    """
+    records = _Records(text.file, after_bom(text.file), delimiter)
+    read = iter(records)
+    columns = _header(next(read, b""), delimiter, text.display_name)
+    if rest:
+        records = _Records(rest.file, 0, delimiter)
+        read = iter(records)
+    place = (rest or text).place
+    rows = (partial(_record, record, delimiter, columns) for record in read)
+    return RowsFrom(start if rest else 0, rows, lambda: place(records.position))
+
+
+class _Records:
+    """The records of a file that are not blank, and the position after the last record read."""
+
+    def __init__(self, file: BufferedReader, position: int, delimiter: str) -> None:
+        self._file = file
+        self._delimiter = delimiter
+        self.position = position
+        """Number of bytes before the next record."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        for lines in _divided(self._file, self._delimiter):
+            record = b"".join(lines)
+            self.position += len(record)
+            if record := record.strip(b"\r\n"):
+                yield record
 
 
 def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:

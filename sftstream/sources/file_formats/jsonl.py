@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from io import BufferedReader, FileIO
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, skip_bom
+from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Text, after_bom
 from sftstream.sources.stored import Stored, begins_with
 
 _CHUNK = 1 << 20
@@ -39,11 +37,31 @@ class JsonLines(IndexedFile):
         return self._index.rows_before(before.size) if b"\n" in border or before.size == 0 else None
 
 
-def lines_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
-    """Read the lines of a file in order, from line `start`; blank lines do not count."""
-    lines = (line for line in skip_bom(file) if line.strip())
-    deque(islice(lines, start), maxlen=0)  # a million lines take half a second
-    return RowsFrom(start, (partial(bytes, line) for line in lines))
+def lines_forward(text: Text, start: int, rest: Text | None = None) -> RowsFrom:
+    """Read the lines of a file in order, without blank lines.
+
+    `rest` is the content from line `start` on. Without `rest`, the first line is line 0, so that
+    the reader can make bookmarks on the way to line `start`.
+    """
+    lines = _Lines(rest.file, 0) if rest else _Lines(text.file, after_bom(text.file))
+    place = (rest or text).place
+    rows = (partial(bytes, line) for line in lines)
+    return RowsFrom(start if rest else 0, rows, lambda: place(lines.position))
+
+
+class _Lines:
+    """The lines of a file that are not blank, and the position after the last line read."""
+
+    def __init__(self, file: BufferedReader, position: int) -> None:
+        self._file = file
+        self.position = position
+        """Number of bytes before the next line."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._file:
+            self.position += len(line)
+            if line.strip():
+                yield line
 
 
 def divide(file: FileIO, size: int) -> Iterator[tuple[Integers, Integers]]:

@@ -7,7 +7,6 @@ file is copied once into an Arrow file in the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import BufferedReader
 from itertools import accumulate
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from pyarrow.parquet import ParquetFile
 
 from sftstream.door import Door
 from sftstream.sources.file_formats.arrow import Arrow, Source, in_columns, rows_of, seekable
-from sftstream.sources.rows import RowsFrom
+from sftstream.sources.rows import RowsFrom, Text
 from sftstream.sources.stored import Stored
 
 _BATCH = 1000
@@ -29,9 +28,9 @@ def parquet(stored: Stored) -> Arrow:
         return in_columns(stored, lambda: _source(stored))
 
 
-def parquet_forward(file: BufferedReader, _name: str, start: int) -> RowsFrom:
+def parquet_forward(text: Text, start: int, _rest: Text | None = None) -> RowsFrom:
     """Read the rows of a Parquet file from the beginning of the row group with row `start`."""
-    opened = ParquetFile(seekable(file), page_checksum_verification=True)
+    opened = ParquetFile(seekable(text.file), page_checksum_verification=True)
     groups = range(opened.num_row_groups)
     ends = list(accumulate((opened.metadata.row_group(group).num_rows for group in groups), initial=0))
     wanted = [group for group in groups if ends[group + 1] > start]

@@ -54,7 +54,11 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tokenizer: str) -> None:
     [
         (("inspect", "{}/nowhere.json"), "error: {}/nowhere.json cannot be read: No such file or directory\n"),
         (("bench", "{}/nowhere.toml"), "error: config '{}/nowhere.toml' cannot be read: No such file or directory\n"),
-        (("diff", "{}", "{}"), "error: {} cannot be read: Is a directory\n"),
+        (
+            ("diff", "{}", "{}"),
+            "error: {} holds no checkpoint and no state; name a JSON file with a state dict, a directory such as "
+            "runs/my-run, or a checkpoint such as runs/my-run/checkpoints/step-00000100\n",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -82,7 +86,7 @@ def test_the_help_prints_every_word_of_the_help_texts(name: str) -> None:
     """Markup would take [data] for a style and print nothing."""
     command = COMMANDS[name]
     printed = " ".join(run(main, name, "--help").stdout.split())
-    for text in (command.help, *(parameter.help for parameter in command.params)):
+    for text in (command.help, *(parameter.help for parameter in command.params if parameter.name != "help")):
         assert text, f"a parameter of {name} has no help text"
         assert " ".join(text.split()) in printed
 

@@ -1,0 +1,5 @@
+"""`python -m sftstream`."""
+
+from sftstream.cli.main import main
+
+main()

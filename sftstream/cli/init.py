@@ -1,0 +1,115 @@
+"""The command that writes a first config for conversations of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sftstream.cli.output import Json, print_json
+from sftstream.excerpt import printable
+
+if TYPE_CHECKING:
+    from sftstream.starter.hardware import Hardware, Plan
+    from sftstream.starter.look import Look
+    from sftstream.starter.propose import Proposal
+
+SHOWN = 5
+"""Refused rows that are printed."""
+LONGEST = 160
+"""Characters of a refused row's detail that are printed."""
+
+
+def init(
+    data: Annotated[str, typer.Argument(help="File, glob, directory or hub dataset of conversations.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub name of the model to train. Default: an open model that fits.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Config to write.")] = Path("run.toml"),
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=4096,
+            help="Number of GPUs, each of 80 GB. Default: the GPUs of this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str],
+        typer.Option(help="NAME=COLUMN, to read a column under a known name such as prompt. Repeat it for several."),
+    ] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing config.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented config for data, after a look at a sample: layouts, lengths, turns and
+    refused rows; capacity, batch, model and parallelism for the GPUs that are there."""
+    import msgspec
+
+    from sftstream.starter.write import start
+
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists; give another --out, or replace it with --force")
+    found, proposal, hardware, planned = start(data, model, out, gpus, _columns(columns))
+    if as_json:
+        plan = planned if planned is None else msgspec.structs.asdict(planned)
+        print_json({"wrote": str(out), "data": found, "proposal": proposal, "hardware": hardware, "plan": plan})
+        return
+    for line in _lines(found, proposal, hardware, planned):
+        typer.echo(printable(line))
+    typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
+    ranks = f"--nproc-per-node {hardware.gpus} " if hardware.gpus > 1 else ""
+    typer.echo(printable(f"  torchrun {ranks}-m trainer.main {out}"))
+
+
+def _columns(pairs: list[str]) -> dict[str, str] | None:
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (name, _, column) in zip(pairs, split, strict=True) if not name or not column]:
+        raise ValueError(f"--columns {wrong[0]!r} is not NAME=COLUMN; write --columns prompt=question")
+    return {name: column for name, _, column in split} or None
+
+
+def _lines(found: Look, proposal: Proposal, hardware: Hardware, planned: Plan | None) -> list[str]:
+    files = f"{found.files} file{'s' * (found.files > 1)}"
+    lines = [
+        f"data      {found.path}: {found.rows:,} rows in {files}, {found.sampled} sampled",
+        f"layout    {', '.join(f'{name} ({count})' for name, count in found.layouts.items())}",
+    ]
+    if found.messages:
+        middle = found.messages[len(found.messages) // 2]
+        roles = ", ".join(f"{role} in {count / len(found.messages):.0%}" for role, count in found.roles.items())
+        lines.append(f"messages  {found.messages[0]} to {found.messages[-1]}, median {middle}; {roles}")
+    if not found.verified:
+        lines.append("          plain text or token ids: trained as they are, with verified = false")
+    share = found.trained / max(sum(found.lengths), 1)
+    lines += [
+        f"lengths   {_bars(found.lengths)}  {found.lengths[0]:,} to {found.lengths[-1]:,} tokens, median "
+        f"{found.length(0.5):,}, 99 % below {found.length(0.99):,}; {share:.0%} trained",
+        f"total     about {found.tokens:,} tokens",
+        f"refused   {len(found.refused)} of {found.sampled} sampled rows",
+        *(f"          {row.place}: {row.reason}: {row.detail[:LONGEST]}" for row in found.refused[:SHOWN]),
+        f"machine   {hardware.name}",
+        f"model     {proposal.model}" + (f", {planned.parameters:,} parameters" if planned else ""),
+        f"proposal  packs of {proposal.capacity:,} tokens, {proposal.global_batch} in a step, {proposal.epochs} epochs"
+        + (f", tensor parallel {proposal.tp}" if proposal.tp > 1 else ""),
+    ]
+    if planned:
+        steps = "" if planned.steps is None else f", {planned.steps:,} steps"
+        lines.append(
+            f"plan      {planned.memory / 2**30:.0f} of {hardware.memory / 2**30:.0f} GiB on each GPU, "
+            f"{planned.weights_dtype} weights, recompute {planned.recompute}; {planned.seconds_per_step:.1f} s a step{steps}"
+        )
+    return lines
+
+
+def _bars(lengths: tuple[int, ...], width: int = 24) -> str:
+    """Return a histogram of sorted lengths in one line, from the shortest to the longest."""
+    low, high = lengths[0], lengths[-1]
+    counts = [0] * width
+    for length in lengths:
+        counts[min(width - 1, (length - low) * width // max(high - low, 1))] += 1
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(counts))] for count in counts)

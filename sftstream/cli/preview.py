@@ -1,0 +1,53 @@
+"""The command that shows packs as the model will see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftstream.cli.output import Json, print_json, write_page
+
+
+def preview(
+    config: Annotated[Path, typer.Argument(help="TOML file of a run, of which the [data] table is read.")],
+    pack: Annotated[int, typer.Option(min=0, help="Number of the first pack, counted from 0.")] = 0,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of packs. Default: 1, and 4 for a page.", show_default=False),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="State, checkpoint or run to continue from; packs then count from its next pack.", show_default=False
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="File to write a self-contained HTML page to.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show packs as the model will see them: roles in colour, trained tokens, special tokens,
+    borders of conversations, positions, and refused rows."""
+    import msgspec
+
+    from sftstream.cli.state import read_data_config
+    from sftstream.loader import PackLoader
+    from sftstream.preview.page import page
+    from sftstream.preview.terminal import show
+    from sftstream.preview.view import preview as previewed
+    from sftstream.stored_state import read_state
+
+    # Every refused row is shown, whatever share of the rows it is.
+    data = msgspec.structs.replace(read_data_config(config, []), max_refused=1.0, max_too_long=1.0)
+    loader = PackLoader(data, workers=0, state=None if state is None else read_state(state))
+    found = previewed(loader, pack, count or (1 if html is None else 4))
+    if as_json:
+        print_json(found)
+    if html is not None:
+        write_page(html, page(found, f"Packs of {config}"), quiet=as_json)
+    elif not as_json:
+        from rich.console import Console
+
+        show(found, Console(highlight=False, markup=False))

@@ -1,0 +1,1 @@
+"""HTML pages in one file each: one shell, one style, escaping, and a content security policy."""

@@ -1,0 +1,93 @@
+"""The public names of the library, in the modules that define them.
+
+Importing this module imports torch, transformers and pyarrow. The package imports this module when
+one of the names is first used, so that `sftstream --help` loads none of these libraries.
+"""
+
+from sftstream.cache import directory as cache_directory
+from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
+from sftstream.identity import differences
+from sftstream.ledger.files import in_order
+from sftstream.ledger.records import Session
+from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
+from sftstream.ledger.writer import LedgerWriter
+from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
+from sftstream.records import (
+    IGNORE_INDEX,
+    UNDECODABLE,
+    Conversation,
+    Example,
+    Message,
+    Pack,
+    Refusal,
+    Refused,
+    Segment,
+    ToolCall,
+    ToolCalls,
+    batch_digest,
+)
+from sftstream.sources.rows import identify as identify_file
+from sftstream.state import DataState, StreamState, merge
+from sftstream.state_summary import StateSummary, summarize
+from sftstream.state_text import describe, diff
+from sftstream.stored_state import read_state
+from sftstream.streaming.assignment import PackAssignment, Shard
+from sftstream.streaming.example_reader import read_conversations
+from sftstream.streaming.forecast import Forecast
+from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
+from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.tokenizer import count_token_ids
+from sftstream.toml_file import read_toml
+
+__all__ = [
+    "IGNORE_INDEX",
+    "NO_SEGMENTS",
+    "SEGMENT",
+    "TOO_LONG",
+    "UNDECODABLE",
+    "ChatEncoder",
+    "Conversation",
+    "DataConfig",
+    "DataState",
+    "Example",
+    "Forecast",
+    "LedgerWriter",
+    "LoaderPosition",
+    "Message",
+    "Pack",
+    "PackAssignment",
+    "PackLoader",
+    "Policy",
+    "Refusal",
+    "Refused",
+    "RowCounts",
+    "Segment",
+    "Segments",
+    "Session",
+    "Shard",
+    "SkipConfig",
+    "SourceConfig",
+    "StateSummary",
+    "StreamState",
+    "TokenizerConfig",
+    "ToolCall",
+    "ToolCalls",
+    "batch_digest",
+    "cache_directory",
+    "count_token_ids",
+    "describe",
+    "diff",
+    "differences",
+    "exceeded_limits",
+    "identify_file",
+    "in_order",
+    "merge",
+    "read_conversations",
+    "read_state",
+    "read_toml",
+    "require_few_refused",
+    "rows_in_all_epochs",
+    "segments_of",
+    "sum_row_counts",
+    "summarize",
+]

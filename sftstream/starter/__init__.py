@@ -1,0 +1,1 @@
+"""Write a first config for data that was looked at."""

@@ -1,0 +1,70 @@
+"""Look at data and hardware, and write a config that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+from sftstream.config import MOST, Policy, SourceConfig
+from sftstream.door import Door
+from sftstream.starter.hardware import Hardware, Plan, find_hardware, plan
+from sftstream.starter.look import Look, look
+from sftstream.starter.propose import Proposal, choose_model, propose
+from sftstream.starter.toml import toml
+from sftstream.tokenization.encoder import ChatEncoder
+
+FILLED = 0.95
+"""Share of a GPU's memory that a run may fill by the estimate."""
+
+
+class Started(NamedTuple):
+    """A written config, and what it was made from."""
+
+    look: Look
+    proposal: Proposal
+    hardware: Hardware
+    plan: Plan | None
+    """None for a run on CPUs."""
+
+
+def start(data: str, model: str | None, out: Path, gpus: int | None, columns: dict[str, str] | None) -> Started:
+    """Write a config for `data` to `out`.
+
+    Raises ValueError if the data holds no row to train, or if the model does not fit the GPUs.
+    """
+    hardware = find_hardware(gpus)
+    model = model or choose_model(hardware)
+    shape = _shape(model)
+    encoder = ChatEncoder(model, policy=Policy(capacity=MOST["capacity"]))
+    found = look(SourceConfig(path=data, columns=columns), encoder)
+    context, width = getattr(shape, "max_position_embeddings", None), getattr(shape, "hidden_size", None)
+    if not hardware.gpus:
+        proposal = propose(found, model, context, width, hardware, 1)
+        _write(out, toml(found, proposal, hardware))
+        return Started(found, proposal, hardware, None)
+    refused = ""
+    for tp in (size for size in (1, 2, 4, 8) if hardware.gpus % size == 0):
+        proposal = propose(found, model, context, width, hardware, tp)
+        content = toml(found, proposal, hardware)
+        with TemporaryDirectory() as directory:
+            candidate = Path(directory) / "run.toml"
+            _write(candidate, content)
+            planned = plan(candidate, hardware.gpus)
+        if isinstance(planned, Plan) and planned.memory <= FILLED * hardware.memory:
+            _write(out, content)
+            return Started(found, proposal, hardware, planned)
+        refused = planned if isinstance(planned, str) else f"it needs {planned.memory / 2**30:.0f} GiB on each GPU"
+    raise ValueError(f"{model} cannot be trained on {hardware.name}: {refused}; give a smaller --model, or more --gpus")
+
+
+def _shape(model: str) -> Any:
+    with Door(f"model {model!r} cannot be opened"):
+        return AutoConfig.from_pretrained(model)
+
+
+def _write(path: Path, content: str) -> None:
+    with Door(f"{path} cannot be written"):
+        path.write_text(content, encoding="utf-8")

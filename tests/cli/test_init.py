@@ -1,0 +1,105 @@
+"""`sftstream init`: a config for data of one's own, which runs as it is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import transformers
+from commands import run
+
+from sftstream.cli.main import main
+from trainer.config import load_config
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "layout"),
+    [
+        (tiny.rows(40), (), "messages"),
+        ([{"instruction": f"what {n}", "output": "seven stones"} for n in range(40)], (), "instruction"),
+        ([{"q": f"what {n}", "a": "seven"} for n in range(40)], ("prompt=q", "completion=a"), "prompt"),
+        ([{"text": f"seven stones {n}"} for n in range(40)], (), "plain text"),
+        ([*tiny.rows(30), *[{"messages": []}] * 10], (), "messages"),
+    ],
+    ids=["messages", "alpaca", "named columns", "plain text", "a quarter refused"],
+)
+def test_the_written_config_trains_as_it_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], options: tuple[str, ...], layout: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", rows)
+    result = run(main, "init", "chats.jsonl", "--model", model, "--gpus", 0, *(f"--columns={o}" for o in options))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(rf"^layout    {layout}", result.stdout, re.MULTILINE)
+    config = load_config(Path("run.toml"), [])
+    assert config.run.name == "chats"
+    assert config.data.capacity <= 1024
+    previewed = run(main, "preview", "run.toml", "--json")
+    assert json.loads(previewed.stdout)["packs"][0]["tokens"] > 0
+
+
+def test_the_text_and_the_json_tell_the_same_numbers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = [{"messages": [{"role": "oracle\x1b[2J", "content": "?"}]}]
+    tiny.write_jsonl(tmp_path / "chats.jsonl", [*tiny.rows(60), *bad])
+    printed = run(main, "init", "chats.jsonl", "--model", model).stdout
+    found = json.loads(run(main, "init", "chats.jsonl", "--model", model, "--force", "--json").stdout)
+    assert found["wrote"] == "run.toml"
+    data, proposal = found["data"], found["proposal"]
+    assert (data["rows"], data["sampled"], len(data["lengths"])) == (61, 61, 60)
+    assert data["roles"] == {"user": 60, "assistant": 60}
+    assert "\x1b" not in printed
+    text = words_of(printed)
+    assert "data chats.jsonl: 61 rows in 1 file, 61 sampled" in text
+    assert "refused 1 of 61 sampled rows chats.jsonl:61: unknown role: " in text
+    assert f"packs of {proposal['capacity']:,} tokens, {proposal['global_batch']} in a step" in text
+    tables = tomllib.loads(Path("run.toml").read_text())
+    assert tables["data"]["capacity"] == proposal["capacity"]
+    assert proposal["capacity"] >= max(data["lengths"])
+
+
+def test_the_plan_of_the_trainer_chooses_the_parallelism(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(60))
+    found = json.loads(run(main, "init", "chats.jsonl", "--model", model, "--gpus", "2", "--json").stdout)
+    assert found["hardware"] == {"gpus": 2, "memory": 80 * 10**9, "name": "2 GPUs of 80 GB"}
+    assert found["proposal"]["tp"] == 1
+    assert found["proposal"]["global_batch"] % 2 == 0
+    assert 0 < found["plan"]["memory"] < 80 * 10**9
+    assert found["plan"]["parameters"] == sum(
+        p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(model).parameters()
+    )
+
+
+def test_an_existing_config_is_not_replaced(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("mine")
+    result = run(main, "init", "chats.jsonl", "--model", model)
+    assert result.stderr == "error: run.toml exists; give another --out, or replace it with --force\n"
+    assert (tmp_path / "run.toml").read_text() == "mine"
+
+
+def test_data_without_a_trainable_row_is_an_error_that_shows_the_first(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", [{"q": "what", "a": "seven"}] * 3)
+    result = run(main, "init", "chats.jsonl", "--model", model)
+    assert result.exit_code == 1
+    assert "the first of 3 sampled rows: chats.jsonl:" in result.stderr
+    assert "--columns prompt=COLUMN" in result.stderr
+    assert not (tmp_path / "run.toml").exists()
+    assert "is not NAME=COLUMN" in run(main, "init", "chats.jsonl", "--model", model, "--columns", "q").stderr
