@@ -70,8 +70,11 @@ FAULTS = {
     "headers": ("a role marker is trained", "prompt is trained", "the turn is trained", "two stops"),
     "too little": ("not trained", "no stop is trained", "not printed", "one of several"),
 }
-"""Kinds of wrong masks, with the oracle's words: text of others is trained; template text before or after a turn is
-trained; a text of the assistant or its stop is missing."""
+"""Kinds of wrong masks, with the oracle's words.
+
+Text of others is trained; template text before or after a turn is trained; a text of the assistant
+or its stop is missing.
+"""
 
 
 def fault_kind(detail: str) -> str:
