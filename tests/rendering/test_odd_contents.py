@@ -155,8 +155,12 @@ def verdict(encoder: ChatEncoder, template: str, case: Case, odd: str) -> str:
     forms = [form for form in printed(odd) if case.text.replace(case.word, form) == text]
     # A message without any text has no turn if its start is not proved, so a stop alone may be untrained.
     silent = {"", *encoder.report.turn_format.stops}
+    # A `<think>` that the generation prompt holds is not trained.
+    opened = ("", "<think>") if "<think>" in encoder.report.turn_format.prompt else ("",)
     expected = [
-        [turn for span in case.spans if (turn := span.replace(case.word, form)) not in silent] for form in forms
+        [t for span in case.spans if (t := span.replace(case.word, form).removeprefix(tag)) not in silent]
+        for form in forms
+        for tag in opened
     ]
     spans = [span for span in spans if span not in silent]
     return "rewritten" if not forms else "exact" if spans in expected else f"{spans} is not {expected[0]}"
