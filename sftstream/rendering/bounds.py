@@ -196,7 +196,7 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
         elif kind in (list, tuple, dict):
             size *= (_printed(value) if name in _NESTED else len(value)) + 1
             work += len(value) // _COPIED
-        elif kind is int and (index or name == "*"):  # a width or repeat count; not the first value
+        elif kind is int and (index or name == "*"):  # a width or a repeat count
             size *= abs(value) + 1
     _count(work)
     if name == "**" or (name == "*" and type(values[0]) is type(values[1]) is int):

@@ -47,8 +47,8 @@ class _Sandbox(BoundedEnvironment):
     """A sandbox that answers the most frequent questions of chat templates without a detour.
 
     For `message.content`, Jinja's sandbox first asks for an attribute of the dictionary, catches
-    the error, and asks for the key. Most of the time of a render goes into such detours. The
-    answers for dictionaries, texts, namespaces and loops below are those of Jinja's sandbox.
+    the error, and asks for the key. Most of the time of a render goes into such detours. For
+    dictionaries, texts, namespaces and loops, `getattr` returns what Jinja's sandbox returns.
     """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -108,7 +108,10 @@ _TAGS: ContextVar[_Tags] = ContextVar("tags")
 
 
 def tagged(pieces: Iterable[str]) -> list[tuple[int, int]]:
-    """Print a template, `Template.generate`, and return the spans of its generation blocks."""
+    """Run a render piece by piece and return the spans of its generation blocks.
+
+    `pieces` is the result of `Template.generate`.
+    """
     tags = _Tags()
     token = _TAGS.set(tags)
     try:

@@ -102,7 +102,7 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
         without reasoning and calls      seven
 
     Raises `Refused` if a payload lies outside the turn, or if a left-out reasoning follows another
-    payload: the template text between the two ends the one and begins the other, and the border is
+    payload: the template text between them closes the first and opens the second, and the border is
     unknown.
     """
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):

@@ -222,8 +222,7 @@ class _TurnSearch:
                 gap   </s><assistant><tool_call>  the turn starts at <tool_call>
                 tail  </s><assistant>
 
-            the gap is the tail without its end   the model says nothing of the gap
-            or without a stretch inside
+            the gap is a part of the tail         the model says nothing of the gap
                 gap   </s><assistant>             the turn starts at the message's text
                 tail  </s><assistant><think></think>
 
@@ -293,8 +292,9 @@ class _TurnSearch:
         the last message of a user and this message are rendered as a conversation of two messages,
         for which the template prints a header. The lead is the text between the header and the
         first payload of this message, `<|inner|>` for example. The start is proved if the gap ends
-        with the lead, and if the rest of the gap agrees with the text that a generation prompt adds
-        at this place (see `is_within`). The turn then starts with the lead. Return None otherwise.
+        with the lead, and if the rest of the gap is within the tail: the text after the earlier
+        messages in a render with the generation prompt (see `is_within`). The turn then starts with
+        the lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)
@@ -320,9 +320,9 @@ class _TurnSearch:
         if the message directly before has the same kind, and if their gaps are equal up to the last
         role marker. A question with 200 tool calls and their results needs two renders.
 
-        The end of the message before, at the beginning of the gap, may hold an id or a number that
-        differs between turns. It is left out of the comparison if the shared tail begins with the
-        end of its own message before; the own end replaces it in the result.
+        The gap begins with the end of the message before, which may hold an id or a number. Two
+        turns whose gaps differ there only in such words (see `_alike`) still share a render, if the
+        shared tail begins with this text of its own turn. The result has the text of this turn.
         """
         head, before = self._role_marker_at(gap), self._kinds_before[index]
         key = before, self._kinds[index - 1] if index else None, gap[head:][: len(self._format.role_marker)], prompt
@@ -398,7 +398,7 @@ _WORD = re.compile(r"\w+")
 
 
 def _alike(left: str, right: str) -> bool:
-    """Return True if two texts differ in words with digits only, such as ids and numbers."""
+    """Return True if two texts differ only in words that contain a digit: ids and numbers."""
     if _WORD.sub("", left) != _WORD.sub("", right):
         return False
     words = zip(_WORD.findall(left), _WORD.findall(right), strict=True)
