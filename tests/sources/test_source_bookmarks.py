@@ -277,3 +277,17 @@ def test_the_progress_of_a_long_skip_is_told(
     else:
         assert f"{path}: skipped 1,000 of " in caplog.text
         assert "bytes before the saved position" in caplog.text
+
+
+def test_a_resumed_loader_begins_at_the_bookmark(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It skips no rows, as it does from a state without bookmarks."""
+    monkeypatch.setattr(skipping, "SECONDS_BETWEEN_MESSAGES", -1)
+    config = configured(tokenizer, write(tmp_path, "JSON lines"), streams=1, global_batch=1, epochs=1)
+    state = _begun(config).state_dict()
+    next(PackLoader(config, state=state))
+    assert "before the saved position" not in caplog.text
+    del state["streams"]["0"]["bookmarks"]
+    next(PackLoader(config, state=tiny.resealed(state)))
+    assert "before the saved position" in caplog.text
