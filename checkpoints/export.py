@@ -10,7 +10,8 @@ shape (4, 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +21,10 @@ import msgspec
 import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from checkpoints.base import Element, Merged, Rows, export_merged
 from checkpoints.commit import Marker, StepFiles
-from checkpoints.errors import CorruptCheckpoint
-from checkpoints.manifest import Count, Manifest
+from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.manifest import Manifest
 from checkpoints.model_directory import write_model
 from checkpoints.storage import read_tensors
 from checkpoints.tensor_file import DTYPES, TensorSpec
@@ -38,26 +40,25 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 FileName = Annotated[str, Meta(pattern=rf"\A({_WORD}/)?{_WORD}\.(json|jinja|txt|model)\Z")]
 
 
-class Rows(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Rows `[start, start + count)` of the tensor `key` of a step."""
-
-    key: str
-    start: Count
-    count: Count
-
-
-class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The content of a model directory.
 
     `tensors` gives the rows of each tensor by name, to be concatenated in order; `files` the
     content of the files beside the weights, by relative path. `dtype` is the element type of all
     tensors of the directory, by its name in the safetensors format; left out if the tensors keep
-    the types of the step.
+    the types of the step. `stem` begins the names of the weight files.
+
+    If the step holds adapters alone, `merged` and `merged_files` describe the model with the
+    adapters added: its files are `merged_files` and the `files` that are not in `adapter_files`.
     """
 
     tensors: dict[str, list[Rows]]
     files: dict[FileName, bytes]
-    dtype: Literal["F32", "BF16"] | UnsetType = UNSET
+    dtype: Element | UnsetType = UNSET
+    stem: Literal["model", "adapter_model"] = "model"
+    merged: Merged | UnsetType = UNSET
+    merged_files: dict[FileName, bytes] = {}
+    adapter_files: list[FileName] = []
 
     def builtins(self) -> dict[str, Any]:
         """Return the recipe as a plain value for `CheckpointStore.save`."""
@@ -94,7 +95,44 @@ def export(
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
     tensors = _tensors(step_files, manifest, markers, {name: recipe.tensors[name] for name in specs})
     typed = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
-    write_model(out, specs, typed, recipe.files, file_bytes=file_bytes)
+    # peft reads adapters from a single file.
+    file_bytes = file_bytes if recipe.stem == "model" else sys.maxsize
+    write_model(out, specs, typed, recipe.files, file_bytes=file_bytes, stem=recipe.stem)
+
+
+def export_with_base(
+    step_files: StepFiles,
+    manifest: Manifest,
+    markers: Mapping[str, Marker],
+    recipe: Recipe,
+    out: Path,
+    base: Path | None,
+    file_bytes: int,
+) -> None:
+    """Write the model directory of a verified step with its adapters added to the base model.
+
+    `base` is the directory of the base model; by default the directory that the run used.
+
+    Raises:
+        CorruptCheckpoint: The step lacks rows of the recipe, or the recipe does not fit the base.
+        CheckpointError: The step holds no adapters, `base` is another model, or `out` exists.
+    """
+    if recipe.merged is UNSET:
+        raise CheckpointError("the step holds a whole model and no adapters to merge; export it without --merged")
+    parts = {}
+    for name, tensor in recipe.merged.tensors.items():
+        if tensor.rows is not UNSET:
+            parts[name] = tensor.rows
+        if tensor.product is not UNSET:
+            parts |= {f"{name} left": tensor.product.left, f"{name} right": tensor.product.right}
+    _require_bounded(recipe, {name: _spec(name, rows, manifest) for name, rows in parts.items()}, manifest)
+
+    def read(rows: Sequence[Rows]) -> torch.Tensor:
+        return torch.cat([_read_rows(step_files, manifest, markers, part) for part in rows])
+
+    files = {name: content for name, content in recipe.files.items() if name not in recipe.adapter_files}
+    directory = Path(recipe.merged.base) if base is None else base
+    export_merged(recipe.merged, directory, read, files | recipe.merged_files, out, file_bytes)
 
 
 def _spec(name: str, rows: list[Rows], manifest: Manifest) -> TensorSpec:
@@ -134,6 +172,10 @@ def _tensors(
     read = lru_cache(maxsize=1)(lambda key: _read(step_files, manifest, markers, key))
     for name, rows in tensors.items():
         yield name, torch.cat([read(part.key)[part.start : part.start + part.count] for part in rows])
+
+
+def _read_rows(step_files: StepFiles, manifest: Manifest, markers: Mapping[str, Marker], part: Rows) -> torch.Tensor:
+    return _read(step_files, manifest, markers, part.key)[part.start : part.start + part.count]
 
 
 def _read(step_files: StepFiles, manifest: Manifest, markers: Mapping[str, Marker], key: str) -> torch.Tensor:

@@ -40,6 +40,7 @@ def write_model(
     *,
     file_bytes: int = MODEL_FILE_BYTES,
     replace: bool = False,
+    stem: str = "model",
 ) -> None:
     """Write a model directory tensor by tensor. On return the directory survives a power cut.
 
@@ -56,6 +57,7 @@ def write_model(
         files: Content of the files beside the weights, by relative path.
         file_bytes: Limit on the bytes of tensors per file. A larger tensor has a file alone.
         replace: Replace an existing `out`, whatever the content.
+        stem: Beginning of the names of weight files.
 
     Raises:
         CheckpointError: `out` exists and `replace` is False.
@@ -72,7 +74,7 @@ def write_model(
     attempt.mkdir()
     try:
         _write_files(attempt, files)
-        _write_weights(attempt, _split(specs, file_bytes), iter(tensors))
+        _write_weights(attempt, _split(specs, file_bytes, stem), iter(tensors), stem)
         if out.exists():
             publish_over(attempt, out, out.with_name(f".{out.name}.old-{token}"))
         else:
@@ -100,7 +102,7 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         sync(folder)
 
 
-def _split(specs: Mapping[str, TensorSpec], file_bytes: int) -> dict[str, dict[str, TensorSpec]]:
+def _split(specs: Mapping[str, TensorSpec], file_bytes: int, stem: str) -> dict[str, dict[str, TensorSpec]]:
     """Return the tensors of each file, with file names as in Hugging Face models."""
     groups: list[dict[str, TensorSpec]] = [{}]
     room = file_bytes
@@ -111,12 +113,15 @@ def _split(specs: Mapping[str, TensorSpec], file_bytes: int) -> dict[str, dict[s
         groups[-1][name] = spec
         room -= spec.nbytes
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
 def _write_weights(
-    directory: Path, shards: Mapping[str, Mapping[str, TensorSpec]], tensors: Iterator[tuple[str, torch.Tensor]]
+    directory: Path,
+    shards: Mapping[str, Mapping[str, TensorSpec]],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    stem: str,
 ) -> None:
     for file, specs in shards.items():
         write_file(directory / file, _file_parts(specs, tensors))
@@ -125,7 +130,7 @@ def _write_weights(
         files = {name: file for file, specs in shards.items() for name in specs}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_file(directory / "model.safetensors.index.json", [text.encode()])
+        write_file(directory / f"{stem}.safetensors.index.json", [text.encode()])
 
 
 def _file_parts(

@@ -1,7 +1,8 @@
 """The public names of the package, in the modules that define them; importing it imports torch."""
 
+from checkpoints.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
-from checkpoints.export import RECIPE, Recipe, Rows
+from checkpoints.export import RECIPE, Recipe
 from checkpoints.lock import Lock
 from checkpoints.manifest import About
 from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
@@ -13,16 +14,21 @@ __all__ = [
     "MODEL_FILE_BYTES",
     "RECIPE",
     "About",
+    "BaseTensor",
     "CheckpointError",
     "CheckpointStore",
     "CorruptCheckpoint",
     "Lock",
     "LostRank",
+    "Merged",
+    "Product",
     "Recipe",
     "Retention",
     "Rows",
     "TensorSpec",
+    "merge",
     "one_line",
     "printable",
+    "weight_digests",
     "write_model",
 ]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from checkpoints.commit import Marker
 from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
-from checkpoints.export import RECIPE, export, parse_recipe
+from checkpoints.export import RECIPE, export, export_with_base, parse_recipe
 from checkpoints.manifest import About, Manifest, Span
 from checkpoints.model_directory import MODEL_FILE_BYTES
 from checkpoints.object_store import open_root
@@ -258,11 +258,23 @@ class CheckpointStore:
         """Return the manifest of a step without reading further files. Local."""
         return self._backend.manifest(step)
 
-    def export(self, step: int, out: Path | str, *, file_bytes: int = MODEL_FILE_BYTES) -> None:
+    def export(
+        self,
+        step: int,
+        out: Path | str,
+        *,
+        merged: bool = False,
+        base: Path | None = None,
+        file_bytes: int = MODEL_FILE_BYTES,
+    ) -> None:
         """Verify a step and write a model directory by the recipe among the values. Local.
 
+        `merged` adds the adapters of the step to the weights of the model in `base`, by default the
+        directory that the run used.
+
         Raises:
-            CheckpointError: The step has no recipe, or `out` exists.
+            CheckpointError: The step has no recipe, `out` exists, or `base` is another model than
+                the run's.
         """
         manifest, verified = self._verify(step, Ranks(0, 1, None), anew=True)
         if RECIPE not in manifest.values:
@@ -270,7 +282,11 @@ class CheckpointStore:
                 f"step {step} in {self.root} was saved without a recipe for an export; give save() the value {RECIPE!r}"
             )
         recipe = parse_recipe(self.values(step, RECIPE)[RECIPE])
-        export(self._backend.step_files(step, manifest), manifest, verified.markers, recipe, Path(out), file_bytes)
+        step_files, markers = self._backend.step_files(step, manifest), verified.markers
+        if merged:
+            export_with_base(step_files, manifest, markers, recipe, Path(out), base, file_bytes)
+        else:
+            export(step_files, manifest, markers, recipe, Path(out), file_bytes)
 
     def best(self) -> int | None:
         """Return the step of the lowest validation loss, of equal the older, or None. Local.

@@ -13,7 +13,7 @@ from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
 from sftstream.start import check_topology, first_state, open_encoder, with_streams
-from sftstream.state import DataState, StreamState
+from sftstream.state import DataState, StreamState, state_dict_of
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
 from sftstream.streaming.deferred_signals import deferred_signals
 from sftstream.streaming.example_reader import unread_columns
@@ -266,8 +266,11 @@ class PackLoader:
         return LoaderPosition(run, progress.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state` as a dict of JSON-able values."""
-        return self.state.builtins()
+        """Return `state` as a dict of JSON-able values: see `state_dict_of`.
+
+        `DataState.parse(state).builtins()` is the same state with plain lists of waiting rows.
+        """
+        return state_dict_of(*self.position())
 
     def load_state_dict(self, _state: Mapping[str, Any]) -> None:
         """Raise RuntimeError: a state is passed to the constructor, before any pack is read."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sftstream.config import DataConfig
 from sftstream.identity import Identity
-from sftstream.records import Amount, Ref
+from sftstream.records import Amount
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
 from sftstream.streaming.order import RowOrder, draws_of_stream
@@ -19,8 +23,22 @@ LARGEST = 1 << 53
 WINDOWS_OF_WAITING_ROWS = 4
 """Waiting rows were drawn for at most this number of windows: `MAX_WAIT` windows, the current
 window, and a margin."""
-MOST_DRAWS_CHECKED = 20_000
-"""Largest number of draws compared with the waiting rows; the check is skipped above."""
+Integers = NDArray[np.int64]
+
+
+class _Waiting(NamedTuple):
+    """The waiting segments of all streams, with an entry for each segment in every array."""
+
+    streams: Integers
+    source: Integers
+    row: Integers
+    epoch: Integers
+    part: Integers
+    length: Integers
+
+
+Problem = tuple[int, str]
+"""Number of a stream, and the contradiction in its state."""
 
 
 def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
@@ -31,22 +49,26 @@ def require_sound(state: DataState, config: DataConfig, corpus: Corpus) -> None:
     """
     if not 0 <= state.packs < LARGEST:
         raise ValueError(f"the state is damaged: packs = {state.packs}; use another state")
+    for number, problem in _problems(state, config, corpus):
+        raise ValueError(f"the state is damaged: stream {number}: {problem}; use another state")
+
+
+def _problems(state: DataState, config: DataConfig, corpus: Corpus) -> Iterator[Problem]:
     for number, stream in state.streams.items():
-        for problem in _problems(state, number, stream, config, corpus):
-            raise ValueError(f"the state is damaged: stream {number}: {problem}; use another state")
-
-
-def _problems(state: DataState, number: int, stream: StreamState, config: DataConfig, corpus: Corpus) -> Iterator[str]:
-    if not 0 <= number < state.identity.streams:
-        yield f"the run has {state.identity.streams} streams"
-    yield from _bad_shapes(stream, state.identity)
-    yield from _bad_bookmarks(stream, state.identity)
-    yield from _bad_segments(stream, state.identity)
+        if not 0 <= number < state.identity.streams:
+            yield number, f"the run has {state.identity.streams} streams"
+        yield from ((number, problem) for problem in _bad_shapes(stream, state.identity))
+        yield from ((number, problem) for problem in _bad_bookmarks(stream, state.identity))
+    waiting = _waiting(state)
+    yield from _bad_segments(waiting, state.identity)
     orders = _orders(state, config, corpus)
-    yield from _bad_positions(number, stream, config, orders)
+    for number, stream in state.streams.items():
+        yield from ((number, problem) for problem in _bad_packs(stream, state.identity))
+        yield from ((number, problem) for problem in _bad_positions(number, stream, config, orders))
+        if not state.rebased:
+            yield from ((number, problem) for problem in _bad_counters(state, number, stream))
     if not state.rebased:
-        yield from _bad_counters(state, number, stream)
-        yield from _foreign_rows(number, stream, config, orders)
+        yield from _foreign_rows(waiting, state, config, orders)
 
 
 def _orders(state: DataState, config: DataConfig, corpus: Corpus) -> dict[int, RowOrder]:
@@ -97,25 +119,53 @@ def _bad_bookmarks(stream: StreamState, identity: Identity) -> Iterator[str]:
                 yield f"a bookmark of source {source} holds {bad[0]}"
 
 
-def _bad_segments(stream: StreamState, identity: Identity) -> Iterator[str]:
-    segments = stream.waiting
-    for segment in segments:
-        if not 0 <= segment.source < len(identity.sources):
-            yield f"a row of source {segment.source} waits, but the config has {len(identity.sources)} sources"
-            return
-        rows = identity.sources[segment.source].rows
-        if not 0 <= segment.row < (LARGEST if rows is None else rows):
-            yield f"row {segment.row} waits, but source {segment.source} has {rows} rows"
-        if not 0 < segment.length <= identity.capacity:
-            yield f"a part of {segment.length} tokens waits, outside 1 to {identity.capacity}"
-        if not 0 <= segment.epoch < LARGEST or not 0 <= segment.part < LARGEST:
-            yield f"epoch {segment.epoch}, part {segment.part} of a row waits"
-    parts = [(segment.ref, segment.part) for segment in segments]
-    if len(set(parts)) < len(parts):
-        yield "a part of a row waits twice"
+def _bad_packs(stream: StreamState, identity: Identity) -> Iterator[str]:
     for pack in stream.planned:
-        if not 0 < sum(segment.length for segment in pack) <= identity.capacity:
-            yield f"a pack of {sum(segment.length for segment in pack)} tokens is planned, outside 1 to {identity.capacity}"
+        if not 0 < (tokens := sum([segment.length for segment in pack])) <= identity.capacity:
+            yield f"a pack of {tokens} tokens is planned, outside 1 to {identity.capacity}"
+
+
+def _waiting(state: DataState) -> _Waiting:
+    segments = [(number, segment) for number, stream in state.streams.items() for segment in stream.waiting]
+    rows = [(number, s.source, s.row, s.epoch, s.part, s.length) for number, s in segments]
+    try:
+        table = np.array(rows, np.int64)
+    except OverflowError:
+        number = next(row[0] for row in rows if max(map(abs, row)) >= LARGEST)
+        raise ValueError(
+            f"the state is damaged: stream {number}: a number of a waiting row is above {LARGEST}; use another state"
+        ) from None
+    return _Waiting(*table.reshape(-1, len(_Waiting._fields)).T)
+
+
+def _bad_segments(waiting: _Waiting, identity: Identity) -> Iterator[Problem]:
+    sources = len(identity.sources)
+    if (at := _first((waiting.source < 0) | (waiting.source >= sources))) is not None:
+        source = waiting.source[at]
+        yield int(waiting.streams[at]), f"a row of source {source} waits, but the config has {sources} sources"
+        return
+    rows = np.array([LARGEST if source.rows is None else source.rows for source in identity.sources], np.int64)
+    if (at := _first((waiting.row < 0) | (waiting.row >= rows[waiting.source]))) is not None:
+        source = waiting.source[at]
+        problem = f"row {waiting.row[at]} waits, but source {source} has {identity.sources[source].rows} rows"
+        yield int(waiting.streams[at]), problem
+    if (at := _first((waiting.length < 1) | (waiting.length > identity.capacity))) is not None:
+        problem = f"a part of {waiting.length[at]} tokens waits, outside 1 to {identity.capacity}"
+        yield int(waiting.streams[at]), problem
+    outside = [(values < 0) | (values >= LARGEST) for values in (waiting.epoch, waiting.part)]
+    if (at := _first(outside[0] | outside[1])) is not None:
+        yield int(waiting.streams[at]), f"epoch {waiting.epoch[at]}, part {waiting.part[at]} of a row waits"
+    order = np.lexsort([waiting.part, waiting.epoch, waiting.row, waiting.source])
+    names = (waiting.source, waiting.row, waiting.epoch, waiting.part)
+    twice = np.logical_and.reduce([values[order[1:]] == values[order[:-1]] for values in names])
+    if (at := _first(twice)) is not None:
+        yield int(waiting.streams[order[at + 1]]), "a part of a row waits twice"
+
+
+def _first(wrong: NDArray[np.bool_]) -> int | None:
+    """Return the index of the first True, or None."""
+    at = np.flatnonzero(wrong)
+    return int(at[0]) if len(at) else None
 
 
 def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
@@ -162,23 +212,28 @@ def _bad_mixture(identity: Identity, stream: StreamState, refused: Sequence[int]
             yield f"mixed = {mixed} for source {source}, but the {identity.mix_by} read are {amount}"
 
 
-def _foreign_rows(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:
-    """Yield a problem if a waiting row is not among the stream's last draws."""
-    most = WINDOWS_OF_WAITING_ROWS * LONGEST_WINDOW * config.window
-    most += sum(sum(reasons.values()) for reasons in stream.refused)
-    if most > MOST_DRAWS_CHECKED:
-        return
+def _foreign_rows(
+    waiting: _Waiting, state: DataState, config: DataConfig, orders: dict[int, RowOrder]
+) -> Iterator[Problem]:
+    """Yield a problem if a waiting row is not among the last draws of its stream."""
+    count = config.stream_count
+    recent = WINDOWS_OF_WAITING_ROWS * LONGEST_WINDOW * config.window
+    refused = {number: sum(sum(r.values()) for r in stream.refused) for number, stream in state.streams.items()}
     for source, order in orders.items():
-        foreign = {segment.ref for segment in stream.waiting if segment.source == source}
-        end = stream.drawn[source]
-        least = max(0, end - most)
-        # From the last window backwards: few rows wait for longer.
-        while foreign and end > least:
-            draw, begun = max(least, end - config.window), end
-            end = draw
-            while draw < begun:
-                rows, epoch = order.stretch(number + draw * config.stream_count, config.stream_count, begun - draw)
-                foreign.difference_update(Ref(source, row, epoch) for row in rows)
-                draw += len(rows)
-        if foreign:
-            yield f"row {min(foreign).row} of source {source} waits, but the stream has not drawn it recently"
+        end = np.zeros(count, np.int64)
+        least = np.zeros(count, np.int64)
+        for number, stream in state.streams.items():
+            end[number] = stream.drawn[source]
+            least[number] = stream.drawn[source] - recent - refused[number]
+        own = np.flatnonzero(waiting.source == source)
+        for epoch in np.unique(waiting.epoch[own]).tolist():
+            at = own[waiting.epoch[own] == epoch]
+            if epoch * order.rows >= LARGEST:
+                yield int(waiting.streams[at[0]]), f"a row of epoch {epoch} waits"
+            streams, draws = waiting.streams[at], order.draws_of(waiting.row[at], epoch)
+            mine = (draws % count == streams) & (draws // count < end[streams]) & (draws // count >= least[streams])
+            if (first := _first(~mine)) is not None:
+                problem = (
+                    f"row {waiting.row[at[first]]} of source {source} waits, but the stream has not drawn it recently"
+                )
+                yield int(streams[first]), problem

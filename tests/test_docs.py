@@ -70,7 +70,7 @@ def test_the_first_config_is_read() -> None:
     assert parse_config(tomllib.loads(block)).run.name == "first"
 
 
-@pytest.mark.parametrize("page", ["data.md", "operations.md"])
+@pytest.mark.parametrize("page", ["data.md", "lora.md", "operations.md"])
 def test_every_piece_of_a_config_is_read(page: str) -> None:
     blocks = code(ROOT / "docs" / page, "toml")
     assert blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -150,7 +151,13 @@ def digests(packs: Iterable[Pack]) -> list[str]:
 def resealed(state: dict[str, Any]) -> dict[str, Any]:
     """An edited state with the checksum of its content, as whoever can write states would give it."""
     content = {key: value for key, value in state.items() if key != "checksum"}
-    return msgspec.convert(content, DataState, str_keys=True).builtins()
+    sealed = hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+    return {**content, "checksum": sealed}
+
+
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with plain values for each stream, to look at and to edit."""
+    return DataState.parse(state).builtins()
 
 
 def take(loader: PackLoader, count: int) -> list[Pack]:

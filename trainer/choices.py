@@ -7,7 +7,8 @@ time, so that equal machines choose alike:
 |---------------------|-----------------------------------------------------|-----------|
 | `run.compile`       | true                                                | false     |
 | `run.attention`     | the fastest kernel that passes `prove`              | "sdpa"    |
-| `run.weights_dtype` | float32, or bfloat16 if float32 does not fit        | "float32" |
+| `run.weights_dtype` | float32, or bfloat16 if float32 does not fit;       | "float32" |
+|                     | under adapters the format of the computation        |           |
 | `run.recompute`     | the least that fits: none, selective, full          | "none"    |
 
 A resumed run uses the choices of its checkpoint, except for `run.recompute`, which changes no bit.
@@ -25,7 +26,7 @@ from msgspec import UNSET
 from trainer.checkpointing.settings import Settings
 from trainer.config import RunConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
-from trainer.estimate import memory, with_memory_settings
+from trainer.estimate import memory, stored_dtypes, with_memory_settings
 from trainer.llama.attention import Kernel, Shape, choose_kernel
 from trainer.llama.config import LlamaConfig
 
@@ -51,15 +52,15 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
     settings = msgspec.structs.replace(config.run, attention=kernel.name, compile=compiled)
     if size is None:
-        dtype = "float32" if settings.weights_dtype == "auto" else settings.weights_dtype
+        (dtype,) = stored_dtypes(config, topology.device)
         way = "none" if settings.recompute == "auto" else settings.recompute
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
-        return Choices(chosen, kernel, _message(chosen.run, topology, passed, None, None))
+        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None))
     gpus = dist.get_world_size()
     chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, compiled=compiled)
     _require_fit(chosen, shape, gpus, size)
     planned = sum(memory(chosen, shape, gpus).values())
-    return Choices(chosen, kernel, _message(chosen.run, topology, passed, planned, size))
+    return Choices(chosen, kernel, _message(chosen, topology, passed, planned, size))
 
 
 def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:
@@ -133,12 +134,14 @@ def _least(config: TrainConfig, shape: LlamaConfig, gpus: int) -> int:
     return sum(parts[name] for name in ("weights", "optimizer", "gradients", "working weights"))
 
 
-def _message(run: RunConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
+def _message(config: TrainConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
+    run = config.run
+    weights = "weights" if config.lora is None else "frozen weights, float32 adapters"
     compiled = "compiled" if run.compile else "not compiled"
     same = "deterministic" if run.deterministic else "not deterministic"
     dtype = named_dtype(run.compute_dtype, topology.device)
     line = (
-        f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} weights, computation in '
+        f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} {weights}, computation in '
         f"{str(dtype).removeprefix('torch.')}, recompute {run.recompute}, {same}"
     )
     if planned is not None and size is not None:

@@ -21,6 +21,7 @@ from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import LoraConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 MOST_STEPS = 10**12
@@ -75,7 +76,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of stored weights, gradients and optimizer state. bfloat16 halves their memory,
     but loses every update smaller than 1/256 of the weight. "auto" is float32, and on a GPU whose
-    memory float32 exceeds under every `recompute`, bfloat16."""
+    memory float32 exceeds under every `recompute`, bfloat16. With `[lora]` the format of the frozen
+    weights only, and "auto" is the format of the computation; trained weights are float32."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
     recompute: Literal["auto"] | Recompute = "auto"
@@ -140,13 +142,19 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Directory of the finished model, in the Hugging Face layout."""
         return self.directory / "export"
 
+    @property
+    def adapter_directory(self) -> Path:
+        """Directory of the finished adapter, in the layout of `peft`."""
+        return self.directory / "adapter"
+
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[model]` table: a Hugging Face model to start from, or the shape of a new Llama."""
 
     init_from: str | None = None
     """Hugging Face directory or hub name of a Llama, Mistral, Qwen2 or Qwen3 model to start from.
-    Give either `init_from` or the shape."""
+    With `[lora]` also that of a PEFT adapter to train on, which names its model. Give either
+    `init_from` or the shape."""
     shape: LlamaConfig | None = None
     """Shape of a new model. In the TOML file the keys of the shape stand directly in `[model]`."""
 
@@ -260,6 +268,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     run: RunConfig
     data: DataConfig
     model: ModelConfig
+    lora: LoraConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -270,6 +279,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
+        if self.lora is not None:
+            self._require_base(self.lora)
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:
@@ -284,6 +295,22 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.schedule.decays_to_run_end:
             self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
+
+    def _require_base(self, lora: LoraConfig) -> None:
+        if self.model.init_from is None:
+            raise ValueError(
+                "[lora] trains adapters of an existing model, but [model] describes a new one; set model.init_from, or "
+                "remove [lora]"
+            )
+        if self.model.resize_vocabulary:
+            raise ValueError(
+                "model.resize_vocabulary adds rows that [lora] would not train and that no adapter can hold; resize the "
+                "model before with resize_token_embeddings of transformers, or remove [lora]"
+            )
+        if self.evaluation is not None and not lora.export_merged:
+            raise ValueError(
+                "[evaluation] needs the merged model; set lora.export_merged = true, or remove [evaluation]"
+            )
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

@@ -2,9 +2,9 @@
 --plan[=GPUS]`.
 
 Weights are counted exactly, by the placements of the sharding code. Time counts
-matrix products only: per token 6 operations for each weight (2 forward, 4 backward), plus 2 for
-each recomputed weight (Kaplan et al., "Scaling Laws for Neural Language Models",
-https://arxiv.org/abs/2001.08361).
+matrix products only: per token 6 operations for each weight (2 forward, 4 backward), 4 for each
+frozen weight (no gradient of its own), plus 2 for each recomputed weight (Kaplan et al., "Scaling
+Laws for Neural Language Models", https://arxiv.org/abs/2001.08361).
 
 Example: a step of 524,288 tokens with 69.5e9 weights in matrices takes 6 * 524,288 * 69.5e9 =
 2.2e17 operations, and 32 GPUs at 45 % of 989 TFLOP/s need about 15 s.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from itertools import islice, product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -28,6 +28,7 @@ from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import LoraConfig
 from trainer.llama.loss import chunk_rows
 from trainer.llama.model import Llama
 from trainer.llama.parallel import check_divisible, placement_of
@@ -53,18 +54,27 @@ class Held(NamedTuple):
     """Weights in the blocks."""
     ends: int
     """Weights in embedding, final norm and head."""
+    trained: int
+    """Trained weights: all without adapters."""
 
     @property
     def all(self) -> int:
         """Weights of the whole model on the rank."""
         return self.blocks + self.ends
 
+    @property
+    def frozen(self) -> int:
+        """Weights that are not trained."""
+        return self.all - self.trained
+
 
 class RunEstimate(NamedTuple):
     """Sizes and times of a run."""
 
     parameters: int
-    """Weights of the whole model."""
+    """Weights of the whole model, adapters included."""
+    trained: int
+    """Trained weights."""
     gpus: int
     dp: int
     """Data-parallel size."""
@@ -91,11 +101,12 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     config = with_memory_settings(config, shape, gpus, PLANNED_MEMORY, compiled=config.run.compile is not False)
     data, parallel = config.data, config.parallel
     with torch.device("meta"):
-        model = Llama(shape)
+        model = Llama(shape, config.lora)
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
     return RunEstimate(
         parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         gpus=gpus,
         dp=dp,
         memory=memory(config, shape, gpus),
@@ -117,7 +128,7 @@ def with_memory_settings(
     none fits, takes the smallest.
     """
     run = config.run
-    dtypes = ("float32", "bfloat16") if run.weights_dtype == "auto" else (run.weights_dtype,)
+    dtypes = stored_dtypes(config, GPU)
     ways = ("none", "selective", "full") if run.recompute == "auto" else (run.recompute,)
     for dtype, way in product(dtypes, ways):
         settings = {"weights_dtype": dtype, "recompute": way, "compile": compiled}
@@ -125,6 +136,18 @@ def with_memory_settings(
         if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
             break
     return chosen
+
+
+def stored_dtypes(config: TrainConfig, device: torch.device) -> tuple[Literal["float32", "bfloat16"], ...]:
+    """Return the possible values of `run.weights_dtype` on `device`: several only for "auto".
+
+    Frozen weights lose nothing in the format of the computation.
+    """
+    if config.run.weights_dtype != "auto":
+        return (config.run.weights_dtype,)
+    if config.lora is not None:
+        return ("bfloat16",) if named_dtype(config.run.compute_dtype, device) == torch.bfloat16 else ("float32",)
+    return ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
 
 
 def _micro_batches(data: DataConfig, dp: int) -> int:
@@ -145,59 +168,73 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         check_divisible(shape, data.capacity, parallel.tp)
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
-    sharded = _held(shape, parallel.tp, dp // parallel.replicas)
-    gathered = _held(shape, parallel.tp, 1)
+    sharded = _held(shape, config.lora, parallel.tp, dp // parallel.replicas)
+    gathered = _held(shape, config.lora, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
+    trained = stored if config.lora is None else torch.float32
     assert run.recompute != "auto"
     # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
     working = int((gathered.ends + layers * gathered.blocks) * computed.itemsize)
     if dp == 1:
-        working = 0 if stored == computed else gathered.all * computed.itemsize
+        copied = (0 if stored == computed else gathered.frozen) + (0 if trained == computed else gathered.trained)
+        working = copied * computed.itemsize
     # Gradients of earlier packs stay unsharded in float32 until the end of the step.
     sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     return {
-        "weights": sharded.all * stored.itemsize,
-        "optimizer": 2 * sharded.all * stored.itemsize,
-        "gradients": gathered.all * 4 if sums else sharded.all * stored.itemsize,
+        "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize,
+        "optimizer": 2 * sharded.trained * trained.itemsize,
+        "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
-        "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute),
-        # Logits and their gradient, uncompiled with copies in float32, and the head's gradient.
-        "head": logits * (2 if run.compile is True else 8) + width * shape.hidden_size * computed.itemsize,
+        "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
+        # Logits and their gradient, uncompiled with copies in float32; a trained head's gradient.
+        "head": logits * (2 if run.compile is True else 8)
+        + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
     }
 
 
-def _held(shape: LlamaConfig, tp: int, shards: int) -> Held:
+def _trains_head(lora: LoraConfig | None) -> bool:
+    return lora is None or "lm_head" in lora.modules_to_save
+
+
+def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> Held:
     """Count the weights on the first of `tp` x `shards` ranks; FSDP rounds rows up."""
     with torch.device("meta"):
-        model = Llama(shape)
-    blocks = ends = 0
+        model = Llama(shape, lora)
+    blocks = ends = trained = 0
     for name, weight in model.named_parameters():
         rows, columns = weight.shape[0], weight[0].numel()
-        placement = placement_of(name.split(".")[-2])
+        placement = placement_of(*name.split(".")[-2:])
         if isinstance(placement, Split):
             rows, columns = (rows // tp, columns) if placement.dim == 0 else (rows, columns // tp)
         held = math.ceil(rows / shards) * columns
         blocks, ends = (blocks + held, ends) if name.startswith("blocks.") else (blocks, ends + held)
-    return Held(blocks, ends)
+        trained += held if weight.requires_grad else 0
+    return Held(blocks, ends, trained)
 
 
-def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) -> int:
+def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, lora: LoraConfig | None = None) -> int:
     """Return the number of activation elements that a pack of `tokens` keeps for the backward pass.
 
     Counts the kept activations of all layers, and the recomputed activations of one layer at a
-    time.
+    time. A layer with frozen weights and no adapter keeps no input; an adapter keeps the product of
+    its input and `A`.
     """
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
     # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.
     row, full_row = shape.hidden_size // tp, shape.hidden_size
     projected = (heads + 2 * groups) * size // tp
     rotated = (heads + groups) * size // tp
-    attention = row + full_row + projected + rotated + heads * size // tp
+    wide = shape.intermediate_size // tp
+    ranks = _adapter_ranks(lora)
+    keeps = {role: lora is None or rank > 0 for role, rank in ranks.items()}
+    attention = row + full_row * keeps["qkv"] + projected + rotated + heads * size // tp
+    attention += ranks["qkv"] + ranks["output"]
     # Input and output of the norm; gate, up and silu(gate) * up.
-    feed_forward = row + full_row + 3 * shape.intermediate_size // tp
+    feed_forward = row + full_row * keeps["gate_up"] + 2 * wide + wide * keeps["down"]
+    feed_forward += ranks["gate_up"] + ranks["down"]
     kept, again = {
         "none": (attention + feed_forward, 0),
         "selective": (attention + 2 * row, feed_forward - row),
@@ -206,8 +243,23 @@ def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute) 
     return tokens * (shape.num_hidden_layers * kept + again)
 
 
+def _adapter_ranks(lora: LoraConfig | None) -> dict[str, int]:
+    """Return the sum of the ranks of the adapters of each fused layer, by role."""
+    fused = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "output": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
+    }
+    if lora is None:
+        return dict.fromkeys(fused, 0)
+    return {role: lora.rank * sum(name in lora.adapted for name in names) for role, names in fused.items()}
+
+
 def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
     """Return the operations of a step of `packs` (empty packs included), except attention."""
+    matrices = [p for p in (*model.blocks.parameters(), model.head.weight) if p.ndim > 1]
+    products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     recomputed = {
         "none": 0,
@@ -215,7 +267,7 @@ def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
         "full": blocks,
     }[config.run.recompute]
     tokens = packs * config.data.capacity
-    return tokens * (6 * (blocks + model.head.weight.numel()) + 2 * recomputed)
+    return tokens * (products + 2 * recomputed)
 
 
 def _steps_of_epochs(config: TrainConfig) -> int | None:
@@ -237,7 +289,8 @@ def print_estimate(config: TrainConfig, gpus: int, *, as_json: bool = False) -> 
     Raises ValueError if the run would refuse to start.
     """
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    found = estimate(config, find_source(config.model, config.data.tokenizer.path).shape, gpus)
+    source = find_source(config.model, config.data.tokenizer.path, config.lora)
+    found = estimate(config, source.shape, gpus)
     if as_json:
         console.print_json(msgspec.json.encode(_numbers(found)).decode())
     else:
@@ -260,9 +313,10 @@ def _numbers(estimate: RunEstimate) -> dict[str, object]:
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     """Print the estimate as a table and sentences."""
     parallel, data, run = config.parallel, config.data, estimate.config.run
+    trained = f", {estimate.trained:,} of them trained," if estimate.trained < estimate.parameters else ""
     console.print(
-        f"{config.run.directory}: {estimate.parameters:,} parameters on {estimate.gpus} GPUs (dp {estimate.dp} x tp {parallel.tp}"
-        + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
+        f"{config.run.directory}: {estimate.parameters:,} parameters{trained} on {estimate.gpus} GPUs "
+        f"(dp {estimate.dp} x tp {parallel.tp}" + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
     )
     table = Table("on each GPU", "GiB")
     for part, size in estimate.memory.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.distributed.mesh import named_dtype
-from trainer.llama.export import export
+from trainer.llama.export import export, export_adapter
 from trainer.setup import Run
 from trainer.training.evaluation import evaluate
 from trainer.training.progress import Progress
@@ -12,14 +12,20 @@ from trainer.training.progress import Progress
 def finish(run: Run, progress: Progress) -> None:
     """Export the model to `runs/<name>/export`, then evaluate the export. Collective.
 
+    An adapter is exported to `runs/<name>/adapter`.
+
     Raises ValueError if no token was trained.
     """
     if not progress.trained_tokens:
         raise ValueError(
             f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl for the reasons"
         )
-    _export(run)
-    run.display.say(f"exported to {run.config.run.export_directory}")
+    if run.config.lora is not None:
+        _export_adapter(run)
+        run.display.say(f"exported the adapter to {run.config.run.adapter_directory}")
+    if run.config.lora is None or run.config.lora.export_merged:
+        _export(run)
+        run.display.say(f"exported to {run.config.run.export_directory}")
     if run.questions:
         _evaluate(run)
 
@@ -35,6 +41,18 @@ def _export(run: Run) -> None:
         stop_token_ids=encoder.stop_ids if encoder else (),
         init_from=run.source.init_from,
         dtype=named_dtype(run.config.run.export_dtype, run.topology.device),
+    )
+
+
+def _export_adapter(run: Run) -> None:
+    encoder = run.encoder
+    assert run.source.name is not None
+    export_adapter(
+        run.model,
+        run.config.run.adapter_directory,
+        run.source.name,
+        encoder.tokenizer.hf if encoder and run.topology.first else None,
+        template=encoder.template.text if encoder else None,
     )
 
 

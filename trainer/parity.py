@@ -3,7 +3,8 @@
 
 Run `python -m trainer.parity DIRECTORY`, or `torchrun --nproc-per-node N -m trainer.parity
 DIRECTORY --tp N`. Prints a table of errors and limits; the exit code is 0 only if every error is
-within its limit.
+within its limit. DIRECTORY may hold a PEFT adapter: the model is then its base model with the
+adapter, compared with `peft` (`pip install peft`).
 
 Example: in bfloat16, if transformers' own bfloat16 gradient of a weight is 0.02 away from the
 float32 gradient (relative, in 2-norm), the limit for this trainer's gradient of the weight is SLACK
@@ -13,6 +14,7 @@ float32 gradient (relative, in 2-norm), the limit for this trainer's gradient of
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -39,11 +41,19 @@ from trainer.distributed.mesh import (
     prepare_output,
     print_error,
 )
+from trainer.llama.adapters import (
+    PREFIX,
+    WEIGHTS,
+    is_adapter,
+    load_adapters,
+    read_adapter_config,
+    trained_layout,
+)
 from trainer.llama.attention import Segments
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
-from trainer.llama.weights import load_weights, opened, unfused
+from trainer.llama.weights import layout, load_weights, opened, opened_file, unfused_pieces
 from trainer.training.step import accumulate_gradients
 
 Tensors = dict[str, Tensor]
@@ -101,8 +111,13 @@ class Answer(NamedTuple):
     """Greedy continuation of the first conversation, as token ids."""
 
 
-def compare(model: Llama, directory: Path, topology: Topology, dtype: torch.dtype) -> list[Check]:
+def compare(
+    model: Llama, directory: Path, topology: Topology, dtype: torch.dtype, adapter: Path | None = None
+) -> list[Check]:
     """Compare `model`, loaded from `directory`, with transformers. Collective.
+
+    With `adapter`, the directory of a PEFT adapter that was loaded into `model`, `peft` adds the
+    adapter to the model of transformers, and only the gradients of trained weights are compared.
 
     Returns the checks on rank 0, [] on other ranks. The packs pass through the training step's
     code: trained positions only, gradients summed over packs and ranks. transformers computes each
@@ -114,11 +129,11 @@ def compare(model: Llama, directory: Path, topology: Topology, dtype: torch.dtyp
     packs = [random_pack(model.config.vocab_size, seed) for seed in range(2 * topology.dp)]
     new_tokens = NEW_TOKENS if dtype == torch.float32 else 0  # in bfloat16, rounding decides between near-equal logits
     ours = _our_answer(model, packs, topology, new_tokens)
-    weights = _weights_check(model, directory, topology)
+    weights = _weights_check(model, directory, topology, adapter)
     if not topology.first:
         return []
-    expected = _public_answer(directory, packs, topology.device, torch.float32, "eager", new_tokens)
-    rounded = _public_answer(directory, packs, topology.device, dtype, "sdpa", new_tokens=0)
+    public = partial(_public_answer, directory, adapter, packs, topology.device)
+    expected, rounded = public(torch.float32, "eager", new_tokens), public(dtype, "sdpa", 0)
     checks = _checks(ours, expected, rounded, ROUNDING[dtype])
     if new_tokens:
         different = sum(a != b for a, b in zip(ours.greedy, expected.greedy, strict=True))
@@ -136,10 +151,16 @@ def random_pack(vocab_size: int, seed: int) -> Pack:
 
 
 def _public_answer(
-    directory: Path, packs: list[Pack], device: torch.device, dtype: torch.dtype, attention: str, new_tokens: int
+    directory: Path,
+    adapter: Path | None,
+    packs: list[Pack],
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    new_tokens: int,
 ) -> Answer:
     """Compute the packs' conversations one by one with transformers."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).to(device)
+    model = public_model(directory, adapter, dtype, attention).to(device)
     # transformers gives the row of a padding token no gradient; a packed run has no padding token.
     model.get_input_embeddings().padding_idx = None
     trained = sum(pack.trained_tokens for pack in packs)
@@ -151,9 +172,29 @@ def _public_answer(
             part.backward()
             logits.append(scores.detach())
             loss += part.detach()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {public_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
     greedy = _public_greedy(model, _prompt(packs).to(device), new_tokens) if new_tokens else []
     return Answer(torch.cat(logits).unflatten(0, (len(packs), -1)), loss, gradients, greedy)
+
+
+def public_model(directory: Path, adapter: Path | None, dtype: torch.dtype, attention: str) -> Any:
+    """Return a model of transformers, with trainable adapters of `peft` if `adapter` is given.
+
+    Raises ValueError if `peft` is needed and not installed.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    if adapter is None:
+        return model
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError:
+        raise ValueError("a comparison of adapters needs peft; run `pip install peft`") from None
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def public_name(name: str) -> str:
+    """Return the name of a parameter in a model of `peft` as `trained_layout` spells it."""
+    return name.removeprefix(PREFIX).replace(".default", "").replace(".modules_to_save", "")
 
 
 def _public_greedy(model: Any, prompt: Tensor, new_tokens: int) -> list[int]:
@@ -169,9 +210,10 @@ def _prompt(packs: list[Pack]) -> Tensor:
 
 def _our_answer(model: Llama, packs: list[Pack], topology: Topology, new_tokens: int) -> Answer:
     device, shard = topology.device, topology.shard
-    trained = sum(pack.trained_tokens for pack in packs)
-    loss = accumulate_gradients(model, packs[shard.index :: shard.count], topology, trained)
-    gradients = dict(unfused(model.config, {name: _gradient(p) for name, p in model.named_parameters()}))
+    tokens = sum(pack.trained_tokens for pack in packs)
+    loss = accumulate_gradients(model, packs[shard.index :: shard.count], topology, tokens)
+    trained = {name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad}
+    gradients = dict(unfused_pieces(trained_layout(model.config, model.lora), trained))
     with torch.no_grad():
         logits = [_full(model(*_inputs(pack, device))).float() for pack in packs]
         greedy = _greedy(model, _prompt(packs).tolist(), device, new_tokens)
@@ -245,15 +287,24 @@ def _error(actual: Tensor, expected: Tensor, norm: float) -> float:
 
 
 @torch.no_grad()
-def _weights_check(model: Llama, directory: Path, topology: Topology) -> Check:
+def _weights_check(model: Llama, directory: Path, topology: Topology, adapter: Path | None) -> Check:
     """Compare every weight, gathered from the ranks and unfused, with its file, bit for bit."""
     different = 0
+    parameters = dict(model.named_parameters())
+    trained = {} if adapter is None else trained_layout(model.config, model.lora)
+    frozen = {name: pieces for name, pieces in layout(model.config).items() if name not in trained}
     with opened(directory) as files:
-        for name, weight in unfused(model.config, dict(model.named_parameters())):
-            if topology.first:
-                stored = files[name].get_tensor(name).to(weight.device, weight.dtype)
-                different += int(not torch.equal(weight, stored))
+        for name, weight in unfused_pieces(frozen, parameters):
+            different += topology.first and not _equal(weight, files[name].get_tensor(name))
+    if adapter is not None:
+        with opened_file(adapter / WEIGHTS) as file:
+            for name, weight in unfused_pieces(trained, parameters):
+                different += topology.first and not _equal(weight, file.get_tensor(PREFIX + name))
     return Check("weights read and gathered that differ", different, 0)
+
+
+def _equal(weight: Tensor, stored: Tensor) -> bool:
+    return torch.equal(weight, stored.to(weight.device, weight.dtype))
 
 
 def table(checks: list[Check], title: str) -> Table:
@@ -275,17 +326,23 @@ def report(checks: list[Check], title: str, console: Console) -> int:
 
 def verdict(name: str, topology: Topology, dtype: torch.dtype) -> int:
     """Load, compare, print; return the exit code on every rank. Collective."""
-    directory = find_model(name)
-    model = build(read_config(directory), topology.mesh, topology.device, capacity=CAPACITY, compute_dtype=dtype)
+    directory, lora, adapter = find_model(name), None, None
+    if is_adapter(directory):
+        lora, base = read_adapter_config(adapter := directory)
+        directory = find_model(base)
+    shape = read_config(directory)
+    model = build(shape, topology.mesh, topology.device, capacity=CAPACITY, compute_dtype=dtype, lora=lora)
     load_weights(model, directory)
-    checks = compare(model, directory, topology, dtype)
+    if adapter is not None:
+        load_adapters(model, adapter)
+    checks = compare(model, directory, topology, dtype, adapter)
     box = [report(checks, f"{name}, {topology.describe()}, {dtype}", Console()) if topology.first else 1]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, of a model or a PEFT adapter.")],
     tp: Annotated[int, typer.Option(help="Tensor-parallel size; the rest is data-parallel.")] = 1,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if torch sees one, else the CPU.")

@@ -199,12 +199,13 @@ def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport) -> No
 
 
 def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
-    totals, data, device = step.batch.totals, run.config.data, run.topology.device
+    totals, config, device = step.batch.totals, run.config, run.topology.device
+    data = config.data
     mfu = peak = None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         flops = peak_flops(torch.cuda.get_device_name(device))
-        needed = model_flops(run.source.shape, totals.tokens, totals.trained_tokens, totals.squares)
+        needed = model_flops(run.source.shape, totals.tokens, totals.trained_tokens, totals.squares, config.lora)
         mfu = needed / (step.seconds * dist.get_world_size() * flops) if flops else None
     return StepMetrics(
         step=step.progress.step,

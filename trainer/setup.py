@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoints import About, Recipe
+from checkpoints import About, Recipe, weight_digests
 from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
@@ -18,9 +18,11 @@ from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, rest
 from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
+from trainer.llama.adapters import CONFIG as ADAPTER
 from trainer.llama.export import require_replaceable
 from trainer.llama.model import Llama
-from trainer.llama.recipe import recipe
+from trainer.llama.recipe import Base, adapter_recipe, recipe
+from trainer.llama.weights import weight_files
 from trainer.reporting.display import Display
 from trainer.reporting.messages import (
     change_messages,
@@ -89,14 +91,17 @@ def prepare_run(
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
-    source = find_source(config.model, config.data.tokenizer.path)
+    source = find_source(config.model, config.data.tokenizer.path, config.lora)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     config, kernel, choice = choose(config, source.shape, topology, saved)
     display.say(choice)
-    settings = Settings.of(config, source, named_dtype(config.run.compute_dtype, topology.device))
+    base = _base(config, source, topology)
+    compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
+    settings = Settings.of(config, source, compute_dtype, base.digests if base else None)
     if topology.first:
         require_replaceable(config.run.export_directory)
+        require_replaceable(config.run.adapter_directory, ADAPTER)
     token = _own(directory, saves, latest)
     model = build_model(config, source, topology, kernel, initialize=latest is None)
     optimizer = build_optimizer(model, config.optimizer)
@@ -109,7 +114,7 @@ def prepare_run(
     questions = _read_questions(config, loader) if topology.first else []
     assignment = assign_packs(loader, config.data, topology)
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
-    export_recipe = _recipe(config, source, model, loader) if topology.first else None
+    export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
     description = RunDescription(
         restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
     )
@@ -197,12 +202,32 @@ def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Ques
     return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
 
 
-def _recipe(config: TrainConfig, source: ModelSource, model: Llama, loader: PackLoader | None) -> Recipe:
+def _base(config: TrainConfig, source: ModelSource, topology: Topology) -> Base | None:
+    """Return the model under adapters, None without adapters. Rank 0 reads all files. Collective.
+
+    Raises CheckpointError on all ranks if a file cannot be read.
+    """
+    if config.lora is None:
+        return None
+    assert source.init_from is not None
+    assert source.name is not None
+    box: list[dict[str, str]] = [{}]
+    directory = source.init_from
+    on_first_rank(lambda: box[0].update(weight_digests(weight_files(directory))))
+    dist.broadcast_object_list(box)
+    return Base(source.name, directory, box[0], named_dtype(config.run.weights_dtype, topology.device))
+
+
+def _recipe(
+    config: TrainConfig, source: ModelSource, model: Llama, loader: PackLoader | None, base: Base | None
+) -> Recipe:
     assert loader is not None
     encoder = loader.encoder
     tokenizer, template = encoder.tokenizer.hf, encoder.template.text
     weight = model.norm.weight
     export_dtype = named_dtype(config.run.export_dtype, weight.device)
+    if config.lora is not None and base is not None:
+        return adapter_recipe(source.shape, config.lora, base, export_dtype, tokenizer, template, encoder.stop_ids)
     return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
 
 

@@ -2,8 +2,8 @@
 
 Makes a file of `--rows` rows, moves the streams of a run to several rows of the file, and measures
 there: the size of a stream's state, the time of `state_dict()`, and the time from the construction
-of a loader to its first pack, beside a cold start. The position is set in the counters of the
-state; the windows that then wait are really read.
+of a loader to its first pack, by turns with a cold start. The position is set in the counters of
+the state; the windows that then wait are really read. All times are CPU times of this process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sftstream import DataConfig, DataState, PackLoader
 from sftstream.records import Amount
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 5
+ROUNDS = 7
 TOKENS = 30
 """Tokens of a conversation, as the counters of a moved state have them."""
 
@@ -35,10 +35,15 @@ class Measured(NamedTuple):
     """Bytes of the largest state of a stream."""
     state_dict: float
     """Seconds of a call of `state_dict()`."""
+    plain: float
+    """Seconds of `state.builtins()`, the state dict with plain values for each stream."""
     position: float
     """Seconds of a call of `position()`, which the trainer stores."""
     first_pack: float
     """Seconds from the construction of a loader to its first pack."""
+    cold: float
+    """Seconds of a cold start, from the construction of a loader without a state to its first
+    pack."""
 
 
 def main() -> None:
@@ -61,20 +66,17 @@ def main() -> None:
             DataConfig,
         )
         next(PackLoader(config))  # makes the row index
-        cold = median(lambda: next(PackLoader(config)))
+        print(f"{options.rows:,} rows, {options.streams} streams, packs of {options.capacity}\n")
         print(
-            f"{options.rows:,} rows, {options.streams} streams, packs of {options.capacity}; cold start {cold:.3f} s\n"
+            "| next row | largest state of a stream, bytes | `state_dict()`, ms | with plain values, ms | "
+            "`position()`, ms | resume, s | cold start, s | ratio |"
         )
-        print(
-            "| next row | largest state of a stream, bytes | `state_dict()`, ms | `position()`, ms | first pack, s | "
-            "of a cold start |"
-        )
-        print("|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|")
         for row in (100, options.rows // 2, options.rows):
             m = measure(config, row)
             print(
-                f"| {m.row:,} | {m.largest_state:,} | {m.state_dict * 1e3:.2f} | {m.position * 1e3:.3f} | "
-                f"{m.first_pack:.3f} | {m.first_pack / cold:.2f} |"
+                f"| {m.row:,} | {m.largest_state:,} | {m.state_dict * 1e3:.2f} | {m.plain * 1e3:.1f} | "
+                f"{m.position * 1e3:.3f} | {m.first_pack:.3f} | {m.cold:.3f} | {m.first_pack / m.cold:.2f} |"
             )
 
 
@@ -96,13 +98,11 @@ def measure(config: DataConfig, row: int) -> Measured:
     state = state_at(config, row)
     loader = PackLoader(config, state=state)
     sizes = [len(msgspec.msgpack.encode(stream)) for stream in state.streams.values()]
-    return Measured(
-        row,
-        max(sizes),
-        median(loader.state_dict),
-        median(loader.position),
-        median(lambda: next(PackLoader(config, state=state))),
+    resumed, cold = by_turns(lambda: next(PackLoader(config, state=state)), lambda: next(PackLoader(config)))
+    (given,), (plain,), (position,) = (
+        by_turns(call) for call in (loader.state_dict, lambda: loader.state.builtins(), loader.position)
     )
+    return Measured(row, max(sizes), given, plain, position, resumed, cold)
 
 
 def state_at(config: DataConfig, row: int) -> DataState:
@@ -127,14 +127,15 @@ def state_at(config: DataConfig, row: int) -> DataState:
     return loader.state
 
 
-def median(call: Callable[[], object]) -> float:
-    """Return the median time of a call in seconds."""
-    times = []
+def by_turns(*calls: Callable[[], object]) -> list[float]:
+    """Return the median CPU time of each call in seconds. The calls are measured by turns."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        for call, own in zip(calls, times, strict=True):
+            began = time.process_time()
+            call()
+            own.append(time.process_time() - began)
+    return [statistics.median(own) for own in times]
 
 
 if __name__ == "__main__":

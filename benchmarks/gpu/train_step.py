@@ -8,6 +8,10 @@ All systems train the same packs: conversations with log-normal lengths of mean 
 clipping at 1.0, random weights. Each system runs in a process of its own; the median step counts,
 after 5 steps of warm-up. The peers need `pip install trl liger-kernel` and an attention kernel for
 packed rows; `--attention` names the kernel in transformers' spelling.
+
+The systems with "lora" in their names train adapters of rank 16 on all linear layers of a frozen
+bf16 model; their peers need `pip install peft` as well. Their MFU counts 4 operations for a frozen
+weight. Example: `--shape 8b --capacity 8192 --systems ours-lora hf-liger-lora trl-liger-lora`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from trainer.llama.attention import Shape, choose_kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.flops import model_flops, peak_flops, squared_lengths
+from trainer.llama.init import init_adapters
+from trainer.llama.lora import LoraConfig
 from trainer.llama.loss import compile_head
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
@@ -123,13 +129,19 @@ class Ours(NamedTuple):
     weights: torch.dtype = torch.bfloat16
     deterministic: bool = True
     compiled: bool = True
+    lora: LoraConfig | None = None
 
+
+LORA = LoraConfig(rank=16, alpha=32.0)
+"""Adapters of the systems with "lora" in their names."""
 
 OURS = {
     "ours-default": Ours(torch.float32),
     "ours-bf16": Ours(),
     "ours-bf16-free": Ours(deterministic=False),
     "ours-bf16-plain": Ours(compiled=False),
+    "ours-lora": Ours(lora=LORA),
+    "ours-lora-free": Ours(deterministic=False, lora=LORA),
 }
 
 
@@ -149,10 +161,12 @@ def ours(job: Job) -> Result:
             capacity=job.capacity,
             compute_dtype=dtype,
             weights_dtype=settings.weights,
+            lora=settings.lora,
         )
         with torch.no_grad():
             for parameter in model.parameters():
                 local(parameter).normal_(0, 0.02) if parameter.ndim > 1 else local(parameter).fill_(1)
+        init_adapters(model, 0)
         prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel)
         if settings.compiled:
             compile_head(job.capacity, config.vocab_size, dtype, device)
@@ -183,6 +197,20 @@ def _liger_model(job: Job, weights: torch.dtype = torch.bfloat16) -> Any:
     return model.train()
 
 
+def _peft_config() -> Any:
+    from peft import LoraConfig as PeftConfig
+
+    return PeftConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _adapted(model: Any) -> Any:
+    """Return a model of transformers with trainable adapters on frozen weights."""
+    from peft import get_peft_model
+
+    model.enable_input_require_grads()  # for recomputation, which needs an input with a gradient
+    return get_peft_model(model, _peft_config())
+
+
 def _unshifted_labels(pack: Pack) -> torch.Tensor:
     """Return labels as transformers expects: the token itself at trained positions, else -100."""
     labels = np.where(pack.trained, pack.ids, -100).astype(np.int64)
@@ -194,7 +222,10 @@ def hugging_face(job: Job) -> Result:
     """Measure a plain loop over a transformers model with Liger kernels."""
     weights = torch.float32 if job.system == "hf-liger-fp32" else torch.bfloat16
     model = _liger_model(job, weights)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    if "lora" in job.system:
+        model = _adapted(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batches = [
         {
             "input_ids": pack.input_ids.cuda()[None],
@@ -210,10 +241,11 @@ def hugging_face(job: Job) -> Result:
 
     def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=weights == torch.float32):
+        # Adapters are float32, as peft makes them.
+        with torch.autocast("cuda", torch.bfloat16, enabled=weights == torch.float32 or "lora" in job.system):
             loss = model(**batches[number % PACKS], use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
     seconds = statistics.median(timed(step, job.steps))
@@ -278,6 +310,7 @@ def trl(job: Job) -> Result:
             train_dataset=datasets.Dataset.from_list(rows * (1 + (WARM_UP + job.steps) // PACKS)),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"),
             callbacks=[clock],
+            peft_config=_peft_config() if "lora" in job.system else None,
         )
         trainer.train()
     return Result(statistics.median(clock.seconds[WARM_UP:]), torch.cuda.max_memory_allocated(), job.attention)
@@ -288,10 +321,16 @@ SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {
     "ours-bf16": ("sftstream, bf16 weights, deterministic, compiled", ours),
     "ours-bf16-free": ("sftstream, bf16 weights, not deterministic, compiled", ours),
     "ours-bf16-plain": ("sftstream, bf16 weights, deterministic, not compiled", ours),
+    "ours-lora": ("sftstream, LoRA on a bf16 model, deterministic, compiled", ours),
+    "ours-lora-free": ("sftstream, LoRA on a bf16 model, not deterministic, compiled", ours),
     "hf-liger": ("transformers and Liger, plain loop, bf16 weights", hugging_face),
     "hf-liger-fp32": ("transformers and Liger, plain loop, fp32 weights, autocast", hugging_face),
     "trl-liger": ("TRL SFTTrainer and Liger, bf16 weights", trl),
+    "hf-liger-lora": ("transformers, peft and Liger, plain loop, LoRA on a bf16 model", hugging_face),
+    "trl-liger-lora": ("TRL SFTTrainer, peft and Liger, LoRA on a bf16 model", trl),
 }
+FULL = [name for name in SYSTEMS if "lora" not in name]
+"""Systems that train all weights."""
 
 
 def measured(job: Job) -> Result | str:
@@ -306,7 +345,7 @@ def measured(job: Job) -> Result | str:
 def versions() -> str:
     """Return the versions of all libraries in the comparison."""
     found = []
-    for name in ("torch", "transformers", "trl", "liger-kernel", "flash-attn", "flash-attn-4"):
+    for name in ("torch", "transformers", "trl", "liger-kernel", "peft", "flash-attn", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(found)
@@ -316,7 +355,8 @@ def utilisation(job: Job, result: Result) -> float:
     """Return the model's operations of a step as a share of the GPU's bf16 peak (MFU)."""
     config, given = LlamaConfig(**sizes(job)), packs(job)
     counts = [(pack.tokens, pack.trained_tokens, squared_lengths(pack)) for pack in given]
-    operations = statistics.mean(model_flops(config, *numbers) for numbers in counts)
+    lora = LORA if "lora" in job.system else None
+    operations = statistics.mean(model_flops(config, *numbers, lora) for numbers in counts)
     return operations / result.seconds / (peak_flops(torch.cuda.get_device_name()) or math.inf)
 
 
@@ -329,7 +369,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recompute", choices=["none", "full"], default="none", help="of all systems")
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=FULL)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:

@@ -61,13 +61,17 @@ def _is_undamaged(store: CheckpointStore, step: int) -> bool:
 
 
 @app.command()
-def inspect(step: Step) -> None:
-    """Print the tensors, sizes and short values of a step."""
+def inspect(
+    step: Step,
+    everything: Annotated[bool, typer.Option("--all", help="Print each setting and each entry of a value.")] = False,
+) -> None:
+    """Print when and by whom a step was saved, how far the run was, versions and sizes. `sftstream
+    inspect` prints the position in the data."""
     from rich.console import Console
 
     from checkpoints.cli.show import show_step
 
-    show_step(*_step(step), Console(highlight=False, markup=False))
+    show_step(*_step(step), Console(highlight=False, markup=False), everything=everything)
 
 
 @app.command()
@@ -121,12 +125,23 @@ def export(
     out: Annotated[Path, typer.Argument(help="Model directory to make; must not exist.")],
     best: Annotated[bool, typer.Option("--best", help="Export the step of the lowest validation loss.")] = False,
     last: Annotated[bool, typer.Option("--last", help="Export the newest undamaged step.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Add the adapters of the step to the weights of their base model.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the base model for --merged; default: that of the run.")
+    ] = None,
 ) -> None:
-    """Write the model of a step as a Hugging Face directory, with config and tokenizer."""
+    """Write the model of a step as a Hugging Face directory, with config and tokenizer.
+
+    A step of adapters becomes a PEFT adapter, or with --merged a whole model.
+    """
+    if base is not None and not merged:
+        raise CheckpointError("--base names the model under adapters; give --merged as well")
     if best and last:
         raise CheckpointError("--best and --last name different steps; give one of them")
     store, number = _chosen(_store(path), best=best) if best or last else _step(path)
-    store.export(number, out)
+    store.export(number, out, merged=merged, base=base)
     typer.echo(f"exported step {number} to {out}")
 
 

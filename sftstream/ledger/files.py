@@ -79,7 +79,7 @@ def write_closed(directory: Path, first: int, steps: Sequence[StepSegments]) -> 
     segments = np.concatenate([step.segments for step in steps])
     numbers = np.repeat([step.step for step in steps], [len(step.segments) for step in steps])
     columns = [numbers.astype(np.int64), segments["pack"], *(segments[name] for name in _NAMES)]
-    arrays = [pyarrow.array(np.ascontiguousarray(column)) for column in columns]
+    arrays = [_as_arrow(np.ascontiguousarray(column)) for column in columns]
     schema = _SCHEMA.with_metadata({_CRC: f"{_crc(numbers, segments):08x}"})
     table = pyarrow.Table.from_arrays(arrays, schema=schema)
     partial = directory / f".{path.name}"
@@ -92,6 +92,13 @@ def write_closed(directory: Path, first: int, steps: Sequence[StepSegments]) -> 
     )
     publish(partial, path)
     return ClosedFile(path, first, last)
+
+
+def _as_arrow(column: NDArray[np.integer]) -> pyarrow.Array:
+    # pyarrow.array would import pandas, which takes half a second at the first checkpoint.
+    return pyarrow.Array.from_buffers(
+        pyarrow.from_numpy_dtype(column.dtype), len(column), [None, pyarrow.py_buffer(column)]
+    )
 
 
 def read_closed(file: ClosedFile) -> list[StepSegments]:

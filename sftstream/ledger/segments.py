@@ -35,23 +35,28 @@ NO_SEGMENTS: Segments = np.empty(0, SEGMENT)
 def segments_of(packs: Sequence[Pack]) -> Segments:
     """Return the segments of `packs` in order; their field `pack` is the index in `packs`. The
     skipped segments of a pack follow its other segments."""
-    parts = [_segments(index, pack) for index, pack in enumerate(packs) if pack.segments or pack.skipped]
-    return np.concatenate(parts) if parts else NO_SEGMENTS
-
-
-def _segments(index: int, pack: Pack) -> Segments:
-    labels = pack.trained.copy()
-    labels[pack.borders[:-1]] = False  # no token predicts the first token of a segment
-    segments = (*pack.segments, *pack.skipped)
-    result = np.empty(len(segments), SEGMENT)
-    columns = zip(*[(s.source, s.row, s.length, s.epoch, s.part) for s in segments], strict=True)
-    for name, column in zip(("source", "row", "tokens", "epoch", "part"), columns, strict=True):
-        result[name] = column
-    result["pack"] = index
-    given = len(pack.segments)
-    result["trained_tokens"][:given] = np.add.reduceat(labels, pack.borders[:-1], dtype=np.int32)[:given]
-    result["trained_tokens"][given:] = SKIPPED
+    rows = [
+        (s.row, index, s.source, s.epoch, s.part, s.length, SKIPPED)
+        for index, pack in enumerate(packs)
+        for s in (*pack.segments, *pack.skipped)
+    ]
+    if not rows:
+        return NO_SEGMENTS
+    result = np.array(rows, SEGMENT)
+    counts, at = result["trained_tokens"], 0
+    for pack in packs:
+        count = len(pack.segments)
+        counts[at : at + count] = _trained_tokens(pack)[:count]
+        at += count + len(pack.skipped)
     return result
+
+
+def _trained_tokens(pack: Pack) -> NDArray[np.int32]:
+    """Return the number of labels of each segment, padding included."""
+    starts = pack.borders[:-1]
+    # No token predicts the first token of a segment.
+    counts: NDArray[np.int32] = np.add.reduceat(pack.trained, starts, dtype=np.int32) - pack.trained[starts]
+    return counts
 
 
 def given(segments: Segments) -> Segments:

@@ -47,6 +47,7 @@ class LedgerWriter:
         """First step that is not in a closed file."""
         self._steps = [found for found in read_journal(directory) if kept < found.step <= step]
         """Steps that are not in a closed file, in order."""
+        self._open_segments = sum(len(found.segments) for found in self._steps)
         self._state: tuple[DataState, Mapping[int, bytes]] | None = None
         self._last = self._steps[-1].step if self._steps else kept
         self._waiting = b""
@@ -72,10 +73,11 @@ class LedgerWriter:
             self._first = step
         self._last = step
         self._steps.append(StepSegments(step, segments))
+        self._open_segments += len(segments)
         self._waiting += frame(self._steps[-1])
         with suppress(OSError):  # the next write tries again, and sync raises the error
             self._write()
-            if sum(len(step.segments) for step in self._steps) >= MOST_OPEN:
+            if self._open_segments >= MOST_OPEN:
                 self._close_steps()
 
     def keep_state(self, state: DataState, streams: Mapping[int, bytes]) -> None:
@@ -109,7 +111,7 @@ class LedgerWriter:
 
     def _close_steps(self) -> None:
         self._first = write_closed(self._directory, self._first, self._steps).last + 1
-        self._steps, self._waiting = [], b""
+        self._steps, self._open_segments, self._waiting = [], 0, b""
         os.ftruncate(self._journal, 0)
 
     def _write_state(self) -> None:

@@ -58,12 +58,11 @@ def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
     Example for `size = 5`: a = 3 and b = 2, so the network permutes `range(6)`. With
     `keys = round_keys("example")`, the indices `[0, 1, 2, 3, 4]` become `[2, 1, 3, 0, 4]`.
     """
-    a = math.isqrt(size - 1) + 1 if size > 1 else 1
-    b = -(-size // a)
+    a, b = _sides(size)
     values = indices.astype(np.uint64)
     outside = np.full(len(values), True)
     while outside.any():
-        values[outside] = _network(values[outside], np.uint64(a), np.uint64(b), size, keys)
+        values[outside] = _network(values[outside], a, b, size, keys)
         outside = values >= np.uint64(size)
     return values.astype(np.int64)
 
@@ -74,6 +73,31 @@ def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[i
         left = (left + _mix(right, keys[i]) % a) % a
         right = (right + _mix(left, keys[i + 1]) % b) % b
     return right * a + left
+
+
+def unpermute(outputs: Integers, size: int, keys: tuple[int, ...]) -> Integers:
+    """Return the index of each output of `permute` with the same `size` and `keys`."""
+    a, b = _sides(size)
+    values = outputs.astype(np.uint64)
+    outside = np.full(len(values), True)
+    while outside.any():
+        values[outside] = _inverse_network(values[outside], a, b, size, keys)
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def _inverse_network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[int, ...]) -> Words:
+    left, right = values % a, values // a
+    for i in reversed(range(0, ROUNDS_OF_SMALL if size < SMALL else ROUNDS, 2)):
+        right = (right + b - _mix(left, keys[i + 1]) % b) % b
+        left = (left + a - _mix(right, keys[i]) % a) % a
+    return right * a + left
+
+
+def _sides(size: int) -> tuple[np.uint64, np.uint64]:
+    """Return `a` and `b` of the network for a permutation of `range(size)`."""
+    a = math.isqrt(size - 1) + 1 if size > 1 else 1
+    return np.uint64(a), np.uint64(-(-size // a))
 
 
 def _mix(values: Words, key: int) -> Words:
@@ -184,6 +208,16 @@ class RowOrder:
             rows = rows + begun.moves[order.files_of(rows)]
         return rows.tolist(), epoch + begun.epoch
 
+    def draws_of(self, rows: Integers, epoch: int) -> Integers:
+        """Return the draw of each row in an epoch with the present files.
+
+        Raises ValueError for an epoch that was begun before the source's files changed.
+        """
+        begun = self._orders[-1]
+        if epoch < begun.epoch:
+            raise ValueError(f"epoch {epoch} had other files than epoch {begun.epoch}; give a later epoch")
+        return begun.draw + (epoch - begun.epoch) * begun.order.rows + begun.order.indices_of(rows, epoch)
+
     def draws(self, repeat: float, epochs: int) -> int:
         """Return the number of draws in `epochs * repeat` passes over the source.
 
@@ -223,6 +257,15 @@ class EpochOrder:
         keys = round_keys("row", *self._words, epoch)
         return permutation_of_few(self.rows, keys)[indices] if self.rows < SMALL else permute(indices, self.rows, keys)
 
+    def indices_of(self, rows: Integers, epoch: int) -> Integers:
+        """Return the position of each row in the order of an epoch, the inverse of `at`."""
+        if self._shuffle == "shards":
+            self._lay_out(epoch)
+            file = self._places[self.files_of(rows)]
+            indices: Integers = rows - self._starts[file] + self._ends[file] - self._sizes[file]
+            return indices
+        return unpermute(rows, self.rows, round_keys("row", *self._words, epoch)) if self._shuffle else rows
+
     def _in_shards(self, indices: Integers, epoch: int) -> Integers:
         if epoch != self._epoch:
             self._lay_out(epoch)
@@ -232,13 +275,14 @@ class EpochOrder:
 
     def _lay_out(self, epoch: int) -> None:
         """Compute for each file, in the order of an epoch: the size, the first row, and the index
-        at which the file ends."""
+        at which the file ends. Also compute the place of each file in that order."""
         sizes = np.array(self._file_sizes)
         keys = round_keys("shard", *self._words, epoch)
         order = permute(np.arange(len(sizes)), len(sizes), keys)
         self._starts = (sizes.cumsum() - sizes)[order]
         self._sizes = sizes[order]
         self._ends = self._sizes.cumsum()
+        self._places = np.argsort(order)
         self._epoch = epoch
 
 

@@ -190,3 +190,16 @@ def test_the_first_rank_gets_the_segments_of_all_ranks_in_order(
     for segments, other_room in others:
         assert other_room == first_room  # rows of another length could not be gathered
         assert all(len(found) == 0 for found in segments)
+
+
+def test_steps_are_closed_before_any_checkpoint_once_the_journal_holds_a_million_segments(tmp_path: Path) -> None:
+    ledger = LedgerWriter(tmp_path, 0)
+    half = np.zeros(1 << 19, SEGMENT)
+    ledger.add(1, half)
+    assert closed_files(tmp_path) == []
+    ledger.add(2, half)
+    assert [file.path.name for file in closed_files(tmp_path)] == ["steps-00000001-00000002.parquet"]
+    ledger.add(3, half)
+    ledger.sync()
+    assert [step.step for step in read_journal(tmp_path)] == [3]
+    assert len(closed_files(tmp_path)) == 1

@@ -148,15 +148,19 @@ def test_a_state_taken_right_after_a_resume_is_the_state_resumed_from(wide: Data
 def test_a_returned_state_is_a_value_of_its_own(wide: DataConfig) -> None:
     loader = PackLoader(wide)
     tiny.take(loader, 8)
-    state, kept = loader.state_dict(), loader.state
+    state, kept = loader.state.builtins(), loader.state
     before = copy.deepcopy(state)
+    encoded = loader.state_dict()
     tiny.take(loader, 8)
     assert state == before == kept.builtins()
+    assert encoded == kept.state_dict()
     for stream in state["streams"].values():
         stream["drawn"][0] = 0
         stream["planned"].clear()
         stream["refused"][0]["x"] = 1
-    assert loader.state_dict() != before
+    encoded["streams"].clear()
+    assert loader.state.builtins() != before
+    assert len(loader.state_dict()["streams"]) == 8
     assert tiny.digests(loader) == tiny.digests(PackLoader(wide, state=before))[8:]
 
 

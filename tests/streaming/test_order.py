@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftstream.streaming.order import RowOrder, draws_of_source, draws_of_stream, next_source, permute, round_keys
+from sftstream.state import PastOrder
+from sftstream.streaming.order import (
+    RowOrder,
+    draws_of_source,
+    draws_of_stream,
+    next_source,
+    permute,
+    round_keys,
+    unpermute,
+)
 
 
 def permutation(size: int, *words: int | str) -> list[int]:
@@ -162,3 +172,35 @@ def test_up_to_three_sources_stay_within_one_draw_of_their_shares(weights: list[
 
 def test_a_source_at_its_limit_is_passed_over_until_all_are() -> None:
     assert schedule([5, 3, 2], 5, [1, 2, 1]) == [0, 1, 2, 1, None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 99, 255, 256, 257, 1000, 4097])
+def test_an_output_of_a_permutation_leads_back_to_its_index(size: int) -> None:
+    keys = round_keys("back", size)
+    indices = np.arange(size)
+    assert unpermute(permute(indices, size, keys), size, keys).tolist() == indices.tolist()
+
+
+def test_an_output_of_a_large_permutation_leads_back_to_its_index() -> None:
+    keys = round_keys("back")
+    indices = np.array([0, 1, 17, 10**9, 10**12 - 1])
+    assert unpermute(permute(indices, 10**12, keys), 10**12, keys).tolist() == indices.tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "shards"])
+@pytest.mark.parametrize("sizes", [(7,), (3, 0, 4, 1), (300, 20)])
+def test_a_row_leads_back_to_its_draw(shuffle: Any, sizes: tuple[int, ...]) -> None:
+    order = RowOrder(sizes, 5, 0, shuffle)
+    for epoch in (2, 0):
+        draws = range(epoch * order.rows, (epoch + 1) * order.rows)
+        rows = np.array([order.at(draw)[0] for draw in draws])
+        assert order.draws_of(rows, epoch).tolist() == list(draws)
+
+
+def test_rows_lead_back_to_draws_after_a_change_of_files_only() -> None:
+    past = [PastOrder(epochs=2, files=((2, 0),))]
+    order = RowOrder((3,), 5, 0, True, past)
+    rows = np.array([order.at(draw)[0] for draw in range(4, 7)])
+    assert order.draws_of(rows, 2).tolist() == [4, 5, 6]
+    with pytest.raises(ValueError, match="epoch 1 had other files than epoch 2; give a later epoch"):
+        order.draws_of(rows, 1)

@@ -247,6 +247,9 @@ class LengthReader:
     def expect(self, ref: Ref) -> None:
         """Every row can be read again at any time."""
 
+    def remember(self, bookmarks: object) -> None:
+        """Every row can be read at any time."""
+
     def examples(self, ref: Ref) -> list[Example]:
         length = self.lengths[ref.row]
         return [Example(np.full(length, ref.row, np.int32), np.ones(length, bool), length - 1)]

@@ -35,7 +35,7 @@ def mixed(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> DataConfi
 def state(mixed: DataConfig) -> dict[str, Any]:
     loader = PackLoader(mixed)
     tiny.take(loader, 21)
-    return loader.state_dict()
+    return loader.state.builtins()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,9 @@ def state(mixed: DataConfig) -> dict[str, Any]:
         (["streams", "0", "drawn"], [3], "drawn has 1 entries for 2 sources"),
         (["streams", "0", "planned", 0, 0, 0], 7, "a row of source 7 waits"),
         (["streams", "0", "planned", 0, 0, 1], 10**6, "row 1000000 waits, but source 0 has 61 rows"),
+        (["streams", "0", "planned", 0, 0, 1], 2**64, f"a number of a waiting row is above {2**53}"),
+        (["streams", "0", "planned", 0, 0, 3], 2**52, f"a row of epoch {2**52} waits"),
+        (["streams", "0", "planned", 0, 0, 3], 1, "waits, but the stream has not drawn it recently"),
         (["streams", "0", "planned", 0, 0, 2], 0, "a part of 0 tokens waits, outside 1 to 128"),
         (["streams", "0", "planned", 0, 0, 4], -1, "part -1 of a row waits"),
         (["streams", "0", "planned"], [], "7 digests for 0 packs and 2 rows waiting"),
@@ -106,7 +109,7 @@ def test_the_message_about_an_edited_state_names_both_checksums_and_the_remedy(s
 
 def test_a_checksum_holds_for_a_state_written_by_any_json_tool(mixed: DataConfig, state: dict[str, Any]) -> None:
     rewritten = json.loads(json.dumps(state, sort_keys=True, indent=3, ensure_ascii=True))
-    assert PackLoader(mixed, state=rewritten).state_dict() == state
+    assert PackLoader(mixed, state=rewritten).state.builtins() == state
 
 
 @pytest.mark.parametrize("pair", [("0", "1"), ("1", "3")])

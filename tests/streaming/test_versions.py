@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def config(tokenizer: str, tmp_path: Path) -> DataConfig:
 
 
 def _of_old_versions(loader: PackLoader) -> dict[str, Any]:
-    state = json.loads(json.dumps(loader.state_dict()))
+    state = loader.state.builtins()
     state["identity"]["versions"] = OLD
     return tiny.resealed(state)
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import runs
-from tiny_llama import CONFIG, TIED, built, loss_of, pack_of
+from tiny_llama import CONFIG, TIED, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -18,6 +18,9 @@ from trainer.config import TrainConfig, parse_config
 from trainer.estimate import activations, estimate, with_memory_settings
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
+from trainer.llama.init import init_adapters, init_weights
+from trainer.llama.lora import LoraConfig
+from trainer.llama.model import Llama
 from trainer.main import main
 
 GIB = 2**30
@@ -142,12 +145,14 @@ def test_gathered_weights_and_recomputed_activations_change_the_estimate() -> No
     assert ways[2].seconds_per_step / ways[0].seconds_per_step == pytest.approx(4 / 3, rel=0.02)
 
 
-def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int) -> int:
+def kept_by_layers(shape: LlamaConfig, recompute: Recompute, tokens: int, lora: LoraConfig | None = None) -> int:
     """Count the elements that the forward pass of all layers but the first keeps for the backward
     pass."""
     kept = []
     for layers in (1, shape.num_hidden_layers):
-        model = built(msgspec.structs.replace(shape, num_hidden_layers=layers))
+        model = Llama(msgspec.structs.replace(shape, num_hidden_layers=layers), lora)
+        init_weights(model, 0)
+        init_adapters(model, 0)
         prepare_blocks(model, recompute=recompute, compiled=False)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, int] = {}
@@ -175,6 +180,56 @@ def test_activations_equal_the_elements_that_autograd_keeps(shape: LlamaConfig, 
     # softmax's sums.
     besides = 2 * (shape.hidden_size + 1) + shape.num_attention_heads * (shape.head_size + 1)
     assert kept_by_layers(deep, recompute, 64) == expected + (0 if recompute == "full" else 4 * 64 * besides)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("shape", [CONFIG, msgspec.structs.replace(TIED, head_dim=16, intermediate_size=128)])
+def test_activations_under_adapters_equal_the_elements_that_autograd_keeps(
+    shape: LlamaConfig, targets: Any, recompute: Recompute
+) -> None:
+    lora = LoraConfig(rank=3, targets=targets)
+    deep = msgspec.structs.replace(shape, num_hidden_layers=5)
+    expected = activations(deep, 64, 1, recompute, lora)
+    expected -= activations(msgspec.structs.replace(shape, num_hidden_layers=1), 64, 1, recompute, lora)
+    # A CPU also keeps each norm's scale and softmax's sums, for an adapter attention's output per
+    # head, and of each fused layer the spread matrix B, which no token multiplies.
+    besides = 2 + shape.num_attention_heads * (1 + (shape.head_size if targets == "all-linear" else 0))
+    block = Llama(shape, lora).blocks[0]
+    fused = (block.attention.qkv, block.mlp.gate_up) if recompute == "none" else (block.attention.qkv,)
+    spread = sum(layer.adapter.spread(layer.lora_B).numel() for layer in fused if layer.adapter)
+    kept = kept_by_layers(deep, recompute, 64, lora)
+    assert kept == expected + (0 if recompute == "full" else 4 * (64 * besides + spread))
+
+
+def test_adapters_shrink_all_but_the_activations_and_the_frozen_weights_of_an_8b_model() -> None:
+    shape = msgspec.structs.replace(LLAMA_70B, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    shape = msgspec.structs.replace(shape, num_attention_heads=32)
+    tables = {"run": {"weights_dtype": "auto", "recompute": "auto"}, "parallel": {"tp": 1}, "data": {"global_batch": 1}}
+    tables |= {"model": {"init_from": "nowhere"}, "lora": {"rank": 16}}
+    found = estimate(adapting(**tables), shape, 1)
+    assert (found.parameters - found.trained, found.trained) == (8_030_261_248, 41_943_040)
+    assert found.config.run.weights_dtype == "bfloat16"
+    assert found.memory["weights"] == 2 * 8_030_261_248 + 4 * 41_943_040
+    assert found.memory["optimizer"] == 8 * 41_943_040
+    assert found.memory["gradients"] == 4 * 41_943_040
+    assert found.memory["working weights"] == 2 * 41_943_040  # bfloat16 copies of the adapters
+    assert found.memory["head"] == 2 * 4096 * 128256 * 2
+    # 4 operations for a frozen weight, 6 for an adapter's, none for the embedding and the norms.
+    frozen = 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    assert found.config.run.recompute == "none"
+    flops = 8192 * (4 * frozen + 6 * 41_943_040)
+    assert found.seconds_per_step == pytest.approx(flops / (0.45 * 989e12))
+    with_head = estimate(adapting(**tables | {"lora": {"rank": 16, "modules_to_save": ["lm_head"]}}), shape, 1)
+    assert with_head.trained == found.trained + 128256 * 4096
+    assert with_head.memory["head"] == found.memory["head"] + 2 * 128256 * 4096
+
+
+def adapting(**changes: dict[str, Any]) -> TrainConfig:
+    tables = msgspec.to_builtins(config(**{name: changes[name] for name in ("run", "data", "parallel")}))
+    for key in ("seed", "epochs", "skip"):
+        tables["data"].pop(key)
+    return parse_config(tables | {"model": changes["model"], "lora": changes["lora"]})
 
 
 def test_steps_of_epochs_are_counted_from_the_data(tmp_path: Path, tokenizer: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import runs
 import torch
@@ -153,6 +154,28 @@ def test_a_model_on_a_gpu_equals_transformers_up_to_bfloat16_rounding(tmp_path: 
         assert "torch.bfloat16" in result.stdout
 
 
+def test_adapters_on_a_gpu_equal_those_of_peft_up_to_bfloat16_rounding(tmp_path: Path) -> None:
+    for number, keys in enumerate(FAMILIES):
+        base, adapter = tmp_path / f"{number}", tmp_path / f"{number} adapter"
+        plain = public_llama(**(keys | {"hidden_size": 128, "head_dim": 32}))
+        plain.save_pretrained(base)
+        plain.name_or_path = str(base)
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        peft.get_peft_model(plain, lora).save_pretrained(adapter)
+        words = ["-m", "trainer.parity", str(adapter), "--device=cuda"]
+        result = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_kills_leave_no_trace_in_a_run_of_adapters_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
+    public_llama(vocab_size=512, hidden_size=128, head_dim=32).save_pretrained(tmp_path / "base")
+    config = runs.run_config(
+        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}, lora={"rank": 8}
+    )
+    config["model"] = {"init_from": str(tmp_path / "base")}
+    compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
+
+
 @pytest.mark.parametrize("name", ORDER["cuda"])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -241,7 +264,9 @@ def _built(*, recompute: Recompute, compiled: bool) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("system", ["ours-default", "ours-bf16", "ours-bf16-free", "ours-bf16-plain"])
+@pytest.mark.parametrize(
+    "system", ["ours-default", "ours-bf16", "ours-bf16-free", "ours-bf16-plain", "ours-lora", "ours-lora-free"]
+)
 def test_the_benchmark_of_the_training_step_prints_a_row(system: str) -> None:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "train_step.py"
     small = ["--shape=tiny", "--layers=1", "--capacity=512", "--steps=1", f"--systems={system}"]

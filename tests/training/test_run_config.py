@@ -158,6 +158,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_the_demo_and_all_examples_are_valid() -> None:
     examples = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
-    assert [path.name for path in examples] == ["demo.toml", "eight_gpus.toml", "one_gpu.toml", "several_nodes.toml"]
+    assert [path.name for path in examples] == [
+        *("demo.toml", "eight_gpus.toml", "lora.toml", "lora_8b.toml"),
+        *("one_gpu.toml", "several_nodes.toml"),
+    ]
     for path in examples:
         load_config(path)

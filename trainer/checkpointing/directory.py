@@ -18,6 +18,7 @@ from checkpoints import CheckpointError, Lock
 from sftstream import UNDECODABLE
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
+from trainer.llama.adapters import CONFIG as ADAPTER
 
 OWNER, STOPPED = "run.json", "stopped"
 
@@ -36,7 +37,7 @@ class RunDirectory:
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.run.directory
-        self._export = config.run.export_directory
+        self._exports = config.run.export_directory / "config.json", config.run.adapter_directory / ADAPTER
         root = config.checkpoint.root
         self._checkpoints = root if root is None or "://" in root else str(Path(root).absolute())
 
@@ -86,7 +87,7 @@ class RunDirectory:
 
     @property
     def _has_export(self) -> bool:
-        return (self._export / "config.json").exists()
+        return any(config.exists() for config in self._exports)
 
     def _owner(self) -> Owner | None:
         path = self.path / OWNER

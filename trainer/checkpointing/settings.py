@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from sftstream import differences
 from trainer.config import TrainConfig
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import LoraConfig
 from trainer.training.model import ModelSource
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
 
@@ -48,12 +49,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rows_before: int | UnsetType = UNSET
     """Number of tokens in `model.init_from` before `model.resize_vocabulary` added rows; left out
     if no rows were added."""
+    lora: LoraConfig | UnsetType = UNSET
+    """The `[lora]` table; left out without adapters."""
+    base: dict[str, str] | UnsetType = UNSET
+    """Digest of each weight file of the model under the adapters; left out without adapters."""
     accepted: tuple[AcceptedChange, ...] | UnsetType = UNSET
     """Changes accepted so far, oldest first; left out if there are none. Not compared."""
 
     @classmethod
-    def of(cls, config: TrainConfig, source: ModelSource, compute_dtype: torch.dtype) -> Settings:
-        """Collect the settings of a run whose choices are made; `compute_dtype` replaces "auto"."""
+    def of(
+        cls, config: TrainConfig, source: ModelSource, compute_dtype: torch.dtype, base: dict[str, str] | None = None
+    ) -> Settings:
+        """Collect the settings of a run whose choices are made; `compute_dtype` replaces "auto".
+
+        `base` has the digests of the frozen model's weight files, None without adapters.
+        """
         assert config.run.compile != "auto"
         return cls(
             seed=config.run.seed,
@@ -67,6 +77,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             steps=config.run.steps if config.schedule.decays_to_run_end else None,
             first_weights=source.digest,
             rows_before=UNSET if source.rows_before is None else source.rows_before,
+            lora=UNSET if config.lora is None else config.lora,
+            base=UNSET if base is None else base,
         )
 
 
@@ -117,6 +129,8 @@ def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
         before, after = (msgspec.to_builtins(getattr(settings, path)) for settings in (saved, now))
         changed += differences(before, after, path if path in ("model", "optimizer") else f"run.{path}")
     changed += differences(saved.rows_before or None, now.rows_before or None, "model.resize_vocabulary")
+    changed += differences(_adapters(saved), _adapters(now), "lora")
+    changed += differences(saved.base or None, now.base or None, "model.init_from")
     if saved.attention is not UNSET:
         changed += differences(saved.attention, now.attention, "run.attention")
     if saved.first_weights is not UNSET:
@@ -124,6 +138,10 @@ def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
     if not _gave_equal_rates(saved, now, step):
         changed += differences(_terms(saved), _terms(now), "schedule")
     return changed
+
+
+def _adapters(settings: Settings) -> dict[str, object] | None:
+    return settings.lora.identity if settings.lora else None
 
 
 def _gave_equal_rates(saved: Settings, now: Settings, steps: int) -> bool:

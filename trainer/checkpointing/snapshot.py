@@ -1,6 +1,7 @@
 """Take a snapshot of a run for a checkpoint, and restore a run from a checkpoint.
 
-A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`:
+A checkpoint holds these keys beside the tensors `model.*` and `optimizer.*`. Weights that are not
+trained, the model under adapters, are not saved: `settings` has the digests of their files.
 
     data/stream/00000   StreamState of logical stream 0 (MessagePack), one key per stream
     data/run            DataState without streams: identity, packs, history
@@ -145,7 +146,8 @@ def restore(
     saved = saved_settings(store, step)
     settings = carry_over(saved, settings, step, accept)
     # Version 0.1.0 saved the head also of a model with tied embeddings.
-    state = _tensors(model, optimizer, all_names=f"{MODEL}.{HEAD}" in store.manifest(step).tensors)
+    tied = model.config.tie_word_embeddings and f"{MODEL}.{HEAD}" in store.manifest(step).tensors
+    state = _tensors(model, optimizer, with_head=tied)
     store.load(step, state)
     set_model_state_dict(model, get_model_state_dict(model) | state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -163,11 +165,11 @@ def saved_settings(store: CheckpointStore, step: int) -> Settings:
     return msgspec.convert(store.values(step, "settings")["settings"], Settings)
 
 
-def _tensors(model: Llama, optimizer: torch.optim.Optimizer, *, all_names: bool = False) -> dict[str, Any]:
-    """Return the tensors by name; `all_names` adds the head that shares the embedding's tensor."""
-    weights = get_model_state_dict(model)
-    if model.config.tie_word_embeddings and not all_names:
-        del weights[HEAD]
+def _tensors(model: Llama, optimizer: torch.optim.Optimizer, *, with_head: bool = False) -> dict[str, Any]:
+    """Return the trained tensors by name; `with_head` adds the head that shares the embedding's."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names |= {HEAD} if with_head else set()
+    weights = {name: tensor for name, tensor in get_model_state_dict(model).items() if name in names}
     # get_optimizer_state_dict creates the state of a new optimizer, for a checkpoint to load into.
     return {MODEL: weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Literal, Never
 
 import msgspec
@@ -86,12 +87,12 @@ class Topology:
     device: torch.device
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
-    @property
+    @cached_property
     def dp(self) -> int:
         """Number of data-parallel coordinates."""
         return self.mesh["dp"].size()
 
-    @property
+    @cached_property
     def tp(self) -> int:
         """Number of ranks in a data-parallel coordinate."""
         return self.mesh["tp"].size()
@@ -101,7 +102,7 @@ class Topology:
         """Sizes by name; two topologies are equal if their sizes are."""
         return {"dp": self.dp, "tp": self.tp, "replicas": self.parallel.replicas}
 
-    @property
+    @cached_property  # a look into the mesh takes a millisecond
     def shard(self) -> Shard:
         """Shard of the data for this rank's data-parallel coordinate."""
         return Shard(self.mesh["dp"].get_local_rank(), self.dp)

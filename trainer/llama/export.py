@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any, Protocol
 import msgspec
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from checkpoints import MODEL_FILE_BYTES, TensorSpec, write_model
+from checkpoints import MODEL_FILE_BYTES, TensorSpec, merge, write_model
 from sftstream import UNDECODABLE
+from trainer.llama.adapters import CONFIG, PREFIX, STEM, adapter_layout, trained_layout, write_adapter_config
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
+from trainer.llama.lora import A, B, LoraConfig
 from trainer.llama.model import Llama
-from trainer.llama.weights import shapes, unfused
+from trainer.llama.weights import shapes, unfused, unfused_pieces
 
 
 class Tokenizer(Protocol):
@@ -48,6 +52,8 @@ def export(
 ) -> None:
     """Write a model directory for `transformers`; every rank calls, rank 0 writes.
 
+    Adapters are added to the weights.
+
     Tensors are gathered, converted and written one at a time. The directory is made aside and then
     replaces `out_dir`: a kill leaves the old export, the new export or none, never a part.
 
@@ -68,12 +74,15 @@ def export(
         ValueError: `out_dir` holds files but no model, or the settings in `init_from` are broken.
     """
     dtype = dtype or model.norm.weight.dtype
-    tensors = ((name, tensor.to(dtype)) for name, tensor in unfused(config, dict(model.named_parameters())))
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    parameters = dict(model.named_parameters())
+    adapters = _adapters(model)
+    tensors = unfused(config, parameters)
+    if _writes():
         require_replaceable(out_dir := Path(out_dir))
         specs = {name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes(model).items()}
         files = config_files(config, dtype, tokenizer, template, stop_token_ids, init_from)
-        write_model(out_dir, specs, tensors, files, file_bytes=file_bytes, replace=True)
+        merged = ((name, _merged(name, tensor, adapters, model.lora).to(dtype)) for name, tensor in tensors)
+        write_model(out_dir, specs, merged, files, file_bytes=file_bytes, replace=True)
     else:
         for _ in tensors:
             pass  # Takes part in the gathering.
@@ -81,10 +90,63 @@ def export(
         dist.barrier()
 
 
-def require_replaceable(out_dir: Path) -> None:
-    """Raise ValueError if a directory holds files but no model."""
-    if out_dir.exists() and not (out_dir / "config.json").exists() and any(out_dir.iterdir()):
+@torch.no_grad()
+def export_adapter(
+    model: Llama, out_dir: StrPath, base: str, tokenizer: Tokenizer | None = None, *, template: str | None = None
+) -> None:
+    """Write the trained weights of a model with `lora` as a PEFT adapter; every rank calls.
+
+    `base` is the name of the base model for `adapter_config.json`, a directory or a hub name. The
+    other arguments, and the way of writing, are those of `export`.
+
+    Raises ValueError if `out_dir` holds files but no adapter.
+    """
+    assert model.lora is not None
+    pieces = trained_layout(model.config, model.lora)
+    tensors = unfused_pieces(pieces, dict(model.named_parameters()))
+    if _writes():
+        require_replaceable(out_dir := Path(out_dir), CONFIG)
+        specs = {f"{PREFIX}{name}": TensorSpec(torch.float32, tuple(s)) for name, s in shapes(model, pieces).items()}
+        files = adapter_files(model.lora, base, tokenizer, template)
+        named = ((f"{PREFIX}{name}", tensor) for name, tensor in tensors)
+        write_model(out_dir, specs, named, files, file_bytes=sys.maxsize, replace=True, stem=STEM)
+    else:
+        for _ in tensors:
+            pass  # Takes part in the gathering.
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _writes() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _adapters(model: Llama) -> dict[str, Tensor]:
+    """Return the full tensors of the adapters by name, none without adapters. Collective."""
+    if model.lora is None:
+        return {}
+    return dict(unfused_pieces(adapter_layout(model.config, model.lora), dict(model.named_parameters())))
+
+
+def _merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], lora: LoraConfig | None) -> Tensor:
+    """Return a weight with its adapter added, if there is one."""
+    stem = name.removesuffix(".weight")
+    left, right = adapters.get(f"{stem}.{B}.weight"), adapters.get(f"{stem}.{A}.weight")
+    if lora is None or left is None or right is None:
+        return weight
+    return merge(weight, left, right, lora.scale)
+
+
+def require_replaceable(out_dir: Path, config: str = "config.json") -> None:
+    """Raise ValueError if a directory holds files, but not `config`, so no export."""
+    if out_dir.exists() and not (out_dir / config).exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} holds other files than a model's: move them, or export to another directory")
+
+
+def adapter_files(lora: LoraConfig, base: str, tokenizer: Tokenizer | None, template: str | None) -> dict[str, bytes]:
+    """Return the files of an adapter's directory besides the weights, by relative path."""
+    files = {} if tokenizer is None else _tokenizer_files(tokenizer, template)
+    return dict(sorted((files | {CONFIG: write_adapter_config(lora, base)}).items()))
 
 
 def config_files(

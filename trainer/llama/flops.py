@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from sftstream import Pack
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import LoraConfig, adapter_weights
 
 PEAKS = {
     "H200": 989e12,
@@ -45,14 +46,22 @@ def squared_lengths(pack: Pack) -> int:
     return sum(segment.length**2 for segment in pack.segments)
 
 
-def model_flops(config: LlamaConfig, tokens: int, trained_tokens: int, squares: int) -> int:
+def model_flops(
+    config: LlamaConfig, tokens: int, trained_tokens: int, squares: int, lora: LoraConfig | None = None
+) -> int:
     """Return the operations of a forward and a backward pass, padding excluded.
 
-    `squares` is the sum of the conversations' squared lengths.
+    `squares` is the sum of the conversations' squared lengths. With `lora` a frozen weight needs 4
+    operations for each token: its own gradient is not computed.
     """
     width = config.num_attention_heads * config.head_size
-    blocks = config.num_hidden_layers * (tokens * block_weights(config) + squares * width)
-    return 6 * (blocks + trained_tokens * config.hidden_size * config.vocab_size)
+    head = trained_tokens * config.hidden_size * config.vocab_size
+    layer, attention = tokens * block_weights(config), 6 * squares * width
+    if lora is None:
+        return config.num_hidden_layers * (6 * layer + attention) + 6 * head
+    adapters = tokens * adapter_weights(config, lora)
+    trained_head = "lm_head" in lora.modules_to_save
+    return config.num_hidden_layers * (4 * layer + 6 * adapters + attention) + (6 if trained_head else 4) * head
 
 
 def block_weights(config: LlamaConfig) -> int:

@@ -50,15 +50,16 @@ _MODEL_TYPES = get_args(get_type_hints(LlamaConfig)["model_type"])
 
 
 def find_model(name: str) -> Path:
-    """Return the directory of a model, downloaded from the Hugging Face hub if necessary.
+    """Return the directory of a model or a PEFT adapter, downloaded if necessary.
 
-    `name` is a local directory or the name of a model on the hub. The hub's cache keeps the
+    `name` is a local directory or a name on the Hugging Face hub. The hub's cache keeps the
     download for later calls on this machine. Ranks may call at the same time: one rank downloads,
     the rest wait. Raises ValueError if `name` is neither a directory nor on the hub.
     """
     if Path(name).is_dir():
         return Path(name)
     files = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+    files += ["adapter_config.json", "adapter_model.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, HFValidationError) as error:

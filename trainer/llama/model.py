@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import A, Adapter, B, LoraConfig, Part
 from trainer.llama.loss import WHOLE, Vocabulary, head_loss
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
@@ -37,10 +38,25 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """Linear layer with the part of the weight on this rank."""
+    """Linear layer with the part of the weight on this rank, and adapters if `adapt` made them."""
+
+    adapter: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, weight_of(self), None if self.bias is None else weight_of(self, "bias"))
+        out = F.linear(x, weight_of(self), None if self.bias is None else weight_of(self, "bias"))
+        return out if self.adapter is None else self.adapter.add(out, x, weight_of(self, A), weight_of(self, B))
+
+    def adapt(self, lora: LoraConfig | None, *parts: Part) -> Linear:
+        """Add adapters for the targets of `lora` among `parts`; return the layer.
+
+        `parts` are the matrices in each group of rows.
+        """
+        if lora is None or not any(part.target in lora.adapted for part in parts):
+            return self
+        self.adapter = Adapter(parts, lora.adapted, lora.rank, lora.scale)
+        self.register_parameter(A, nn.Parameter(torch.empty(self.adapter.adapters * lora.rank, self.in_features)))
+        self.register_parameter(B, nn.Parameter(torch.empty(self.adapter.rows_of(self.out_features), lora.rank)))
+        return self
 
 
 class Norm(nn.RMSNorm):
@@ -58,15 +74,17 @@ class Attention(nn.Module):
     so the first half of the rows is a complete group for the first of two tensor-parallel ranks.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.queries = config.heads_per_group
-        self.head_size = config.head_size
-        width = config.num_attention_heads * config.head_size
-        rows = config.num_key_value_heads * (self.queries + 2) * config.head_size
-        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.head_size = size = config.head_size
+        width = config.num_attention_heads * size
+        rows = config.num_key_value_heads * (self.queries + 2) * size
+        qkv = Part("q_proj", self.queries * size), Part("k_proj", size), Part("v_proj", size)
+        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias).adapt(lora, *qkv)
         self.query_norm, self.key_norm = _head_norm(config), _head_norm(config)
-        self.output = Linear(width, config.hidden_size, bias=False)
+        output = Part("o_proj", config.hidden_size)
+        self.output = Linear(width, config.hidden_size, bias=False).adapt(lora, output)
         self.kernel: Kernel | None = None
         """The attention kernel; None is the kernel of each device that needs no other package."""
 
@@ -91,11 +109,13 @@ class SwiGLU(nn.Module):
     With 2 blocks the order is `[gate0, up0, gate1, up1]`.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.block = config.gate_block
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        gate_up = Part("gate_proj", self.block), Part("up_proj", self.block)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False).adapt(lora, *gate_up)
+        down = Part("down_proj", config.hidden_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False).adapt(lora, down)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x), self.block))  # type: ignore[no-any-return]
@@ -104,12 +124,12 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.attention_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, lora)
         self.mlp_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, lora)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, segments)
@@ -151,13 +171,17 @@ class Head(Linear):
 
 
 class Llama(nn.Module):
-    """The complete model. `init_weights` or `load_weights` must set the weights before use."""
+    """The complete model. `init_weights` or `load_weights` must set the weights before use.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    With `lora` only the adapters and `lora.modules_to_save` are trained: `init_adapters` or
+    `load_adapters` must set the adapters as well.
+    """
+
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.lora = config, lora
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, lora) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.select = Select()
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
@@ -165,6 +189,16 @@ class Llama(nn.Module):
         # Not a buffer: a cast of the model to bf16 would round the frequencies, and a model made on
         # "meta" would have none.
         self.frequencies = inverse_frequencies(config)
+        if lora is not None:
+            self._freeze(lora)
+
+    def _freeze(self, lora: LoraConfig) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] in (A, B))
+        if "embed_tokens" in lora.modules_to_save:
+            self.embedding.requires_grad_(True)
+        if "lm_head" in lora.modules_to_save:
+            self.head.requires_grad_(True)
 
     def tie(self) -> None:
         """Share the embedding's weight with the head if the config ties them.

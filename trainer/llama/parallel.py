@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from trainer.llama.config import LlamaConfig
+from trainer.llama.lora import A, B, LoraConfig
 from trainer.llama.model import Llama
 from trainer.llama.working import WorkingCopies
 
@@ -42,14 +43,19 @@ def build(
     compute_dtype: torch.dtype = torch.float32,
     weights_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
+    lora: LoraConfig | None = None,
 ) -> Llama:
     """Return a Llama on `device`, spread by `parallelize`, with weights not yet set.
 
     The model is made without memory and allocated after the split: no rank ever holds the full
-    model. Parameters are stored in `weights_dtype`. Raises ValueError as `parallelize` does.
+    model. Parameters are stored in `weights_dtype`; with `lora` only frozen parameters are, and
+    trained parameters in float32. Raises ValueError as `parallelize` does.
     """
     with torch.device("meta"):
-        model = Llama(config).to(weights_dtype)
+        model = Llama(config, lora)
+    for parameter in model.parameters():
+        if lora is None or not parameter.requires_grad:
+            parameter.data = parameter.data.to(weights_dtype)
     parallelize(
         model, mesh, capacity=capacity, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
     )
@@ -85,7 +91,7 @@ def parallelize(
         _shard_tensors(model, tp)
     if mesh["dp"].size() > 1:
         _shard_data(model, _data_mesh(mesh), compute_dtype, reshard_after_forward)
-    elif {compute_dtype, model.norm.weight.dtype} != {torch.float32}:
+    elif {compute_dtype, *(parameter.dtype for parameter in model.parameters())} != {torch.float32}:
         model.register_forward_pre_hook(WorkingCopies(compute_dtype))
     return model
 
@@ -122,8 +128,8 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
         role = path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
             # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
-            split = distribute_tensor(parameter, tp, [placement_of(role)], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(split))
+            split = distribute_tensor(parameter, tp, [placement_of(role, name)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
         if role in ("qkv", "gate_up", "select"):
             module.register_forward_pre_hook(gather)
         if role in ("embedding", "output", "down"):
@@ -131,11 +137,16 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
     model.tie()
 
 
-def placement_of(role: str) -> Placement:
-    """Return the placement of a weight over "tp"; `role` is the last part of the module's name."""
-    if role.endswith("norm"):
+def placement_of(role: str, name: str = "weight") -> Placement:
+    """Return the placement of the parameter `name` over "tp".
+
+    `role` is the last part of the module's name.
+    """
+    splits_columns = role in ("output", "down")
+    # An adapter's other matrix meets only the rank, which is not split.
+    if role.endswith("norm") or name == (B if splits_columns else A):
         return Replicate()
-    return Shard(1) if role in ("output", "down") else Shard(0)
+    return Shard(1) if splits_columns else Shard(0)
 
 
 def _gather(group: dist.ProcessGroup, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from trainer.llama.sharding import gather_full, local, window
 INDEX = "model.safetensors.index.json"
 _ROWS = 16_384
 """Rows of an embedding read at a time."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 """Accepted dtypes of safetensors; other dtypes hold the codes of a quantization."""
 
 
@@ -93,12 +93,15 @@ def _gate_up_pieces(config: LlamaConfig, prefix: str) -> list[Piece]:
     ]
 
 
-def shapes(model: Llama) -> dict[str, list[int]]:
-    """Return the full shape of each Hugging Face tensor of `model`, by name."""
+def shapes(model: Llama, pieces: Mapping[str, list[Piece]] | None = None) -> dict[str, list[int]]:
+    """Return the full shape of each Hugging Face tensor of `model`, by name.
+
+    `pieces` are those of some of the parameters; by default the `layout` of the model.
+    """
     full_shapes: dict[str, list[int]] = {}
     parameters = dict(model.named_parameters())
-    for name, pieces in layout(model.config).items():
-        for piece in pieces:
+    for name, parts in (layout(model.config) if pieces is None else pieces).items():
+        for piece in parts:
             full_shapes.setdefault(piece.tensor, [0, *parameters[name].shape[1:]])[0] += piece.rows
     return full_shapes
 
@@ -119,7 +122,7 @@ def load_weights(model: Llama, directory: StrPath, rows_before: int | None = Non
         _check_tensors(model, tensors, directory, stored.vocab_size)
         parameters = dict(model.named_parameters())
         for name, pieces in layout(stored).items():
-            _fill(parameters[name], pieces, tensors)
+            fill(parameters[name], pieces, tensors)
             if name in ("embedding.weight", "head.weight"):
                 _fill_with_mean(parameters[name], pieces[0], tensors)
 
@@ -132,13 +135,26 @@ def opened(directory: Path) -> Iterator[dict[str, Any]]:
     is missing or damaged, or if two files hold a tensor that is not in the index.
     """
     with ExitStack() as stack:
-        files = {path.name: stack.enter_context(_opened(path)) for path in weight_files(directory)}
-        holders: dict[str, list[str]] = {}
-        for file, opened_file in files.items():
-            for name in opened_file.keys():  # noqa: SIM118 - not a mapping
-                holders.setdefault(name, []).append(file)
-        chosen = _chosen(holders, _weight_map(directory), directory)
-        yield {name: files[file] for name, file in chosen.items()}
+        files = {path.name: stack.enter_context(opened_file(path)) for path in weight_files(directory)}
+        yield {name: files[file] for name, file in _files_of_tensors(files, directory).items()}
+
+
+def files_of_tensors(directory: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor of a Hugging Face directory, by tensor.
+
+    Raises ValueError as `opened` does.
+    """
+    with ExitStack() as stack:
+        files = {path.name: stack.enter_context(opened_file(path)) for path in weight_files(directory)}
+        return _files_of_tensors(files, directory)
+
+
+def _files_of_tensors(files: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    holders: dict[str, list[str]] = {}
+    for file, handle in files.items():
+        for name in handle.keys():  # noqa: SIM118 - not a mapping
+            holders.setdefault(name, []).append(file)
+    return _chosen(holders, _weight_map(directory), directory)
 
 
 def _chosen(holders: Mapping[str, list[str]], weight_map: Mapping[str, str], directory: Path) -> dict[str, str]:
@@ -181,7 +197,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise ValueError(f"{index}: {error}") from error
 
 
-def _opened(path: Path) -> Any:
+def opened_file(path: Path) -> Any:
+    """Return a safetensors file, opened; a context manager.
+
+    Raises ValueError if it is missing or damaged.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing: download or convert the weights as safetensors")
     try:
@@ -212,9 +232,9 @@ def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vo
                 f"{directory}: {name} has shape {stored.get(name, 'none')}, but config.json implies "
                 f"{expected.get(name, 'none')}: use the config.json of these weights"
             )
-        if (dtype := tensors[name].get_slice(name).get_dtype()) not in _FLOATS:
+        if (dtype := tensors[name].get_slice(name).get_dtype()) not in FLOATS:
             raise ValueError(
-                f"{directory}: {name} is stored as {dtype}: train from weights in one of {', '.join(_FLOATS)}"
+                f"{directory}: {name} is stored as {dtype}: train from weights in one of {', '.join(FLOATS)}"
             )
 
 
@@ -222,7 +242,7 @@ def _is_weight(name: str) -> bool:
     return not name.endswith("rotary_emb.inv_freq")  # stored by old conversions; derived from config.json here
 
 
-def _fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]) -> None:
+def fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any]) -> None:
     """Read the local part of `parameter` from the pieces that overlap the local rows."""
     rows, *columns = window(parameter)
     offset = 0
@@ -248,16 +268,23 @@ def _fill_with_mean(parameter: Tensor, stored: Piece, tensors: Mapping[str, Any]
 
 
 def unfused(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the full Hugging Face tensors with their names, on every rank.
+    """Yield the full Hugging Face tensors of a model with their names, on every rank.
 
-    The order is that of `shapes`. `tensors` maps our parameter names to weights or to gradients.
-    Memory holds one gathered parameter at a time. Gathering is a collective, so every rank must
-    iterate to the end.
+    `tensors` maps our parameter names to weights or to gradients. See `unfused_pieces`.
     """
-    for name, pieces in layout(config).items():
+    return unfused_pieces(layout(config), tensors)
+
+
+def unfused_pieces(pieces: Mapping[str, list[Piece]], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full Hugging Face tensors made of `pieces` with their names, on every rank.
+
+    The order is that of `shapes`. Memory holds one gathered parameter at a time. Gathering is a
+    collective, so every rank must iterate to the end.
+    """
+    for name, parts in pieces.items():
         full = gather_full(tensors[name])
         by_tensor: dict[str, list[Tensor]] = {}
-        for piece, rows in zip(pieces, full.split_with_sizes([piece.rows for piece in pieces]), strict=True):
+        for piece, rows in zip(parts, full.split_with_sizes([piece.rows for piece in parts]), strict=True):
             by_tensor.setdefault(piece.tensor, []).append(rows)
-        for theirs, parts in by_tensor.items():
-            yield theirs, torch.cat(parts)
+        for theirs, rows_of_it in by_tensor.items():
+            yield theirs, torch.cat(rows_of_it)

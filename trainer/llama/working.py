@@ -36,7 +36,7 @@ class WorkingCopies:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._copies: dict[nn.Parameter, Tensor] = {}
-        self._versions: list[int] = []
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
         self._sums: dict[nn.Parameter, Tensor] | None = None
         """Sums of the gradients of several packs; None outside of `several_packs`."""
 
@@ -44,17 +44,20 @@ class WorkingCopies:
         """Make the copies equal to the weights."""
         if not self._copies:
             self._make(model)
-        versions = [version for weight in self._copies for version in (weight._version, _detached(weight)._version)]
-        if versions != self._versions:
-            self._versions = versions
-            cast = {weight: copy for weight, copy in self._copies.items() if weight.dtype != self.dtype}
-            if cast:
-                with torch.no_grad():
-                    torch._foreach_copy_(list(cast.values()), [_detached(weight) for weight in cast])
+        versions = {weight: (weight._version, _detached(weight)._version) for weight in self._copies}
+        changed = [weight for weight, version in versions.items() if version != self._versions.get(weight)]
+        self._versions = versions
+        cast = [weight for weight in changed if weight.dtype != self.dtype]
+        if cast:
+            with torch.no_grad():
+                torch._foreach_copy_([self._copies[weight] for weight in cast], [_detached(weight) for weight in cast])
 
     def weights_changed(self, *_: Any) -> None:
-        """Fill the copies again in the next forward pass; a post-hook of an optimizer's step."""
-        self._versions = []
+        """Fill the copies of trained weights again in the next forward pass.
+
+        A post-hook of an optimizer's step.
+        """
+        self._versions = {weight: version for weight, version in self._versions.items() if not weight.requires_grad}
 
     @contextmanager
     def several_packs(self) -> Iterator[None]:

@@ -15,8 +15,10 @@ from trainer.training.progress import Progress
 def model_message(directory: Path, model: nn.Module, total_rows: int | None, topology: Topology) -> str:
     """Return the first line of a run: directory, parameters, rows if known, ranks."""
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = f"{parameters:,} parameters" + (f", {trained:,} of them trained," if trained < parameters else "")
     rows = f" on {total_rows:,} conversations in all epochs" if total_rows else ""
-    return f"{directory}: a Llama of {parameters:,} parameters{rows}; {topology.describe()}"
+    return f"{directory}: a Llama of {counted}{rows}; {topology.describe()}"
 
 
 def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str]:

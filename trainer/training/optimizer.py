@@ -109,10 +109,11 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return a fused AdamW over the model's parameters; weight decay applies to matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Return a fused AdamW over the trained parameters; weight decay applies to matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     if copies := working_copies(model):
         optimizer.register_step_post_hook(copies.weights_changed)
