@@ -202,6 +202,7 @@ ORDER = {
         "llama.flops",
         "llama.loss",
         "llama.sharding",
+        "llama.nf4",
         "llama.swiglu_kernel",
         "llama.swiglu",
         "llama.model",

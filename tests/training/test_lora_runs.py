@@ -363,3 +363,27 @@ def test_adapters_on_a_bfloat16_base_validate_resume_and_stay_float32(tmp_path: 
     )
     assert result.exit_code == 0, result.output
     assert contents(tmp_path / "out") == contents(tmp_path / "runs/run/export")
+
+
+def test_a_run_in_4_bits_resumes_and_merges_into_the_weights_of_its_base(tmp_path: Path, tokenizer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 16}
+    public_llama(vocab_size=512, **sizes).save_pretrained(tmp_path / "base")
+    config = adapting(tmp_path, tokenizer, tmp_path / "base", run={"steps": 4}, parallel={"tp": 2})
+    config["lora"] = RANK | {"quantize": "nf4"}
+    runs.run(_directory(tmp_path / "whole"), config, processes=2)
+    config["run"]["steps"] = 2
+    runs.run(tmp_path, config, processes=2)
+    config["run"]["steps"] = 4
+    assert "lora.quantize: 'nf4' -> None" in fails(tmp_path, config | {"lora": RANK}, processes=2)
+    runs.run(tmp_path, config, processes=2)
+    assert runs.outcome(tmp_path) == runs.outcome(tmp_path / "whole")
+    losses = [line["loss"] for line in runs.metrics(tmp_path)]
+    assert losses[-1] < losses[0]
+    base, merged = (load_file(tmp_path / path / "model.safetensors") for path in ("base", "runs/run/export"))
+    adapter = load_file(tmp_path / "runs/run/adapter/adapter_model.safetensors")
+    for name, weight in base.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        left, right = (adapter.get(f"{stem}.lora_{matrix}.weight") for matrix in "BA")
+        expected = weight if left is None or right is None else weight + 2 * left @ right
+        torch.testing.assert_close(merged[name], expected)

@@ -64,6 +64,9 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     modules_to_save: tuple[Saved, ...] = ()
     """Layers to train in full beside the adapters: the embedding, the head or both. Refused for a
     model that ties them."""
+    quantize: Literal["nf4"] | None = None
+    """Store the frozen matrices of the layers in 4 bits (QLoRA): "nf4" has the numbers of
+    bitsandbytes with double quantization, and needs it. Default: none."""
     dropout: float = 0.0
     """Only 0, which is also peft's default. Present so that a copied setting is refused by name."""
     export_merged: bool = True
@@ -103,6 +106,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "targets": list(self.adapted),
             "rank_stabilized": self.rank_stabilized,
             "modules_to_save": sorted(self.modules_to_save),
+            "quantize": self.quantize,
         }
 
     @property
