@@ -17,7 +17,8 @@ def __getattr__(name: str) -> Any:
     public = import_module(f"{__name__}.public")
     if name != "__all__" and name not in public.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(public, name)
+    globals()[name] = value = getattr(public, name)
+    return value
 
 
 def __dir__() -> list[str]:

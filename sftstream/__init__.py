@@ -22,7 +22,8 @@ def __getattr__(name: str) -> Any:
         return names
     if name not in names:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(public, name)
+    globals()[name] = value = getattr(public, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ in stored order; false: all rows in stored order."""
 MOST = {
     "max_row_bytes": 2**30,
     "repeat": 10**6,
+    "weight": 10**15,
     "after": 10**15,
     "capacity": 2**24,
     "streams": 2**16,
@@ -146,8 +147,10 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"after = {self.after} must be at least 1; give the weights of the run's beginning in the sources"
             )
         _require_at_most(self)
-        if not all(0 <= weight < float("inf") for weight in self.weights) or not any(self.weights):
-            raise ValueError(f"weights = {list(self.weights)} must be 0 or more, with at least one above 0")
+        if not all(0 <= weight <= MOST["weight"] for weight in self.weights) or not any(self.weights):
+            raise ValueError(
+                f"weights = {list(self.weights)} must lie between 0 and {MOST['weight']}, with at least one above 0"
+            )
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

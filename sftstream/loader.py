@@ -268,7 +268,7 @@ class PackLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return `state` as a dict of JSON-able values: see `state_dict_of`.
 
-        `DataState.parse(state).builtins()` is the same state with plain values for each stream.
+        `DataState.parse(state).builtins()` is the same state with plain lists of waiting rows.
         """
         return state_dict_of(*self.position())
 

@@ -27,8 +27,9 @@ from sftstream.records import (
     batch_digest,
 )
 from sftstream.sources.rows import identify as identify_file
-from sftstream.state import DataState, StreamState, describe, diff, merge
+from sftstream.state import DataState, StreamState, merge
 from sftstream.state_summary import StateSummary, summarize
+from sftstream.state_text import describe, diff
 from sftstream.stored_state import read_state
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations

@@ -129,9 +129,27 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
 
 def _keep_streams(saved: DataState, identity: Identity) -> dict[int, tuple[StreamState, list[Waiting]]]:
     return {
-        number: (_add_sources(stream, identity), list(_waiting(stream, saved.identity)))
+        number: (
+            _for_mixture(_add_sources(stream, identity), saved.identity, identity),
+            list(_waiting(stream, saved.identity)),
+        )
         for number, stream in saved.streams.items()
     }
+
+
+def _for_mixture(stream: StreamState, before: Identity, identity: Identity) -> StreamState:
+    """Return the stream with amounts of 0 if the settings of the mixture changed.
+
+    The new weights hold from here on. With the amounts from before, a source with a larger weight
+    than before, or an added source, would be drawn alone until its amount has caught up.
+    """
+    if _mixture(before) == _mixture(identity):
+        return stream
+    return msgspec.structs.replace(stream, mixed=(0,) * len(identity.sources))
+
+
+def _mixture(identity: Identity) -> tuple[object, ...]:
+    return identity.mix_by, identity.stages, [source.weight for source in identity.sources]
 
 
 def _divide_streams(
@@ -154,7 +172,11 @@ def _divide_streams(
         key=lambda item: item.ref,
     )
     count = identity.streams
-    return {number: (_split_counters(olds, ends, number, identity), waiting[number::count]) for number in range(count)}
+    streams = {number: _split_counters(olds, ends, number, identity) for number in range(count)}
+    return {
+        number: (_for_mixture(stream, saved.identity, identity), waiting[number::count])
+        for number, stream in streams.items()
+    }
 
 
 def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:

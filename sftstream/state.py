@@ -18,18 +18,20 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sftstream.config import SkipConfig
 from sftstream.door import Door
 from sftstream.earlier_formats import in_present_format
 from sftstream.excerpt import excerpt
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
-from sftstream.sources import Bookmark, FileIdentity
+from sftstream.sources import Bookmark
 
 CHECKSUM = "checksum"
 """Key in a state dict. Its value is the SHA-256 of all other keys, as JSON with sorted keys."""
 FIRST_WITH_CHECKSUM = 4
 """Number of the first format whose states have a checksum."""
+WAITING = ("planned", "leftovers", "digests", "row_parts")
+"""Fields of `StreamState` with an entry for each waiting row; texts in a state dict."""
+_PARTS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 
 
 class Leftover(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -249,25 +251,33 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"this is not a data state of this version: {error}") from None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a new state dict of JSON-able values, with encoded streams and a checksum."""
+        """Return a new state dict of JSON-able values with a checksum: see `state_dict_of`."""
         streams = {number: msgspec.msgpack.encode(stream) for number, stream in self.streams.items()}
         return state_dict_of(msgspec.structs.replace(self, streams={}), streams)
 
     def builtins(self) -> dict[str, Any]:
-        """Return a new state dict in which each stream is a dict of plain values, for programs that
-        look at a state. Such a state dict can be loaded as well."""
+        """Return a new state dict in which the waiting rows are plain lists too, for programs that
+        look at each row. Such a state dict can be loaded as well."""
         return _sealed(_builtins(self))
 
 
 def state_dict_of(run: DataState, streams: Mapping[int, bytes]) -> dict[str, Any]:
     """Return the state dict of a run's state without streams, and of its streams as MessagePack.
 
-    Each stream becomes a text, the base64 of its MessagePack. So a state dict of 64 streams takes
-    half a millisecond, and has the same keys at any time, as checkpoint libraries need it. With
-    plain values it would take 10 ms, and thousands of lists of changing lengths.
+    Positions and counters of a stream are plain values. The lists of its waiting rows (`WAITING`)
+    are texts, the base64 of MessagePack. So a state dict of 64 streams takes less than a
+    millisecond and has some hundred entries. With plain lists it would take 10 ms and have
+    thousands of entries, each of which a checkpoint library may save as a key of its own.
     """
-    texts = {str(number): base64.b64encode(stream).decode() for number, stream in streams.items()}
-    return _sealed({**_builtins(run), "streams": texts})
+    shown = {str(number): _with_texts(_PARTS.decode(stream)) for number, stream in streams.items()}
+    return _sealed({**_builtins(run), "streams": shown})
+
+
+def _with_texts(parts: dict[str, msgspec.Raw]) -> dict[str, Any]:
+    texts = {name: base64.b64encode(parts.pop(name)).decode() for name in WAITING if name in parts}
+    values = {name: msgspec.msgpack.decode(part) for name, part in parts.items()}
+    # Through JSON, as in `_builtins`.
+    return {**msgspec.json.decode(msgspec.json.encode(values)), **texts}
 
 
 def _builtins(state: DataState) -> dict[str, Any]:
@@ -282,18 +292,23 @@ def _sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state dict with plain streams. Raises ValueError for a text that is no stream."""
+    """Return a state dict with plain lists of waiting rows.
+
+    Raises ValueError for a text that is not the base64 of MessagePack.
+    """
     streams = content.get("streams")
     if not isinstance(streams, Mapping):
         return content
-    return {**content, "streams": {number: _decoded_stream(number, value) for number, value in streams.items()}}
+    return {**content, "streams": {number: _decoded_stream(number, stream) for number, stream in streams.items()}}
 
 
-def _decoded_stream(number: object, value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _decoded_stream(number: object, stream: object) -> object:
+    if not isinstance(stream, Mapping):
+        return stream
+    texts = {name: text for name in WAITING if isinstance(text := stream.get(name), str)}
     with Door(f"the state is damaged: stream {excerpt(number, 12)}"):
-        return msgspec.msgpack.decode(base64.b64decode(value, validate=True))
+        lists = {name: msgspec.msgpack.decode(base64.b64decode(text, validate=True)) for name, text in texts.items()}
+    return {**stream, **lists}
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -363,96 +378,3 @@ def _merged_digests(states: Sequence[DataState]) -> dict[int, dict[int, str]]:
                         "copy the file to all machines again"
                     )
     return merged
-
-
-def describe(state: StateDict | DataState) -> str:
-    """Return a text for people: progress, sources, refusals, accepted changes."""
-    data = DataState.parse(state)
-    lines = [
-        *_progress_lines(data),
-        *_source_lines(data),
-        *_count_lines(data),
-        *_skip_lines(data.identity.skip),
-        *(f"accepted at pack {c.packs}: {'; '.join(c.differences)}" for c in data.history),
-    ]
-    if exhausted := sum(stream.exhausted for stream in data.streams.values()):
-        lines.append(f"exhausted streams: {exhausted}")
-    return "\n".join(lines)
-
-
-def _progress_lines(data: DataState) -> list[str]:
-    streams, identity = data.streams.values(), data.identity
-    packs = sum(stream.packs for stream in streams)
-    conversations = sum(stream.conversations for stream in streams)
-    tokens = sum(stream.tokens for stream in streams)
-    # After a change of capacity, the number of packs of each size is unknown, and so is the fill.
-    same_capacity = not any(d.startswith("data.capacity:") for change in data.history for d in change.differences)
-    fill = f", {tokens / (packs * identity.capacity):.2%} full" if packs and same_capacity else ""
-    waiting = sum(len(stream.waiting) for stream in streams)
-    return [
-        f"pack {data.packs} is next; streams here: {len(streams)} of {identity.streams}",
-        f"returned: {packs:,} packs, {conversations:,} conversations, {tokens:,} tokens{fill}",
-        f"read and waiting: {waiting:,} conversations",
-    ]
-
-
-def _source_lines(data: DataState) -> list[str]:
-    streams, sources = data.streams.values(), data.identity.sources
-    accepted = [
-        sum((stream.accepted[index] for stream in streams if stream.accepted), Amount())
-        for index in range(len(sources))
-    ]
-    total = sum(accepted, Amount())
-    lines = []
-    for index, source in enumerate(sources):
-        drawn = sum(stream.drawn[index] for stream in streams)
-        more = ", ..." if len(source.files) > 3 else ""
-        names = ", ".join(file.name for file in source.files[:3]) + more
-        line = f"source {index} ({names}): {drawn:,} rows drawn"
-        line += f", {drawn / source.rows:.3f} epochs" if source.rows else ""
-        line += _sampled(source.files, data.digests_in_full.get(index, {}))
-        line += _unread(data.unread_columns, index)
-        line += _shares(accepted[index], total) if len(sources) > 1 and total.conversations else ""
-        lines.append(line)
-    return lines
-
-
-def _unread(columns: Mapping[int, Sequence[str]] | UnsetType, source: int) -> str:
-    names = () if isinstance(columns, UnsetType) else columns.get(source, ())
-    return f"; nothing reads {', '.join(names)}" if names else ""
-
-
-def _sampled(files: Sequence[FileIdentity], digests: Mapping[int, str]) -> str:
-    sampled = sum(file.sampled and number not in digests for number, file in enumerate(files))
-    return f"; {sampled} of {len(files)} files sampled, not yet read in full" if sampled else ""
-
-
-def _skip_lines(skip: SkipConfig | UnsetType) -> list[str]:
-    if isinstance(skip, UnsetType):
-        return []
-    steps = ", ".join(f"{first} to {last}" for first, last in skip.steps) or "none"
-    return [f"skipped: {len(skip.rows):,} rows in every epoch; steps: {steps}"]
-
-
-def _shares(part: Amount, total: Amount) -> str:
-    trained = part.trained_tokens / max(total.trained_tokens, 1)
-    return (
-        f"; {part.conversations / total.conversations:.1%} of conversations, "
-        f"{part.tokens / total.tokens:.1%} of tokens, {trained:.1%} of trained tokens"
-    )
-
-
-def _count_lines(data: DataState) -> list[str]:
-    streams = data.streams.values()
-    notes = sum((Counter(stream.notes) for stream in streams), Counter[str]())
-    refused = sum((Counter(reasons) for stream in streams for reasons in stream.refused), Counter[str]())
-    return [
-        *(f"{note}: {count:,}" for note, count in notes.most_common()),
-        *(f"refused, {reason}: {count:,}" for reason, count in refused.most_common()),
-    ]
-
-
-def diff(a: StateDict | DataState, b: StateDict | DataState) -> list[str]:
-    """Return the differences between two states, as `path: in a -> in b`."""
-    first, second = (msgspec.to_builtins(DataState.parse(state)) for state in (a, b))
-    return differences(first, second, "state")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 from msgspec import UNSET
 
+from sftstream.config import SkipConfig
 from sftstream.identity import Identity
 from sftstream.records import Amount
 from sftstream.state import Change, DataState, StreamState
@@ -186,8 +187,15 @@ def _identity(identity: Identity) -> dict[str, str]:
         "epochs": "without end" if identity.epochs is None else identity.epochs,
         "mixed by": identity.mix_by,
         "variables": "" if identity.variables is UNSET else identity.variables,
+        "skip": "" if identity.skip is UNSET else _skip(identity.skip),
     }
     return {name: str(value) for name, value in values.items() if value != ""}
+
+
+def _skip(skip: SkipConfig) -> str:
+    spans = ", ".join(f"{first} to {last}" for first, last in skip.steps)
+    parts = [f"{len(skip.rows):,} rows"] * bool(skip.rows) + [f"steps {spans}"] * bool(spans)
+    return "; ".join(parts)
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

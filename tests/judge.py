@@ -339,7 +339,8 @@ class Oracle:
                 return f"{text[start : len(prompt)]!r} of the generation prompt is trained"
             if start > len(prompt) and self.policy.train_reasoning and text[len(prompt) : start].strip():
                 lost = text[len(prompt) : start]
-                return None if HEADERS.search(lost) else f"{lost!r} is not trained"
+                said = any(self._left_out(self.messages[int(m[2])], m[3]) for m in WORD.finditer(lost))
+                return None if said or HEADERS.search(lost) else f"{lost!r} is not trained"
             return None
         shared = min(len(prompt), len(text)) if shared is None else shared
         borders = [m.end() for m in SPECIAL.finditer(text) if m.end() <= shared]

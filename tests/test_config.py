@@ -126,7 +126,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"sources": [{"path": "a", "weight": float("inf")}]},
-            "weight = inf must be a positive number - at `$.sources[0]`",
+            "weight = inf must be at most 1000000000000000 - at `$.sources[0]`",
         ),
         (
             {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
@@ -147,7 +147,7 @@ def test_counts_must_be_at_least_one(field: str, value: int) -> None:
         ),
         (
             {"stages": [{"after": 5, "weights": [0]}]},
-            "weights = [0.0] must be 0 or more, with at least one above 0 - at `$.stages[0]`",
+            "weights = [0.0] must lie between 0 and 1000000000000000, with at least one above 0 - at `$.stages[0]`",
         ),
         (
             {"sources": [{"path": "a", "weight": 1}], "stages": [{"after": 5, "weights": [1, 2]}]},
@@ -181,7 +181,7 @@ def test_a_config_cannot_be_changed() -> None:
 def test_a_number_far_above_any_use_is_refused_at_once(tmp_path: Path, field: str) -> None:
     source = {"path": "rows.jsonl", "weight": 1.0}
     table: dict[str, Any] = {"sources": [source], "tokenizer": {"path": "none"}, "epochs": 1}
-    holder = source if field in ("max_row_bytes", "repeat") else table
+    holder = source if field in ("max_row_bytes", "repeat", "weight") else table
     if field == "after":
         holder = {"weights": [1.0]}
         table["stages"] = [holder]

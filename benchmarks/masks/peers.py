@@ -65,6 +65,23 @@ def verdict(oracle: judge.Oracle, answer: dict[str, Any]) -> tuple[str, str]:
     return ("wrong", fault) if fault else (right, "")
 
 
+FAULTS = {
+    "foreign words": ("q is trained", "a span over messages"),
+    "headers": ("a role marker is trained", "prompt is trained", "the turn is trained", "two stops"),
+    "too little": ("not trained", "no stop is trained", "not printed", "one of several"),
+}
+"""Kinds of wrong masks, with the oracle's words.
+
+Text of others is trained; template text before or after a turn is trained; a text of the assistant
+or its stop is missing.
+"""
+
+
+def fault_kind(detail: str) -> str:
+    """Return the kind of a wrong mask, by the oracle's words."""
+    return next(kind for kind, words in FAULTS.items() if any(word in detail for word in words))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
@@ -82,11 +99,13 @@ def main() -> None:
         for (path, oracle, line), answer in zip(lines, answered, strict=True):
             kind, detail = verdict(oracle, answer)
             counts[peer][kind] += 1
+            counts[peer].update([f"wrong: {fault_kind(detail)}"] if kind == "wrong" else [])
             if arguments.wrong and kind not in ("right", "raises"):
                 print(
                     peer, kind, path.stem, [m["role"] for m in line["messages"]], detail, sep="\t", file=arguments.wrong
                 )
-    columns = ("right", "wrong", "another text", "lossless", "refused", "raises")
+    faults = [f"wrong: {kind}" for kind in FAULTS]
+    columns = ("right", "wrong", *faults, "another text", "lossless", "refused", "raises")
     print("| system | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for system, verdicts in counts.items():
         print(f"| {system} | " + " | ".join(str(verdicts[column]) for column in columns) + " |")

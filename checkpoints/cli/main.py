@@ -61,13 +61,17 @@ def _is_undamaged(store: CheckpointStore, step: int) -> bool:
 
 
 @app.command()
-def inspect(step: Step) -> None:
-    """Print the tensors, sizes and short values of a step."""
+def inspect(
+    step: Step,
+    everything: Annotated[bool, typer.Option("--all", help="Print each setting and each entry of a value.")] = False,
+) -> None:
+    """Print when and by whom a step was saved, how far the run was, versions and sizes. `sftstream
+    inspect` prints the position in the data."""
     from rich.console import Console
 
     from checkpoints.cli.show import show_step
 
-    show_step(*_step(step), Console(highlight=False, markup=False))
+    show_step(*_step(step), Console(highlight=False, markup=False), everything=everything)
 
 
 @app.command()

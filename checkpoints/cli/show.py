@@ -17,6 +17,8 @@ from checkpoints.store import CheckpointStore
 
 LONG = 2000
 """Bytes from which on only the size of a value is shown."""
+MANY = 12
+"""Number of entries from which on only their count is shown, unless all are asked for."""
 
 
 def show_steps(store: CheckpointStore, console: Console) -> None:
@@ -40,19 +42,25 @@ def show_steps(store: CheckpointStore, console: Console) -> None:
         console.print(printable(line), soft_wrap=True)
 
 
-def show_step(store: CheckpointStore, step: int, console: Console) -> None:
-    """Print the files, tensors and values of a step."""
+def show_step(store: CheckpointStore, step: int, console: Console, *, everything: bool = False) -> None:
+    """Print the facts, values, files and tensors of a step.
+
+    Values with many entries, such as settings, are printed as their number unless `everything`.
+    """
     manifest = store.manifest(step)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
         "step": f"{step}, written by {manifest.world_size} ranks",
+        "saved": store.saved(step).isoformat(" ", "seconds"),
+        "validation loss": "" if manifest.about.validation_loss is None else repr(manifest.about.validation_loss),
+        **dict(_values(store.values(step), everything=everything)),
         **_about(manifest.about),
         "files": f"{len(manifest.files)}, {_size(manifest)}",
         **_tensors(manifest),
-        **dict(_values(store.values(step))),
     }
+    rows = {name: row for name, row in rows.items() if row}
     for name, value in rows.items():
         table.add_row(printable(name), printable(value))
     console.print(table)
@@ -61,7 +69,6 @@ def show_step(store: CheckpointStore, step: int, console: Console) -> None:
 def _about(about: About) -> dict[str, str]:
     rows = {
         "mesh": ", ".join(f"{name} {size}" for name, size in about.mesh.items()),
-        "validation loss": "" if about.validation_loss is None else repr(about.validation_loss),
         "versions": ", ".join(f"{name} {version}" for name, version in about.versions.items()),
         **{f"digest of {name}": digest for name, digest in about.digests.items()},
     }
@@ -82,7 +89,7 @@ def _tensors(manifest: Manifest) -> dict[str, str]:
     return {f"tensors of {name}": f"{number}, {decimal(size[name])}" for name, number in count.items()}
 
 
-def _values(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _values(values: Mapping[str, Any], *, everything: bool) -> Iterator[tuple[str, str]]:
     """Yield short values in full, the shortest first, then long values and bytes by size.
 
     Long values with a common prefix, such as `data/stream/`, share a line.
@@ -96,7 +103,11 @@ def _values(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             count[name] += 1
             size[name] += encoded
         elif isinstance(value, dict):
-            yield from ((f"{key}.{path}", repr(leaf)) for path, leaf in _leaves(value))
+            leaves = list(_leaves(value))
+            if everything or len(leaves) < MANY:
+                yield from ((f"{key}.{path}", repr(leaf)) for path, leaf in leaves)
+            else:
+                yield key, f"{len(leaves)} entries; --all prints them"
         else:
             yield key, repr(value)
     for name, number in count.items():

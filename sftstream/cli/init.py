@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Refused rows that are printed."""
+LONGEST = 160
+"""Characters of a refused row's detail that are printed."""
 
 
 def init(
@@ -89,7 +91,7 @@ def _lines(found: Look, proposal: Proposal, hardware: Hardware, planned: Plan | 
         f"{found.length(0.5):,}, 99 % below {found.length(0.99):,}; {share:.0%} trained",
         f"total     about {found.tokens:,} tokens",
         f"refused   {len(found.refused)} of {found.sampled} sampled rows",
-        *(f"          {row.place}: {row.reason}: {row.detail}" for row in found.refused[:SHOWN]),
+        *(f"          {row.place}: {row.reason}: {row.detail[:LONGEST]}" for row in found.refused[:SHOWN]),
         f"machine   {hardware.name}",
         f"model     {proposal.model}" + (f", {planned.parameters:,} parameters" if planned else ""),
         f"proposal  packs of {proposal.capacity:,} tokens, {proposal.global_batch} in a step, {proposal.epochs} epochs"

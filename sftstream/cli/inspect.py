@@ -50,7 +50,7 @@ def diff(
 ) -> None:
     """Print each field in which two states differ. The exit code is 0 if the states are equal,
     else 1."""
-    from sftstream.state import diff as differing
+    from sftstream.state_text import diff as differing
     from sftstream.stored_state import read_state
 
     differences = differing(read_state(before), read_state(after))

@@ -76,7 +76,8 @@ def trace(
         with model_of(model) as opened:
             found = traced(ledger, step, pack, opened.losses)
     if as_json:
-        print_json([conversation._asdict() for conversation in found])
+        conversations = [conversation._asdict() for conversation in found]
+        print_json({"conversations": conversations, "skipped": left_out(ledger, step, pack)})
         return
     for conversation in found:
         for line in describe(conversation, width):
@@ -98,7 +99,8 @@ def find(
     ledger = Ledger(run)
     uses, refusals = ledger.uses(source, row), ledger.refusals(source, row)
     if as_json:
-        print_json({"uses": [use._asdict() for use in uses], "refusals": refusals})
+        fields = [{**use._asdict(), "skipped": use.trained_tokens == SKIPPED} for use in uses]
+        print_json({"uses": fields, "refusals": refusals})
         raise typer.Exit(not uses and not refusals)
     for use in uses:
         part = f", part {use.part}" if use.part else ""

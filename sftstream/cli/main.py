@@ -22,6 +22,7 @@ from sftstream.cli.inspect import diff, inspect
 from sftstream.cli.ledger import audit, find, trace
 from sftstream.cli.preview import preview
 from sftstream.cli.rebase import rebase
+from sftstream.cli.stats import stats
 from sftstream.cli.template import template
 from sftstream.cli.usage import USAGE
 from sftstream.cli.verify import verify_resume
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS = (init, preview, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
+VERBS = (init, preview, stats, template, inspect, diff, rebase, bench, audit, trace, find, verify_resume)
 """Functions of the verbs, in the order of the help."""
 
 for _verb in VERBS:

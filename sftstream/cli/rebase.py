@@ -29,12 +29,12 @@ def rebase(
     import msgspec
 
     from sftstream.cli.state import read_data_config, rebased
-    from sftstream.state import describe
     from sftstream.state_summary import summarize
+    from sftstream.state_text import describe
     from sftstream.stored_state import read_state
 
     new = rebased(read_state(state), read_data_config(config, accept))
-    out.write_bytes(msgspec.json.encode(new.builtins()))
+    out.write_bytes(msgspec.json.encode(new.state_dict()))
     if as_json:
         print_json(summarize(new))
     else:

@@ -45,6 +45,14 @@ USAGE = {
         ),
         (),
     ),
+    "stats": Usage(
+        "Measure the data: lengths, fill, mixture, refusals.",
+        (
+            "sftstream stats run.toml                            # every row of the data",
+            "sftstream stats run.toml --sample 1000 --html stats.html",
+        ),
+        (),
+    ),
     "template": Usage(
         "Report on a chat template.",
         (

@@ -73,9 +73,9 @@ def _bar(preview: Preview) -> str:
         tag("select", sources, id="source", aria_label="Source"),
         tag("select", reasons, id="reason", aria_label="Reason of refusals"),
         *roles,
-        '<span class="spacer"></span><span class="count" id="count" role="status"></span>',
-        '<button type="button" id="help" aria-label="Keys">?</button>',
-        '<button type="button" id="theme" aria-label="Light or dark">&#9680;</button>',
+        '<span class="end"><span class="count" id="count" role="status"></span>'
+        '<button type="button" id="help" aria-label="Keys">?</button>'
+        '<button type="button" id="theme" aria-label="Light or dark">&#9680;</button></span>',
     ]
     return tag("div", tag("div", controls), class_="bar", role="search")
 

@@ -110,7 +110,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, _context: Any, operator: str, left: Any, right: Any) -> Any:
         """Return the result of an operator of a template; raises `Refused` if it is too large."""
         if operator == "+":  # the result is only as long as both operands together
-            return _checked(left + right)
+            value = left + right
+            return value if type(value) is str and len(value) <= _COPIED else _checked(value)
         if operator == "-":
             if type(left) in _UNORDERED:  # the difference is a set, whose order differs in each process
                 raise Refused("template raises", "it subtracts from the keys of a dictionary; filter them in a loop")
@@ -138,9 +139,8 @@ _EACH = "each"
 """Name of the filter that counts the passes of a loop. Jinja has no filter of this name."""
 
 
-def bound(environment: ImmutableSandboxedEnvironment) -> None:
-    """Convert a sandbox in place to a `BoundedEnvironment`, and limit the filters in `_GROWING`."""
-    environment.__class__ = BoundedEnvironment
+def bound(environment: BoundedEnvironment) -> None:
+    """Limit the filters in `_GROWING`, the passes of loops, and the size of the printed text."""
     limited = {name: _limited(name, environment.filters[name]) for name in _GROWING & environment.filters.keys()}
     environment.filters = {**environment.filters, **limited, _EACH: _each}
     environment.concat = _joined
@@ -196,7 +196,7 @@ def _require_affordable(name: str, values: Sequence[Any]) -> None:
         elif kind in (list, tuple, dict):
             size *= (_printed(value) if name in _NESTED else len(value)) + 1
             work += len(value) // _COPIED
-        elif kind is int and (index or name == "*"):  # a width or repeat count; not the first value
+        elif kind is int and (index or name == "*"):  # a width or a repeat count
             size *= abs(value) + 1
     _count(work)
     if name == "**" or (name == "*" and type(values[0]) is type(values[1]) is int):

@@ -4,7 +4,7 @@ each process.
 A second process with another hash seed compiles the template and prints the probes, within limits
 of time and memory. Only then does this process compile the template, print the probes, and compare
 the digests of the texts. The digests are stored in the cache, so later starts need no second
-process and are compared with the first one.
+process: they compare their texts with the digests of the first start.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def _address(probe: _Probe) -> str:
 
 
 def _digests_elsewhere(request: str, seconds: float) -> list[str]:
-    """Return the digests of another process, of an earlier start if they are in the cache."""
+    """Return the digests that another process computed: at an earlier start, if the cache has them,
+    or now."""
     here = Path(__file__).parent
     code = [(here / name).read_bytes() for name in (*CODE, "environment.py", "certificate_process.py")]
     key = derived("certificate", sys.version, metadata.version("jinja2"), request, *code)

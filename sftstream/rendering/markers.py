@@ -25,7 +25,8 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
@@ -57,17 +58,6 @@ class Payload(NamedTuple):
     If a template prints a text twice, the text has two `Payload` records with the same number. A
     thought that was split off a content has a negative number.
     """
-
-
-class Located(NamedTuple):
-    """A rendered text, the payloads in text order, and the payloads that are not printed."""
-
-    text: str
-    payloads: list[Payload]
-    dropped: list[tuple[int, str, str]]
-    """Payloads that the template leaves out, as (message, kind, text)."""
-    fill_blanks: bool = False
-    """True if `payloads` also lists blank messages, each as an empty range."""
 
 
 class PayloadIndex:
@@ -110,6 +100,23 @@ class PayloadIndex:
         return [p for p in self._by_start[first:last] if span.start < p.end]
 
 
+@dataclass(frozen=True)
+class Located:
+    """A rendered text, the payloads in text order, and the payloads that are not printed."""
+
+    text: str
+    payloads: list[Payload]
+    dropped: list[tuple[int, str, str]]
+    """Payloads that the template leaves out, as (message, kind, text)."""
+    fill_blanks: bool = False
+    """True if `payloads` also lists blank messages, each as an empty range."""
+
+    @cached_property
+    def index(self) -> PayloadIndex:
+        """The payloads by message and by offset."""
+        return PayloadIndex(self.payloads)
+
+
 Key = tuple[int, int, int]
 """Identity of a payload: index of the message, index into `KINDS`, number of the payload."""
 
@@ -123,7 +130,9 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     text = template.render(messages, tools)
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
     if unsplit is not None and not unsplit.dropped:
-        return unsplit._replace(payloads=[part for p in unsplit.payloads for part in _part_thought(p, text, messages)])
+        if "</think>" not in text:
+            return unsplit
+        return replace(unsplit, payloads=[part for p in unsplit.payloads for part in _part_thought(p, text, messages)])
     # Some templates move `<think>...</think>` out of the content and would tear the two markers of
     # the content apart. The second try puts markers around the thought and around the rest.
     split = _locate(template, text, messages, tools, split_thoughts=True)
@@ -161,7 +170,8 @@ def _locate(
     else:
         return None
     for payload, key in printed:
-        _check_verbatim(text[payload.start : payload.end], marking.texts[key], payload)
+        if text[payload.start : payload.end] != (stored := marking.texts[key]):
+            _require_json_escapes(text[payload.start : payload.end], stored, payload)
     printed_keys = {key for _, key in printed}
     dropped = [
         (key[0], KINDS[key[1]], payload_text)
@@ -238,6 +248,7 @@ class Marking:
         self._fill_blanks = fill_blanks
         self.texts: dict[Key, str] = {}
         """Text of each payload marked so far; "" for a blank message."""
+        self._keys: dict[str, Key] = {}
 
     def mark(self, messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
         """Return copies of the messages with markers around every payload."""
@@ -267,56 +278,54 @@ class Marking:
         White space at both ends stays outside of the markers: " hi" becomes " ZqM...hiZqM...". A
         template that trims therefore removes the same white space with and without markers.
         """
-        if isinstance(value, Mapping):
-            return {key: self._mark(index, kind, item) for key, item in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return [self._mark(index, kind, item) for item in value]
-        if not isinstance(value, str) or not (stripped := value.strip()):
+        if not isinstance(value, str):
+            if isinstance(value, Mapping):
+                return {key: self._mark(index, kind, item) for key, item in value.items()}
+            return [self._mark(index, kind, item) for item in value] if isinstance(value, Sequence) else value
+        if not (stripped := value.strip()):
             return value
+        wrapped = self._wrap(index, kind, stripped)
+        if len(stripped) == len(value):
+            return wrapped
         at = value.index(stripped)
-        return value[:at] + self._wrap(index, kind, stripped) + value[at + len(stripped) :]
+        return value[:at] + wrapped + value[at + len(stripped) :]
 
     def _wrap(self, index: int, kind: int, text: str) -> str:
         number = len(self.texts)
-        self.texts[index, kind, number] = text
-        name = f"{self._prefix}{index}x{kind}x{number}"
-        return f"{name}bZq{text}{name}eZq"
+        key = index, kind, number
+        name = f"{index}x{kind}x{number}"
+        self.texts[key] = text
+        self._keys[name] = key
+        return f"{self._prefix}{name}bZq{text}{self._prefix}{name}eZq"
 
     def remove(self, marked: str) -> tuple[str, list[tuple[Payload, Key]]]:
         """Return the text without markers, and the payload and key of each pair of markers."""
-        pieces: list[str] = []
+        pieces = _marker_pattern(self._prefix).split(marked)
         payloads: list[tuple[Payload, Key]] = []
-        opened: dict[Key, int] = {}
+        opened: dict[str, int] = {}
         at = 0
-        for piece, mark in self._pieces(marked):
-            pieces.append(piece)
+        # `split` puts the two groups of each marker between two pieces of text.
+        for piece, name, side in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
             at += len(piece)
-            if mark is None:
-                break
-            key = int(mark[1]), int(mark[2]), int(mark[3])
-            if mark[4] == "b":
-                opened[key] = at
-            elif key in opened:
-                payloads.append((Payload(opened.pop(key), at, key[0], KINDS[key[1]], key[2]), key))
-        return "".join(pieces), sorted(payloads)
+            if side == "b":
+                opened[name] = at
+            elif name in opened and (key := self._keys.get(name)):
+                payloads.append((Payload(opened.pop(name), at, key[0], KINDS[key[1]], key[2]), key))
+        return "".join(pieces[::3]), sorted(payloads)
 
     def tail(self, marked: str) -> str:
         """Return the text after the last marker."""
-        *_, (rest, _) = self._pieces(marked)
-        return rest
-
-    def _pieces(self, marked: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-        """Yield pairs (text before a marker, marker); the last pair is (rest, None)."""
-        at = 0
-        for mark in _marker_pattern(self._prefix).finditer(marked):
-            yield marked[at : mark.start()], mark
-            at = mark.end()
-        yield marked[at:], None
+        last = marked.rfind(self._prefix)
+        while last >= 0:
+            if marker := _marker_pattern(self._prefix).match(marked, last):
+                return marked[marker.end() :]
+            last = marked.rfind(self._prefix, 0, last)
+        return marked
 
 
 @cache
 def _marker_pattern(prefix: str) -> re.Pattern[str]:
-    return re.compile(prefix + r"(\d{1,9})x([012])x(\d{1,9})([be])Zq")
+    return re.compile(prefix + r"(\d{1,9}x[012]x\d{1,9})([be])Zq")
 
 
 def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
@@ -324,7 +333,8 @@ def _absent_prefix(messages: Sequence[TemplateMessage], text: str) -> str:
 
     Raises `Refused` if every prefix occurs.
     """
-    if "Zq" not in text and not any("Zq" in string for message in messages for string in _unprinted(message)):
+    unprinted = [text for message in messages for text in _unprinted(message)]
+    if "Zq" not in text and "Zq" not in "\0".join(unprinted):
         return PREFIXES[0]
     held = [text, *strings(messages)]
     for prefix in PREFIXES:
@@ -343,13 +353,18 @@ def _unprinted(message: TemplateMessage) -> Iterator[str]:
     A render with markers may print such a string, so the prefix must not occur in it either.
     """
     yield message["content"]
-    yield message.get("reasoning_content", "")
-    yield from strings(message.get("tool_calls", ()))
+    if "reasoning_content" in message:
+        yield message["reasoning_content"]
+    if "tool_calls" in message:
+        yield from strings(message["tool_calls"])
 
 
 def names(message: TemplateMessage) -> Iterator[str]:
     """Yield the strings of a message that get no markers: role, name, ids, argument keys."""
-    yield from (message.get(key, "") for key in ("role", "name", "tool_call_id"))
+    yield message["role"]
+    for key in ("name", "tool_call_id"):
+        if key in message:
+            yield message[key]
     for call in message.get("tool_calls", ()):
         yield call["id"]
         yield from _keys(call["function"]["arguments"])
@@ -375,9 +390,9 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def _check_verbatim(printed: str, stored: str, payload: Payload) -> None:
-    """Raise `Refused` unless `printed` is `stored`, unchanged or escaped as in a JSON string."""
-    if printed not in (stored, json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
+def _require_json_escapes(printed: str, stored: str, payload: Payload) -> None:
+    """Raise `Refused` unless `printed` is `stored` with the escapes of a JSON string."""
+    if printed not in (json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
         raise Refused(
             "template alters text",
             f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}; use a template that prints "

@@ -34,7 +34,7 @@ def rendered(
     two spans overlap, or if a payload lies outside its turn.
     """
     by_message = {turn.message: turn for turn in turns}
-    payloads = PayloadIndex(located.payloads)
+    payloads = located.index
     spans: list[Span] = []
     for index in trained_messages(messages, policy):
         turn = by_message.get(index)
@@ -101,9 +101,9 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
         without calls                    <think>hm</think>seven
         without reasoning and calls      seven
 
-    Raises `Refused` if a payload lies outside the turn, or if a left-out reasoning follows a trained
-    payload. The template text between the two ends the trained payload and begins the reasoning,
-    and it is unknown where the one passes into the other.
+    Raises `Refused` if a payload lies outside the turn, or if a left-out reasoning follows another
+    payload: the template text between them closes the first and opens the second, and the border is
+    unknown.
     """
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
         raise Refused("payload outside its turn", f"message {turn.message} is not wholly inside its turn")
@@ -155,6 +155,8 @@ def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: PayloadInd
 
 def _typed(located: Located, control: re.Pattern[str]) -> Iterable[Span]:
     """Yield the ranges inside payloads that spell a special token."""
+    if not control.search("\0".join(located.text[payload.start : payload.end] for payload in located.payloads)):
+        return
     for payload in located.payloads:
         for match in control.finditer(located.text, payload.start, payload.end):
             yield Span(match.start(), match.end())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
@@ -198,6 +199,9 @@ class Renderer:
         These texts get no markers, so a special token typed in one of them looks like a special
         token of the template.
         """
+        everything = chain(strings(tools), strings(variables), *map(names, messages))
+        if not self._control.search("\0".join(everything)):
+            return
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
             ("a tool definition", strings(tools)),

@@ -120,8 +120,8 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought (`<think></think>`),
     or the first words of the answer. A template without a prompt may print the assistant's header
-    after the last user message even if no answer follows; then return this header. If there is no
-    such text, return the header of an answer.
+    after the last user message even if no answer follows; then return this header. Otherwise return
+    the header that is printed before an answer.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""

@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
-from sftstream.rendering.markers import Located, Marking, Payload, PayloadIndex, locate
+from sftstream.rendering.markers import Located, Marking, Payload, locate
 from sftstream.rendering.message_kinds import distinct_before, kind_of
 from sftstream.rendering.overlap import (
     common_prefix,
@@ -75,7 +75,7 @@ def find_turns(
     With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
     further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
     turn, and the result is compared with the text. Both ways return equal spans. An assistant
-    message without payloads has no turn if its header or stop is not printed.
+    message without any text has no turn if its header or stop is not printed.
     """
     search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
     turns: list[Turn] = []
@@ -84,7 +84,7 @@ def find_turns(
             try:
                 turns.append(search.turn(index, turns[-1].span.end if turns else 0))
             except Refused as refused:
-                if search.has_payload(index) or refused.reason not in ("no header", "no stop token"):
+                if search.is_printed(index) or refused.reason not in ("no header", "no stop token"):
                     raise
     if template.has_generation_tags:
         tags = template.tagged_spans(messages, tools)
@@ -125,17 +125,28 @@ class _TurnSearch:
         self._messages = messages
         self._tools = tools
         self._text = located.text
-        self._payloads = PayloadIndex(located.payloads)
+        self._payloads = located.index
         self._fill_blanks = located.fill_blanks
         self._shortcut = shortcut
         self._compare = compare
-        self._kinds = [kind_of(message) for message in messages]
-        self._kinds_before = distinct_before(self._kinds)
-        self._tails: dict[tuple[Any, ...], str | None] = {}
+        self._tails: dict[tuple[Any, ...], list[tuple[str, str | None]]] = {}
 
-    def has_payload(self, index: int) -> bool:
-        """Return True if a payload of message `index` is printed."""
-        return bool(self._payloads.of(index))
+    @cached_property
+    def _kinds(self) -> list[tuple[Any, ...]]:
+        return [kind_of(message) for message in self._messages]
+
+    @cached_property
+    def _kinds_before(self) -> list[int]:
+        return distinct_before(self._kinds)
+
+    def is_printed(self, index: int) -> bool:
+        """Return True if a payload or white space of message `index` is printed."""
+        content = self._messages[index]["content"]
+        if self._payloads.of(index) or not content:
+            return bool(self._payloads.of(index))
+        emptied = [*self._messages]
+        emptied[index] = {**emptied[index], "content": ""}
+        return self._template.render(emptied, self._tools) != self._text
 
     def turn(self, index: int, earliest: int) -> Turn:
         """Return the turn of assistant message `index`, which may not start before `earliest`.
@@ -152,15 +163,19 @@ class _TurnSearch:
         start = self._start(index, before, limit, empty=not payloads)
         if start.offset < earliest:
             raise Refused("messages out of order", f"message {index} begins inside the turn before it")
-        payloads = [p._replace(start=max(p.start, start.offset)) for p in payloads if p.end > start.offset]
+        if payloads and payloads[0].start < start.offset:
+            payloads = [p._replace(start=max(p.start, start.offset)) for p in payloads if p.end > start.offset]
         last = max((p.end for p in payloads), default=start.offset)
         end = self._end(index, last, self._next_message(index, last))
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
         """Return the first occurrence, at or after `earliest`, of each payload of the message."""
+        own = self._payloads.of(index)
+        if len(own) == 1:
+            return [own[0]] if own[0].start >= earliest else []
         first_prints: dict[tuple[str, int], Payload] = {}
-        for payload in self._payloads.of(index):
+        for payload in own:
             if payload.start >= earliest:
                 first_prints.setdefault((payload.kind, payload.number), payload)
         return sorted(first_prints.values())
@@ -207,8 +222,7 @@ class _TurnSearch:
                 gap   </s><assistant><tool_call>  the turn starts at <tool_call>
                 tail  </s><assistant>
 
-            the gap is the tail without its end   the model says nothing of the gap
-            or without a stretch inside
+            the gap is a part of the tail         the model says nothing of the gap
                 gap   </s><assistant>             the turn starts at the message's text
                 tail  </s><assistant><think></think>
 
@@ -278,8 +292,9 @@ class _TurnSearch:
         the last message of a user and this message are rendered as a conversation of two messages,
         for which the template prints a header. The lead is the text between the header and the
         first payload of this message, `<|inner|>` for example. The start is proved if the gap ends
-        with the lead, and if the rest of the gap agrees with the text that a generation prompt adds
-        at this place (see `is_within`). The turn then starts with the lead. Return None otherwise.
+        with the lead, and if the rest of the gap is within the tail: the text after the earlier
+        messages in a render with the generation prompt (see `is_within`). The turn then starts with
+        the lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)
@@ -301,19 +316,33 @@ class _TurnSearch:
         """Return the text after the last payload of a render of the messages before `index`.
 
         The tail is None if the template refuses the messages. The second item tells whether this
-        call rendered the messages. Turns share a render if their gaps are equal, if the same kinds
-        of messages precede them, and if the message directly before has the same kind. A question
-        with 200 tool calls and their results needs two renders.
+        call rendered the messages. Turns share a render if the same kinds of messages precede them,
+        if the message directly before has the same kind, and if their gaps are equal up to the last
+        role marker. A question with 200 tool calls and their results needs two renders.
+
+        The gap begins with the end of the message before, which may hold an id or a number. Two
+        turns whose gaps differ there only in such words (see `_alike`) still share a render, if the
+        shared tail begins with this text of its own turn. The result has the text of this turn.
         """
-        key = (self._kinds_before[index], self._kinds[index - 1] if index else None, gap, prompt)
-        if rendered := key not in self._tails:
-            marking, marked = self._marked
-            try:
-                text = self._template.render(marked[:index], self._tools, prompt=prompt)
-                self._tails[key] = marking.tail(text)
-            except Refused:
-                self._tails[key] = None
-        return self._tails[key], rendered
+        head, before = self._role_marker_at(gap), self._kinds_before[index]
+        key = before, self._kinds[index - 1] if index else None, gap[head:][: len(self._format.role_marker)], prompt
+        for shared_head, tail in self._tails.get(key, ()):
+            if shared_head == gap[:head]:
+                return tail, False
+            if tail is not None and tail.startswith(shared_head) and _alike(shared_head, gap[:head]):
+                return gap[:head] + tail[len(shared_head) :], False
+        marking, marked = self._marked
+        try:
+            tail = marking.tail(self._template.render(marked[:index], self._tools, prompt=prompt))
+        except Refused:
+            tail = None
+        self._tails.setdefault(key, []).append((gap[:head], tail))
+        return tail, True
+
+    def _role_marker_at(self, gap: str) -> int:
+        """Return the offset of the last role marker in a gap, or the gap's length without one."""
+        at = gap.rfind(self._format.role_marker) if self._format.role_marker else -1
+        return at if at >= 0 else len(gap)
 
     @cached_property
     def _marked(self) -> tuple[Marking, list[TemplateMessage]]:
@@ -363,6 +392,17 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
+
+
+_WORD = re.compile(r"\w+")
+
+
+def _alike(left: str, right: str) -> bool:
+    """Return True if two texts differ only in words that contain a digit: ids and numbers."""
+    if _WORD.sub("", left) != _WORD.sub("", right):
+        return False
+    words = zip(_WORD.findall(left), _WORD.findall(right), strict=True)
+    return all(a == b or (any(map(str.isdigit, a)) and any(map(str.isdigit, b))) for a, b in words)
 
 
 def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:

@@ -123,10 +123,11 @@ class StreamedReader:
     def _skip_to(self, index: int, row: ReadRow | None) -> ReadRow | None:
         """Return row `index` of the open file; None if the file ends before. The last read row is
         `row`."""
-        begun = self._next
-        progress = Progress(self.source.locate_row(self.source.number(self._file, index)), index - begun, "rows")
+        begun, progress = self._next, None
+        if index - begun > ROWS_BETWEEN_BOOKMARKS:
+            progress = Progress(self.source.locate_row(self.source.number(self._file, index)), index - begun, "rows")
         while row is not None and self._next <= index:
-            if self._next % ROWS_BETWEEN_BOOKMARKS == 0:
+            if progress and self._next % ROWS_BETWEEN_BOOKMARKS == 0:
                 progress.report(self._next - begun)
             row = self._advance()
         return row

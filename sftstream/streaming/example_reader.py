@@ -47,11 +47,14 @@ class ExampleReader:
         self.corpus.expect(ref)
 
     def remember(self, bookmarks: Bookmarks) -> None:
-        """Add the bookmarks of a loaded state."""
+        """Add bookmarks of a loaded state: rows of streamed files from which reading can begin."""
         self.corpus.remember(bookmarks)
 
     def bookmarks(self, refs: Sequence[Ref]) -> Bookmarks:
-        """Return the bookmarks from which the rows `refs`, which were read, can be reached."""
+        """Return the bookmarks from which the rows `refs` can be read again.
+
+        All of `refs` must have been read.
+        """
         return self.corpus.bookmarks(refs)
 
     def load(self, refs: Iterable[Ref]) -> Iterator[Conversation | list[Example] | Refused]:

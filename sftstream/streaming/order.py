@@ -42,7 +42,7 @@ def round_keys(*words: int | str) -> tuple[int, ...]:
 
 
 def _random_words(count: int, words: Iterable[int | str]) -> Words:
-    """Return `count` 64-bit words, the SHAKE-128 hash of `words`."""
+    """Return `count` random 64-bit integers: the SHAKE-128 hash of `words`."""
     bits = hashlib.shake_128("\0".join(map(str, words)).encode()).digest(8 * count)
     return np.frombuffer(bits, "<u8")
 
@@ -221,7 +221,8 @@ class RowOrder:
     def draws(self, repeat: float, epochs: int) -> int:
         """Return the number of draws in `epochs * repeat` passes over the source.
 
-        `epochs` is `data.epochs`. Every other epoch in this class is a single pass.
+        `epochs` is `data.epochs`. Elsewhere in this class, an epoch is a single pass over
+        the source.
         """
         passes = Fraction(str(repeat)) * epochs
         last = next(order for order in reversed(self._orders) if order.epoch <= passes)

@@ -166,10 +166,11 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Return `(count, total)` of the set bit `total` of `bits` that is nearest to a goal.
+    """Return `(count, total)` of the possible sum `total` that is nearest to a goal.
 
-    A bit above a goal does not count as near. `count` is the number of the goal, counted from 1; of
-    equally near goals the first is returned.
+    Bit `total` of `bits` is set for each possible sum (see `_sums`). A sum above a goal does not
+    count as near. `count` is the number of the goal, counted from 1; of equally near goals the
+    first is returned.
     """
     nearest, gap = (1, 0), goals[0] + 1
     for count, goal in enumerate(goals, 1):
@@ -236,8 +237,9 @@ def joined(examples: Sequence[Example]) -> Example:
 
 
 def example_digest(example: Example) -> int:
-    """Return a 32-bit digest of an example's tokens and loss mask, in a microsecond for a pack.
+    """Return a 32-bit digest of an example's tokens and loss mask.
 
+    An example that fills a pack takes a microsecond.
     Raises ValueError if an array is not contiguous in memory.
     """
     # xxhash accepts any object with a buffer, but its type hints name bytes only.

@@ -1,4 +1,4 @@
-"""Leave rows and steps that the config skips out of finished packs. All other packs remain.
+"""Remove the rows and steps that the config skips from finished packs. Other packs remain.
 
 A skipped conversation is drawn, tokenized and planned like any other, and is left out when its pack
 is returned. So a skip may begin or end at any resume, without an effect on other conversations, and
@@ -61,8 +61,8 @@ def require_known_rows(skip: SkipConfig, corpus: Corpus) -> None:
 
 
 def require_steps_to_come(before: SkipConfig | None, now: SkipConfig | None, done: int) -> None:
-    """Raise ValueError if `now` skips steps that `before` does not, and that a run after `done`
-    steps has trained."""
+    """Raise ValueError if `now` skips a trained step: a step up to `done` that `before` did not
+    skip."""
     known = sorted(before.steps) if before else []
     for first, last in now.steps if now else ():
         new = first
@@ -71,6 +71,6 @@ def require_steps_to_come(before: SkipConfig | None, now: SkipConfig | None, don
                 new = known_last + 1
         if new <= min(last, done):
             raise ValueError(
-                f"skip.steps holds [{first}, {last}], but the state is that after step {done}, and step {new} was not "
-                f"skipped; resume from a state before step {new}, or skip steps from {done + 1} on"
+                f"skip.steps holds [{first}, {last}], but the state was saved after step {done}, and step {new} was "
+                f"trained; resume from a state before step {new}, or skip steps from {done + 1} on"
             )

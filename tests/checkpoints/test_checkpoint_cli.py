@@ -81,8 +81,14 @@ def test_verify_reads_every_byte_of_all_steps_or_of_one(root):
 
 
 def test_inspect_says_how_far_the_run_was_and_what_is_in_the_step(run):
-    code, lines = call("inspect", run / "checkpoints" / "step-00000006")
+    step = run / "checkpoints" / "step-00000006"
+    code, short = call("inspect", step)
     assert code == 0
+    assert any(re.fullmatch(r"settings \d+ entries; --all prints them", line) for line in short)
+    assert len(short) < 40
+    code, lines = call("inspect", step, "--all")
+    assert code == 0
+    assert {line for line in short if "--all" not in line} <= set(lines)
     assert lines[0] == "step 6, written by 2 ranks"
     assert "mesh dp 1, tp 2, replicas 1" in lines
     assert any(f"versions sftstream {__version__}, torch {torch.__version__}, torchdata" in line for line in lines)

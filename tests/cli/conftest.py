@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import runs
 import tiny
+import transformers
 
 from sftstream import read_state
 
@@ -34,4 +35,22 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
     state = read_state("runs/first/checkpoints/step-00000002")
     (directory / "state.json").write_bytes(msgspec.json.encode(state.builtins()))
     os.chdir(before)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small Llama with a tokenizer and a chat template."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny.save_tokenizer(directory)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
     return directory

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,6 @@ from commands import run
 
 from sftstream.cli.main import main
 from trainer.config import load_config
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a small Llama with a tokenizer and a chat template."""
-    directory = tmp_path_factory.mktemp("model")
-    tiny.save_tokenizer(directory)
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def words_of(text: str) -> str:
@@ -67,19 +47,6 @@ def test_the_written_config_trains_as_it_is(
     assert json.loads(previewed.stdout)["packs"][0]["tokens"] > 0
 
 
-def test_a_new_user_trains_the_written_config_to_its_end(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(40))
-    assert run(main, "init", "chats.jsonl", "--model", model).exit_code == 0
-    command = [sys.executable, "-m", "trainer.main", "run.toml"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "runs/chats/export/config.json").exists()
-    assert run(main, "audit", "runs/chats").exit_code == 0
-
-
 def test_the_text_and_the_json_tell_the_same_numbers(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +69,7 @@ def test_the_text_and_the_json_tell_the_same_numbers(
     assert proposal["capacity"] >= max(data["lengths"])
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_trainer_chooses_the_parallelism(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -61,10 +62,18 @@ def test_the_help_of_a_verb_shows_its_examples_exit_codes_and_json(verb: str) ->
     assert "--json" in printed
 
 
+SLOW = ("verify-resume-0", "init-1")
+"""Examples that start a training run or the trainer's estimate; other tests cover the verbs."""
+
+
 @pytest.mark.parametrize(
     "example",
-    [example for usage in USAGE.values() for example in usage.examples],
-    ids=lambda e: " ".join(e.split()[1:5]),
+    [
+        pytest.param(example, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for verb, usage in USAGE.items()
+        for number, example in enumerate(usage.examples)
+        for name in [f"{verb}-{number}"]
+    ],
 )
 def test_an_example_of_a_help_runs_as_it_is(desk: Path, example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
@@ -77,6 +86,34 @@ def test_an_example_of_a_help_runs_as_it_is(desk: Path, example: str, monkeypatc
     differs = words[0] == "diff"
     assert (result.exit_code, result.stderr) == (int(differs), "")
     assert result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("template model", {"a turn ends with", "shapes"}),
+        ("bench run.toml --seconds 0.05", {"loaders", "stages"}),
+        ("rebase state.json run.toml /dev/null", {"packs", "sources", "streams", "identity"}),
+        ("audit runs/first", {"sessions", "proved", "differences", "not_shown"}),
+        ("audit runs/first runs/first", {"equal_steps", "difference"}),
+        ("find runs/first --source 0 --row 4", {"uses", "refusals"}),
+    ],
+)
+def test_a_verb_prints_one_json_document_of_ascii(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, line: str, keys: set[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    result = run(main, *line.split(), "--json")
+    assert result.exit_code == 0
+    assert keys <= json.loads(result.stdout).keys()
+    assert result.stdout.isascii()
+
+
+def test_the_json_of_a_traced_step_holds_its_conversations(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    found = json.loads(run(main, "trace", "runs/first", "--step", "2", "--json").stdout)["conversations"]
+    assert {conversation["pack"] for conversation in found} == {0, 1}
+    assert all(conversation["conversation"]["messages"][0]["role"] == "user" for conversation in found)
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +22,6 @@ from sftstream.ledger.reader import Ledger
 from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import StepSegments
 
-SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
-DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 3)
 REFUSED = {"messages": [{"role": "oracle", "content": "?"}]}
 STEPS = 4
 
@@ -225,56 +221,6 @@ def test_a_directory_without_a_ledger_is_named(tmp_path: Path) -> None:
     assert result.stderr == (
         f"error: {tmp_path} has no ledger; name the directory of a run, such as runs/my-run, made by this version\n"
     )
-
-
-def _random_run(draw: random.Random, tokenizer: str, directory: Path) -> Path:
-    sources = []
-    for number in range(draw.choice([1, 2, 3])):
-        path = tiny.write_jsonl(directory / f"{number}.jsonl", [*tiny.rows(draw.randint(5, 60), number), REFUSED])
-        sources.append({"path": path})
-    if draw.random() < 0.6:
-        sources = [{**source, "weight": draw.choice([0.5, 1.0, 3.0])} for source in sources]
-        if draw.random() < 0.4:
-            sources[0] |= {"streaming": True, "shuffle": draw.choice(["shards", False])}
-    config = tiny.data_config(
-        tokenizer,
-        sources=sources,
-        epochs=draw.choice([1, 2, 3, None]),
-        mix_by=draw.choice(["conversations", "tokens", "trained_tokens"]),
-        overflow=draw.choice(["drop", "split", "truncate"]),
-        capacity=draw.choice([128, 256]),
-        streams=draw.choice([3, 4]),
-        global_batch=draw.choice([2, 4, 5]),
-        seed=draw.randrange(100),
-    )
-    done = 0
-    for _ in range(draw.randint(1, 4)):
-        done += draw.randint(1, 6)
-        run_data(config, directory / "run", done, draw.choice([1, 2, 3]), draw.choice([1, 2, 3]))
-    return directory / "run"
-
-
-@pytest.mark.parametrize("number", range(DRAWS))
-def test_random_runs_are_proved_and_their_planted_faults_named(number: int, tokenizer: str, tmp_path: Path) -> None:
-    print(f"seed {SEED}, draw {number}")
-    draw = random.Random(f"{SEED}/{number}")
-    done = _random_run(draw, tokenizer, tmp_path)
-    assert audit(Ledger(done)).differences == []
-    steps = {step.step: len(step.segments) for step in Ledger(done).steps}
-    step = draw.choice([step for step, count in steps.items() if count])
-    index = draw.randrange(steps[step])
-
-    def plant(changed: dict[int, Segments]) -> None:
-        match draw.choice(["drop", "repeat", "alter"]):
-            case "drop":
-                changed[step] = np.delete(changed[step], index)
-            case "repeat":
-                changed[step] = np.insert(changed[step], index, changed[step][index])
-            case "alter":
-                changed[step]["tokens"][index] -= 1
-
-    _change(done, plant)
-    assert any(f"step {step}" in line for line in audit(Ledger(done)).differences)
 
 
 def test_hostile_text_reaches_no_terminal(data: DataConfig, done: Path) -> None:

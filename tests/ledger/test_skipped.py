@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -86,6 +87,10 @@ def test_find_and_trace_show_skipped_conversations_as_skipped(done: Path) -> Non
     step, pack = uses[0].partition(":")[0].removeprefix("step ").split(", pack ")
     lines = run(main, "trace", done, "--step", step, "--pack", pack).stdout.splitlines()
     assert f"pack {pack}: row 7 of source 0 in epoch 0 was skipped" in lines
+    shown = json.loads(run(main, "trace", done, "--step", step, "--pack", pack, "--json").stdout)
+    assert shown["skipped"] == [f"pack {pack}: row 7 of source 0 in epoch 0 was skipped"]
+    listed = json.loads(run(main, "find", done, "--source", 0, "--row", 7, "--json").stdout)["uses"]
+    assert [use["skipped"] for use in listed] == [True] * len(uses)
     lines = run(main, "trace", done, "--step", 4).stdout.splitlines()
     assert len(lines) == len(skipped(Ledger(done).segments(4)))
     assert all(line.endswith(" was skipped") for line in lines)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ def certificates() -> int:
 
 
 def test_a_template_that_compiles_for_hours_is_stopped_in_the_second_process() -> None:
-    start = time.process_time()
+    # A process that compiled the template itself would not come to its end.
     with pytest.raises(ValueError, match=r"could not compile .* it needs more than 1 s of CPU time; use another"):
         certify(template(FOLDED), seconds=1)
-    assert time.process_time() - start < 1  # this process has not compiled the template
 
 
 def test_a_template_that_compiles_with_too_much_memory_is_stopped_in_the_second_process() -> None:
@@ -187,10 +185,35 @@ def test_the_sandbox_has_the_names_and_settings_of_transformers() -> None:
         "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 5 %}{% break %}{% endif %}{{ i }}{% endfor %}",
         "a\n  {% if true %}\n b \n  {% endif %}\nc\n",
         "{% generation %}a{{ 1 - 2 }}{% endgeneration %}",
+        "{% set d = {'a': 1, 'items': 2, 'keys': 3, '_b': 4} %}{{ d.a }}{{ d.b }}{{ d.b is defined }}{{ d._b }}{{ d['items'] }}",
+        "{% set d = {'items': 2} %}{% for k, v in d.items() %}{{ k }}{{ v }}{% endfor %}{{ d.get('x', 5) }}",
+        "{{ ' a '.strip() }}{{ 'a,b'.split(',') }}{{ 'a'.nothing is defined }}{{ '{}'.format('x') }}{{ 'a'['upper']() }}",
+        "{% set n = namespace(a=1) %}{{ n.a }}{{ n.b is defined }}{{ n.b }}",
+        "{% for i in [1, 2] %}{{ loop.index }}{{ loop.last }}{{ loop.nothing is defined }}{{ loop.cycle('x', 'y') }}{% endfor %}",
     ],
 )
 def test_the_sandbox_prints_what_transformers_prints(text: str) -> None:
     assert compiled(text).render() == _compile_jinja_template(text).render()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ {}.__class__ }}",
+        "{{ ''.__class__ }}",
+        "{{ namespace().__class__ }}",
+        "{{ namespace().__init__ }}",
+        "{{ {}.update({'a': 1}) }}",
+        "{% for i in [1] %}{{ loop._iterator }}{% endfor %}",
+        "{{ [].append(1) }}",
+    ],
+)
+def test_the_sandbox_hides_what_the_one_of_transformers_hides(text: str) -> None:
+    for template in (compiled(text), _compile_jinja_template(text)):
+        try:
+            assert template.render() == ""
+        except jinja2.exceptions.SecurityError:
+            continue
 
 
 @pytest.mark.parametrize("text", ["{% set n = namespace(_x=1) %}", "{% set n = namespace() %}{% set n._x = 1 %}"])

@@ -15,6 +15,7 @@ import pytest
 from sftstream import ChatEncoder, Refused
 from sftstream.formats import parse_row
 from sftstream.records import Conversation
+from sftstream.rendering import turns
 from sftstream.rendering.mask import trained_messages
 from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.template import template_message
@@ -60,6 +61,42 @@ def test_turns_are_found_with_three_renders_however_long_the_conversation(codes:
     long = talk(codes, 50)
     encoder.renderer.render_whole(long)
     assert encoder.messages <= 2.2 * len(long.messages)
+
+
+COUNTING = (
+    "{# <|user|> <|assistant|> <|tool|> <|end|> #}{% set n = namespace(x=0) %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% for c in m.tool_calls or [] %}{% set n.x = n.x + 1 %}<call>{{ n.x }} {{ c.function.name }}{{ c.id }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}"
+    "{{ m.content }}{{ ' id ' + m.tool_call_id if m.tool_call_id }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
+)
+"""A template that prints a running number after each header of a call, and an id after each result."""
+
+
+def test_numbers_and_ids_around_a_header_cost_no_further_renders() -> None:
+    plain = judge.open_encoder(COUNTING)
+    encoder = Counting(plain.tokenizer.hf, COUNTING, capacity=2**24).count()
+    long = talk("u ac t a", 50)
+    rendered, _ = encoder.renderer.render_whole(long)
+    said = [rendered.text[span.start : span.end] for span in rendered.spans]
+    assert said[:2] == ['<call>1 get_weathercallid1a0{"city": "wa01aq"}<|end|>', "wa03cq<|end|>"]
+    assert len(said) == 100
+    assert encoder.messages <= 2.2 * len(long.messages)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "alike"),
+    [
+        ("", "", True),
+        ("id abc123</r>", "id xyz9</r>", True),
+        ("id abc</r>", "id xyz</r>", False),
+        ("id 1</r>", "id 1</s>", False),
+        ("id 1</r>", "id 1 2</r>", False),
+        ("id 1</r>", "id one</r>", False),
+    ],
+)
+def test_texts_are_alike_if_only_words_with_digits_differ(left: str, right: str, alike: bool) -> None:
+    assert turns._alike(left, right) is alike
 
 
 def dialogues(draw: random.Random, count: int) -> Iterator[tuple[str, Conversation]]:

@@ -175,7 +175,7 @@ def test_reasoning_is_left_out_only_where_it_is_known_where_the_text_before_it_e
     call = {"function": {"name": "look", "arguments": {"a": "river"}}}
     calling = [shapes.user("which"), {"role": "assistant", "content": thought, "tool_calls": [call]}]
     quiet = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False)
-    with pytest.raises(Refused, match="reasoning after other text: message 1: .*; set train_reasoning = true"):
+    with pytest.raises(Refused, match=r"reasoning after other text: message 1: .*; set train_reasoning = true"):
         quiet.encode(calling)
     assert _trained(quiet, [shapes.user("which"), shapes.said(thought)]) == [f"north{STOP}"]
     silent = ChatEncoder(tokenizer, CALLS_FIRST, train_reasoning=False, train_tool_calls=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import json
 import logging
@@ -202,14 +203,14 @@ def test_rows_of_two_epochs_have_a_bookmark_each(tmp_path: Path) -> None:
 def test_an_edited_bookmark_is_refused_or_gives_the_same_packs(tmp_path: Path, tokenizer: str, kind: str) -> None:
     config = configured(tokenizer, write(tmp_path, kind), streams=1, global_batch=1, epochs=1)
     loader = _begun(config)
-    state = loader.state_dict()
+    state = tiny.plain(loader.state_dict())
     expected = tiny.digests(PackLoader(config, state=state))
     (bookmark,) = state["streams"]["0"]["bookmarks"]["0"]
     for field in range(5):
         for value in {-1, 0, 1, bookmark[field] - 1, bookmark[field] + 1, bookmark[field] + 5, 10**12} - {
             bookmark[field]
         }:
-            edited = json.loads(json.dumps(state))
+            edited = copy.deepcopy(state)
             edited["streams"]["0"]["bookmarks"]["0"][0][field] = value
             try:
                 digests = tiny.digests(PackLoader(config, state=tiny.resealed(edited)))
@@ -229,7 +230,7 @@ REASONS = (
 def test_a_state_without_bookmarks_goes_on(tmp_path: Path, tokenizer: str) -> None:
     config = configured(tokenizer, write(tmp_path, "gzip"), streams=1, global_batch=1)
     loader = _begun(config)
-    state = loader.state_dict()
+    state = tiny.plain(loader.state_dict())
     del state["streams"]["0"]["bookmarks"]
     assert tiny.digests(PackLoader(config, state=tiny.resealed(state))) == tiny.digests(loader)
 
@@ -239,7 +240,7 @@ def test_a_source_without_bookmarks_leaves_the_state_as_it_was(
 ) -> None:
     loader = PackLoader(tiny.data_config(tokenizer, corpus_path))
     tiny.take(loader, 8)
-    assert all("bookmarks" not in stream for stream in loader.state_dict()["streams"].values())
+    assert all("bookmarks" not in stream for stream in tiny.plain(loader.state_dict())["streams"].values())
 
 
 def test_a_remote_file_is_read_from_the_bookmark(tmp_path: Path, tokenizer: str) -> None:
@@ -277,3 +278,17 @@ def test_the_progress_of_a_long_skip_is_told(
     else:
         assert f"{path}: skipped 1,000 of " in caplog.text
         assert "bytes before the saved position" in caplog.text
+
+
+def test_a_resumed_loader_begins_at_the_bookmark(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It skips no rows, as it does from a state without bookmarks."""
+    monkeypatch.setattr(skipping, "SECONDS_BETWEEN_MESSAGES", -1)
+    config = configured(tokenizer, write(tmp_path, "JSON lines"), streams=1, global_batch=1, epochs=1)
+    state = tiny.plain(_begun(config).state_dict())
+    next(PackLoader(config, state=state))
+    assert "before the saved position" not in caplog.text
+    del state["streams"]["0"]["bookmarks"]
+    next(PackLoader(config, state=tiny.resealed(state)))
+    assert "before the saved position" in caplog.text

@@ -1,5 +1,5 @@
-"""Random chains of accepted changes and interrupts: each drawn row is given or listed once an epoch, and refused changes
-change nothing."""
+"""Random chains of accepted changes, interrupts and edited states: each drawn row is given or listed once an epoch, and
+refused changes change nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_interrupts import Interrupt, interrupt_after
+from test_any_run import interrupted_step, require_refused_if_edited
 
 from sftstream import DataConfig, Pack, PackLoader
 
@@ -128,6 +128,8 @@ class Run:
         self.settings["tokenizer"] = {**self.settings["tokenizer"], "template": OTHER_TEMPLATE}
 
     def change(self, state: Any) -> PackLoader:
+        if self.draw.random() < 0.5:
+            require_refused_if_edited(self.draw, self.config(accept=True), state)
         for name in self.draw.choices(
             ["append", "add", "rename", "edit", "setting", "template"], k=self.draw.randint(1, 3)
         ):
@@ -153,16 +155,7 @@ class Run:
 
     def take(self, loader: PackLoader) -> bool:
         """Take a step, at times interrupted before; return False at the end."""
-        if self.draw.random() < 0.1:
-            state = loader.state_dict()
-            try:
-                with interrupt_after(self.draw.randint(1, 5000)):
-                    packs = loader.next_step()
-            except Interrupt:
-                assert loader.state_dict() == state
-                packs = loader.next_step()
-        else:
-            packs = loader.next_step()
+        packs = interrupted_step(self.draw, loader) if self.draw.random() < 0.1 else loader.next_step()
         self.record(loader, packs)
         return not loader.exhausted
 

@@ -19,12 +19,15 @@ import pytest
 import tiny
 from test_interrupts import Interrupt, interrupt_after
 
-from sftstream import DataConfig, Pack, PackAssignment, PackLoader, Shard, SourceConfig, merge
+from sftstream import DataConfig, DataState, Pack, PackAssignment, PackLoader, Shard, SourceConfig, merge
 from sftstream.records import Ref
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 DRAWS = 20
 MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 500)
+OTHER_TEMPLATE = tiny.TEMPLATE.replace("{{- bos_token }}", '{{- bos_token + "Read slowly. " }}')
+LONGEST_ROW = 600
+"""Tokens, more than any row drawn here has."""
 LARGEST_STREAM = 20_000
 """Bytes of a stream's state as JSON, far above any window drawn here."""
 
@@ -144,7 +147,19 @@ def _steps(
     return result, state
 
 
-def _require_refused_if_edited(draw: random.Random, config: DataConfig, state: dict[str, Any]) -> None:
+def _require_mixture(config: DataConfig, state: dict[str, Any]) -> None:
+    """In an endless run the amounts of each stream keep to the weights within 1 % and a conversation of each source."""
+    weights = [source.weight for source in config.sources if source.weight is not None]
+    if config.epochs is not None or config.stages or len(weights) < 2:
+        return
+    one = 1 if config.mix_by == "conversations" else LONGEST_ROW
+    for stream in DataState.parse(state).streams.values():
+        total = sum(stream.mixed)
+        for weight, amount in zip(weights, stream.mixed, strict=True):
+            assert abs(amount - total * weight / sum(weights)) <= 0.01 * total + one * len(weights), stream.mixed
+
+
+def require_refused_if_edited(draw: random.Random, config: DataConfig, state: dict[str, Any]) -> None:
     """Change a random number of a state, or remove a random entry: the state is refused."""
     edited = draw.choice([tiny.plain, copy.deepcopy])(state)
     place, key = draw.choice(list(_places(edited)))
@@ -155,7 +170,9 @@ def _require_refused_if_edited(draw: random.Random, config: DataConfig, state: d
         place[key] = f"{place[key][:at]}{draw.choice('x3')}" + place[key][at:]
     else:
         del place[key]
-    with pytest.raises(ValueError, match=r"the state was edited or damaged|this is not a data state|reads formats"):
+    with pytest.raises(
+        ValueError, match=r"the state (was edited or|is) damaged|this is not a data state|reads formats"
+    ):
         PackLoader(config, state=edited)
 
 
@@ -167,7 +184,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value[key])
 
 
-def _interrupted_step(draw: random.Random, loader: PackLoader) -> list[Pack]:
+def interrupted_step(draw: random.Random, loader: PackLoader) -> list[Pack]:
     """A step after a try that is interrupted somewhere, while a second thread asks for the state."""
     before, seen, done = loader.state_dict(), [], threading.Event()
 
@@ -210,27 +227,48 @@ def _check_config(draw: random.Random, config: DataConfig) -> None:
         hops.append((shards, workers, count))
         if draw.random() < 0.3:
             loader = PackLoader(config, state=state)
-            assert tiny.digests(_interrupted_step(draw, loader)) == expected[done], f"interrupted after {hops}"
+            assert tiny.digests(interrupted_step(draw, loader)) == expected[done], f"interrupted after {hops}"
         digests, state = _steps(config, state, shards, workers, done, count)
         assert digests == expected[done : done + count], f"hops {hops}"
         assert max(len(json.dumps(stream)) for stream in tiny.plain(state)["streams"].values()) < LARGEST_STREAM
-        _require_refused_if_edited(draw, config, state)
+        _require_mixture(config, state)
+        require_refused_if_edited(draw, config, state)
         done += count
     if config.epochs is not None:
         _require_each_row_once(draw, config, whole, state)
 
 
+def _changed(draw: random.Random, config: DataConfig) -> DataConfig:
+    """The config with another value of a setting, which the run accepts and which loses and repeats no row."""
+    accepted = msgspec.structs.replace(config, accept_changed=("data",))
+    streamed = any(source.streaming for source in config.sources)
+    changes: list[dict[str, Any]] = [
+        {"window": config.window + 3},
+        {"global_batch": config.global_batch + 2},
+        {"train_turns": "last"},
+        {"mix_by": draw.choice(["conversations", "tokens", "trained_tokens"])},
+        {"tokenizer": msgspec.structs.replace(config.tokenizer, template=OTHER_TEMPLATE)},
+    ]
+    if not streamed:
+        changes.append({"streams": config.stream_count % 5 + 1})
+    if config.overflow != "split":
+        changes.append({"capacity": config.capacity + 40})
+    return msgspec.structs.replace(accepted, **draw.choice(changes))
+
+
 def _require_each_row_once(draw: random.Random, config: DataConfig, whole: list[list[Pack]], state: Any) -> None:
-    """Each row of each epoch is given or listed once, at times over an accepted change of the window."""
+    """Each row of each epoch is given or listed once, at times over accepted changes of settings."""
     packs = [pack for step in whole for pack in step]
-    if draw.random() < 0.5:
-        config = msgspec.structs.replace(config, window=config.window + 3, accept_changed=("data.window",))
     loader = PackLoader(config, state=state)
+    for _ in range(draw.choice([0, 1, 2])):
+        config = _changed(draw, config)
+        loader = PackLoader(config, state=loader.state_dict())
+        packs += [pack for _ in range(draw.randint(0, 3)) if not loader.exhausted for pack in loader.next_step()]
     while not loader.exhausted:
         packs += loader.next_step()
     rows = Counter(segment.ref for pack in packs for segment in pack.segments if segment.part == 0)
     rows.update(Ref(refusal.source, refusal.row, refusal.epoch) for pack in packs for refusal in pack.refused)
-    assert set(rows.values()) == {1}
+    assert set(rows.values()) <= {1}
     if loader.total_rows is not None and config.ends_with == "all":
         assert rows.total() == loader.total_rows
 

@@ -212,3 +212,33 @@ def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(conf
     counts = before + Counter(row for pack in loader for row in _rows(pack))
     assert set(counts.values()) == {1}
     assert len(counts) == 2 * ROWS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": (1, 3)},
+        {"weights": (1, 1), "mix_by": "tokens"},
+        {"weights": (1, 1, 2)},
+        {"weights": (1, 3), "streams": 2},
+    ],
+)
+def test_a_changed_mixture_holds_from_the_change_on(tokenizer: str, tmp_path: Path, change: dict[str, Any]) -> None:
+    """A source with a larger weight than before, or an added source, does not come alone until it has caught up."""
+    paths = [tiny.write_jsonl(tmp_path / f"{name}.jsonl", tiny.rows(40, seed=n)) for n, name in enumerate("abc")]
+
+    def configured(weights: tuple[int, ...], **changes: Any) -> DataConfig:
+        sources = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=False)]
+        return tiny.data_config(tokenizer, sources=sources, **{"epochs": None, "streams": 4} | changes)
+
+    loader = PackLoader(configured((1, 1)))
+    tiny.take(loader, 200)
+    changed = configured(accept_changed=("data",), **change)
+    loader = PackLoader(changed, state=loader.state_dict())
+    before = sum((Counter(dict(enumerate(stream.drawn))) for stream in loader.state.streams.values()), Counter())
+    tiny.take(loader, 80)
+    after = sum((Counter(dict(enumerate(stream.drawn))) for stream in loader.state.streams.values()), Counter())
+    weights = change["weights"]
+    drawn = [after[source] - before[source] for source in range(len(weights))]
+    for weight, rows in zip(weights, drawn, strict=True):
+        assert rows / sum(drawn) == pytest.approx(weight / sum(weights), abs=0.06)

@@ -39,16 +39,21 @@ def test_a_state_survives_json_and_msgpack(config: DataConfig) -> None:
     assert DataState.parse(state) is state
 
 
-def test_a_state_dict_has_a_text_for_each_stream_and_the_same_keys_at_any_time(config: DataConfig) -> None:
+def test_a_state_dict_shows_counters_and_has_the_same_keys_at_any_time(config: DataConfig) -> None:
     loader = PackLoader(config)
     before = loader.state_dict()
     tiny.take(loader, 8)
     after = loader.state_dict()
-    assert {type(stream) for stream in after["streams"].values()} == {str}
     assert before.keys() == after.keys()
     assert before["streams"].keys() == after["streams"].keys()
+    assert {type(after["streams"]["0"][name]) for name in ("planned", "leftovers")} == {str}
     plain = loader.state.builtins()
-    assert plain["streams"]["0"]["drawn"] == list(loader.state.streams[0].drawn)
+    for number, stream in loader.state.streams.items():
+        shown = after["streams"][str(number)]
+        assert (shown["drawn"], shown["packs"], shown["tokens"]) == (list(stream.drawn), stream.packs, stream.tokens)
+        assert {k: v for k, v in plain["streams"][str(number)].items() if not isinstance(shown[k], str)} == {
+            k: v for k, v in shown.items() if not isinstance(v, str)
+        }
     assert {key: value for key, value in plain.items() if key not in ("streams", "checksum")} == {
         key: value for key, value in after.items() if key not in ("streams", "checksum")
     }
@@ -57,7 +62,7 @@ def test_a_state_dict_has_a_text_for_each_stream_and_the_same_keys_at_any_time(c
 @pytest.mark.parametrize("text", ["", "?", "gA", "gA==", "wA==", "k5OT"])
 def test_a_text_that_is_no_stream_is_an_error_that_names_the_stream(config: DataConfig, text: str) -> None:
     state = PackLoader(config).state_dict()
-    state["streams"]["2"] = text
+    state["streams"]["2"]["planned"] = text
     with pytest.raises(
         ValueError, match=r"the state is damaged: stream '2': |this is not a data state of this version: "
     ):

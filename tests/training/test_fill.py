@@ -18,7 +18,7 @@ DATA = tiny.data_config("", "rows.jsonl", capacity=1000)
 """Four packs of 1,000 tokens in a step."""
 
 
-def totals(tokens: int, packs: int = 4, rows: int = 40, refused: int = 0) -> StepTotals:
+def totals(tokens: int, packs: int = 4, rows: int = 40, refused: int = 0, skipped_tokens: int = 0) -> StepTotals:
     return StepTotals(
         trained_tokens=tokens,
         tokens=tokens,
@@ -26,6 +26,7 @@ def totals(tokens: int, packs: int = 4, rows: int = 40, refused: int = 0) -> Ste
         rows=rows,
         refused=refused,
         filled_packs=packs,
+        skipped_tokens=skipped_tokens,
         unexhausted_shards=1,
         stop=0,
         digest="",
@@ -36,6 +37,12 @@ def totals(tokens: int, packs: int = 4, rows: int = 40, refused: int = 0) -> Ste
 
 def said(watch: FillWatch, *steps: StepTotals) -> list[str]:
     return [line for step in steps if (line := watch.after(step, last=False))]
+
+
+def test_slots_of_skipped_conversations_are_not_said_to_be_empty() -> None:
+    watch = FillWatch(DATA, 8)
+    assert said(watch, *[totals(3000, skipped_tokens=900)] * 30, *[totals(0, skipped_tokens=4000)] * 30) == []
+    assert said(watch, *[totals(3000, skipped_tokens=500)] * 30) != []
 
 
 def test_a_low_fill_is_said_once_until_it_recovers() -> None:

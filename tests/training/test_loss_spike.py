@@ -92,7 +92,8 @@ def test_skipped_steps_change_no_weight_and_later_steps_have_their_packs(
     job = runs.Job(directory, accepted, 2)
     runs.wait_for(lambda: len(runs.digests(directory)) >= 5, job)
     job.kill()
-    runs.run(directory, accepted)
+    finished = runs.run(directory, accepted)
+    assert "packs are empty" not in finished.output()
     lines = runs.metrics(directory)
     assert [line["batch_digest"] for line in lines[:4] + lines[6:]] == whole[:4] + whole[6:]
     assert [(line["tokens"], line["trained_tokens"], line["loss"], line["grad_norm"]) for line in lines[4:6]] == [

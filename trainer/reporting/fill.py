@@ -33,7 +33,7 @@ class FillWatch:
         if len(self._steps) < STEPS and not last:
             return None
         slots = len(self._steps) * self._data.global_batch * self._data.capacity
-        fill = sum(step.tokens for step in self._steps) / slots
+        fill = self._tokens / slots
         if fill >= LOW:
             self._said = False
             return None
@@ -43,10 +43,15 @@ class FillWatch:
         number = "last step is" if len(self._steps) == 1 else f"last {len(self._steps)} steps are"
         return f"the {number} {fill:.1%} full: {self._cause()}"
 
+    @property
+    def _tokens(self) -> int:
+        """Tokens planned for the packs; `run.skip` leaves slots empty on purpose."""
+        return sum(step.tokens + step.skipped_tokens for step in self._steps)
+
     def _cause(self) -> str:
         packs = len(self._steps) * self._data.global_batch
         filled = sum(step.filled_packs for step in self._steps)
-        tokens = sum(step.tokens for step in self._steps)
+        tokens = self._tokens
         conversations = sum(step.rows - step.refused for step in self._steps)
         capacity, streams = self._data.capacity, self._streams
         if not filled or tokens / (filled * capacity) >= LOW:

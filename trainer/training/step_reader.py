@@ -78,7 +78,7 @@ def _with_date(config: DataConfig, state: DataState | None) -> DataConfig:
     return msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=days[0]))
 
 
-NUMBERS = 7
+NUMBERS = 8
 """Length of `LocalStep.numbers`, in the order of the first fields of `StepTotals`."""
 
 
@@ -87,8 +87,8 @@ class LocalStep(NamedTuple):
 
     packs: list[Pack]
     numbers: list[int]
-    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations, and 1
-    if the shard is not exhausted, else 0."""
+    """Trained tokens, tokens, squared lengths, rows, refused rows, packs with conversations,
+    skipped tokens, and 1 if the shard is not exhausted, else 0."""
     counts: list[int]
     """Rows accepted, too long and refused otherwise since the run's start, for one source after the
     other, of the shard's streams."""
@@ -177,7 +177,8 @@ def _read(loader: PackLoader) -> LocalStep:
         sum(squared_lengths(pack) for pack in packs),
         sum(pack.rows for pack in packs),
         sum(len(pack.refused) for pack in packs),
-        sum(bool(pack.segments) for pack in packs),
+        sum(bool(pack.segments or pack.skipped) for pack in packs),
+        sum(segment.length for pack in packs for segment in pack.skipped),
         int(not loader.exhausted),
     ]
     counts = [number for source in loader.row_counts for number in source]
@@ -218,7 +219,9 @@ class StepTotals(NamedTuple):
     refused: int
     """Rows refused on the way to the packs."""
     filled_packs: int
-    """Packs with conversations."""
+    """Packs with conversations, trained or skipped."""
+    skipped_tokens: int
+    """Tokens of the conversations that `run.skip` left out of the packs."""
     unexhausted_shards: int
     """Shards with rows left to read; 0 after the last step of the data."""
     stop: int
