@@ -13,12 +13,13 @@ import torch
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file
 from test_parity import topology
-from tiny_llama import public_llama
+from tiny_llama import loss_of, pack_of, public_llama
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import parse_config
 from trainer.estimate import estimate
 from trainer.llama.adapters import load_adapters, read_adapter_config
+from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import read_config
 from trainer.llama.lora import LoraConfig
@@ -133,6 +134,25 @@ def on_one_rank(rank: int, root: str) -> list[tuple[int, ...]]:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         mlp(torch.zeros(40, 64, requires_grad=True))
     return found
+
+
+def test_compiled_and_recomputed_layers_in_4_bits_have_the_gradients_of_plain_layers(models: Path) -> None:
+    ((found, expected),) = run_ranks(1, plain_and_compiled, str(models))
+    assert len(found) == 2 * 8
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def plain_and_compiled(rank: int, root: str) -> list[dict[str, torch.Tensor]]:
+    gradients = []
+    for compiled in (True, False):
+        model = spread(Path(root), "llama", 1, 1)
+        for block in model.blocks if compiled else ():
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+        prepare_blocks(model, recompute="full" if compiled else "none", compiled=False)
+        loss_of(model, pack_of(9, 4, 11)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    return gradients
 
 
 def test_columns_that_are_not_whole_blocks_are_refused_by_their_size() -> None:
