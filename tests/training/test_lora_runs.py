@@ -23,6 +23,7 @@ from test_run_ends import fails, store
 from tiny_llama import public_llama
 from typer.testing import CliRunner
 
+from checkpoints import weight_digests
 from checkpoints.cli.main import app, main
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.config import ModelConfig, parse_config
@@ -231,6 +232,15 @@ def test_a_resume_may_spell_the_same_adapters_otherwise_and_export_other_files(f
     )
     assert carry_over(saved, now, 2, ()).accepted is msgspec.UNSET
     assert msgspec.convert(msgspec.to_builtins(saved), Settings) == saved
+
+
+def test_a_resume_needs_every_byte_of_the_base(finished: Finished, base: Path) -> None:
+    saved = settings(finished.config, base)  # its digest of samples may miss a change in a large file
+    before, after = (msgspec.structs.replace(saved, base={"model.safetensors": digest}) for digest in ("a", "b"))
+    with pytest.raises(ValueError, match=r"model\.init_from\.model\.safetensors: 'a' -> 'b'"):
+        carry_over(before, after, 2, ())
+    held = store(finished.directory).values(10, "settings")["settings"]["base"]
+    assert held == weight_digests(sorted(base.glob("*.safetensors")))
 
 
 def settings(tables: dict[str, Any], base: Path) -> Settings:
