@@ -118,6 +118,26 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             f"{json.dumps(self.rank_stabilized)}, modules_to_save = {json.dumps(self.modules_to_save)} }}"
         )
 
+    def require_base(self, init_from: str | None, *, resizes: bool, evaluates: bool) -> None:
+        """Raise ValueError if the other tables of a run do not suit adapters.
+
+        `resizes` is `model.resize_vocabulary`; `evaluates` is True with an `[evaluation]` table.
+        """
+        if init_from is None:
+            raise ValueError(
+                "[lora] trains adapters of an existing model, but [model] describes a new one; set model.init_from, or "
+                "remove [lora]"
+            )
+        if resizes:
+            raise ValueError(
+                "model.resize_vocabulary adds rows that [lora] would not train and that no adapter can hold; resize the "
+                "model before with resize_token_embeddings of transformers, or remove [lora]"
+            )
+        if evaluates and not self.export_merged:
+            raise ValueError(
+                "[evaluation] needs the merged model; set lora.export_merged = true, or remove [evaluation]"
+            )
+
     def require_suits(self, shape: LlamaConfig) -> None:
         """Raise ValueError if a model of `shape` cannot have these adapters."""
         if self.modules_to_save and shape.tie_word_embeddings:
