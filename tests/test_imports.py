@@ -210,6 +210,7 @@ ORDER = {
         "llama.flops",
         "llama.loss",
         "llama.sharding",
+        "llama.nf4",
         "llama.swiglu_kernel",
         "llama.swiglu",
         "llama.model",

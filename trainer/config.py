@@ -280,7 +280,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.lora is not None:
-            self._require_base(self.lora)
+            model = self.model
+            self.lora.require_base(
+                model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
+            )
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:
@@ -295,22 +298,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.schedule.decays_to_run_end:
             self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
-
-    def _require_base(self, lora: LoraConfig) -> None:
-        if self.model.init_from is None:
-            raise ValueError(
-                "[lora] trains adapters of an existing model, but [model] describes a new one; set model.init_from, or "
-                "remove [lora]"
-            )
-        if self.model.resize_vocabulary:
-            raise ValueError(
-                "model.resize_vocabulary adds rows that [lora] would not train and that no adapter can hold; resize the "
-                "model before with resize_token_embeddings of transformers, or remove [lora]"
-            )
-        if self.evaluation is not None and not lora.export_merged:
-            raise ValueError(
-                "[evaluation] needs the merged model; set lora.export_merged = true, or remove [evaluation]"
-            )
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

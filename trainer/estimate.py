@@ -31,6 +31,7 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.lora import LoraConfig
 from trainer.llama.loss import chunk_rows
 from trainer.llama.model import Llama
+from trainer.llama.nf4 import Nf4Weight, count_weights, quantized, require_blocks
 from trainer.llama.parallel import check_divisible, placement_of
 from trainer.training.model import find_source
 
@@ -56,6 +57,10 @@ class Held(NamedTuple):
     """Weights in embedding, final norm and head."""
     trained: int
     """Trained weights: all without adapters."""
+    quantized: int = 0
+    """Bytes of weights in 4 bits, which are not in the other numbers."""
+    largest: int = 0
+    """Weights of the largest matrix in 4 bits."""
 
     @property
     def all(self) -> int:
@@ -105,7 +110,7 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
     return RunEstimate(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_weights(model),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         gpus=gpus,
         dp=dp,
@@ -166,6 +171,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     check_ranks(gpus, parallel)
     if parallel.tp > 1:
         check_divisible(shape, data.capacity, parallel.tp)
+    if config.lora is not None and config.lora.quantize:
+        require_blocks(shape, parallel.tp)
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
     sharded = _held(shape, config.lora, parallel.tp, dp // parallel.replicas)
@@ -179,12 +186,13 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     if dp == 1:
         copied = (0 if stored == computed else gathered.frozen) + (0 if trained == computed else gathered.trained)
         working = copied * computed.itemsize
+    working += gathered.largest * computed.itemsize  # made again from its codes for each product
     # Gradients of earlier packs stay unsharded in float32 until the end of the step.
     sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     return {
-        "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize,
+        "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize + sharded.quantized,
         "optimizer": 2 * sharded.trained * trained.itemsize,
         "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
@@ -212,7 +220,13 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
         held = math.ceil(rows / shards) * columns
         blocks, ends = (blocks + held, ends) if name.startswith("blocks.") else (blocks, ends + held)
         trained += held if weight.requires_grad else 0
-    return Held(blocks, ends, trained)
+    matrices = quantized(model).values()
+    largest = max((2 * matrix.codes.numel() // tp for matrix in matrices), default=0)
+    return Held(blocks, ends, trained, sum(_bytes(matrix) // tp for matrix in matrices), largest)
+
+
+def _bytes(matrix: Nf4Weight) -> int:
+    return sum(buffer.numel() * buffer.itemsize for buffer in matrix.buffers())
 
 
 def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, lora: LoraConfig | None = None) -> int:
@@ -258,13 +272,16 @@ def _adapter_ranks(lora: LoraConfig | None) -> dict[str, int]:
 
 def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
     """Return the operations of a step of `packs` (empty packs included), except attention."""
-    matrices = [p for p in (*model.blocks.parameters(), model.head.weight) if p.ndim > 1]
-    products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    in_4_bits = {name: 2 * weight.codes.numel() for name, weight in quantized(model).items()}
+    matrices = {name: p for name, p in model.blocks.named_parameters() if p.ndim > 1}
+    trained = [p.numel() for p in (*matrices.values(), model.head.weight) if p.requires_grad]
+    frozen = [p.numel() for p in (*matrices.values(), model.head.weight) if not p.requires_grad]
+    products = 6 * sum(trained) + 4 * (sum(frozen) + sum(in_4_bits.values()))
+    sizes = {name: p.numel() for name, p in matrices.items()} | in_4_bits
     recomputed = {
         "none": 0,
-        "selective": sum(p.numel() for name, p in model.blocks.named_parameters() if "gate_up" in name),
-        "full": blocks,
+        "selective": sum(size for name, size in sizes.items() if "gate_up" in name),
+        "full": sum(sizes.values()),
     }[config.run.recompute]
     tokens = packs * config.data.capacity
     return tokens * (products + 2 * recomputed)

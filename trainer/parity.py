@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sftstream import IGNORE_INDEX, Pack, Segment
@@ -52,6 +52,7 @@ from trainer.llama.adapters import (
 from trainer.llama.attention import Segments
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
+from trainer.llama.nf4 import quantized
 from trainer.llama.parallel import build
 from trainer.llama.weights import layout, load_weights, opened, opened_file, unfused_pieces
 from trainer.training.step import accumulate_gradients
@@ -132,7 +133,8 @@ def compare(
     weights = _weights_check(model, directory, topology, adapter)
     if not topology.first:
         return []
-    public = partial(_public_answer, directory, adapter, packs, topology.device)
+    quantize = None if model.lora is None else model.lora.quantize
+    public = partial(_public_answer, directory, adapter, quantize, packs, topology.device)
     expected, rounded = public(torch.float32, "eager", new_tokens), public(dtype, "sdpa", 0)
     checks = _checks(ours, expected, rounded, ROUNDING[dtype])
     if new_tokens:
@@ -153,6 +155,7 @@ def random_pack(vocab_size: int, seed: int) -> Pack:
 def _public_answer(
     directory: Path,
     adapter: Path | None,
+    quantize: str | None,
     packs: list[Pack],
     device: torch.device,
     dtype: torch.dtype,
@@ -160,7 +163,7 @@ def _public_answer(
     new_tokens: int,
 ) -> Answer:
     """Compute the packs' conversations one by one with transformers."""
-    model = public_model(directory, adapter, dtype, attention).to(device)
+    model = public_model(directory, adapter, dtype, attention, quantize).to(device)
     # transformers gives the row of a padding token no gradient; a packed run has no padding token.
     model.get_input_embeddings().padding_idx = None
     trained = sum(pack.trained_tokens for pack in packs)
@@ -177,12 +180,29 @@ def _public_answer(
     return Answer(torch.cat(logits).unflatten(0, (len(packs), -1)), loss, gradients, greedy)
 
 
-def public_model(directory: Path, adapter: Path | None, dtype: torch.dtype, attention: str) -> Any:
+def public_model(
+    directory: Path, adapter: Path | None, dtype: torch.dtype, attention: str, quantize: str | None = None
+) -> Any:
     """Return a model of transformers, with trainable adapters of `peft` if `adapter` is given.
+
+    `quantize` "nf4" is the 4-bit quantization of bitsandbytes: the model computes with the restored
+    weights.
 
     Raises ValueError if `peft` is needed and not installed.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if quantize is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, **settings)
+    if quantize is not None:
+        # A product with codes is a kernel of its own, which on a CPU computes in bfloat16.
+        model = model.dequantize().to(dtype)
+        model.requires_grad_(False)
     if adapter is None:
         return model
     try:
@@ -292,7 +312,8 @@ def _weights_check(model: Llama, directory: Path, topology: Topology, adapter: P
     different = 0
     parameters = dict(model.named_parameters())
     trained = {} if adapter is None else trained_layout(model.config, model.lora)
-    frozen = {name: pieces for name, pieces in layout(model.config).items() if name not in trained}
+    compared_elsewhere = trained.keys() | quantized(model).keys()
+    frozen = {name: pieces for name, pieces in layout(model.config).items() if name not in compared_elsewhere}
     with opened(directory) as files:
         for name, weight in unfused_pieces(frozen, parameters):
             different += topology.first and not _equal(weight, files[name].get_tensor(name))

@@ -42,6 +42,7 @@ from trainer.llama.flops import model_flops, peak_flops, squared_lengths
 from trainer.llama.init import init_adapters
 from trainer.llama.lora import LoraConfig
 from trainer.llama.loss import compile_head
+from trainer.llama.nf4 import quantize, quantized
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
@@ -142,6 +143,7 @@ OURS = {
     "ours-bf16-plain": Ours(compiled=False),
     "ours-lora": Ours(lora=LORA),
     "ours-lora-free": Ours(deterministic=False, lora=LORA),
+    "ours-qlora": Ours(lora=LoraConfig(rank=16, alpha=32.0, quantize="nf4")),
 }
 
 
@@ -167,6 +169,10 @@ def ours(job: Job) -> Result:
             for parameter in model.parameters():
                 local(parameter).normal_(0, 0.02) if parameter.ndim > 1 else local(parameter).fill_(1)
         init_adapters(model, 0)
+        for matrix in quantized(model).values():
+            rows, columns = matrix.shape
+            whole = quantize(torch.randn(rows, columns, dtype=dtype, device=device) * 0.02)
+            matrix.fill({"random": whole}, [("random", 0, 0, rows)], 0)
         prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel)
         if settings.compiled:
             compile_head(job.capacity, config.vocab_size, dtype, device)
@@ -323,6 +329,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {
     "ours-bf16-plain": ("sftstream, bf16 weights, deterministic, not compiled", ours),
     "ours-lora": ("sftstream, LoRA on a bf16 model, deterministic, compiled", ours),
     "ours-lora-free": ("sftstream, LoRA on a bf16 model, not deterministic, compiled", ours),
+    "ours-qlora": ("sftstream, LoRA on a 4-bit model, deterministic, compiled", ours),
     "hf-liger": ("transformers and Liger, plain loop, bf16 weights", hugging_face),
     "hf-liger-fp32": ("transformers and Liger, plain loop, fp32 weights, autocast", hugging_face),
     "trl-liger": ("TRL SFTTrainer and Liger, bf16 weights", trl),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from trainer.llama.hf_config import read_config
 from trainer.llama.init import init_adapters, init_weights
 from trainer.llama.lora import A, Adapter, LoraConfig, Part
 from trainer.llama.model import Llama
+from trainer.llama.nf4 import quantize
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, unfused_pieces
 from trainer.parity import CAPACITY, Check, compare, public_model, public_name, random_pack, verdict
@@ -458,3 +460,11 @@ def judged(rank: int, adapter: str) -> int:
 def test_the_parity_command_compares_an_adapter_with_peft(models: Path) -> None:
     adapter = models / f"{UNTIED}, all-linear"
     assert run_ranks(2, judged, str(adapter)) == [0, 0]
+
+
+def test_4_bits_without_bitsandbytes_are_refused_with_the_command_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=re.escape('needs bitsandbytes; run `pip install -e ".[qlora]"`')):
+        quantize(torch.zeros(2, 64))

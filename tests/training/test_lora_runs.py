@@ -23,6 +23,7 @@ from test_run_ends import fails, store
 from tiny_llama import public_llama
 from typer.testing import CliRunner
 
+from checkpoints import weight_digests
 from checkpoints.cli.main import app, main
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.config import ModelConfig, parse_config
@@ -233,6 +234,15 @@ def test_a_resume_may_spell_the_same_adapters_otherwise_and_export_other_files(f
     assert msgspec.convert(msgspec.to_builtins(saved), Settings) == saved
 
 
+def test_a_resume_needs_every_byte_of_the_base(finished: Finished, base: Path) -> None:
+    saved = settings(finished.config, base)  # its digest of samples may miss a change in a large file
+    before, after = (msgspec.structs.replace(saved, base={"model.safetensors": digest}) for digest in ("a", "b"))
+    with pytest.raises(ValueError, match=r"model\.init_from\.model\.safetensors: 'a' -> 'b'"):
+        carry_over(before, after, 2, ())
+    held = store(finished.directory).values(10, "settings")["settings"]["base"]
+    assert held == weight_digests(sorted(base.glob("*.safetensors")))
+
+
 def settings(tables: dict[str, Any], base: Path) -> Settings:
     tables = {name: table for name, table in tables.items() if table is not None}
     chosen = tables | {"run": tables["run"] | {"compile": False}}
@@ -363,3 +373,27 @@ def test_adapters_on_a_bfloat16_base_validate_resume_and_stay_float32(tmp_path: 
     )
     assert result.exit_code == 0, result.output
     assert contents(tmp_path / "out") == contents(tmp_path / "runs/run/export")
+
+
+def test_a_run_in_4_bits_resumes_and_merges_into_the_weights_of_its_base(tmp_path: Path, tokenizer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 16}
+    public_llama(vocab_size=512, **sizes).save_pretrained(tmp_path / "base")
+    config = adapting(tmp_path, tokenizer, tmp_path / "base", run={"steps": 4}, parallel={"tp": 2})
+    config["lora"] = RANK | {"quantize": "nf4"}
+    runs.run(_directory(tmp_path / "whole"), config, processes=2)
+    config["run"]["steps"] = 2
+    runs.run(tmp_path, config, processes=2)
+    config["run"]["steps"] = 4
+    assert "lora.quantize: 'nf4' -> None" in fails(tmp_path, config | {"lora": RANK}, processes=2)
+    runs.run(tmp_path, config, processes=2)
+    assert runs.outcome(tmp_path) == runs.outcome(tmp_path / "whole")
+    losses = [line["loss"] for line in runs.metrics(tmp_path)]
+    assert losses[-1] < losses[0]
+    base, merged = (load_file(tmp_path / path / "model.safetensors") for path in ("base", "runs/run/export"))
+    adapter = load_file(tmp_path / "runs/run/adapter/adapter_model.safetensors")
+    for name, weight in base.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        left, right = (adapter.get(f"{stem}.lora_{matrix}.weight") for matrix in "BA")
+        expected = weight if left is None or right is None else weight + 2 * left @ right
+        torch.testing.assert_close(merged[name], expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from checkpoints import MODEL_FILE_BYTES, TensorSpec, merge, write_model
 from sftstream import UNDECODABLE
-from trainer.llama.adapters import CONFIG, PREFIX, STEM, adapter_layout, trained_layout, write_adapter_config
+from trainer.llama.adapters import CONFIG, PREFIX, STEM, trained_layout, write_adapter_config
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
 from trainer.llama.lora import A, B, LoraConfig
 from trainer.llama.model import Llama
-from trainer.llama.weights import shapes, unfused, unfused_pieces
+from trainer.llama.weights import opened, shapes, unfused, unfused_pieces
 
 
 class Tokenizer(Protocol):
@@ -52,7 +52,8 @@ def export(
 ) -> None:
     """Write a model directory for `transformers`; every rank calls, rank 0 writes.
 
-    Adapters are added to the weights.
+    Adapters are added to the weights in the files of `init_from`, since frozen weights may be
+    quantized here.
 
     Tensors are gathered, converted and written one at a time. The directory is made aside and then
     replaces `out_dir`: a kill leaves the old export, the new export or none, never a part.
@@ -75,14 +76,18 @@ def export(
     """
     dtype = dtype or model.norm.weight.dtype
     parameters = dict(model.named_parameters())
-    adapters = _adapters(model)
-    tensors = unfused(config, parameters)
+    if model.lora is None:
+        tensors = unfused(config, parameters)
+    else:
+        trained = dict(unfused_pieces(trained_layout(config, model.lora), parameters))
+        assert init_from is not None
+        tensors = _merged(model, Path(init_from), trained) if _writes() else iter(())
     if _writes():
         require_replaceable(out_dir := Path(out_dir))
         specs = {name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes(model).items()}
         files = config_files(config, dtype, tokenizer, template, stop_token_ids, init_from)
-        merged = ((name, _merged(name, tensor, adapters, model.lora).to(dtype)) for name, tensor in tensors)
-        write_model(out_dir, specs, merged, files, file_bytes=file_bytes, replace=True)
+        typed = ((name, tensor.to(dtype)) for name, tensor in tensors)
+        write_model(out_dir, specs, typed, files, file_bytes=file_bytes, replace=True)
     else:
         for _ in tensors:
             pass  # Takes part in the gathering.
@@ -121,20 +126,17 @@ def _writes() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _adapters(model: Llama) -> dict[str, Tensor]:
-    """Return the full tensors of the adapters by name, none without adapters. Collective."""
-    if model.lora is None:
-        return {}
-    return dict(unfused_pieces(adapter_layout(model.config, model.lora), dict(model.named_parameters())))
-
-
-def _merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], lora: LoraConfig | None) -> Tensor:
-    """Return a weight with its adapter added, if there is one."""
-    stem = name.removesuffix(".weight")
-    left, right = adapters.get(f"{stem}.{B}.weight"), adapters.get(f"{stem}.{A}.weight")
-    if lora is None or left is None or right is None:
-        return weight
-    return merge(weight, left, right, lora.scale)
+def _merged(model: Llama, base: Path, trained: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the files in `base`, with adapters added, or the trained tensors."""
+    assert model.lora is not None
+    with opened(base) as files:
+        for name in shapes(model):
+            stem = name.removesuffix(".weight")
+            left, right = trained.get(f"{stem}.{B}.weight"), trained.get(f"{stem}.{A}.weight")
+            weight = trained[name] if name in trained else files[name].get_tensor(name).to(model.norm.weight.dtype)
+            if left is not None and right is not None:
+                weight = merge(weight, left, right, model.lora.scale)
+            yield name, weight
 
 
 def require_replaceable(out_dir: Path, config: str = "config.json") -> None:

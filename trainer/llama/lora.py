@@ -64,6 +64,9 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     modules_to_save: tuple[Saved, ...] = ()
     """Layers to train in full beside the adapters: the embedding, the head or both. Refused for a
     model that ties them."""
+    quantize: Literal["nf4"] | None = None
+    """Store the frozen matrices of the layers in 4 bits (QLoRA): "nf4" has the numbers of
+    bitsandbytes with double quantization, and needs it. Default: none."""
     dropout: float = 0.0
     """Only 0, which is also peft's default. Present so that a copied setting is refused by name."""
     export_merged: bool = True
@@ -103,6 +106,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "targets": list(self.adapted),
             "rank_stabilized": self.rank_stabilized,
             "modules_to_save": sorted(self.modules_to_save),
+            "quantize": self.quantize,
         }
 
     @property
@@ -113,6 +117,26 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             f"{{ rank = {self.rank}, alpha = {self.alpha}, targets = {targets}, rank_stabilized = "
             f"{json.dumps(self.rank_stabilized)}, modules_to_save = {json.dumps(self.modules_to_save)} }}"
         )
+
+    def require_base(self, init_from: str | None, *, resizes: bool, evaluates: bool) -> None:
+        """Raise ValueError if the other tables of a run do not suit adapters.
+
+        `resizes` is `model.resize_vocabulary`; `evaluates` is True with an `[evaluation]` table.
+        """
+        if init_from is None:
+            raise ValueError(
+                "[lora] trains adapters of an existing model, but [model] describes a new one; set model.init_from, or "
+                "remove [lora]"
+            )
+        if resizes:
+            raise ValueError(
+                "model.resize_vocabulary adds rows that [lora] would not train and that no adapter can hold; resize the "
+                "model before with resize_token_embeddings of transformers, or remove [lora]"
+            )
+        if evaluates and not self.export_merged:
+            raise ValueError(
+                "[evaluation] needs the merged model; set lora.export_merged = true, or remove [evaluation]"
+            )
 
     def require_suits(self, shape: LlamaConfig) -> None:
         """Raise ValueError if a model of `shape` cannot have these adapters."""

@@ -16,6 +16,7 @@ from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora import A, Adapter, B, LoraConfig, Part
 from trainer.llama.loss import WHOLE, Vocabulary, head_loss
+from trainer.llama.nf4 import Nf4Weight
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu
@@ -40,17 +41,29 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """Linear layer with the part of the weight on this rank, and adapters if `adapt` made them."""
 
-    adapter: Adapter | None = None
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.adapter: Adapter | None = None
+        self.nf4: Nf4Weight | None = None
+        """The weight in 4 bits, in place of `weight`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, weight_of(self), None if self.bias is None else weight_of(self, "bias"))
+        bias = None if self.bias is None else weight_of(self, "bias")
+        if self.nf4 is None:
+            out = F.linear(x, weight_of(self), bias)
+        else:
+            out = self.nf4.linear(x) if bias is None else self.nf4.linear(x) + bias
         return out if self.adapter is None else self.adapter.add(out, x, weight_of(self, A), weight_of(self, B))
 
     def adapt(self, lora: LoraConfig | None, *parts: Part) -> Linear:
         """Add adapters for the targets of `lora` among `parts`; return the layer.
 
-        `parts` are the matrices in each group of rows.
+        `parts` are the matrices in each group of rows. `lora.quantize` replaces the weight.
         """
+        if lora is not None and lora.quantize:
+            groups = self.out_features // sum(part.rows for part in parts)
+            self.nf4 = Nf4Weight(self.out_features, self.in_features, tuple(groups * part.rows for part in parts))
+            self.register_parameter("weight", None)
         if lora is None or not any(part.target in lora.adapted for part in parts):
             return self
         self.adapter = Adapter(parts, lora.adapted, lora.rank, lora.scale)

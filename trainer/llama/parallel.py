@@ -31,6 +31,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora import A, B, LoraConfig
 from trainer.llama.model import Llama
+from trainer.llama.nf4 import Nf4Weight, require_blocks
 from trainer.llama.working import WorkingCopies
 
 
@@ -88,6 +89,9 @@ def parallelize(
     tp = mesh["tp"]
     if tp.size() > 1:
         check_divisible(model.config, capacity, tp.size())
+    if model.lora is not None and model.lora.quantize:
+        require_blocks(model.config, tp.size())
+    if tp.size() > 1:
         _shard_tensors(model, tp)
     if mesh["dp"].size() > 1:
         _shard_data(model, _data_mesh(mesh), compute_dtype, reshard_after_forward)
@@ -130,11 +134,20 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
             # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
             split = distribute_tensor(parameter, tp, [placement_of(role, name)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+        if isinstance(module, Nf4Weight):
+            _shard_codes(module, tp, placement_of(path.split(".")[-2]))
         if role in ("qkv", "gate_up", "select"):
             module.register_forward_pre_hook(gather)
         if role in ("embedding", "output", "down"):
             module.register_forward_hook(scatter)
     model.tie()
+
+
+def _shard_codes(weight: Nf4Weight, tp: DeviceMesh, placement: Placement) -> None:
+    for name, buffer in list(weight.named_buffers()):
+        follows = name in ("codes", "blocks") or (name in ("rows", "offsets") and placement == Shard(0))
+        split = distribute_tensor(buffer, tp, [placement if follows else Replicate()], src_data_rank=None)
+        weight.register_buffer(name, split, persistent=False)
 
 
 def placement_of(role: str, name: str = "weight") -> Placement:

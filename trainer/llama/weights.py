@@ -21,6 +21,7 @@ from sftstream import UNDECODABLE
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
 from trainer.llama.model import Llama
+from trainer.llama.nf4 import Nf4Weight, quantize, quantized
 from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"
@@ -99,10 +100,11 @@ def shapes(model: Llama, pieces: Mapping[str, list[Piece]] | None = None) -> dic
     `pieces` are those of some of the parameters; by default the `layout` of the model.
     """
     full_shapes: dict[str, list[int]] = {}
-    parameters = dict(model.named_parameters())
+    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    sizes |= {name: weight.shape for name, weight in quantized(model).items()}
     for name, parts in (layout(model.config) if pieces is None else pieces).items():
         for piece in parts:
-            full_shapes.setdefault(piece.tensor, [0, *parameters[name].shape[1:]])[0] += piece.rows
+            full_shapes.setdefault(piece.tensor, [0, *sizes[name][1:]])[0] += piece.rows
     return full_shapes
 
 
@@ -120,8 +122,11 @@ def load_weights(model: Llama, directory: StrPath, rows_before: int | None = Non
     with opened(directory) as tensors:
         stored = msgspec.structs.replace(model.config, vocab_size=rows_before or model.config.vocab_size)
         _check_tensors(model, tensors, directory, stored.vocab_size)
-        parameters = dict(model.named_parameters())
+        parameters, in_4_bits = dict(model.named_parameters()), quantized(model)
         for name, pieces in layout(stored).items():
+            if name in in_4_bits:
+                _fill_quantized(in_4_bits[name], pieces, tensors, model.norm.weight.dtype)
+                continue
             fill(parameters[name], pieces, tensors)
             if name in ("embedding.weight", "head.weight"):
                 _fill_with_mean(parameters[name], pieces[0], tensors)
@@ -253,6 +258,21 @@ def fill(parameter: Tensor, pieces: Iterable[Piece], tensors: Mapping[str, Any])
             read = tensors[piece.tensor].get_slice(piece.tensor)[(slice(low + shift, high + shift), *columns)]
             local(parameter)[low - rows.start : high - rows.start].copy_(read)
         offset += piece.rows
+
+
+def _fill_quantized(weight: Nf4Weight, pieces: list[Piece], tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Quantize the tensors of the pieces, rounded to `dtype`, and keep the local codes."""
+    device = weight.codes.device
+    names = dict.fromkeys(piece.tensor for piece in pieces)
+    whole = {name: quantize(tensors[name].get_tensor(name).to(device, dtype)) for name in names}
+    rows, columns = window(weight.codes)
+    kept, offset = [], 0
+    for piece in pieces:
+        low, high = max(rows.start, offset), min(rows.stop, offset + piece.rows)
+        if low < high:
+            kept.append((piece.tensor, low + piece.start - offset, low - rows.start, high - low))
+        offset += piece.rows
+    weight.fill(whole, kept, columns.start)
 
 
 def _fill_with_mean(parameter: Tensor, stored: Piece, tensors: Mapping[str, Any]) -> None:

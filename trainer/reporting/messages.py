@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from trainer.distributed.mesh import Topology
+from trainer.llama.nf4 import count_weights
 from trainer.training.progress import Progress
 
 
 def model_message(directory: Path, model: nn.Module, total_rows: int | None, topology: Topology) -> str:
     """Return the first line of a run: directory, parameters, rows if known, ranks."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_weights(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counted = f"{parameters:,} parameters" + (f", {trained:,} of them trained," if trained < parameters else "")
     rows = f" on {total_rows:,} conversations in all epochs" if total_rows else ""

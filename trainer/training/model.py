@@ -99,7 +99,8 @@ def _adapter_source(name: str, directory: Path, lora: LoraConfig | None) -> Mode
             f"model.init_from = {name!r} is a PEFT adapter; set lora = {stored.toml} to train it on, or merge the adapter "
             "into its model to train all weights"
         )
-    if changed := differences(stored.identity, lora.identity, "lora"):
+    given = lora.identity | {"quantize": None}  # the files of an adapter do not tell
+    if changed := differences(stored.identity, given, "lora"):
         raise ValueError(
             f"the adapter in model.init_from = {name!r} has other settings (adapter -> now): {'; '.join(changed)}. Set "
             f"lora = {stored.toml} to train it on"
