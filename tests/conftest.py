@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -27,12 +26,6 @@ from sftstream.sources import Corpus, CorpusReader
 from sftstream.streaming.example_reader import ExampleReader
 
 REALDATA = Path(os.environ.get("SFTSTREAM_REALDATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-
-
-def pytest_make_parametrize_id(val: object) -> str | None:
-    """An id without an address, so that all processes of pytest-xdist collect the same ids."""
-    shown = repr(val)
-    return re.sub(r" at 0x[0-9a-f]+", "", shown) if " at 0x" in shown else None
 
 
 @pytest.fixture(scope="session", autouse=True)
