@@ -1,11 +1,11 @@
 """The public names of the package, in the modules that define them; importing it imports torch."""
 
-from checkpoints.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one_line, printable
-from checkpoints.export import RECIPE, Recipe
 from checkpoints.lock import Lock
 from checkpoints.manifest import About
-from checkpoints.model_directory import MODEL_FILE_BYTES, write_model
+from checkpoints.model.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
+from checkpoints.model.directory import MODEL_FILE_BYTES, write_model
+from checkpoints.model.export import RECIPE, Recipe
 from checkpoints.retention import Retention
 from checkpoints.store import CheckpointStore
 from checkpoints.tensor_file import TensorSpec

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from checkpoints.commit import Marker
 from checkpoints.compatibility import misfit, require_fit
 from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank
-from checkpoints.export import RECIPE, export, export_with_base, parse_recipe
 from checkpoints.manifest import About, Manifest, Span
-from checkpoints.model_directory import MODEL_FILE_BYTES
+from checkpoints.model.directory import MODEL_FILE_BYTES
+from checkpoints.model.export import RECIPE, export, export_with_base, parse_recipe
 from checkpoints.object_store import open_root
 from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention

@@ -7,6 +7,9 @@ one of the names is first used, so that `sftstream --help` loads none of these l
 from sftstream.cache import directory as cache_directory
 from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.identity import differences
+from sftstream.inspection.stored import read_state
+from sftstream.inspection.summary import StateSummary, summarize
+from sftstream.inspection.text import describe, diff
 from sftstream.ledger.files import in_order
 from sftstream.ledger.records import Session
 from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
@@ -28,9 +31,6 @@ from sftstream.records import (
 )
 from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, merge
-from sftstream.state_summary import StateSummary, summarize
-from sftstream.state_text import describe, diff
-from sftstream.stored_state import read_state
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.forecast import Forecast

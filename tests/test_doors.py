@@ -13,10 +13,11 @@ import tiny
 from commands import run
 from test_imports import ORDER, files
 
-from sftstream import ChatEncoder, DataConfig, stored_state
+from sftstream import ChatEncoder, DataConfig
 from sftstream.cli import state as command
 from sftstream.cli.main import main
 from sftstream.door import Door
+from sftstream.inspection import stored
 from sftstream.records import Refused
 from sftstream.rendering.template import ChatTemplate
 from sftstream.sources import Corpus
@@ -328,7 +329,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     def broken(_: object) -> None:
         raise kind("first\n\x1b[2Jsecond")
 
-    monkeypatch.setattr(stored_state, "find_state", broken)
+    monkeypatch.setattr(stored, "find_state", broken)
     monkeypatch.delenv("LOGLEVEL", raising=False)
     outcome = run(main, "inspect", tmp_path / "state.json")
     (line,) = outcome.stderr.splitlines()

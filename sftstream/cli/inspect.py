@@ -12,7 +12,7 @@ from sftstream.excerpt import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sftstream.state_summary import SourceSummary, StateSummary
+    from sftstream.inspection.summary import SourceSummary, StateSummary
 
 AMOUNTS = ("conversations", "tokens", "trained_tokens")
 """Fields of the amount that was read from a source."""
@@ -27,8 +27,8 @@ StatePath = Annotated[
 def inspect(state: StatePath, as_json: Json = False) -> None:
     """Print the progress of a state: where each source and each stream is, the mixture reached,
     waiting and refused rows, the identity of the data, and accepted changes."""
-    from sftstream.state_summary import summarize
-    from sftstream.stored_state import find_state
+    from sftstream.inspection.stored import find_state
+    from sftstream.inspection.summary import summarize
 
     found = find_state(state)
     summary = summarize(found.state)
@@ -50,8 +50,8 @@ def diff(
 ) -> None:
     """Print each field in which two states differ. The exit code is 0 if the states are equal,
     else 1."""
-    from sftstream.state_text import diff as differing
-    from sftstream.stored_state import read_state
+    from sftstream.inspection.stored import read_state
+    from sftstream.inspection.text import diff as differing
 
     differences = differing(read_state(before), read_state(after))
     if as_json:

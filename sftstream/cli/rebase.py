@@ -29,9 +29,9 @@ def rebase(
     import msgspec
 
     from sftstream.cli.state import read_data_config, rebased
-    from sftstream.state_summary import summarize
-    from sftstream.state_text import describe
-    from sftstream.stored_state import read_state
+    from sftstream.inspection.stored import read_state
+    from sftstream.inspection.summary import summarize
+    from sftstream.inspection.text import describe
 
     new = rebased(read_state(state), read_data_config(config, accept))
     out.write_bytes(msgspec.json.encode(new.state_dict()))

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable
 
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
-
-
+_WORD = re.compile(r"\w+")
 _THOUGHT = re.compile(r"\s*(<think|\[THINK)")
 
 
@@ -33,6 +32,14 @@ def is_within(gap: str, tail: str) -> bool:
     """
     common = len(common_prefix(gap, tail))
     return len(gap) <= len(tail) and tail.endswith(gap[common:])
+
+
+def alike(left: str, right: str) -> bool:
+    """Return True if two texts differ only in words that contain a digit: ids and numbers."""
+    if _WORD.sub("", left) != _WORD.sub("", right):
+        return False
+    words = zip(_WORD.findall(left), _WORD.findall(right), strict=True)
+    return all(a == b or (any(map(str.isdigit, a)) and any(map(str.isdigit, b))) for a, b in words)
 
 
 def shared_end(lead: str, tail: str) -> int:

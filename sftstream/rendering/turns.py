@@ -21,15 +21,16 @@ prompt is `<assistant>`. The conversation is a user's "hi" and an assistant's "s
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
+from sftstream.rendering.generation_tags import narrow
 from sftstream.rendering.markers import Located, Marking, Payload, locate
 from sftstream.rendering.message_kinds import distinct_before, kind_of
 from sftstream.rendering.overlap import (
+    alike,
     common_prefix,
     cut,
     cut_prefix,
@@ -88,7 +89,9 @@ def find_turns(
                     raise
     if template.has_generation_tags:
         tags = template.tagged_spans(messages, tools)
-        return _narrow_to_tags(turns, tags, located.text, turn_format.stops) or turns
+        spans = [narrow(turn.span, turn.payloads, tags, located.text, turn_format.stops) for turn in turns]
+        narrowed = [turn._replace(span=span) for turn, span in zip(turns, spans, strict=True) if span is not None]
+        return narrowed if len(narrowed) == len(turns) else turns
     return turns
 
 
@@ -338,7 +341,7 @@ class _TurnSearch:
         role marker. A question with 200 tool calls and their results needs two renders.
 
         The gap begins with the end of the message before, which may hold an id or a number. Two
-        turns whose gaps differ there only in such words (see `_alike`) still share a render, if the
+        turns whose gaps differ there only in such words (see `alike`) still share a render, if the
         shared tail begins with this text of its own turn. The result has the text of this turn.
         """
         head, before = self._role_marker_at(gap), self._kinds_before[index]
@@ -346,7 +349,7 @@ class _TurnSearch:
         for shared_head, tail in self._tails.get(key, ()):
             if shared_head == gap[:head]:
                 return tail, False
-            if tail is not None and tail.startswith(shared_head) and _alike(shared_head, gap[:head]):
+            if tail is not None and tail.startswith(shared_head) and alike(shared_head, gap[:head]):
                 return gap[:head] + tail[len(shared_head) :], False
         marking, marked = self._marked
         try:
@@ -409,34 +412,3 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
-
-
-_WORD = re.compile(r"\w+")
-
-
-def _alike(left: str, right: str) -> bool:
-    """Return True if two texts differ only in words that contain a digit: ids and numbers."""
-    if _WORD.sub("", left) != _WORD.sub("", right):
-        return False
-    words = zip(_WORD.findall(left), _WORD.findall(right), strict=True)
-    return all(a == b or (any(map(str.isdigit, a)) and any(map(str.isdigit, b))) for a, b in words)
-
-
-def _narrow_to_tags(turns: list[Turn], tags: list[Span], text: str, stops: Sequence[str]) -> list[Turn]:
-    """Narrow each turn to the `{% generation %}` block around its payloads.
-
-    `tags` are the ranges of the text printed inside such blocks. Return an empty list if the
-    payloads of a turn do not lie in a single block.
-    """
-    result, starts = [], [tag.start for tag in tags]
-    for turn in turns:
-        start = min((p.start for p in turn.payloads), default=turn.span.start)
-        end = max((p.end for p in turn.payloads), default=turn.span.start)
-        tag = tags[max(0, bisect_right(starts, start) - 1)] if tags else Span(0, 0)
-        if not tag.start <= start <= end <= tag.end:
-            return []
-        # Some blocks include the generation prompt, and some leave the stop out.
-        stop_follows = text[tag.end : turn.span.end] in ("", *stops)
-        tag_end = max(tag.end, turn.span.end) if stop_follows else turn.span.end
-        result.append(turn._replace(span=Span(max(tag.start, turn.span.start), min(tag_end, turn.span.end))))
-    return result

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from checkpoints import RECIPE, About, CheckpointStore, CorruptCheckpoint, Recipe, Retention, Rows
 from checkpoints.cli.main import main
-from checkpoints.export import parse_recipe
+from checkpoints.model.export import parse_recipe
 from sftstream import __version__
 
 

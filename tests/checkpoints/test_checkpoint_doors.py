@@ -17,7 +17,7 @@ from checkpoints import values as plain_state
 from checkpoints.cli import show
 from checkpoints.errors import one_line, printable
 from checkpoints.manifest import Manifest, Tensor
-from checkpoints.model_directory import write_model
+from checkpoints.model.directory import write_model
 from checkpoints.tensor_file import TensorSpec
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from checkpoints.digest import file_digest
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import Count, Digest
-from checkpoints.model_directory import write_model
+from checkpoints.model.directory import write_model
 from checkpoints.tensor_file import DTYPES, TensorSpec
 
 WeightFile = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors\Z")]

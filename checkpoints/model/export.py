@@ -21,11 +21,11 @@ import msgspec
 import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from checkpoints.base import Element, Merged, Rows, export_merged
 from checkpoints.commit import Marker, StepFiles
 from checkpoints.errors import CheckpointError, CorruptCheckpoint
 from checkpoints.manifest import Manifest
-from checkpoints.model_directory import write_model
+from checkpoints.model.base import Element, Merged, Rows, export_merged
+from checkpoints.model.directory import write_model
 from checkpoints.storage import read_tensors
 from checkpoints.tensor_file import DTYPES, TensorSpec
 
