@@ -244,7 +244,7 @@ class _TurnSearch:
         if following.startswith(tail) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
             start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(following, gap, tail)
         elif not empty and is_within(gap, tail):
-            start = self._thought_in_message(following, gap, tail)
+            start = self._thought_in_message(following, gap, tail) - self._own_indent(index, before, gap, tail)
         else:
             cut = len(cut_prefix(gap, tail, self._control))
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
@@ -262,6 +262,23 @@ class _TurnSearch:
         if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
             return max(len(gap), len(cut_prefix(following, tail, self._control)))
         return len(gap)
+
+    def _own_indent(self, index: int, before: int, gap: str, tail: str) -> int:
+        """Return how many characters at the end of `gap` are white space of the message's content.
+
+        Gap `<assistant>\\n`, tail `<assistant><think>\\n`, content "\\nseven": the line end is the
+        content's, not the end of the prompt. As evidence, the content is rendered without the white
+        space. The result is 0 if the gap is a beginning of the tail.
+        """
+        message = self._messages[index]
+        space = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
+        if not space or tail.startswith(gap) or not gap.endswith(space):
+            return 0
+        stripped = [*self._messages]
+        stripped[index] = {**message, "content": message["content"].lstrip()}
+        at = before + len(gap)
+        without = self._text[: at - len(space)] + self._text[at:]
+        return len(space) if self._template.render(stripped, self._tools) == without else 0
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:
         """Return True if `lead`, the text from the start to the first payload, has no role marker.

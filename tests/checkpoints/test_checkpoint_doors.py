@@ -36,7 +36,11 @@ def rewrite(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", [rewrite, lambda path: path.rename(path.with_name("w")), Path.unlink], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [rewrite, lambda path: path.rename(path.with_name("w")), Path.unlink],
+    ids=["rewritten", "renamed", "removed"],
+)
 def test_a_file_that_changes_after_its_verification_is_not_loaded(tmp_path, change):
     store = saved(tmp_path)
     assert store.latest() == 1

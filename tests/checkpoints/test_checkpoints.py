@@ -174,7 +174,7 @@ def test_values_come_back_by_prefix_and_a_state_need_not_know_them(tmp_path):
     [
         (2**64, "64 bits"),
         ({1, 2}, "builtins.set"),
-        (object(), "builtins.object"),
+        (..., "builtins.ellipsis"),
         ([torch.float32], "torch.dtype"),
         (torch.Size([1]), "torch.Size"),
         ({(1, 2): 3}, "keys are str or int"),

@@ -9,6 +9,7 @@ import pytest
 import shapes
 
 from sftstream import ChatEncoder, Refused
+from sftstream.formats import parse_row
 from sftstream.rendering.turn_format import TurnFormat
 
 END = "<|end|>"
@@ -198,3 +199,16 @@ def test_an_empty_answer_that_the_template_does_not_end_has_no_turn(tokenizer: s
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content + '<|end|>' if m.content }}{% endfor %}" + PROMPT
     assert trained(template, "u a- u a") == [f"wa03cq{END}"]
     assert isinstance(ChatEncoder(tokenizer, template), ChatEncoder)
+
+
+def test_white_space_of_an_answer_is_trained_though_the_prompt_ends_with_the_same() -> None:
+    template = (
+        "{# <|user|> <|assistant|> <|end|> #}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    )
+    encoder = judge.open_encoder(template)
+    for said in ("\nseven", "seven", "\n\nseven"):
+        rendered = encoder.render(
+            parse_row({"messages": [*judge.conversation("u")[0], {"role": "assistant", "content": said}]})
+        )
+        assert [rendered.text[span.start : span.end] for span in rendered.spans] == [f"{said}<|end|>"]
