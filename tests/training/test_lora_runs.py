@@ -350,6 +350,7 @@ def test_adapters_reproduce_64_conversations_word_for_word_merged_and_alone(tmp_
     assert alone == [answer["given"] for answer in answers]
 
 
+@pytest.mark.slow
 def test_adapters_on_a_bfloat16_base_validate_resume_and_stay_float32(tmp_path: Path, config: dict[str, Any]) -> None:
     held_out = {"sources": config["data"]["sources"], "every": 2, "global_batches": 1}
     config |= {"validation": held_out, "parallel": {"tp": 2}}
@@ -375,6 +376,7 @@ def test_adapters_on_a_bfloat16_base_validate_resume_and_stay_float32(tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "runs/run/export")
 
 
+@pytest.mark.slow
 def test_a_run_in_4_bits_resumes_and_merges_into_the_weights_of_its_base(tmp_path: Path, tokenizer: str) -> None:
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 16}
