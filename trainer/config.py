@@ -21,7 +21,7 @@ from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 MOST_STEPS = 10**12

@@ -28,10 +28,10 @@ from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
+from trainer.llama.lora.nf4 import Nf4Weight, count_weights, quantized, require_blocks
 from trainer.llama.loss import chunk_rows
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import Nf4Weight, count_weights, quantized, require_blocks
 from trainer.llama.parallel import check_divisible, placement_of
 from trainer.training.model import find_source
 

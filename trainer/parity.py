@@ -41,7 +41,9 @@ from trainer.distributed.mesh import (
     prepare_output,
     print_error,
 )
-from trainer.llama.adapters import (
+from trainer.llama.attention import Segments
+from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.lora.files import (
     PREFIX,
     WEIGHTS,
     is_adapter,
@@ -49,10 +51,8 @@ from trainer.llama.adapters import (
     read_adapter_config,
     trained_layout,
 )
-from trainer.llama.attention import Segments
-from trainer.llama.hf_config import find_model, read_config
+from trainer.llama.lora.nf4 import quantized
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import quantized
 from trainer.llama.parallel import build
 from trainer.llama.weights import layout, load_weights, opened, opened_file, unfused_pieces
 from trainer.training.step import accumulate_gradients

@@ -18,8 +18,8 @@ from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, rest
 from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
-from trainer.llama.adapters import CONFIG as ADAPTER
 from trainer.llama.export import require_replaceable
+from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files

@@ -40,9 +40,9 @@ from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.flops import model_flops, peak_flops, squared_lengths
 from trainer.llama.init import init_adapters
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
+from trainer.llama.lora.nf4 import quantize, quantized
 from trainer.llama.loss import compile_head
-from trainer.llama.nf4 import quantize, quantized
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer

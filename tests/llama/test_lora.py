@@ -19,15 +19,15 @@ from tiny_llama import CONFIG, FAMILIES, TIED, built, loss_of, pack_of, public_l
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
-from trainer.llama.adapters import load_adapters, read_adapter_config, trained_layout
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.export import export_adapter
 from trainer.llama.flops import model_flops
 from trainer.llama.hf_config import read_config
 from trainer.llama.init import init_adapters, init_weights
-from trainer.llama.lora import A, Adapter, LoraConfig, Part
+from trainer.llama.lora.files import load_adapters, read_adapter_config, trained_layout
+from trainer.llama.lora.layers import A, Adapter, LoraConfig, Part
+from trainer.llama.lora.nf4 import quantize
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import quantize
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, unfused_pieces
 from trainer.parity import CAPACITY, Check, compare, public_model, public_name, random_pack, verdict

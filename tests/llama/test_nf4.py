@@ -18,13 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config import parse_config
 from trainer.estimate import estimate
-from trainer.llama.adapters import load_adapters, read_adapter_config
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import read_config
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.files import load_adapters, read_adapter_config
+from trainer.llama.lora.layers import LoraConfig
+from trainer.llama.lora.nf4 import count_weights, quantized, require_blocks
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import count_weights, quantized, require_blocks
 from trainer.llama.parallel import build
 from trainer.llama.sharding import window
 from trainer.llama.weights import layout, load_weights

@@ -19,7 +19,7 @@ from trainer.estimate import activations, estimate, with_memory_settings
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_adapters, init_weights
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.model import Llama
 from trainer.main import main
 

@@ -28,7 +28,7 @@ from checkpoints.cli.main import app, main
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.config import ModelConfig, parse_config
 from trainer.llama.hf_config import read_config
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
 from trainer.training.evaluation import generate
 from trainer.training.model import ModelSource, find_source
 

@@ -18,7 +18,7 @@ from checkpoints import CheckpointError, Lock
 from sftstream import UNDECODABLE
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
-from trainer.llama.adapters import CONFIG as ADAPTER
+from trainer.llama.lora.files import CONFIG as ADAPTER
 
 OWNER, STOPPED = "run.json", "stopped"
 

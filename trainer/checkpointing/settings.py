@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from sftstream import differences
 from trainer.config import TrainConfig
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.layers import LoraConfig
 from trainer.training.model import ModelSource
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
 

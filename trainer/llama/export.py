@@ -16,10 +16,10 @@ from torch import Tensor
 
 from checkpoints import MODEL_FILE_BYTES, TensorSpec, merge, write_model
 from sftstream import UNDECODABLE
-from trainer.llama.adapters import CONFIG, PREFIX, STEM, trained_layout, write_adapter_config
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
-from trainer.llama.lora import A, B, LoraConfig
+from trainer.llama.lora.files import CONFIG, PREFIX, STEM, trained_layout, write_adapter_config
+from trainer.llama.lora.layers import A, B, LoraConfig
 from trainer.llama.model import Llama
 from trainer.llama.weights import opened, shapes, unfused, unfused_pieces
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from sftstream import Pack
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import LoraConfig, adapter_weights
+from trainer.llama.lora.layers import LoraConfig, adapter_weights
 
 PEAKS = {
     "H200": 989e12,

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from trainer.llama.lora import A, B
+from trainer.llama.lora.layers import A, B
 from trainer.llama.model import Llama
 from trainer.llama.sharding import local, window
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import A, Adapter, B, LoraConfig, Part
+from trainer.llama.lora.layers import A, Adapter, B, LoraConfig, Part
+from trainer.llama.lora.nf4 import Nf4Weight
 from trainer.llama.loss import WHOLE, Vocabulary, head_loss
-from trainer.llama.nf4 import Nf4Weight
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu

@@ -29,9 +29,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from trainer.llama.config import LlamaConfig
-from trainer.llama.lora import A, B, LoraConfig
+from trainer.llama.lora.layers import A, B, LoraConfig
+from trainer.llama.lora.nf4 import Nf4Weight, require_blocks
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import Nf4Weight, require_blocks
 from trainer.llama.working import WorkingCopies
 
 

@@ -10,11 +10,11 @@ import torch
 from msgspec import UNSET
 
 from checkpoints import BaseTensor, Merged, Product, Recipe, Rows
-from trainer.llama.adapters import CONFIG, PREFIX, trained_layout
 from trainer.llama.config import LlamaConfig
 from trainer.llama.export import Tokenizer, adapter_files, config_files
 from trainer.llama.hf_config import StrPath
-from trainer.llama.lora import A, B, LoraConfig
+from trainer.llama.lora.files import CONFIG, PREFIX, trained_layout
+from trainer.llama.lora.layers import A, B, LoraConfig
 from trainer.llama.weights import Piece, files_of_tensors, layout
 
 _NAMES: dict[torch.dtype, Literal["F32", "BF16"]] = {torch.float32: "F32", torch.bfloat16: "BF16"}

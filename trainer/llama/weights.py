@@ -20,8 +20,8 @@ from torch import Tensor
 from sftstream import UNDECODABLE
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
+from trainer.llama.lora.nf4 import Nf4Weight, quantize, quantized
 from trainer.llama.model import Llama
-from trainer.llama.nf4 import Nf4Weight, quantize, quantized
 from trainer.llama.sharding import gather_full, local, window
 
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from trainer.distributed.mesh import Topology
-from trainer.llama.nf4 import count_weights
+from trainer.llama.lora.nf4 import count_weights
 from trainer.training.progress import Progress
 
 

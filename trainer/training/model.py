@@ -12,13 +12,13 @@ import msgspec
 from sftstream import count_token_ids, differences, identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
-from trainer.llama.adapters import WEIGHTS, is_adapter, load_adapters, read_adapter_config
 from trainer.llama.attention import Kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.init import init_adapters, init_weights
-from trainer.llama.lora import LoraConfig
+from trainer.llama.lora.files import WEIGHTS, is_adapter, load_adapters, read_adapter_config
+from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.loss import compile_head
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build

@@ -17,7 +17,7 @@ import torch
 from sftstream import UNDECODABLE
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
-from trainer.llama.lora import TARGETS, A, B, LoraConfig
+from trainer.llama.lora.layers import TARGETS, A, B, LoraConfig
 from trainer.llama.model import Llama
 from trainer.llama.weights import FLOATS, Piece, fill, layout, opened_file, shapes
 
