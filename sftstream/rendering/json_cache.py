@@ -15,8 +15,8 @@ def exact_key(value: Any) -> bytes:
 
     1, 1.0, True and "1" have four different keys; a list and a tuple of equal items have different
     keys. A NumPy array has the key of its bytes. Raises ValueError if the value contains an object
-    that `marshal` does not know, for example a date; a JSON encoder would return the same key for a
-    date and its text.
+    that `marshal` does not know, for example a date. The key is not JSON text, because the JSON
+    encoder in use prints a date and its text alike.
     """
     return marshal.dumps(value, 2)  # versions 3 and 4 may encode equal values differently
 

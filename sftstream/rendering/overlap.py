@@ -54,8 +54,8 @@ def shared_end(lead: str, tail: str) -> int:
 
 
 def cut_prefix(left: str, right: str, control: re.Pattern[str]) -> str:
-    """Return the common beginning, cut after the last token, tag or line end of `right` that lies
-    wholly in it.
+    """Return the common beginning, cut after the last token, tag or line end of `right` that the
+    common beginning contains whole.
 
     The result for "<a><bc>" and "<a><bd>" is "<a>".
     """

@@ -120,8 +120,8 @@ def _probe_role_marker(template: ChatTemplate, control: re.Pattern[str], prompt:
 
     The rest of a prompt may be an opened thought (`<think>`), an empty thought (`<think></think>`),
     or the first words of the answer. A template without a prompt may print the assistant's header
-    after the last user message even if no answer follows; then return this header. Otherwise return
-    the header that is printed before an answer.
+    after the last user message even if no answer follows; then return this header. For all other
+    templates without a prompt, return the header that is printed before an answer.
     """
     answers = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, THOUGHT], [USER, CALLED])
     tail = _gap(template, [USER], prompt=True) or ""
@@ -237,7 +237,8 @@ def _stops(
     `other` are tokens and tags that do not end a turn. The common beginning of `at_end` and
     `in_middle` is cut after its last whole token, tag or line end. Three rules are tried in order:
 
-    1. the last special token of the common beginning, before any text of `other`:
+    1. the last special token of the common beginning that is not in `other`; without `turn_stops`,
+       only the text before the first of `other` is searched:
 
            at_end "<|im_end|>\\n", in_middle "<|im_end|>\\n<|im_start|>user\\n"  ->  {"<|im_end|>"}
 

@@ -342,7 +342,8 @@ class _TurnSearch:
 
         The gap begins with the end of the message before, which may hold an id or a number. Two
         turns whose gaps differ there only in such words (see `alike`) still share a render, if the
-        shared tail begins with this text of its own turn. The result has the text of this turn.
+        shared tail begins with the beginning of the other turn's gap. The returned tail begins with
+        the beginning of this turn's gap instead.
         """
         head, before = self._role_marker_at(gap), self._kinds_before[index]
         key = before, self._kinds[index - 1] if index else None, gap[head:][: len(self._format.role_marker)], prompt

@@ -121,8 +121,8 @@ class SourceCheck:
     A stream calls the check when it refuses a row of a source before it has accepted any row of
     that source. The check tries the rows of an indexed source in random order, and those of a
     streamed source in stored order, some rows of each file in turn. It stops at the first good row
-    or after `SEARCHED` rows. If `max_refused` or `max_too_long` is 1, a source may consist of
-    refused rows, and the check tries all rows.
+    or after `SEARCHED` rows. If `max_refused` or `max_too_long` is 1, good rows may be
+    arbitrarily rare, and the check tries all rows.
     """
 
     def __init__(self, corpus: Corpus, encoder: ChatEncoder, config: DataConfig) -> None:

@@ -269,8 +269,8 @@ class RowSampler(BaseNode[RowBatch[Ref]]):
 
     @property
     def last_streamed(self) -> list[Ref] | None:
-        """The row drawn last from each streamed source of which a stripe has begun; None if no
-        source is streamed."""
+        """For each streamed source, the row drawn last from the current stripe, if a row was drawn
+        from the stripe; None if no source is streamed."""
         return [ref for cursor in self._streaming if (ref := cursor.last_drawn)] if self._streaming else None
 
     @property

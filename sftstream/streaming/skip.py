@@ -1,4 +1,6 @@
-"""Remove the rows and steps that the config skips from finished packs. Other packs remain.
+"""Remove the rows and steps that the config skips from finished packs.
+
+A skipped pack stays in its place without its segments. All other packs are unchanged.
 
 A skipped conversation is drawn, tokenized and planned like any other, and is left out when its pack
 is returned. So a skip may begin or end at any resume, without an effect on other conversations, and

@@ -9,7 +9,8 @@ conversation if four conditions hold:
 - The conversation has the same shape (`shape.py`).
 - Each condition of the template on a value has the same result as for the first conversation.
 - No value contains markup.
-- No value is printed with white space at its ends or is stripped only in part.
+- No value that is printed unstripped has white space at its ends, and no partial strip, such as
+  `lstrip()`, changes a value.
 
 Example. The template prints `<{{ m.role }}>{{ m.content | trim }}</s>` for each message:
 
