@@ -106,7 +106,7 @@ def prints_last_reasoning(
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:
-    """Return the template, or the copy with contents as lists if only the copy prints contents.
+    """Return the template if it prints contents given as texts, else a copy that gets lists.
 
     Some templates read a content only as `[{"type": "text", "text": "hi"}]`, not as "hi". If a
     template prints neither form, it is returned unchanged.

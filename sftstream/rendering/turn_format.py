@@ -144,8 +144,8 @@ def _header_without_prompt(template: ChatTemplate, tail: str) -> str:
 
     `tail` is the text after a user's message at the end of a conversation. The gap before an answer
     is the tail and the header: tail "</s>", gap "</s><assistant>", header "<assistant>". The header
-    is not trained, although a template without a prompt does not print it at inference. White space
-    or an opened thought does not count as a header.
+    is not trained, even though at inference the model has to write it. White space or an opened
+    thought does not count as a header.
     """
     gap = _gap(template, [USER, ANSWER]) or ""
     header = gap[len(tail) :] if gap.startswith(tail) else ""

@@ -270,8 +270,9 @@ class _TurnSearch:
         """Return how many characters at the end of `gap` are white space of the message's content.
 
         Gap `<assistant>\\n`, tail `<assistant><think>\\n`, content "\\nseven": the line end is the
-        content's, not the end of the prompt. As evidence, the content is rendered without the white
-        space. The result is 0 if the gap is a beginning of the tail.
+        content's, not the end of the prompt. The content is rendered without the white space: if
+        nothing else disappears from the text, the white space is the content's, else the result is
+        0. The result is 0 too if the gap is a beginning of the tail.
         """
         message = self._messages[index]
         space = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
@@ -312,9 +313,9 @@ class _TurnSearch:
         the last message of a user and this message are rendered as a conversation of two messages,
         for which the template prints a header. The lead is the text between the header and the
         first payload of this message, `<|inner|>` for example. The start is proved if the gap ends
-        with the lead, and if the rest of the gap is within the tail: the text after the earlier
-        messages in a render with the generation prompt (see `is_within`). The turn then starts with
-        the lead. Return None otherwise.
+        with the lead, and if the rest of the gap is within the tail (see `is_within`). The tail
+        is the text after the earlier messages, rendered with the generation prompt. The turn then
+        starts with the lead. Return None otherwise.
         """
         tail, _ = self._tail(index, gap, prompt=True)
         plain, _ = self._tail(index, gap, prompt=False)

@@ -25,7 +25,7 @@ EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
 """Largest number of tokens that an exchange brings into a pack. The limit bounds the time:
-`_sums` stores the possible numbers of tokens as the bits of an integer of this length."""
+`_sums` computes with integers of this many bits."""
 CAPACITIES_OF_A_WINDOW = 4
 """Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
 further examples until it holds these tokens, and so has several packs to plan."""
@@ -36,7 +36,8 @@ LONGEST_WINDOW = 4
 def plan_packs(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -> list[list[int]]:
     """Divide the indices of `lengths` into packs: best-fit decreasing, O(n log n).
 
-    Examples are placed from the longest to the shortest, `urgent` examples before all others. Each
+    Examples are placed from the longest to the shortest, `urgent` examples (leftovers that have
+    waited for the longest time allowed) before all others. Each
     example goes into the fullest pack that has enough room, or else opens a new pack. No length may
     exceed `capacity`.
 
@@ -166,11 +167,10 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
 
 
 def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Return `(count, total)` of the possible sum `total` that is nearest to a goal.
+    """Find the possible sum that comes nearest to a goal from below.
 
-    Bit `total` of `bits` is set for each possible sum (see `_sums`). A sum above a goal does not
-    count as near. `count` is the number of the goal, counted from 1; of equally near goals the
-    first is returned.
+    Bit `n` of `bits` is set if `n` is a possible sum (see `_sums`). Return `(count, total)`: the
+    number of the goal, counted from 1, and the sum. Of equally near goals the first is returned.
     """
     nearest, gap = (1, 0), goals[0] + 1
     for count, goal in enumerate(goals, 1):

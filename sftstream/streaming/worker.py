@@ -30,7 +30,7 @@ from sftstream.streaming.skip import Skip
 from sftstream.tokenization.encoder import ChatEncoder
 
 SECONDS_BETWEEN_LOOKS = 1.0
-"""Seconds between two checks by a worker that its parent process still runs."""
+"""Interval in seconds at which a worker checks whether its parent process still runs."""
 EncodedStreams = Mapping[int, bytes]
 """Number of a logical stream -> its `StreamState` as MessagePack. The worker encodes the state; a
 checkpoint stores the bytes unchanged."""

@@ -190,7 +190,7 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("kind", [KeyError, RecursionError, MemoryError, Panic])
 def test_an_unexpected_error_is_one_line_that_names_the_path(tmp_path, monkeypatch, capsys, kind):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise kind("surprise")
 
     monkeypatch.setattr(show, "show_step", broken)

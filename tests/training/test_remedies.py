@@ -123,6 +123,17 @@ def load_tied(changes: dict[str, str]) -> None:
     load_weights(Llama(read_config(directory)), directory)
 
 
+def train_adapter(changes: dict[str, str]) -> None:
+    """Train on from an adapter of an earlier run, or merge the adapter into its model."""
+    if not Path("adapter").exists():
+        wide = msgspec.structs.replace(tiny_llama.CONFIG, vocab_size=408)
+        export(tiny_llama.built(wide), wide, Path("wide"))
+        train({"model": "{init_from = 'wide'}", "lora": "{rank = 2}"})
+        Path("runs/run/adapter").rename("adapter")
+        Path("runs/run/export").rename("merged")
+    train(changes)
+
+
 def put(changes: dict[str, str]) -> None:
     """Run a kernel without a deterministic form."""
     with determinism(loaded(changes).run.deterministic):
@@ -175,6 +186,8 @@ MOVES = (
 TURNS = json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
 MARKED = TURNS.replace('"hello"', '"hello", "MARK": VALUE')
 FORMATS = "sftstream/formats"
+LORA = "trainer/llama/lora/layers.py"
+ADAPTER = '{ rank = 2, alpha = 32.0, targets = "all-linear", rank_stabilized = false, modules_to_save = [] }'
 HISTORIES: tuple[dict[str, str], ...] = ({"data.history": "'per_turn'"}, {"data.history": "'as_rendered'"})
 LONG = {"data.sources": rows_at("long.jsonl"), "data.streams": "1"}
 
@@ -217,7 +230,7 @@ ADVICE = [
     ),
     Advice(
         {"row": '{"prompt": "hi", "completion": "no", "label": false}'},
-        "or train the answerX by ignore = ['label']",
+        "or train the answer by ignore = ['label']",
         ({"ignore": '["label"]'},),
         f"{FORMATS}/layouts.py",
         parse,
@@ -384,6 +397,38 @@ ADVICE = [
         ({"checkpoint.fresh_start": "true"},),
         "trainer/checkpointing/saves.py",
         load_damaged,
+    ),
+    Advice(
+        {"model": "{init_from = 'small'}", "lora": "{rank = 2, dropout = 0.1}"},
+        "set dropout = 0, or remove the key",
+        ({"lora": "{rank = 2, dropout = 0}"}, {"lora": "{rank = 2}"}),
+        LORA,
+        loaded,
+    ),
+    Advice(
+        {"lora": "{rank = 2}"},
+        "set model.init_from, or remove [lora]",
+        ({"model": "{init_from = 'small'}"}, {"lora": "-"}),
+        LORA,
+        loaded,
+    ),
+    Advice(
+        {
+            "model": "{init_from = 'small'}",
+            "lora": "{rank = 2, export_merged = false}",
+            "evaluation": "{path = 'rows.jsonl'}",
+        },
+        "set lora.export_merged = true, or remove [evaluation]",
+        ({"lora": "{rank = 2, export_merged = true}"}, {"evaluation": "-"}),
+        LORA,
+        loaded,
+    ),
+    Advice(
+        {"model": "{init_from = 'adapter'}"},
+        f"set lora = {ADAPTER} to train it on, or merge the adapter into its model",
+        ({"lora": ADAPTER}, {"model": "{init_from = 'merged'}"}),
+        "trainer/training/model.py",
+        train_adapter,
     ),
     Advice(
         {"model.vocab_size": "256"},

@@ -328,7 +328,7 @@ def _merge(parts: Iterable[Any]) -> list[str | ValueRef]:
 
 
 def _equals_no_string(other: object) -> bool:
-    """Return False, the answer to `==`, for an object that is not symbolic.
+    """Return False: a symbolic string is unequal to an object that is no string.
 
     Raises `Untraceable` for a symbolic object: a guard cannot record a comparison of two values.
     """
