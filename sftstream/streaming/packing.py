@@ -189,16 +189,19 @@ def _sums(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> 
     lengths have the sum 7. Sums above the last, largest goal are left out. The result ends with the
     first integer that has the bit of a goal.
     """
-    mask, wanted = (2 << goals[-1]) - 1, 0
+    largest = goals[-1]
+    mask, wanted = (2 << largest) - 1, 0
     for goal in goals:
         wanted |= 1 << goal
     bits = 1
     sums = [bits]
     for index in left:
-        bits |= bits << lengths[index] & mask
+        if lengths[index] <= largest:  # a longer example changes no bit
+            bits |= bits << lengths[index] & mask
+            if bits & wanted:
+                sums.append(bits)
+                break
         sums.append(bits)
-        if bits & wanted:
-            break
     return sums
 
 
