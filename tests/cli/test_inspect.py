@@ -113,13 +113,13 @@ def test_a_state_is_read_from_an_object_store_named_by_the_run(
         monkeypatch.setenv(name, value)
     try:
         bucket = fsspec.filesystem("s3", skip_instance_cache=True)
-        bucket.mkdir("bucket")
+        bucket.mkdir("inspected")  # the servers of a process share their buckets
         program = (
             "import sys; from checkpoints import CheckpointStore\n"
             "old, new = CheckpointStore(sys.argv[1]), CheckpointStore(sys.argv[2])\n"
             "new.save(4, {}, old.values(4)); new.close()"
         )
-        root = "s3://bucket/first"
+        root = "s3://inspected/first"
         local = desk / "runs/first/checkpoints"
         subprocess.run([sys.executable, "-c", program, str(local), root], check=True, timeout=120)
         (tmp_path / "run.json").write_bytes(msgspec.json.encode({"token": "0" * 32, "checkpoints": root}))

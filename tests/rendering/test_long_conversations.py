@@ -15,7 +15,7 @@ import pytest
 from sftstream import ChatEncoder, Refused
 from sftstream.formats import parse_row
 from sftstream.records import Conversation
-from sftstream.rendering import turns
+from sftstream.rendering import overlap
 from sftstream.rendering.mask import trained_messages
 from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.template import template_message
@@ -96,7 +96,7 @@ def test_numbers_and_ids_around_a_header_cost_no_further_renders() -> None:
     ],
 )
 def test_texts_are_alike_if_only_words_with_digits_differ(left: str, right: str, alike: bool) -> None:
-    assert turns._alike(left, right) is alike
+    assert overlap.alike(left, right) is alike
 
 
 def dialogues(draw: random.Random, count: int) -> Iterator[tuple[str, Conversation]]:
