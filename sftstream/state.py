@@ -269,15 +269,18 @@ def state_dict_of(run: DataState, streams: Mapping[int, bytes]) -> dict[str, Any
     millisecond and has some hundred entries. With plain lists it would take 10 ms and have
     thousands of entries, each of which a checkpoint library may save as a key of its own.
     """
-    shown = {str(number): _with_texts(_PARTS.decode(stream)) for number, stream in streams.items()}
-    return _sealed({**_builtins(run), "streams": shown})
+    return _sealed({**_builtins(run), "streams": _with_texts(streams)})
 
 
-def _with_texts(parts: dict[str, msgspec.Raw]) -> dict[str, Any]:
-    texts = {name: base64.b64encode(parts.pop(name)).decode() for name in WAITING if name in parts}
-    values = {name: msgspec.msgpack.decode(part) for name, part in parts.items()}
-    # Through JSON, as in `_builtins`.
-    return {**msgspec.json.decode(msgspec.json.encode(values)), **texts}
+def _with_texts(streams: Mapping[int, bytes]) -> dict[str, dict[str, Any]]:
+    """Return the fields of each stream, with texts for the lists of waiting rows."""
+    parts = {str(number): _PARTS.decode(stream) for number, stream in streams.items()}
+    texts = {
+        number: {name: base64.b64encode(fields.pop(name)).decode() for name in WAITING if name in fields}
+        for number, fields in parts.items()
+    }
+    values = msgspec.to_builtins(msgspec.msgpack.decode(msgspec.msgpack.encode(parts)), str_keys=True)
+    return {number: values[number] | texts[number] for number in parts}
 
 
 def _builtins(state: DataState) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def read_config(directory: StrPath) -> LlamaConfig:
         raise ValueError(f"{directory} is not a Hugging Face model: it has no config.json")
     try:
         return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
-    except (ValueError, RecursionError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
+        # Some are raised by transformers, for values of other types or ranges than expected.
         raise ValueError(f"{path}: {error}") from error
     except KeyError as error:
         # Raised by transformers if keys of the rope settings are missing.
@@ -106,6 +107,9 @@ def _check_keys(keys: dict[str, Any], accepted: set[str]) -> None:
     missing = [key for key in _REQUIRED if key not in keys]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}: add the sizes of the model")
+    for key in _REQUIRED:
+        if type(keys[key]) is not int or keys[key] < 1:
+            raise ValueError(f"{key} is {keys[key]!r:.80}, but the sizes of a model are integers of at least 1")
     unknown = [key for key in keys if key not in accepted and not key.startswith("_")]
     if unknown:
         raise ValueError(
