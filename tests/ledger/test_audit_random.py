@@ -146,7 +146,9 @@ def _alter(draw: random.Random, steps: Steps, packs: list[Pack], config: DataCon
     """Replace a field of a segment of a pack."""
     step, place = draw.choice(packs)
     index = draw.choice(np.flatnonzero(steps[step]["pack"] == place).tolist())
-    match draw.choice(["row", "epoch", "tokens", "trained_tokens", "part"]):
+    # Only counts of rows are known of a streamed source, so an altered epoch of its rows is not seen.
+    epoch = [] if config.sources[0].streaming else ["epoch"]
+    match draw.choice(["row", "tokens", "trained_tokens", "part", *epoch]):
         case "row":
             row = steps[step]["row"][index]
             steps[step]["row"][index] = row + 1 if row == 0 else row - 1

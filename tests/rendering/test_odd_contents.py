@@ -2,7 +2,8 @@
 
 A conversation is rendered with a plain word, then with an odd text in the word's place. If transformers prints the odd
 text where it printed the word, the trained texts must be those of the plain conversation with the word replaced. Nothing
-of the implementation decides this. SFTSTREAM_SEED and SFTSTREAM_DRAWS set the quick draw.
+of the implementation decides this. SFTSTREAM_SEED and SFTSTREAM_DRAWS set the quick draw,
+SFTSTREAM_TEMPLATES the number of templates drawn for the slow test (default: all).
 """
 
 from __future__ import annotations
@@ -211,7 +212,10 @@ def test_a_draw_of_odd_texts_changes_no_turn(realdata: Path) -> None:
 @pytest.mark.realdata
 def test_no_odd_text_changes_a_turn(realdata: Path) -> None:
     counts, found = Counter[str](), []
-    for path in templates(realdata):
+    paths = templates(realdata)
+    count = int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths))
+    print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
+    for path in random.Random(SEED).sample(paths, min(count, len(paths))):
         template = path.read_text(encoding="utf-8")
         encoder = judge.open_encoder(template)
         known = cases(encoder, template)
