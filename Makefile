@@ -9,12 +9,14 @@ demo: .venv/installed
 	$(BIN)/torchrun -m trainer.main
 
 # Two to four files of tests at a time; the tests of a file share fixtures and so a process.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: .venv/dev
-	$(PYTEST) -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow" $(PARALLEL)
 
 # Long kill-and-resume runs; SFTSTREAM_KILLS sets their number, SFTSTREAM_SEED the random seed.
 test-slow: .venv/dev
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(PARALLEL)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
