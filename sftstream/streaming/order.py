@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,6 +33,8 @@ indices. With 8 rounds and about 100 indices, some distances between consecutive
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Network = Callable[[Words, np.uint64, np.uint64, int, tuple[int, ...]], Words]
+"""`network(values, a, b, size, keys)` permutes `range(a * b)`."""
 
 
 @lru_cache(maxsize=1024)
@@ -58,13 +60,7 @@ def permute(indices: Integers, size: int, keys: tuple[int, ...]) -> Integers:
     Example for `size = 5`: a = 3 and b = 2, so the network permutes `range(6)`. With
     `keys = round_keys("example")`, the indices `[0, 1, 2, 3, 4]` become `[2, 1, 3, 0, 4]`.
     """
-    a, b = _sides(size)
-    values = indices.astype(np.uint64)
-    outside = np.full(len(values), True)
-    while outside.any():
-        values[outside] = _network(values[outside], a, b, size, keys)
-        outside = values >= np.uint64(size)
-    return values.astype(np.int64)
+    return _walk(_network, indices, size, keys)
 
 
 def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[int, ...]) -> Words:
@@ -77,13 +73,18 @@ def _network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[i
 
 def unpermute(outputs: Integers, size: int, keys: tuple[int, ...]) -> Integers:
     """Return the index of each output of `permute` with the same `size` and `keys`."""
+    return _walk(_inverse_network, outputs, size, keys)
+
+
+def _walk(network: Network, values: Integers, size: int, keys: tuple[int, ...]) -> Integers:
+    """Apply a network to each value, and again to each result of `size` or more."""
     a, b = _sides(size)
-    values = outputs.astype(np.uint64)
-    outside = np.full(len(values), True)
+    walked = values.astype(np.uint64)
+    outside = np.full(len(walked), True)
     while outside.any():
-        values[outside] = _inverse_network(values[outside], a, b, size, keys)
-        outside = values >= np.uint64(size)
-    return values.astype(np.int64)
+        walked[outside] = network(walked[outside], a, b, size, keys)
+        outside = walked >= np.uint64(size)
+    return walked.astype(np.int64)
 
 
 def _inverse_network(values: Words, a: np.uint64, b: np.uint64, size: int, keys: tuple[int, ...]) -> Words:
