@@ -93,6 +93,7 @@ ORDER = {
         "tokenization.encoder",
         "identity",
         "earlier_formats",
+        "encoded_stream",
         "state",
         "inspection",
         "inspection.text",
