@@ -230,6 +230,8 @@ ORDER = {
         "llama.export",
         "llama.recipe",
         "training",
+        "training.adamw_kernel",
+        "training.adamw",
         "training.optimizer",
         "training.step",
         "training.warm_up",
