@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 _WORD = re.compile(r"\w+")
@@ -76,10 +77,15 @@ def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
     """
     if len(prefix) == len(text):
         return len(text)
-    border = re.compile(rf"{control.pattern}|{TAG.pattern}|\n+")
-    return max((match.end() for match in border.finditer(text) if match.end() <= len(prefix)), default=0)
+    return max((match.end() for match in _border(control).finditer(text) if match.end() <= len(prefix)), default=0)
 
 
+@cache
+def _border(control: re.Pattern[str]) -> re.Pattern[str]:
+    return re.compile(rf"{control.pattern}|{TAG.pattern}|\n+")
+
+
+@cache
 def token_or_tag(control: re.Pattern[str]) -> re.Pattern[str]:
     """Return a pattern that matches any special token and any tag."""
     return re.compile(rf"{control.pattern}|{TAG.pattern}")
