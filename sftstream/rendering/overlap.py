@@ -22,8 +22,14 @@ def contains(text: str, stops: Iterable[str]) -> bool:
 
 def common_prefix(left: str, right: str) -> str:
     """Return the common beginning of two texts: "ab" for "abc" and "abd"."""
-    lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return left[: next(lengths, min(len(left), len(right)))]
+    known, most = 0, min(len(left), len(right))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if left.startswith(right[known:middle], known):
+            known = middle
+        else:
+            most = middle - 1
+    return left[:known]
 
 
 def is_within(gap: str, tail: str) -> bool:

@@ -54,13 +54,8 @@ class PayloadIndex:
         self._by_start = sorted(payloads)
         self._starts = [payload.start for payload in self._by_start]
         self._of: dict[int, list[Payload]] = {}
-        self._first: dict[int, int] = {}
-        for position, payload in enumerate(self._by_start):
-            if (own := self._of.get(payload.message)) is None:
-                self._of[payload.message] = [payload]
-                self._first[payload.message] = position
-            else:
-                own.append(payload)
+        for payload in self._by_start:
+            self._of.setdefault(payload.message, []).append(payload)
 
     def of(self, message: int) -> Sequence[Payload]:
         """Return the payloads of a message, in the order of the printed text."""
@@ -82,16 +77,19 @@ class PayloadIndex:
 
         Return None if the payloads are not in order, or if the message has none.
         """
-        own = self._of.get(message)
-        if not own or not self.in_order:
-            return None
-        first = self._first[message]
-        after = first + len(own)
-        return Neighbours(
-            self._by_start[first - 1].end if first else 0,
-            own,
-            self._starts[after] if after < len(self._starts) else None,
-        )
+        return self._neighbours.get(message)
+
+    @cached_property
+    def _neighbours(self) -> dict[int, Neighbours]:
+        if not self.in_order:
+            return {}
+        found, before, position = {}, 0, 0
+        starts = [*self._starts, None]
+        for message, own in self._of.items():
+            position += len(own)
+            found[message] = Neighbours(before, own, starts[position])
+            before = own[-1].end
+        return found
 
     def last_end(self, message: int, offset: int) -> int:
         """Among the payloads of earlier messages, return the last end at or before `offset`; or

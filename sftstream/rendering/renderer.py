@@ -18,6 +18,7 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
+from sftstream.rendering.limits import time_limit
 from sftstream.rendering.locate import Located, locate
 from sftstream.rendering.markers import names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
@@ -168,6 +169,10 @@ class Renderer:
         return sorted(ranges)
 
     def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
+        with time_limit():
+            return self._find_spans(conversation, template)
+
+    def _find_spans(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
         messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from sftstream.records import Refused, Span
@@ -459,7 +459,8 @@ class _TurnSearch:
         if (length := self._ends.get((rest, calls))) is not None:
             return last + length
         stops = self._format.stops + (self._format.call_stops if calls else ())
-        begins = min((at for at in map(rest.find, self._openers) if at >= 0), default=len(rest))
+        openers = _openers(self._format, self._control)
+        begins = min((at for at in map(rest.find, openers) if at >= 0), default=len(rest))
         ends = [(at, at + len(stop)) for stop in stops if 0 <= (at := rest.find(stop)) <= begins]
         if ends:
             self._ends[rest, calls] = min(ends)[1]
@@ -467,13 +468,6 @@ class _TurnSearch:
         if self._format.open_end and index == len(self._messages) - 1 and following == len(self._text):
             return last + len(rest.rstrip()) if rest.strip() else last + self._printed_space(index, rest)
         raise Refused("no stop token", f"none of {list(stops)} ends message {index}")
-
-    @cached_property
-    def _openers(self) -> list[str]:
-        """Texts that begin a message: the role marker and its first token, without the stops."""
-        stops = self._format.stops + self._format.call_stops
-        begins = token_or_tag(self._control).match(self._format.role_marker.lstrip())
-        return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
         """Return how many characters of `rest` are white space of the message's own content.
@@ -490,3 +484,12 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
+
+
+@cache
+def _openers(turn_format: TurnFormat, control: re.Pattern[str]) -> tuple[str, ...]:
+    """Return the texts that begin a message: the role marker and its first token, without the
+    stops."""
+    role_marker, stops = turn_format.role_marker, turn_format.stops + turn_format.call_stops
+    begins = token_or_tag(control).match(role_marker.lstrip())
+    return tuple({text for text in (role_marker, begins[0] if begins else "") if text and text not in stops})
