@@ -142,6 +142,8 @@ HEADERS = re.compile(
     r"|<(?:user|assistant|system|tool_response)>\n"
     r"|\[(?:user|assistant|system|tool)\]"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
+    r"|### (?:Instruction|Response|User|Assistant|System|Input):|(?:GPT4 Correct|Code) (?:User|Assistant|System):"
+    r"|Source: (?:user|assistant|system)|<\|from\|>(?:user|assistant|system)|<\|(?:prompt|answer)\|>|USER:|ASSISTANT:"
 )
 """Texts that begin a message in some family of templates."""
 
@@ -149,7 +151,7 @@ STOPS = re.compile(
     r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|return\|>|<\|call\|>|<\|tool_response>"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|eom\|>|<｜end▁of▁sentence｜>|<seed:eos>|<sep>|<\|message_sep\|>"
     r"|</assistant>|<\|assistant_end\|>|<\|tools_suffix\|>|<\|eot\|>|</s>|<eos>|<end_of_utterance>|<\|(?:user|observation)\|>"
-    r"|<\|assistant\|>|<\|tool_calls\|>|\[\|endofturn\|\])\n?$"
+    r"|<\|assistant\|>|<\|tool_calls\|>|\[\|endofturn\|\]|<\|end_of_turn\|>|<step>|<\|?EOT\|?>|<\|stop\|>)\n?$"
 )
 """Texts that end an assistant's turn in some family of templates."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sftstream.excerpt import excerpt
 from sftstream.records import Refused
-from sftstream.rendering.markers import THOUGHT, Marked, mark
+from sftstream.rendering.markers import BLANKS, THOUGHT, Marked, mark
 from sftstream.rendering.payloads import Payload, PayloadIndex
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
@@ -33,7 +33,7 @@ class Located:
     marked: Marked
     """The conversation with the markers by which the payloads were found.
 
-    If blank messages have markers, `payloads` also lists these messages, each as an empty range.
+    If blank texts have markers, `payloads` also lists these texts, each as an empty range.
     """
 
     @cached_property
@@ -80,18 +80,18 @@ def _locate(
     `split_thoughts`, the text inside `<think>...</think>` and the rest of a content are two
     payloads. Raises `Refused` as `locate` does.
     """
-    # The first try also marks blank messages, to find their places. But a template may ask whether
-    # a content is blank, and print other text because of the marker. The second try leaves blank
-    # messages unmarked.
-    for fill_blanks in (True, False):
-        marked = mark(messages, text, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
+    # The first try also marks blank texts, to find their places. But a template may ask whether a
+    # text is blank, and print other text because of the marker. Further tries leave blanks
+    # unmarked.
+    fill: tuple[str, ...] = BLANKS
+    while True:
+        marked = mark(messages, text, split_thoughts=split_thoughts, fill=fill)
         unmarked, payloads = marked.remove(template.render(marked.messages, tools))
         if unmarked == text:
             break
-        if not marked.filled_blanks:
+        if not marked.filled:
             return None
-    else:
-        return None
+        fill = ("alone",) if len(marked.filled) == 2 else ()
     printed = [text[payload.start : payload.end] for payload in payloads]
     dropped = []
     if printed != marked.texts:

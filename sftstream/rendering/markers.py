@@ -16,7 +16,7 @@ not change a marker.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -28,6 +28,13 @@ from sftstream.rendering.template import TemplateMessage
 PREFIXES = ("ZqM", *(f"Zq{first}{second}" for first in "NPRSTVWX" for second in "BCDFGHJK"))
 """Possible prefixes of markers. A conversation gets the first prefix absent from its texts."""
 
+BLANKS = ("alone", "beside")
+"""Kinds of blank texts that may get markers.
+
+    "alone"    the blank content of a user, a tool or the system
+    "beside"   of an assistant's reasoning and content, the blank one beside the other
+"""
+
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 """Matches a content that begins with a thought; the groups are the thought and the rest."""
 
@@ -35,20 +42,20 @@ THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 class Marked:
     """A conversation with markers around its payloads.
 
-    `split_thoughts` marks `<think>...</think>` separately from the rest of a content; `fill_blanks`
-    puts a pair of markers into blank messages too.
+    `split_thoughts` marks `<think>...</think>` separately from the rest of a content. `fill` names
+    the blank texts that get a pair of markers too, members of `BLANKS`.
     """
 
     def __init__(
-        self, messages: Sequence[TemplateMessage], prefix: str, *, split_thoughts: bool, fill_blanks: bool
+        self, messages: Sequence[TemplateMessage], prefix: str, *, split_thoughts: bool, fill: Collection[str]
     ) -> None:
         self.prefix = prefix
         self.split_thoughts = split_thoughts
-        self._fill_blanks = fill_blanks
-        self.filled_blanks = False
-        """True if a blank message got markers."""
+        self._fill = fill
+        self.filled: set[str] = set()
+        """The members of `fill` whose blank texts occur and got markers."""
         self.texts: list[str] = []
-        """Text of each payload, by number; "" for a blank message."""
+        """Text of each payload, by number; "" for a blank text."""
         self.owners: list[int] = []
         """Index of the message of each payload."""
         self.kinds: list[str] = []
@@ -64,17 +71,21 @@ class Marked:
 
     def _mark_message(self, index: int, message: TemplateMessage) -> TemplateMessage:
         new = dict(message)
+        content, said = new["content"], new["role"] == "assistant"
+        # Beside a call, an empty text is usual, and most templates print nothing for it.
+        fill = said and "tool_calls" not in new
         if "reasoning_content" in new:
-            new |= dict.fromkeys(REASONING_KEYS, self._mark(index, "reasoning", new["reasoning_content"]))
-        content, role = new["content"], new["role"]
-        if self.split_thoughts and role == "assistant" and (thought := THOUGHT.fullmatch(content)):
-            inner, rest = self._mark(index, "reasoning", thought[1]), self._mark(index, "content", thought[2])
+            reasoning = self._mark(index, "reasoning", new["reasoning_content"], fill="beside" if fill else None)
+            new |= dict.fromkeys(REASONING_KEYS, reasoning)
+        if self.split_thoughts and said and (thought := THOUGHT.fullmatch(content)):
+            inner = self._mark(index, "reasoning", thought[1])
+            rest = self._mark(index, "content", thought[2], fill="beside" if fill else None)
             new["content"] = f"{content[: thought.start(1)]}{inner}</think>{rest}"
-        elif self._fill_blanks and role != "assistant" and (not content or content.isspace()):
-            self.filled_blanks = True
-            new["content"] = content + self._wrap(index, "content", "")
         else:
-            new["content"] = self._mark(index, "content", content)
+            beside = fill and "reasoning_content" in new
+            new["content"] = self._mark(
+                index, "content", content, fill="beside" if beside else None if said else "alone"
+            )
         if "tool_calls" in new:
             new["tool_calls"] = [self._mark_call(index, call) for call in new["tool_calls"]]
         return new
@@ -92,15 +103,19 @@ class Marked:
             return {key: self._mark_all(index, item) for key, item in value.items()}
         return [self._mark_all(index, item) for item in value] if isinstance(value, (list, Sequence)) else value
 
-    def _mark(self, index: int, kind: str, text: str) -> str:
-        """Return the text between markers; a blank text is returned unchanged.
+    def _mark(self, index: int, kind: str, text: str, fill: str | None = None) -> str:
+        """Return the text between markers.
 
+        A blank text is returned unchanged, or with markers at its end if `fill` is chosen.
         White space at both ends stays outside of the markers: " hi" becomes " ZqM...hiZqM...". A
         template that trims therefore removes the same white space with and without markers.
         """
         stripped = text.strip()
         if not stripped:
-            return text
+            if fill not in self._fill:
+                return text
+            self.filled.add(str(fill))
+            return text + self._wrap(index, kind, "")
         wrapped = self._wrap(index, kind, stripped)
         if len(stripped) == len(text):
             return wrapped
@@ -153,20 +168,20 @@ class Marked:
 
 
 def mark(
-    messages: Sequence[TemplateMessage], text: str, *, split_thoughts: bool = False, fill_blanks: bool = False
+    messages: Sequence[TemplateMessage], text: str, *, split_thoughts: bool = False, fill: Collection[str] = ()
 ) -> Marked:
     """Return the conversation with markers, as described in `Marked`.
 
     The prefix of the markers occurs neither in `text`, the render without markers, nor in the
     messages. Raises `Refused` if every prefix occurs.
     """
-    marked = Marked(messages, PREFIXES[0], split_thoughts=split_thoughts, fill_blanks=fill_blanks)
+    marked = Marked(messages, PREFIXES[0], split_thoughts=split_thoughts, fill=fill)
     if "Zq" not in text and not marked.holds("Zq"):
         return marked
     prefix = _absent_prefix([text, *strings(messages)])
     if prefix == PREFIXES[0]:
         return marked
-    return Marked(messages, prefix, split_thoughts=split_thoughts, fill_blanks=fill_blanks)
+    return Marked(messages, prefix, split_thoughts=split_thoughts, fill=fill)
 
 
 @cache

@@ -83,15 +83,22 @@ def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
     """
     if len(prefix) == len(text):
         return len(text)
-    return max((match.end() for match in _border(control).finditer(text) if match.end() <= len(prefix)), default=0)
+    return max(
+        (match.end() for match in _border(control.pattern).finditer(text) if match.end() <= len(prefix)), default=0
+    )
 
 
-@cache
-def _border(control: re.Pattern[str]) -> re.Pattern[str]:
-    return re.compile(rf"{control.pattern}|{TAG.pattern}|\n+")
-
-
-@cache
 def token_or_tag(control: re.Pattern[str]) -> re.Pattern[str]:
     """Return a pattern that matches any special token and any tag."""
-    return re.compile(rf"{control.pattern}|{TAG.pattern}")
+    return _token_or_tag(control.pattern)
+
+
+# The key is the text of the pattern, because a compiled pattern has no stored hash.
+@cache
+def _border(control: str) -> re.Pattern[str]:
+    return re.compile(rf"{control}|{TAG.pattern}|\n+")
+
+
+@cache
+def _token_or_tag(control: str) -> re.Pattern[str]:
+    return re.compile(rf"{control}|{TAG.pattern}")

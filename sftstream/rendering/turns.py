@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from sftstream.records import Refused, Span
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.generation_tags import narrow
 from sftstream.rendering.locate import Located, locate
 from sftstream.rendering.markers import Marked, mark
@@ -254,8 +254,9 @@ class _TurnSearch:
 
         `next_character` follows the gap in the generation prompt; "" if the prompt ends before.
         """
-        content = self._messages[index]["content"]
-        return content[:1].isspace() or self._text[limit : limit + 1] == next_character
+        message = self._messages[index]
+        indented = message["content"][:1].isspace() or message.get("reasoning_content", "")[:1].isspace()
+        return indented or self._text[limit : limit + 1] == next_character
 
     def _place(self, index: int, gap: str) -> tuple[Any, ...]:
         return gap, self._kinds_before[index], self._kinds[index - 1] if index else None
@@ -298,7 +299,8 @@ class _TurnSearch:
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
                 return None
             start = cut + shared_end(gap[cut:], tail[cut:])
-        return _Start(start, by_prompt=rendered) if self._is_said(gap[start:], empty=empty) else None
+        said = self._is_said(gap[start:], empty=empty) and not self._is_inside_role_marker(gap, start)
+        return _Start(start, by_prompt=rendered) if said else None
 
     def _thought_in_message(self, before: int, gap: str, tail: str) -> int:
         """Return the start of a turn whose `<think>` may already belong to the prompt.
@@ -314,19 +316,23 @@ class _TurnSearch:
         return len(gap)
 
     def _own_indent(self, index: int, before: int, gap: str, tail: str) -> int:
-        """Return how many characters at the end of `gap` are white space of the message's content.
+        """Return how many characters at the end of `gap` are white space of the message's text.
 
         Gap `<assistant>\\n`, tail `<assistant><think>\\n`, content "\\nseven": the line end is the
-        content's, not the end of the prompt. The content is rendered without the white space: if
-        nothing else disappears from the text, the white space is the content's, else the result is
-        0. The result is 0 too if the gap is a beginning of the tail.
+        content's, not the end of the prompt. The content, or the reasoning if it is printed first,
+        is rendered without the white space: if nothing else disappears from the text, the white
+        space is the message's, else the result is 0. The result is 0 too if the gap is a beginning
+        of the tail.
         """
         message = self._messages[index]
-        space = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
+        reasons = "reasoning_content" in message and self._payloads.of(index)[0].kind == "reasoning"
+        keys = REASONING_KEYS if reasons else ("content",)
+        text = message[keys[0]]
+        space = text[: len(text) - len(text.lstrip())]
         if not space or tail.startswith(gap) or not gap.endswith(space):
             return 0
         stripped = [*self._messages]
-        stripped[index] = {**message, "content": message["content"].lstrip()}
+        stripped[index] = {**message, **dict.fromkeys(keys, text.lstrip())}
         at = before + len(gap)
         without = self._text[: at - len(space)] + self._text[at:]
         return len(space) if self._template.render(stripped, self._tools) == without else 0
@@ -339,6 +345,12 @@ class _TurnSearch:
         """
         role_marker = self._format.role_marker
         return empty or not role_marker or role_marker not in lead
+
+    def _is_inside_role_marker(self, gap: str, start: int) -> bool:
+        """Return True if a role marker in the gap begins before `start` and ends after `start`."""
+        role_marker = self._format.role_marker
+        at = gap.find(role_marker, max(0, start - len(role_marker) + 1))
+        return 0 <= at < start < at + len(role_marker)
 
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the start after the gap's only role marker; None unless there is exactly one.
@@ -444,7 +456,7 @@ class _TurnSearch:
         marked = self._located.marked
         if not marked.split_thoughts:
             return marked
-        return mark(self._messages, self._text, fill_blanks=marked.filled_blanks)
+        return mark(self._messages, self._text, fill=marked.filled)
 
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
@@ -459,8 +471,7 @@ class _TurnSearch:
         if (length := self._ends.get((rest, calls))) is not None:
             return last + length
         stops = self._format.stops + (self._format.call_stops if calls else ())
-        openers = _openers(self._format, self._control)
-        begins = min((at for at in map(rest.find, openers) if at >= 0), default=len(rest))
+        begins = min((at for at in map(rest.find, self._openers) if at >= 0), default=len(rest))
         ends = [(at, at + len(stop)) for stop in stops if 0 <= (at := rest.find(stop)) <= begins]
         if ends:
             self._ends[rest, calls] = min(ends)[1]
@@ -468,6 +479,13 @@ class _TurnSearch:
         if self._format.open_end and index == len(self._messages) - 1 and following == len(self._text):
             return last + len(rest.rstrip()) if rest.strip() else last + self._printed_space(index, rest)
         raise Refused("no stop token", f"none of {list(stops)} ends message {index}")
+
+    @cached_property
+    def _openers(self) -> list[str]:
+        """Texts that begin a message: the role marker and its first token, without the stops."""
+        stops = self._format.stops + self._format.call_stops
+        begins = token_or_tag(self._control).match(self._format.role_marker.lstrip())
+        return [text for text in {self._format.role_marker, begins[0] if begins else ""} if text and text not in stops]
 
     def _printed_space(self, index: int, rest: str) -> int:
         """Return how many characters of `rest` are white space of the message's own content.
@@ -484,12 +502,3 @@ class _TurnSearch:
         # the space follows the "x"; if the space is part of the content, "x" is printed last.
         longer = [*self._messages[:index], {**self._messages[index], "content": content + "x"}]
         return len(space) if self._template.render(longer, self._tools) == self._text + "x" else 0
-
-
-@cache
-def _openers(turn_format: TurnFormat, control: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the texts that begin a message: the role marker and its first token, without the
-    stops."""
-    role_marker, stops = turn_format.role_marker, turn_format.stops + turn_format.call_stops
-    begins = token_or_tag(control).match(role_marker.lstrip())
-    return tuple({text for text in (role_marker, begins[0] if begins else "") if text and text not in stops})
