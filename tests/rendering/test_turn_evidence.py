@@ -278,3 +278,20 @@ def test_no_turn_starts_inside_a_header() -> None:
     )
     assert trained(template, "u a a-") == ["wa01cq<|im_end|>"]
     assert trained(template, "u a a") == ["wa01cq<|im_end|>wa02cq"]
+
+
+def test_a_thought_after_the_prompts_tag_is_found_though_equal_gaps_precede_other_texts() -> None:
+    template = LOOP + PROMPT.replace("<|assistant|>", "<|assistant|><think>")
+    assert trained(template, "u a u a u ai u a") == [
+        f"wa01cq{END}wa03cq{END}\nwa05rq\n</think>\n\nwa05cq{END}wa07cq{END}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("again", "after"),
+    [(0, "loop.last"), (1, "loop.last"), (3, "loop.last"), (0, "loop.index == 3"), (1, "loop.index == 3")],
+)
+def test_a_second_print_of_a_text_moves_no_turn(again: int, after: str) -> None:
+    printed = f"{{% if {after} and loop.length == 4 %}}<|again|>{{{{ messages[{again}].content }}}}<|end|>{{% endif %}}"
+    template = LOOP.replace("<|end|>{% endfor %}", f"<|end|>{printed}{{% endfor %}}") + PROMPT
+    assert trained(template, "u a u a") == [f"wa01cq{END}wa03cq{END}"]
