@@ -23,7 +23,7 @@ _LIGHT = {
 def __getattr__(name: str) -> Any:
     """Return a name of `sftstream.public`; the first call imports torch and the other libraries.
 
-    The names in `_LIGHT` and the public modules `figures` and `pages` need no torch.
+    The names in `_LIGHT` and the public module `pages` need no torch.
     """
     is_special = name.startswith("__") and name != "__all__"
     if is_special or find_spec(f"{__name__}.{name}"):  # `from sftstream import formats` imports a module

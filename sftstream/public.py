@@ -4,7 +4,7 @@ Importing this module imports torch, transformers and pyarrow. The package impor
 one of the names is first used, so that `sftstream --help` loads none of these libraries.
 """
 
-from sftstream import figures, pages
+from sftstream import pages
 from sftstream.cache import directory as cache_directory
 from sftstream.cli.results import show_result, write_page
 from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
@@ -84,7 +84,6 @@ __all__ = [
     "diff",
     "differences",
     "exceeded_limits",
-    "figures",
     "identify_file",
     "in_order",
     "merge",

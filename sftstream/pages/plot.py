@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sftstream.figures import compact, number
 from sftstream.pages.document import tag, text
+from sftstream.pages.figures import compact, number
 
 SIDE = 1000
 """Width and height of a plot in its own units."""

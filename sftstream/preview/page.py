@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sftstream import figures
-from sftstream.pages import Page, document, header, tag, text
+from sftstream.pages import Page, document, figures, header, tag, text
 from sftstream.preview.view import ROLES, ConversationView, PackView, Preview, RunView, TokenView
 
 KEYS = (

@@ -10,8 +10,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from sftstream import figures
 from sftstream.excerpt import printable
+from sftstream.pages import figures
 from sftstream.preview.view import ConversationView, PackView, Preview, RunView
 
 COLOURS = {"system": "magenta", "user": "blue", "assistant": "green", "tool": "yellow", "template": "bright_black"}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sftstream import figures
-from sftstream.pages import Page, document, header, labels, table, tag, text
+from sftstream.pages import Page, document, figures, header, labels, table, tag, text
 from sftstream.stats.summary import Histogram, Lengths, Pair, Stats
 from sftstream.stats.terminal import run_lines, summary_parts
 

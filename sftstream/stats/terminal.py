@@ -8,8 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sftstream import figures
 from sftstream.excerpt import printable
+from sftstream.pages import figures
 from sftstream.stats.summary import Histogram, Lengths, Pair, Stats
 
 WIDTH = 36

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sftstream import figures, pages
+from sftstream import pages
+from sftstream.pages import figures
 from sftstream.pages.plot import MOST_TICKS, ticks
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sftstream import figures, pages
+from sftstream import pages
 from trainer.report.records import Curve, Summary
 
 
@@ -15,7 +15,7 @@ class Chart(NamedTuple):
     title: str
     curves: tuple[tuple[str, str], ...]
     """Names of lines, and the curves that they show; the first curve has a band."""
-    form: Callable[[float], str] = figures.number
+    form: Callable[[float], str] = pages.figures.number
     zero: bool = False
     logarithmic: bool = False
 
@@ -25,10 +25,10 @@ CHARTS = (
     Chart("Learning rate", (("learning rate", "learning_rate"),), zero=True),
     Chart("Gradient norm", (("gradient norm", "grad_norm"),), logarithmic=True),
     Chart("Tokens per second", (("tokens/s", "tokens_per_second"),), zero=True),
-    Chart("MFU", (("MFU", "mfu"),), figures.percentage, zero=True),
-    Chart("Fill of the packs", (("fill", "fill"),), figures.percentage),
-    Chart("Trained share of the tokens", (("trained", "trained_share"),), figures.percentage),
-    Chart("Wait for data, share of the step", (("wait", "data_wait"),), figures.percentage, zero=True),
+    Chart("MFU", (("MFU", "mfu"),), pages.figures.percentage, zero=True),
+    Chart("Fill of the packs", (("fill", "fill"),), pages.figures.percentage),
+    Chart("Trained share of the tokens", (("trained", "trained_share"),), pages.figures.percentage),
+    Chart("Wait for data, share of the step", (("wait", "data_wait"),), pages.figures.percentage, zero=True),
     Chart("Peak memory, GiB", (("GiB", "peak_memory"),), zero=True),
 )
 
@@ -74,7 +74,7 @@ def mixture_chart(summary: Summary) -> str:
         pages.Line(f"source {number}", steps, summary.mixture[number].curve, colour=colour)
         for colour, number in enumerate(sorted(largest))
     ]
-    return pages.plot(pages.Plot("Share of the tokens", lines, form=figures.percentage, zero=True))
+    return pages.plot(pages.Plot("Share of the tokens", lines, form=pages.figures.percentage, zero=True))
 
 
 def _by_tokens(names: Sequence[str], summaries: Sequence[Summary]) -> str:

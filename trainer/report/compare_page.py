@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sftstream import figures, pages
+from sftstream import pages
 from trainer.report.charts import charts_of_runs
 from trainer.report.compare import Comparison
 from trainer.report.flat import Difference
@@ -18,11 +18,11 @@ def compare_page(comparison: Comparison) -> str:
     """Return the page of a comparison as one self-contained HTML document."""
     runs = comparison.runs
     facts = {
-        "runs": figures.count(len(runs)),
-        "differing settings": figures.count(len(comparison.config)),
-        "differences in the data": figures.count(len(comparison.identity)),
+        "runs": pages.figures.count(len(runs)),
+        "differing settings": pages.figures.count(len(comparison.config)),
+        "differences in the data": pages.figures.count(len(comparison.identity)),
     }
-    note = pages.text(f"Read at {figures.moment(runs[0].read_at)}")
+    note = pages.text(f"Read at {pages.figures.moment(runs[0].read_at)}")
     body = [
         pages.header("Runs compared", note, facts),
         pages.tag("main", _sections(comparison)),

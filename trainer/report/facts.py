@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sftstream import figures
+from sftstream import pages
 from trainer.report.records import Summary
 
 Figure = Callable[[Summary], str | None]
 
 FACTS: dict[str, Figure] = {
-    "step": lambda s: figures.count(s.step),
-    "done": lambda s: None if s.share is None else figures.share(s.share, digits=0),
+    "step": lambda s: pages.figures.count(s.step),
+    "done": lambda s: None if s.share is None else pages.figures.share(s.share, digits=0),
     "loss": lambda s: _number(s.loss),
     "validation loss": lambda s: _number(s.validation_loss),
-    "best validation": lambda s: None if s.best is None else f"{figures.number(s.best.loss)} at step {s.best.step:,}",
+    "best validation": lambda s: (
+        None if s.best is None else f"{pages.figures.number(s.best.loss)} at step {s.best.step:,}"
+    ),
     "tokens/s": lambda s: _number(s.tokens_per_second),
     "tokens/s a rank": lambda s: None if _one_rank(s) else _number(s.gpu_tokens_per_second),
     "MFU": lambda s: _share(s.mfu),
@@ -22,10 +24,10 @@ FACTS: dict[str, Figure] = {
     "fill": lambda s: _share(s.fill),
     "trained": lambda s: _share(s.trained_share),
     "data wait": lambda s: _share(s.data_wait),
-    "tokens": lambda s: figures.count(s.tokens),
-    "time in steps": lambda s: figures.duration(s.seconds),
+    "tokens": lambda s: pages.figures.count(s.tokens),
+    "time in steps": lambda s: pages.figures.duration(s.seconds),
     "rows refused": lambda s: f"{s.refused:,} of {s.rows:,}" if s.refused else "0",
-    "launches": lambda s: figures.count(len(s.launches)) if s.launches else None,
+    "launches": lambda s: pages.figures.count(len(s.launches)) if s.launches else None,
 }
 """Name -> figure of a summary; None if the run does not have the figure."""
 
@@ -42,8 +44,8 @@ def _one_rank(summary: Summary) -> bool:
 
 
 def _number(value: float | None) -> str | None:
-    return None if value is None else figures.number(value)
+    return None if value is None else pages.figures.number(value)
 
 
 def _share(value: float | None) -> str | None:
-    return None if value is None else figures.share(value)
+    return None if value is None else pages.figures.share(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from sftstream import figures, pages
+from sftstream import pages
 from trainer.report.charts import charts_of_run, mixture_chart
 from trainer.report.facts import facts
 from trainer.report.records import Summary
@@ -18,7 +18,7 @@ MOST_CHECKPOINTS = 50
 
 def page(summary: Summary) -> str:
     """Return the page of a run as one self-contained HTML document of bounded size."""
-    note = pages.text(f"{summary.status}. Read at {figures.moment(summary.read_at)} from ")
+    note = pages.text(f"{summary.status}. Read at {pages.figures.moment(summary.read_at)} from ")
     body = [
         pages.header(summary.name, note + pages.tag("code", pages.text(summary.directory)), facts(summary)),
         pages.tag("main", _sections(summary), data_reload=RELOAD_SECONDS if summary.is_under_way else None),
@@ -81,9 +81,9 @@ def _mixture(summary: Summary) -> str:
         (
             str(number),
             source.path,
-            "by size" if source.weight is None else figures.number(source.weight),
-            figures.count(source.tokens),
-            figures.share(source.share),
+            "by size" if source.weight is None else pages.figures.number(source.weight),
+            pages.figures.count(source.tokens),
+            pages.figures.share(source.share),
         )
         for number, source in enumerate(summary.mixture)
     )
@@ -96,7 +96,9 @@ def _refusals(summary: Summary) -> str:
     examples = [(row.reason, row.place, row.detail) for refusals in summary.refusals for row in refusals.examples]
     return pages.section(
         "Refused rows",
-        pages.table([("reason", False), ("rows", True)], ((r.reason, figures.count(r.rows)) for r in summary.refusals)),
+        pages.table(
+            [("reason", False), ("rows", True)], ((r.reason, pages.figures.count(r.rows)) for r in summary.refusals)
+        ),
         pages.details(
             "The first rows of each reason",
             pages.table([("reason", False), ("place", False), ("detail", False)], examples),
@@ -110,9 +112,9 @@ def _checkpoints(summary: Summary) -> str:
     disk = {True: "on disk", False: "deleted or not yet committed", None: "not in a local directory"}
     rows = (
         (
-            figures.count(checkpoint.step),
-            "unknown" if checkpoint.time is None else figures.moment(checkpoint.time),
-            "unknown" if checkpoint.seconds is None else figures.duration(checkpoint.seconds),
+            pages.figures.count(checkpoint.step),
+            "unknown" if checkpoint.time is None else pages.figures.moment(checkpoint.time),
+            "unknown" if checkpoint.seconds is None else pages.figures.duration(checkpoint.seconds),
             disk[checkpoint.kept],
         )
         for checkpoint in reversed(summary.checkpoints[-MOST_CHECKPOINTS:])

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sftstream import figures, printable
+from sftstream import pages, printable
 from trainer.report.compare import Comparison
 from trainer.report.facts import facts
 from trainer.report.flat import Difference
@@ -34,7 +34,7 @@ def show_run(summary: Summary, console: Console) -> None:
 
 def _launch(number: int, launch: LaunchSummary) -> str:
     steps = f"steps {launch.after + 1:,} to {launch.reached:,}" if launch.reached > launch.after else "no step"
-    began = "" if launch.began is None else f", {figures.moment(launch.began)}"
+    began = "" if launch.began is None else f", {pages.figures.moment(launch.began)}"
     lost = f", {launch.lost:,} steps repeated later" if launch.lost else ""
     changed = f"; {'; '.join(launch.changed)}" if launch.changed else ""
     return f"launch {number}: {steps}{began}, {launch.end or 'end unknown'}{lost}{changed}"

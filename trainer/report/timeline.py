@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sftstream import figures, pages
+from sftstream import pages
 from trainer.report.records import LaunchSummary, Summary
 
 SIDE = 1000
@@ -46,8 +46,8 @@ def _row(number: int, launch: LaunchSummary) -> tuple[str, ...]:
     return (
         str(number),
         steps,
-        "unknown" if launch.began is None else figures.moment(launch.began),
-        figures.duration(launch.ended - launch.began) if lasted else "unknown",  # type: ignore[operator]
+        "unknown" if launch.began is None else pages.figures.moment(launch.began),
+        pages.figures.duration(launch.ended - launch.began) if lasted else "unknown",  # type: ignore[operator]
         launch.end or "unknown",
         f"{launch.lost:,}",
         "; ".join(launch.changed) if number > 1 else topology,
@@ -71,9 +71,11 @@ def _drawing(summary: Summary) -> str:
         viewBox=f"0 0 {SIDE} {HEIGHT}",
         preserveAspectRatio="none",
         role="img",
-        aria_label=f"{len(timed)} launches from {figures.moment(first)} to {figures.moment(last)}",
+        aria_label=f"{len(timed)} launches from {pages.figures.moment(first)} to {pages.figures.moment(last)}",
     )
-    ends = pages.tag("div", [pages.tag("span", pages.text(figures.moment(t))) for t in (first, last)], class_="ends")
+    ends = pages.tag(
+        "div", [pages.tag("span", pages.text(pages.figures.moment(t))) for t in (first, last)], class_="ends"
+    )
     names = (("work", "work"), ("repeated later", "lost"), ("checkpoint", "tick"))
     keys = pages.tag(
         "div", (pages.tag("span", pages.text(name), class_=f"key {kind}") for name, kind in names), class_="keys"
