@@ -14,12 +14,12 @@ from tiny_llama import FAMILIES as MODELS
 from tiny_llama import exported, public_llama
 from torch.distributed.device_mesh import init_device_mesh
 
+from trainer.comparison import CAPACITY, Check, compare, report
 from trainer.distributed.mesh import Topology
 from trainer.llama.hf_config import read_config
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.llama.weights import load_weights
-from trainer.parity import CAPACITY, Check, compare, report
 
 FAMILIES = MODELS | {"padding token": {"pad_token_id": 3}}
 SPREAD = ["grouped heads, untied", "tied", "llama3 scaling", "qwen2", "qwen3"]

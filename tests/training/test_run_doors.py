@@ -14,7 +14,6 @@ import pytest
 import runs
 import tiny
 
-from trainer import main as command
 from trainer.config import load_config, parse_config
 from trainer.main import main
 
@@ -45,10 +44,10 @@ def test_an_unexpected_error_is_one_line_that_names_the_config(
     capsys: pytest.CaptureFixture[str],
     kind: Any,
 ) -> None:
-    def broken(_: object) -> bool:
+    def broken(*_: object, **__: object) -> bool:
         raise kind("first line\n\x1b[2Jsecond")
 
-    monkeypatch.setattr(command, "run", broken)
+    monkeypatch.setattr("trainer.run.run", broken)
     path = written(tmp_path, config)
     assert main([str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
