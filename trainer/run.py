@@ -82,7 +82,7 @@ def run(config: TrainConfig, command: str = "the same command", *, as_json: bool
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
         with saves.store, locked(directory):
-            return _train_and_finish(prepare_run(config, topology, saves, directory, display), stop, command)
+            return _train_and_finish(prepare_run(config, topology, saves, directory, display, command), stop, command)
 
 
 def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command: str) -> bool:

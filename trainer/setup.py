@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoints import About, Recipe, weight_digests
+from checkpoints import About, Origin, Recipe, hub_name, weight_digests
 from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
@@ -87,9 +87,11 @@ class Run:
 
 
 def prepare_run(
-    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display
+    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display, command: str
 ) -> tuple[Run, Restored]:
     """Build the parts of a run and restore the newest checkpoint into them. Collective.
+
+    `command` is the command line of the run, for the checkpoints.
 
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
@@ -120,7 +122,12 @@ def prepare_run(
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
     export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
     description = RunDescription(
-        restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
+        restored.settings,
+        topology,
+        export_recipe,
+        token,
+        _about(config, topology, loader, validation),
+        _origin(config, source, command) if topology.first else None,
     )
     run = Run(
         given=given,
@@ -214,6 +221,11 @@ def _follow_data(
     if extended:
         progress = msgspec.structs.replace(progress, exhausted=False)
     return replace(restored, settings=settings, progress=progress, extended=extended)
+
+
+def _origin(config: TrainConfig, source: ModelSource, command: str) -> Origin:
+    base = hub_name(config.model.init_from if source.name is None else source.name)
+    return Origin(command, base, adapter=config.lora is not None)
 
 
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:

@@ -153,7 +153,9 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
         'run.recompute = "none" (left to "auto")',
         "run      runs/run: a new run, from step 1",
     ]
-    assert re.fullmatch(r"packs    12 packs of 256 tokens in 3 steps, about [0-9.]+% full; 64 logical streams", lines[3])
+    assert re.fullmatch(
+        r"packs    12 packs of 256 tokens in 3 steps, about [0-9.]+% full; 64 logical streams", lines[3]
+    )
     assert re.match(r"step 1 \| loss [0-9.]+ \| rate 0\.01 \| [0-9,]+ tokens/s \| fill ", lines[8])
 
 
