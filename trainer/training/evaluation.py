@@ -70,7 +70,7 @@ def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
         try:
             rendered = encoder.render(conversation)
         except Refused as error:
-            raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}") from None
+            raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}; correct the row") from None
         if not rendered.spans:
             raise ValueError(
                 f"evaluation.path {path!r}, conversation {number}: no message has a role of data.train_on; remove the row"
