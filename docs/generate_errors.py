@@ -20,12 +20,13 @@ TARGET = Path(__file__).with_name("errors.md")
 PACKAGES = ("sftstream", "checkpoints", "trainer")
 
 VERBS = (
-    "add|ask|audit|call|check|copy|choose|convert|correct|delete|divide|download|export|fetch|filter|flatten|free|give|install|keep|load|"
-    "leave|lower|make|mark|merge|mix|move|name|number|open|pass|order|push|put|raise|read|remove|rename|report|repair|repeat|resize|restore|"
-    "resume|run|save|see|set|simplify|start|stop|take|train|unpack|update|use|wait|write"
+    "add|ask|audit|call|check|choose|convert|copy|correct|delete|divide|download|export|fetch|filter|flatten|free|give|"
+    "install|keep|leave|load|lower|make|mark|merge|mix|move|name|number|open|order|pass|push|put|raise|read|remove|rename|"
+    "repair|repeat|report|resize|restore|resume|run|save|see|set|simplify|start|stop|take|train|unpack|update|use|wait|write"
 )
 REMEDY = re.compile(
-    rf"(?:; |: |\. |, or |^(?=(?:give|resume) ))((?:or )?(?:(?:in|to) [^;]*?, )?(?:(?:{VERBS})\b|<(?:remedy|remedies|again|advice)>).*)",
+    r"(?:; |: |\. |, or |^(?=(?:give|resume) ))"
+    rf"((?:or )?(?:(?:in|to) [^;]*?, )?(?:(?:{VERBS})\b|<(?:remedy|remedies|again|advice)>).*)",
     re.IGNORECASE,
 )
 LIMIT = re.compile(r"\bmust\b|\bis no\b|\bcounted from 0\b")
@@ -164,32 +165,27 @@ def _name(node: ast.expr) -> str:
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name.strip("_").replace("_", " ").lower()
-        case ast.Call(func=ast.Attribute(value=ast.Constant()), args=[argument]):
-            return _name(argument)
+        case ast.Call(func=ast.Attribute(value=ast.Constant()), args=[inner]):  # a text joined
+            return _name(inner)
         case ast.Call(
-            func=ast.Name(id="excerpt" | "str" | "repr" | "list" | "sorted" | "len" | "map"), args=[*_, argument]
+            func=ast.Name(id="excerpt" | "str" | "repr" | "list" | "sorted" | "len" | "map"), args=[*_, inner]
         ):
-            return _name(argument)
-        case ast.Call(func=function):
-            return _name(function)
-        case ast.List(elts=[first, *_]):
-            return _name(first)
-        case ast.Subscript(value=value) | ast.Starred(value=value):
-            return _name(value)
-        case ast.GeneratorExp(elt=element) | ast.ListComp(elt=element):
-            return _name(element)
+            return _name(inner)
         case ast.JoinedStr():
             return re.sub(r"[<>]", "", _text(node))
-        case ast.BinOp(left=left):
-            return _name(left)
-        case ast.BoolOp(values=[first, *_]):
-            return _name(first)
-        case ast.IfExp(body=body):
-            return _name(body)
         case ast.Constant(value=value):
             return str(value)
-        case _:
-            return "value"
+    inner = _inner(node)
+    return "value" if inner is None else _name(inner)
+
+
+def _inner(node: ast.expr) -> ast.expr | None:
+    """Return the part of an expression that names its value best; None without such a part."""
+    for field in ("func", "value", "elt", "left", "body"):
+        if isinstance(part := getattr(node, field, None), ast.expr):
+            return part
+    parts = getattr(node, "elts", None) or getattr(node, "values", None)
+    return parts[0] if parts else None
 
 
 INTRODUCTION = """\

@@ -160,7 +160,8 @@ def row_keys(rows: NDArray[np.integer], epochs: NDArray[np.integer]) -> Integers
     """
     if len(rows) and (int(epochs.max()) >> _EPOCH_BITS or int(rows.max()) >> (63 - _EPOCH_BITS)):
         raise ValueError(
-            f"row {rows.max()} in epoch {epochs.max()} is too large a number for this command; audit a run of fewer rows and epochs"
+            f"row {rows.max()} in epoch {epochs.max()} is too large a number for this command; audit "
+            "a run of fewer rows and epochs"
         )
     result: Integers = (rows.astype(np.int64) << _EPOCH_BITS) + epochs.astype(np.int64)
     return result
