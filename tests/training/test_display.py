@@ -83,6 +83,17 @@ def test_programs_read_each_step_and_message_as_a_line_of_json() -> None:
     assert (first["step"], first["share_done"], first["seconds_left"]) == (1, 0.25, None)
     assert (second["step"], second["share_done"], second["seconds_left"]) == (2, 0.5, 2.0)
     assert second["batch_digest"] == "ab"
+    display = Display(quiet=False, as_json=True)
+    display.console.file = io.StringIO()
+    display.say("a\x1b[2J \u202e [bold]")
+    assert display.console.file.getvalue() == '{"message": "a\\u001b[2J \\u202e [bold]"}\n'
+
+
+def test_hostile_text_in_a_message_is_shown_and_not_run() -> None:
+    display = Display(quiet=False)
+    display.console.file = io.StringIO()
+    display.say("a\x1b[2J [bold]b[/bold]")
+    assert display.console.file.getvalue() == "a\\x1b[2J [bold]b[/bold]\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -89,7 +90,7 @@ class Display:
 
     def _print_json(self, value: dict[str, Any]) -> None:
         if not self.console.quiet:
-            print(msgspec.json.encode(value).decode(), file=self.console.file, flush=True)
+            print(json.dumps(value), file=self.console.file, flush=True)
 
 
 def step_facts(metrics: StepMetrics, validation: float | None) -> list[str]:
