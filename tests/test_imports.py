@@ -193,7 +193,7 @@ ORDER = {
         "storage",
         "model.export",
         "store",
-        "hub",
+        "model.hub",
         "public",
         "",
         "cli",
