@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from sftstream.config import DataConfig
+from sftstream.encoded_stream import encode_stream
 from sftstream.records import Pack, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
@@ -38,8 +39,13 @@ class LoaderPosition(NamedTuple):
 
     header: DataState
     """State of the run without its streams: identity, number of packs, history."""
-    encoded_streams: EncodedStreams
-    """States of the shard's streams, as MessagePack."""
+    streams: EncodedStreams
+    """States of the shard's streams, encoded in parts."""
+
+    @property
+    def encoded_streams(self) -> dict[int, bytes]:
+        """States of the shard's streams as MessagePack, as checkpoints store them."""
+        return {number: stream.whole for number, stream in self.streams.items()}
 
     @property
     def state(self) -> DataState:
@@ -62,7 +68,7 @@ class Progress(NamedTuple):
     """Number, in the run, of the pack after the last returned pack of this shard. The pack with
     this number may belong to another shard."""
     streams: EncodedStreams
-    """States of the shard's streams, as MessagePack."""
+    """States of the shard's streams."""
     exhausted: frozenset[int]
     """Exhausted streams of the shard."""
     counts: Mapping[int, tuple[RowCounts, ...]]
@@ -130,7 +136,7 @@ class PackLoader:
         self._unread: dict[int, tuple[str, ...]] | msgspec.UnsetType = self._run.unread_columns
         self._progress = Progress(
             start.packs,
-            {number: msgspec.msgpack.encode(stream) for number, stream in start.streams.items()},
+            {number: encode_stream(stream) for number, stream in start.streams.items()},
             frozenset(number for number, stream in start.streams.items() if stream.exhausted),
             {number: row_counts(stream) for number, stream in start.streams.items()},
             {},

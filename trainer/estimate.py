@@ -99,11 +99,11 @@ class RunEstimate(NamedTuple):
 def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     """Estimate a run of a model of `shape` on `gpus` GPUs.
 
-    Assumes that every token is trained, leaves out fragmented memory, and counts a compiled head
-    unless `run.compile` is false. Raises ValueError if the
+    Assumes that every token is trained, and leaves out fragmented memory. Raises ValueError if the
     run would refuse to start.
     """
-    config = with_memory_settings(config, shape, gpus, PLANNED_MEMORY, compiled=config.run.compile is not False)
+    run = msgspec.structs.replace(config.run, compile=config.run.compile is not False)
+    config = with_memory_settings(msgspec.structs.replace(config, run=run), shape, gpus, PLANNED_MEMORY)
     data, parallel = config.data, config.parallel
     with torch.device("meta"):
         model = Llama(shape, config.lora)
@@ -136,9 +136,7 @@ def _seconds(config: TrainConfig, model: Llama, gpus: int, peak: float) -> float
     return _flops(config, model, dp * _micro_batches(config.data, dp)) / (gpus * peak * UTILISATION)
 
 
-def with_memory_settings(
-    config: TrainConfig, shape: LlamaConfig, gpus: int, size: int, *, compiled: bool
-) -> TrainConfig:
+def with_memory_settings(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) -> TrainConfig:
     """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
 
     Takes the first pair of `run.weights_dtype` and `run.recompute` whose estimate fills at most
@@ -149,7 +147,7 @@ def with_memory_settings(
     dtypes = stored_dtypes(config, GPU)
     ways = ("none", "selective", "full") if run.recompute == "auto" else (run.recompute,)
     for dtype, way in product(dtypes, ways):
-        settings = {"weights_dtype": dtype, "recompute": way, "compile": compiled}
+        settings = {"weights_dtype": dtype, "recompute": way}
         chosen = msgspec.structs.replace(config, run=msgspec.structs.replace(run, **settings))
         if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
             break
@@ -210,9 +208,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
         "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
-        # Logits and their gradient, uncompiled with copies in float32; a trained head's gradient.
-        "head": logits * (2 if run.compile is True else 8)
-        + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
+        # The logits, overwritten by their gradient; a trained head's gradient.
+        "head": logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
     }
 
 

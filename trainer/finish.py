@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.distributed.mesh import named_dtype
+from trainer.distributed.watch import Watch
 from trainer.llama.export import export, export_adapter
 from trainer.serving import serving_lines
 from trainer.setup import Run
@@ -10,7 +11,7 @@ from trainer.training.evaluation import evaluate
 from trainer.training.progress import Progress
 
 
-def finish(run: Run, progress: Progress) -> None:
+def finish(run: Run, progress: Progress, watch: Watch) -> None:
     """Export the model to `runs/<name>/export`, then evaluate the export. Collective.
 
     An adapter is exported to `runs/<name>/adapter`.
@@ -22,10 +23,12 @@ def finish(run: Run, progress: Progress) -> None:
             f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl for the reasons"
         )
     if run.config.lora is not None:
-        _export_adapter(run)
+        with watch.waiting_for(progress.step, "the adapter of all ranks"):
+            _export_adapter(run)
         run.display.say(f"exported the adapter to {run.config.run.adapter_directory}")
     if run.config.lora is None or run.config.lora.export_merged:
-        _export(run)
+        with watch.waiting_for(progress.step, "the export of all ranks"):
+            _export(run)
         run.display.say(f"exported to {run.config.run.export_directory}")
     if run.questions:
         _evaluate(run)

@@ -89,23 +89,23 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
     run, restored = prepared
     say_start(run, restored)
     progress = restored.progress
-    if not run.is_complete(progress):
-        progress = _train(run, progress, stop)
-    run.step_reader.close()
-    if run.is_complete(progress):
-        finish(run, progress)
-        return True
+    with Watch(run.config.parallel.timeout_seconds) as watch:
+        if not run.is_complete(progress):
+            progress = _train(run, progress, stop, watch)
+        run.step_reader.close()
+        if run.is_complete(progress):
+            finish(run, progress, watch)
+            return True
     saved = "and saved its checkpoint" if progress.trained_tokens else "before anything was trained"
     run.display.say(f"stopped after step {progress.step} {saved}; go on with: {command}")
     return False
 
 
-def _train(run: Run, progress: Progress, stopping: StopRequest) -> Progress:
+def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
     fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
-    watch = Watch(run.config.parallel.timeout_seconds)
-    with stopping as stop, _open_log(run, progress) as log, run.display, watch, _open_trace(run) as trace:
+    with stopping as stop, _open_log(run, progress) as log, run.display, _open_trace(run) as trace:
         loader = run.step_reader.loader
         losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:

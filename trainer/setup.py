@@ -37,6 +37,7 @@ from trainer.training.optimizer import build_optimizer, learning_rate
 from trainer.training.progress import Progress
 from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
+from trainer.training.warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def prepare_run(
     restored = Restored(Progress(), settings)
     if latest is not None:
         restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
+    if config.run.compile:
+        warm_up(model, config.data.capacity, topology)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)

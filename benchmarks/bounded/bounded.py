@@ -23,6 +23,9 @@ from sftstream.records import Amount
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 7
+"""Number of resumes and cold starts."""
+CALLS = 101
+"""Number of calls of a function that takes milliseconds."""
 TOKENS = 30
 """Tokens of a conversation, as the counters of a moved state have them."""
 
@@ -98,9 +101,9 @@ def measure(config: DataConfig, row: int) -> Measured:
     state = state_at(config, row)
     loader = PackLoader(config, state=state)
     sizes = [len(msgspec.msgpack.encode(stream)) for stream in state.streams.values()]
-    resumed, cold = by_turns(lambda: next(PackLoader(config, state=state)), lambda: next(PackLoader(config)))
+    resumed, cold = by_turns(ROUNDS, lambda: next(PackLoader(config, state=state)), lambda: next(PackLoader(config)))
     (given,), (plain,), (position,) = (
-        by_turns(call) for call in (loader.state_dict, lambda: loader.state.builtins(), loader.position)
+        by_turns(CALLS, call) for call in (loader.state_dict, lambda: loader.state.builtins(), loader.position)
     )
     return Measured(row, max(sizes), given, plain, position, resumed, cold)
 
@@ -127,10 +130,10 @@ def state_at(config: DataConfig, row: int) -> DataState:
     return loader.state
 
 
-def by_turns(*calls: Callable[[], object]) -> list[float]:
+def by_turns(rounds: int, *calls: Callable[[], object]) -> list[float]:
     """Return the median CPU time of each call in seconds. The calls are measured by turns."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for call, own in zip(calls, times, strict=True):
             began = time.process_time()
             call()

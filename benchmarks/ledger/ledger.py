@@ -47,9 +47,9 @@ def timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any
 
 PLACES: dict[str, tuple[Any, str]] = {
     "describe the segments": (trainer.training.step_reader, "segments_of"),
-    "number and order the segments": (trainer.training.step_reader, "_numbered"),
     "row for the collective": (SegmentGather, "row"),
     "segments of all ranks": (SegmentGather, "gathered"),
+    "order the segments": (trainer.training.step_reader, "ordered_by_pack"),
     "journal": (LedgerWriter, "add"),
     "close steps": (LedgerWriter, "close"),
     "gather states of streams": (trainer.run, "gather_streams"),

@@ -238,8 +238,8 @@ def push(
         raise CheckpointError("--base names the model under adapters; give --merged as well")
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from checkpoints.model.hub import push as pushed
     from checkpoints.model.card import License
+    from checkpoints.model.hub import push as pushed
 
     if as_json or not sys.stderr.isatty():
         disable_progress_bars()

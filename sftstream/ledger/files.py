@@ -173,4 +173,5 @@ def _sync(path: Path) -> None:
 
 def in_order(segments: Segments) -> Segments:
     """Return segments ordered by pack; the segments of each pack keep their order."""
-    return segments[np.argsort(segments["pack"], kind="stable")]
+    packs = segments["pack"]
+    return segments if (packs[1:] >= packs[:-1]).all() else segments[np.argsort(packs, kind="stable")]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.records import Pack
+from sftstream.records import Pack, Segment
 
 SEGMENT = np.dtype(
     [
@@ -24,6 +26,8 @@ SEGMENT = np.dtype(
 """An entry of 32 bytes for a segment: the fields of a `Segment`, the place of the pack in the step,
 counted from 0, and the number of labels of the segment that count in the loss. `trained_tokens` is
 `SKIPPED` for a segment that `data.skip` has left out of the pack."""
+_ENTRY = struct.Struct("<qiiiiii")
+"""An entry of `SEGMENT` as bytes."""
 SKIPPED = -1
 """Value of `trained_tokens` of a skipped segment."""
 
@@ -32,31 +36,29 @@ Segments = NDArray[Any]
 NO_SEGMENTS: Segments = np.empty(0, SEGMENT)
 
 
-def segments_of(packs: Sequence[Pack]) -> Segments:
-    """Return the segments of `packs` in order; their field `pack` is the index in `packs`. The
-    skipped segments of a pack follow its other segments."""
-    rows = [
-        (s.row, index, s.source, s.epoch, s.part, s.length, SKIPPED)
-        for index, pack in enumerate(packs)
-        for s in (*pack.segments, *pack.skipped)
-    ]
-    if not rows:
-        return NO_SEGMENTS
-    result = np.array(rows, SEGMENT)
-    counts, at = result["trained_tokens"], 0
-    for pack in packs:
-        count = len(pack.segments)
-        counts[at : at + count] = _trained_tokens(pack)[:count]
-        at += count + len(pack.skipped)
-    return result
+def segments_of(packs: Sequence[Pack], places: Iterable[int] | None = None) -> Segments:
+    """Return the segments of `packs` in order. The skipped segments of a pack follow its other
+    segments.
+
+    Their field `pack` is the index in `packs`. `places`, if given, has the field for each pack, but
+    for empty packs at the end.
+    """
+    numbered = zip(itertools.count() if places is None else places, packs, strict=False)
+    # A structured array made of bytes takes half the time of one made of tuples.
+    content = b"".join(
+        _ENTRY.pack(s.row, place, s.source, s.epoch, s.part, s.length, trained)
+        for place, pack in numbered
+        for s, trained in _described(pack)
+    )
+    return np.frombuffer(content, SEGMENT) if content else NO_SEGMENTS
 
 
-def _trained_tokens(pack: Pack) -> NDArray[np.int32]:
-    """Return the number of labels of each segment, padding included."""
-    starts = pack.borders[:-1]
+def _described(pack: Pack) -> list[tuple[Segment, int]]:
+    """Return each segment with its number of labels that count in the loss, or `SKIPPED`."""
+    trained, borders = pack.trained.tobytes(), pack.borders.tolist()
     # No token predicts the first token of a segment.
-    counts: NDArray[np.int32] = np.add.reduceat(pack.trained, starts, dtype=np.int32) - pack.trained[starts]
-    return counts
+    counts = [trained.count(1, start + 1, end) for start, end in itertools.pairwise(borders)]
+    return [*zip(pack.segments, counts, strict=False), *((segment, SKIPPED) for segment in pack.skipped)]
 
 
 def given(segments: Segments) -> Segments:

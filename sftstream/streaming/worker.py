@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftstream.config import DataConfig
+from sftstream.encoded_stream import EncodedStream, encode_stream
 from sftstream.records import Pack
 from sftstream.sources import Corpus
 from sftstream.state import NO_PAST_ORDERS, PastOrders
@@ -31,9 +32,8 @@ from sftstream.tokenization.encoder import ChatEncoder
 
 SECONDS_BETWEEN_LOOKS = 1.0
 """Interval in seconds at which a worker checks whether its parent process still runs."""
-EncodedStreams = Mapping[int, bytes]
-"""Number of a logical stream -> its `StreamState` as MessagePack. The worker encodes the state; a
-checkpoint stores the bytes unchanged."""
+EncodedStreams = Mapping[int, EncodedStream]
+"""Number of a logical stream -> its `StreamState`, encoded by the worker."""
 
 
 class Failed(NamedTuple):
@@ -51,8 +51,7 @@ class Read(NamedTuple):
     """
 
     pack: Pack
-    state: bytes
-    """`StreamState` as MessagePack."""
+    state: EncodedStream
     counts: tuple[RowCounts, ...]
     """Rows read by the stream, by source."""
 
@@ -94,11 +93,11 @@ class PackStreams(IterableDataset[Read | Failed]):
             except (ValueError, RuntimeError, OSError) as error:
                 yield Failed(str(error))
                 return
-            yield Read(skip.applied(pack, number), msgspec.msgpack.encode(node.state), row_counts(node.state))
+            yield Read(skip.applied(pack, number), encode_stream(node.state), row_counts(node.state))
 
     def _open(self, stream: int, check: SourceCheck) -> Packer:
         node = build_stream(self._config, self._corpus, self._encoder, stream, self._past, check)
-        node.reset(msgspec.msgpack.decode(self._start[stream]))
+        node.reset(msgspec.msgpack.decode(self._start[stream].whole))
         return node
 
 

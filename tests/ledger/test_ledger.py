@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from sftstream import SEGMENT, DataConfig, LedgerWriter, PackAssignment, PackLoader, Segments, segments_of
+from sftstream import SEGMENT, DataConfig, LedgerWriter, Pack, PackAssignment, PackLoader, Segments, segments_of
 from sftstream.ledger.files import closed_files, frame, read_closed, read_journal, write_closed
 from sftstream.ledger.records import StepSegments
+from sftstream.ledger.segments import SKIPPED
+from sftstream.records import Segment
 from trainer.distributed.mesh import Topology
 from trainer.training.segment_gather import SegmentGather
 from trainer.training.step_reader import StepReader, reduce_totals
@@ -56,6 +58,23 @@ def test_segments_name_the_rows_of_packs_and_count_their_labels(config: DataConf
     ]
     for index, pack in enumerate(packs):
         assert segments["trained_tokens"][segments["pack"] == index].sum() == pack.trained_tokens
+
+
+def test_segments_are_described_by_place_with_skipped_segments_last() -> None:
+    trained = np.array([0, 1, 1, 1, 1, 0, 0, 0], bool)
+    second, first = Segment(1, 7, 3, 2, 1), Segment(0, 9, 4, 0)
+    pack = Pack(
+        np.zeros(8, np.int32),
+        trained,
+        np.array([0, 3, 7, 8], np.int32),
+        (second, first),
+        skipped=(Segment(2, 5, 6, 0),),
+    )
+    empty = Pack(np.zeros(8, np.int32), np.zeros(8, bool), np.array([0, 8], np.int32))
+    segments = segments_of([empty, pack, empty], [1, 4])
+    assert segments.dtype == SEGMENT
+    assert segments.tolist() == [(7, 4, 1, 2, 1, 3, 2), (9, 4, 0, 0, 0, 4, 1), (5, 4, 2, 0, 0, 6, SKIPPED)]
+    assert segments_of([empty]).tolist() == []
 
 
 def test_steps_are_read_from_closed_files_and_from_the_journal(tmp_path: Path) -> None:

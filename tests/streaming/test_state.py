@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 import tiny
+from msgspec import UNSET
 from test_packing import packer
 
 from sftstream import DataConfig, DataState, PackLoader, Shard, describe, diff, merge
+from sftstream.encoded_stream import WAITING, encode_stream, with_texts
+from sftstream.state import RowParts, StreamState, StripePosition
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,27 @@ def test_a_state_dict_shows_counters_and_has_the_same_keys_at_any_time(config: D
     assert {key: value for key, value in plain.items() if key not in ("streams", "checksum")} == {
         key: value for key, value in after.items() if key not in ("streams", "checksum")
     }
+
+
+def test_a_state_encoded_in_parts_has_the_values_and_order_of_the_whole() -> None:
+    node = packer([100 + i % 300 for i in range(3000)], 8192, 256, endless=True)
+    next(node)
+    states = [
+        node.state,
+        msgspec.structs.replace(node.state, digests=UNSET),
+        msgspec.structs.replace(
+            node.state, row_parts=(RowParts(0, 5, 1, 2),), stripe_positions={3: StripePosition(2, 1)}, planning=UNSET
+        ),
+        StreamState(drawn=(0, 0)),
+    ]
+    encoded = dict(enumerate(map(encode_stream, states)))
+    for number, (state, stream) in enumerate(zip(states, encoded.values(), strict=True)):
+        assert msgspec.msgpack.decode(stream.whole, type=StreamState) == state
+        plain = msgspec.to_builtins(state, str_keys=True)
+        shown = with_texts(encoded)[str(number)]
+        assert list(shown) == list(plain) == list(msgspec.msgpack.decode(stream.whole))
+        decoded = {k: msgspec.msgpack.decode(base64.b64decode(shown[k])) for k in WAITING if k in shown}
+        assert msgspec.json.encode(shown | decoded) == msgspec.json.encode(plain)
 
 
 @pytest.mark.parametrize("text", ["", "?", "gA", "gA==", "wA==", "k5OT"])

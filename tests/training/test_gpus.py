@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,16 @@ import pytest
 import runs
 import torch
 import torch.distributed as dist
+from gloo_ranks import processes as server
 from gloo_ranks import run_ranks
 from runs import run_config
 from test_kill import compare
+from test_lost_ranks import error_line
 from tiny_llama import public_llama
+
+from checkpoints import CheckpointStore
+from trainer.distributed.mesh import ParallelConfig, distributed
+from trainer.distributed.watch import Watch
 
 GPUS = torch.cuda.device_count()
 TOPOLOGIES = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
@@ -82,6 +90,64 @@ def test_a_model_on_several_gpus_equals_transformers(dp: int, tp: int, tmp_path:
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert "torch.bfloat16" in result.stdout
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_nccl_without_an_answer_is_one_line_with_rank_step_and_work(stopped: int, tmp_path: Path) -> None:
+    port = runs.free_port()
+    ranks = [server.Process(target=_one_stops, args=(tmp_path, rank, stopped, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    waiting = ranks[1 - stopped]
+    waiting.join(120)
+    code = waiting.exitcode
+    for rank in ranks:
+        rank.kill()
+    assert (tmp_path / f"rank{1 - stopped}.log").read_text() == (
+        f"error: rank {1 - stopped}, step 7: the sum of all ranks did not arrive within 20 s; a rank is stopped or hangs: "
+        "look at ranks that print no such line, or raise parallel.timeout for slower work\n"
+    )
+    assert code == 1
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_stopped_rank_ends_a_run_on_gpus_with_rank_step_and_work(
+    stopped: int, tp: int, tmp_path: Path, tokenizer: str
+) -> None:
+    config = run_config(
+        tokenizer,
+        runs.sources(tmp_path),
+        run={"device": "cuda", "steps": 100_000},
+        parallel={"tp": tp, "timeout": "20s"},
+        model=_model(),
+    )
+    job = runs.Job(tmp_path, config, 2)
+    store = CheckpointStore(tmp_path / "runs/run/checkpoints")
+    runs.wait_for(lambda: store.steps() != [], job)
+    job.signal(signal.SIGSTOP, stopped)
+    line = error_line(job, 1 - stopped)
+    job.kill()
+    assert re.match(rf"error: rank {1 - stopped}, step \d+: the [a-z ]+ of all ranks did not arrive", line), line
+    assert not re.search("Traceback|terminate called|Watchdog", job.output(1 - stopped))
+
+
+def _one_stops(directory: Path, rank: int, stopped: int, port: int) -> None:
+    """Add up ones over two ranks. Rank `stopped` stops before the second sum."""
+    log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update(address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    with distributed("cuda", ParallelConfig(timeout="20s")) as topology, Watch(20) as watch:
+        ones = torch.ones(1, device=topology.device)
+        dist.all_reduce(ones, group=topology.mesh["dp"].get_group())
+        assert ones.item() == 2
+        if rank == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with watch.waiting_for(7, "the sum of all ranks"):
+            dist.all_reduce(ones, group=topology.mesh["dp"].get_group())
+            ones.item()
 
 
 def _model() -> dict[str, int]:

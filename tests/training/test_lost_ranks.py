@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import gloo_ranks
 import pytest
 import runs
+import torch
+import torch.distributed as dist
 
 from checkpoints import CheckpointStore
+from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh, wait_longer
 
 
 @pytest.fixture
@@ -47,6 +52,19 @@ def test_a_lost_rank_is_an_error_with_rank_and_step(
     job.kill()
     assert re.match(rf"error: (rank {1 - rank}, step \d+: |saving step \d+: a rank has ended)", line), line
     assert "Traceback" not in job.output(1 - rank)
+
+
+def _limits(rank: int) -> list[float]:
+    """Return the seconds after which operations of each group of a mesh fail."""
+    parallel = ParallelConfig(replicas=2, timeout="4s")
+    mesh = data_and_tensor_mesh("cpu", parallel)
+    wait_longer(mesh, timedelta(seconds=parallel.timeout_seconds))
+    groups = [dist.group.WORLD, *(mesh[name].get_group() for name in ("dp", "replicate", "shard", "tp"))]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_operations_of_all_groups_fail_after_the_limit_of_the_run() -> None:
+    assert gloo_ranks.run_ranks(2, _limits) == [[64.0] * 5] * 2
 
 
 def test_work_within_the_limit_of_time_goes_on(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from checkpoints import CheckpointError, LostRank
@@ -141,13 +142,26 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     complete = True
     try:
-        yield Topology(data_and_tensor_mesh(torch_device.type, parallel), torch_device, parallel)
+        mesh = data_and_tensor_mesh(torch_device.type, parallel)
+        wait_longer(mesh, timeout)
+        yield Topology(mesh, torch_device, parallel)
     except LostRank:
         complete = False  # to leave a group, NCCL may wait for the lost rank for ever
         raise
     finally:
         if complete:
             dist.destroy_process_group()
+
+
+def wait_longer(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """Let the operations of all groups of `mesh` fail a minute after `timeout`.
+
+    By default NCCL aborts a process after ten minutes in a group of the mesh, with pages of C++
+    output. The watch of the run (`watch.py`) ends it before, at `timeout`, with one line.
+    """
+    groups = [dist.group.WORLD, mesh["dp"].get_group(), *mesh.get_all_groups()]
+    for group in groups:
+        _set_pg_timeout(timeout + timedelta(minutes=1), group)
 
 
 def _meeting(timeout: timedelta) -> tuple[Store, int, int]:

@@ -42,16 +42,14 @@ class SegmentGather:
         `rows` holds the rows of all ranks, int64 `(ranks, 1 + WORDS * room)`; `local` are the
         segments of this rank.
         """
-        most = int(rows[:, 0].max())
-        if most > self.room:
+        table = rows.numpy()
+        counts = table[:, 0].tolist()
+        if (most := max(counts)) > self.room:
             self.room = most + most // 4
             row = self.row(local)
             gathered = [torch.empty_like(row) for _ in range(len(rows))]
             dist.all_gather(gathered, row)
-            rows = torch.stack(gathered)
+            table = torch.stack(gathered).numpy()
         if not first:
             return NO_SEGMENTS
-        table = rows.numpy()
-        words = table[:, 1:].reshape(len(table), self.room, WORDS)
-        used = np.arange(self.room) < table[:, :1]
-        return np.ascontiguousarray(words[used]).view(SEGMENT).reshape(-1)
+        return np.concatenate([row[1 : 1 + WORDS * n] for row, n in zip(table, counts, strict=True)]).view(SEGMENT)

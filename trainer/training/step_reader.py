@@ -97,7 +97,7 @@ class LocalStep(NamedTuple):
     position: LoaderPosition
     """Position of the loader after the step."""
     segments: Segments
-    """Segments of the packs, numbered by their place in `packs`."""
+    """Segments of the packs, numbered by the place of their pack in the step."""
 
 
 class StepReader:
@@ -135,7 +135,7 @@ class StepReader:
         Collective in `group`. Raises ValueError if the packs cannot be read.
         """
         if self.loader:
-            self.step = self._next.result() if self._next else _read(self.loader)
+            self.step = self._next.result() if self._next else _read(self.loader, self.assignment)
             self._next = None
         if self._group is None:
             assert self.step is not None
@@ -154,7 +154,7 @@ class StepReader:
         """
         assert self._next is None, "call packs() for the step that was read ahead before the next read_ahead()"
         if self._thread and self.loader and not self.loader.exhausted:
-            self._next = self._thread.submit(_read, self.loader)
+            self._next = self._thread.submit(_read, self.loader, self.assignment)
 
     @property
     def position(self) -> LoaderPosition | None:
@@ -169,7 +169,9 @@ class StepReader:
             self.loader.close()
 
 
-def _read(loader: PackLoader) -> LocalStep:
+def _read(loader: PackLoader, assignment: PackAssignment) -> LocalStep:
+    shards = assignment.shards_of_step(loader.packs // assignment.global_batch)
+    places = [place for place, shard in enumerate(shards) if shard == loader.shard.index]
     packs = loader.next_step()
     numbers = [
         sum(pack.trained_tokens for pack in packs),
@@ -183,7 +185,7 @@ def _read(loader: PackLoader) -> LocalStep:
     ]
     counts = [number for source in loader.row_counts for number in source]
     digests = [word for pack in packs for word in _words(pack.digest())]
-    return LocalStep(packs, numbers, counts, digests, loader.position(), segments_of(packs))
+    return LocalStep(packs, numbers, counts, digests, loader.position(), segments_of(packs, places))
 
 
 def _encode(packs: list[Pack], shape: tuple[int, int]) -> Tensor:
@@ -245,7 +247,7 @@ def reduce_totals(
     mine = step_reader.step
     numbers, counts = (mine.numbers, mine.counts) if mine else ([0] * NUMBERS, [0] * 3 * step_reader.sources)
     shards = step_reader.assignment.shards_of_step(step)
-    segments = _numbered(mine.segments, shards, topology) if mine else NO_SEGMENTS
+    segments = mine.segments if mine else NO_SEGMENTS
     sums = [*numbers, int(stop), *counts]
     fixed = torch.tensor([*sums, *(mine.digests if mine else [0] * 4 * len(packs))])
     row = torch.cat([fixed, step_reader.gather.row(segments)])
@@ -265,13 +267,6 @@ def reduce_totals(
     fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
     digest = batch_digest(map(_hex, in_order))
     return StepTotals(**fields, digest=digest, row_counts=row_counts, segments=ordered_by_pack(segments))
-
-
-def _numbered(segments: Segments, shards: list[int], topology: Topology) -> Segments:
-    """Return segments with the packs' places in the step instead of the places in the shard."""
-    result = segments.copy()
-    result["pack"] = np.flatnonzero(np.array(shards) == topology.shard.index)[segments["pack"]]
-    return result
 
 
 def _words(digest: str) -> list[int]:
