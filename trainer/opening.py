@@ -58,18 +58,22 @@ def steps_left(config: TrainConfig, forecast: Forecast, done: int) -> int | None
     return max(0, min(ends) - done) if ends else None
 
 
-def time_line(config: TrainConfig, shape: LlamaConfig, topology: Topology, left: int | None, ranks: int) -> str:
+def peak_of(topology: Topology) -> float | None:
+    """Return the peak of the run's GPUs in operations per second; None on CPUs and unknown GPUs."""
+    return peak_flops(torch.cuda.get_device_name(topology.device)) if topology.device.type == "cuda" else None
+
+
+def time_line(config: TrainConfig, shape: LlamaConfig, left: int | None, ranks: int, peak: float | None) -> str:
     """Return the line about the duration of the `left` steps, None for an unknown number.
 
-    By the steps that the run took before, or on a GPU of known peak by the operations of a step;
-    otherwise the display measures the first steps.
+    By the steps that the run took before, or on GPUs of a known `peak` by the operations of a step;
+    with `peak` None the display measures the first steps.
     """
     if left is None:
         return "time     the end is not known in advance, since a source is streamed and run.steps is not set"
     counted = "1 step" if left == 1 else f"{left:,} steps"
     if before := _seconds_before(config.run.directory / "metrics.jsonl"):
         return f"time     about {spelled(left * before)} for {counted}, at {before:.3g} s a step as before the resume"
-    peak = peak_flops(torch.cuda.get_device_name(topology.device)) if topology.device.type == "cuda" else None
     if peak is None:
         return f"time     {counted}, each timed as the run goes; the time left is printed from step 5 on"
     seconds = step_seconds(config, shape, ranks, peak)

@@ -23,7 +23,7 @@ from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files
-from trainer.opening import chosen_line, data_line, model_line, place_line, steps_left, time_line
+from trainer.opening import chosen_line, data_line, model_line, peak_of, place_line, steps_left, time_line
 from trainer.reporting.display import Display
 from trainer.reporting.messages import (
     change_messages,
@@ -185,7 +185,7 @@ def _say_data(run: Run, progress: Progress, loader: PackLoader) -> None:
         data_line(config.data, run.total_rows),
         f"packs    {forecast.describe(config.run.steps)}",
         place_line(config, run.topology),
-        *([] if left == 0 else [time_line(config, run.source.shape, run.topology, left, ranks)]),
+        *([] if left == 0 else [time_line(config, run.source.shape, left, ranks, peak_of(run.topology))]),
         chosen_line(run.given, config, loader.config, run.topology.device),
         *loader.unread_columns(),
     ]

@@ -21,6 +21,8 @@ import runs
 from rich.console import Console
 from test_metrics import STEP
 
+from trainer.config import parse_config
+from trainer.opening import time_line
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import StepMetrics
 from trainer.reporting.pace import Pace, spelled
@@ -168,6 +170,26 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
         r"packs    12 packs of 256 tokens in 3 steps, about [0-9.]+% full; 64 logical streams", lines[3]
     )
     assert re.match(r"step 1 \| loss [0-9.]+ \| rate 0\.01 \| [0-9,]+ tokens/s \| fill ", lines[8])
+
+
+def test_a_gpu_of_known_peak_foresees_the_time_before_the_first_step(tmp_path: Path) -> None:
+    shape = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False}
+    changes = {"root": str(tmp_path), "weights_dtype": "float32", "recompute": "none"}
+    table = runs.run_config(
+        "words", "rows.jsonl", run=changes, data={"capacity": 8192, "global_batch": 64, "streams": 8}
+    )
+    config = parse_config(table | {"model": shape | heads})
+    # 8 layers of 4 * 1024^2 + 3 * 1024 * 4096 weights and a head of 32000 * 1024, 6 operations for each and token
+    operations = 6 * (8 * (4 * 1024**2 + 3 * 1024 * 4096) + 32000 * 1024) * 64 * 8192
+    seconds = operations / (8 * 989e12 * 0.45)
+    assert time_line(config, config.model.shape, 1000, 8, 989e12) == (
+        f"time     about {spelled(1000 * seconds)} for 1,000 steps, at 45% of 989 TFLOP/s on each GPU, "
+        "compilation and validation not counted"
+    )
+    assert time_line(config, config.model.shape, None, 8, 989e12) == (
+        "time     the end is not known in advance, since a source is streamed and run.steps is not set"
+    )
 
 
 def test_ctrl_c_on_a_terminal_saves_and_prints_how_to_go_on(first: tuple[Path, dict[str, Any], list[str]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sftstream import ChatEncoder, Refused, read_conversations
 
@@ -87,6 +88,7 @@ def evaluate(
 
     The answers are also written to `answers.jsonl`, beside `export`.
     """
+    disable_progress_bar()  # bars of loaded weights fill a log
     given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
     evaluation = Evaluation([Answer(*question, answer) for question, answer in zip(questions, given, strict=True)])
     lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]
