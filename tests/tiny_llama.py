@@ -100,6 +100,12 @@ def loss_of(model: Llama, pack: PackTensors) -> Tensor:
     return model(pack.input_ids, pack.position_ids, pack.segments, labels=pack.labels)
 
 
+def trained_loss_of(model: Llama, pack: PackTensors) -> Tensor:
+    """Return the same loss from the trained positions alone."""
+    positions = torch.nonzero(pack.labels >= 0).flatten()
+    return model(pack.input_ids, pack.position_ids, pack.segments, positions, pack.labels[positions])
+
+
 def gradients(model: Llama) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 

@@ -57,7 +57,7 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
         return Choices(chosen, kernel, _message(chosen, topology, passed, None, None))
     gpus = dist.get_world_size()
-    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, compiled=compiled)
+    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size)
     _require_fit(chosen, shape, gpus, size)
     planned = sum(memory(chosen, shape, gpus).values())
     return Choices(chosen, kernel, _message(chosen, topology, passed, planned, size))

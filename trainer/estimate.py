@@ -99,11 +99,11 @@ class RunEstimate(NamedTuple):
 def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
     """Estimate a run of a model of `shape` on `gpus` GPUs.
 
-    Assumes that every token is trained, leaves out fragmented memory, and counts a compiled head
-    unless `run.compile` is false. Raises ValueError if the
+    Assumes that every token is trained, and leaves out fragmented memory. Raises ValueError if the
     run would refuse to start.
     """
-    config = with_memory_settings(config, shape, gpus, PLANNED_MEMORY, compiled=config.run.compile is not False)
+    run = msgspec.structs.replace(config.run, compile=config.run.compile is not False)
+    config = with_memory_settings(msgspec.structs.replace(config, run=run), shape, gpus, PLANNED_MEMORY)
     data, parallel = config.data, config.parallel
     with torch.device("meta"):
         model = Llama(shape, config.lora)
@@ -118,14 +118,25 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
         packs_per_rank=packs,
         tokens_per_step=data.global_batch * data.capacity,
         steps=config.run.steps or _steps_of_epochs(config),
-        seconds_per_step=_flops(config, model, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
+        seconds_per_step=_seconds(config, model, gpus, PEAK_FLOPS),
         config=config,
     )
 
 
-def with_memory_settings(
-    config: TrainConfig, shape: LlamaConfig, gpus: int, size: int, *, compiled: bool
-) -> TrainConfig:
+def step_seconds(config: TrainConfig, shape: LlamaConfig, gpus: int, peak: float) -> float:
+    """Return the estimated seconds of a step on `gpus` GPUs that reach `UTILISATION` of `peak`
+    operations per second; `run.recompute` is not "auto"."""
+    with torch.device("meta"):
+        model = Llama(shape, config.lora)
+    return _seconds(config, model, gpus, peak)
+
+
+def _seconds(config: TrainConfig, model: Llama, gpus: int, peak: float) -> float:
+    dp = gpus // config.parallel.tp
+    return _flops(config, model, dp * _micro_batches(config.data, dp)) / (gpus * peak * UTILISATION)
+
+
+def with_memory_settings(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) -> TrainConfig:
     """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
 
     Takes the first pair of `run.weights_dtype` and `run.recompute` whose estimate fills at most
@@ -136,7 +147,7 @@ def with_memory_settings(
     dtypes = stored_dtypes(config, GPU)
     ways = ("none", "selective", "full") if run.recompute == "auto" else (run.recompute,)
     for dtype, way in product(dtypes, ways):
-        settings = {"weights_dtype": dtype, "recompute": way, "compile": compiled}
+        settings = {"weights_dtype": dtype, "recompute": way}
         chosen = msgspec.structs.replace(config, run=msgspec.structs.replace(run, **settings))
         if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
             break
@@ -197,9 +208,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
         "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
-        # Logits and their gradient, uncompiled with copies in float32; a trained head's gradient.
-        "head": logits * (2 if run.compile is True else 8)
-        + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
+        # The logits, overwritten by their gradient; a trained head's gradient.
+        "head": logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
     }
 
 

@@ -42,11 +42,11 @@ from trainer.llama.flops import model_flops, peak_flops, squared_lengths
 from trainer.llama.init import init_adapters
 from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.lora.nf4 import quantize, quantized
-from trainer.llama.loss import compile_head
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
+from trainer.training.warm_up import warm_up
 
 WARM_UP = 5
 """Steps before the measurement."""
@@ -114,14 +114,14 @@ def _pack(draw: np.random.Generator, capacity: int, vocabulary: int) -> Pack:
 
 
 def timed(step: Callable[[int], None], steps: int) -> Iterator[float]:
-    """Yield the seconds of each step after the warm-up."""
+    """Yield the seconds from the end of a step to the end of the next, after the warm-up."""
+    before = time.perf_counter()
     for number in range(WARM_UP + steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
         step(number)
         torch.cuda.synchronize()
+        before, began = time.perf_counter(), before
         if number >= WARM_UP:
-            yield time.perf_counter() - began
+            yield before - began
 
 
 class Ours(NamedTuple):
@@ -175,7 +175,7 @@ def ours(job: Job) -> Result:
             matrix.fill({"random": whole}, [("random", 0, 0, rows)], 0)
         prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel)
         if settings.compiled:
-            compile_head(job.capacity, config.vocab_size, dtype, device)
+            warm_up(model, job.capacity, topology)
         optimizer = build_optimizer(model, OptimizerConfig())
 
         def step(number: int) -> None:
@@ -267,18 +267,14 @@ def trl(job: Job) -> Result:
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
-        """Records the seconds of each step."""
+        """Records the end of each step."""
 
         def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            self.began = time.perf_counter()
+            self.ends: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.began)
+            self.ends.append(time.perf_counter())
 
     rows = [
         {
@@ -319,7 +315,9 @@ def trl(job: Job) -> Result:
             peft_config=_peft_config() if "lora" in job.system else None,
         )
         trainer.train()
-    return Result(statistics.median(clock.seconds[WARM_UP:]), torch.cuda.max_memory_allocated(), job.attention)
+    return Result(
+        statistics.median(np.diff(clock.ends)[WARM_UP - 1 :]), torch.cuda.max_memory_allocated(), job.attention
+    )
 
 
 SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {

@@ -193,7 +193,10 @@ def row_keys(rows: NDArray[np.integer], epochs: NDArray[np.integer]) -> Integers
     Raises ValueError for an epoch above a million or a row above 8 trillion.
     """
     if len(rows) and (int(epochs.max()) >> _EPOCH_BITS or int(rows.max()) >> (63 - _EPOCH_BITS)):
-        raise ValueError(f"row {rows.max()} in epoch {epochs.max()} is too large a number for this command")
+        raise ValueError(
+            f"row {rows.max()} in epoch {epochs.max()} is too large a number for this command; audit "
+            "a run of fewer rows and epochs"
+        )
     result: Integers = (rows.astype(np.int64) << _EPOCH_BITS) + epochs.astype(np.int64)
     return result
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from tiny_llama import CONFIG, PackTensors, built, gradients, loss_of, pack_of
+from tiny_llama import CONFIG, PackTensors, built, gradients, loss_of, pack_of, trained_loss_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -74,6 +74,13 @@ def test_compiled_blocks_stay_near_plain_blocks_and_compile_only_once(recompute:
             assert len(pack.segments.lengths) > 0
             loss_of(model, pack).backward()
             loss_of(plain, pack).backward()
+    trained_loss_of(model, pack_of(*PACK)).backward()  # compiles the last layer for some of the tokens
+    trained_loss_of(plain, pack_of(*PACK)).backward()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for pack in many_divisions():
+            trained_loss_of(model, pack).backward()
+            trained_loss_of(plain, pack).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert_near(gradients(model), gradients(plain))
 

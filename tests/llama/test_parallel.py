@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftstream import IGNORE_INDEX
+from trainer.comparison import CAPACITY as PARITY_CAPACITY
+from trainer.comparison import random_pack
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.attention import Segments
 from trainer.llama.config import LlamaConfig
@@ -30,9 +32,7 @@ from trainer.llama.parallel import build, check_divisible, parallelize
 from trainer.llama.sharding import window
 from trainer.llama.weights import load_weights
 from trainer.llama.working import working_copies
-from trainer.parity import CAPACITY as PARITY_CAPACITY
-from trainer.parity import random_pack
-from trainer.training.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
+from trainer.training.optimizer import OptimizerConfig, build_optimizer, clipped_step, global_norm
 from trainer.training.step import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -67,7 +67,8 @@ class Outcome(NamedTuple):
     loss: float
     gradients: Arrays
     norm: float
-    clipped: Arrays
+    means: Arrays
+    """AdamW's running means of the clipped gradients, after the first step."""
     trained_only: Arrays
     stepped: Arrays
 
@@ -102,15 +103,16 @@ def backward(model: Llama, mine: list[PackTensors], *, trained_only: bool = Fals
 def compute(model: Llama, mine: list[PackTensors]) -> Outcome:
     initial = whole(dict(model.named_parameters()))
     backward(model, mine, trained_only=True)
-    clip_by_global_norm(model.parameters(), None)
+    global_norm(model.parameters())  # completes partial sums
     trained_only = whole({name: p.grad for name, p in model.named_parameters()})
     loss = backward(model, mine)
-    norm = clip_by_global_norm(model.parameters(), None)
+    norm = global_norm(model.parameters())
     gradients = whole({name: p.grad for name, p in model.named_parameters()})
-    assert clip_by_global_norm(model.parameters(), norm / 3) == norm
-    clipped = whole({name: p.grad for name, p in model.named_parameters()})
-    build_optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.1)).step()
-    return Outcome(initial, loss, gradients, norm, clipped, trained_only, whole(dict(model.named_parameters())))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
+    clipped_step(optimizer, norm, norm.item() / 3)
+    means = whole({name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()})
+    after = whole(dict(model.named_parameters()))
+    return Outcome(initial, loss, gradients, norm.item(), means, trained_only, after)
 
 
 def on_a_rank(rank: int, cases: list[Case]) -> list[Outcome]:
@@ -199,7 +201,7 @@ def test_every_rank_clips_to_the_norm_of_the_full_gradient(both: tuple[list[Outc
     assert len({rank.norm for rank in ranks}) == 1
     for rank in ranks:
         assert rank.norm == pytest.approx(expected.norm, rel=1e-6)
-        assert_near(rank.clipped, expected.clipped)
+        assert_near(rank.means, expected.means)
 
 
 def test_an_optimizer_step_gives_every_topology_the_weights_of_one_process(both: tuple[list[Outcome], Outcome]) -> None:

@@ -14,7 +14,7 @@ from trainer.llama.model import Llama
 from trainer.llama.parallel import _shard_data, _shard_tensors, build
 from trainer.llama.sharding import gather_full
 from trainer.llama.working import WorkingCopies, working_copies
-from trainer.training.optimizer import OptimizerConfig, build_optimizer, clip_by_global_norm
+from trainer.training.optimizer import OptimizerConfig, build_optimizer, global_norm
 
 PACKS = [pack_of(9, 14, 9, seed=seed) for seed in range(3)]
 
@@ -104,7 +104,7 @@ def steps(model: Llama) -> dict[str, Tensor]:
     for pack in PACKS:
         optimizer.zero_grad()
         loss_of(model, pack).backward()
-        clip_by_global_norm(model.parameters(), None)  # completes the partial sums of norms
+        global_norm(model.parameters())  # completes the partial sums of norms
         optimizer.step()
     return {name: gather_full(p.detach()) for name, p in model.named_parameters()}
 

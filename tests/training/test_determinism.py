@@ -4,10 +4,13 @@ import re
 
 import pytest
 import torch
-from tiny_llama import CONFIG, built, gradients, loss_of, pack_of
+from gloo_ranks import run_ranks
+from tiny_llama import CONFIG, built, gradients, loss_of, pack_of, trained_loss_of
 
 from trainer.distributed.determinism import determinism
+from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.blocks import prepare_blocks
+from trainer.training.warm_up import warm_up
 
 
 def overwritten_twice() -> torch.Tensor:
@@ -45,3 +48,25 @@ def test_compiled_layers_give_the_same_bits_each_time() -> None:
             found.append(gradients(model))
         assert torch._inductor.config.deterministic
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def after_another_first_pack(rank: int) -> None:
+    parallel = ParallelConfig()
+    topology = Topology(data_and_tensor_mesh("cpu", parallel), torch.device("cpu"), parallel)
+    found = []
+    with determinism(True):
+        for first in (pack_of(32, seed=1), pack_of(*[4] * 8, seed=2)):
+            torch._dynamo.reset()
+            model = built(CONFIG)
+            prepare_blocks(model, recompute="none", compiled=True)
+            warm_up(model, 32, topology)
+            assert all(parameter.grad is None for parameter in model.parameters())
+            trained_loss_of(model, first).backward()
+            model.zero_grad()
+            trained_loss_of(model, pack_of(9, 14, 9)).backward()
+            found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
+    run_ranks(1, after_another_first_pack, timeout=300)

@@ -2,10 +2,10 @@
 
 The counts are those of the model, after Chowdhery et al., "PaLM", appendix B
 (https://arxiv.org/abs/2204.02311), with the exact attention of a pack: 6 operations for each weight
-of a matrix and each token (2 forward, 4 backward), the head's weights for trained tokens only, and
-for a conversation of n tokens 6 * n^2 operations for each channel of the query heads in each layer
-(scores and weighted sum, forward and backward, the half below the diagonal). Operations repeated to
-save memory do not count.
+of a matrix and each token (2 forward, 4 backward), the head and the matrices after the attention of
+the last layer for trained tokens only, and for a conversation of n tokens 6 * n^2 operations for
+each channel of the query heads in each layer (scores and weighted sum, forward and backward, the
+half below the diagonal). Operations repeated to save memory do not count.
 
 Example: a layer with 32 heads of 64 channels spends 6 * 1000^2 * 2048 = 1.2e10 operations on the
 attention of a conversation of 1,000 tokens.
@@ -55,13 +55,15 @@ def model_flops(
     operations for each token: its own gradient is not computed.
     """
     width = config.num_attention_heads * config.head_size
+    layers, wide = config.num_hidden_layers, 3 * config.hidden_size * config.intermediate_size
     head = trained_tokens * config.hidden_size * config.vocab_size
-    layer, attention = tokens * block_weights(config), 6 * squares * width
+    needless = (tokens - trained_tokens) * (width * config.hidden_size + wide)
+    products, attention = layers * tokens * block_weights(config) - needless, layers * 6 * squares * width
     if lora is None:
-        return config.num_hidden_layers * (6 * layer + attention) + 6 * head
-    adapters = tokens * adapter_weights(config, lora)
+        return 6 * products + attention + 6 * head
+    adapters = layers * tokens * adapter_weights(config, lora)
     trained_head = "lm_head" in lora.modules_to_save
-    return config.num_hidden_layers * (4 * layer + 6 * adapters + attention) + (6 if trained_head else 4) * head
+    return 4 * products + 6 * adapters + attention + (6 if trained_head else 4) * head
 
 
 def block_weights(config: LlamaConfig) -> int:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from sftstream import IGNORE_INDEX
 
 MOST_LOGITS = 2**30
-"""Bytes of a rank's logits in memory at a time; their gradient needs as many again."""
+"""Bytes of a rank's logits in memory at a time; on a GPU their gradient takes the same memory."""
 
 
 class Vocabulary(NamedTuple):
@@ -50,10 +49,13 @@ WHOLE = Vocabulary()
 
 
 class Kernels(NamedTuple):
-    """The two functions over all logits, plain or compiled."""
+    """The functions over all logits."""
 
     statistics: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """May overwrite the logits."""
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    """May overwrite the numbers."""
 
 
 def chunk_rows(rows: int, width: int, itemsize: int) -> int:
@@ -72,8 +74,6 @@ def head_loss(
     labels: Tensor,
     scale: Tensor,
     vocabulary: Vocabulary = WHOLE,
-    *,
-    compiled: bool = False,
 ) -> Tensor:
     """Return `scale` times the summed cross-entropy of the trained tokens, an fp32 scalar.
 
@@ -84,27 +84,11 @@ def head_loss(
     the full gradient. Without a trained token loss and gradients are exactly 0.
 
     Gradients are computed only if they are needed: none without autograd, none of a frozen
-    `weight`. The weight's gradient is summed over the chunks in its own dtype. `compiled` runs the
-    elementwise work as compiled code, which rounds differently.
+    `weight`. The weight's gradient is summed over the chunks in its own dtype.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    kernels = _compiled() if compiled else _PLAIN
-    loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, kernels, wanted)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, wanted)  # type: ignore[no-untyped-call]
     return loss
-
-
-@torch.no_grad()  # as in the forward pass of _HeadLoss
-def compile_head(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the work over `rows` x `width` logits, for any other number of rows as well.
-
-    The compiler fits its code to the first number of rows that it sees. Compiled here, before the
-    first pack, the code of a resumed run is that of the first start.
-    """
-    rows = max(2, chunk_rows(rows, width, dtype.itemsize))
-    logits = torch.zeros(rows, width, dtype=dtype, device=device)
-    column = torch.zeros(rows, dtype=torch.int64, device=device)
-    _statistics_of(_compiled(), logits, column)
-    _gradient_of(_compiled(), logits, column, torch.zeros(rows, device=device), torch.zeros(rows, device=device))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -118,9 +102,9 @@ class _HeadLoss(torch.autograd.Function):
         labels: Tensor,
         scale: Tensor,
         vocabulary: Vocabulary,
-        kernels: Kernels,
         wanted: tuple[bool, bool],
     ) -> Tensor:
+        kernels = _kernels(hidden)
         loss = torch.zeros((), device=hidden.device)
         ctx.hidden = torch.empty_like(hidden) if wanted[0] else None
         ctx.weight = None
@@ -130,10 +114,10 @@ class _HeadLoss(torch.autograd.Function):
             logits = hidden[part] @ weight.t()
             column = labels[part] - vocabulary.first
             trained = (labels[part] != IGNORE_INDEX) * scale
-            log_total, picked = _combined(_statistics_of(kernels, logits, column), vocabulary.group)
+            log_total, picked = _combined(kernels.statistics(logits, column), vocabulary.group)
             loss += torch.dot(log_total - picked, trained)
             if any(wanted):
-                gradient = _gradient_of(kernels, logits, column, log_total, trained)
+                gradient = kernels.gradient(logits, column, log_total, trained)
                 del logits
                 if ctx.hidden is not None:
                     torch.mm(gradient, weight, out=ctx.hidden[part])
@@ -148,8 +132,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # Popped, so that the memory is free as soon as the gradients are used.
         hidden, weight = ctx.__dict__.pop("hidden"), ctx.__dict__.pop("weight")
-        scaled = (None if gradient is None else gradient.mul_(upstream) for gradient in (hidden, weight))
-        return (*scaled, None, None, None, None, None)
+        multiply = _kernels(upstream).multiply
+        scaled = (None if gradient is None else multiply(gradient, upstream) for gradient in (hidden, weight))
+        return (*scaled, None, None, None, None)
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -171,22 +156,7 @@ def _combined(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tens
     return maximum + total.log(), picked
 
 
-def _statistics_of(kernels: Kernels, logits: Tensor, column: Tensor) -> Tensor:
-    _expect_any_rows(logits, column)
-    return kernels.statistics(logits, column)
-
-
-def _gradient_of(kernels: Kernels, logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
-    _expect_any_rows(logits, column, log_total, scale)
-    return kernels.gradient(logits, column, log_total, scale)
-
-
-def _expect_any_rows(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def _statistics(logits: Tensor, column: Tensor) -> Tensor:
+def plain_statistics(logits: Tensor, column: Tensor) -> Tensor:
     """Return `(3, n)` fp32: largest logit, sum of exp(logit - largest), logit of the label.
 
     `column` is the label's column, or a number outside of the columns if the label is elsewhere:
@@ -199,17 +169,20 @@ def _statistics(logits: Tensor, column: Tensor) -> Tensor:
     return torch.stack((maximum, (scores - maximum[:, None]).exp().sum(1), picked))
 
 
-def _gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
+def plain_gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
     """Return the gradient of `logits`, in their dtype: softmax minus one at the label, scaled."""
     softmax = (logits.float() - log_total[:, None]).exp()
     at_label = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
     return ((softmax - at_label.float()) * scale[:, None]).to(logits.dtype)
 
 
-_PLAIN = Kernels(_statistics, _gradient)
+_PLAIN = Kernels(plain_statistics, plain_gradient, Tensor.mul_)
 
 
-@cache
-def _compiled() -> Kernels:
-    # Not at import: the compiler starts processes, which a fork of this process could not use.
-    return Kernels(torch.compile(_statistics), torch.compile(_gradient))
+def _kernels(tensor: Tensor) -> Kernels:
+    """Return the functions for the device of `tensor`."""
+    if not tensor.is_cuda:
+        return _PLAIN
+    from trainer.llama import loss_kernels  # Triton comes with torch for GPUs only
+
+    return Kernels(loss_kernels.statistics, loss_kernels.gradient, loss_kernels.multiply)

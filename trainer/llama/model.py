@@ -7,6 +7,8 @@ hooks set by parallel.py exchange tokens between ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -101,13 +103,14 @@ class Attention(nn.Module):
         self.kernel: Kernel | None = None
         """The attention kernel; None is the kernel of each device that needs no other package."""
 
-    def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
         # (T, groups on this rank, queries + 2, D)
         qkv = self.qkv(x).unflatten(1, (-1, self.queries + 2, self.head_size))
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-        return self.output(attend(q, k, v, segments, self.kernel).flatten(1))  # type: ignore[no-any-return]
+        attended = attend(q, k, v, segments, self.kernel).flatten(1)
+        return self.output(attended if positions is None else take(attended, positions))  # type: ignore[no-any-return]
 
 
 def _head_norm(config: LlamaConfig) -> nn.Module:
@@ -135,7 +138,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    With `positions` all that follows the attention is computed for these tokens only, and the
+    result has their number of rows.
+    """
 
     def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
@@ -144,9 +151,36 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config, lora)
 
-    def forward(self, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, segments)
+    def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(x), rotation, segments, positions)
+        x = (x if positions is None else take(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows `positions` of `x`, int64 `(n,)` in rising order."""
+    taken: Tensor = _Take.apply(x, positions)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class _Take(torch.autograd.Function):
+    """Selection of rows whose backward pass is a selection too.
+
+    The backward pass of `x[positions]` adds rows that could be equal: slow when deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.rows = len(x)
+        return x[positions]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        row = torch.arange(ctx.rows, device=upstream.device)
+        place = torch.searchsorted(positions, row).clamp(max=len(positions) - 1)
+        return torch.where((positions[place] == row)[:, None], upstream[place], 0), None
 
 
 class Select(nn.Module):
@@ -165,9 +199,6 @@ class Head(Linear):
     With a weight split over the vocabulary the logits are a DTensor, split over dimension 1.
     """
 
-    compiled = False
-    """True if `loss` runs compiled code."""
-
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
         if not isinstance(self.weight, DTensor):
@@ -180,7 +211,7 @@ class Head(Linear):
         if isinstance(self.weight, DTensor):
             mesh = self.weight.device_mesh
             vocabulary = Vocabulary(mesh.get_local_rank() * len(rows), mesh.get_group())
-        return head_loss(x, rows, labels, scale, vocabulary, compiled=self.compiled)
+        return head_loss(x, rows, labels, scale, vocabulary)
 
 
 class Llama(nn.Module):
@@ -233,27 +264,31 @@ class Llama(nn.Module):
         """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
 
         `input_ids` and `position_ids` are int64 `(T,)`; `positions` holds int64 indices `(n,)`
-        into the pack, without duplicates. Under tensor parallelism every rank of the group passes
+        into the pack, in rising order. Under tensor parallelism every rank of the group passes
         equal inputs, and the logits are a DTensor split over the vocabulary.
 
         With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
         the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group.
         """
-        hidden = self.select(self.hidden(input_ids, position_ids, segments), positions)
+        hidden = self.hidden(input_ids, position_ids, segments, positions)
         if labels is None:
             return self.head(hidden)  # type: ignore[no-any-return]
         return self.head.loss(hidden, labels, torch.ones((), device=hidden.device) if scale is None else scale)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
-        """Return the normed hidden states, `(T, hidden_size)`.
-
-        Under tensor parallelism rank `r` gets slice `r` of `tp` equal slices of the tokens.
-        """
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return the normed hidden states of `positions`, `(n, hidden_size)`, or of all tokens."""
         x = self.embedding(input_ids)
         rotation = self.rotation(position_ids, x.dtype)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, rotation, segments)
-        return self.norm(x)  # type: ignore[no-any-return]
+        # Under tensor parallelism a rank has a slice of the tokens here, and all slices need equal
+        # lengths. Compiled code is made again for a length of 0 or 1.
+        early = positions is not None and len(positions) > 1 and not isinstance(self.head.weight, DTensor)
+        x = last(x, rotation, segments, positions if early else None)
+        return self.select(self.norm(x), None if early else positions)  # type: ignore[no-any-return]
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
         """Return cosines and sines for `position_ids`, on the device of `position_ids`."""

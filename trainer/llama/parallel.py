@@ -82,7 +82,7 @@ def parallelize(
     then compute with `WorkingCopies`, or with the weights themselves if all is float32.
 
     Gradients are sums over "dp", not means. Gradients of norms stay partial sums over "tp" until
-    `clip_by_global_norm` or the optimizer reduces them: once per step instead of once per pack.
+    `global_norm` or the optimizer reduces them: once per step instead of once per pack.
 
     Raises ValueError if the size of "tp" does not divide the model or the capacity.
     """

@@ -44,13 +44,17 @@ class WorkingCopies:
         """Make the copies equal to the weights."""
         if not self._copies:
             self._make(model)
-        versions = {weight: (weight._version, _detached(weight)._version) for weight in self._copies}
+        versions = {
+            weight: (weight._version, _detached(weight)._version)
+            for weight in self._copies
+            if weight.dtype != self.dtype  # the other copies share storage
+        }
         changed = [weight for weight, version in versions.items() if version != self._versions.get(weight)]
         self._versions = versions
-        cast = [weight for weight in changed if weight.dtype != self.dtype]
-        if cast:
+        if changed:
             with torch.no_grad():
-                torch._foreach_copy_([self._copies[weight] for weight in cast], [_detached(weight) for weight in cast])
+                ours = [self._copies[weight] for weight in changed]
+                torch._foreach_copy_(ours, [_detached(weight) for weight in changed])
 
     def weights_changed(self, *_: Any) -> None:
         """Fill the copies of trained weights again in the next forward pass.

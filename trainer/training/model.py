@@ -19,7 +19,6 @@ from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.init import init_adapters, init_weights
 from trainer.llama.lora.files import WEIGHTS, is_adapter, load_adapters, read_adapter_config
 from trainer.llama.lora.layers import LoraConfig
-from trainer.llama.loss import compile_head
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, weight_files
@@ -136,10 +135,6 @@ def build_model(
     assert config.run.recompute != "auto"
     assert config.run.compile != "auto"
     prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile, kernel=kernel)
-    if config.run.compile:
-        width = source.shape.vocab_size // topology.tp
-        dtype = named_dtype(config.run.compute_dtype, topology.device)
-        compile_head(config.data.capacity, width, dtype, topology.device)
     if source.init_from and (initialize or config.lora):
         load_weights(model, source.init_from, source.rows_before)
     if initialize:

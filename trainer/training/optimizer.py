@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.llama.sharding import local
 from trainer.llama.working import working_copies
+from trainer.training.adamw import AdamW
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,13 +109,13 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return end
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Return a fused AdamW over the trained parameters; weight decay applies to matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
     groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     if copies := working_copies(model):
         optimizer.register_step_post_hook(copies.weights_changed)
     return optimizer
@@ -163,18 +164,24 @@ def _decay(schedule: ScheduleConfig, share: float) -> float:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[Tensor], limit: float | None) -> float:
-    """Scale gradients to a global norm of at most `limit`; return the norm before. Collective.
+def global_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients, a float32 scalar on their device. Collective.
 
     The norm is computed in float32 over the shards of all ranks; replicated gradients count once.
-    Partial sums over ranks are reduced first, in place. Waits for the device once. A norm that is
-    not finite is returned, and the gradients stay unscaled.
+    Partial sums over ranks are reduced first, in place. Does not wait for the device.
     """
-    gradients = [_completed_gradient(p) for p in parameters if p.grad is not None]
-    norm = _global_norm(gradients)
-    if limit is not None and limit < norm < math.inf:
-        torch._foreach_mul_([local(gradient) for gradient in gradients], limit / norm)
-    return norm
+    return _global_norm([_completed_gradient(p) for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def clipped_step(optimizer: AdamW, norm: Tensor, limit: float | None) -> None:
+    """Take a step with gradients of the global norm `norm` scaled down to `limit`, if it is given.
+
+    A norm that is not finite makes the weights not finite: the run ends, and nothing is saved.
+    """
+    # The optimizer divides by this number as it reads the gradients: no pass of its own.
+    optimizer.grad_scale = None if limit is None else (norm / limit).clamp(min=1.0)
+    optimizer.step()
 
 
 def _completed_gradient(parameter: Tensor) -> Tensor:
@@ -187,12 +194,12 @@ def _completed_gradient(parameter: Tensor) -> Tensor:
     return gradient
 
 
-def _global_norm(gradients: list[Tensor]) -> float:
+def _global_norm(gradients: list[Tensor]) -> Tensor:
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_groups[_groups_of_shards(gradient)].append(local(gradient))
     squares = [_square(shards, groups) for groups, shards in by_groups.items()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
 def _square(shards: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> Tensor:

@@ -21,7 +21,8 @@ from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
 from trainer.llama.working import working_copies
-from trainer.training.optimizer import clip_by_global_norm
+from trainer.training.adamw import AdamW
+from trainer.training.optimizer import clipped_step, global_norm
 
 
 class StepResult(NamedTuple):
@@ -35,7 +36,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Llama,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     packs: list[Pack],
     topology: Topology,
     *,
@@ -48,14 +49,14 @@ def train_step(
     `trained_tokens` is the count in the global batch, over all ranks. Without a trained token the
     model stays as it is. `clip` is the largest gradient norm, None for no limit.
     """
-    optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, heaviest_first(packs), topology, trained_tokens)
-    grad_norm = clip_by_global_norm(model.parameters(), clip)
+    norm = global_norm(model.parameters()).to(loss.device)
     if trained_tokens:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
-    return StepResult(loss.item(), float(grad_norm))
+        clipped_step(optimizer, norm, clip)
+    optimizer.zero_grad(set_to_none=True)  # before the wait, so that the next step begins sooner
+    return StepResult(*torch.stack((loss, norm)).tolist())  # the only wait for the device
 
 
 def heaviest_first(packs: list[Pack]) -> list[Pack]:

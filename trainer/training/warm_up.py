@@ -1,0 +1,33 @@
+"""Compile a model's layers before the first step, for a pack that is the same in every start."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sftstream import Pack, Segment
+from trainer.distributed.mesh import Topology
+from trainer.llama.model import Llama
+from trainer.training.step import accumulate_gradients
+
+LENGTH = 512
+"""Tokens of a conversation in the pack."""
+
+
+def warm_up(model: Llama, capacity: int, topology: Topology) -> None:
+    """Run the passes of one pack of `capacity` tokens, and drop the gradients. Collective.
+
+    The compiler fits its code to the first numbers of trained tokens and segments that it sees. A
+    resumed run begins with another pack than the first start: compiled for that pack, its code
+    could sum in another order.
+    """
+    accumulate_gradients(model, [_pack(capacity)], topology, trained_tokens=capacity // 2)
+    model.zero_grad(set_to_none=True)
+
+
+def _pack(capacity: int) -> Pack:
+    """Return a pack of equal tokens, with the second half of each conversation trained."""
+    borders = np.array([*range(0, capacity, LENGTH), capacity], dtype=np.int32)
+    segments = tuple(Segment(0, row, int(length), 0) for row, length in enumerate(np.diff(borders)))
+    places = np.concatenate([np.arange(segment.length) for segment in segments])
+    lengths = np.repeat(np.diff(borders), np.diff(borders))
+    return Pack(np.zeros(capacity, dtype=np.int32), 2 * places >= lengths, borders, segments)
