@@ -31,9 +31,10 @@ format: .venv/dev
 bench: .venv/bench
 	$(BIN)/python benchmarks/pipeline/pipeline.py $(BENCH)
 
-# docs/config.md from the config structs.
+# docs/config.md from the config structs, docs/errors.md from the messages of errors.
 docs: .venv/installed
 	$(BIN)/python docs/generate_config.py
+	$(BIN)/python docs/generate_errors.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -54,7 +54,9 @@ def require_fit(step: int, misfits: list[Misfit]) -> None:
     }
     faults = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in complaints.items() if keys]
     if faults:
-        raise CheckpointError(f"step {step} does not fit this state: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"step {step} does not fit this state: {'; '.join(faults)}; load it into the model that saved it"
+        )
 
 
 def _some(keys: set[str]) -> str:

@@ -104,7 +104,7 @@ class LocalStore:
         """
         steps = self.steps()
         if step not in steps:
-            raise CheckpointError(f"{self.root} holds no step {step}; it holds {steps or 'no steps'}")
+            raise CheckpointError(f"{self.root} holds no step {step}; name one of {steps or 'another root'}")
         path = self.path(step) / MANIFEST
         with open_file(path) as file:
             require_short(path, os.fstat(file.fileno()).st_size)

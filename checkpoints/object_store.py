@@ -141,7 +141,9 @@ class ObjectStore:
             require_short(path, self._filesystem.size(path))
             data = self._filesystem.cat_file(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{self.root} holds no step {step}; it holds {self.steps() or 'no steps'}") from None
+            raise CheckpointError(
+                f"{self.root} holds no step {step}; name one of {self.steps() or 'another root'}"
+            ) from None
         return check_manifest(path, data, step)
 
     def claim(self) -> None:

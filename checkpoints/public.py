@@ -4,6 +4,7 @@ from checkpoints.errors import CheckpointError, CorruptCheckpoint, LostRank, one
 from checkpoints.lock import Lock
 from checkpoints.manifest import About
 from checkpoints.model.base import BaseTensor, Merged, Product, Rows, merge, weight_digests
+from checkpoints.model.card import ORIGIN, Origin, hub_name
 from checkpoints.model.directory import MODEL_FILE_BYTES, write_model
 from checkpoints.model.export import RECIPE, Recipe
 from checkpoints.retention import Retention
@@ -12,6 +13,7 @@ from checkpoints.tensor_file import TensorSpec
 
 __all__ = [
     "MODEL_FILE_BYTES",
+    "ORIGIN",
     "RECIPE",
     "About",
     "BaseTensor",
@@ -21,11 +23,13 @@ __all__ = [
     "Lock",
     "LostRank",
     "Merged",
+    "Origin",
     "Product",
     "Recipe",
     "Retention",
     "Rows",
     "TensorSpec",
+    "hub_name",
     "merge",
     "one_line",
     "printable",

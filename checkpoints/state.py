@@ -84,6 +84,6 @@ def _is_branch(value: Any) -> bool:
 def _require_storable(key: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueError(
-            f"{key!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; a checkpoint takes strided "
-            f"tensors with memory, of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}"
+            f"{key!r} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; give a strided tensor "
+            f"with memory, of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}"
         )

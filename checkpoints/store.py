@@ -388,7 +388,7 @@ def _saving(step: int) -> str:
 
 def _writer(step: int, state: dict[str, Any], values: Mapping[str, Any]) -> StepWriter:
     if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError(f"the step is {step!r}; steps are ints from 0 to 2**63 - 1")
+        raise ValueError(f"the step is {step!r}; give an int from 0 to 2**63 - 1")
     flat = flatten(state)
     blobs: dict[BlobKey, bytes] = {("plain", key): encode_value(key, leaf.value) for key, leaf in flat.plain.items()}
     for key, value in values.items():

@@ -229,7 +229,7 @@ class SkipConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         for source, row in self.rows:
             if source < 0 or row < 0:
-                raise ValueError(f"rows holds [{source}, {row}]; numbers of sources and rows count from 0")
+                raise ValueError(f"rows holds [{source}, {row}]; give numbers of sources and rows, counted from 0")
         for first, last in self.steps:
             if not 1 <= first <= last <= MOST_STEPS:
                 raise ValueError(

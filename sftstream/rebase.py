@@ -285,7 +285,9 @@ def _read_again(
             refused.append(Refusal.at(item.ref, reason.reason, reason.detail))
             continue
         except RuntimeError as gone:
-            raise ValueError(f"a row that was read but not yet trained is needed: {gone}") from None
+            raise ValueError(
+                f"a row that was read but not yet trained is needed: {gone}; restore the row, or start a new run"
+            ) from None
         due, lost = _parts_due(item, [len(example.tokens) for example in examples])
         leftovers += [Leftover(_segment(item.ref, part, examples[part]), 0) for part in due]
         refused += lost

@@ -158,6 +158,6 @@ def _without_collector() -> Iterator[None]:
 def check_topology(shard: Shard, workers: int) -> None:
     """Raise ValueError if the shard's index is not below its count, or if `workers` is negative."""
     if not 0 <= shard.index < shard.count:
-        raise ValueError(f"shard {shard.index} of {shard.count} does not exist; the index counts from 0")
+        raise ValueError(f"shard {shard.index} of {shard.count} does not exist; give an index from 0 to count - 1")
     if workers < 0:
         raise ValueError(f"workers = {workers} must be 0 (load in this process) or more")

@@ -246,7 +246,9 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         try:
             return msgspec.convert(in_present_format(content), cls, str_keys=True)
         except msgspec.ValidationError as error:
-            raise ValueError(f"this is not a data state of this version: {error}") from None
+            raise ValueError(
+                f"this is not a data state of this version: {error}; give a state that this version saved"
+            ) from None
 
     def state_dict(self) -> dict[str, Any]:
         """Return a new state dict of JSON-able values with a checksum: see `state_dict_of`."""

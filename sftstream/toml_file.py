@@ -26,6 +26,4 @@ def read_toml(path: Path) -> dict[str, Any]:
         try:
             return tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
         except RecursionError:
-            raise ValueError(
-                f"config {str(path)!r} is nested too deeply; a run's config has lists in tables only"
-            ) from None
+            raise ValueError(f"config {str(path)!r} is nested too deeply; write lists in tables only") from None

@@ -119,8 +119,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name in self.accept_changed:
             if name.partition(".")[0] not in ("optimizer", "schedule") and name != "run.attention":
                 raise ValueError(
-                    f'accept_changed holds {name!r}; a run may change "optimizer", "schedule" or keys of the two tables, '
-                    'and "run.attention"; data.accept_changed holds changes of the data'
+                    f'accept_changed holds {name!r}; name "optimizer", "schedule", a key of the two tables or "run.attention", '
+                    "and changes of the data in data.accept_changed"
                 )
 
     def _require_places(self) -> None:
@@ -132,7 +132,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         try:
             _ = self.directory
         except RuntimeError:
-            raise ValueError(f"root = {self.root!r} names the home of an unknown user") from None
+            raise ValueError(f"root = {self.root!r} names the home of an unknown user; write the whole path") from None
 
     @property
     def directory(self) -> Path:
@@ -360,7 +360,7 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
     """
     for name in ("run", "data", "model"):
         if not isinstance(table.get(name, {}), dict):
-            raise ValueError(f"{name} = {table[name]!r} is a value, not a table")
+            raise ValueError(f"{name} = {table[name]!r} is a value, not a table; write [{name}] and keys below")
     run, data = table.get("run", {}), table.get("data", {})
     for key in ("seed", "epochs", "skip"):
         if key in data:
@@ -375,7 +375,7 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
     try:
         return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
     except RecursionError:
-        raise ValueError("config: a value is nested too deeply; a run's config has lists in tables only") from None
+        raise ValueError("config: a value is nested too deeply; write lists in tables only") from None
     except msgspec.ValidationError as error:
         raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
 
@@ -389,7 +389,7 @@ def _override(table: dict[str, Any], override: str) -> None:
     for name in path:
         node = node[_index(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
-            raise ValueError(f"override {key!r}: {name!r} is a value, not a table")
+            raise ValueError(f"override {key!r}: {name!r} is a value, not a table; name a key of a table")
     node[_index(key, last, node) if isinstance(node, list) else last] = _value(text)
 
 

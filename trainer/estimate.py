@@ -118,9 +118,22 @@ def estimate(config: TrainConfig, shape: LlamaConfig, gpus: int) -> RunEstimate:
         packs_per_rank=packs,
         tokens_per_step=data.global_batch * data.capacity,
         steps=config.run.steps or _steps_of_epochs(config),
-        seconds_per_step=_flops(config, model, dp * packs) / (gpus * PEAK_FLOPS * UTILISATION),
+        seconds_per_step=_seconds(config, model, gpus, PEAK_FLOPS),
         config=config,
     )
+
+
+def step_seconds(config: TrainConfig, shape: LlamaConfig, gpus: int, peak: float) -> float:
+    """Return the estimated seconds of a step on `gpus` GPUs that reach `UTILISATION` of `peak`
+    operations per second; `run.recompute` is not "auto"."""
+    with torch.device("meta"):
+        model = Llama(shape, config.lora)
+    return _seconds(config, model, gpus, peak)
+
+
+def _seconds(config: TrainConfig, model: Llama, gpus: int, peak: float) -> float:
+    dp = gpus // config.parallel.tp
+    return _flops(config, model, dp * _micro_batches(config.data, dp)) / (gpus * peak * UTILISATION)
 
 
 def with_memory_settings(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) -> TrainConfig:

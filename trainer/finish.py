@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer.distributed.mesh import named_dtype
 from trainer.distributed.watch import Watch
 from trainer.llama.export import export, export_adapter
+from trainer.serving import serving_lines
 from trainer.setup import Run
 from trainer.training.evaluation import evaluate
 from trainer.training.progress import Progress
@@ -31,6 +32,9 @@ def finish(run: Run, progress: Progress, watch: Watch) -> None:
         run.display.say(f"exported to {run.config.run.export_directory}")
     if run.questions:
         _evaluate(run)
+    merged = run.config.lora is None or run.config.lora.export_merged
+    for line in serving_lines(run.config, None if merged else run.source.name):
+        run.display.say(line)
 
 
 def _export(run: Run) -> None:

@@ -1,17 +1,4 @@
-"""Train a Llama on conversations.
-
-Command: torchrun -m trainer.main [run.toml] [section.key=value ...] [--plan[=GPUS]] [--debug]
-
-run.toml           the config; without a config, examples/demo.toml
-section.key=value  a value that replaces the config's, for example optimizer.learning_rate=1e-5
---debug            show the traceback behind an error as well
---plan[=GPUS]      print the memory, steps and hours of the run on GPUS GPUs (default: the processes
-                   that torchrun started), then exit without training
---json             with --plan: print one JSON document
-
-Repeat the command of a killed or stopped run to continue from its last checkpoint. The exit code
-is 0 after the last step, 75 after a stop on request, 1 after an error.
-"""
+"""Train a Llama on conversations: `torchrun -m trainer.main [run.toml] [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -20,30 +7,95 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
 
-from trainer.config import load_config
-from trainer.distributed.mesh import exit_process, prepare_output, print_error
-from trainer.estimate import print_estimate
-from trainer.run import run
+import typer
+
+from trainer.process import command_line, exit_process, prepare_output, print_error, print_interrupt, program
+from trainer.usage import Debug, Version, application, call, epilog
 
 STOPPED = os.EX_TEMPFAIL
 """Exit code 75 of a run that was asked to stop before its end."""
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.toml"
+MODULE = "trainer.main"
+
+END = epilog(
+    (
+        "torchrun -m trainer.main run.toml                             # one GPU, or the CPU",
+        "torchrun --nproc-per-node 8 -m trainer.main run.toml parallel.tp=2",
+        "torchrun -m trainer.main run.toml optimizer.learning_rate=1e-5 run.name=low",
+        "python -m trainer.main run.toml --plan=32 --json              # memory and time on 32 GPUs, no training",
+        "python -m trainer.main                                        # examples/demo.toml",
+    ),
+    {
+        0: "the run is complete, and the model exported",
+        1: "an error; one line on stderr says what is wrong and how to go on",
+        2: "an unknown option",
+        75: "the run was asked to stop, and saved a checkpoint; the same command goes on",
+        130: "interrupted by Ctrl-C outside of the training; the same command goes on",
+    },
+)
 
 
-class CommandLine(NamedTuple):
-    """The parts of the command line."""
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN.toml SECTION.KEY=VALUE",
+            help="Config of the run, and values that replace those of the config. Default: examples/demo.toml.",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=GPUS]",
+            help="Print memory, steps and hours on GPUS GPUs, and do not train. Default: torchrun's processes.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each step and message, or for the plan.")
+    ] = False,
+    debug: Debug = False,
+    version: Version = False,  # noqa: ARG001 - typer calls its callback
+) -> None:
+    """Train a Llama on conversations, or plan the training.
 
-    config: Path
-    overrides: list[str]
-    plan: str | None
-    """The last `--plan` or `--plan=GPUS`, as written."""
-    json: bool
-    """True to print the plan as JSON."""
-    debug: bool
-    """True to show the traceback of an error."""
+    Repeat the command of a killed or stopped run to continue from its last checkpoint.
+    """
+    rest = list(words or ())
+    path = Path(rest.pop(0)) if rest and "=" not in rest[0] else DEMO
+    prepare_output(debug=debug)
+    line = command_line(MODULE, words or ())
+    try:
+        from trainer.config import load_config
+
+        config = load_config(path, rest)
+        if plan is None:
+            from trainer.run import run
+
+            raise typer.Exit(0 if run(config, line, as_json=as_json) else STOPPED)
+        from trainer.estimate import print_estimate
+
+        print_estimate(config, _gpus(plan), as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(print_interrupt(line)) from None
+    except (typer.Exit, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
+        raise typer.Exit(print_error(error, str(path))) from None
+
+
+def _gpus(plan: str) -> int:
+    gpus = plan or os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch(r"[0-9]{1,5}", gpus) or not int(gpus):
+        raise ValueError(f"--plan={plan}: give a number of GPUs from 1 to 99999, as in --plan=32")
+    return int(gpus)
+
+
+app = application(train, END)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,36 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked to stop is 75.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["-h"], ["--help"]):
-        print(__doc__)  # noqa: T201
-        return 0
-    command = _parse(words)
-    prepare_output(debug=command.debug)
-    try:
-        config = load_config(command.config, command.overrides)
-        if command.plan is None:
-            return 0 if run(config) else STOPPED
-        print_estimate(config, _gpus(command.plan), as_json=command.json)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
-        return print_error(error, str(command.config))
-    return 0
+    # typer knows no option whose value may be left out
+    return call(app, ["--plan=" if word == "--plan" else word for word in words], program(MODULE))
 
 
-def _parse(words: Sequence[str]) -> CommandLine:
-    plans = [word for word in words if word.partition("=")[0] == "--plan"]
-    rest = [word for word in words if word not in plans and word not in ("--debug", "--json")]
-    config = Path(rest.pop(0)) if rest and "=" not in rest[0] else DEMO
-    return CommandLine(config, rest, plans[-1] if plans else None, "--json" in words, "--debug" in words)
-
-
-def _gpus(plan: str) -> int:
-    gpus = plan.partition("=")[2] or os.environ.get("WORLD_SIZE", "1")
-    if not re.fullmatch(r"[0-9]{1,5}", gpus) or not int(gpus):
-        raise ValueError(f"{plan}: give a number of GPUs from 1 to 99999, as in --plan=32")
-    return int(gpus)
+def run_process() -> None:
+    """Run the command of the process and end the process with its exit code."""
+    exit_process(main())
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    run_process()

@@ -71,8 +71,10 @@ class FinishedStep(NamedTuple):
         return self.batch.totals.stop > 0
 
 
-def run(config: TrainConfig) -> bool:
+def run(config: TrainConfig, command: str = "the same command", *, as_json: bool = False) -> bool:
     """Train, export and evaluate the model of `config` on all ranks. Collective.
+
+    `command` is the command line that goes on after a stop. `as_json` prints JSON lines.
 
     Returns False if the run was asked to stop before its end. Raises ValueError, OSError or
     CheckpointError, with a message for the user.
@@ -81,14 +83,14 @@ def run(config: TrainConfig) -> bool:
     if ends_restarted_worker(directory):
         return False
     with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
-        display = Display(quiet=not topology.first)
+        display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
         with saves.store, locked(directory):
-            return _train_and_finish(prepare_run(config, topology, saves, directory, display), stop)
+            return _train_and_finish(prepare_run(config, topology, saves, directory, display, command), stop, command)
 
 
-def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool:
+def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command: str) -> bool:
     run, restored = prepared
     say_start(run, restored)
     progress = restored.progress
@@ -99,8 +101,8 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest) -> bool
         if run.is_complete(progress):
             finish(run, progress, watch)
             return True
-    goes_on = "goes on from there" if progress.trained_tokens else "starts anew, since nothing was trained yet"
-    run.display.say(f"stopped after step {progress.step}; the same command {goes_on}")
+    saved = "and saved its checkpoint" if progress.trained_tokens else "before anything was trained"
+    run.display.say(f"stopped after step {progress.step} {saved}; go on with: {command}")
     return False
 
 

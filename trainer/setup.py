@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoints import About, Recipe, weight_digests
+from checkpoints import About, Origin, Recipe, hub_name, weight_digests
 from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
@@ -23,14 +23,15 @@ from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files
+from trainer.opening import chosen_line, data_line, model_line, peak_of, place_line, steps_left, time_line
 from trainer.reporting.display import Display
 from trainer.reporting.messages import (
     change_messages,
     damage_messages,
     extension_message,
-    model_message,
-    progress_messages,
+    progress_message,
 )
+from trainer.training.adamw import AdamW
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
 from trainer.training.optimizer import build_optimizer, learning_rate
@@ -44,11 +45,14 @@ from trainer.training.warm_up import warm_up
 class Run:
     """The parts of a run on one rank, fixed from the first step to the last."""
 
+    given: TrainConfig
+    """The config as written, with "auto" settings."""
     config: TrainConfig
+    """The config with a value in place of each "auto"."""
     topology: Topology
     source: ModelSource
     model: Llama
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     step_reader: StepReader
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
@@ -85,18 +89,21 @@ class Run:
 
 
 def prepare_run(
-    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display
+    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display, command: str
 ) -> tuple[Run, Restored]:
     """Build the parts of a run and restore the newest checkpoint into them. Collective.
+
+    `command` is the command line of the run, for the checkpoints.
 
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
+    given = config
     source = find_source(config.model, config.data.tokenizer.path, config.lora)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     config, kernel, choice = choose(config, source.shape, topology, saved)
-    display.say(choice)
+    display.say(f"compute  {choice}")
     base = _base(config, source, topology)
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
     settings = Settings.of(config, source, compute_dtype, base.digests if base else None)
@@ -119,9 +126,15 @@ def prepare_run(
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
     export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
     description = RunDescription(
-        restored.settings, topology, export_recipe, token, _about(config, topology, loader, validation)
+        restored.settings,
+        topology,
+        export_recipe,
+        token,
+        _about(config, topology, loader, validation),
+        _origin(config, source, command) if topology.first else None,
     )
     run = Run(
+        given=given,
         config=config,
         topology=topology,
         source=source,
@@ -143,19 +156,17 @@ def prepare_run(
 
 
 def say_start(run: Run, restored: Restored) -> None:
-    """Print the model, the packs to expect, damaged checkpoints and the step of a resume."""
-    directory, rejected = run.config.run.directory, run.saves.store.rejected
-    run.display.say(model_message(directory, run.model, run.total_rows, run.topology))
+    """Print the model, the data, the place, the time, the choices, damaged checkpoints and the step
+    of a resume."""
+    run.display.say(model_line(run.model, run.config, run.source))
     if run.topology.first and (loader := run.step_reader.loader):
-        run.display.say(loader.forecast().describe(run.config.run.steps))
-        for line in loader.unread_columns():
-            run.display.say(line)
+        _say_data(run, restored.progress, loader)
     if run.validation:
-        run.display.say(run.validation.describe())
-    for line in damage_messages(rejected, restarted=not restored.resumed):
+        run.display.say(f"held out {run.validation.describe()}")
+    for line in damage_messages(run.saves.store.rejected, restarted=not restored.resumed):
         run.display.say(line)
-    for line in progress_messages(restored.progress, complete=run.is_complete(restored.progress)):
-        run.display.say(line)
+    complete = run.is_complete(restored.progress)
+    run.display.say(progress_message(run.config.run.directory, restored.progress, complete=complete))
     rate = run.learning_rate(restored.progress)
     if restored.extended:
         run.display.say(extension_message(restored.progress, rate))
@@ -165,6 +176,22 @@ def say_start(run: Run, restored: Restored) -> None:
         run.display.say(
             "the random generators are seeded from seed, step and rank, since the checkpoint has another topology"
         )
+
+
+def _say_data(run: Run, progress: Progress, loader: PackLoader) -> None:
+    """Print the lines of the first rank: data, packs, place, time, choices and unread columns."""
+    config, forecast, ranks = run.config, loader.forecast(), dist.get_world_size()
+    left = steps_left(config, forecast, progress.step)
+    lines = [
+        data_line(config.data, run.total_rows),
+        f"packs    {forecast.describe(config.run.steps)}",
+        place_line(config, run.topology),
+        *([] if left == 0 else [time_line(config, run.source.shape, left, ranks, peak_of(run.topology))]),
+        chosen_line(run.given, config, loader.config, run.topology.device),
+        *loader.unread_columns(),
+    ]
+    for line in filter(None, lines):
+        run.display.say(line)
 
 
 def _own(directory: RunDirectory, saves: Saves, latest: int | None) -> str | None:
@@ -198,6 +225,11 @@ def _follow_data(
     if extended:
         progress = msgspec.structs.replace(progress, exhausted=False)
     return replace(restored, settings=settings, progress=progress, extended=extended)
+
+
+def _origin(config: TrainConfig, source: ModelSource, command: str) -> Origin:
+    base = hub_name(config.model.init_from if source.name is None else source.name)
+    return Origin(command, base, adapter=config.lora is not None)
 
 
 def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:

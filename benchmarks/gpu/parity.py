@@ -27,6 +27,7 @@ import transformers
 from packs import random_packs
 
 from sftstream import Pack
+from trainer.comparison import CAPACITY, Check, compare
 from trainer.config import parse_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, distributed
@@ -38,7 +39,6 @@ from trainer.llama.init import init_weights
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights
-from trainer.parity import CAPACITY, Check, compare
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
 

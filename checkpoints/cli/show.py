@@ -21,6 +21,41 @@ MANY = 12
 """Number of entries from which on only their count is shown, unless all are asked for."""
 
 
+def listed_steps(store: CheckpointStore) -> list[dict[str, Any]]:
+    """Return the facts about each step for programs, oldest first; `damage` is None for a readable
+    manifest."""
+    listed: list[dict[str, Any]] = []
+    for step in store.steps():
+        try:
+            manifest = store.manifest(step)
+        except CorruptCheckpoint as error:
+            listed.append({"step": step, "damage": str(error)})
+            continue
+        facts = {"step": step, "damage": None, "saved": store.saved(step).isoformat(), "bytes": _bytes(manifest)}
+        facts |= {"ranks": manifest.world_size, "tensors": len(manifest.tensors)}
+        listed.append(facts | {"validation_loss": manifest.about.validation_loss})
+    return listed
+
+
+def describe_step(store: CheckpointStore, step: int) -> dict[str, Any]:
+    """Return the facts and values of a step for programs; the sizes of values that hold bytes."""
+    manifest = store.manifest(step)
+    values = {
+        key: {"bytes": len(msgspec.msgpack.encode(value))} if _holds_bytes(value) else value
+        for key, value in store.values(step).items()
+    }
+    return {
+        "step": step,
+        "saved": store.saved(step).isoformat(),
+        "ranks": manifest.world_size,
+        **msgspec.to_builtins(manifest.about),
+        "files": {name: file.size for name, file in manifest.files.items()},
+        "bytes": _bytes(manifest),
+        "tensors": len(manifest.tensors),
+        "values": values,
+    }
+
+
 def show_steps(store: CheckpointStore, console: Console) -> None:
     """Print a line for each step, oldest first, from the manifests."""
     table = Table(box=None, pad_edge=False)
@@ -76,7 +111,11 @@ def _about(about: About) -> dict[str, str]:
 
 
 def _size(manifest: Manifest) -> str:
-    return decimal(sum(file.size for file in manifest.files.values()))
+    return decimal(_bytes(manifest))
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(file.size for file in manifest.files.values())
 
 
 def _tensors(manifest: Manifest) -> dict[str, str]:

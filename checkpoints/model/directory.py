@@ -142,6 +142,6 @@ def _file_parts(
         if name != expected or spec != (tensor.dtype, tuple(tensor.shape)):
             raise ValueError(
                 f"tensor {name!r} of {tensor.dtype} {list(tensor.shape)} was given, "
-                f"but {expected!r} of {spec.dtype} {list(spec.shape)} was announced"
+                f"but {expected!r} of {spec.dtype} {list(spec.shape)} was announced; give the announced tensor"
             )
         yield memory(tensor.detach().cpu().contiguous())

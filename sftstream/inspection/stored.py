@@ -101,7 +101,7 @@ def _of_checkpoint(path: str) -> StoredState:
     ended = subprocess.run(command, capture_output=True, check=False)
     if ended.returncode:
         reason = ended.stderr.decode(errors="replace").strip().splitlines() or ["it ended without a message"]
-        raise ValueError(f"the state in {path} cannot be read: {reason[-1].removeprefix('error: ')}")
+        raise ValueError(f"the state in {path} cannot be read: {reason[-1].removeprefix('error: ')}; {REMEDY}")
     found = msgspec.msgpack.decode(ended.stdout, type=_Values)
     run, streams = found.values.get(RUN), _streams(found.values)
     if not isinstance(run, dict):

@@ -109,18 +109,20 @@ def read_closed(file: ClosedFile) -> list[StepSegments]:
     with Door(f"{file.path} is damaged"):
         table = pyarrow.parquet.read_table(file.path, use_threads=False)
     if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
-        raise ValueError(f"{file.path} is damaged: its columns are not {', '.join(_SCHEMA.names)}")
+        raise ValueError(f"{file.path} is damaged: its columns are not {', '.join(_SCHEMA.names)}; restore the file")
     with Door(f"{file.path} is damaged"):
         numbers = table["step"].to_numpy()
         segments = np.empty(len(numbers), SEGMENT)
         for name in ("pack", *_NAMES):
             segments[name] = table[name].to_numpy()
     if (table.schema.metadata or {}).get(_CRC) != f"{_crc(numbers, segments):08x}".encode():
-        raise ValueError(f"{file.path} is damaged: its checksum is not that of its segments")
+        raise ValueError(f"{file.path} is damaged: its checksum is not that of its segments; restore the file")
     steps = np.arange(file.first, file.last + 1)
     starts, ends = numbers.searchsorted(steps), numbers.searchsorted(steps, "right")
     if (np.diff(numbers) < 0).any() or (ends - starts).sum() != len(numbers):
-        raise ValueError(f"{file.path} is damaged: its steps are not {file.first} to {file.last} in order")
+        raise ValueError(
+            f"{file.path} is damaged: its steps are not {file.first} to {file.last} in order; restore the file"
+        )
     return [
         StepSegments(step, segments[start:end])
         for step, start, end in zip(steps.tolist(), starts.tolist(), ends.tolist(), strict=True)

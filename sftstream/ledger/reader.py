@@ -91,7 +91,7 @@ class Ledger:
         found = next((found.segments for found in self.steps if found.step == step), None)
         if found is None:
             known = f"steps {self.steps[0].step} to {self.steps[-1].step}" if self.steps else "no step"
-            raise ValueError(f"step {step} is not in the ledger of {self.run}, which has {known}")
+            raise ValueError(f"step {step} is not in the ledger of {self.run}, which has {known}; name one of them")
         return found
 
     def uses(self, source: int, row: int) -> list[Use]:

@@ -68,7 +68,10 @@ class Rebuilder:
         for place in np.unique(packed["pack"]).tolist():
             chosen = segments_as_records(packed[packed["pack"] == place])
             if (tokens := sum(segment.length for segment in chosen)) > self.config.capacity:
-                raise ValueError(f"pack {place} holds {tokens:,} tokens of {self.config.capacity:,}")
+                raise ValueError(
+                    f"pack {place} holds {tokens:,} tokens of {self.config.capacity:,}: the ledger or the "
+                    "data changed; restore them"
+                )
             result[place] = self._pack(tuple(_example(examples, s) for s in chosen), chosen)
         return result
 

@@ -47,7 +47,7 @@ def trace(ledger: Ledger, step: int, pack: int | None = None, loss_of: LossOf | 
     session = ledger.session(step)
     packs = session.identity.global_batch
     if pack is not None and not 0 <= pack < packs:
-        raise ValueError(f"pack {pack} does not exist: step {step} has the packs 0 to {packs - 1}")
+        raise ValueError(f"pack {pack} does not exist: step {step} has the packs 0 to {packs - 1}; name one of them")
     rebuilder = Rebuilder(session)
     if rebuilder.changes:
         raise ValueError(f"the data is not the data of step {step}: {rebuilder.changes[0]}; restore it")

@@ -249,7 +249,9 @@ def _finish(attempt: Attempt, directory: Path) -> None:
     if code := attempt.code():
         log = directory / "log.txt"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        raise ValueError(f"the run in {directory} ended with exit code {code}: {' '.join(last)}")
+        raise ValueError(
+            f"the run in {directory} ended with exit code {code}: {' '.join(last)}; correct the config, and try again"
+        )
 
 
 def _steps(directory: Path) -> int:

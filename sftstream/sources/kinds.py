@@ -133,7 +133,7 @@ def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:
     if suffix not in FILE_FORMATS and not shows_rows(head):
         raise ValueError(
             f"{location.display_name} has the unknown suffix {PurePath(location.name).suffix!r}, and its content shows "
-            f"neither JSON nor a table; known are {KNOWN}"
+            f"neither JSON nor a table; name the file by its kind: {KNOWN}"
         )
     return FILE_FORMATS[kind_of(head, suffix if suffix in FILE_FORMATS else ".json")]
 

@@ -109,7 +109,9 @@ class LocalLocation:
         try:
             return stored(self.path, full=self.full)
         except OSError as error:
-            raise ValueError(f"{self.display_name} cannot be read: {error.strerror or error}") from None
+            raise ValueError(
+                f"{self.display_name} cannot be read: {error.strerror or error}; restore the file or its permissions"
+            ) from None
 
     def open(self) -> BufferedReader:
         return self.path.open("rb")

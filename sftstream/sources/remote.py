@@ -136,7 +136,9 @@ class RemoteLocation:
         try:
             return self.change_marker()
         except connection_errors() as error:
-            raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
+            raise ValueError(
+                f"{self.display_name} cannot be fetched: {error}; check the address and the network, and start again"
+            ) from None
 
     @property
     def _open_options(self) -> dict[str, int]:
@@ -156,7 +158,9 @@ class RemoteLocation:
                     arrived += len(block)
                     yield block
         except connection_errors() as error:
-            raise ValueError(f"{self.display_name} cannot be fetched: {error}") from None
+            raise ValueError(
+                f"{self.display_name} cannot be fetched: {error}; check the address and the network, and start again"
+            ) from None
         if size is not None and arrived != size:
             raise ValueError(
                 f"{self.display_name} arrived with {arrived:,} of {size:,} bytes; start again to fetch the file again"

@@ -77,7 +77,9 @@ def _read(file: FileLocation, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(stored.path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{file.display_name} is damaged or was not written by save_to_disk: {error}") from None
+        raise ValueError(
+            f"{file.display_name} is damaged or was not written by save_to_disk: {error}; write the dataset again"
+        ) from None
 
 
 def _named(directory: FileLocation, name: str) -> str:

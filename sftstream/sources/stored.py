@@ -157,5 +157,5 @@ def _digest(file: FileIO, seal: Seal, interrupted: Callable[[], bool]) -> Iterat
             raise Interrupted
         digest.update(memoryview(buffer)[:size])
     if sealed(os.fstat(file.fileno())) != seal:
-        raise RuntimeError(f"{file.name} changed while it was read")
+        raise RuntimeError(f"{file.name} changed while it was read; restore the file, or start again")
     yield digest.hexdigest().encode()

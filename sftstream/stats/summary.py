@@ -152,7 +152,7 @@ def summarize(
         reasons = sum((m.refused for m in training), training[0].refused.__class__())
         raise ValueError(
             f"no row can be trained: {', '.join(f'{reason}: {count:,}' for reason, count in reasons.most_common())}; "
-            "sftstream preview shows the rows"
+            "see the rows by sftstream preview"
         )
     config, forecast = _forecast(config, training)
     return Stats(

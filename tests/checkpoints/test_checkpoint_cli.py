@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
@@ -154,6 +156,35 @@ def test_transformers_loads_a_model_in_several_files(run, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_every_verb_takes_the_directory_of_a_run_and_prints_json(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+
+    def document(*words: object) -> Any:
+        code, lines = call(*words, "--json")
+        text = "\n".join(lines)
+        assert text.isascii()
+        return code, json.loads(text)
+
+    code, steps = document("list", copied)
+    assert (code, [step["step"] for step in steps]) == (0, [2, 4, 6])
+    assert steps[0]["damage"] is None
+    assert (steps[0]["ranks"], steps[0]["tensors"], steps[0]["validation_loss"]) == (2, 60, None)
+    assert document("verify", copied) == (0, [{"step": step, "damage": None} for step in (2, 4, 6)])
+    newest = document("inspect", copied)[1]
+    assert (newest["step"], newest["values"]["progress"]["step"]) == (6, 6)
+    assert newest["values"]["settings"]["model"]["hidden_size"] == 32
+    assert newest["files"].keys() == {f"rank0000{r}.{kind}" for r in (0, 1) for kind in ("safetensors", "values")}
+    values = document("values", copied, "--prefix", "progress")[1]
+    assert (values["step"], values["values"].keys()) == (6, {"progress"})
+    out = tmp_path / "out"
+    assert document("export", copied, out) == (0, {"step": 6, "out": str(out)})
+    damage(copied / "checkpoints/step-00000006/rank00000.safetensors")
+    code, verdict = document("verify", copied)
+    assert (code, [bool(step["damage"]) for step in verdict]) == (1, [False, False, True])
+    assert call("export", copied, tmp_path / "older") == (0, [f"exported step 4 to {tmp_path / 'older'}"])
+    assert document("prune", copied, "--keep", 1) == (0, {"deleted": [2], "kept": [4, 6]})
+
+
 def test_a_damaged_step_is_not_exported(root, tmp_path):
     damage(root / "step-00000006" / "rank00000.safetensors")
     code, lines = call("export", root / "step-00000006", tmp_path / "out")
@@ -166,10 +197,7 @@ def test_a_damaged_step_is_not_exported(root, tmp_path):
     ("words", "message"),
     [
         (("list", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
-        (
-            ("inspect", "runs"),
-            "error: runs is not a step; name a directory such as runs/my-run/checkpoints/step-00000100",
-        ),
+        (("inspect", "runs"), "error: runs holds no steps; name a directory such as runs/my-run/checkpoints"),
         (("verify", "nowhere"), "error: nowhere holds no steps; name a directory such as runs/my-run/checkpoints"),
     ],
 )

@@ -228,7 +228,7 @@ def test_steps_only_grow(tmp_path):
 def test_a_missing_step_is_named_with_the_existing_steps(tmp_path):
     store = saved(tmp_path, 10, 20)
     for read in (store.values, lambda step: store.load(step, state(0))):
-        with pytest.raises(CheckpointError, match=r"holds no step 30; it holds \[10, 20\]"):
+        with pytest.raises(CheckpointError, match=r"holds no step 30; name one of \[10, 20\]"):
             read(30)
 
 

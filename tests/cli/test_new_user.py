@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,16 +13,28 @@ from pathlib import Path
 
 import pytest
 import tiny
+from fake_hub import TOKEN, Hub, running
 
 pytestmark = pytest.mark.slow
 
 
-def sftstream(*words: object) -> str:
-    """Run a verb as a shell would; return its output."""
-    command = [sys.executable, "-m", "sftstream", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+def command(*words: object, **environment: str) -> str:
+    """Run a Python command as a shell would; return its output."""
+    ended = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=os.environ | environment,
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+def sftstream(*words: object) -> str:
+    """Run a verb of sftstream; return its output."""
+    return command("-m", "sftstream", *words)
 
 
 def test_from_a_file_of_chats_to_an_audited_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,9 +49,13 @@ def test_from_a_file_of_chats_to_an_audited_model(model: Path, tmp_path: Path, m
     found = json.loads(sftstream("stats", "run.toml", "--json"))
     assert found["sources"][0]["refused"] == {"unknown role": 1}
 
-    command = [sys.executable, "-m", "trainer.main", "run.toml"]
+    assert "--plan" in command("-m", "trainer.main", "--help")
+    plan = json.loads(command("-m", "trainer.main", "run.toml", "--plan", "--json"))
+    assert plan["steps"] > 0
     checkpoints = tmp_path / "runs/chats/checkpoints"
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "trainer.main", "run.toml"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while not any(checkpoints.glob("step-*")) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -47,8 +65,12 @@ def test_from_a_file_of_chats_to_an_audited_model(model: Path, tmp_path: Path, m
     killed_at = json.loads(sftstream("inspect", "runs/chats", "--json"))
     assert 0 < killed_at["steps"] < found["steps"]
 
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert ended.returncode == 0, ended.stderr
+    printed = command("-m", "trainer.main", "run.toml").splitlines()
+    begins = [line.partition(" ")[0] for line in printed]
+    for word in ("compute", "model", "data", "packs", "place", "time", "chosen", "run", "step"):
+        assert word in begins
+    assert f"resuming after step {killed_at['steps']}" in printed[begins.index("run")]
+    assert printed[len(begins) - begins[::-1].index("step") - 1].endswith("100% done | 0 s left")
     assert (tmp_path / "runs/chats/export/model.safetensors").exists()
     finished = json.loads(sftstream("inspect", "runs/chats", "--json"))
     assert finished["conversations"] == 3 * 300
@@ -56,3 +78,18 @@ def test_from_a_file_of_chats_to_an_audited_model(model: Path, tmp_path: Path, m
     audited = json.loads(sftstream("audit", "runs/chats", "--json"))
     assert audited["differences"] == []
     assert len(audited["sessions"]) >= 2
+
+    generate = next(line for line in printed if line.startswith("generate "))
+    program, *words = shlex.split(generate.removeprefix("generate "))
+    assert program == "python"
+    assert command(*words)  # the answer of the model
+    assert "push" in command("-m", "checkpoints", "--help")
+    assert json.loads(command("-m", "checkpoints", "verify", "runs/chats", "--json"))[-1]["damage"] is None
+    with running(Hub()) as hub:
+        settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        pushed = command("-m", "checkpoints", "push", "runs/chats", "me/chats", "--license", "mit", **settings)
+        assert pushed.startswith(f"pushed step {finished['steps']} to me/chats: ")
+        files = hub.repositories["me/chats"]
+    weights = (tmp_path / "runs/chats/export/model.safetensors").read_bytes()
+    assert files["model.safetensors"] == weights
+    assert "python -m trainer.main run.toml" in files["README.md"].decode()

@@ -146,7 +146,7 @@ def test_data_without_a_trainable_row_is_an_error(tokenizer: str, tmp_path: Path
     config = write(tmp_path, tokenizer, [{"messages": []}], [], sources=[{"path": str(tmp_path / "a.jsonl")}])
     (tmp_path / "held_out.jsonl").write_text(json.dumps(tiny.chat("what", "seven")))
     result = run(main, "stats", config)
-    assert result.stderr == "error: no row can be trained: empty conversation: 1; sftstream preview shows the rows\n"
+    assert result.stderr == "error: no row can be trained: empty conversation: 1; see the rows by sftstream preview\n"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import typer
 from commands import run
 
 import sftstream
+from checkpoints.cli import usage as checkpoints_usage
+from checkpoints.cli.main import main as checkpoints_main
 from sftstream.cli.main import app, main
 from sftstream.cli.usage import USAGE
 
@@ -29,23 +32,30 @@ LIBRARIES = {
 """Packages that the project imports, besides typer."""
 
 
-@pytest.mark.parametrize("package", ["sftstream", "checkpoints"])
-def test_printing_the_help_of_every_verb_imports_no_library_but_typer(package: str) -> None:
+COMMANDS = ("sftstream.cli.main", "checkpoints.cli.main", "trainer.main", "trainer.parity")
+"""Modules of the commands, each with `app` and `main`."""
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_printing_the_help_of_every_verb_imports_no_library_but_typer(module: str) -> None:
     program = f"""
 import sys
 from contextlib import suppress
-from {package}.cli.main import app, main
+from {module} import app, main
 import typer
-verbs = sorted(typer.main.get_command(app).commands)
-for words in [["--help"], *([verb, "--help"] for verb in verbs)]:
+verbs = sorted(getattr(typer.main.get_command(app), "commands", {{}}))
+for words in [["--help"], ["--version"], *([verb, "--help"] for verb in verbs)]:
     with suppress(SystemExit):
         main(words)
 print(*verbs, file=sys.stderr)
 print(*{{name.split(".")[0] for name in sys.modules}}, file=sys.stderr)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    verbs, imported = map(str.split, ended.stderr.splitlines())
+    verbs, imported = map(str.split, ended.stderr.split("\n")[:2])
+    package = module.partition(".")[0]
     assert all(re.search(rf"^Usage: .*{package} {verb} ", ended.stdout, re.MULTILINE) for verb in verbs)
+    assert f"\nsftstream {sftstream.__version__}\n" in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
     assert LIBRARIES.isdisjoint(imported)
 
 
@@ -127,15 +137,39 @@ def test_a_command_without_arguments_prints_the_verbs() -> None:
     assert all(f"\n  {verb} " in printed for verb in VERBS)
 
 
+@pytest.mark.parametrize("module", COMMANDS[1:])
+def test_the_help_of_every_command_has_examples_exit_codes_and_json(module: str) -> None:
+    found = importlib.import_module(module)
+    verbs = getattr(typer.main.get_command(found.app), "commands", {"": None})
+    for verb in verbs:
+        printed = run(found.main, *verb.split(), "--help").stdout
+        assert re.search(r"\n  Examples:\n    (python|torchrun) ", printed), verb
+        assert re.search(r"\n    0 +\S.*\n    1 +\S.*\n    2 +\S", printed), verb
+        assert "--json" in printed, verb
+
+
+def test_the_examples_of_checkpoints_run_as_they_are(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(desk / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for verb, usage in checkpoints_usage.USAGE.items():
+        for example in usage.examples if verb != "push" else ():  # test_push.py pushes to a hub
+            words = shlex.split(example, comments=True)
+            assert words[:4] == ["python", "-m", "checkpoints", verb]
+            if ">" not in words and "--best" not in words:  # the run has no validation
+                assert run(checkpoints_main, *words[3:])[0::2] == (0, ""), example
+
+
 def test_verbs_and_options_are_completed_by_a_shell() -> None:
-    def completed(line: str) -> list[str]:
+    def completed(line: str, module: str = "sftstream.cli.main") -> list[str]:
         words = line.split(" ")
         environment = os.environ | {
-            "_SFTSTREAM_COMPLETE": "complete_bash",
+            f"_{words[0].upper().replace('-', '_')}_COMPLETE": "complete_bash",
             "COMP_WORDS": line,
             "COMP_CWORD": str(len(words) - 1),
         }
-        program = "from sftstream.cli.main import main; main()"
+        program = f"import sys; sys.argv[0] = {words[0]!r}; from {module} import main; main()"
         ended = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120, env=environment
         )
@@ -143,6 +177,9 @@ def test_verbs_and_options_are_completed_by_a_shell() -> None:
 
     assert completed("sftstream ins") == ["inspect"]
     assert "--accept" in completed("sftstream rebase --a")
+    assert completed("sftstream-checkpoints pr", "checkpoints.cli.main") == ["prune"]
+    assert completed("sftstream-train run.toml --pl", "trainer.main") == ["--plan"]
+    assert completed("sftstream-parity model --dt", "trainer.parity") == ["--dtype"]
 
 
 def test_an_unknown_option_is_exit_code_2(desk: Path) -> None:

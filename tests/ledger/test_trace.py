@@ -110,9 +110,12 @@ def test_a_row_is_found_in_each_epoch_and_a_refused_row_with_its_reason(tokenize
 def test_a_step_or_pack_that_does_not_exist_is_named_with_the_last_one(done: Path) -> None:
     last = Ledger(done).steps[-1].step
     result = run(main, "trace", done, "--step", last + 1)
-    assert result.stderr == f"error: step {last + 1} is not in the ledger of {done}, which has steps 1 to {last}\n"
+    assert (
+        result.stderr
+        == f"error: step {last + 1} is not in the ledger of {done}, which has steps 1 to {last}; name one of them\n"
+    )
     result = run(main, "trace", done, "--step", 1, "--pack", 4)
-    assert result.stderr == "error: pack 4 does not exist: step 1 has the packs 0 to 3\n"
+    assert result.stderr == "error: pack 4 does not exist: step 1 has the packs 0 to 3; name one of them\n"
 
 
 def test_a_streamed_source_is_traced_too(tokenizer: str, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_
             "unknown keys for rope_type 'default': full_attention",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys in .*low_freq_factor"),
-        ({"vocab_size": "many"}, "vocab_size is 'many', but the sizes of a model are integers of at least 1"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', but the sizes of a model must be integers of at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, but the sizes"),
         ({"hidden_size": -32}, "hidden_size is -32, but the sizes"),
         ({"intermediate_size": [64] * 99}, r"intermediate_size is \[64, 64, .{,80}, but the sizes"),

@@ -18,6 +18,7 @@ from test_parity import SPREAD, topology
 from tiny_llama import CONFIG, FAMILIES, TIED, built, loss_of, pack_of, public_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.comparison import CAPACITY, Check, compare, public_model, public_name, random_pack, verdict
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.export import export_adapter
@@ -30,7 +31,6 @@ from trainer.llama.lora.nf4 import quantize
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.weights import load_weights, unfused_pieces
-from trainer.parity import CAPACITY, Check, compare, public_model, public_name, random_pack, verdict
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
 

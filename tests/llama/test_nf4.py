@@ -16,6 +16,7 @@ from test_parity import topology
 from tiny_llama import loss_of, pack_of, public_llama
 from torch.autograd.graph import saved_tensors_hooks
 
+from trainer.comparison import CAPACITY, Check, compare, random_pack
 from trainer.config import parse_config
 from trainer.estimate import estimate
 from trainer.llama.blocks import prepare_blocks
@@ -28,7 +29,6 @@ from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.sharding import window
 from trainer.llama.weights import layout, load_weights
-from trainer.parity import CAPACITY, Check, compare, random_pack
 from trainer.training.optimizer import OptimizerConfig, build_optimizer
 from trainer.training.step import train_step
 

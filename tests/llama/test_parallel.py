@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftstream import IGNORE_INDEX
+from trainer.comparison import CAPACITY as PARITY_CAPACITY
+from trainer.comparison import random_pack
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
 from trainer.llama.attention import Segments
 from trainer.llama.config import LlamaConfig
@@ -30,8 +32,6 @@ from trainer.llama.parallel import build, check_divisible, parallelize
 from trainer.llama.sharding import window
 from trainer.llama.weights import load_weights
 from trainer.llama.working import working_copies
-from trainer.parity import CAPACITY as PARITY_CAPACITY
-from trainer.parity import random_pack
 from trainer.training.optimizer import OptimizerConfig, build_optimizer, clipped_step, global_norm
 from trainer.training.step import accumulate_gradients
 

@@ -1,5 +1,6 @@
 """A packed and spread model equals transformers' model, conversation by conversation."""
 
+import json
 import math
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from tiny_llama import FAMILIES as MODELS
 from tiny_llama import exported, public_llama
 from torch.distributed.device_mesh import init_device_mesh
 
+from trainer.comparison import CAPACITY, Check, compare, report
 from trainer.distributed.mesh import Topology
 from trainer.llama.hf_config import read_config
 from trainer.llama.parallel import build
 from trainer.llama.sharding import local
 from trainer.llama.weights import load_weights
-from trainer.parity import CAPACITY, Check, compare, report
+from trainer.parity import main as command
 
 FAMILIES = MODELS | {"padding token": {"pad_token_id": 3}}
 SPREAD = ["grouped heads, untied", "tied", "llama3 scaling", "qwen2", "qwen3"]
@@ -121,6 +123,18 @@ def test_the_command_prints_a_table_and_exits_with_0(launch: list[str], tmp_path
     for what in ("logits of packed", "loss", "gradients"):
         assert any(what in line and "yes" in line for line in result.stdout.splitlines()), result.stdout
     assert ("tp 2" in result.stdout) == (len(launch) > 1)
+
+
+def test_programs_read_the_checks_as_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command([str(exported(tmp_path / "model")), "--device=cpu", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["holds"] is True
+    assert [check["subject"] for check in found["checks"]][:3] == [
+        "logits of packed conversations",
+        "loss",
+        "gradients",
+    ]
+    assert all(check["error"] <= check["limit"] for check in found["checks"])
 
 
 def test_the_command_exits_with_1_and_one_line_for_a_missing_model(tmp_path: Path) -> None:

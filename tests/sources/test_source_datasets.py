@@ -199,7 +199,8 @@ def test_a_saved_dataset_whose_order_lies_elsewhere_is_refused(saved: Path) -> N
 def test_a_list_of_files_that_is_none_is_refused(saved: Path) -> None:
     (saved / "state.json").write_text("{}")
     assert refusal(saved) == (
-        f"{saved}/state.json is damaged or was not written by save_to_disk: Object missing required field `_data_files`"
+        f"{saved}/state.json is damaged or was not written by save_to_disk: Object missing required field `_data_files`; "
+        "write the dataset again"
     )
 
 

@@ -328,7 +328,10 @@ def test_a_server_that_fails_is_refused_by_its_words(bucket: Bucket, monkeypatch
 
     bucket.pipe("/a.jsonl", PLAIN)
     monkeypatch.setattr(Bucket, "_open", refuse)
-    assert refusal("bucket://a.jsonl") == "bucket:///a.jsonl cannot be fetched: Access Denied"
+    assert (
+        refusal("bucket://a.jsonl")
+        == "bucket:///a.jsonl cannot be fetched: Access Denied; check the address and the network, and start again"
+    )
     monkeypatch.setattr(Bucket, "isfile", refuse)
     assert refusal("bucket://a.jsonl") == "source 'bucket://a.jsonl' cannot be read: Access Denied"
 

@@ -149,7 +149,8 @@ def test_a_stream_that_was_cut_between_two_batches_is_no_shorter_table(tmp_path:
     path.write_bytes(content[:batch])
     assert (
         refusal(path)
-        == f"{path} lacks the end mark of an Arrow stream: the file was truncated, or is still being written"
+        == f"{path} lacks the end mark of an Arrow stream: the file was truncated, or is still being written; "
+        "write the file again, or wait for its end"
     )
 
 
@@ -378,7 +379,7 @@ def test_a_csv_file_without_a_record_is_refused(tmp_path: Path, content: bytes) 
 )
 def test_a_header_that_names_no_columns_is_refused(tmp_path: Path, header: bytes, said: str) -> None:
     (tmp_path / "a.csv").write_bytes(header + b"\n1,2\n")
-    assert refusal(tmp_path / "a.csv") == f"{tmp_path}/a.csv {said}"
+    assert refusal(tmp_path / "a.csv").startswith(f"{tmp_path}/a.csv {said}")
 
 
 def test_a_csv_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:

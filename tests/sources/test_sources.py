@@ -248,7 +248,8 @@ def test_a_broken_row_is_located_by_file_and_line(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(b"a,b\n1,2\n")
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name} has the unknown suffix '{kind}', and its content shows neither JSON nor a table; known are .jsonl, "
+        f"{tmp_path / name} has the unknown suffix '{kind}', and its content shows neither JSON nor a table; name "
+        f"the file by its kind: .jsonl, "
         ".ndjson, .json, .csv, .tsv, .parquet, .arrow, and these with .gz, .zst, .bz2 or .xz"
     )
 

@@ -246,9 +246,9 @@ def test_a_run_shorter_than_a_step_is_filled_with_empty_packs(tokenizer: str, tm
 @pytest.mark.parametrize(
     ("shard", "workers", "message"),
     [
-        (Shard(2, 2), 0, "shard 2 of 2 does not exist; the index counts from 0"),
-        (Shard(-1, 2), 0, "shard -1 of 2 does not exist; the index counts from 0"),
-        (Shard(0, 0), 0, "shard 0 of 0 does not exist; the index counts from 0"),
+        (Shard(2, 2), 0, "shard 2 of 2 does not exist; give an index from 0 to count - 1"),
+        (Shard(-1, 2), 0, "shard -1 of 2 does not exist; give an index from 0 to count - 1"),
+        (Shard(0, 0), 0, "shard 0 of 0 does not exist; give an index from 0 to count - 1"),
         (
             Shard(0, 9),
             2,

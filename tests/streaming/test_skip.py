@@ -134,7 +134,7 @@ def test_rows_and_sources_that_do_not_exist_are_errors(tokenizer: str, path: str
         PackLoader(_config(tokenizer, path, {"rows": [[0, 60]]}))
     with pytest.raises(ValueError, match=r"skip.rows holds \[1, 0\], but there are 1 sources, counted from 0"):
         _config(tokenizer, path, {"rows": [[1, 0]]})
-    with pytest.raises(ValueError, match=r"rows holds \[0, -1\]; numbers of sources and rows count from 0"):
+    with pytest.raises(ValueError, match=r"rows holds \[0, -1\]; give numbers of sources and rows, counted from 0"):
         _config(tokenizer, path, {"rows": [[0, -1]]})
     for steps in ([0, 3], [4, 3], [1, 10**13]):
         with pytest.raises(

@@ -73,7 +73,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_of_them(
     assert job.finish() == 75
     step = runs.metrics(tmp_path)[-1]["step"]
     assert step < 400
-    assert f"stopped after step {step}; the same command goes on from there" in job.output()
+    assert f"stopped after step {step} and saved its checkpoint; go on with: " in job.output()
     assert CheckpointStore(tmp_path / "runs" / "run" / "checkpoints").steps() == [step]
     again = runs.run(tmp_path, config | {"run": config["run"] | {"steps": step + 2}}, processes=2)
     assert f"resuming after step {step}" in again.output()

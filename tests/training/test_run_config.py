@@ -56,7 +56,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("run.steps=ten", "Expected `int | null`, got `str` - at `$.run.steps`"),
         ("run.steps=0", "steps = 0 must be at least 1"),
         ("run={}", "neither steps nor epochs is given, so the run would never end; give one or both"),
-        ("run.accept_changed=['seed']", "accept_changed holds 'seed'; a run may change"),
+        ("run.accept_changed=['seed']", "accept_changed holds 'seed'; name \"optimizer\""),
         ("run.stop_after=3h50", "'3h50' is no time above 0; write days, hours, minutes and seconds as in"),
         ("run.root=''", "root = '' is no directory; name the directory of all runs"),
         ("run.name=../x", "name = '../x' must be a plain directory name under runs/"),

@@ -14,9 +14,9 @@ import pytest
 import runs
 import tiny
 
-from trainer import main as command
 from trainer.config import load_config, parse_config
 from trainer.main import main
+from trainer.process import command_line
 
 SEED = int(os.environ.get("SFTSTREAM_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 DRAWS = int(os.environ.get("SFTSTREAM_DRAWS", "400"))
@@ -45,16 +45,56 @@ def test_an_unexpected_error_is_one_line_that_names_the_config(
     capsys: pytest.CaptureFixture[str],
     kind: Any,
 ) -> None:
-    def broken(_: object) -> bool:
+    def broken(*_: object, **__: object) -> bool:
         raise kind("first line\n\x1b[2Jsecond")
 
-    monkeypatch.setattr(command, "run", broken)
+    monkeypatch.setattr("trainer.run.run", broken)
     path = written(tmp_path, config)
     assert main([str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}: {kind.__name__}: ")
     assert line.endswith("; --debug or LOGLEVEL=DEBUG shows the traceback")
     assert "\x1b" not in line
+
+
+def test_ctrl_c_outside_of_the_training_is_one_line_with_the_command(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.run.run", interrupted)
+    path = written(tmp_path, config)
+    assert main([str(path), "run.name=a b"]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted; go on with: python -m trainer.main {path} 'run.name=a b'\n"
+    monkeypatch.setenv("RANK", "1")  # the other ranks are silent
+    assert main([str(path)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({}, "python -m trainer.main a.toml 'b=c d'"),
+        ({"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}, "torchrun -m trainer.main a.toml 'b=c d'"),
+        (
+            {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"},
+            "torchrun --nproc-per-node 8 -m trainer.main a.toml 'b=c d'",
+        ),
+        (
+            {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 ... --nproc-per-node 8 -m trainer.main a.toml 'b=c d'",
+        ),
+    ],
+)
+def test_the_command_that_goes_on_starts_as_many_processes(
+    environment: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (environment | ({"TORCHELASTIC_RUN_ID": "x"} if environment else {})).items():
+        monkeypatch.setenv(name, value)
+    assert command_line("trainer.main", ["a.toml", "b=c d"]) == line
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_a_run_that_was_asked_to_stop_exits_with_75_and_goes_on(
         runs.wait_for(lambda: store(tmp_path).steps() != [], job)
         job.signal(stop, rank=1)
     assert job.finish() == 75, job.output()
-    assert "the same command goes on from there" in job.output()
+    assert "and saved its checkpoint; go on with: python -m trainer.main " in job.output()
     done = len(runs.metrics(tmp_path))
     config["run"] = {"name": "run", "device": "cpu", "steps": done + 1}
     assert f"resuming after step {done}" in runs.run(tmp_path, config, 2).output()

@@ -83,7 +83,7 @@ def test_workers_started_again_after_a_stop_end_without_a_step(tmp_path: Path, c
     job = Torchrun(tmp_path, config)
     assert job.finish() != 0  # so that `torchrun ... && deploy` deploys no unfinished model
     output = job.output()
-    assert output.count("the same command goes on from there") == 1
+    assert output.count("and saved its checkpoint; go on with: torchrun --nproc-per-node 2 -m trainer.main ") == 1
     assert "resuming after step" not in output
     (last,) = CheckpointStore(tmp_path / "runs/run/checkpoints").steps()[-1:]
     assert len(runs.metrics(tmp_path)) == last

@@ -84,4 +84,6 @@ def _sync(log: RunLog) -> None:
     try:
         log.sync()
     except OSError as error:
-        raise CheckpointError(f"the metrics of the steps before this checkpoint cannot be written: {error}") from error
+        raise CheckpointError(
+            f"the metrics of the steps before this checkpoint cannot be written: {error}; free the disk"
+        ) from error

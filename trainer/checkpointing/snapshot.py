@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoints import RECIPE, About, CheckpointStore, Recipe
+from checkpoints import ORIGIN, RECIPE, About, CheckpointStore, Origin, Recipe
 from sftstream import DataState, LoaderPosition
 from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
@@ -55,6 +55,9 @@ class RunDescription:
     """Token of the run; None on all ranks but the first."""
     about: About | None
     """Entry in the manifest, without a validation loss; None on ranks without a loader."""
+    origin: Origin | None = None
+    """Command and base model of the run, for the card of an export; None on all ranks but the
+    first."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def take_snapshot(
         assert run.recipe is not None
         values[RECIPE] = run.recipe.builtins()
         values[TOKEN] = run.token
+        values |= {ORIGIN: run.origin.builtins()} if run.origin else {}
         values["data/run"] = msgspec.to_builtins(position.header)
         values["progress"] = msgspec.to_builtins(progress)
         values["settings"] = msgspec.to_builtins(run.settings)

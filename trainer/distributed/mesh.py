@@ -1,4 +1,4 @@
-"""Start and leave the process group, arrange its ranks in a mesh, and print errors once.
+"""Start and leave the process group, and arrange its ranks in a mesh.
 
 Example: 8 ranks with tp = 2 form 4 data-parallel coordinates (dp) of 2 ranks each. Ranks 0 and 1
 are coordinate 0: they hold halves of each layer and train on the same packs; rank 0 reads the packs
@@ -7,17 +7,13 @@ for both.
 
 from __future__ import annotations
 
-import io
-import logging
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Literal, Never
+from typing import Literal
 
 import msgspec
 import torch
@@ -27,14 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from checkpoints import CheckpointError, LostRank, one_line, printable
+from checkpoints import CheckpointError, LostRank
 from sftstream import Shard
 from trainer.duration import parse_duration
-
-logger = logging.getLogger(__name__)
-
-USER_ERRORS = (ValueError, OSError, CheckpointError)
-"""Errors whose message is written for the user."""
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -243,46 +234,3 @@ def on_first_rank(work: Callable[[], None]) -> None:
     dist.broadcast_object_list(failure)
     if failure[0]:
         raise CheckpointError(failure[0])
-
-
-def print_error(error: BaseException, subject: str) -> int:
-    """Print an error in one line, once for all ranks, and return the exit code 1.
-
-    An error outside of `USER_ERRORS` comes from a library: its line names `subject`, such as the
-    config. Rank 0 prints at once and exits; torchrun then ends the other ranks during their pause
-    of 3 s.
-    """
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(3)
-    line = one_line(error)
-    if not isinstance(error, USER_ERRORS):
-        line = f"{printable(subject)}: {type(error).__name__}: {line}; --debug or LOGLEVEL=DEBUG shows the traceback"
-    print(f"error: {line}", file=sys.stderr)  # noqa: T201
-    logger.debug("traceback of the error", exc_info=error)
-    return 1
-
-
-def prepare_output(*, debug: bool) -> None:
-    """Set up logging, and UTF-8 on stdout and stderr in any locale.
-
-    `debug` shows the tracebacks behind errors; `LOGLEVEL=DEBUG`, torchrun's own variable, shows
-    every library's messages as well.
-    """
-    level = os.environ.get("LOGLEVEL", "WARNING")
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    if debug:
-        logger.setLevel(logging.DEBUG)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def exit_process(code: int) -> Never:
-    """End the process with an exit code, without the interpreter's shutdown.
-
-    gloo's threads outlive their process group. A thread that releases a Python object during the
-    shutdown aborts the process: about 1 in 15 finished runs would be reported as failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

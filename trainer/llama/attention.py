@@ -51,6 +51,10 @@ FAILURES = (ImportError, OSError, RuntimeError, ValueError, TypeError, Attribute
 """Errors of a package that is missing, or that does not support the device or the shape."""
 
 
+class Unproven(ValueError):
+    """A kernel fails its test; the run passes over it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """The segment borders of a pack, made once and shared by all layers.
@@ -151,7 +155,11 @@ def choose_kernel(
             passed.append(f'"{name}": {str(error).strip() or type(error).__name__}'.splitlines()[0])
     raise ValueError(
         f"no attention kernel can be used: {'; '.join(passed)}"
-        + ("" if wanted == "auto" else '; set run.attention = "auto" for the fastest kernel that can')
+        + (
+            "; install another version of torch"
+            if wanted == "auto"
+            else '; set run.attention = "auto" for the fastest kernel that can'
+        )
     )
 
 
@@ -176,18 +184,18 @@ def prove(kernel: Kernel, shape: Shape, device: torch.device, dtype: torch.dtype
     for ours, exact in zip(found, expected, strict=True):
         error = ((ours[:stop].float() - exact).abs().max() / exact.abs().max()).item()
         if not error <= _ROUNDING.get(dtype, 1e-4):
-            raise ValueError(f"it differs from the definition of attention by {error:.2g} of the largest value")
+            raise Unproven(f"it differs from the definition of attention by {error:.2g} of the largest value")
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic and not all(map(torch.equal, found, _outcome(kernel, inputs, segments))):
-        raise ValueError("two backward passes differ; run.deterministic = true needs equal bits")
+        raise Unproven("two backward passes differ; run.deterministic = true needs equal bits")
     changed = [part.clone() for part in inputs]
     for part in changed:
         part[start:stop] *= -0.5
     # Without determinism gradients differ by themselves, and only the output can be compared.
     for before, after in zip(found[: None if deterministic else 1], _outcome(kernel, changed, segments), strict=False):
         if not (torch.equal(before[:start], after[:start]) and torch.equal(before[stop:], after[stop:])):
-            raise ValueError("a segment depends on another segment of the pack")
+            raise Unproven("a segment depends on another segment of the pack")
 
 
 _ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.004}

@@ -31,7 +31,9 @@ class Llama3Scaling(
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"rope_scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, not {self}")
+            raise ValueError(
+                f"rope_scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, not {self}; restore config.json"
+            )
 
 
 class LinearScaling(
@@ -43,7 +45,7 @@ class LinearScaling(
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
-            raise ValueError(f"rope_scaling needs factor >= 1, not {self.factor}")
+            raise ValueError(f"rope_scaling needs factor >= 1, not {self.factor}; restore config.json")
 
 
 class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -65,7 +65,8 @@ def find_model(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"model {name!r} is neither a local directory nor available from the Hugging Face hub: {reason}"
+            f"model {name!r} is neither a local directory nor available from the Hugging Face hub: {reason}; "
+            "check the name, or download the model"
         ) from error
 
 
@@ -77,7 +78,9 @@ def read_config(directory: StrPath) -> LlamaConfig:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is not a Hugging Face model: it has no config.json")
+        raise ValueError(
+            f"{directory} is not a Hugging Face model: it has no config.json; name the directory of a model"
+        )
     try:
         return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
@@ -109,7 +112,7 @@ def _check_keys(keys: dict[str, Any], accepted: set[str]) -> None:
         raise ValueError(f"missing {', '.join(missing)}: add the sizes of the model")
     for key in _REQUIRED:
         if type(keys[key]) is not int or keys[key] < 1:
-            raise ValueError(f"{key} is {keys[key]!r:.80}, but the sizes of a model are integers of at least 1")
+            raise ValueError(f"{key} is {keys[key]!r:.80}, but the sizes of a model must be integers of at least 1")
     unknown = [key for key in keys if key not in accepted and not key.startswith("_")]
     if unknown:
         raise ValueError(

@@ -212,7 +212,7 @@ def opened_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file, fetch it again: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}; fetch it again") from error
 
 
 def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vocabulary: int) -> None:

@@ -6,20 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
-
-from trainer.distributed.mesh import Topology
-from trainer.llama.lora.nf4 import count_weights
 from trainer.training.progress import Progress
-
-
-def model_message(directory: Path, model: nn.Module, total_rows: int | None, topology: Topology) -> str:
-    """Return the first line of a run: directory, parameters, rows if known, ranks."""
-    parameters = count_weights(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    counted = f"{parameters:,} parameters" + (f", {trained:,} of them trained," if trained < parameters else "")
-    rows = f" on {total_rows:,} conversations in all epochs" if total_rows else ""
-    return f"{directory}: a Llama of {counted}{rows}; {topology.describe()}"
 
 
 def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str]:
@@ -35,15 +22,14 @@ def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str
     return lines
 
 
-def progress_messages(progress: Progress, *, complete: bool) -> list[str]:
-    """Return a line with the step from which a run continues, or [] for a new run."""
+def progress_message(directory: Path, progress: Progress, *, complete: bool) -> str:
+    """Return the line with the step from which a run starts or continues."""
     if complete:
-        return [
-            f"finished after step {progress.step}; raise run.steps or run.epochs to train on, or give another run.name"
-        ]
+        done = f"finished after step {progress.step}"
+        return f"run      {directory}: {done}; raise run.steps or run.epochs to train on, or give another run.name"
     if progress.step:
-        return [f"resuming after step {progress.step}, {progress.rows:,} conversations in"]
-    return []
+        return f"run      {directory}: resuming after step {progress.step}, {progress.rows:,} conversations in"
+    return f"run      {directory}: a new run, from step 1"
 
 
 def change_messages(changes: Sequence[str], next_step: int, rate: float) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sftstream import ChatEncoder, Refused, read_conversations
 
@@ -70,7 +71,7 @@ def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
         try:
             rendered = encoder.render(conversation)
         except Refused as error:
-            raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}") from None
+            raise ValueError(f"evaluation.path {path!r}, conversation {number}: {error}; correct the row") from None
         if not rendered.spans:
             raise ValueError(
                 f"evaluation.path {path!r}, conversation {number}: no message has a role of data.train_on; remove the row"
@@ -87,6 +88,7 @@ def evaluate(
 
     The answers are also written to `answers.jsonl`, beside `export`.
     """
+    disable_progress_bar()  # bars of loaded weights fill a log
     given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
     evaluation = Evaluation([Answer(*question, answer) for question, answer in zip(questions, given, strict=True)])
     lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]

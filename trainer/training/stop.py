@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
 from typing import Any
+
+from trainer.process import is_first
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to stop."""
@@ -37,4 +40,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._signalled and is_first():
+            os.write(2, b"\nstopping: the step is finished and a checkpoint saved first\n")  # safe inside a handler
         self._signalled = True

@@ -192,7 +192,8 @@ def _source_of(display_name: str, file: pa.NativeFile) -> Source:
     # Without this check, a stream truncated between two batches would seem complete.
     if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
         raise ValueError(
-            f"{display_name} lacks the end mark of an Arrow stream: the file was truncated, or is still being written"
+            f"{display_name} lacks the end mark of an Arrow stream: the file was truncated, or is still being written; "
+            "write the file again, or wait for its end"
         )
     file.seek(0)
     reader = pa.ipc.open_stream(file)

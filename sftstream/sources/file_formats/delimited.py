@@ -86,7 +86,9 @@ def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     try:
         columns = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{display_name} has no readable header: {error}") from None
+        raise ValueError(
+            f"{display_name} has no readable header: {error}; write column names into the first line"
+        ) from None
     if "" in columns[1:] or len(set(columns)) < len(columns):
         raise ValueError(f"{display_name} has the header {columns}; give each column a name of its own")
     return columns

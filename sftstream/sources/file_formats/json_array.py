@@ -72,7 +72,9 @@ def _elements(content: bytes | memoryview, display_name: str) -> list[Element]:
     except UNDECODABLE as error:
         if (elements := _lenient_elements(bytes(content))) is not None:
             return elements
-        raise ValueError(f"{display_name} is not a JSON array of conversations: {error}") from None
+        raise ValueError(
+            f"{display_name} is not a JSON array of conversations: {error}; restore the file, or write JSON lines"
+        ) from None
 
 
 def _lenient_elements(content: bytes) -> list[Element] | None:
