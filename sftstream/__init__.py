@@ -10,12 +10,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
+_LIGHT = {
+    "Door": "door",
+    "one_line": "excerpt",
+    "printable": "excerpt",
+    "show_result": "cli.results",
+    "write_page": "cli.results",
+}
+"""Public names whose modules need no torch, with their modules."""
+
 
 def __getattr__(name: str) -> Any:
-    """Return a name of `sftstream.public`; the first call imports torch and the other libraries."""
+    """Return a name of `sftstream.public`; the first call imports torch and the other libraries.
+
+    The names in `_LIGHT` and the public module `pages` need no torch.
+    """
     is_special = name.startswith("__") and name != "__all__"
     if is_special or find_spec(f"{__name__}.{name}"):  # `from sftstream import formats` imports a module
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _LIGHT:
+        globals()[name] = value = getattr(import_module(f"{__name__}.{_LIGHT[name]}"), name)
+        return value
     public = import_module(f"{__name__}.public")
     names = [*public.__all__, "__version__"]
     if name == "__all__":

@@ -4,8 +4,12 @@ Importing this module imports torch, transformers and pyarrow. The package impor
 one of the names is first used, so that `sftstream --help` loads none of these libraries.
 """
 
+from sftstream import pages
 from sftstream.cache import directory as cache_directory
+from sftstream.cli.results import show_result, write_page
 from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
+from sftstream.door import Door
+from sftstream.excerpt import one_line, printable
 from sftstream.identity import differences
 from sftstream.inspection.stored import read_state
 from sftstream.inspection.summary import StateSummary, summarize
@@ -49,6 +53,7 @@ __all__ = [
     "Conversation",
     "DataConfig",
     "DataState",
+    "Door",
     "Example",
     "Forecast",
     "LedgerWriter",
@@ -82,12 +87,17 @@ __all__ = [
     "identify_file",
     "in_order",
     "merge",
+    "one_line",
+    "pages",
+    "printable",
     "read_conversations",
     "read_state",
     "read_toml",
     "require_few_refused",
     "rows_in_all_epochs",
     "segments_of",
+    "show_result",
     "sum_row_counts",
     "summarize",
+    "write_page",
 ]

@@ -142,6 +142,8 @@ HEADERS = re.compile(
     r"|<(?:user|assistant|system|tool_response)>\n"
     r"|\[(?:user|assistant|system|tool)\]"
     r"|<sep>|(?:^|\n)(?:assistant|human|User|Assistant): ?|<\|HUMAN\|>|\[\|(?:user|assistant|system)\|\]"
+    r"|### (?:Instruction|Response|User|Assistant|System|Input):|(?:GPT4 Correct|Code) (?:User|Assistant|System):"
+    r"|Source: (?:user|assistant|system)|<\|from\|>(?:user|assistant|system)|<\|(?:prompt|answer)\|>|USER:|ASSISTANT:"
 )
 """Texts that begin a message in some family of templates."""
 
@@ -149,7 +151,7 @@ STOPS = re.compile(
     r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|return\|>|<\|call\|>|<\|tool_response>"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|eom\|>|<｜end▁of▁sentence｜>|<seed:eos>|<sep>|<\|message_sep\|>"
     r"|</assistant>|<\|assistant_end\|>|<\|tools_suffix\|>|<\|eot\|>|</s>|<eos>|<end_of_utterance>|<\|(?:user|observation)\|>"
-    r"|<\|assistant\|>|<\|tool_calls\|>|\[\|endofturn\|\])\n?$"
+    r"|<\|assistant\|>|<\|tool_calls\|>|\[\|endofturn\|\]|<\|end_of_turn\|>|<step>|<\|?EOT\|?>|<\|stop\|>)\n?$"
 )
 """Texts that end an assistant's turn in some family of templates."""
 
@@ -312,6 +314,9 @@ class Oracle:
         span = text[start:end]
         own = [m for m in WORD.finditer(span)]
         lead, trail = (span[: own[0].start()], span[own[-1].end() :]) if own else ("", span)
+        blank = self._blank_place(owner)
+        if blank is not None and own and start + own[-1].end() <= blank <= end:
+            trail = text[blank:end]
         stop = STOPS.search(trail)
         before_stop = trail[: stop.start()] if stop else trail
         typed = owner is not None and any(mark in self.messages[owner]["content"] for mark in ("<|im_end|>", "user: x"))
@@ -328,6 +333,16 @@ class Oracle:
         if not typed and before_stop and STOPS.search(before_stop.rstrip()):
             return "two stops are trained"
         return self._start_fault(text, start, owner) if role == "assistant" and owner is not None else None
+
+    def _blank_place(self, owner: int | None) -> int | None:
+        """Return where the blank content of a message with reasoning is printed, found with a word in its place."""
+        if owner is None or self.messages[owner]["content"].strip() or "reasoning_content" not in self.messages[owner]:
+            return None
+        filled = copy.deepcopy(self.messages)
+        filled[owner]["content"] = word = f"wa{owner:02d}zq"
+        text = self._render(filled) or ""
+        same = text.count(word) == 1 and text.replace(word, self.messages[owner]["content"]) == self.text
+        return text.index(word) + len(self.messages[owner]["content"]) if same else None
 
     def _start_fault(self, text: str, start: int, owner: int) -> str | None:
         prompt = self._render(self.messages[:owner], prompt=True) if owner else None

@@ -18,7 +18,7 @@ from typing import Any
 import tiny
 from gloo_ranks import processes as server
 
-TIMES = ("tokens_per_second", "gpu_tokens_per_second", "mfu", "peak_memory", "data_wait", "seconds")
+TIMES = ("tokens_per_second", "gpu_tokens_per_second", "mfu", "peak_memory", "data_wait", "seconds", "time")
 """Fields of metrics.jsonl that differ between equal runs."""
 
 

@@ -95,8 +95,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     profile: tuple[int, int] | None = None
     """First and last step of a profiler trace of rank 0, such as [20, 22], written to
     `runs/<name>/trace.json.gz` for https://ui.perfetto.dev. Default: none."""
+    report_seconds: int = 60
+    """Seconds between two updates of the page `runs/<name>/report.html`, 1 or more; 0 writes no
+    page. The page is also updated at checkpoints and at the end. Updates take at most 0.2 % of the
+    time of the training."""
 
     def __post_init__(self) -> None:
+        if self.report_seconds < 0:
+            raise ValueError(f"report_seconds = {self.report_seconds} must be 1 or more, or 0 for no report")
+        _require_at_most_steps("report_seconds", self.report_seconds)
         if self.steps is None and self.epochs is None:
             raise ValueError("neither steps nor epochs is given, so the run would never end; give one or both")
         for field in ("steps", "epochs"):

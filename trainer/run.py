@@ -7,10 +7,12 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from sftstream import Pack, Session, __version__, exceeded_limits, require_few_refused
+from sftstream import Pack, Segments, Session, __version__, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -20,7 +22,10 @@ from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
+from trainer.report.writer import ReportWriter
 from trainer.reporting.display import Display
+from trainer.reporting.environment import environment
+from trainer.reporting.events import COMPLETE, MOST_SOURCES, STOPPED
 from trainer.reporting.fill import FillWatch
 from trainer.reporting.ledger import gather_streams
 from trainer.reporting.losses import LossReport
@@ -105,7 +110,14 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
     fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
-    with stopping as stop, _open_log(run, progress) as log, run.display, _open_trace(run) as trace:
+    with (
+        stopping as stop,
+        _open_report(run) as report,
+        _open_log(run, progress) as log,
+        run.display,
+        _open_trace(run) as trace,
+    ):
+        report.update()
         loader = run.step_reader.loader
         losses = LossReport(loader, log, run.display) if log and loader else None
         while not done:
@@ -124,6 +136,10 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
             if progress.trained_tokens and (done or progress.step % run.config.checkpoint.every == 0):
                 with watch.waiting_for(progress.step, "the checkpoint of all ranks"):
                     _save(run, step, log, last=done)
+                report.after_checkpoint()
+            report.after_step()
+        if log:
+            log.events.end(COMPLETE if run.is_complete(progress) else STOPPED)
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
@@ -133,12 +149,18 @@ def _open_trace(run: Run) -> Trace:
     return Trace(run.config.run.profile if run.topology.first else None, run.config.run.directory, run.display)
 
 
+def _open_report(run: Run) -> ReportWriter:
+    return ReportWriter(run.config.run.directory, run.config.run.report_seconds if run.topology.first else 0)
+
+
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
     loader = run.step_reader.loader
     if not run.topology.first or loader is None:
         return nullcontext()
     log = RunLog(run.config.run.directory, progress.step)
     log.ledger.begin(Session.of(loader, run.topology.sizes, progress.step, __version__))
+    config = msgspec.to_builtins(msgspec.structs.replace(run.config, data=loader.config))
+    log.events.launch(run.topology.sizes, environment(run.topology.device, loader.workers), config, run.total_rows)
     return log
 
 
@@ -222,6 +244,8 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
         fill=totals.tokens / (data.capacity * data.global_batch),
         tokens_per_second=totals.tokens / step.seconds,
         gpu_tokens_per_second=totals.tokens / step.seconds / dist.get_world_size(),
+        time=time.time(),
+        tokens_by_source=_tokens_by_source(totals.segments, len(data.sources)),
         mfu=mfu,
         peak_memory=peak,
         data_wait=step.batch.waited,
@@ -231,10 +255,21 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
     )
 
 
+def _tokens_by_source(segments: Segments, sources: int) -> tuple[int, ...] | None:
+    """Return the tokens from each source, None for one source or more than `MOST_SOURCES`."""
+    if not 1 < sources <= MOST_SOURCES:
+        return None
+    kept = segments[segments["trained_tokens"] >= 0]  # without the conversations of run.skip
+    return tuple(np.bincount(kept["source"], kept["tokens"], sources).astype(int).tolist())
+
+
 def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> None:
+    began = time.perf_counter()
     position = run.step_reader.position
     streams = gather_streams(position, run.topology)
     if log and position:
         log.ledger.keep_state(position.header, streams)
     snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.validation_loss)
     run.saves.save(snapshot, log, last=last)
+    if log:
+        log.events.saved(time.perf_counter() - began)

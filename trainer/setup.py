@@ -31,6 +31,7 @@ from trainer.reporting.messages import (
     extension_message,
     progress_message,
 )
+from trainer.training.adamw import AdamW
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
 from trainer.training.optimizer import build_optimizer, learning_rate
@@ -51,7 +52,7 @@ class Run:
     topology: Topology
     source: ModelSource
     model: Llama
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     step_reader: StepReader
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is

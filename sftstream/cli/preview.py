@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sftstream.cli.output import Json, print_json, write_page
+from sftstream.cli.output import Json, show_result
 
 
 def preview(
@@ -31,6 +31,7 @@ def preview(
     """Show packs as the model will see them: roles in colour, trained tokens, special tokens,
     borders of conversations, positions, and refused rows."""
     import msgspec
+    from rich.console import Console
 
     from sftstream.cli.state import read_data_config
     from sftstream.inspection.stored import read_state
@@ -43,11 +44,5 @@ def preview(
     data = msgspec.structs.replace(read_data_config(config, []), max_refused=1.0, max_too_long=1.0)
     loader = PackLoader(data, workers=0, state=None if state is None else read_state(state))
     found = previewed(loader, pack, count or (1 if html is None else 4))
-    if as_json:
-        print_json(found)
-    if html is not None:
-        write_page(html, page(found, f"Packs of {config}"), quiet=as_json)
-    elif not as_json:
-        from rich.console import Console
-
-        show(found, Console(highlight=False, markup=False))
+    text = None if html else lambda: show(found, Console(highlight=False, markup=False))
+    show_result(found, lambda: page(found, f"Packs of {config}"), html, text, as_json=as_json)

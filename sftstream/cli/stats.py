@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sftstream.cli.output import Json, print_json, write_page
+from sftstream.cli.output import Json, show_result
 
 
 def stats(
@@ -46,9 +46,5 @@ def stats(
         measured = meter.measure(sample, workers or len(os.sched_getaffinity(0)), advance)
     count = len(data.sources)
     found = summarize(data, meter.corpus, measured[:count], measured[count:], time.perf_counter() - began)
-    if as_json:
-        print_json(found)
-    if html is not None:
-        write_page(html, page(found, f"Data of {config}"), quiet=as_json)
-    elif not as_json:
-        show(found, Console(highlight=False, markup=False))
+    text = None if html else lambda: show(found, Console(highlight=False, markup=False))
+    show_result(found, lambda: page(found, f"Data of {config}"), html, text, as_json=as_json)

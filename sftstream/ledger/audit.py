@@ -174,9 +174,10 @@ class _Audit:
                     f"that no row of source {source} is lost: an accepted change gave its rows other numbers"
                 )
                 continue
-            draws = draws_of(source, self._last.config, self._last.corpus, state)
+            draws = draws_of(source, self._last.config, self._last.corpus, state, listed, refused)
             found += unbalanced(source, listed, refused, state, draws) if not state.rebased else []
-            if draws is not None and self._one_assignment:
+            indexed = isinstance(self._last.corpus.sources[source], FileSet)
+            if self._one_assignment and (indexed or not state.rebased):
                 identity = state.identity
                 line = astray(source, listed, draws, identity.streams, identity.global_batch)
                 found += [line] if line else []

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from sftstream.config import DataConfig
 from sftstream.ledger.segments import SKIPPED, Segments
-from sftstream.records import Ref
+from sftstream.records import Ref, Segment
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import DataState, PastOrder
-from sftstream.streaming.sampler import row_order
+from sftstream.state import DataState, PastOrder, StripePosition
+from sftstream.streaming.order import RowOrder
+from sftstream.streaming.sampler import StripeOrder, row_order
 
 Integers = NDArray[np.int64]
 
@@ -66,20 +67,15 @@ def repeated(listed: Listed) -> str | None:
     )
 
 
-def unbalanced(
-    source: int, listed: Listed, refused: Sequence[Ref], state: DataState, draws: Draws | None
-) -> Iterator[str]:
+def unbalanced(source: int, listed: Listed, refused: Sequence[Ref], state: DataState, draws: Draws) -> Iterator[str]:
     """Yield a line for each kind of contradiction between the drawn rows of a source and its
     trained, skipped, refused and waiting rows.
 
-    Each drawn row must be exactly one of the four. `draws` is None for a streamed source; then
-    only the numbers of rows are compared.
+    Each drawn row must be exactly one of the four.
     """
     own = listed.of_source(source)
-    waiting = [s for stream in state.streams.values() for s in stream.waiting if s.source == source]
-    unlisted = [r for stream in state.streams.values() for r in stream.unlisted if r.source == source]
-    refs = [*refused, *(Ref(r.source, r.row, r.epoch) for r in unlisted)]
-    left_out = keys([(ref.row, ref.epoch) for ref in refs if ref.source == source])
+    waiting = _waiting(source, state)
+    left_out = keys([(ref.row, ref.epoch) for ref in _refused(source, refused, state)])
     own_keys = row_keys(own.segments["row"], own.segments["epoch"])
     seen = np.concatenate([own_keys, keys([(s.row, s.epoch) for s in waiting])])
     parts = np.concatenate([own.segments["part"], np.array([s.part for s in waiting], np.int32)])
@@ -90,11 +86,9 @@ def unbalanced(
         values, counts = np.unique(left_out, return_counts=True)
         yield f"{_row(source, values[counts > 1][0])} is listed as refused {counts.max()} times"
     known = np.unique(np.concatenate([seen, left_out]))
-    if draws is None:
-        drawn = sum(stream.drawn[source] for stream in state.streams.values())
-        if drawn != len(known):
-            yield f"source {source}: {drawn:,} rows were drawn, but {len(known):,} are in packs, refused or waiting"
-        return
+    drawn = sum(stream.drawn[source] for stream in state.streams.values())
+    if drawn != len(draws.keys):  # rows lost at the end of a streamed file
+        yield f"source {source}: {drawn:,} rows were drawn, but {len(draws.keys):,} are in packs, refused or waiting"
     if len(lost := np.setdiff1d(draws.keys, known)):
         yield (
             f"{_row(source, lost[0])} was drawn, but is in no pack, and neither refused nor waiting; "
@@ -122,12 +116,26 @@ def astray(source: int, listed: Listed, draws: Draws, streams: int, global_batch
     )
 
 
-def draws_of(source: int, config: DataConfig, corpus: Corpus, state: DataState) -> Draws | None:
-    """Return the draws from a source that `state` counts; None if the source is streamed."""
+def draws_of(
+    source: int, config: DataConfig, corpus: Corpus, state: DataState, listed: Listed, refused: Sequence[Ref]
+) -> Draws:
+    """Return the draws from a source that `state` counts.
+
+    The files of a streamed source have unknown sizes. They end with the last row in `listed`, in
+    `refused` or in the waiting rows.
+    """
     opened = corpus.sources[source]
-    if not isinstance(opened, FileSet):
-        return None
-    order = row_order(opened.file_sizes, config, source, state.orders.get(source, ()))
+    if isinstance(opened, FileSet):
+        return _indexed_draws(source, row_order(opened.file_sizes, config, source, state.orders.get(source, ())), state)
+    rows = [
+        *listed.of_source(source).segments["row"].tolist(),
+        *(segment.row for segment in _waiting(source, state)),
+        *(ref.row for ref in _refused(source, refused, state)),
+    ]
+    return _streamed_draws(source, StripeOrder(opened.file_count, config, source), opened.file_count, state, rows)
+
+
+def _indexed_draws(source: int, order: RowOrder, state: DataState) -> Draws:
     count = state.identity.streams
     parts, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for stream, stream_state in state.streams.items():
@@ -138,6 +146,32 @@ def draws_of(source: int, config: DataConfig, corpus: Corpus, state: DataState) 
             owners.append(np.full(len(rows), stream))
             done += len(rows)
     return Draws(np.concatenate(parts), np.concatenate(owners))
+
+
+def _streamed_draws(source: int, order: StripeOrder, files: int, state: DataState, seen: Sequence[int]) -> Draws:
+    """Return the rows of the stripes that each stream has read, and of the stripe that it reads."""
+    sizes = np.zeros(files, np.int64)
+    np.maximum.at(sizes, np.array(seen, np.int64) % files, np.array(seen, np.int64) // files + 1)
+    parts, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for stream, stream_state in state.streams.items():
+        position = stream_state.stripe_positions.get(source, StripePosition())
+        for number in range(position.stripes + 1):
+            stripe = order.at(stream + number * state.identity.streams)
+            end = sizes[stripe.file] if number < position.stripes else stripe.first + position.rows * stripe.step
+            indices = np.arange(stripe.first, end, stripe.step)
+            parts.append(row_keys(indices * files + stripe.file, np.full(len(indices), stripe.epoch)))
+            owners.append(np.full(len(indices), stream))
+    return Draws(np.concatenate(parts), np.concatenate(owners))
+
+
+def _waiting(source: int, state: DataState) -> list[Segment]:
+    return [s for stream in state.streams.values() for s in stream.waiting if s.source == source]
+
+
+def _refused(source: int, refused: Sequence[Ref], state: DataState) -> list[Ref]:
+    """Return the refused rows of a source, with the refusals of `state` that no step lists yet."""
+    unlisted = (Ref(r.source, r.row, r.epoch) for stream in state.streams.values() for r in stream.unlisted)
+    return [ref for ref in (*refused, *unlisted) if ref.source == source]
 
 
 def moved(past: Sequence[PastOrder]) -> bool:

@@ -35,7 +35,9 @@ def text(value: object) -> str:
     `text("<b>\\x1b[2J")` returns `"&lt;b&gt;\\\\x1b[2J"`. Characters that reorder a line (U+202E
     and its kin) are shown as escapes too.
     """
-    shown = "".join(c if c.isprintable() or c in _KEPT else _escaped(c) for c in str(value))
+    shown = str(value)
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() or c in _KEPT else _escaped(c) for c in shown)
     return escape(shown, quote=True)
 
 

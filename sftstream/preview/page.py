@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sftstream.pages.document import Page, document, tag, text
+from sftstream.pages import Page, document, figures, header, tag, text
 from sftstream.preview.view import ROLES, ConversationView, PackView, Preview, RunView, TokenView
 
 KEYS = (
@@ -21,25 +21,17 @@ def page(preview: Preview, title: str) -> str:
     """Return the page of a preview as one self-contained HTML document."""
     tokens, slots = sum(p.tokens for p in preview.packs), sum(p.capacity for p in preview.packs)
     facts = {
-        "packs": f"{len(preview.packs):,}",
-        "conversations": f"{sum(len(p.conversations) for p in preview.packs):,}",
-        "tokens": f"{tokens:,}",
-        "slots filled": f"{tokens / slots:.1%}",
-        "tokens trained": f"{sum(p.trained for p in preview.packs) / max(tokens, 1):.1%}",
-        "logical streams": f"{preview.streams:,}",
-        "rows refused": f"{len(preview.refused):,}",
+        "packs": figures.count(len(preview.packs)),
+        "conversations": figures.count(sum(len(p.conversations) for p in preview.packs)),
+        "tokens": figures.count(tokens),
+        "slots filled": figures.share(tokens, slots),
+        "tokens trained": figures.share(sum(p.trained for p in preview.packs), tokens),
+        "logical streams": figures.count(preview.streams),
+        "rows refused": figures.count(len(preview.refused)),
     }
     made_by = text("Packs as the model will see them. Tokenizer ") + tag("code", text(preview.tokenizer))
     body = [
-        tag(
-            "header",
-            [
-                tag("h1", text(title)),
-                tag("p", made_by, class_="sub"),
-                tag("dl", [tag("div", tag("dt", text(n)) + tag("dd", text(v))) for n, v in facts.items()], class_="facts"),
-            ],
-            class_="top",
-        ),
+        header(title, made_by, facts, theme=False),
         _bar(preview),
         tag("main", [*map(_pack, preview.packs), _refused(preview)]),
         tag("footer", text("Made by sftstream preview. The page loads nothing from anywhere; text of the data is never run.")),
@@ -81,10 +73,9 @@ def _bar(preview: Preview) -> str:
 
 
 def _pack(pack: PackView) -> str:
-    trained = pack.trained / max(pack.tokens, 1)
     line = (
-        f"stream {pack.stream}; {pack.tokens:,} of {pack.capacity:,} slots filled ({pack.fill:.1%}), {trained:.1%} of the "
-        f"tokens trained; digest {pack.digest[:12]}"
+        f"stream {pack.stream}; {pack.tokens:,} of {pack.capacity:,} slots filled ({figures.share(pack.fill)}), "
+        f"{figures.share(pack.trained, pack.tokens)} of the tokens trained; digest {pack.digest[:12]}"
     )
     padding = pack.capacity - pack.tokens
     return tag(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sftstream.excerpt import printable
+from sftstream.pages import figures
 from sftstream.preview.view import ConversationView, PackView, Preview, RunView
 
 COLOURS = {"system": "magenta", "user": "blue", "assistant": "green", "tool": "yellow", "template": "bright_black"}
@@ -45,11 +46,11 @@ def _legend() -> Text:
 
 
 def _pack(pack: PackView) -> Iterator[RenderableType]:
-    trained = pack.trained / max(pack.tokens, 1)
     yield Rule(
         Text(
             f"pack {pack.number} · stream {pack.stream} · {pack.tokens:,} of {pack.capacity:,} slots filled "
-            f"({pack.fill:.1%}) · {len(pack.conversations)} conversations · {trained:.1%} of the tokens trained"
+            f"({figures.share(pack.fill)}) · {len(pack.conversations)} conversations · "
+            f"{figures.share(pack.trained, pack.tokens)} of the tokens trained"
         ),
         style="bright_black",
     )

@@ -21,7 +21,7 @@ The words of this package, on a conversation of a user's "hi" and an assistant's
     tag                a word in angle or square brackets, special or not: "<think>", "[INST]"
     thought            reasoning inside the content: "<think>hm</think>" of "<think>hm</think>seven"
     marker             unique word put before or after a payload to find the payload again:
-                       "ZqM1x1x1bZq" before "seven" (`markers.py`)
+                       "ZqM1bZq" before "seven" (`markers.py`)
     shape              everything in a conversation except the words: number and roles of messages,
                        present fields, tool calls
     probe              a short conversation, rendered once at the start of a run to learn how the

@@ -40,6 +40,7 @@ def compiled(text: str) -> jinja2.Template:
     with Door("the chat template is not valid Jinja"):
         template = environment.from_string(text)
     template.root_render_func.__globals__.update(compiled_names())
+    template.globals = dict(template.globals)  # each render copies the globals, slowly from a ChainMap
     return template
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from sftstream.records import Span
-from sftstream.rendering.markers import Payload
+from sftstream.rendering.payloads import Payload
 
 
 def narrow(

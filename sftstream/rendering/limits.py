@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
@@ -15,10 +16,9 @@ from sftstream.refused import Refused
 from sftstream.rendering.bounds import metered
 
 SECONDS = 60.0
-"""Time limit for one render, in seconds; a long conversation takes a few milliseconds.
+"""Time limit for all renders of one conversation, in seconds; a long one takes some milliseconds.
 
-A render above the limit ends the run. The row is not refused, because a faster machine would accept
-the same row.
+More time ends the run. The row is not refused, because a faster machine would accept the same row.
 """
 MEMORY = 256 << 20
 """Largest number of bytes that the process may allocate while a template is probed: 256 MiB."""
@@ -33,7 +33,7 @@ def bounded() -> Iterator[None]:
 
     Raises RuntimeError, which ends a run, if the body exceeds the time limit of `SECONDS`.
     """
-    with _RUNNING, _alarm(), metered():
+    with _RUNNING, time_limit(), metered():
         yield
 
 
@@ -54,11 +54,16 @@ def bounded_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _alarm() -> Iterator[None]:
-    # Python delivers signals to the main thread only, so other threads render without a time limit.
-    if threading.current_thread() is not threading.main_thread():
+def time_limit() -> Iterator[None]:
+    """Raise RuntimeError, which ends a run, if the body exceeds the time limit of `SECONDS`.
+
+    A limit inside the body of another one changes nothing: the renders of one conversation share a
+    limit. Python delivers signals to the main thread only, so other threads render without a limit.
+    """
+    if _LIMITED.get() or threading.current_thread() is not threading.main_thread():
         yield
         return
+    token = _LIMITED.set(True)
     before = signal.signal(signal.SIGALRM, _too_late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -66,6 +71,10 @@ def _alarm() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        _LIMITED.reset(token)
+
+
+_LIMITED: ContextVar[bool] = ContextVar("limited", default=False)
 
 
 def _too_late(_number: int, _frame: FrameType | None) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from sftstream.config import Policy
 from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
-from sftstream.rendering.markers import Located, PayloadIndex
+from sftstream.rendering.locate import Located
+from sftstream.rendering.payloads import PayloadIndex
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.rendering.turns import Turn
 
@@ -45,7 +46,7 @@ def rendered(
         )
         _refuse_foreign_text(message_spans, index, payloads)
         spans += message_spans
-    spans = sorted(span for span in spans if span.start < span.end)
+    spans = sorted([span for span in spans if span.start < span.end])
     for before, after in itertools.pairwise(spans):
         if after.start < before.end:
             raise Refused("messages out of order", f"the trained characters {tuple(before)} and {tuple(after)} overlap")
@@ -82,12 +83,9 @@ _NAMES = {"content": "text", "call": "a tool call", "reasoning": "reasoning"}
 
 def trained_messages(messages: Sequence[Message], policy: Policy) -> list[int]:
     """Return the indices of the messages that the policy trains."""
-    trained = [index for index, message in enumerate(messages) if _is_trained(message, policy)]
+    roles, every_role = policy.train_on, "all" in policy.train_on
+    trained = [i for i, m in enumerate(messages) if m.train is not False and (every_role or m.role in roles)]
     return trained[-1:] if policy.train_turns == "last" else trained
-
-
-def _is_trained(message: Message, policy: Policy) -> bool:
-    return message.train is not False and ("all" in policy.train_on or message.role in policy.train_on)
 
 
 def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
@@ -107,6 +105,8 @@ def _turn_spans(turn: Turn, policy: Policy) -> list[Span]:
     """
     if turn.payloads and not (turn.span.start <= turn.payloads[0].start and turn.payloads[-1].end <= turn.span.end):
         raise Refused("payload outside its turn", f"message {turn.message} is not wholly inside its turn")
+    if policy.train_reasoning and policy.train_tool_calls:
+        return [turn.span]
     left_out = {"reasoning": not policy.train_reasoning, "call": not policy.train_tool_calls}
     runs = [(out, list(run)) for out, run in itertools.groupby(turn.payloads, lambda p: left_out.get(p.kind, False))]
     if not runs:
@@ -148,14 +148,14 @@ def _payload_spans(
 
 def _refuse_foreign_text(spans: Iterable[Span], index: int, payloads: PayloadIndex) -> None:
     """Raise `Refused` if a payload of another message overlaps a span of message `index`."""
-    for payload in (payload for span in spans for payload in payloads.overlapping(span)):
-        if payload.message != index:
+    for span in spans:
+        if payload := payloads.foreign(index, span):
             raise Refused("foreign text in span", f"message {payload.message} is printed inside message {index}")
 
 
 def _typed(located: Located, control: re.Pattern[str]) -> Iterable[Span]:
     """Yield the ranges inside payloads that spell a special token."""
-    if not control.search("\0".join(located.text[payload.start : payload.end] for payload in located.payloads)):
+    if not control.search("\0".join([located.text[payload.start : payload.end] for payload in located.payloads])):
         return
     for payload in located.payloads:
         for match in control.finditer(located.text, payload.start, payload.end):

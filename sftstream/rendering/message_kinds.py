@@ -35,7 +35,7 @@ def kind_of(message: TemplateMessage) -> tuple[Any, ...]:
     return (
         message["role"],
         tuple(message),
-        bool(content.strip()),
+        bool(content) and not content.isspace(),
         opens_thought(content),
         len(message.get("tool_calls", ())),
     )

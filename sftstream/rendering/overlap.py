@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 _WORD = re.compile(r"\w+")
@@ -21,8 +22,14 @@ def contains(text: str, stops: Iterable[str]) -> bool:
 
 def common_prefix(left: str, right: str) -> str:
     """Return the common beginning of two texts: "ab" for "abc" and "abd"."""
-    lengths = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return left[: next(lengths, min(len(left), len(right)))]
+    known, most = 0, min(len(left), len(right))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if left.startswith(right[known:middle], known):
+            known = middle
+        else:
+            most = middle - 1
+    return left[:known]
 
 
 def is_within(gap: str, tail: str) -> bool:
@@ -76,10 +83,22 @@ def cut(prefix: str, text: str, control: re.Pattern[str]) -> int:
     """
     if len(prefix) == len(text):
         return len(text)
-    border = re.compile(rf"{control.pattern}|{TAG.pattern}|\n+")
-    return max((match.end() for match in border.finditer(text) if match.end() <= len(prefix)), default=0)
+    return max(
+        (match.end() for match in _border(control.pattern).finditer(text) if match.end() <= len(prefix)), default=0
+    )
 
 
 def token_or_tag(control: re.Pattern[str]) -> re.Pattern[str]:
     """Return a pattern that matches any special token and any tag."""
-    return re.compile(rf"{control.pattern}|{TAG.pattern}")
+    return _token_or_tag(control.pattern)
+
+
+# The key is the text of the pattern, because a compiled pattern has no stored hash.
+@cache
+def _border(control: str) -> re.Pattern[str]:
+    return re.compile(rf"{control}|{TAG.pattern}|\n+")
+
+
+@cache
+def _token_or_tag(control: str) -> re.Pattern[str]:
+    return re.compile(rf"{control}|{TAG.pattern}")

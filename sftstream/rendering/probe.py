@@ -15,7 +15,7 @@ import msgspec
 
 from sftstream.records import Refused
 from sftstream.rendering.limits import bounded_memory
-from sftstream.rendering.markers import locate
+from sftstream.rendering.locate import locate
 from sftstream.rendering.probe_messages import ANSWER, CALLED, RESULT, SAID, SYSTEM, THOUGHT, TOOL, USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 from sftstream.rendering.turn_format import TurnFormat, probe_turn_format

@@ -18,7 +18,9 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
-from sftstream.rendering.markers import Located, locate, names, strings
+from sftstream.rendering.limits import time_limit
+from sftstream.rendering.locate import Located, locate
+from sftstream.rendering.markers import names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
 from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
@@ -167,6 +169,10 @@ class Renderer:
         return sorted(ranges)
 
     def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
+        with time_limit():
+            return self._find_spans(conversation, template)
+
+    def _find_spans(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
         messages, tools = [template_message(message) for message in conversation.messages], conversation.tools
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)
@@ -199,7 +205,8 @@ class Renderer:
         These texts get no markers, so a special token typed in one of them looks like a special
         token of the template.
         """
-        everything = chain(strings(tools), strings(variables), *map(names, messages))
+        with_names = [message for message in messages if len(message) > 2]  # more than role and content
+        everything = chain(strings(tools), strings(variables), *map(names, with_names))
         if not self._control.search("\0".join(everything)):
             return
         named = [

@@ -194,7 +194,8 @@ def template_message(message: Message) -> TemplateMessage:
             }
             for i, call in enumerate(message.tool_calls)
         ]
-    for key in ("name", "tool_call_id"):
-        if (value := getattr(message, key)) is not None:
-            result[key] = value
+    if message.name is not None:
+        result["name"] = message.name
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
     return result

@@ -80,7 +80,7 @@ def probe_turn_format(template: ChatTemplate, control: re.Pattern[str]) -> TurnF
         _text_after(template, [USER, CALLED]),
         _text_after(template, [USER, CALLED, RESULT]),
         control,
-        openers | _texts_between_calls(template, control),
+        openers | _texts_between_calls(template, control, role_marker),
         turn_stops=stops,
         by_next_role=open_end,
     )
@@ -190,10 +190,11 @@ def _probe_openers(
     return frozenset(openers) - {ends[0] if ends else ""}
 
 
-def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> frozenset[str]:
+def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str], role_marker: str) -> frozenset[str]:
     """Return the special tokens and tags printed between two calls of one message.
 
-    They are not stops, since the turn continues after them.
+    They are not stops, since the turn continues after them. Tokens before a role marker are left
+    out: the template ends the first call like a turn, and opens another turn for the second call.
     """
     (call,) = CALLED["tool_calls"]
     try:
@@ -202,7 +203,10 @@ def _texts_between_calls(template: ChatTemplate, control: re.Pattern[str]) -> fr
         return frozenset()
     between = text.split(SAID)[1:-1]
     token = token_or_tag(control)
-    return frozenset(match[0] for part in between for match in token.finditer(part))
+    starts = (max(0, part.find(role_marker)) if role_marker else 0 for part in between)
+    return frozenset(
+        match[0] for part, start in zip(between, starts, strict=True) for match in token.finditer(part, start)
+    )
 
 
 def _text_after(template: ChatTemplate, messages: list[TemplateMessage]) -> str | None:

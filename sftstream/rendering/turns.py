@@ -2,7 +2,7 @@
 
 A turn starts after the generation prompt, where the model would begin to write at inference. A turn
 ends after its stop, the text that ends the model's reply. `turn_format.py` finds the prompt and the
-stops of a template at the start of the run. `markers.py` finds the payloads of the conversation. A
+stops of a template at the start of the run. `locate.py` finds the payloads of the conversation. A
 conversation is refused if the start or end of a turn cannot be proved.
 
 Example. The template prints `<{{ m.role }}>{{ m.content }}</s>` for each message; its generation
@@ -25,9 +25,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sftstream.records import Refused, Span
+from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.generation_tags import narrow
-from sftstream.rendering.markers import Located, Marking, Payload, locate
+from sftstream.rendering.locate import Located, locate
+from sftstream.rendering.markers import Marked, mark
 from sftstream.rendering.message_kinds import distinct_before, kind_of
 from sftstream.rendering.overlap import (
     alike,
@@ -39,6 +40,7 @@ from sftstream.rendering.overlap import (
     shared_end,
     token_or_tag,
 )
+from sftstream.rendering.payloads import Payload
 from sftstream.rendering.probe_messages import USER
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 from sftstream.rendering.turn_format import TurnFormat
@@ -129,14 +131,17 @@ class _TurnSearch:
         self._tools = tools
         self._text = located.text
         self._payloads = located.index
-        self._fill_blanks = located.fill_blanks
+        self._located = located
         self._shortcut = shortcut
         self._compare = compare
         self._tails: dict[tuple[Any, ...], list[tuple[str, str | None]]] = {}
+        self._starts: dict[tuple[Any, ...], tuple[int, str]] = {}
+        self._ends: dict[tuple[str, bool], int] = {}
 
     @cached_property
-    def _kinds(self) -> list[tuple[Any, ...]]:
-        return [kind_of(message) for message in self._messages]
+    def _kinds(self) -> list[int]:
+        numbers: dict[tuple[Any, ...], int] = {}
+        return [numbers.setdefault(kind_of(message), len(numbers)) for message in self._messages]
 
     @cached_property
     def _kinds_before(self) -> list[int]:
@@ -159,17 +164,26 @@ class _TurnSearch:
         """
         # `before` is the end of the earlier messages. A template may print an earlier message again
         # after this message; such a second print is ignored.
-        own = self._payloads.of(index)
-        before = self._payloads.last_end(index, own[0].start if own else len(self._text))
-        payloads = self._first_prints(index, max(before, earliest))
-        limit = payloads[0].start if payloads else self._next_message(index, before)
+        place = self._payloads.neighbours(index)
+        if place and place.own[0].start >= earliest:
+            before, payloads, after = place
+            limit, last = payloads[0].start, payloads[-1].end
+            following = len(self._text) if after is None else after
+        else:
+            own = self._payloads.of(index)
+            before = self._payloads.last_end(index, own[0].start if own else len(self._text))
+            payloads = self._first_prints(index, max(before, earliest))
+            limit = payloads[0].start if payloads else self._next_message(index, before)
         start = self._start(index, before, limit, empty=not payloads)
         if start.offset < earliest:
             raise Refused("messages out of order", f"message {index} begins inside the turn before it")
         if payloads and payloads[0].start < start.offset:
             payloads = [p._replace(start=max(p.start, start.offset)) for p in payloads if p.end > start.offset]
-        last = max((p.end for p in payloads), default=start.offset)
-        end = self._end(index, last, self._next_message(index, last))
+            place = None
+        if not place:
+            last = max((p.end for p in payloads), default=start.offset)
+            following = self._next_message(index, last)
+        end = self._end(index, last, following)
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
 
     def _first_prints(self, index: int, earliest: int) -> list[Payload]:
@@ -204,6 +218,8 @@ class _TurnSearch:
         prompt, role_marker = self._format.prompt, self._format.role_marker
         if self._shortcut and prompt and not empty and gap.endswith(prompt):
             return _Start(limit, by_prompt=False)
+        if not empty and (offset := self._known_start(index, gap, limit)) is not None:
+            return _Start(before + offset, by_prompt=False)
         start = self._start_by_prompt(index, before, gap, empty=empty)
         if start is None and (at := self._start_by_role_marker(gap)) is not None:
             start = _Start(at)
@@ -212,7 +228,38 @@ class _TurnSearch:
         if start is None:
             missing = repr(role_marker) if role_marker else "the template's text before an assistant message"
             raise Refused("no header", f"{missing} is missing before message {index}")
+        if not empty and not start.by_comparison:
+            self._know_start(index, gap, limit, start.offset)
         return start._replace(offset=before + start.offset)
+
+    def _known_start(self, index: int, gap: str, limit: int) -> int | None:
+        """Return the start as an offset in `gap`, as found for an earlier turn; None if unknown.
+
+        Two turns have the same start if their gaps are equal, if the same kinds of messages precede
+        them, and if the words of both messages change nothing: the content does not begin with
+        white space, and the text does not begin like the rest of the generation prompt.
+        """
+        offset, next_character = self._starts.get(self._place(index, gap), (None, ""))
+        return None if offset is None or self._words_matter(index, limit, next_character) else offset
+
+    def _know_start(self, index: int, gap: str, limit: int, offset: int) -> None:
+        """Store the start of a turn for `_known_start`, unless the message's words matter."""
+        tail, _ = self._tail(index, gap, prompt=True)
+        next_character = tail[len(gap) : len(gap) + 1] if tail and tail.startswith(gap) else ""
+        if not self._words_matter(index, limit, next_character):
+            self._starts[self._place(index, gap)] = offset, next_character
+
+    def _words_matter(self, index: int, limit: int, next_character: str) -> bool:
+        """Return True if the words of a message may change the start of its turn.
+
+        `next_character` follows the gap in the generation prompt; "" if the prompt ends before.
+        """
+        message = self._messages[index]
+        indented = message["content"][:1].isspace() or message.get("reasoning_content", "")[:1].isspace()
+        return indented or self._text[limit : limit + 1] == next_character
+
+    def _place(self, index: int, gap: str) -> tuple[Any, ...]:
+        return gap, self._kinds_before[index], self._kinds[index - 1] if index else None
 
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
         """Return the start as an offset in `gap`, proved by a render of the generation prompt.
@@ -243,43 +290,49 @@ class _TurnSearch:
             return None
         role_marker = self._format.role_marker
         shown = role_marker in tail if role_marker else index > 0
-        following = self._text[before:]
-        if following.startswith(tail) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
-            start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(following, gap, tail)
+        if self._text.startswith(tail, before) and (shown or (index and self._is_said(gap[len(tail) :], empty=empty))):
+            start = len(tail) if len(tail) <= len(gap) else self._thought_in_message(before, gap, tail)
         elif not empty and is_within(gap, tail):
-            start = self._thought_in_message(following, gap, tail) - self._own_indent(index, before, gap, tail)
+            start = self._thought_in_message(before, gap, tail) - self._own_indent(index, before, gap, tail)
         else:
             cut = len(cut_prefix(gap, tail, self._control))
             if cut < (tail.rfind(role_marker) + len(role_marker) if role_marker and shown else len(tail)):
                 return None
             start = cut + shared_end(gap[cut:], tail[cut:])
-        return _Start(start, by_prompt=rendered) if self._is_said(gap[start:], empty=empty) else None
+        said = self._is_said(gap[start:], empty=empty) and not self._is_inside_role_marker(gap, start)
+        return _Start(start, by_prompt=rendered) if said else None
 
-    def _thought_in_message(self, following: str, gap: str, tail: str) -> int:
+    def _thought_in_message(self, before: int, gap: str, tail: str) -> int:
         """Return the start of a turn whose `<think>` may already belong to the prompt.
 
+        The text from the offset `before` on begins with `gap` and the message.
         Gap `<assistant>`, tail `<assistant><think>`, message `<think>hm</think>seven`: the prompt
         already contains `<think>`, so the turn starts at `hm`. If the tail has no opened thought
         after the gap, the turn starts at the end of the gap.
         """
         if tail.startswith(gap) and opens_thought(tail[len(gap) :]):
+            following = self._text[before : before + len(tail)]
             return max(len(gap), len(cut_prefix(following, tail, self._control)))
         return len(gap)
 
     def _own_indent(self, index: int, before: int, gap: str, tail: str) -> int:
-        """Return how many characters at the end of `gap` are white space of the message's content.
+        """Return how many characters at the end of `gap` are white space of the message's text.
 
         Gap `<assistant>\\n`, tail `<assistant><think>\\n`, content "\\nseven": the line end is the
-        content's, not the end of the prompt. The content is rendered without the white space: if
-        nothing else disappears from the text, the white space is the content's, else the result is
-        0. The result is 0 too if the gap is a beginning of the tail.
+        content's, not the end of the prompt. The content, or the reasoning if it is printed first,
+        is rendered without the white space: if nothing else disappears from the text, the white
+        space is the message's, else the result is 0. The result is 0 too if the gap is a beginning
+        of the tail.
         """
         message = self._messages[index]
-        space = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
+        reasons = "reasoning_content" in message and self._payloads.of(index)[0].kind == "reasoning"
+        keys = REASONING_KEYS if reasons else ("content",)
+        text = message[keys[0]]
+        space = text[: len(text) - len(text.lstrip())]
         if not space or tail.startswith(gap) or not gap.endswith(space):
             return 0
         stripped = [*self._messages]
-        stripped[index] = {**message, "content": message["content"].lstrip()}
+        stripped[index] = {**message, **dict.fromkeys(keys, text.lstrip())}
         at = before + len(gap)
         without = self._text[: at - len(space)] + self._text[at:]
         return len(space) if self._template.render(stripped, self._tools) == without else 0
@@ -292,6 +345,12 @@ class _TurnSearch:
         """
         role_marker = self._format.role_marker
         return empty or not role_marker or role_marker not in lead
+
+    def _is_inside_role_marker(self, gap: str, start: int) -> bool:
+        """Return True if a role marker in the gap begins before `start` and ends after `start`."""
+        role_marker = self._format.role_marker
+        at = gap.find(role_marker, max(0, start - len(role_marker) + 1))
+        return 0 <= at < start < at + len(role_marker)
 
     def _start_by_role_marker(self, gap: str) -> int | None:
         """Return the start after the gap's only role marker; None unless there is exactly one.
@@ -353,13 +412,38 @@ class _TurnSearch:
                 return tail, False
             if tail is not None and tail.startswith(shared_head) and alike(shared_head, gap[:head]):
                 return gap[:head] + tail[len(shared_head) :], False
-        marking, marked = self._marked
+        # Of all turns that may share the render, the first has the shortest.
+        first = self._first_alike(index, gap[:head], key)
         try:
-            tail = marking.tail(self._template.render(marked[:index], self._tools, prompt=prompt))
+            render = self._template.render(self._marked.messages[:first], self._tools, prompt=prompt)
+            tail = self._marked.tail(render)
         except Refused:
             tail = None
         self._tails.setdefault(key, []).append((gap[:head], tail))
         return tail, True
+
+    def _first_alike(self, index: int, head: str, key: tuple[Any, ...]) -> int:
+        """Return the first assistant message that may share the render of `_tail` with `index`.
+
+        `head` is the gap of message `index` up to the last role marker, and `key` the key of
+        `_tail`.
+        """
+        first = self._first_after[key[:2]]
+        place = self._payloads.neighbours(first) if first < index else None
+        if place is None:
+            return index
+        gap = self._text[place.before : place.own[0].start]
+        at = self._role_marker_at(gap)
+        return first if gap[:at] == head and gap[at:][: len(self._format.role_marker)] == key[2] else index
+
+    @cached_property
+    def _first_after(self) -> dict[tuple[Any, ...], int]:
+        """First assistant message, by the number of kinds before and the kind directly before."""
+        first: dict[tuple[Any, ...], int] = {}
+        for index, message in enumerate(self._messages):
+            if message["role"] == "assistant":
+                first.setdefault((self._kinds_before[index], self._kinds[index - 1] if index else None), index)
+        return first
 
     def _role_marker_at(self, gap: str) -> int:
         """Return the offset of the last role marker in a gap, or the gap's length without one."""
@@ -367,10 +451,12 @@ class _TurnSearch:
         return at if at >= 0 else len(gap)
 
     @cached_property
-    def _marked(self) -> tuple[Marking, list[TemplateMessage]]:
-        """The markers of the conversation, and the messages with markers."""
-        marking = Marking(self._messages, self._text, fill_blanks=self._fill_blanks)
-        return marking, marking.mark(self._messages)
+    def _marked(self) -> Marked:
+        """The conversation with markers, without markers inside a content."""
+        marked = self._located.marked
+        if not marked.split_thoughts:
+            return marked
+        return mark(self._messages, self._text, fill=marked.filled)
 
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.
@@ -381,12 +467,14 @@ class _TurnSearch:
         conversation needs no stop: its turn ends with the text, without the white space that the
         template adds.
         """
-        rest = self._text[last:following]
-        message = self._messages[index]
-        stops = self._format.stops + (self._format.call_stops if message.get("tool_calls") else ())
+        rest, calls = self._text[last:following], bool(self._messages[index].get("tool_calls"))
+        if (length := self._ends.get((rest, calls))) is not None:
+            return last + length
+        stops = self._format.stops + (self._format.call_stops if calls else ())
         begins = min((at for at in map(rest.find, self._openers) if at >= 0), default=len(rest))
         ends = [(at, at + len(stop)) for stop in stops if 0 <= (at := rest.find(stop)) <= begins]
         if ends:
+            self._ends[rest, calls] = min(ends)[1]
             return last + min(ends)[1]
         if self._format.open_end and index == len(self._messages) - 1 and following == len(self._text):
             return last + len(rest.rstrip()) if rest.strip() else last + self._printed_space(index, rest)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sftstream.excerpt import printable
+from sftstream.pages import figures
 from sftstream.stats.summary import Histogram, Lengths, Pair, Stats
 
 WIDTH = 36
@@ -82,12 +83,12 @@ def _sources(stats: Stats) -> Group:
         table.add_row(
             str(number),
             rows if source.rows == source.read else f"{source.read:,} of {rows}",
-            f"{source.examples:,}",
-            f"{source.tokens:,}",
-            f"{source.trained / max(source.tokens, 1):.1%}",
-            f"{source.too_long:,}",
-            f"{sum(source.refused.values()):,}",
-            f"{source.share_of_tokens:.1%}",
+            figures.count(source.examples),
+            figures.count(source.tokens),
+            figures.share(source.trained, source.tokens),
+            figures.count(source.too_long),
+            figures.count(sum(source.refused.values())),
+            figures.share(source.share_of_tokens),
         )
     return Group(Text(printable("\n".join(names))), table)
 
@@ -96,10 +97,10 @@ QUANTILES = (("least", "0.0"), ("median", "0.5"), ("95 %", "0.95"), ("99 %", "0.
 """Names and keys of the quantiles that are printed."""
 
 
-def summary_line(lengths: Lengths, number: str) -> str:
-    """Return mean and quantiles; `number` formats a value: "{:,.0f}"."""
+def summary_parts(lengths: Lengths, number: str) -> list[str]:
+    """Return mean and quantiles in words; `number` formats a value: "{:,.0f}"."""
     quantiles = (f"{name} {number.format(lengths.quantiles[key])}" for name, key in QUANTILES)
-    return f"mean {number.format(lengths.mean)}, {', '.join(quantiles)}"
+    return [f"mean {number.format(lengths.mean)}", *quantiles]
 
 
 def _plot(title: str, lengths: Lengths, number: str) -> Group:
@@ -112,7 +113,7 @@ def _plot(title: str, lengths: Lengths, number: str) -> Group:
     for index, (low, count) in enumerate(rows):
         sign = "≥ " if lengths.histogram.open_end and index == len(rows) - 1 else ""
         table.add_row(sign + number.format(low), _bar(count / most), f"{count:,}")
-    return Group(Text(f"{title}: {summary_line(lengths, number)}"), table)
+    return Group(Text(f"{title}: {', '.join(summary_parts(lengths, number))}"), table)
 
 
 def _coarse(histogram: Histogram) -> list[tuple[float, int]]:
@@ -136,7 +137,9 @@ def _capacities(stats: Stats) -> Table:
         table.add_column(heading, justify="right")
     for c in stats.capacities:
         mark = "  (this config)" if c.capacity == stats.capacity else ""
-        table.add_row(f"{c.capacity:,}{mark}", f"{c.fill:.2%}", f"{c.too_long:.2%}", f"{c.lost_tokens:.2%}")
+        table.add_row(
+            f"{c.capacity:,}{mark}", *(figures.share(part, digits=2) for part in (c.fill, c.too_long, c.lost_tokens))
+        )
     return table
 
 

@@ -264,7 +264,6 @@ class Packer(BaseNode[Pack]):
         accepted = [list(msgspec.structs.astuple(amount)) for amount in self.state.accepted]
         read = Window([], [], [], accepted, Counter(self.state.notes))
         before = sum([tokens for _, tokens, _ in accepted])
-        capacity = self._config.capacity
         while len(read.refused) < MOST_REFUSED:
             missing = size.missing(len(read.segments), sum([tokens for _, tokens, _ in accepted]) - before)
             if not missing:
@@ -274,33 +273,34 @@ class Packer(BaseNode[Pack]):
                 batch = next(self.source)
             except StopIteration:
                 break
-            for ref, value in zip(*batch, strict=True):
-                if isinstance(value, Refused):
-                    refused: Refused | None = value
-                elif len(value) == 1 and len(value[0].tokens) <= capacity:
-                    refused = None  # the common case, without a call
-                else:
-                    refused = self._too_long(value)
-                if refused is None:
-                    self._accept(ref, value, read)
-                else:
-                    self._refuse(ref, refused, read)
+            self._accept(batch, read)
         return read
 
-    def _accept(self, ref: Ref, examples: Sequence[Example], read: Window) -> None:
-        source, row, epoch = ref
-        accepted = read.accepted[source]
-        accepted[0] += 1
-        read.examples.extend(examples)
-        for part, example in enumerate(examples):
-            length = len(example.tokens)
-            read.segments.append(Segment(source, row, length, epoch, part))
-            accepted[1] += length
-            accepted[2] += example.targets
-            if example.notes:
-                read.notes.update(example.notes)
-            if self._mixed_by_content:
-                self._sampler.count_tokens(source, length, example.targets)
+    def _accept(self, batch: RowBatch[list[Example]], read: Window) -> None:
+        """Add the rows of a batch to the window. One loop without calls: it runs for each row."""
+        capacity, mixed_by_content = self._config.capacity, self._mixed_by_content
+        add_segment, add_example = read.segments.append, read.examples.append
+        for ref, value in zip(*batch, strict=True):
+            if isinstance(value, Refused):
+                self._refuse(ref, value, read)
+                continue
+            longest = len(value[0].tokens) if len(value) == 1 else max([len(example.tokens) for example in value])
+            if longest > capacity:
+                self._refuse(ref, _too_long(longest, capacity), read)
+                continue
+            source, row, epoch = ref
+            amount = read.accepted[source]
+            amount[0] += 1
+            for part, example in enumerate(value):
+                length = len(example.tokens)
+                add_segment(Segment(source, row, length, epoch, part))
+                add_example(example)
+                amount[1] += length
+                amount[2] += example.targets
+                if example.notes:
+                    read.notes.update(example.notes)
+                if mixed_by_content:
+                    self._sampler.count_tokens(source, length, example.targets)
 
     def _refuse(self, ref: Ref, refused: Refused, read: Window) -> None:
         read.refused.append(Refusal.at(ref, refused.reason, refused.detail))
@@ -310,16 +310,6 @@ class Packer(BaseNode[Pack]):
             conversations, tokens, trained_tokens = map(sum, zip(*read.accepted, strict=True))
             parts = REFUSED_SHARE * max(conversations, 1)
             self._sampler.count_tokens(ref.source, max(tokens // parts, 1), max(trained_tokens // parts, 1))
-
-    def _too_long(self, examples: Sequence[Example]) -> Refused | None:
-        capacity = self._config.capacity
-        for example in examples:
-            if (length := len(example.tokens)) > capacity:
-                return Refused(
-                    "longer than capacity",
-                    f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
-                )
-        return None
 
     def _plan(self, lengths: Sequence[int], waited: Sequence[int], *, last: bool) -> WindowPlan:
         """Return the plan of a window and its leftovers, with the packs in the order of return.
@@ -346,3 +336,10 @@ class Packer(BaseNode[Pack]):
             return packs
         order = shuffled(len(packs), "window", self._config.seed, self._stream, self.state.windows)
         return [packs[index] for index in order]
+
+
+def _too_long(length: int, capacity: int) -> Refused:
+    return Refused(
+        "longer than capacity",
+        f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
+    )

@@ -21,11 +21,16 @@ at most 0.2 %."""
 SHARE_LEFT = 3
 """At most 1 / `SHARE_LEFT` of a window's packs are dissolved; of fewer than `SHARE_LEFT` packs, at
 most one."""
+FREE = float(__import__("os").environ.get("FREE", "0.5"))
+SPARE = int(__import__("os").environ.get("SPARE", "64"))
+MOST_USEFUL = 8
+"""Number of packs in a window, those with the most free slots, that always exchange. Further packs
+exchange only while the window has more than one free slot per pack."""
 EXCHANGED = 4
 """Largest number of examples that leave a pack in an exchange."""
 MOST_TOKENS_EXCHANGED = 1 << 15
 """Largest number of tokens that an exchange brings into a pack. The limit bounds the time:
-`_sums` computes with integers of this many bits."""
+`_gaps` computes with integers of this many bits."""
 CAPACITIES_OF_A_WINDOW = 4
 """Tokens that a window should hold, in multiples of the capacity. A window of short examples reads
 further examples until it holds these tokens, and so has several packs to plan."""
@@ -58,20 +63,21 @@ def _best_fit(
     """
     count = len(lengths)
     packs: list[list[int]] = []
-    free: list[int] = []  # room * count + pack, sorted: integers compare faster than tuples
+    # For each pack the code `room * count + pack`, sorted: integers compare faster than tuples.
+    free: list[int] = []
     order = sorted(range(count), key=lengths.__getitem__, reverse=True)
     if True in urgent:
         order = [index for index in order if urgent[index]] + [index for index in order if not urgent[index]]
     for index in order:
-        length = lengths[index]
-        at = bisect_left(free, length * count)
+        needed = lengths[index] * count
+        at = bisect_left(free, needed)
         if at < len(free):
-            room, pack = divmod(free.pop(at), count)
-            packs[pack].append(index)
+            code = free.pop(at)
+            packs[code % count].append(index)
         else:
-            room, pack = capacity, len(packs)
+            code = capacity * count + len(packs)
             packs.append([index])
-        insort(free, (room - length) * count + pack)
+        insort(free, code - needed)
     return packs, [divmod(code, count) for code in free]
 
 
@@ -88,9 +94,10 @@ def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -
 
     The emptiest packs of `plan_packs` are dissolved: their examples become leftovers. Dissolving
     stops at `SPARE` leftovers, or when 1 / `SHARE_LEFT` of the packs are dissolved. Full packs and
-    packs with an `urgent` example are never dissolved. Then each other pack with free slots
-    exchanges up to `EXCHANGED` of its shortest examples for left examples that together fill the
-    pack exactly, or else as far as possible.
+    packs with an `urgent` example are never dissolved. Then the other packs, the emptiest first,
+    exchange up to `EXCHANGED` of their shortest examples for left examples that together fill the
+    pack exactly, or else as far as possible. Exchanges end when they are of little use
+    (see `MOST_USEFUL`).
 
     Example: for the lengths `[6, 3, 5, 2, 2]` and capacity 10, the packs of `plan_packs` are 6 + 3
     and 5 + 2 + 2. The second pack is dissolved, and the first pack exchanges 3 for 2 + 2. The
@@ -98,10 +105,13 @@ def plan_window(lengths: Sequence[int], capacity: int, urgent: Sequence[bool]) -
     """
     packs, rooms = _best_fit(lengths, capacity, urgent)
     dissolved = _emptiest(packs, rooms, urgent)
-    left = sorted((index for pack in dissolved for index in packs[pack]), key=lengths.__getitem__, reverse=True)
-    for room, pack in rooms:
-        if room and pack not in dissolved:
-            _exchange(packs[pack], room, left, lengths, urgent)
+    left = sorted([index for pack in dissolved for index in packs[pack]])
+    kept = [(room, pack) for room, pack in reversed(rooms) if pack not in dissolved]
+    free = sum([room for room, _ in kept])
+    for number, (room, pack) in enumerate(kept):
+        if not room or (number >= MOST_USEFUL and free <= len(kept)):
+            break
+        free -= _exchange(packs[pack], room, left, lengths, urgent)
     return WindowPlan([pack for number, pack in enumerate(packs) if number not in dissolved], sorted(left))
 
 
@@ -137,10 +147,11 @@ def _emptiest(packs: Sequence[Sequence[int]], rooms: Sequence[tuple[int, int]], 
     return dissolved
 
 
-def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int], urgent: Sequence[bool]) -> None:
+def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int], urgent: Sequence[bool]) -> int:
     """Exchange the last examples of `pack` for examples of `left`, to fill its `room` free slots.
 
-    Modifies `pack` and `left`. Does nothing if no exchange makes the pack fuller.
+    Modifies `pack` and `left`, and returns the number of slots filled. Does nothing if no exchange
+    makes the pack fuller.
     """
     # goals[n]: the free slots of the pack without its last n + 1 examples.
     goals: list[int] = []
@@ -153,68 +164,50 @@ def _exchange(pack: list[int], room: int, left: list[int], lengths: Sequence[int
             break
         goals.append(goal)
     if not goals:
-        return
-    sums = _sums(left, lengths, goals)
-    count, total = _nearest(sums[-1], goals)
-    if total - goals[count - 1] <= -room:
-        return
-    taken = _summands(left, lengths, sums, total)
+        return 0
+    gaps = _gaps(left, lengths, goals)
+    gap = (gaps[-1] & -gaps[-1]).bit_length() - 1  # the lowest bit
+    if gap >= room:
+        return 0
+    taken = _summands(left, lengths, gaps, gap)
+    count = 1 + goals.index(gap + sum([lengths[left[at]] for at in taken]))
     moved = pack[-count:]
     pack[-count:] = [left[at] for at in taken]
     for at in taken:
         del left[at]
     left += moved
+    return room - gap
 
 
-def _nearest(bits: int, goals: Sequence[int]) -> tuple[int, int]:
-    """Find the possible sum that comes nearest to a goal from below.
+def _gaps(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> list[int]:
+    """Return how many slots may stay free with the first 0, 1, 2, ... examples of `left`.
 
-    Bit `n` of `bits` is set if `n` is a possible sum (see `_sums`). Return `(count, total)`: the
-    number of the goal, counted from 1, and the sum. Of equally near goals the first is returned.
+    The counts for the first `n` examples are the bits of an integer: bit 7 is set if the lengths
+    of some of the `n` examples have a sum that is 7 below a goal. The result ends with the first
+    integer that has bit 0: the sum is equal to a goal.
     """
-    nearest, gap = (1, 0), goals[0] + 1
-    for count, goal in enumerate(goals, 1):
-        total = (bits & (2 << goal) - 1).bit_length() - 1
-        if goal - total < gap:
-            nearest, gap = (count, total), goal - total
-            if not gap:
-                break
-    return nearest
-
-
-def _sums(left: Sequence[int], lengths: Sequence[int], goals: Sequence[int]) -> list[int]:
-    """Return the possible sums of the lengths of the first 0, 1, 2, ... examples in `left`.
-
-    The sums of the first `n` examples are the bits of an integer: bit 7 is set if some of the `n`
-    lengths have the sum 7. Sums above the last, largest goal are left out. The result ends with the
-    first integer that has the bit of a goal.
-    """
-    largest = goals[-1]
-    mask, wanted = (2 << largest) - 1, 0
+    gaps = 0
     for goal in goals:
-        wanted |= 1 << goal
-    bits = 1
-    sums = [bits]
+        gaps |= 1 << goal
+    result = [gaps]
     for index in left:
-        if lengths[index] <= largest:  # a longer example changes no bit
-            bits |= bits << lengths[index] & mask
-            if bits & wanted:
-                sums.append(bits)
-                break
-        sums.append(bits)
-    return sums
+        gaps |= gaps >> lengths[index]
+        result.append(gaps)
+        if gaps & 1:
+            break
+    return result
 
 
-def _summands(left: Sequence[int], lengths: Sequence[int], sums: Sequence[int], total: int) -> list[int]:
-    """Return indices in `left`, the highest first, of examples whose lengths have the sum `total`.
+def _summands(left: Sequence[int], lengths: Sequence[int], gaps: Sequence[int], gap: int) -> list[int]:
+    """Return indices in `left`, the highest first, of examples that leave `gap` slots free.
 
-    `sums` is the result of `_sums`.
+    `gaps` is the result of `_gaps`.
     """
     taken: list[int] = []
-    for at in range(len(sums) - 2, -1, -1):
-        if not sums[at] >> total & 1:
+    for at in range(len(gaps) - 2, -1, -1):
+        if not gaps[at] >> gap & 1:
             taken.append(at)
-            total -= lengths[left[at]]
+            gap += lengths[left[at]]
     return taken
 
 

@@ -92,6 +92,34 @@ class IndexedCursor:
         return index
 
 
+class Stripe(NamedTuple):
+    """A part of a file of a streamed source: its rows `first, first + step, first + 2 * step,
+    ...`."""
+
+    file: int
+    first: int
+    step: int
+    epoch: int
+
+
+class StripeOrder:
+    """The stripes of a streamed source of `files` files, in the order of draws of all streams."""
+
+    def __init__(self, files: int, config: DataConfig, source: int) -> None:
+        self._files = files
+        self._per_file = -(-config.stream_count // files)
+        self.count = files * self._per_file
+        """Number of stripes in an epoch."""
+        shuffle = bool(config.shuffle_of(config.sources[source]))
+        self._order = RowOrder((self.count,), config.seed, source, shuffle)
+
+    def at(self, draw: int) -> Stripe:
+        """Return the stripe of a draw. Draws are numbered through all epochs."""
+        number, epoch = self._order.at(draw)
+        first, file = divmod(number, self._files)
+        return Stripe(file, first, self._per_file, epoch)
+
+
 class StreamingCursor:
     """A stream's position in a streamed source, whose files are read from beginning to end.
 
@@ -110,16 +138,14 @@ class StreamingCursor:
         self.position = StripePosition()
         self._reader, self._source = reader, source
         self._stream, self._streams = stream, config.stream_count
-        self._stripe, self._stripe_number = (0, 0), -1
-        files = reader.source.file_count
-        self._stripes_per_file = -(-config.stream_count // files)
-        shuffle = bool(config.shuffle_of(config.sources[source]))
-        self._order = RowOrder((files * self._stripes_per_file,), config.seed, source, shuffle)
-        self._limit = _limit(config, source, self._order.rows, stream)
-        if draws_of(config, source, self._order.rows) == 0:
-            least = math.ceil(1000 / (self._order.rows * config.epochs)) / 1000 if config.epochs else 1
+        self._order = StripeOrder(reader.source.file_count, config, source)
+        self._stripe, self._stripe_number = self._order.at(stream), 0
+        self._limit = _limit(config, source, self._order.count, stream)
+        if draws_of(config, source, self._order.count) == 0:
+            least = math.ceil(1000 / (self._order.count * config.epochs)) / 1000 if config.epochs else 1
             raise ValueError(
-                f"repeat = {config.sources[source].repeat} of source {source} selects none of its {files} files: "
+                f"repeat = {config.sources[source].repeat} of source {source} selects none of its "
+                f"{reader.source.file_count} files: "
                 f"a streamed source is read in whole files; raise repeat to {least} or more"
             )
 
@@ -138,7 +164,7 @@ class StreamingCursor:
         empty = 0
         while not self.exhausted and not self._reader.reaches(self._next()):
             empty = 0 if self.position.rows else empty + 1
-            if empty > EPOCHS_WITHOUT_A_ROW * self._order.rows:
+            if empty > EPOCHS_WITHOUT_A_ROW * self._order.count:
                 raise ValueError(
                     f"stream {self._stream} finds no row in its share of source {self._source}, which has "
                     f"{self._reader.source.file_count} files; remove files without rows, set fewer data.streams, or set "
@@ -166,10 +192,9 @@ class StreamingCursor:
         if self._stripe_number != self.position.stripes:
             self._stripe_number = self.position.stripes
             self._stripe = self._order.at(self._stream + self.position.stripes * self._streams)
-        stripe, epoch = self._stripe
-        first, file = divmod(stripe, self._reader.source.file_count)
-        index = first + number * self._stripes_per_file
-        return Ref(self._source, self._reader.source.number(file, index), epoch)
+        stripe = self._stripe
+        index = stripe.first + number * stripe.step
+        return Ref(self._source, self._reader.source.number(stripe.file, index), stripe.epoch)
 
 
 Cursor = IndexedCursor | StreamingCursor

@@ -169,7 +169,7 @@ def test_the_page_shows_the_numbers_in_light_and_dark(browser: Any, config: Path
         assert shown.locator("svg.plot").count() == 3
         assert shown.locator("main img, main script").count() == 0
         text = shown.inner_text("body")
-        assert "1 training rows equal an earlier training row" in text
+        assert "Training rows equal to an earlier training row: 1." in text
         assert "<img src=x onerror=alert(1)>\\x1b[2J" in text
         shots.append(shown.screenshot(path=tmp_path / f"{scheme}.png"))
     assert shots[0] != shots[1]

@@ -152,6 +152,36 @@ def test_a_fault_of_the_loader_that_is_in_the_metrics_too_is_named(name: str, do
     assert any(message in line for line in differences), differences
 
 
+@pytest.mark.parametrize("steps", [5, 10**6])
+def test_an_altered_epoch_of_a_streamed_row_is_named(steps: int, tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for number, count in enumerate([17, 5, 30]):  # 6 stripes of files of different sizes for 4 streams
+        tiny.write_jsonl(tmp_path / f"rows/{number}.jsonl", [*tiny.rows(count, number), REFUSED])
+    source = {"path": str(tmp_path / "rows/*.jsonl"), "streaming": True, "shuffle": "shards"}
+    config = tiny.data_config(tokenizer, sources=[source], epochs=3)
+    run_data(config, tmp_path / "run", steps, 1)
+    assert audit(Ledger(tmp_path / "run"), rebuild=0).differences == []
+    honest = {step.step: step.segments.copy() for step in Ledger(tmp_path / "run").steps}
+    count = sum(len(segments) for segments in honest.values())
+    for index in range(0, count, 1 + count // 4):
+        for change in (-1, 1):
+            row = []
+
+            def alter(
+                steps: dict[int, Segments], index: int = index, change: int = change, row: list[int] = row
+            ) -> None:
+                for step, segments in honest.items():
+                    steps[step] = segments.copy()
+                    if 0 <= index < len(segments) and segments["epoch"][index] + change >= 0:
+                        steps[step]["epoch"][index] += change
+                        row.append(int(segments["row"][index]))
+                    index -= len(segments)
+
+            _change(tmp_path / "run", alter)
+            differences = audit(Ledger(tmp_path / "run"), rebuild=0).differences
+            assert not row or any(f"row {row[0]} of source 0" in line for line in differences), (row, differences)
+
+
 def test_a_conversation_altered_in_the_source_is_named(tokenizer: str, tmp_path: Path) -> None:
     rows = tiny.rows(40)
     run_data(tiny.data_config(tokenizer, tiny.write_jsonl(tmp_path / "rows.jsonl", rows)), tmp_path / "run", 2, 2)

@@ -84,6 +84,22 @@ def test_numbers_and_ids_around_a_header_cost_no_further_renders() -> None:
     assert encoder.messages <= 2.2 * len(long.messages)
 
 
+LAST_DIFFERS = LOOP.replace(
+    "|>{% for c", "|>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{% for c"
+)
+"""A template that prints an empty thought before the last answer alone, as Qwen 3 does."""
+
+
+@pytest.mark.parametrize("codes", ["u a", "u ac t a"])
+def test_a_header_of_the_last_turn_alone_costs_a_render_of_a_short_beginning(codes: str) -> None:
+    plain = judge.open_encoder(LAST_DIFFERS)
+    encoder = Counting(plain.tokenizer.hf, LAST_DIFFERS, capacity=2**24).count()
+    long = talk(codes, 50)
+    rendered, _ = encoder.renderer.render_whole(long)
+    assert rendered.text[rendered.spans[-1].start :] == f"<think></think>wa{len(long.messages) - 1:02d}cq<|end|>"
+    assert encoder.messages <= 2.2 * len(long.messages)
+
+
 @pytest.mark.parametrize(
     ("left", "right", "alike"),
     [

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sftstream import ChatEncoder, Message, PackLoader, Refused
 from sftstream.formats import parse_row
-from sftstream.rendering.markers import PREFIXES, locate
+from sftstream.rendering.locate import locate
+from sftstream.rendering.markers import PREFIXES
 from sftstream.rendering.template import template_message
 from sftstream.rendering.turns import find_turns
 

@@ -22,6 +22,7 @@ import pytest
 
 from sftstream import ChatEncoder, Refused
 from sftstream.formats import parse_row
+from sftstream.records import REASONING_KEYS
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(10**6))
 DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 12)
@@ -150,7 +151,9 @@ def verdict(encoder: ChatEncoder, template: str, case: Case, odd: str) -> str:
         found, spans = trained(encoder, replaced, case.tools)
     except Refused:
         return "refused"
-    text = judge.Oracle(encoder, template, replaced, case.tools).text
+    # An empty reasoning is no reasoning.
+    empty = [{k: v for k, v in m.items() if v or k not in REASONING_KEYS} for m in replaced]
+    text = judge.Oracle(encoder, template, empty, case.tools).text
     if found != text:
         return f"another text: {found!r} is not {text!r}"
     forms = [form for form in printed(odd) if case.text.replace(case.word, form) == text]
@@ -159,11 +162,11 @@ def verdict(encoder: ChatEncoder, template: str, case: Case, odd: str) -> str:
     # A `<think>` that the generation prompt holds is not trained.
     opened = ("", "<think>") if "<think>" in encoder.report.turn_format.prompt else ("",)
     expected = [
-        [t for span in case.spans if (t := span.replace(case.word, form).removeprefix(tag)) not in silent]
+        [t for span in case.spans if (t := span.replace(case.word, form).removeprefix(tag)).strip() not in silent]
         for form in forms
         for tag in opened
     ]
-    spans = [span for span in spans if span not in silent]
+    spans = [span for span in spans if span.strip() not in silent]
     return "rewritten" if not forms else "exact" if spans in expected else f"{spans} is not {expected[0]}"
 
 

@@ -77,6 +77,23 @@ STYLES = {
     "{% if add_generation_prompt %}### assistant:\n{% endif %}",
     "tags as roles": LOOP + "<{{ m.role }}>{{ m.content }}" + CALLS + "</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "a header for each reasoning, call and text": LOOP
+    + "{% if m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% else %}"
+    "{% if m.reasoning_content %}<|start|>assistant<|channel|>analysis<|message|>{{ m.reasoning_content }}<|end|>{% endif %}"
+    "{% for c in m.tool_calls or [] %}<|start|>assistant to={{ c.function.name }}<|message|>"
+    "{{ c.function.arguments | tojson }}<|call|>{% endfor %}{% if m.content or not m.tool_calls %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "a stop before every message but the first": LOOP
+    + ROLE
+    + "{{ m.content }}"
+    + CALLS
+    + "{% if (loop.last and add_generation_prompt) or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|im_start|>assistant\n{% endif %}",
+    "the header of the answer in the question": LOOP
+    + "{% if m.role == 'assistant' %}{{ m.content }}"
+    + CALLS
+    + "<|eot|>{% else %}<|{{ m.role }}|>{{ m.content }}<|assistant|>{% endif %}{% endfor %}",
     "results of one message together": LOOP
     + "{% if m.role != 'tool' or loop.previtem is not defined or loop.previtem.role != 'tool' %}<|{{ m.role }}|>{% endif %}"
     "{{ m.content }}"

@@ -212,3 +212,86 @@ def test_white_space_of_an_answer_is_trained_though_the_prompt_ends_with_the_sam
             parse_row({"messages": [*judge.conversation("u")[0], {"role": "assistant", "content": said}]})
         )
         assert [rendered.text[span.start : span.end] for span in rendered.spans] == [f"{said}<|end|>"]
+
+
+CHANNELS = (
+    "{# <|start|> <|channel|> <|message|> <|call|> #}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<|start|>assistant<|channel|>analysis<|message|>{{ m.reasoning_content }}<|end|>{% endif %}"
+    "{% for c in m.tool_calls or [] %}<|start|>assistant to={{ c.function.name }}<|message|>"
+    "{{ c.function.arguments | tojson }}<|call|>{% endfor %}"
+    "{% if m.content or not m.tool_calls %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""A template with a header for each reasoning, call and text of a message."""
+
+
+def test_an_empty_text_beside_reasoning_is_trained_with_its_stop() -> None:
+    thought, final = (
+        "<|channel|>analysis<|message|>wa01rq<|end|>",
+        "<|start|>assistant<|channel|>final<|message|><|end|>",
+    )
+    assert trained(CHANNELS, "u ar-") == [thought + final]
+    assert trained(CHANNELS, "u ar-", train_reasoning=False) == ["<|end|>"]
+    assert trained(CHANNELS, "u ar- u a") == [f"{thought}{final}<|channel|>final<|message|>wa03cq<|end|>"]
+
+
+def test_blank_reasoning_beside_a_text_is_trained() -> None:
+    encoder = judge.open_encoder(CHANNELS)
+    messages, _ = judge.conversation("u ar")
+    messages[1] |= {"reasoning_content": " ", "reasoning": " ", "thinking": " "}
+    (example,) = encoder.encode(messages)
+    final = "<|start|>assistant<|channel|>final<|message|>wa01cq<|end|>"
+    assert (
+        encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
+        == f"<|channel|>analysis<|message|> <|end|>{final}"
+    )
+
+
+def test_a_token_between_two_calls_is_a_stop_if_the_next_call_has_a_header() -> None:
+    assert turn_format(CHANNELS).call_stops == ("<|call|>",)
+    assert trained(CHANNELS, "u ac t a") == [
+        ' to=get_weather<|message|>{"city": "wa01aq"}<|call|><|channel|>final<|message|>wa03cq<|end|>'
+    ]
+
+
+@pytest.mark.parametrize("kind", ["content", "reasoning_content"])
+def test_white_space_that_begins_a_text_is_trained_though_the_prompt_goes_on_with_a_line_end(kind: str) -> None:
+    """Apriel prompts with a sentence after the header; an answer begins in its place."""
+    steps = "{% if m.reasoning_content %}{{ m.reasoning_content }}[ANSWER]{% endif %}{{ m.content }}"
+    template = LOOP.replace("<|{{ m.role }}|>{{ m.content }}", "<|{{ m.role }}|>\n" + steps)
+    encoder = judge.open_encoder(template + PROMPT.replace("<|assistant|>", "<|assistant|>\nMy steps:\n"))
+    message = {"role": "assistant", "content": "seven", kind: "\nhm"}
+    if kind == "reasoning_content":
+        message |= {"reasoning": "\nhm", "thinking": "\nhm"}
+    (example,) = encoder.encode([{"role": "user", "content": "hi"}, message])
+    said = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
+    assert said == ("\nhm<|end|>" if kind == "content" else "\nhm[ANSWER]seven<|end|>")
+
+
+def test_no_turn_starts_inside_a_header() -> None:
+    """Qwen 1.5 ends the last message only with a prompt, and prints no prompt after an answer."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if (loop.last and add_generation_prompt) or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert trained(template, "u a a-") == ["wa01cq<|im_end|>"]
+    assert trained(template, "u a a") == ["wa01cq<|im_end|>wa02cq"]
+
+
+def test_a_thought_after_the_prompts_tag_is_found_though_equal_gaps_precede_other_texts() -> None:
+    template = LOOP + PROMPT.replace("<|assistant|>", "<|assistant|><think>")
+    assert trained(template, "u a u a u ai u a") == [
+        f"wa01cq{END}wa03cq{END}\nwa05rq\n</think>\n\nwa05cq{END}wa07cq{END}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("again", "after"),
+    [(0, "loop.last"), (1, "loop.last"), (3, "loop.last"), (0, "loop.index == 3"), (1, "loop.index == 3")],
+)
+def test_a_second_print_of_a_text_moves_no_turn(again: int, after: str) -> None:
+    printed = f"{{% if {after} and loop.length == 4 %}}<|again|>{{{{ messages[{again}].content }}}}<|end|>{{% endif %}}"
+    template = LOOP.replace("<|end|>{% endfor %}", f"<|end|>{printed}{{% endfor %}}") + PROMPT
+    assert trained(template, "u a u a") == [f"wa01cq{END}wa03cq{END}"]

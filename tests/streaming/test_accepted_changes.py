@@ -1,5 +1,5 @@
-"""Random chains of accepted changes, interrupts and edited states: each drawn row is given or listed once an epoch, and
-refused changes change nothing."""
+"""Random walks of accepted changes, topologies, interrupts, edited states and mixtures: each drawn row is given or listed
+once an epoch, and refused changes change nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import pytest
 import tiny
 from test_any_run import interrupted_step, require_refused_if_edited
 
-from sftstream import DataConfig, Pack, PackLoader
+from sftstream import DataConfig, DataState, Pack, PackLoader, Shard, merge
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
-DRAWS = 6
+DRAWS = 4
 MORE_DRAWS = int(os.environ.get("SFTSTREAM_DRAWS") or 500)
+CHANGES = ("append", "add", "rename", "edit", "setting", "mixture", "template")
 OTHER_TEMPLATE = tiny.TEMPLATE.replace("{{- bos_token }}", '{{- bos_token + "Read slowly. " }}')
 
 
@@ -42,6 +43,11 @@ class Run:
         if streamed := draw.random() < 0.3:
             indexed["weight"] = 2
             sources.append({"path": f"{directory}/shards", "streaming": True, "shuffle": "shards", "weight": 1})
+        if draw.random() < 0.4:
+            (directory / "more").mkdir()
+            path = tiny.write_jsonl(directory / "more" / "rows.jsonl", self.more_rows(draw.randint(3, 20)))
+            sources.append({"path": path, "weight": draw.choice([1, 3])})
+            indexed["weight"] = 2
         self.streamed = streamed
         self.settings: dict[str, Any] = {
             "tokenizer": {"path": tokenizer},
@@ -54,10 +60,12 @@ class Run:
             "overflow": draw.choice(["drop", "truncate", "split"]),
             "history": draw.choice(["as_rendered", "as_rendered", "per_turn"]),
             "seed": draw.randint(0, 9),
+            "mix_by": draw.choice(["conversations", "tokens", "trained_tokens"]),
         }
         self.given: Counter[tuple[str, int, int]] = Counter()
         self.listed: Counter[tuple[str, int]] = Counter()
         self.log: list[str] = []
+        self.open(None)
 
     @property
     def in_parts(self) -> bool:
@@ -84,6 +92,24 @@ class Run:
 
     def names(self) -> list[str]:
         return sorted(path.stem for path in self.directory.glob("*.jsonl"))
+
+    def open(self, state: Any) -> None:
+        """Go on with some number of shards and workers."""
+        config = self.config(accept=state is not None)
+        shards, workers = self.draw.randint(1, min(config.stream_count, 3)), self.draw.choice([0] * 9 + [2])
+        self.log.append(f"{shards} shards, {workers} workers")
+        self.loaders = [PackLoader(config, shard=Shard(r, shards), workers=workers, state=state) for r in range(shards)]
+
+    @property
+    def going(self) -> bool:
+        return not all(loader.exhausted for loader in self.loaders)
+
+    def close(self) -> Any:
+        """Return the state of all shards."""
+        state = merge([loader.state_dict() for loader in self.loaders])
+        for loader in self.loaders:
+            loader.close()
+        return state
 
     def record(self, loader: PackLoader, packs: list[Pack]) -> None:
         for pack in packs:
@@ -124,15 +150,20 @@ class Run:
         name = self.draw.choice(list(changes))
         self.settings[name] = self.draw.choice(changes[name])
 
+    def mixture(self) -> None:
+        self.settings["mix_by"] = self.draw.choice(["conversations", "tokens", "trained_tokens"])
+        for source in self.settings["sources"]:
+            if "weight" in source:
+                source["weight"] = self.draw.choice([0.5, 1, 4])
+
     def template(self) -> None:
         self.settings["tokenizer"] = {**self.settings["tokenizer"], "template": OTHER_TEMPLATE}
 
-    def change(self, state: Any) -> PackLoader:
+    def change(self) -> None:
+        state = self.close()
         if self.draw.random() < 0.5:
             require_refused_if_edited(self.draw, self.config(accept=True), state)
-        for name in self.draw.choices(
-            ["append", "add", "rename", "edit", "setting", "template"], k=self.draw.randint(1, 3)
-        ):
+        for name in self.draw.choices(CHANGES, k=self.draw.randint(1, 3)):
             self.log.append(name)
             before = (copy.deepcopy(self.settings), {name: self.read(name) for name in self.names()})
             getattr(self, name)()
@@ -144,7 +175,7 @@ class Run:
                     raise
                 self.log.append("refused")
                 self.restore(*before)
-        return PackLoader(self.config(accept=True), state=state)
+        self.open(state)
 
     def restore(self, settings: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> None:
         self.settings = settings
@@ -153,13 +184,15 @@ class Run:
         for name, rows in files.items():
             self.write(name, rows)
 
-    def take(self, loader: PackLoader) -> bool:
-        """Take a step, at times interrupted before; return False at the end."""
-        packs = interrupted_step(self.draw, loader) if self.draw.random() < 0.1 else loader.next_step()
-        self.record(loader, packs)
-        return not loader.exhausted
+    def take(self) -> None:
+        """Take a step, at times on another topology or interrupted before."""
+        if self.draw.random() < 0.3:
+            self.open(self.close())
+        for loader in self.loaders:
+            interrupts = loader.workers == 0 and self.draw.random() < 0.1
+            self.record(loader, interrupted_step(self.draw, loader) if interrupts else loader.next_step())
 
-    def check(self, loader: PackLoader) -> None:
+    def check(self) -> None:
         epochs = defaultdict(set)
         for (row, epoch, part), count in self.given.items():
             assert count == 1, f"row {row} of epoch {epoch}, part {part}, came {count} times"
@@ -175,10 +208,8 @@ class Run:
         end = self.settings["epochs"]
         first = {row: min(seen) for row, seen in epochs.items()}
         assert all(epochs[row] == set(range(first[row], max(end, max(epochs[row]) + 1))) for row in epochs)
-        assert (
-            sum(sum(reasons.values()) for s in loader.state.streams.values() for reasons in s.refused)
-            == self.listed.total()
-        )
+        streams = DataState.parse(self.close()).streams.values()
+        assert sum(sum(reasons.values()) for stream in streams for reasons in stream.refused) == self.listed.total()
 
 
 def _id(loader: PackLoader, source: int, row: int) -> str:
@@ -190,17 +221,16 @@ def _check(number: int, tmp_path: Path, tokenizer: str) -> list[str]:
     draw = random.Random(f"{SEED}/{number}")
     run = Run(draw, tmp_path / str(number), tokenizer)
     initial = [row["id"] for name in run.names() for row in run.read(name)]
-    loader = PackLoader(run.config())
-    going, changes = True, draw.randint(1, 4)
+    changes = draw.randint(1, 4)
     try:
-        while going or changes:
+        while run.going or changes:
             for _ in range(draw.randint(0, 6)):
-                going = going and run.take(loader)
+                if run.going:
+                    run.take()
             if changes:
                 changes -= 1
-                loader = run.change(loader.state_dict())
-                going = not loader.exhausted
-        run.check(loader)
+                run.change()
+        run.check()
         begun = {row for row, epoch, _ in run.given if epoch == 0} | {row for row, epoch in run.listed if epoch == 0}
         assert {str(row) for row in initial} <= begun
     except (AssertionError, ValueError) as error:
@@ -208,14 +238,16 @@ def _check(number: int, tmp_path: Path, tokenizer: str) -> list[str]:
     return run.log
 
 
-def test_random_chains_of_changes_give_or_list_each_row_once_an_epoch(tmp_path: Path, tokenizer: str) -> None:
+def test_random_walks_of_changes_and_topologies_give_or_list_each_row_once_an_epoch(
+    tmp_path: Path, tokenizer: str
+) -> None:
     print(f"seed {SEED}")
     for number in range(DRAWS):
         _check(number, tmp_path, tokenizer)
 
 
 @pytest.mark.slow
-def test_hundreds_of_chains_of_changes(tmp_path: Path, tokenizer: str) -> None:
+def test_hundreds_of_walks_of_changes_and_topologies(tmp_path: Path, tokenizer: str) -> None:
     print(f"seed {SEED}")
     logs = [log for number in range(1000, 1000 + MORE_DRAWS) for log in _check(number, tmp_path, tokenizer)]
-    assert {"append", "add", "rename", "edit", "setting", "template"} <= set(logs)
+    assert {*CHANGES, "3 shards, 2 workers"} <= set(logs)

@@ -258,9 +258,8 @@ def test_one_gpu_holds_copies_to_compute_with_and_at_most_one_gib_of_logits() ->
         assert found["working weights"] == copies * weights
         # Four chunks of 4,096 tokens, and the gradient of the head's weight.
         assert found["head"] == 4096 * 128256 * 2 + 128256 * 2048 * 2
-        # Measured on an H100 with one pack: 38.9 and 29.7 GiB. The gradients grow while the
-        # activations are freed.
-        measured = {"float32": 38.9, "bfloat16": 29.7}[dtype]
+        # Measured on an H200 with one pack. The gradients grow while the activations are freed.
+        measured = {"float32": 37.1, "bfloat16": 27.6}[dtype]
         assert (sum(found.values()) - found["gradients"]) / GIB == pytest.approx(measured, rel=0.05)
     found = estimate(config(parallel={"tp": 1}, data={"capacity": 16384}), LLAMA_1B, 1).memory
     assert found["gradients"] == 4 * weights

@@ -26,6 +26,7 @@ from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_weights
 from trainer.llama.model import Llama
+from trainer.training.adamw import AdamW
 from trainer.training.warm_up import warm_up
 
 pytestmark = [
@@ -245,6 +246,32 @@ def test_the_heads_loss_has_equal_bits_each_time() -> None:
         value.backward()
         found.append([value, *(x.grad for x in given)])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)])
+def test_steps_of_adamw_equal_those_of_torch(dtype: torch.dtype, rounding: float) -> None:
+    draw = torch.Generator("cuda").manual_seed(0)
+    sizes = [(300, 70), (5,), (4096, 3)]
+    first = [torch.randn(size, device="cuda", generator=draw).to(dtype) for size in sizes]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in first] for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1, "fused": True}
+    optimizers = AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    for scale in (None, torch.tensor(3.0, device="cuda"), torch.tensor(1.0, device="cuda")):
+        for mine, other in zip(ours, theirs, strict=True):
+            other.data.copy_(mine)  # so that a rounding difference does not grow
+            mine.grad = torch.randn(mine.shape, device="cuda", generator=draw).to(dtype)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.grad_scale = scale
+            optimizer.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=rounding, atol=rounding / 10)
+    for mine, other in zip(ours, theirs, strict=True):
+        state, expected = optimizers[0].state[mine], optimizers[1].state[other]
+        assert list(state) == list(expected)
+        assert torch.equal(state["step"], expected["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state[name], expected[name], rtol=rounding, atol=rounding / 10)
 
 
 @pytest.mark.parametrize(("inner", "block"), [(8192, 1024), (14336, 1792), (256, 128)])

@@ -28,6 +28,7 @@ STEP = StepMetrics(
     fill=0.9,
     tokens_per_second=1000.0,
     gpu_tokens_per_second=500.0,
+    time=1.7e9,
     data_wait=0.01,
     seconds=0.1,
     batch_digest="ab",

@@ -9,6 +9,7 @@ from tiny_llama import CONFIG
 from torch import nn
 
 from trainer.llama.model import Llama
+from trainer.training.adamw import AdamW
 from trainer.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -112,7 +113,7 @@ def with_gradients(*values: list[float], dtype: torch.dtype = torch.float32) -> 
 
 def stepped(parameters: list[nn.Parameter], limit: float | None) -> list[torch.Tensor]:
     """Take a clipped step; return the gradients that the optimizer took."""
-    optimizer = torch.optim.AdamW(parameters, betas=(0.5, 0.5), fused=True)
+    optimizer = AdamW(parameters, betas=(0.5, 0.5), fused=True)
     clipped_step(optimizer, global_norm(parameters), limit)
     return [2 * optimizer.state[parameter]["exp_avg"] for parameter in parameters]
 

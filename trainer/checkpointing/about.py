@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 
 import msgspec
-import torch
 
 from checkpoints import About
-from sftstream import DataState, __version__
+from sftstream import DataState
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
+from trainer.reporting.environment import library_versions
 from trainer.training.validation import HELD_OUT
-
-LIBRARIES = ("torchdata", "transformers", "tokenizers")
-"""Packages, beside torch and sftstream, whose version can change tokens, packs or weights."""
 
 
 def about(config: TrainConfig, topology: Topology, data: DataState, held_out: str | None) -> About:
@@ -28,11 +24,7 @@ def about(config: TrainConfig, topology: Topology, data: DataState, held_out: st
     return About(
         mesh=topology.sizes,
         digests=digests if held_out is None else digests | {HELD_OUT: held_out},
-        versions={
-            "sftstream": __version__,
-            "torch": str(torch.__version__),
-            **{name: metadata.version(name) for name in LIBRARIES},
-        },
+        versions=library_versions(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Write a run's files: `metrics.jsonl`, `refused.jsonl`, the ledger and the TensorBoard curves."""
+"""Write a run's files: `metrics.jsonl`, `refused.jsonl`, the events, the ledger, TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sftstream import TOO_LONG, UNDECODABLE, LedgerWriter
+from sftstream import TOO_LONG, UNDECODABLE, LedgerWriter, one_line
+from trainer.reporting.events import EventLog
 from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Duration of the step, without validation and checkpoint."""
     gpu_tokens_per_second: float
     """`tokens_per_second` divided by the number of ranks."""
+    time: float
+    """Unix time at the end of the step."""
+    tokens_by_source: tuple[int, ...] | None = None
+    """Tokens of the step from each source; left out in a run of one source, or of more than
+    `MOST_SOURCES`."""
     mfu: float | None = None
     """Operations that the model needs for the step, divided by those of all GPUs at their bf16
     peak in the same time, in [0, 1]; left out on CPUs and GPUs of unknown peak. Counts the
@@ -93,6 +99,7 @@ class RunLog:
 
     def __init__(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.events = EventLog(directory, step)
         self._metrics = Lines(directory / "metrics.jsonl", step)
         self._refused = Lines(directory / "refused.jsonl", step)
         self._curves = Curves(directory / "tensorboard", step)
@@ -105,6 +112,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._curves.close()
+        if error is not None:
+            self.events.end(f"error: {one_line(error)}")
         self._sync_lines()
         self.ledger.end()
 
@@ -112,6 +121,7 @@ class RunLog:
         """Append a step to `metrics.jsonl` and to the curves."""
         self._metrics.add(msgspec.to_builtins(metrics))
         self._curves.add(metrics)
+        self.events.step = metrics.step
 
     def refused(self, step: int, refusals: list[LocatedRefusal]) -> None:
         """Append the refused rows of a step to `refused.jsonl`."""

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.llama.sharding import local
 from trainer.llama.working import working_copies
+from trainer.training.adamw import AdamW
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,13 +109,13 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return end
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Return a fused AdamW over the trained parameters; weight decay applies to matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
     groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     if copies := working_copies(model):
         optimizer.register_step_post_hook(copies.weights_changed)
     return optimizer
@@ -173,13 +174,13 @@ def global_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float | None) -> None:
+def clipped_step(optimizer: AdamW, norm: Tensor, limit: float | None) -> None:
     """Take a step with gradients of the global norm `norm` scaled down to `limit`, if it is given.
 
     A norm that is not finite makes the weights not finite: the run ends, and nothing is saved.
     """
-    # The fused optimizer divides by this number as it reads the gradients: no pass of its own.
-    optimizer.grad_scale = None if limit is None else (norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+    # The optimizer divides by this number as it reads the gradients: no pass of its own.
+    optimizer.grad_scale = None if limit is None else (norm / limit).clamp(min=1.0)
     optimizer.step()
 
 

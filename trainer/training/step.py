@@ -21,6 +21,7 @@ from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
 from trainer.llama.working import working_copies
+from trainer.training.adamw import AdamW
 from trainer.training.optimizer import clipped_step, global_norm
 
 
@@ -35,7 +36,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Llama,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     packs: list[Pack],
     topology: Topology,
     *,
