@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from sftstream import one_line, printable
+from trainer.process import is_script, program
+from trainer.usage import Version
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=is_script(), rich_markup_mode=None, pretty_exceptions_enable=False)
 
 EPILOG = """\b
 Examples:
@@ -43,6 +45,7 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document for programs, instead of text.")
     ] = False,
+    version: Version = False,  # noqa: ARG001 - typer calls its callback
 ) -> None:
     """Report on a training run, or compare several: curves, speed, interruptions, refused rows,
     checkpoints, settings, in the terminal and as a page."""
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        app([word for word in words if word != "--debug"], prog_name="python -m trainer.report")
+        app([word for word in words if word != "--debug"], prog_name=program("trainer.report"))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
