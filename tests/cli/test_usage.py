@@ -179,6 +179,7 @@ def test_verbs_and_options_are_completed_by_a_shell() -> None:
     assert "--accept" in completed("sftstream rebase --a")
     assert completed("sftstream-checkpoints pr", "checkpoints.cli.main") == ["prune"]
     assert completed("sftstream-train run.toml --pl", "trainer.main") == ["--plan"]
+    assert completed("sftstream-report runs/first --ht", "trainer.report.main") == ["--html"]
     assert completed("sftstream-parity model --dt", "trainer.parity") == ["--dtype"]
     assert completed("sftstream-report runs/first --ht", "trainer.report.main") == ["--html"]
 
