@@ -21,6 +21,7 @@ from test_interrupts import Interrupt, interrupt_after
 
 from sftstream import DataConfig, DataState, Pack, PackAssignment, PackLoader, Shard, SourceConfig, merge
 from sftstream.records import Ref
+from sftstream.streaming.order import draws_of_source, draws_of_stream
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.randrange(10**9))
 DRAWS = 20
@@ -148,13 +149,25 @@ def _steps(
 
 
 def _require_mixture(config: DataConfig, state: dict[str, Any]) -> None:
-    """In an endless run the amounts of each stream keep to the weights within 1 % and a conversation of each source."""
-    weights = [source.weight for source in config.sources if source.weight is not None]
-    if config.epochs is not None or config.stages or len(weights) < 2:
+    """Within a stage the amounts of a stream keep to the weights within 1 % and a conversation of each source.
+
+    In a finite run they do so until the first source of the stream has ended.
+    """
+    if config.sources[0].weight is None or len(config.sources) < 2:
         return
+    stages = [[source.weight or 0.0 for source in config.sources], *(stage.weights for stage in config.stages)]
     one = 1 if config.mix_by == "conversations" else LONGEST_ROW
-    for stream in DataState.parse(state).streams.values():
-        total = sum(stream.mixed)
+    parsed = DataState.parse(state)
+    rows = [source.rows for source in parsed.identity.sources]
+    for number, stream in parsed.streams.items():
+        if config.epochs is not None and any(
+            size is None
+            or drawn
+            >= draws_of_stream(draws_of_source(size, source.repeat, config.epochs), number, len(parsed.streams))
+            for size, drawn, source in zip(rows, stream.drawn, config.sources, strict=True)
+        ):
+            continue
+        weights, total = stages[stream.stage], sum(stream.mixed)
         for weight, amount in zip(weights, stream.mixed, strict=True):
             assert abs(amount - total * weight / sum(weights)) <= 0.01 * total + one * len(weights), stream.mixed
 

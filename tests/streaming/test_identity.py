@@ -6,6 +6,9 @@ import hashlib
 import json
 import re
 import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import msgspec
 import pytest
 import tiny
 
-from sftstream import DataConfig, PackLoader, SkipConfig, SourceConfig
+from sftstream import DataConfig, PackLoader, Shard, SkipConfig, SourceConfig
 from sftstream.identity import IN_OTHER_FORM, WITHOUT_EFFECT, Identity, SourceIdentity, differences
 
 TODAY = "2026-08-21"
@@ -110,6 +113,36 @@ def test_a_date_that_the_config_does_not_name_is_kept_from_the_start(workspace: 
     expected = workspace.load()
     assert expected.state.identity.date != TODAY
     assert "21 Aug 2026" in resumed.encoder.tokenizer.hf.decode(next(resumed).input_ids)
+
+
+@pytest.fixture
+def on_another_day(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A time zone in which another day is written than in UTC, at any hour."""
+    monkeypatch.setenv("TZ", "EARLY-14" if datetime.now(UTC).hour >= 10 else "LATE+12")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_date_that_nobody_names_is_the_day_in_utc(workspace: Workspace, on_another_day: None) -> None:
+    workspace.settings = {"tokenizer": {"path": workspace.tokenizer}}
+    before = datetime.now(UTC).date().isoformat()
+    date = workspace.load().state.identity.date
+    assert date in (before, datetime.now(UTC).date().isoformat())
+    assert date != datetime.now().date().isoformat()
+
+
+def test_a_loader_of_one_of_several_shards_needs_a_date(workspace: Workspace) -> None:
+    config, state = workspace.config(), state_of(workspace)
+    undated = msgspec.structs.replace(config, tokenizer=msgspec.structs.replace(config.tokenizer, date=None))
+    with pytest.raises(
+        ValueError, match=r"each of 2 shards would print the day of its own start; set data\.tokenizer\.date"
+    ):
+        PackLoader(undated, shard=Shard(0, 2))
+    assert PackLoader(undated, shard=Shard(0, 1)).state.identity.date != TODAY
+    assert PackLoader(config, shard=Shard(0, 2)).state.identity.date == TODAY
+    assert PackLoader(undated, shard=Shard(0, 2), state=state).state.identity.date == TODAY
 
 
 def test_a_template_without_a_date_keeps_none(tokenizer: str, corpus_path: str) -> None:

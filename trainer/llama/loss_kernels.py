@@ -13,7 +13,9 @@ COLUMNS = 4096
 
 # Triton reads the annotations: only its own types may stand here.
 @triton.jit  # type: ignore[untyped-decorator]
-def _statistics(logits, column, out, rows, width, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+def _statistics(
+    logits: tl.tensor, column: tl.tensor, out: tl.tensor, rows: tl.tensor, width: tl.tensor, columns: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, columns)
     largest, total = -float("inf"), 0.0
@@ -32,7 +34,14 @@ def _statistics(logits, column, out, rows, width, columns: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradient(logits, column, log_total, scale, width, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gradient(
+    logits: tl.tensor,
+    column: tl.tensor,
+    log_total: tl.tensor,
+    scale: tl.tensor,
+    width: tl.tensor,
+    columns: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * columns + tl.arange(0, columns)
     place, inside = logits + row * width + offsets, offsets < width
@@ -43,7 +52,7 @@ def _gradient(logits, column, log_total, scale, width, columns: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _multiply(numbers, factor, count, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+def _multiply(numbers: tl.tensor, factor: tl.tensor, count: tl.tensor, columns: tl.constexpr) -> None:
     offsets = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, columns)
     place, inside = numbers + offsets, offsets < count
     product = tl.load(place, mask=inside).to(tl.float32) * tl.load(factor)

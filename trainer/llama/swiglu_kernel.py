@@ -10,7 +10,14 @@ from torch import Tensor
 
 # Triton reads the annotations: only its own types may stand here.
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradient(gate_up, upstream, out, inner, block: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gradient(
+    gate_up: tl.tensor,
+    upstream: tl.tensor,
+    out: tl.tensor,
+    inner: tl.tensor,
+    block: tl.constexpr,
+    columns: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * columns
     offsets = tl.arange(0, columns)

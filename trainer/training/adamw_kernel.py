@@ -15,10 +15,24 @@ NUMBERS = 2048
 # Triton reads the annotations: only its own types may stand here. It passes floats in 32 bits, too
 # few for 1 - beta, which therefore is an argument beside beta.
 @triton.jit  # type: ignore[untyped-decorator]
-def _update(  # type: ignore[no-untyped-def]
-    weight, gradient, mean, square, step, divisor, count, rate, decay, eps, beta2, rest1, rest2, log1, log2,
+def _update(
+    weight: tl.tensor,
+    gradient: tl.tensor,
+    mean: tl.tensor,
+    square: tl.tensor,
+    step: tl.tensor,
+    divisor: tl.tensor,
+    count: tl.tensor,
+    rate: tl.tensor,
+    decay: tl.tensor,
+    eps: tl.tensor,
+    beta2: tl.tensor,
+    rest1: tl.tensor,
+    rest2: tl.tensor,
+    log1: tl.tensor,
+    log2: tl.tensor,
     numbers: tl.constexpr,
-):  # fmt: skip
+) -> None:
     offsets = tl.program_id(0).to(tl.int64) * numbers + tl.arange(0, numbers)
     inside = offsets < count
     steps = tl.load(step).to(tl.float64)
