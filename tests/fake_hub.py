@@ -141,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
                         hub.commits.append(value["summary"])
                     case {"key": "file", "value": value}:
                         files[value["path"]] = base64.b64decode(value["content"])
+                    case {"key": "deletedFile", "value": value}:
+                        del files[value["path"]]
                     case {"key": "lfsFile", "value": value}:
                         files[value["path"]] = hub.large[value["oid"]]
             oid = f"{len(hub.commits):040x}"

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from checkpoints.errors import CheckpointError, one_line
 from checkpoints.model.card import ORIGIN, License, model_card, parse_origin
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from checkpoints.store import CheckpointStore
 
 CARD = "README.md"
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+"""Files that a commit replaces as a whole: a model never has shards of two commits."""
 _BEGUN = {".gitattributes"}
 """Files of a repository that was made and holds no model yet."""
 
@@ -40,8 +44,10 @@ def push(
     `CheckpointStore.export`.
 
     Raises CheckpointError if the step cannot be exported, the hub refuses the token or the name,
-    the repository holds files already, or the connection fails; nothing is committed then.
+    the repository holds files already, or the connection fails.
     """
+    if repository.count("/") != 1:
+        raise CheckpointError(f"{repository!r} is no name of a repository; give organisation/name")
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -52,11 +58,15 @@ def push(
         store.export(step, out, merged=merged, base=base)
         saved = store.values(step, ORIGIN).get(ORIGIN)
         origin = None if saved is None else parse_origin(saved)
+        if origin is not None and merged:
+            origin = msgspec.structs.replace(origin, adapter=False)
         card = model_card(repository.partition("/")[2], store.manifest(step), origin, license)
         (out / CARD).write_text(card, encoding="utf-8")
         with _errors_of(repository):
             api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repository, folder_path=out, commit_message=f"Step {step}")
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=out, commit_message=f"Step {step}", delete_patterns=WEIGHTS
+            )
     return str(commit.commit_url)
 
 
@@ -96,11 +106,11 @@ def _errors_of(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise CheckpointError(_refusal(repository, error)) from error
     except KeyboardInterrupt:
-        raise CheckpointError(f"interrupted: {repository} is unchanged; {_AGAIN}") from None
+        raise CheckpointError(f"interrupted before the hub confirmed a commit to {repository}; {_AGAIN}") from None
     except (OSError, network, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         raise CheckpointError(
-            f"the upload to {repository} failed, and nothing was committed: {one_line(cause).rstrip('.')}; {_AGAIN}"
+            f"the upload to {repository} failed before the hub confirmed a commit: {one_line(cause).rstrip('.')}; {_AGAIN}"
         ) from error
 
 

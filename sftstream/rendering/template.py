@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as Date
 from functools import cached_property
 from typing import Any
@@ -106,16 +106,14 @@ class ChatTemplate:
     def unset_variables(self) -> tuple[str, ...]:
         """Names of the variables that the template reads, and that nothing sets, in sorted order.
 
-        A variable that the template itself assigns is listed only if the template also asks whether
-        it is defined: `{% if enable_thinking is not defined %}{% set enable_thinking = true %}`.
+        A variable that the template itself assigns is listed only if the template reads it before:
+        `{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}`.
         """
         tree = self.environment.parse(self.text)
-        names = list(tree.find_all(nodes.Name))
-        assigned = {name.name for name in names if name.ctx != "load"}
-        questions = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
-        questions += [call for call in tree.find_all(nodes.Filter) if call.name in ("default", "d")]
-        asked = {question.node.name for question in questions if isinstance(question.node, nodes.Name)}
-        read = meta.find_undeclared_variables(tree) - (assigned - asked)
+        first_use: dict[str, str] = {}
+        for name in _names(tree):
+            first_use.setdefault(name.name, name.ctx)
+        read = {name for name in meta.find_undeclared_variables(tree) if first_use[name] == "load"}
         return tuple(sorted(read - self.set_by_renderer - self.variables.keys()))
 
     def render(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = (), *, prompt: bool = False) -> str:
@@ -169,6 +167,22 @@ class ChatTemplate:
             **date_variables(self.date),
             **self.variables,
         }
+
+
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yield the names in a part of a template in the order of their use.
+
+    The names of a value come before the name that the value is assigned to.
+    """
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign | nodes.AssignBlock):
+        children = [*(child for child in children if child is not node.target), node.target]
+    elif isinstance(node, nodes.For):
+        children = [node.iter, *(child for child in children if child is not node.iter)]
+    for child in children:
+        yield from _names(child)
 
 
 def date_variables(date: Date | None) -> dict[str, Any]:

@@ -321,8 +321,9 @@ class _TurnSearch:
         Gap `<assistant>\\n`, tail `<assistant><think>\\n`, content "\\nseven": the line end is the
         content's, not the end of the prompt. The content, or the reasoning if it is printed first,
         is rendered without the white space: if nothing else disappears from the text, the white
-        space is the message's, else the result is 0. The result is 0 too if the gap is a beginning
-        of the tail.
+        space is the message's, else the result is 0. A blank text is replaced by an "x", which must
+        stand where the white space ended. The result is 0 too if the gap is a beginning of the
+        tail.
         """
         message = self._messages[index]
         reasons = "reasoning_content" in message and self._payloads.of(index)[0].kind == "reasoning"
@@ -332,9 +333,10 @@ class _TurnSearch:
         if not space or tail.startswith(gap) or not gap.endswith(space):
             return 0
         stripped = [*self._messages]
-        stripped[index] = {**message, **dict.fromkeys(keys, text.lstrip())}
+        word = "" if text.lstrip() else "x"
+        stripped[index] = {**message, **dict.fromkeys(keys, text.lstrip() or word)}
         at = before + len(gap)
-        without = self._text[: at - len(space)] + self._text[at:]
+        without = self._text[: at - len(space)] + word + self._text[at:]
         return len(space) if self._template.render(stripped, self._tools) == without else 0
 
     def _is_said(self, lead: str, *, empty: bool) -> bool:

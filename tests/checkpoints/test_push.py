@@ -97,8 +97,10 @@ def test_a_step_becomes_one_commit_of_weights_config_and_card(hub: Hub, root: Pa
         "error: organisation/name exists and holds 3 files, such as README.md; push to another name, or add a commit with "
         "--update\n"
     )
+    files["model-00001-of-00002.safetensors"] = files["model.safetensors.index.json"] = b"of an earlier commit"
     assert push(hub.address, root, "organisation/name", "--update")[0] == 0
     assert hub.commits == ["Step 7", "Step 7"]
+    assert sorted(files) == [".gitattributes", "README.md", "config.json", "model.safetensors"]
 
 
 def refused(address: str, root: Path, name: str = "organisation/name", token: str | None = TOKEN) -> str:
@@ -124,12 +126,15 @@ def test_a_name_that_is_not_allowed_is_one_line(hub: Hub, root: Path) -> None:
     assert refused(hub.address, root, "theirs/name") == (
         "error: the token may not write to theirs/name; use a token with write access, or another organisation"
     )
-    assert refused(hub.address, root, "a/b/c").startswith("error: 'a/b/c' is no name of a repository: ")
+    for name in ("a/b/c", "name"):
+        line = f"error: {name!r} is no name of a repository; give organisation/name"
+        assert refused(hub.address, root, name) == line
+    assert refused(hub.address, root, "a/b c").startswith("error: 'a/b c' is no name of a repository: ")
 
 
 def test_a_hub_that_does_not_answer_is_one_line(root: Path) -> None:
     line = refused("http://127.0.0.1:9", root)
-    assert line.startswith("error: the upload to organisation/name failed, and nothing was committed: ")
+    assert line.startswith("error: the upload to organisation/name failed before the hub confirmed a commit: ")
     assert line.endswith("refused; the same command tries again, and does not send files that arrived")
 
 
@@ -138,7 +143,7 @@ def test_a_connection_that_breaks_before_the_commit_is_one_line_and_the_same_com
 ) -> None:
     hub.breaks_at = "/commit/"
     assert refused(hub.address, root).startswith(
-        "error: the upload to organisation/name failed, and nothing was committed: "
+        "error: the upload to organisation/name failed before the hub confirmed a commit: "
     )
     assert hub.repositories["organisation/name"].keys() == {".gitattributes"}
     hub.breaks_at = ""
@@ -162,7 +167,9 @@ def test_ctrl_c_during_an_upload_is_one_line(hub: Hub, root: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     (line,) = err.splitlines()
-    assert line.startswith("error: interrupted: organisation/name is unchanged; the same command tries again")
+    assert line.startswith(
+        "error: interrupted before the hub confirmed a commit to organisation/name; the same command"
+    )
 
 
 def manifest(**about: object) -> Manifest:

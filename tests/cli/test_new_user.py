@@ -79,6 +79,11 @@ def test_from_a_file_of_chats_to_an_audited_model(model: Path, tmp_path: Path, m
     assert audited["differences"] == []
     assert len(audited["sessions"]) >= 2
 
+    assert "runs/first" in command("-m", "trainer.report", "--help")
+    reported = json.loads(command("-m", "trainer.report", "runs/chats", "--json"))
+    assert len(reported["launches"]) == len(audited["sessions"])
+    assert (tmp_path / "runs/chats/report.html").exists()
+
     generate = next(line for line in printed if line.startswith("generate "))
     program, *words = shlex.split(generate.removeprefix("generate "))
     assert program == "python"

@@ -32,7 +32,7 @@ LIBRARIES = {
 """Packages that the project imports, besides typer."""
 
 
-COMMANDS = ("sftstream.cli.main", "checkpoints.cli.main", "trainer.main", "trainer.parity")
+COMMANDS = ("sftstream.cli.main", "checkpoints.cli.main", "trainer.main", "trainer.parity", "trainer.report.main")
 """Modules of the commands, each with `app` and `main`."""
 
 
@@ -179,7 +179,9 @@ def test_verbs_and_options_are_completed_by_a_shell() -> None:
     assert "--accept" in completed("sftstream rebase --a")
     assert completed("sftstream-checkpoints pr", "checkpoints.cli.main") == ["prune"]
     assert completed("sftstream-train run.toml --pl", "trainer.main") == ["--plan"]
+    assert completed("sftstream-report runs/first --ht", "trainer.report.main") == ["--html"]
     assert completed("sftstream-parity model --dt", "trainer.parity") == ["--dtype"]
+    assert completed("sftstream-report runs/first --ht", "trainer.report.main") == ["--html"]
 
 
 def test_an_unknown_option_is_exit_code_2(desk: Path) -> None:

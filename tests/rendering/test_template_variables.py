@@ -12,6 +12,7 @@ import tiny
 
 from sftstream import ChatEncoder, DataConfig, PackLoader, Refused
 from sftstream.formats import parse_row
+from sftstream.rendering.template import ChatTemplate
 
 STOP = "<|eot_id|>"
 TEMPLATE = (
@@ -119,6 +120,10 @@ def test_a_template_that_needs_a_variable_names_it(tokenizer: str) -> None:
         TEMPLATE + "{% set a = 1 %}{{ a }}{% if b is not defined %}{% set b = 2 %}{% endif %}{{ c | default(3) }}"
     )
     assert ChatEncoder(tokenizer, reads_own).template.unset_variables == ("b", "c", "enable_thinking", "xml_tools")
+    given = "{% if d or tools %}{% if tools %}{% set d = tools %}{% endif %}{{ d }}{% endif %}"
+    given += "{% set e = e if e is defined else 1 %}{% for f in f or [] %}{{ f }}{% endfor %}"
+    own = "{% if tools %}{% set g = 1 %}{% endif %}{% if g is defined %}{{ g }}{% endif %}"
+    assert ChatTemplate(given + own, {}).unset_variables == ("d", "e", "f")
     with pytest.raises(
         Refused, match=r"a tool call: .*not set \(enable_thinking, xml_tools\); set them in data\.token"
     ):

@@ -255,18 +255,22 @@ def test_a_token_between_two_calls_is_a_stop_if_the_next_call_has_a_header() -> 
     ]
 
 
-@pytest.mark.parametrize("kind", ["content", "reasoning_content"])
-def test_white_space_that_begins_a_text_is_trained_though_the_prompt_goes_on_with_a_line_end(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "text"), [("content", "\nhm"), ("reasoning_content", "\nhm"), ("reasoning_content", "\n")]
+)
+def test_white_space_that_begins_a_text_is_trained_though_the_prompt_goes_on_with_a_line_end(
+    kind: str, text: str
+) -> None:
     """Apriel prompts with a sentence after the header; an answer begins in its place."""
     steps = "{% if m.reasoning_content %}{{ m.reasoning_content }}[ANSWER]{% endif %}{{ m.content }}"
     template = LOOP.replace("<|{{ m.role }}|>{{ m.content }}", "<|{{ m.role }}|>\n" + steps)
     encoder = judge.open_encoder(template + PROMPT.replace("<|assistant|>", "<|assistant|>\nMy steps:\n"))
-    message = {"role": "assistant", "content": "seven", kind: "\nhm"}
+    message = {"role": "assistant", "content": "seven", kind: text}
     if kind == "reasoning_content":
-        message |= {"reasoning": "\nhm", "thinking": "\nhm"}
+        message |= {"reasoning": text, "thinking": text}
     (example,) = encoder.encode([{"role": "user", "content": "hi"}, message])
     said = encoder.tokenizer.hf.decode(example.tokens[example.loss_mask])
-    assert said == ("\nhm<|end|>" if kind == "content" else "\nhm[ANSWER]seven<|end|>")
+    assert said == (f"{text}<|end|>" if kind == "content" else f"{text}[ANSWER]seven<|end|>")
 
 
 def test_no_turn_starts_inside_a_header() -> None:

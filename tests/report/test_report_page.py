@@ -94,6 +94,14 @@ def test_every_part_of_a_run_is_on_its_page(browser: Any, pages: dict[str, Path]
     assert shown.locator(".notice li").count() == 1
 
 
+def test_lines_of_more_runs_than_colours_have_dashes_also_for_few_validations(tmp_path: Path) -> None:
+    runs = [write(tmp_path / str(n), [step(1, validation_loss=3.0), step(2, validation_loss=2.0)]) for n in range(7)]
+    assert run(main, *runs, "--html", tmp_path / "page.html").exit_code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="line c0 d1"') == page.count('class="line c0"') == 9
+    assert 'class="dots' not in page
+
+
 def test_the_pointer_shows_step_and_values(browser: Any, pages: dict[str, Path]) -> None:
     shown, seen = opened(browser, pages["hostile"])
     shown.hover("svg.lines >> nth=4")

@@ -92,7 +92,7 @@ def _line(name: str, curve: Curve, colour: int, *, validated: bool, band: bool =
         return pages.Line(name, curve.steps, curve.mean, low, high, colour)
     points = [(step, value) for step, value in zip(curve.steps, curve.mean, strict=True) if value is not None]
     steps, values = zip(*points, strict=True)
-    return pages.Line(name, steps, values, colour=colour, dots=len(points) < 64)
+    return pages.Line(name, steps, values, colour=colour, dots=band and len(points) < 64)  # dots have no dashes
 
 
 def _plot(chart: Chart, lines: Sequence[pages.Line], marks: Sequence[pages.Mark]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
@@ -13,23 +12,25 @@ from typing import Annotated
 import typer
 
 from sftstream import one_line, printable
+from trainer.process import prepare_output, program
+from trainer.usage import Debug, Version, application, call, epilog
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+MODULE = "trainer.report"
+EXAMPLES = (
+    "python -m trainer.report runs/first                 # figures, and the page runs/first/report.html",
+    "python -m trainer.report runs/first runs/second     # side by side, and the page comparison.html",
+    "python -m trainer.report runs/first --json",
+)
+END = epilog(
+    EXAMPLES,
+    {
+        0: "success",
+        1: "an error; one line on stderr says what is wrong and how to go on",
+        2: "an unknown option or argument",
+    },
+)
 
-EPILOG = """\b
-Examples:
-  python -m trainer.report runs/first                 # figures, and the page runs/first/report.html
-  python -m trainer.report runs/first runs/second     # side by side, and the page comparison.html
-  python -m trainer.report runs/first --json
 
-\b
-Exit codes:
-  0  success
-  1  an error; one line on stderr says what is wrong and how to go on
-  2  an unknown option or argument"""
-
-
-@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs, under way or ended.")],
     html: Annotated[
@@ -43,6 +44,8 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document for programs, instead of text.")
     ] = False,
+    debug: Debug = False,  # noqa: ARG001 - `main` reads the option
+    version: Version = False,  # noqa: ARG001 - typer calls its callback
 ) -> None:
     """Report on a training run, or compare several: curves, speed, interruptions, refused rows,
     checkpoints, settings, in the terminal and as a page."""
@@ -68,18 +71,20 @@ def report(
     show_result(found, lambda: compare_page(found), out, lambda: show_comparison(found, console), as_json=as_json)
 
 
+app = application(report, END)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit. An error is a single line on stderr, with exit code 1.
 
-    `--debug` or LOGLEVEL=DEBUG shows the traceback as well.
+    `--debug` or LOGLEVEL=DEBUG shows the traceback as well. The line is printed here, since
+    `trainer.process.print_error` imports torch.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("LOGLEVEL") == "DEBUG"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    prepare_output(debug=debug)
     try:
-        app([word for word in words if word != "--debug"], prog_name="python -m trainer.report")
+        sys.exit(call(app, words, program(MODULE)))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception

@@ -7,6 +7,8 @@ all ranks gather once more and then have more room. So only the first steps gath
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,11 +32,11 @@ class SegmentGather:
 
         With too many segments the row has their number alone.
         """
-        row = np.zeros(1 + WORDS * self.room, np.int64)
-        row[0] = len(segments)
+        row = bytearray(8 * (1 + WORDS * self.room))
+        row[:8] = len(segments).to_bytes(8, sys.byteorder)
         if len(segments) <= self.room:
-            row[1 : 1 + WORDS * len(segments)] = np.ascontiguousarray(segments).view(np.int64)
-        return torch.from_numpy(row)
+            row[8 : 8 + segments.nbytes] = segments.tobytes()
+        return torch.frombuffer(row, dtype=torch.int64)
 
     def gathered(self, rows: Tensor, local: Segments, *, first: bool) -> Segments:
         """Return the segments of all ranks on the first rank, and none elsewhere. Collective.

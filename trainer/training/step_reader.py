@@ -266,7 +266,9 @@ def reduce_totals(
     row_counts = tuple(RowCounts(*totals[i : i + 3]) for i in range(NUMBERS + 1, len(totals), 3))
     fields = dict(zip(StepTotals._fields, totals[: NUMBERS + 1], strict=False))
     digest = batch_digest(map(_hex, in_order))
-    return StepTotals(**fields, digest=digest, row_counts=row_counts, segments=ordered_by_pack(segments))
+    if topology.dp > 1:  # the segments of a shard are in order
+        segments = ordered_by_pack(segments)
+    return StepTotals(**fields, digest=digest, row_counts=row_counts, segments=segments)
 
 
 def _words(digest: str) -> list[int]:
