@@ -250,4 +250,4 @@ def test_random_walks_of_changes_and_topologies_give_or_list_each_row_once_an_ep
 def test_hundreds_of_walks_of_changes_and_topologies(tmp_path: Path, tokenizer: str) -> None:
     print(f"seed {SEED}")
     logs = [log for number in range(1000, 1000 + MORE_DRAWS) for log in _check(number, tmp_path, tokenizer)]
-    assert {*CHANGES, "3 shards, 2 workers"} <= set(logs)
+    assert {*CHANGES} <= set(logs)
