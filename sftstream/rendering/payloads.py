@@ -72,6 +72,17 @@ class PayloadIndex:
             and len({payload.number for payload in self._by_start}) == len(ends)
         )
 
+    def first_prints(self, index: int, earliest: int) -> list[Payload]:
+        """Return the first occurrence, at or after `earliest`, of each payload of the message."""
+        own = self.of(index)
+        if len(own) == 1:
+            return [own[0]] if own[0].start >= earliest else []
+        first_prints: dict[tuple[str, int], Payload] = {}
+        for payload in own:
+            if payload.start >= earliest:
+                first_prints.setdefault((payload.kind, payload.number), payload)
+        return sorted(first_prints.values())
+
     def neighbours(self, message: int) -> Neighbours | None:
         """Return the payloads of a message, and where the text of its neighbours ends and starts.
 

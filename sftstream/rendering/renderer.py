@@ -22,8 +22,8 @@ from sftstream.rendering.limits import time_limit
 from sftstream.rendering.locate import Located, locate
 from sftstream.rendering.markers import names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
-from sftstream.rendering.message_kinds import representatives
 from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
+from sftstream.rendering.shared_renders import representatives
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
 

@@ -28,10 +28,7 @@ from typing import Any, NamedTuple
 from sftstream.records import REASONING_KEYS, Refused, Span
 from sftstream.rendering.generation_tags import narrow
 from sftstream.rendering.locate import Located, locate
-from sftstream.rendering.markers import Marked, mark
-from sftstream.rendering.message_kinds import distinct_before, kind_of
 from sftstream.rendering.overlap import (
-    alike,
     common_prefix,
     cut,
     cut_prefix,
@@ -42,6 +39,7 @@ from sftstream.rendering.overlap import (
 )
 from sftstream.rendering.payloads import Payload
 from sftstream.rendering.probe_messages import USER
+from sftstream.rendering.shared_renders import Tails
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 from sftstream.rendering.turn_format import TurnFormat
 
@@ -134,18 +132,9 @@ class _TurnSearch:
         self._located = located
         self._shortcut = shortcut
         self._compare = compare
-        self._tails: dict[tuple[Any, ...], list[tuple[str, str | None]]] = {}
+        self._tails = Tails(template, turn_format.role_marker, messages, tools, located)
         self._starts: dict[tuple[Any, ...], tuple[int, str]] = {}
         self._ends: dict[tuple[str, bool], int] = {}
-
-    @cached_property
-    def _kinds(self) -> list[int]:
-        numbers: dict[tuple[Any, ...], int] = {}
-        return [numbers.setdefault(kind_of(message), len(numbers)) for message in self._messages]
-
-    @cached_property
-    def _kinds_before(self) -> list[int]:
-        return distinct_before(self._kinds)
 
     def is_printed(self, index: int) -> bool:
         """Return True if a payload or white space of message `index` is printed."""
@@ -172,7 +161,7 @@ class _TurnSearch:
         else:
             own = self._payloads.of(index)
             before = self._payloads.last_end(index, own[0].start if own else len(self._text))
-            payloads = self._first_prints(index, max(before, earliest))
+            payloads = self._payloads.first_prints(index, max(before, earliest))
             limit = payloads[0].start if payloads else self._next_message(index, before)
         start = self._start(index, before, limit, empty=not payloads)
         if start.offset < earliest:
@@ -185,17 +174,6 @@ class _TurnSearch:
             following = self._next_message(index, last)
         end = self._end(index, last, following)
         return Turn(index, Span(start.offset, end), tuple(payloads), start.by_prompt, start.by_comparison)
-
-    def _first_prints(self, index: int, earliest: int) -> list[Payload]:
-        """Return the first occurrence, at or after `earliest`, of each payload of the message."""
-        own = self._payloads.of(index)
-        if len(own) == 1:
-            return [own[0]] if own[0].start >= earliest else []
-        first_prints: dict[tuple[str, int], Payload] = {}
-        for payload in own:
-            if payload.start >= earliest:
-                first_prints.setdefault((payload.kind, payload.number), payload)
-        return sorted(first_prints.values())
 
     def _next_message(self, index: int, offset: int) -> int:
         """Return the start of the first payload of a later message, at or after `offset`.
@@ -244,7 +222,7 @@ class _TurnSearch:
 
     def _know_start(self, index: int, gap: str, limit: int, offset: int) -> None:
         """Store the start of a turn for `_known_start`, unless the message's words matter."""
-        tail, _ = self._tail(index, gap, prompt=True)
+        tail, _ = self._tails.tail(index, gap, prompt=True)
         next_character = tail[len(gap) : len(gap) + 1] if tail and tail.startswith(gap) else ""
         if not self._words_matter(index, limit, next_character):
             self._starts[self._place(index, gap)] = offset, next_character
@@ -259,7 +237,7 @@ class _TurnSearch:
         return indented or self._text[limit : limit + 1] == next_character
 
     def _place(self, index: int, gap: str) -> tuple[Any, ...]:
-        return gap, self._kinds_before[index], self._kinds[index - 1] if index else None
+        return gap, *self._tails.kinds_before(index)
 
     def _start_by_prompt(self, index: int, before: int, gap: str, *, empty: bool) -> _Start | None:
         """Return the start as an offset in `gap`, proved by a render of the generation prompt.
@@ -285,7 +263,7 @@ class _TurnSearch:
         `</s><assistant></think><call>` and the tail `</s><assistant><think></think>`, at `<call>`.
         Return None if no case applies, or if the gap has a role marker after the start.
         """
-        tail, rendered = self._tail(index, gap, prompt=True)
+        tail, rendered = self._tails.tail(index, gap, prompt=True)
         if tail is None:
             return None
         role_marker = self._format.role_marker
@@ -378,8 +356,8 @@ class _TurnSearch:
         is the text after the earlier messages, rendered with the generation prompt. The turn then
         starts with the lead. Return None otherwise.
         """
-        tail, _ = self._tail(index, gap, prompt=True)
-        plain, _ = self._tail(index, gap, prompt=False)
+        tail, _ = self._tails.tail(index, gap, prompt=True)
+        plain, _ = self._tails.tail(index, gap, prompt=False)
         if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
@@ -393,72 +371,6 @@ class _TurnSearch:
         lead = located.text[turn.span.start : turn.payloads[0].start] if turn.payloads else ""
         start = len(gap) - len(lead)
         return _Start(start, by_comparison=True) if gap.endswith(lead) and is_within(gap[:start], tail) else None
-
-    def _tail(self, index: int, gap: str, *, prompt: bool) -> tuple[str | None, bool]:
-        """Return the text after the last payload of a render of the messages before `index`.
-
-        The tail is None if the template refuses the messages. The second item tells whether this
-        call rendered the messages. Turns share a render if the same kinds of messages precede them,
-        if the message directly before has the same kind, and if their gaps are equal up to the last
-        role marker. A question with 200 tool calls and their results needs two renders.
-
-        The gap begins with the end of the message before, which may hold an id or a number. Two
-        turns whose gaps differ there only in such words (see `alike`) still share a render, if the
-        shared tail begins with the beginning of the other turn's gap. The returned tail begins with
-        the beginning of this turn's gap instead.
-        """
-        head, before = self._role_marker_at(gap), self._kinds_before[index]
-        key = before, self._kinds[index - 1] if index else None, gap[head:][: len(self._format.role_marker)], prompt
-        for shared_head, tail in self._tails.get(key, ()):
-            if shared_head == gap[:head]:
-                return tail, False
-            if tail is not None and tail.startswith(shared_head) and alike(shared_head, gap[:head]):
-                return gap[:head] + tail[len(shared_head) :], False
-        # Of all turns that may share the render, the first has the shortest.
-        first = self._first_alike(index, gap[:head], key)
-        try:
-            render = self._template.render(self._marked.messages[:first], self._tools, prompt=prompt)
-            tail = self._marked.tail(render)
-        except Refused:
-            tail = None
-        self._tails.setdefault(key, []).append((gap[:head], tail))
-        return tail, True
-
-    def _first_alike(self, index: int, head: str, key: tuple[Any, ...]) -> int:
-        """Return the first assistant message that may share the render of `_tail` with `index`.
-
-        `head` is the gap of message `index` up to the last role marker, and `key` the key of
-        `_tail`.
-        """
-        first = self._first_after[key[:2]]
-        place = self._payloads.neighbours(first) if first < index else None
-        if place is None:
-            return index
-        gap = self._text[place.before : place.own[0].start]
-        at = self._role_marker_at(gap)
-        return first if gap[:at] == head and gap[at:][: len(self._format.role_marker)] == key[2] else index
-
-    @cached_property
-    def _first_after(self) -> dict[tuple[Any, ...], int]:
-        """First assistant message, by the number of kinds before and the kind directly before."""
-        first: dict[tuple[Any, ...], int] = {}
-        for index, message in enumerate(self._messages):
-            if message["role"] == "assistant":
-                first.setdefault((self._kinds_before[index], self._kinds[index - 1] if index else None), index)
-        return first
-
-    def _role_marker_at(self, gap: str) -> int:
-        """Return the offset of the last role marker in a gap, or the gap's length without one."""
-        at = gap.rfind(self._format.role_marker) if self._format.role_marker else -1
-        return at if at >= 0 else len(gap)
-
-    @cached_property
-    def _marked(self) -> Marked:
-        """The conversation with markers, without markers inside a content."""
-        marked = self._located.marked
-        if not marked.split_thoughts:
-            return marked
-        return mark(self._messages, self._text, fill=marked.filled)
 
     def _end(self, index: int, last: int, following: int) -> int:
         """Return the end of the turn: the end of the first stop after the message's last payload.

@@ -17,7 +17,7 @@ from sftstream.formats import parse_row
 from sftstream.records import Conversation
 from sftstream.rendering import overlap
 from sftstream.rendering.mask import trained_messages
-from sftstream.rendering.message_kinds import representatives
+from sftstream.rendering.shared_renders import representatives
 from sftstream.rendering.template import template_message
 
 SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(10**6))
