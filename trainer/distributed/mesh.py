@@ -156,7 +156,7 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
 def wait_longer(mesh: DeviceMesh, timeout: timedelta) -> None:
     """Let the operations of all groups of `mesh` fail a minute after `timeout`.
 
-    By default NCCL aborts a process after ten minutes in a group of the mesh, with pages of C++
+    By default a group of the mesh waits ten minutes or more, and NCCL then aborts with pages of C++
     output. The watch of the run (`watch.py`) ends it before, at `timeout`, with one line.
     """
     groups = [dist.group.WORLD, mesh["dp"].get_group(), *mesh.get_all_groups()]
