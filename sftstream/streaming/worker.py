@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -141,20 +140,24 @@ def _unchanged(read: Read | Failed) -> Read | Failed:
 
 
 def _begin_work(parent: int, _worker: int) -> None:
+    # A terminal, a scheduler or `timeout` sends its signal to all processes of a run; the trainer
+    # needs its loader to finish the step. Only the parent may end a worker.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread, which waits for it
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     # The garbage collector would write to memory shared with the parent, and so copy it.
     gc.freeze()
-    # Ctrl-C reaches the whole process group; the trainer needs its loader to finish a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_with(parent: int) -> None:
-    """End this process when its parent process has ended.
+    """End this process when its parent process has ended or sends SIGTERM.
 
     StatefulDataLoader ends the loop of a worker without a parent, but the process would then wait
     forever to send packs: its own copies of the pipes' reading ends keep the pipes open and full.
     """
     while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        received = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
+        if received and received.si_pid == parent:
+            break
     os._exit(1)

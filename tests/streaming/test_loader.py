@@ -377,6 +377,26 @@ def test_the_workers_of_a_killed_process_end(wide: DataConfig, tmp_path: Path) -
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2"])
+def test_a_signal_to_all_processes_of_a_run_ends_no_worker(wide: DataConfig, whole: list[str], name: str) -> None:
+    loader = PackLoader(wide, workers=2)
+    packs = tiny.take(loader, 3)
+    for worker in multiprocessing.active_children():
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # from another process than the parent
+    assert tiny.digests(packs) + tiny.digests(loader) == whole
+
+
+def test_the_parent_of_a_worker_can_end_it(wide: DataConfig) -> None:
+    loader = PackLoader(wide, workers=1)
+    tiny.take(loader, 3)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()
+    with pytest.raises(RuntimeError, match="worker"):
+        tiny.take(loader, 1000)
+
+
 def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,21 @@ def test_a_run_that_was_asked_to_stop_exits_with_75_and_goes_on(
     done = len(runs.metrics(tmp_path))
     config["run"] = {"name": "run", "device": "cpu", "steps": done + 1}
     assert f"resuming after step {done}" in runs.run(tmp_path, config, 2).output()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_stops_it_as_one_to_a_rank_does(
+    tmp_path: Path, config: dict[str, Any], stop: signal.Signals
+) -> None:
+    config["run"]["steps"] = 100_000
+    config["data"]["workers"] = 1
+    job = runs.Job(tmp_path, config)
+    runs.wait_for(lambda: store(tmp_path).steps() != [], job)
+    # As `timeout`, a terminal and schedulers do.
+    assert subprocess.run(["pkill", f"-{stop.name}", "-P", str(job.pids[0])], check=False).returncode == 0
+    job.signal(stop)
+    assert job.finish() == 75, job.output()
+    assert "and saved its checkpoint; go on with: python -m trainer.main " in job.output()
 
 
 def test_workers_that_torchrun_starts_again_after_a_stop_end_at_once(
