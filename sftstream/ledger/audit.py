@@ -309,7 +309,7 @@ def sessions(ledger: Ledger) -> Iterator[str]:
         mesh = ", ".join(f"{name} {size}" for name, size in session.mesh.items())
         made = f"steps {session.after + 1:,} to {end:,}" if end > session.after else "no step that was kept"
         accepted = f"; accepted so far: {'; '.join(session.accepted)}" if session.accepted else ""
-        yield f"{made}: {mesh}, {session.workers} workers, version {session.version}{accepted}"
+        yield f"{made}: {mesh}, workers {session.workers}, version {session.version}{accepted}"
 
 
 def _rebuilt(rebuilder: Rebuilder, step: StepSegments, line: StepLine) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from sftstream.door import Door
 from sftstream.records import IGNORE_INDEX, Pack
@@ -26,6 +27,7 @@ class Model:
     """
 
     def __init__(self, directory: Path) -> None:
+        disable_progress_bar()  # a bar of loaded weights would mix with the losses
         with Door(f"model {str(directory)!r} cannot be loaded"):
             self._model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
 

@@ -76,7 +76,7 @@ class Hop:
     """Number of ranks of a shard; 1 without a model."""
 
     def __str__(self) -> str:
-        return f"{self.shards} shards x {self.workers} workers"
+        return f"shards {self.shards} x workers {self.workers}"
 
 
 def verify_data(

@@ -80,7 +80,7 @@ def test_an_honest_run_over_two_topologies_is_proved(done: Path) -> None:
     assert "source 0: 82 draws in 2 epochs; 80 conversations trained, 2 refused" in report.proved
     result = run(main, "audit", done)
     assert result.exit_code == 0
-    assert result.stdout.startswith("steps 1 to 4: dp 1, 0 workers, version ")
+    assert result.stdout.startswith("steps 1 to 4: dp 1, workers 0, version ")
     assert "steps 5 to " in result.stdout
     assert "difference" not in result.stdout
 

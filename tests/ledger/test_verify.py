@@ -37,7 +37,7 @@ def test_runs_with_other_packs_get_the_verdict_no(tokenizer: str, tmp_path: Path
     run_data(config, tmp_path / "whole", 4, 2)
     run_data(msgspec.structs.replace(config, seed=1), tmp_path / "broken", 4, 2)
     verification = _Verification(_nothing, tmp_path, random.Random(0), print)
-    verification.judge(tmp_path / "broken", "", 1, "1 shards x 0 workers")
+    verification.judge(tmp_path / "broken", "", 1, "shards 1 x workers 0")
     assert (
         verification.verdict()
         .differences[0]
@@ -83,7 +83,7 @@ def test_a_killed_training_run_is_shown_to_resume_exactly(tokenizer: str, tmp_pa
     lines = result.stdout.splitlines()
     assert "shown: the losses have equal bits" in lines
     assert "shown: the weights have equal bits" in lines
-    assert any(line.startswith("on other shards: killed on 2 shards x 1 workers after step ") for line in lines), lines
+    assert any(line.startswith("on other shards: killed on shards 2 x workers 1 after step ") for line in lines), lines
     losses = next(line for line in lines if line.startswith("shown: the losses on other numbers of shards differ by "))
     assert not losses.endswith(" at most 0 of their value")  # else no step was kept from the two shards
     assert any(line.startswith("shown: on other shards: 8 steps have equal packs after 2 kills") for line in lines), (
