@@ -67,7 +67,7 @@ def test_the_loss_equals_transformers_on_each_conversation_alone(validated: Path
     assert losses(validated).keys() == {2, 4, 6}
     assert losses(validated)[6] == pytest.approx(total / count, rel=1e-6)
     output = (validated / "rank0.log").read_text()
-    assert f"20 conversations are held out, {count} trained tokens; refused 1 (longer than capacity: 1)" in output
+    assert f"held out 20 conversations, {count} trained tokens; refused 1 (longer than capacity: 1)" in output
     assert f"step 6 | validation loss {total / count:.4f}" in output
 
 
@@ -104,7 +104,7 @@ def test_global_batches_limits_validation_to_the_first_packs(
 ) -> None:
     config = config | {"validation": config["validation"] | {"global_batches": 1}, "run": config["run"] | {"steps": 2}}
     output = runs.run(tmp_path, config).output()
-    (count,) = (int(line.split()[0]) for line in output.splitlines() if "are held out" in line)
+    (count,) = (int(line.split()[2]) for line in output.splitlines() if line.startswith("held out "))
     assert 0 < count < 20
     assert packs_digest(tmp_path) != packs_digest(validated)
     assert losses(tmp_path)[2] != pytest.approx(losses(validated)[2], rel=1e-3)

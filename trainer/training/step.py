@@ -49,13 +49,14 @@ def train_step(
     `trained_tokens` is the count in the global batch, over all ranks. Without a trained token the
     model stays as it is. `clip` is the largest gradient norm, None for no limit.
     """
+    optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, heaviest_first(packs), topology, trained_tokens)
     norm = global_norm(model.parameters()).to(loss.device)
     if trained_tokens:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         clipped_step(optimizer, norm, clip)
-    optimizer.zero_grad(set_to_none=True)  # before the wait, so that the next step begins sooner
+    optimizer.zero_grad(set_to_none=True)  # freed before the wait, and not at the start of the next step
     return StepResult(*torch.stack((loss, norm)).tolist())  # the only wait for the device
 
 

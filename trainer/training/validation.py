@@ -57,7 +57,7 @@ class Validation:
         """Return the counts in words; reasons of refusals are complete on rank 0 only."""
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.refused.most_common())
         refused = f"; refused {self.refused.total():,} ({reasons})" if reasons else ""
-        return f"{self.conversations:,} conversations are held out, {self.trained_tokens:,} trained tokens{refused}"
+        return f"{self.conversations:,} conversations, {self.trained_tokens:,} trained tokens{refused}"
 
     def require_comparable(self, before: About) -> None:
         """Raise ValueError if a checkpoint's validation loss comes from other held-out packs.
