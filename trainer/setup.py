@@ -116,14 +116,14 @@ def prepare_run(
     restored = Restored(Progress(), settings)
     if latest is not None:
         restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
-    if config.run.compile:
-        warm_up(model, config.data.capacity, topology)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
     assignment = assign_packs(loader, config.data, topology)
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
+    if config.run.compile:  # after the data, whose errors need not wait for the compiler
+        warm_up(model, config.data.capacity, topology)
     export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
     description = RunDescription(
         restored.settings,
