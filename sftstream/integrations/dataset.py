@@ -117,12 +117,13 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
         """Go back to the state given at construction, or to the beginning of the data."""
         self._go_to(self._given)
 
-    def step_end(self, packs: int) -> StepEnd:
+    def step_end(self, packs: int | None = None) -> StepEnd:
         """Return the progress at the end of the step with which all shards had consumed `packs`
-        packs.
+        packs; by default those of the batches returned so far.
 
-        Raises ValueError if the end of this step is not kept.
+        Raises ValueError if this is not the end of a step, or if the end is not kept any more.
         """
+        packs = self._position.header.packs if packs is None else packs
         for end in self._ends:
             if end.packs == packs:
                 return end

@@ -27,9 +27,9 @@ class Shards:
         self._dataset = dataset
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
 
-    def finished(self, packs: int) -> bool:
+    def finished(self, packs: int | None = None) -> bool:
         """Return True on all processes if the data ends with the step that ends after `packs`
-        packs.
+        packs; by default the step of the last batch.
 
         Raises ValueError on all processes if too many rows of a source are refused, or if the
         processes have fewer shards than the run.

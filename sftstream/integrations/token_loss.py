@@ -1,4 +1,4 @@
-"""Verify on a model that its loss is a sum over trained tokens, divided by the number given to it."""
+"""Verify on a model that its loss is a sum over trained tokens, divided by a given number."""
 
 from __future__ import annotations
 

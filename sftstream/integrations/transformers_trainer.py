@@ -1,4 +1,4 @@
-"""Give the trainers of transformers and TRL exact data: state in checkpoints, checks at the start."""
+"""Give the trainers of transformers and TRL exact data, with a callback."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
 
     Works with `Trainer` of transformers, `SFTTrainer` of TRL, and classes derived from them. Each
     checkpoint directory gets a file `data_state.json`, written last, so `last_checkpoint` finds the
-    newest complete checkpoint. A resume reads the file of `checkpoint`, or else of the checkpoint in
-    `output_dir` with the trainer's step; the trainer does not replay batches. The number of
-    processes may differ, with `gradient_accumulation_steps` changed to match.
+    newest complete checkpoint. A resume reads the file of the directory `checkpoint`; by default
+    that of the trainer's step in `output_dir`. The trainer does not replay batches. The number of
+    processes may change, with `gradient_accumulation_steps` changed to match.
 
     At the start of training, settings that would change the data or the loss are refused, and the
     model itself is tested: conversations of a pack must not see each other, and the loss must be a
@@ -59,14 +59,12 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
         self._batch = self._first = 0
         """Packs of a global batch; packs consumed before the trainer's step 0."""
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:
         """Set the arguments without which a resume would replay data or batches would lose keys."""
         args.ignore_data_skip = True
         args.remove_unused_columns = False
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: Any, train_dataloader: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, model: Any, train_dataloader: Any, **__: Any) -> None:
         """Check the settings, go to the data state of the trainer's step, and test the model."""
         _require_exact_loader(train_dataloader)
         dataset = train_dataloader.dataset
@@ -78,8 +76,8 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
         else:
             dataset.restart()
         self._first = dataset.loader.packs - state.global_step * self._batch
-        # A DataLoader draws a seed when it is opened. From the global generator, a resumed run would
-        # draw once more than a run that was never killed, and get other dropout masks.
+        # A DataLoader draws a seed when it is opened. With the global generator, a resumed run
+        # would draw one time more than a run that was never killed, and get other dropout masks.
         getattr(train_dataloader, "base_dataloader", train_dataloader).generator = torch.Generator()
         _require_vocabulary(model, dataset)
         require_isolation(model, dataset.layout)
@@ -95,14 +93,14 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             control.should_save = control.should_save or args.save_strategy != "no"
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Write the data state of all shards into the checkpoint of this step."""
         assert self._shards is not None
         whole = self._shards.state_dict(self._packs(state))
         if args.should_save:
             write_state_file(Path(args.output_dir) / f"checkpoint-{state.global_step}", whole)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **_: Any) -> None:
+    def on_train_end(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
         """Stop the workers of the dataset."""
         train_dataloader.dataset.close()
 
