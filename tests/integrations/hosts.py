@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Job(NamedTuple):
     steps: int = 7
     save_every: int = 2
     kill: str = ""
-    """Place at which each process kills itself: "step 3" (in the middle of the third step), "save 4" (in the
+    """Place at which a process kills itself: "step 3" (in the middle of the third step), "save 4" (in the
     save after the fourth step, before the data state), or "" for none."""
     arguments: dict[str, Any] = NO_ARGUMENTS
     """Further training arguments."""
@@ -104,7 +104,7 @@ class Hosts:
         return self._call(gloo_ranks.run_ranks, size, _train, size, job)
 
     def kill(self, size: int, job: Job) -> None:
-        """Run a job on `size` processes until all have killed themselves."""
+        """Run a job on `size` processes until one kills itself, and kill the others."""
         self._call(_killed, size, job)
 
     def close(self) -> None:
@@ -135,13 +135,18 @@ def _serve(pipe: Connection) -> None:
 
 
 def _killed(size: int, job: Job) -> None:
+    """Wait until a process has killed itself, then kill the others, as a scheduler does."""
     with tempfile.TemporaryDirectory() as meeting:
         started = [gloo_ranks._start(rank, size, meeting, _train, (size, job)) for rank in range(size)]
-        for process, pipe in started:
-            process.join(120)
+        ended = wait([process.sentinel for process, _ in started], timeout=240)
+        for process, _ in started:
             process.kill()
-            if process.exitcode != -signal.SIGKILL:
-                raise AssertionError(pipe.recv() if pipe.poll() else f"exit code {process.exitcode}")
+            process.join()
+    assert ended, "no process has killed itself"
+    codes = [process.exitcode for process, _ in started]
+    errors = [pipe.recv()[0] for process, pipe in started if process.exitcode == 1 and pipe.poll()]
+    assert set(codes) <= {-signal.SIGKILL, 1}, codes
+    assert all("Connection closed by peer" in error for error in errors), errors
 
 
 class KillAt(TrainerCallback):
@@ -169,6 +174,7 @@ def arguments(job: Job, size: int) -> dict[str, Any]:
         "learning_rate": 1e-2,
         "report_to": [],
         "use_cpu": True,
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "accelerator_config": {"dispatch_batches": False},
