@@ -53,7 +53,7 @@ class Job(NamedTuple):
     steps: int = 7
     save_every: int = 2
     kill: str = ""
-    """Place at which a process kills itself: "step 3" (in the middle of the third step), "save 4" (in the
+    """Place at which a process kills itself: "step 3" (before the third update of the weights), "save 4" (in the
     save after the fourth step, before the data state), or "" for none."""
     arguments: dict[str, Any] = NO_ARGUMENTS
     """Further training arguments."""
@@ -160,7 +160,7 @@ class KillAt(TrainerCallback):
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         _kill(self.job, f"step {state.global_step + 1}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -232,7 +232,7 @@ def _accelerated(job: Job, size: int, net: Any) -> list[float]:
         tokens = accelerator.gather(sum(map(trained_tokens, micro))).sum()
         total = torch.zeros(())
         for number, batch in enumerate(micro):
-            _kill(job, f"step {step}", number == 1)
+            _kill(job, f"step {step}", number == len(micro) - 1)
             with nullcontext() if number == len(micro) - 1 else accelerator.no_sync(net):
                 loss = net(**batch, num_items_in_batch=tokens).loss * size
                 accelerator.backward(loss)
