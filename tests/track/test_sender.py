@@ -223,8 +223,7 @@ def test_a_damaged_cursor_is_refused_with_a_remedy_that_works(tmp_path: Path) ->
 
 def test_a_single_process_moves_a_cursor(tmp_path: Path) -> None:
     path = cursor_path(tmp_path, TRACKER)
-    with claimed(path) as first:
-        with claimed(path) as second:
-            assert (first, second) == (True, False)
+    with claimed(path) as first, claimed(path) as second:
+        assert (first, second) == (True, False)
     with claimed(path) as third:
         assert third

@@ -25,24 +25,31 @@ LONGEST_PAUSE = 60.0
 """Seconds between two tries while a tracker is down, at most."""
 PATIENCE = 10.0
 """Seconds after the end of a run in which its last steps are sent."""
+WAITS = b"w"
+"""Byte from a run that ends and waits for its last steps."""
 
-Wait = Callable[[float], bool]
-"""Function that waits up to a number of seconds, and returns True if the run has ended."""
+Wait = Callable[[float], float | None]
+"""Function that waits up to a number of seconds. Returns None while the run goes on; after its end
+the seconds that are left to send the last steps."""
 
 
 def follow(run: Path, tracker: TrackerConfig, ended: Wait) -> bool:
     """Send the steps of a run until the run ends; return True if all of them are sent.
 
-    A tracker that is down is tried again after pauses that double up to `LONGEST_PAUSE`, and after
-    the end of the run for `PATIENCE` seconds.
+    A tracker that is down is tried again after pauses that double up to `LONGEST_PAUSE`. After the
+    end of the run all is tried once more, and again for `PATIENCE` seconds if the run waits.
     """
     path = cursor_path(run, tracker)
     while True:
         with claimed(path) as alone:
             if alone:
                 return _Following(run, tracker, ended).to_the_end()
-        if ended(PAUSE):  # the process of a launch before still sends its last steps
-            return False
+        # The process of a launch before still sends its last steps.
+        left = ended(PAUSE)
+        if left is not None:
+            if left < PAUSE:
+                return False
+            time.sleep(PAUSE)
 
 
 class _Following:
@@ -53,16 +60,15 @@ class _Following:
         self._is_down = False
 
     def to_the_end(self) -> bool:
-        pause, has_ended, until = PAUSE, False, float("inf")
-        while True:
-            if not has_ended and (has_ended := self._ended(pause)):
-                until, pause = time.monotonic() + PATIENCE, PAUSE
-            sent = self._send(last=has_ended)
-            if has_ended and (sent or time.monotonic() + pause > until):
-                return sent
-            pause = PAUSE if sent else min(2 * pause, LONGEST_PAUSE)
-            if has_ended:
-                time.sleep(pause)
+        pause = PAUSE
+        while (left := self._ended(pause)) is None:
+            pause = PAUSE if self._send(last=False) else min(2 * pause, LONGEST_PAUSE)
+        while not self._send(last=True):
+            left = self._ended(0.0)
+            if left is None or left < PAUSE:
+                return False
+            time.sleep(PAUSE)
+        return True
 
     def _send(self, *, last: bool) -> bool:
         try:
@@ -85,19 +91,24 @@ class _Following:
 def parent_ended(parent: int) -> Wait:
     """Return the function that watches the process that started this process.
 
-    The parent ends its run by the end of this process's standard input. A parent that is killed is
-    noticed by its process id as well, since its forked children may hold the other end.
+    The parent ends its run by the byte `WAITS` on the standard input of this process, or by its
+    end if the parent does not wait. A parent that is killed is noticed by its process id as well,
+    since its forked children may hold the other end.
     """
+    until: float | None = None
 
-    def ended(seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while os.getppid() == parent:
-            left = until - time.monotonic()
-            if left <= 0:
-                return False
-            readable, _, _ = select.select([sys.stdin], [], [], min(left, 1.0))
-            if readable:
-                return True
-        return True
+    def ended(seconds: float) -> float | None:
+        nonlocal until
+        last = time.monotonic() + seconds
+        while until is None:
+            left = last - time.monotonic()
+            if os.getppid() != parent:
+                until = 0.0
+            elif select.select([sys.stdin], [], [], min(max(left, 0.0), 1.0))[0]:
+                waits = os.read(sys.stdin.fileno(), 1) == WAITS
+                until = time.monotonic() + PATIENCE if waits else 0.0
+            elif left <= 0:
+                return None
+        return until - time.monotonic()
 
     return ended

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +15,7 @@ import msgspec
 
 from trainer.track.config import TrackerConfig
 from trainer.track.content import ABOUT, About
-from trainer.track.follow import PATIENCE
+from trainer.track.follow import PATIENCE, WAITS
 
 GRACE = 5.0
 """Seconds beyond `PATIENCE` after which a process that is stuck in a library is killed."""
@@ -42,7 +43,9 @@ class Followers:
     ) -> None:
         for _, process in self._processes:
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(OSError):  # the process has ended by an error
+                process.stdin.write(WAITS if error is None else b"")
+                process.stdin.close()
         if error is not None:
             return
         until = time.monotonic() + PATIENCE + GRACE

@@ -60,7 +60,7 @@ def _catch_up(run: Path) -> None:
     for tracker in read_about(run).trackers:
         with claimed(cursor_path(run, tracker)) as alone:
             if not alone:
-                typer.echo(f"{tracker.kind}: the run, or another command, is sending its steps")
+                failures.append(f"the run, or another command, is sending the steps to {tracker.kind}")
                 continue
             sender = Sender(run, tracker, opener(run, tracker))
             before = sender.sent
@@ -73,7 +73,7 @@ def _catch_up(run: Path) -> None:
                 count = sender.sent - before
                 typer.echo(f"{tracker.kind}: {count:,} {'step' if count == 1 else 'steps'} sent, up to {sender.sent:,}")
     if failures:
-        raise ValueError(f"{'; '.join(failures)}; repeat the command once the tracker answers")
+        raise ValueError(f"{'; '.join(failures)}; repeat the command later")
 
 
 app = application(track, END)
