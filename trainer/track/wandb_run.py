@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from trainer.track.config import TrackerConfig
@@ -25,6 +26,7 @@ class WandbRun:
     def __init__(self, tracker: TrackerConfig, about: About, directory: Path) -> None:
         if tracker.url:
             os.environ["WANDB_BASE_URL"] = tracker.url
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         entity, _, project = tracker.project.rpartition("/")
@@ -38,7 +40,10 @@ class WandbRun:
             x_disable_machine_info=True,
             x_disable_meta=True,
             x_disable_stats=True,
+            x_save_requirements=False,
         )
+        # What the server does not get is sent again from metrics.jsonl, so the copy may be lost.
+        self._copy = TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
         self._run: Any = wandb.init(
             entity=entity or None,
             project=project,
@@ -47,7 +52,7 @@ class WandbRun:
             resume="allow",
             config=about.sent_to(tracker),
             allow_val_change=True,
-            dir=str(directory),
+            dir=str(directory) if os.environ.get("WANDB_MODE") == "offline" else self._copy.name,
             settings=settings,
         )
         self.held = None if self._run.offline else max(0, self._run.step - 1)
@@ -60,3 +65,4 @@ class WandbRun:
     def close(self, *, complete: bool | None) -> None:
         """Wait until the server has all steps."""
         self._run.finish(exit_code=int(complete is False))
+        self._copy.cleanup()
