@@ -22,6 +22,7 @@ from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
+from trainer.track.config import TrackerConfig
 from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
 
 MOST_STEPS = 10**12
@@ -282,8 +283,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Trackers that get the numbers of the run, a `[[trackers]]` table for each. Default: none."""
 
     def __post_init__(self) -> None:
+        if len({tracker.target for tracker in self.trackers}) < len(self.trackers):
+            raise ValueError(
+                "two [[trackers]] tables name the same run of a tracker, which would get each step twice; "
+                "remove one of the tables, or give one another project, name or url"
+            )
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.lora is not None:

@@ -33,6 +33,9 @@ from trainer.reporting.messages import refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics
 from trainer.reporting.trace import Trace
 from trainer.setup import Run, prepare_run, say_start
+from trainer.track.config import require_installed
+from trainer.track.content import About, settings_of
+from trainer.track.followers import Followers
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
 from trainer.training.step_reader import LocatedRefusal, StepTotals, gather_refusals, reduce_totals
@@ -79,6 +82,7 @@ def run(config: TrainConfig, command: str = "the same command", *, as_json: bool
     Returns False if the run was asked to stop before its end. Raises ValueError, OSError or
     CheckpointError, with a message for the user.
     """
+    require_installed(config.trackers)
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
@@ -94,7 +98,7 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
     run, restored = prepared
     say_start(run, restored)
     progress = restored.progress
-    with Watch(run.config.parallel.timeout_seconds) as watch:
+    with Watch(run.config.parallel.timeout_seconds) as watch, _open_trackers(run):
         if not run.is_complete(progress):
             progress = _train(run, progress, stop, watch)
         run.step_reader.close()
@@ -165,6 +169,23 @@ def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | N
     config = msgspec.to_builtins(msgspec.structs.replace(run.config, data=loader.config))
     log.events.launch(run.topology.sizes, environment(run.topology.device, loader.workers), config, run.total_rows)
     return log
+
+
+def _open_trackers(run: Run) -> AbstractContextManager[Followers | None]:
+    loader, token = run.step_reader.loader, run.description.token
+    if not run.topology.first or loader is None or token is None:
+        return nullcontext()
+    about = run.description.about
+    settings, texts = settings_of(msgspec.structs.replace(run.config, data=loader.config, trackers=()))
+    facts = About(
+        token=token,
+        name=run.config.run.name,
+        trackers=run.config.trackers,
+        settings=settings,
+        texts=texts,
+        digests=about.digests if about else {},
+    )
+    return Followers(run.config.run.directory, facts, run.display.say)
 
 
 def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, log: RunLog | None) -> FinishedStep:
