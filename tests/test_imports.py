@@ -244,6 +244,7 @@ ORDER = {
         "training.adamw_kernel",
         "training.adamw",
         "training.optimizer",
+        "training.schedule",
         "training.step",
         "training.warm_up",
         "config",

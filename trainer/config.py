@@ -22,7 +22,8 @@ from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig
 
 MOST_STEPS = 10**12
 """Limit of steps, epochs, intervals and numbers of checkpoints."""
@@ -304,7 +305,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 'schedule.over = "steps" with schedule.steps'
             )
         if self.schedule.decays_to_run_end:
-            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
+            self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

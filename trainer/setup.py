@@ -34,8 +34,9 @@ from trainer.reporting.messages import (
 from trainer.training.adamw import AdamW
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
-from trainer.training.optimizer import build_optimizer, learning_rate
+from trainer.training.optimizer import build_optimizer
 from trainer.training.progress import Progress
+from trainer.training.schedule import learning_rate
 from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up

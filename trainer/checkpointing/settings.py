@@ -17,7 +17,8 @@ from trainer.config import TrainConfig
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
 from trainer.training.model import ModelSource
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig, learning_rate
 
 ACCEPTABLE = ("optimizer", "schedule", "run.attention")
 """Tables and keys that `run.accept_changed` may name."""

@@ -1,10 +1,7 @@
-"""AdamW, its learning-rate schedule, and clipping by the global gradient norm.
+"""AdamW and clipping by the global gradient norm.
 
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
 https://arxiv.org/abs/1711.05101.
-
-Example: with learning_rate = 1.0, kind = "linear" and warmup = 1, a run of 6 steps takes the rates
-0.5, 1.0, 0.8, 0.6, 0.4, 0.2: the decay would reach 0 at step 6, counted from 0.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
 
 import msgspec
 import torch
@@ -53,62 +49,6 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(f"eps {self.eps} and clip {self.clip} must be above 0; clip = inf never clips")
 
 
-class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[schedule]` table: warm-up and decay of the learning rate."""
-
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    """Form of the decay after the warm-up: none, a straight line, or half a cosine wave."""
-    warmup: int = 0
-    """Steps with a linearly rising rate before the full rate, 0 or more. Step n of the warm-up,
-    counted from 1, has the rate n / (warmup + 1)."""
-    over: Literal["steps", "data"] = "steps"
-    """Measure of the decay: the "steps" taken after the warm-up, or the share of the "data" read,
-    which needs `run.epochs` and sources of known size."""
-    steps: int | None = None
-    """Step at which a decay over steps ends, above `warmup`. Default: the last step, `run.steps`; a
-    run whose decay ends at a given step can be made longer later."""
-    minimum: float = 0.0
-    """Rate at the end of the decay, as a fraction of `learning_rate` in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0 or not 0 <= self.minimum <= 1:
-            raise ValueError(f"warmup {self.warmup} must be 0 or more, and minimum {self.minimum} must lie in [0, 1]")
-        if max(self.warmup, self.steps or 0) > 10**12:
-            raise ValueError(f"warmup {self.warmup} and steps {self.steps} must be at most {10**12}")
-        if self.steps is not None and self.steps <= self.warmup:
-            raise ValueError(
-                f"steps {self.steps} must exceed warmup {self.warmup}, since the decay follows the warm-up"
-            )
-        if self.steps is not None and self.over == "data":
-            raise ValueError(
-                f'steps {self.steps} has no meaning with over = "data"; remove steps, or set over = "steps"'
-            )
-
-    @property
-    def decays_over_data(self) -> bool:
-        """True if the rates depend on the share of the data read."""
-        return self.kind != "constant" and self.over == "data"
-
-    @property
-    def decays_to_run_end(self) -> bool:
-        """True if the decay ends at the run's last step, so that rates depend on its number."""
-        return self.kind != "constant" and self.over == "steps" and self.steps is None
-
-    def decay_end(self, run_steps: int | None) -> int:
-        """Return the step at which a decay over steps ends: `steps`, else `run_steps`.
-
-        `run_steps` is `run.steps`, None in a run over epochs. Raises ValueError if neither is
-        known.
-        """
-        end = run_steps if self.steps is None else self.steps
-        if end is None:
-            raise ValueError(
-                f"a {self.kind} schedule over steps needs its last step, and a run over epochs does not know its number of "
-                'steps before its end; set schedule.over = "data" or schedule.steps'
-            )
-        return end
-
-
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Return a fused AdamW over the trained parameters; weight decay applies to matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -127,40 +67,6 @@ def reconfigure(optimizer: torch.optim.AdamW, config: OptimizerConfig) -> None:
         decays = any(p.ndim > 1 for p in group["params"])
         group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if decays else 0.0
-
-
-def learning_rate(
-    config: OptimizerConfig, schedule: ScheduleConfig, step: int, progress: float, total_steps: int | None
-) -> float:
-    """Return the learning rate of step `step`, counted from 0: full rate x warm-up x decay.
-
-    `progress` in [0, 1] is the share of the data read before the step, for `over = "data"`.
-    `total_steps` is the run's length, None if unknown. Raises ValueError if a decay over steps has
-    no last step.
-    """
-    rise = min(1.0, (step + 1) / (schedule.warmup + 1))
-    return config.learning_rate * rise * _decay(schedule, _share(schedule, step, progress, total_steps))
-
-
-def _share(schedule: ScheduleConfig, step: int, progress: float, total_steps: int | None) -> float:
-    """Return the finished part of the decay, in [0, 1]."""
-    if schedule.kind == "constant":
-        return 0.0
-    if schedule.over == "data":
-        return min(1.0, max(0.0, progress))
-    decay_steps = max(1, schedule.decay_end(total_steps) - schedule.warmup)
-    return min(1.0, max(0.0, (step - schedule.warmup) / decay_steps))
-
-
-def _decay(schedule: ScheduleConfig, share: float) -> float:
-    match schedule.kind:
-        case "constant":
-            falling = 1.0
-        case "linear":
-            falling = 1 - share
-        case "cosine":
-            falling = (1 + math.cos(math.pi * share)) / 2
-    return schedule.minimum + (1 - schedule.minimum) * falling
 
 
 @torch.no_grad()
