@@ -292,6 +292,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             self.lora.require_base(
                 model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
             )
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
+                'each change; set optimizer.kind = "adamw", or remove [lora]'
+            )
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:

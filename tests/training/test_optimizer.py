@@ -22,6 +22,7 @@ from trainer.training.optimizer import (
     ("table", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), not 1.0"),
         ({"learning_rate": -1.0}, "learning_rate -1.0"),
         ({"clip": 0.0}, "clip 0.0 must be above 0"),
         ({"eps": 0.0}, "eps 0.0"),

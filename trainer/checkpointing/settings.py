@@ -23,6 +23,9 @@ from trainer.training.schedule import ScheduleConfig, learning_rate
 ACCEPTABLE = ("optimizer", "schedule", "run.attention")
 """Tables and keys that `run.accept_changed` may name."""
 
+FIXED = ("optimizer.kind",)
+"""Keys in these tables that no resume may change: the states of two optimizers differ."""
+
 
 class AcceptedChange(msgspec.Struct, frozen=True, kw_only=True):
     """Changes of settings, accepted when a run resumed after `step`."""
@@ -182,4 +185,4 @@ def _remedies(saved: Settings, refused: Sequence[str], accept: Sequence[str]) ->
 
 def _covers(name: str, change: str) -> bool:
     path = change.partition(":")[0]
-    return path == name or path.startswith(f"{name}.")
+    return path not in FIXED and (path == name or path.startswith(f"{name}."))

@@ -1,14 +1,11 @@
-"""AdamW and clipping by the global gradient norm.
-
-AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
-https://arxiv.org/abs/1711.05101.
-"""
+"""The choice of the optimizer, and clipping by the global gradient norm."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from typing import Literal
 
 import msgspec
 import torch
@@ -16,14 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer.llama.model import Llama
 from trainer.llama.sharding import local
+from trainer.llama.weights import layout
 from trainer.llama.working import working_copies
 from trainer.training.adamw import AdamW
+from trainer.training.muon import Muon
+
+Optimizer = AdamW | Muon
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[optimizer]` table: AdamW and gradient clipping."""
+    """The `[optimizer]` table: the optimizer and gradient clipping."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for the matrices of the layers and AdamW for embedding, head,
+    norms and biases. Muon needs half of AdamW's state for its matrices, whole-matrix products on
+    every rank at each step, and no `[lora]`. A resume needs the kind of the checkpoint."""
     learning_rate: float = 2e-5
     """Full learning rate, at the end of the warm-up and the start of the decay; 0 or more."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -33,6 +39,8 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices, 0 or more: each step shrinks them by the factor
     1 - learning rate x weight_decay. Norm weights and biases are not decayed."""
+    momentum: float = 0.95
+    """Decay rate of Muon's running mean of the gradient, in [0, 1). Without effect on AdamW."""
     clip: float | None = 1.0
     """Largest global norm of a gradient, above 0; a longer gradient is scaled down to it. inf never
     clips."""
@@ -40,6 +48,8 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {self.momentum}")
         # TOML has nan; every comparison with nan is False.
         if not (0 <= self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf):
             raise ValueError(
@@ -49,24 +59,43 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(f"eps {self.eps} and clip {self.clip} must be above 0; clip = inf never clips")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Return a fused AdamW over the trained parameters; weight decay applies to matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    decayed = {"params": matrices, "weight_decay": config.weight_decay}
-    groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
-    optimizer = AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(model: Llama, config: OptimizerConfig) -> Optimizer:
+    """Return an optimizer over the trained parameters; weight decay applies to matrices only."""
+    optimizer = _adamw(model, config) if config.kind == "adamw" else _muon(model, config)
     if copies := working_copies(model):
         optimizer.register_step_post_hook(copies.weights_changed)
     return optimizer
 
 
-def reconfigure(optimizer: torch.optim.AdamW, config: OptimizerConfig) -> None:
+def muon_matrices(model: Llama) -> dict[str, nn.Parameter]:
+    """Return the parameters that Muon updates, by name: the matrices of the blocks."""
+    return {name: p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+
+
+def _adamw(model: Llama, config: OptimizerConfig, without: Container[nn.Parameter] = ()) -> AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad and p not in without]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _muon(model: Llama, config: OptimizerConfig) -> Muon:
+    pieces = layout(model.config)
+    matrices = {p: pieces[name] for name, p in muon_matrices(model).items()}
+    rest = _adamw(model, config, without=matrices.keys())
+    return Muon(matrices, rest, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum)
+
+
+def reconfigure(optimizer: Optimizer, config: OptimizerConfig) -> None:
     """Set the options of `config` on an optimizer whose state came from a checkpoint."""
     for group in optimizer.param_groups:
         decays = any(p.ndim > 1 for p in group["params"])
-        group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if decays else 0.0
+        if "momentum" in group:
+            group["momentum"] = config.momentum
+        else:
+            group["betas"], group["eps"] = config.betas, config.eps
 
 
 @torch.no_grad()
@@ -80,7 +109,7 @@ def global_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clipped_step(optimizer: AdamW, norm: Tensor, limit: float | None) -> None:
+def clipped_step(optimizer: Optimizer, norm: Tensor, limit: float | None) -> None:
     """Take a step with gradients of the global norm `norm` scaled down to `limit`, if it is given.
 
     A norm that is not finite makes the weights not finite: the run ends, and nothing is saved.
