@@ -23,7 +23,8 @@ from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
 from trainer.track.config import TrackerConfig
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig
 
 MOST_STEPS = 10**12
 """Limit of steps, epochs, intervals and numbers of checkpoints."""
@@ -299,6 +300,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             self.lora.require_base(
                 model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
             )
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
+                'each change; set optimizer.kind = "adamw", or remove [lora]'
+            )
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:
@@ -312,7 +318,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 'schedule.over = "steps" with schedule.steps'
             )
         if self.schedule.decays_to_run_end:
-            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
+            self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

@@ -31,11 +31,11 @@ from trainer.reporting.messages import (
     extension_message,
     progress_message,
 )
-from trainer.training.adamw import AdamW
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
-from trainer.training.optimizer import build_optimizer, learning_rate
+from trainer.training.optimizer import Optimizer, build_optimizer
 from trainer.training.progress import Progress
+from trainer.training.schedule import learning_rate
 from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up
@@ -52,7 +52,7 @@ class Run:
     topology: Topology
     source: ModelSource
     model: Llama
-    optimizer: AdamW
+    optimizer: Optimizer
     step_reader: StepReader
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is

@@ -56,8 +56,13 @@ def config(**changes: dict[str, Any]) -> TrainConfig:
         },
         "model": msgspec.to_builtins(LLAMA_70B),
         "parallel": {"tp": 8},
+        "optimizer": {},
     }
     return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
+
+
+def memory_with_muon() -> int:
+    return estimate(config(optimizer={"kind": "muon"}), LLAMA_70B, 32).memory["optimizer"]
 
 
 def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
@@ -68,6 +73,10 @@ def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
     held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
     assert found.memory["weights"] == 4 * held
     assert found.memory["optimizer"] == 8 * held
+    # Muon has one mean for the matrices of the blocks; embedding and head have two.
+    ends = 2 * 128256 * 8192
+    matrices = (found.parameters - 161 * 8192 - ends) // 32
+    assert memory_with_muon() == 8 * held - 4 * matrices
     assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
     # 6 operations per weight and token, except for the embedding, which is a lookup.
     flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)

@@ -21,8 +21,7 @@ from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
 from trainer.llama.working import working_copies
-from trainer.training.adamw import AdamW
-from trainer.training.optimizer import clipped_step, global_norm
+from trainer.training.optimizer import Optimizer, clipped_step, global_norm
 
 
 class StepResult(NamedTuple):
@@ -36,7 +35,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: Llama,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     packs: list[Pack],
     topology: Topology,
     *,
