@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -91,7 +92,8 @@ class Display:
 
     def _print_json(self, value: dict[str, Any]) -> None:
         if not self.console.quiet:
-            print(msgspec.json.encode(value).decode(), file=self.console.file, flush=True)
+            # JSON has no NaN: msgspec writes null. json escapes what a terminal would obey.
+            print(json.dumps(msgspec.json.decode(msgspec.json.encode(value))), file=self.console.file, flush=True)
 
 
 def by_source(metrics: StepMetrics) -> str:
