@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import gloo_ranks
@@ -14,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sftstream import DataConfig, PackAssignment, PackLoader, batch_digest
 from trainer.distributed.mesh import Topology
-from trainer.training.step_reader import StepReader, StepTotals, gather_refusals, reduce_totals
+from trainer.training import step_reader
+from trainer.training.step_reader import StepReader, StepTotals, gather_refusals, open_loader, reduce_totals
 
 STEPS = 3
 
@@ -101,3 +104,34 @@ def test_refused_rows_of_all_ranks_reach_the_first_rank(tokenizer: str, tmp_path
     first, second = gloo_ranks.run_ranks(2, _steps, config, 2, 1)
     assert sum(count for _, _, count in first) == sum(count.refused for _, count, _ in first) == 12
     assert sum(count for _, _, count in second) == 0
+
+
+class _AnotherDay(datetime):
+    """A clock that is a day ahead."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime.now(tz) + timedelta(days=1)
+
+
+def _date_of_templates(rank: int, config: DataConfig) -> tuple[str, str | None]:
+    """Open the loader on a rank whose clock is a day ahead of the first rank's, or in another zone."""
+    before = datetime.now(UTC).date().isoformat()
+    os.environ["TZ"] = "Pacific/Kiritimati" if rank else "Etc/GMT+12"  # never the same local day
+    time.tzset()
+    if rank:
+        step_reader.datetime = _AnotherDay  # type: ignore[misc]
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    loader = open_loader(config, Topology(mesh, torch.device("cpu")), None, 1000)
+    assert loader is not None
+    return before, loader.position().header.identity.date
+
+
+def test_all_ranks_take_the_first_ranks_day_in_utc_for_a_template_that_prints_the_date(
+    tmp_path: Path, corpus_path: str
+) -> None:
+    tokenizer = tiny.save_tokenizer(tmp_path / "dated", template=tiny.DATED_TEMPLATE)
+    config = tiny.data_config(tokenizer, corpus_path, streams=2, global_batch=2)
+    (today, first), (_, second) = gloo_ranks.run_ranks(2, _date_of_templates, config)
+    assert first == second
+    assert first in (today, datetime.now(UTC).date().isoformat())  # the test may run over midnight
