@@ -91,7 +91,7 @@ class Bins:
         odd = len(self._count) % 2
         self._widen(len(self._count) + odd, 0)
         pairs: list[Any] = [
-            part.reshape(-1, 2, part.shape[1]) for part in (self._count, self._sum, self._low, self._high)
+            part.reshape(len(part) // 2, 2, part.shape[1]) for part in (self._count, self._sum, self._low, self._high)
         ]
         self._count, self._sum = pairs[0].sum(1), pairs[1].sum(1)
         self._low, self._high = pairs[2].min(1), pairs[3].max(1)
