@@ -105,8 +105,11 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
         if run.is_complete(progress):
             finish(run, progress, watch)
             return True
-    saved = "and saved its checkpoint" if progress.trained_tokens else "before anything was trained"
-    run.display.say(f"stopped after step {progress.step} {saved}; go on with: {command}")
+        saved = "and saved its checkpoint" if progress.trained_tokens else "before anything was trained"
+        run.display.say(f"stopped after step {progress.step} {saved}; go on with: {command}")
+        # torchrun kills the other ranks when a rank ends with the exit code of a stopped run.
+        with watch.waiting_for(progress.step, "the last line of the first rank"):
+            dist.all_reduce(torch.zeros(1))
     return False
 
 

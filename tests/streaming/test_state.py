@@ -121,7 +121,7 @@ def test_a_damaged_state_is_refused_with_its_place(
 ) -> None:
     with pytest.raises(ValueError, match=r"this is not a data state of this version: .") as error:
         DataState.parse(states[0] | change)
-    assert str(error.value).endswith(message)
+    assert str(error.value).endswith(f"{message}; give a state that this version saved")
 
 
 def test_an_empty_state_is_refused() -> None:

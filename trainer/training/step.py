@@ -63,6 +63,7 @@ def train_step(
     A loss or a gradient that is not finite makes the weights not finite. With `skip_nonfinite`
     weights and optimizer then stay as they are; each step waits for the device before its update.
     """
+    optimizer.zero_grad(set_to_none=True)
     order = heaviest_first(packs)
     parts = _backward(model, [packs[number] for number in order], topology, trained_tokens)
     loss = _summed(parts, topology)
@@ -74,7 +75,7 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         clipped_step(optimizer, norm, clip)
-    optimizer.zero_grad(set_to_none=True)  # before the wait, so that the next step begins sooner
+    optimizer.zero_grad(set_to_none=True)  # freed before the wait, and not at the start of the next step
     mean, length, *losses = numbers.tolist()  # without `skip_nonfinite` the only wait for the device
     return StepResult(mean, length, [losses[order.index(number)] for number in range(len(packs))], norms)
 
