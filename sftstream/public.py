@@ -15,7 +15,7 @@ from sftstream.inspection.stored import read_state
 from sftstream.inspection.summary import StateSummary, summarize
 from sftstream.inspection.text import describe, diff
 from sftstream.ledger.files import in_order
-from sftstream.ledger.records import Session
+from sftstream.ledger.records import Session, Unapplied
 from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
 from sftstream.ledger.writer import LedgerWriter
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
@@ -26,6 +26,7 @@ from sftstream.records import (
     Example,
     Message,
     Pack,
+    Ref,
     Refusal,
     Refused,
     Segment,
@@ -63,6 +64,7 @@ __all__ = [
     "PackAssignment",
     "PackLoader",
     "Policy",
+    "Ref",
     "Refusal",
     "Refused",
     "RowCounts",
@@ -77,6 +79,7 @@ __all__ = [
     "TokenizerConfig",
     "ToolCall",
     "ToolCalls",
+    "Unapplied",
     "batch_digest",
     "cache_directory",
     "count_token_ids",

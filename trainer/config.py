@@ -94,6 +94,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
     "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
     format). Kernels round differently, so that a resume uses the kernel of the checkpoint."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Reaction to a step whose loss or gradient is not a finite number: "stop" the run without a
+    checkpoint, or "skip" the update, leave weights and optimizer to the bit as they are, and go on
+    with the next step. Both name the conversations and the parameters. A skip is recorded in
+    `events.jsonl`, `metrics.jsonl` and the ledger, and counts as a step of the schedule; after
+    10 skips in a row the run stops. "skip" waits for the GPU before every update."""
     profile: tuple[int, int] | None = None
     """First and last step of a profiler trace of rank 0, such as [20, 22], written to
     `runs/<name>/trace.json.gz` for https://ui.perfetto.dev. Default: none."""
@@ -236,11 +242,27 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     global_batches: int | None = None
     """Number of global batches (`data.global_batch` packs each) to validate on, 1 or more. Default:
     all packs of the sources. The packs stay in memory, at 24 bytes per token."""
+    best_by: Literal["all"] | int = "all"
+    """Loss that `checkpoint.keep_best` and `patience` compare: the mean over "all" held-out trained
+    tokens, or over those of one source, given by its index in `sources`, counted from 0."""
+    patience: int | None = None
+    """Validations in a row without a new lowest loss after which the run ends early, 1 or more. The
+    run is then complete: saved, exported and evaluated. A resume with a larger `patience` trains
+    on. Default: no early end."""
+    min_improvement: float = 0.0
+    """Amount in nats by which a loss must be below the lowest to count as a new lowest for
+    `patience`, 0 or more."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name at least one [[validation.sources]] with a path")
-        for field in ("every", "global_batches"):
+        if self.best_by != "all" and not 0 <= self.best_by < len(self.sources):
+            raise ValueError(
+                f'best_by = {self.best_by} must be "all" or the index of a held-out source, from 0 to {len(self.sources) - 1}'
+            )
+        if not 0 <= self.min_improvement < math.inf:
+            raise ValueError(f"min_improvement = {self.min_improvement} must be finite and not negative")
+        for field in ("every", "global_batches", "patience"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
             _require_at_most_steps(field, value)
@@ -319,6 +341,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.schedule.decays_to_run_end:
             self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
+
+    @property
+    def patience(self) -> int | None:
+        """Validations without a new lowest loss that end the run; None without an early end."""
+        return self.validation.patience if self.validation else None
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:

@@ -17,7 +17,7 @@ from sftstream.ledger.once import Listed, astray, draws_of, moved, repeated, unb
 from sftstream.ledger.reader import Ledger, refs_of
 from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import Session, StepLine, StepSegments
-from sftstream.ledger.segments import SKIPPED, Segments, given, segments_of, skipped
+from sftstream.ledger.segments import NO_SEGMENTS, SKIPPED, Segments, given, segments_of, skipped
 from sftstream.records import Ref, batch_digest
 from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
@@ -62,6 +62,7 @@ class _Audit:
         self._check_capacity()
         self._check_totals()
         self._check_skips()
+        self._check_unapplied()
         self._check_once()
         self._check_digests(rebuild)
         self._check_parts()
@@ -152,6 +153,33 @@ class _Audit:
         count = len(skipped(self._all.segments))
         if found or count:
             self._add(found, f"{count:,} conversations or parts are skipped, as the config asks, and no others")
+
+    def _check_unapplied(self) -> None:
+        """Compare the steps without an update with `metrics.jsonl` and the conversations listed."""
+        found: list[str] = []
+        metrics = self._ledger.metrics
+        records = {record.step: record for record in self._ledger.unapplied if record.step in metrics}
+        marked = {step for step, line in metrics.items() if line.unapplied}
+        for step in sorted(marked ^ records.keys()):
+            holder, other = ("metrics.jsonl", "ledger") if step in marked else ("ledger", "metrics.jsonl")
+            found.append(f"step {step} is without an update in {holder}, but not in {other}")
+        segments = {listed.step: given(listed.segments) for listed in self._ledger.steps if listed.step in records}
+        count = 0
+        for step, record in records.items():
+            listed = segments.get(step, NO_SEGMENTS)
+            count += int((listed["part"] == 0).sum())
+            chosen = listed[np.isin(listed["pack"], record.packs)] if record.packs else listed
+            if set(record.conversations) != _refs(chosen):
+                found.append(f"step {step}: the conversations named as the cause are not those of the packs named")
+        if found or records:
+            named = ", ".join(map(str, list(records)[:5])) + (
+                f" and {len(records) - 5:,} more" if len(records) > 5 else ""
+            )
+            self._add(
+                found,
+                f"steps without an update, since loss or gradient was not finite: {named}; their {count:,} conversations "
+                "count as trained in other lines, but changed no weight",
+            )
 
     def _check_once(self) -> None:
         found = [line] if (line := repeated(self._all)) else []
@@ -293,6 +321,11 @@ def skips(identity: Identity, step: int, segments: Segments) -> NDArray[np.bool_
     rows = np.array([number for _, number in skip.rows], np.int64)
     sources = np.array([number for number, _ in skip.rows], np.int64)
     return np.isin(_numbers(segments["source"], segments["row"]), _numbers(sources, rows))
+
+
+def _refs(segments: Segments) -> set[Ref]:
+    columns = (segments[name].tolist() for name in Ref._fields)
+    return set(map(Ref._make, zip(*columns, strict=True)))
 
 
 def _numbers(sources: NDArray[np.integer], rows: NDArray[np.integer]) -> NDArray[np.int64]:

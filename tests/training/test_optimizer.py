@@ -15,6 +15,7 @@ from trainer.training.optimizer import (
     build_optimizer,
     clipped_step,
     global_norm,
+    gradient_norms,
 )
 
 
@@ -79,6 +80,15 @@ def test_a_gradient_within_the_limit_keeps_its_bits(limit: float | None) -> None
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_is_returned(value: float) -> None:
     assert not math.isfinite(global_norm(with_gradients([3.0], [value])))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_the_norms_of_the_parameters_tell_the_broken_gradient(value: float) -> None:
+    parameters = [nn.Parameter(torch.ones(2)), *with_gradients([3.0, 4.0], [1.0, value])]
+    norms = gradient_norms(parameters)
+    assert norms.parameters == [1, 2]
+    ((numbers, values),) = norms.parts
+    assert (numbers, values[0].item(), values[1].isfinite().item()) == ([1, 2], 5.0, False)
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_fp32() -> None:

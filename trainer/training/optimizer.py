@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -98,21 +98,41 @@ def reconfigure(optimizer: Optimizer, config: OptimizerConfig) -> None:
             group["betas"], group["eps"] = config.betas, config.eps
 
 
-@torch.no_grad()
-def global_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all gradients, a float32 scalar on their device. Collective.
+class GradientNorms(NamedTuple):
+    """The norm of all gradients, and the norms of the gradients alone."""
 
-    The norm is computed in float32 over the shards of all ranks; replicated gradients count once.
+    total: Tensor
+    """Norm of all gradients, a float32 scalar on their device, equal on every rank."""
+    parts: list[tuple[list[int], Tensor]]
+    """Numbers of parameters, counted from 0, with the norms of the parts of their gradients on this
+    rank, float32 `(n,)`."""
+
+    @property
+    def parameters(self) -> list[int]:
+        """Numbers of the parameters with a gradient."""
+        return sorted(number for numbers, _ in self.parts for number in numbers)
+
+
+def global_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients, as `gradient_norms` computes it. Collective."""
+    return gradient_norms(parameters).total
+
+
+@torch.no_grad()
+def gradient_norms(parameters: Iterable[Tensor]) -> GradientNorms:
+    """Return the norm of all gradients, and of each. Collective.
+
+    The norms are computed in float32 over the shards of all ranks; replicated gradients count once.
     Partial sums over ranks are reduced first, in place. Does not wait for the device.
     """
-    return _global_norm([_completed_gradient(p) for p in parameters if p.grad is not None])
+    return _gradient_norms({n: _completed_gradient(p) for n, p in enumerate(parameters) if p.grad is not None})
 
 
 @torch.no_grad()
 def clipped_step(optimizer: Optimizer, norm: Tensor, limit: float | None) -> None:
     """Take a step with gradients of the global norm `norm` scaled down to `limit`, if it is given.
 
-    A norm that is not finite makes the weights not finite: the run ends, and nothing is saved.
+    A norm that is not finite makes the weights not finite.
     """
     # The optimizer divides by this number as it reads the gradients: no pass of its own.
     optimizer.grad_scale = None if limit is None else (norm / limit).clamp(min=1.0)
@@ -129,16 +149,21 @@ def _completed_gradient(parameter: Tensor) -> Tensor:
     return gradient
 
 
-def _global_norm(gradients: list[Tensor]) -> Tensor:
-    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        by_groups[_groups_of_shards(gradient)].append(local(gradient))
-    squares = [_square(shards, groups) for groups, shards in by_groups.items()]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+def _gradient_norms(gradients: dict[int, Tensor]) -> GradientNorms:
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[int]] = defaultdict(list)
+    for number, gradient in gradients.items():
+        by_groups[_groups_of_shards(gradient)].append(number)
+    parts, squares = [], []
+    for groups, numbers in by_groups.items():
+        shards = [local(gradients[number]) for number in numbers]
+        norms = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32))
+        parts.append((numbers, norms))
+        squares.append(_square(norms, groups))
+    return GradientNorms(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()), parts)
 
 
-def _square(shards: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
-    square = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square().sum()
+def _square(norms: Tensor, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
+    square = norms.square().sum()
     for group in groups:
         dist.all_reduce(square, group=group)
     return square
