@@ -251,6 +251,7 @@ ORDER = {
         "track",
         "track.config",
         "config",
+        "config_file",
         "training.model",
         "training.segment_gather",
         "training.step_reader",

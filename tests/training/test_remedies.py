@@ -30,7 +30,8 @@ from sftstream.tokenization import fast_tokenizer
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings
 from trainer.choices import choose
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.llama.attention import KERNELS
