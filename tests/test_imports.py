@@ -137,6 +137,7 @@ ORDER = {
         "ledger.reader",
         "ledger.rebuild",
         "ledger.once",
+        "ledger.mixture",
         "ledger.audit",
         "ledger.compare",
         "ledger.trace",
