@@ -154,8 +154,8 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
 
     @property
     def num_shards(self) -> int:
-        """As many as there are processes: accelerate then calls `shard`, which refuses bad
-        numbers."""
+        """The largest number of shards, without a limit: accelerate then calls `shard` for any
+        number of processes."""
         return sys.maxsize
 
     def shard(self, num_shards: int, index: int) -> PackDataset:

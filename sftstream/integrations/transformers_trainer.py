@@ -60,7 +60,7 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
         """Packs of a global batch; packs consumed before the trainer's step 0."""
 
     def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Set the arguments without which a resume would replay data or batches would lose keys."""
+        """Set two arguments: a resume replays no batches, and batches keep all keys."""
         args.ignore_data_skip = True
         args.remove_unused_columns = False
 
