@@ -25,8 +25,8 @@ def one_pack(batches: Sequence[Batch]) -> Batch:
     """
     if len(batches) != 1:
         raise ValueError(
-            f"per_device_train_batch_size = {len(batches)}, but a pack is a whole micro-batch; set it to 1, and set "
-            "data.capacity to the number of tokens of a micro-batch"
+            f"a batch of {len(batches)} packs, but a pack is a whole micro-batch; set per_device_train_batch_size=1 (and "
+            "per_device_eval_batch_size=1), and data.capacity to the number of tokens of a micro-batch"
         )
     if "position_ids" not in batches[0]:
         raise ValueError(

@@ -20,7 +20,7 @@ import gloo_ranks
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -179,7 +179,7 @@ def arguments(job: Job, size: int) -> dict[str, Any]:
         "learning_rate": 1e-2,
         "report_to": [],
         "use_cpu": True,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": True,  # False: other buckets of gradients after a launch's first step
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "accelerator_config": {"dispatch_batches": False},
@@ -217,7 +217,11 @@ def recorded(net: Any) -> Iterator[list[str]]:
 
 def _accelerated(job: Job, size: int, net: Any) -> list[float]:
     """Train with a loop over accelerate's loader, which requests a batch ahead. Return the losses."""
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # as in `arguments`
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     # A generator of its own: without it, each start of a loader would draw from the random state.
     loader = DataLoader(PackDataset(job.data, workers=job.workers), batch_size=None, generator=torch.Generator())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hosts import Hosts, Job, Result, digest, global_batches, model, trainer
 
 from sftstream import DataConfig, Pack, PackLoader
-from sftstream.integrations import last_checkpoint
+from sftstream.integrations import PackDataset, last_checkpoint, trained_tokens
 
 KINDS = ("transformers", "trl", "accelerate")
 
@@ -123,6 +123,22 @@ def test_rows_refused_on_all_processes_together_stop_the_run(hosts: Hosts, token
     broken = tiny.data_config(tokenizer, corpus, capacity=128, global_batch=4, max_refused=0.1)
     with pytest.raises(AssertionError, match=r"rank 1:[^$]*rows are refused[^$]*one is .*broken.jsonl:"):
         hosts.run(2, Job(broken, str(tmp_path / "out"), steps=100))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_a_list_of_packs_is_data_for_an_evaluation(data: DataConfig, tmp_path: Path, kind: str) -> None:
+    more = {"per_device_eval_batch_size": 1, "bf16": False}
+    host = trainer(Job(data, str(tmp_path), kind, arguments=more), 1, model())
+    batches = [batch for batch in PackDataset(data) if trained_tokens(batch)]
+    net = model().eval()
+    with torch.no_grad():
+        logits = [
+            net(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0, :-1]
+            for batch in batches
+        ]
+    losses = [float(F.cross_entropy(each, batch["labels"][0, 1:])) for each, batch in zip(logits, batches, strict=True)]
+    for _ in range(2):
+        assert host.evaluate(batches)["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
