@@ -118,7 +118,8 @@ def _require_exact_loader(loader: Any) -> None:
         )
     if not isinstance(dataset, PackDataset):
         raise ValueError(
-            f"PackCallback needs a PackDataset as train_dataset, and the trainer's loader has a {type(dataset).__name__}"
+            f"the trainer's loader reads a {type(dataset).__name__}, whose state PackCallback does not know; pass a "
+            "PackDataset as train_dataset"
         )
     if getattr(loader.collate_fn, "data_collator", loader.collate_fn) is not one_pack:
         raise ValueError(

@@ -14,9 +14,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from hosts import Hosts, Job, Result, digest, global_batches, model, trainer
+from transformers import Trainer, TrainingArguments
 
 from sftstream import DataConfig, Pack, PackLoader
 from sftstream.integrations import PackDataset, last_checkpoint, trained_tokens
+from sftstream.integrations.transformers_trainer import PackCallback, one_pack
 
 KINDS = ("transformers", "trl", "accelerate")
 
@@ -175,6 +177,17 @@ def test_a_trainer_of_other_data_is_refused(hosts: Hosts, data: DataConfig, tmp_
     other = Job(msgspec.structs.replace(data, seed=7), str(tmp_path))
     with pytest.raises(ValueError, match="taken from other data or settings"):
         trainer(other, 1, model()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_trainer_of_another_dataset_or_collator_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to=[])
+    with pytest.raises(ValueError, match="pass a PackDataset as train_dataset"):
+        Trainer(model(), arguments, train_dataset=[{"input_ids": [1]}], callbacks=[PackCallback()]).train()
+    arguments.accelerator_config.dispatch_batches = False
+    with pytest.raises(ValueError, match="pass data_collator=one_pack"):
+        Trainer(model(), arguments, train_dataset=PackDataset(data), callbacks=[PackCallback()]).train()
+    with pytest.raises(ValueError, match="set remove_unused_columns=False"):
+        one_pack([{"input_ids": [1]}])
 
 
 def test_a_model_with_too_few_tokens_is_refused(data: DataConfig, tmp_path: Path) -> None:
