@@ -89,6 +89,7 @@ ORDER = {
         "rendering.fast.symbolic",
         "rendering.fast.shape",
         "rendering.fast.render_plan",
+        "rendering.fast.known_tails",
         "rendering.fast.render_cache",
         "rendering.renderer",
         "tokenization",
