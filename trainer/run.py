@@ -217,6 +217,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
             trained_tokens=batch.totals.trained_tokens,
             learning_rate=rate,
             clip=config.optimizer.clip,
+            z_loss=config.optimizer.z_loss,
             skip_nonfinite=config.run.on_nonfinite == "skip",
         )
     progress = progress.after(batch.totals, result)
@@ -315,6 +316,7 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
         batch_digest=totals.digest,
         unapplied=not step.result.is_finite,
         perplexity=perplexity(step.result.loss),
+        z_loss=step.result.z_loss,
         **(_held_out(step.held_out) if step.held_out else {}),
     )
 

@@ -27,6 +27,7 @@ from trainer.training.optimizer import (
         ({"learning_rate": -1.0}, "learning_rate -1.0"),
         ({"clip": 0.0}, "clip 0.0 must be above 0"),
         ({"eps": 0.0}, "eps 0.0"),
+        ({"z_loss": -1e-4}, "z_loss -0.0001 must be finite and not negative"),
     ],
 )
 def test_an_invalid_optimizer_is_refused(table: dict[str, object], message: str) -> None:

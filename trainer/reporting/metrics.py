@@ -41,6 +41,7 @@ CURVES_BY_SOURCE = (
 CURVES = (
     "loss",
     "perplexity",
+    "z_loss",
     "validation_loss",
     "validation_perplexity",
     "grad_norm",
@@ -126,6 +127,9 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     left out if False."""
     perplexity: float | None = None
     """Exponential of `loss`; left out if it exceeds the largest float."""
+    z_loss: float | None = None
+    """Mean z-loss over the trained tokens of the step, which is trained on beside `loss` and not in
+    it; left out without `optimizer.z_loss`."""
 
 
 def perplexity(loss: float) -> float | None:

@@ -44,6 +44,10 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     clip: float | None = 1.0
     """Largest global norm of a gradient, above 0; a longer gradient is scaled down to it. inf never
     clips."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss, 0 or more; 0 is no z-loss. Each trained token adds the coefficient
+    times the square of the logarithm of its sum of exponentials to the loss that is trained on,
+    which keeps logits from growing. 1e-4 is usual. Reported as `z_loss`, and not in `loss`."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -55,6 +59,8 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(
                 f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must be finite and not negative"
             )
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss {self.z_loss} must be finite and not negative; 1e-4 is usual")
         if not self.eps > 0 or (self.clip is not None and not self.clip > 0):
             raise ValueError(f"eps {self.eps} and clip {self.clip} must be above 0; clip = inf never clips")
 
