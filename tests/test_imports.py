@@ -243,6 +243,7 @@ ORDER = {
         "training",
         "training.adamw_kernel",
         "training.adamw",
+        "training.adamw8bit",
         "training.muon",
         "training.optimizer",
         "training.schedule",

@@ -37,6 +37,7 @@ from trainer.setup import Run, prepare_run, say_start
 from trainer.track.config import require_installed
 from trainer.track.content import About, settings_of
 from trainer.track.followers import Followers
+from trainer.training.adamw8bit import require_torchao
 from trainer.training.nonfinite import MOST_IN_A_ROW, broken_weights, find_cause
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
@@ -86,6 +87,8 @@ def run(config: TrainConfig, command: str = "the same command", *, as_json: bool
     CheckpointError, with a message for the user.
     """
     require_installed(config.trackers)
+    if config.optimizer.kind == "adamw8bit":
+        require_torchao()
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
