@@ -145,7 +145,7 @@ def test_a_scorer_that_cannot_be_loaded_is_refused(scorer: str, name: str, messa
 
 
 def test_a_score_that_is_no_number_is_refused(scorer: str) -> None:
-    with pytest.raises(ValueError, match="returned inf for the answer 'a'; return a finite number"):
+    with pytest.raises(ValueError, match="returned inf for the answer 'a'; correct the function"):
         load_scorer("my_scores:endless")("<|start_header_id|>user", "a", "a")
 
 

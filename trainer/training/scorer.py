@@ -41,7 +41,9 @@ def load_scorer(name: str) -> Scorer:
     def score(prompt: str, expected: str, given: str) -> float:
         value = float(found(prompt, expected, given))
         if not math.isfinite(value):
-            raise ValueError(f"evaluation.scorer returned {value} for the answer {given!r}; return a finite number")
+            raise ValueError(
+                f"evaluation.scorer returned {value} for the answer {given!r}; correct the function, so that it returns a finite number"
+            )
         return value
 
     return score

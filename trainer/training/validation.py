@@ -82,7 +82,7 @@ class Validation:
 
     @property
     def digest(self) -> str:
-        """Hash of the held-out packs of all ranks, in order, and of the source or answers judged."""
+        """Hash of the held-out packs of all ranks, and of the source or answers judged."""
         match self._best_by:
             case "all":
                 judged = []
