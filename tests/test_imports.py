@@ -152,6 +152,7 @@ ORDER = {
         "starter.hardware",
         "starter.propose",
         "starter.toml",
+        "starter.axolotl",
         "starter.write",
         "stats",
         "stats.measure",
