@@ -230,6 +230,12 @@ class PackLoader:
         """Rows accepted and refused by the shard's streams so far, by source."""
         return sum_row_counts(self._progress.counts.values())
 
+    @property
+    def refused_examples(self) -> list[tuple[Refusal, str]]:
+        """For each source and limit: the first row refused since the loader was opened, and its
+        location."""
+        return list(self._progress.examples.values())
+
     def forecast(self) -> Forecast:
         """Estimate the packs of the whole run and their fill from a sample of rows."""
         return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
