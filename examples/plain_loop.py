@@ -41,7 +41,7 @@ DATA = {
 }
 
 
-def main(directory: Path, steps: int) -> None:
+def main(directory: str, steps: int) -> None:
     """Train up to `steps` steps; each fifth step is a checkpoint in `directory`."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -72,7 +72,7 @@ def main(directory: Path, steps: int) -> None:
         optimizer.zero_grad()
         step, ended = step + 1, shards.finished()
         if step % 5 == 0 or ended:
-            _save(directory / f"step-{step}", shards, {"net": net, "optimizer": optimizer}, step, rank)
+            _save(Path(directory) / f"step-{step}", shards, {"net": net, "optimizer": optimizer}, step, rank)
         if rank == 0:
             print(f"step {step}: {int(tokens)} trained tokens")
 
@@ -86,4 +86,4 @@ def _save(directory: Path, shards: Shards, parts: dict, step: int, rank: int) ->
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/plain_loop"), int(sys.argv[2]) if len(sys.argv) > 2 else 20)
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/plain_loop", int(sys.argv[2]) if len(sys.argv) > 2 else 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import runpy
 import signal
 import tempfile
 import traceback
@@ -106,6 +107,10 @@ class Hosts:
     def kill(self, size: int, job: Job) -> None:
         """Run a job on `size` processes until one kills itself, and kill the others."""
         self._call(_killed, size, job)
+
+    def example(self, name: str, directory: str, steps: int) -> None:
+        """Run the file `examples/NAME.py` in a process."""
+        self._call(gloo_ranks.run_ranks, 1, _example, name, directory, steps)
 
     def close(self) -> None:
         self._pipe.close()
@@ -254,14 +259,20 @@ def _kill(job: Job, place: str, reached: bool = True) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _example(rank: int, name: str, directory: str, steps: int) -> None:
+    multiprocessing.current_process()._config["daemon"] = False
+    torch.distributed.destroy_process_group()
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / f"{name}.py"))["main"]
+    main(directory, steps)
+
+
 def _train(rank: int, size: int, job: Job) -> Result:
     multiprocessing.current_process()._config["daemon"] = False  # loaders have child processes
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # read, but never bound: the ranks are joined
     if size == 1:
         torch.distributed.destroy_process_group()
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            del os.environ[name]
+    else:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # read, but never bound: the ranks are joined
     net = model(attention_dropout=job.dropout)
     with recorded(net) as batches:
         if job.kind == "accelerate":
