@@ -150,6 +150,8 @@ ORDER = {
         "integrations.isolation",
         "integrations.token_loss",
         "integrations.transformers_trainer",
+        "integrations.lightning_data",
+        "integrations.titan_data",
         "preview",
         "preview.parts",
         "preview.view",

@@ -48,7 +48,7 @@ that is the default here, too."""
 WHOLE = {key for key in MOVED if key.endswith(("_steps", "_size", "_limit", "_len", "_workers", "_r")) or key == "seed"}
 KERNELS = ("axolotl.integrations.liger.", "axolotl.integrations.cut_cross_entropy.")
 """Beginnings of plugins that change the speed alone."""
-OFF = (None, False, 0, 0.0, "", [], {})
+OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 DECIDING = """
@@ -194,7 +194,8 @@ def _refuse_others(settings: _Settings) -> None:
 def _global_batch(settings: _Settings, gpus: int) -> int:
     """Return the packs of a step: those of a GPU, times the data-parallel GPUs."""
     packs = settings.count("micro_batch_size", 1) * settings.count("gradient_accumulation_steps", 1)
-    return packs * max(gpus // settings.left.get("tensor_parallel_size", 1), 1)
+    parallel: int = settings.left.get("tensor_parallel_size", 1)
+    return packs * max(gpus // parallel, 1)
 
 
 def _run(settings: _Settings, *, full: bool) -> dict[str, Any]:
