@@ -72,15 +72,9 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the whole run after the trainer's last optimizer step.
 
-        Raises ValueError in the middle of a step.
+        A checkpoint inside a step is that of the step before: its gradients are not in it.
         """
-        trainer, batches = self.trainer, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if batches % trainer.accumulate_grad_batches:
-            raise ValueError(
-                f"a checkpoint after {batches} batches lies inside a step of {trainer.accumulate_grad_batches}, whose "
-                "gradients it would lose; save with ModelCheckpoint(every_n_train_steps=...)"
-            )
-        return self.shards.state_dict(self._first + trainer.global_step * self.config.global_batch)
+        return self.shards.state_dict(self._first + self.trainer.global_step * self.config.global_batch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint, which may be of another number of processes."""
