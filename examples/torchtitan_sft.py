@@ -14,7 +14,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
-from torchtitan.config import TrainingConfig
+from torchtitan.config import DebugConfig, TrainingConfig
 from torchtitan.models.llama3 import model_registry
 from torchtitan.trainer import Trainer
 
@@ -36,6 +36,7 @@ def chats(data: str = str(EXAMPLES / "torchtitan_data.toml"), steps: int = 20) -
         training=TrainingConfig(
             local_batch_size=1, global_batch_size=8, seq_len=512, steps=steps, disable_cuda_graphs=True
         ),
+        debug=DebugConfig(seed=0),
         metrics=MetricsProcessor.Config(log_freq=1),
         checkpoint=CheckpointManager.Config(enable=True, interval=5, last_save_model_only=False),
     )

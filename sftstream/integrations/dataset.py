@@ -47,13 +47,14 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
 
     `shard` is this process's data-parallel part of the run. Trainers on accelerate call the method
     `shard` themselves; in other trainers with several processes, pass `Shard(rank, processes)`. All
-    shards get the same number of batches, so `streams` and `global_batch` of the config must be
-    multiples of the number of shards. A step of the run is `global_batch` packs: each process
-    accumulates the gradients of `global_batch / shards` batches.
+    shards get equally many batches, so `streams` and `global_batch` of the config must be multiples
+    of the number of shards. A step of the run is `global_batch` packs: each process accumulates the
+    gradients of `global_batch / shards` batches.
 
     A single shard ends with the data. One of several shards never ends: after its streams are
     exhausted it returns empty packs, without trained tokens, until the trainer stops at the step at
-    which all shards are exhausted (see `Shards.finished`).
+    which all shards are exhausted (see `Shards.finished`). If nobody asks for this step, it raises
+    RuntimeError after some steps.
 
     It is a dataset of `datasets` as well, since accelerate and TRL treat only these as sharded by
     themselves. Methods such as `map` and `shuffle` are refused: the config decides the packs.
@@ -77,10 +78,13 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
         self.own_shard = shard
         self.workers = workers
         self.layout = layout
-        self._given = self._start = None if state is None else DataState.parse(state)
+        self._given = None if state is None else DataState.parse(state)
+        self._start = self._given
         self._loader: PackLoader | None = None
         self._at: LoaderPosition | None = None
         self._ends: deque[StepEnd] = deque(maxlen=STEPS_KEPT)
+        self._unasked = 0
+        """Steps of empty packs since the end of a step was last asked for."""
 
     def __iter__(self) -> Iterator[Batch]:
         if torch.utils.data.get_worker_info() is not None:
@@ -126,6 +130,7 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
         packs = self._position.header.packs if packs is None else packs
         for end in self._ends:
             if end.packs == packs:
+                self._unasked = 0
                 return end
         kept = ", ".join(str(end.packs) for end in self._ends) or "none yet"
         raise ValueError(
@@ -154,8 +159,8 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
 
     @property
     def num_shards(self) -> int:
-        """As many as there are processes: accelerate then calls `shard`, which refuses bad
-        numbers."""
+        """The largest number of shards, without a limit: accelerate then calls `shard` for any
+        number of processes."""
         return sys.maxsize
 
     def shard(self, num_shards: int, index: int) -> PackDataset:
@@ -224,6 +229,7 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
                 if loader.shard.count == 1:
                     loader.close()
                     return
+                self._require_agreement(loader)
                 *before, pack = loader.next_step()
                 yield from before  # the position moves with the last pack: other shards are inside the step
             else:
@@ -237,6 +243,16 @@ class PackDataset(datasets.IterableDataset, torch.utils.data.IterableDataset[Bat
         packs = self._at.header.packs
         if packs % loader.config.global_batch == 0 and (not self._ends or self._ends[-1].packs != packs):
             self._ends.append(StepEnd(packs, self._at, loader.exhausted, loader.row_counts))
+
+    def _require_agreement(self, loader: PackLoader) -> None:
+        """Raise RuntimeError if the processes do not agree on the end, and would never stop."""
+        self._unasked += 1
+        if self._unasked > STEPS_KEPT:
+            raise RuntimeError(
+                f"shard {loader.shard.index} of {loader.shard.count} has no packs left, and cannot know whether other "
+                "shards have; call Shards(dataset).finished() on all processes after each step, and stop when it is "
+                "True. For an evaluation, pass list(PackDataset(config)) instead of the dataset"
+            )
 
     def _require_shard(self) -> None:
         """Raise ValueError if each of several processes reads all packs, without having said so."""

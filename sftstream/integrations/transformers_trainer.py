@@ -25,8 +25,8 @@ def one_pack(batches: Sequence[Batch]) -> Batch:
     """
     if len(batches) != 1:
         raise ValueError(
-            f"per_device_train_batch_size = {len(batches)}, but a pack is a whole micro-batch; set it to 1, and set "
-            "data.capacity to the number of tokens of a micro-batch"
+            f"a batch of {len(batches)} packs, but a pack is a whole micro-batch; set per_device_train_batch_size=1 (and "
+            "per_device_eval_batch_size=1), and data.capacity to the number of tokens of a micro-batch"
         )
     if "position_ids" not in batches[0]:
         raise ValueError(
@@ -60,7 +60,7 @@ class PackCallback(TrainerCallback):  # type: ignore[misc]
         """Packs of a global batch; packs consumed before the trainer's step 0."""
 
     def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Set the arguments without which a resume would replay data or batches would lose keys."""
+        """Set two arguments: a resume replays no batches, and batches keep all keys."""
         args.ignore_data_skip = True
         args.remove_unused_columns = False
 
@@ -118,7 +118,8 @@ def _require_exact_loader(loader: Any) -> None:
         )
     if not isinstance(dataset, PackDataset):
         raise ValueError(
-            f"PackCallback needs a PackDataset as train_dataset, and the trainer's loader has a {type(dataset).__name__}"
+            f"the trainer's loader reads a {type(dataset).__name__}, whose state PackCallback does not know; pass a "
+            "PackDataset as train_dataset"
         )
     if getattr(loader.collate_fn, "data_collator", loader.collate_fn) is not one_pack:
         raise ValueError(

@@ -20,7 +20,7 @@ import gloo_ranks
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -53,7 +53,7 @@ class Job(NamedTuple):
     steps: int = 7
     save_every: int = 2
     kill: str = ""
-    """Place at which a process kills itself: "step 3" (in the middle of the third step), "save 4" (in the
+    """Place at which a process kills itself: "step 3" (before the third update of the weights), "save 4" (in the
     save after the fourth step, before the data state), or "" for none."""
     arguments: dict[str, Any] = NO_ARGUMENTS
     """Further training arguments."""
@@ -160,7 +160,7 @@ class KillAt(TrainerCallback):
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         _kill(self.job, f"step {state.global_step + 1}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -179,7 +179,7 @@ def arguments(job: Job, size: int) -> dict[str, Any]:
         "learning_rate": 1e-2,
         "report_to": [],
         "use_cpu": True,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": True,  # False: other buckets of gradients after a launch's first step
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "accelerator_config": {"dispatch_batches": False},
@@ -217,7 +217,11 @@ def recorded(net: Any) -> Iterator[list[str]]:
 
 def _accelerated(job: Job, size: int, net: Any) -> list[float]:
     """Train with a loop over accelerate's loader, which requests a batch ahead. Return the losses."""
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # as in `arguments`
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     # A generator of its own: without it, each start of a loader would draw from the random state.
     loader = DataLoader(PackDataset(job.data, workers=job.workers), batch_size=None, generator=torch.Generator())
@@ -232,7 +236,7 @@ def _accelerated(job: Job, size: int, net: Any) -> list[float]:
         tokens = accelerator.gather(sum(map(trained_tokens, micro))).sum()
         total = torch.zeros(())
         for number, batch in enumerate(micro):
-            _kill(job, f"step {step}", number == 1)
+            _kill(job, f"step {step}", number == len(micro) - 1)
             with nullcontext() if number == len(micro) - 1 else accelerator.no_sync(net):
                 loss = net(**batch, num_items_in_batch=tokens).loss * size
                 accelerator.backward(loss)

@@ -140,6 +140,18 @@ def test_an_exhausted_shard_returns_empty_packs_and_its_state_does_not_run_ahead
     steps(parts, [iterators[0]], 1)
 
 
+def test_a_shard_whose_end_nobody_asks_for_stops_with_an_error(wide: DataConfig, whole: list[list[int]]) -> None:
+    """A loop that never asks whether all shards have ended would otherwise go on with empty packs for ever."""
+    dataset = PackDataset(wide, shard=Shard(0, 2))
+    with pytest.raises(RuntimeError, match=r"call Shards\(dataset\).finished\(\) on all processes after each step"):
+        list(dataset)
+    asked = PackDataset(wide, shard=Shard(0, 2))
+    for _ in islice(asked, 2 * len(whole)):
+        if asked.state_dict()["packs"] % 8 == 0:
+            asked.step_end()
+    assert asked.step_end().exhausted
+
+
 def test_restarting_returns_to_the_state_of_the_constructor(wide: DataConfig, whole: list[list[int]]) -> None:
     first = PackDataset(wide)
     ids(islice(first, 5))

@@ -14,9 +14,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from hosts import Hosts, Job, Result, digest, global_batches, model, trainer
+from transformers import Trainer, TrainingArguments
 
 from sftstream import DataConfig, Pack, PackLoader
-from sftstream.integrations import last_checkpoint
+from sftstream.integrations import PackDataset, last_checkpoint, trained_tokens
+from sftstream.integrations.transformers_trainer import PackCallback, one_pack
 
 KINDS = ("transformers", "trl", "accelerate")
 
@@ -125,6 +127,22 @@ def test_rows_refused_on_all_processes_together_stop_the_run(hosts: Hosts, token
         hosts.run(2, Job(broken, str(tmp_path / "out"), steps=100))
 
 
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_a_list_of_packs_is_data_for_an_evaluation(data: DataConfig, tmp_path: Path, kind: str) -> None:
+    more = {"per_device_eval_batch_size": 1, "bf16": False}
+    host = trainer(Job(data, str(tmp_path), kind, arguments=more), 1, model())
+    batches = [batch for batch in PackDataset(data) if trained_tokens(batch)]
+    net = model().eval()
+    with torch.no_grad():
+        logits = [
+            net(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0, :-1]
+            for batch in batches
+        ]
+    losses = [float(F.cross_entropy(each, batch["labels"][0, 1:])) for each, batch in zip(logits, batches, strict=True)]
+    for _ in range(2):
+        assert host.evaluate(batches)["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two packs at a time": ({"per_device_train_batch_size": 2}, "set per_device_train_batch_size=1"),
     "another global batch": ({"gradient_accumulation_steps": 3}, "set gradient_accumulation_steps=4"),
@@ -159,6 +177,17 @@ def test_a_trainer_of_other_data_is_refused(hosts: Hosts, data: DataConfig, tmp_
     other = Job(msgspec.structs.replace(data, seed=7), str(tmp_path))
     with pytest.raises(ValueError, match="taken from other data or settings"):
         trainer(other, 1, model()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_trainer_of_another_dataset_or_collator_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to=[])
+    with pytest.raises(ValueError, match="pass a PackDataset as train_dataset"):
+        Trainer(model(), arguments, train_dataset=[{"input_ids": [1]}], callbacks=[PackCallback()]).train()
+    arguments.accelerator_config.dispatch_batches = False
+    with pytest.raises(ValueError, match="pass data_collator=one_pack"):
+        Trainer(model(), arguments, train_dataset=PackDataset(data), callbacks=[PackCallback()]).train()
+    with pytest.raises(ValueError, match="set remove_unused_columns=False"):
+        one_pack([{"input_ids": [1]}])
 
 
 def test_a_model_with_too_few_tokens_is_refused(data: DataConfig, tmp_path: Path) -> None:
