@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from sftstream.config import DataConfig
 from sftstream.integrations.dataset import PackDataset
 from sftstream.integrations.layouts import Batch, Layout, hugging_face, trained_tokens
 from sftstream.integrations.shards import Shards
+from sftstream.state import DataState
 from sftstream.streaming.assignment import Shard
 
 
@@ -46,11 +47,10 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.config, self.shard, self.workers, self.layout = config, shard, workers, layout
-        self._state: Mapping[str, Any] | None = None
         self._shards: Shards | None = None
         self._dataset: PackDataset | None = None
-        self._first = 0
-        """Packs consumed before the trainer's step 0."""
+        self._start = self._first = 0
+        """Packs consumed before this start of the trainer, and before its step 0."""
 
     def setup(self, stage: str) -> None:
         """Open the shard of this process, before Lightning restores a checkpoint."""
@@ -58,6 +58,7 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
         shard = self.shard or Shard(trainer.global_rank, trainer.world_size)
         if stage == "fit":
             self._require_exact_settings(trainer, shard)
+        self._start = 0
         self._dataset = PackDataset(self.config, shard=shard, workers=self.workers, layout=self.layout)
         self._shards = Shards(self._dataset)
         if not any(isinstance(callback, _Progress) for callback in trainer.callbacks):
@@ -79,6 +80,7 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint, which may be of another number of processes."""
         self.dataset.load_state_dict(state_dict)
+        self._start = DataState.parse(state_dict).packs
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002
         """Stop the loader's workers."""
@@ -100,7 +102,8 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
     def begin(self) -> None:
         """Note the position at which the trainer starts, and count its batches in this topology."""
         trainer, batch = self.trainer, self.config.global_batch
-        self._first = self.dataset.loader.packs - trainer.global_step * batch
+        # The loader is ahead: Lightning has requested a batch.
+        self._first = self._start - trainer.global_step * batch
         # Lightning ends a step after a multiple of accumulate_grad_batches, counted from batch 0.
         counted = trainer.fit_loop.epoch_loop.batch_progress.current
         moved = trainer.global_step * trainer.accumulate_grad_batches - counted.ready
