@@ -141,7 +141,7 @@ def read_axolotl(path: Path, gpus: int) -> Translated:
         translated = _translate(_Settings(given, refused), refused, max(gpus, 1))
     if refused:
         raise ValueError(
-            f"{path}: no setting here means the same as {'; '.join(refused)}; change or remove these settings in a "
+            f"{path}: no setting here means the same as {'; '.join(refused)}; remove or change these settings in a "
             "copy, as docs/moving_in.md describes"
         )
     return translated
