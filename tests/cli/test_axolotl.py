@@ -13,7 +13,8 @@ import yaml
 from commands import run
 
 from sftstream.cli.main import main
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 
 LEAST = {
     "base_model": "models/llama",

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -38,7 +40,7 @@ def order(data: DataConfig) -> list[str]:
     return [digest(pack.input_ids[None]) for pack in PackLoader(data)]
 
 
-def host(data: DataConfig, directory: Path, steps: int, size: int = 1, killed: int = 0, *options: str) -> str:
+def host(data: DataConfig, directory: Path, steps: int, size: int = 1, killed: int = 0) -> str:
     """Train in `size` processes with a checkpoint after every two steps; return the error output."""
     directory.mkdir(exist_ok=True)
     for old in directory.glob("batches-*"):
@@ -61,7 +63,9 @@ def host(data: DataConfig, directory: Path, steps: int, size: int = 1, killed: i
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(HOST)),
         *("--module", "titan_host", "--config", "chats", "--training.steps", str(steps), "--training.seq_len", "128"),
         *("--training.global_batch_size", "4", "--checkpoint.interval", "2", "--dump_folder", str(directory)),
-        *("--dataloader.dataset", str(run), *options),
+        *("--dataloader.dataset", str(run)),
+        # The default, spmd_types, needs fully_shard of torch 2.14 on several ranks.
+        *("--parallelism.spmd_backend", "partial_dtensor"),
     ]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert (ended.returncode != 0) == bool(killed), ended.stderr[-3000:]
@@ -77,8 +81,14 @@ def batches(directory: Path) -> list[dict[str, object]]:
 def weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint of torchtitan: weights and optimizer."""
     dcp_to_torch_save(directory / "checkpoint" / f"step-{step}", directory / "whole.pt")
-    saved = torch.load(directory / "whole.pt", weights_only=False)
-    return {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    return dict(_tensors("", torch.load(directory / "whole.pt", weights_only=False)))
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from _tensors(f"{name}.{key}", inner)
 
 
 def test_a_killed_run_resumes_with_the_same_bits(data: DataConfig, order: list[str], tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_a_killed_run_resumes_with_the_same_bits(data: DataConfig, order: list[s
     resumed = batches(tmp_path / "killed")
     assert [(b["ids"], b["loss"]) for b in resumed] == [(b["ids"], b["loss"]) for b in whole[-4 * 4 :]]
     expected, found = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
-    assert len(expected) > 100
+    assert any("exp_avg" in name for name in expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
