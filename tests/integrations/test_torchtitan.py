@@ -115,7 +115,7 @@ def test_another_number_of_processes_gets_the_same_global_batches(
 def test_all_processes_stop_at_the_end_of_the_data(tokenizer: str, tmp_path: Path) -> None:
     corpus = tiny.write_jsonl(tmp_path / "few.jsonl", tiny.rows(20))
     few = tiny.data_config(tokenizer, corpus, capacity=128, global_batch=4, window=2, epochs=1, max_too_long=1.0)
-    assert "Ran out of data" in host(few, tmp_path / "out", 100, 2)
+    host(few, tmp_path / "out", 100, 2)
     expected = [digest(pack.input_ids[None]) for pack in PackLoader(few)]
     assert [batch["ids"] for batch in batches(tmp_path / "out")] == expected
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import create_mask
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent)]
@@ -88,6 +89,17 @@ def chats() -> Trainer.Config:
     return config
 
 
+def _sum_with_gloo() -> None:
+    """Divide gradients apart from their sum over ranks: gloo cannot do both at once."""
+    inner = FSDPModule.set_gradient_divide_factor
+
+    def divided(module: FSDPModule, factor: float) -> None:
+        inner(module, factor)
+        module.set_force_sum_reduction_for_comms(True)
+
+    FSDPModule.set_gradient_divide_factor = divided  # type: ignore[method-assign]
+
+
 def _record() -> None:
     inner, seen = Trainer.forward_backward_step, [0]
     path, killed = Path(os.environ["TITAN_RECORD"] + os.environ["RANK"]), int(os.environ.get("TITAN_KILL", "0"))
@@ -106,5 +118,6 @@ def _record() -> None:
 
 
 if __name__ == "__main__":
+    _sum_with_gloo()
     _record()
     torchtitan.train.main()
