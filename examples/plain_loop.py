@@ -42,7 +42,7 @@ DATA = {
 
 
 def main(directory: str, steps: int) -> None:
-    """Train up to `steps` steps; each fifth step is a checkpoint in `directory`."""
+    """Train up to `steps` steps; each fifth step, and the last, is a checkpoint in `directory`."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -71,7 +71,7 @@ def main(directory: str, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step, ended = step + 1, shards.finished()
-        if step % 5 == 0 or ended:
+        if step % 5 == 0 or step == steps or ended:
             _save(Path(directory) / f"step-{step}", shards, {"net": net, "optimizer": optimizer}, step, rank)
         if rank == 0:
             print(f"step {step}: {int(tokens)} trained tokens")

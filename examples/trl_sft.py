@@ -34,7 +34,7 @@ DATA = {
 
 
 def main(directory: str, steps: int) -> None:
-    """Train up to `steps` steps; each fifth step is a checkpoint in `directory`."""
+    """Train up to `steps` steps; each fifth step, and the last, is a checkpoint in `directory`."""
     data = msgspec.convert(DATA, DataConfig)
     arguments = SFTConfig(
         output_dir=directory,

@@ -36,6 +36,21 @@ def test_the_pipeline_benchmark_prints_its_tables(tmp_path: Path) -> None:
         assert first in rows
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_other_trainers_prints_a_row_for_each(tmp_path: Path) -> None:
+    options = ["--rows=24", "--rounds=1", "--capacity=256"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "integrations" / "integrations.py", *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SFTSTREAM_REALDATA": str(tmp_path / "nothing")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 6  # the head, its line, and TRL and transformers, each by itself and by ours
+
+
 def test_the_benchmark_of_the_bounded_state_prints_a_row_for_each_position() -> None:
     done = subprocess.run(
         [

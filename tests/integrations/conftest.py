@@ -8,7 +8,7 @@ import pytest
 from hosts import Hosts
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts() -> Iterator[Hosts]:
     started = Hosts()
     yield started

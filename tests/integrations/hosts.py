@@ -9,7 +9,7 @@ import runpy
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
 from multiprocessing.connection import Connection, wait
@@ -100,9 +100,13 @@ class Hosts:
         self._process = spawn.Process(target=_serve, args=(theirs,))
         self._process.start()
 
+    def ranks(self, size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return `work(rank, *args)` of each of `size` processes."""
+        return self._call(gloo_ranks.run_ranks, size, work, *args)
+
     def run(self, size: int, job: Job) -> list[Result]:
         """Run a job on `size` processes to its end."""
-        return self._call(gloo_ranks.run_ranks, size, _train, size, job)
+        return self.ranks(size, _train, size, job)
 
     def kill(self, size: int, job: Job) -> None:
         """Run a job on `size` processes until one kills itself, and kill the others."""
@@ -110,7 +114,7 @@ class Hosts:
 
     def example(self, name: str, directory: str, steps: int) -> None:
         """Run the file `examples/NAME.py` in a process."""
-        self._call(gloo_ranks.run_ranks, 1, _example, name, directory, steps)
+        self.ranks(1, _example, name, directory, steps)
 
     def close(self) -> None:
         self._pipe.close()

@@ -16,14 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("name", ["plain_loop", "transformers_trainer", "trl_sft"])
 def test_an_example_runs_and_resumes(hosts: Hosts, tmp_path: Path, name: str) -> None:
-    hosts.example(name, str(tmp_path), 5)
-    first = last_checkpoint(tmp_path)
-    assert first
-    assert read_state(f"{first}/data_state.json").packs == 5 * 8
-    hosts.example(name, str(tmp_path), 10)
-    second = last_checkpoint(tmp_path)
-    assert second
-    assert read_state(f"{second}/data_state.json").packs == 10 * 8
+    for steps in (1, 2):
+        hosts.example(name, str(tmp_path), steps)
+        checkpoint = last_checkpoint(tmp_path)
+        assert checkpoint
+        assert read_state(f"{checkpoint}/data_state.json").packs == steps * 8
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

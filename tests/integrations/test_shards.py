@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-import gloo_ranks
 import msgspec
 import pytest
 import tiny
+from hosts import Hosts
 
 from sftstream import DataConfig, PackLoader, Shard
 from sftstream.integrations import PackDataset, Shards
@@ -32,16 +32,16 @@ def _read(rank: int, config: DataConfig, steps: int, same: int) -> tuple[list[An
 
 
 @pytest.mark.parametrize("same", [1, 2])
-def test_all_processes_have_the_state_of_the_run_and_see_its_end(wide: DataConfig, same: int) -> None:
+def test_all_processes_have_the_state_of_the_run_and_see_its_end(hosts: Hosts, wide: DataConfig, same: int) -> None:
     whole = [pack.ids.tolist() for pack in PackLoader(wide)]
     last = len(whole) // 8
-    results = gloo_ranks.run_ranks(4, _read, wide, last - 1, same)
+    results = hosts.ranks(4, _read, wide, last - 1, same)
     state = results[0][1]
     assert [result[1] for result in results] == 4 * [state]
     assert results[0][0] == [ids for number, ids in enumerate(whole[:-8]) if number % (4 // same) == 0]
     rest = [batch["input_ids"][0].tolist() for batch in PackDataset(wide, state=state)]
     assert rest == whole[-8:]
-    ends = gloo_ranks.run_ranks(4, _read, wide, last, same)
+    ends = hosts.ranks(4, _read, wide, last, same)
     assert [result[2] for result in ends] == 4 * [[False] * (last - 1) + [True]]
 
 
@@ -55,8 +55,8 @@ def _unsharded(rank: int, config: DataConfig) -> list[str]:
     return []
 
 
-def test_processes_that_would_all_read_the_whole_run_are_refused(wide: DataConfig) -> None:
-    errors = gloo_ranks.run_ranks(2, _unsharded, wide)
+def test_processes_that_would_all_read_the_whole_run_are_refused(hosts: Hosts, wide: DataConfig) -> None:
+    errors = hosts.ranks(2, _unsharded, wide)
     assert all("pass shard=Shard(rank, 2) to PackDataset" in error for error, *_ in errors)
 
 
