@@ -50,7 +50,7 @@ def test_every_key_of_the_column_here_is_a_key_of_the_config() -> None:
     sections: dict[str, Any] = {}
     for name, found in fields(TrainConfig).items():
         kinds = found.types if isinstance(found, msgspec.inspect.UnionType) else [found]
-        sections |= {name: kind.cls for kind in kinds if isinstance(kind, msgspec.inspect.StructType)}
+        sections |= dict((name, kind.cls) for kind in kinds if isinstance(kind, msgspec.inspect.StructType))
     keys = {f"{name}.{key}" for name, section in sections.items() for key in fields(section)}
     keys |= {f"data.tokenizer.{key}" for key in fields(fields(sections["data"])["tokenizer"].cls)}
     source = fields(fields(sections["data"])["sources"].item_type.cls)
