@@ -11,6 +11,7 @@ from sftstream.cli.output import Json, print_json
 from sftstream.excerpt import printable
 
 if TYPE_CHECKING:
+    from sftstream.starter.axolotl import Translated
     from sftstream.starter.hardware import Hardware, Plan
     from sftstream.starter.look import Look
     from sftstream.starter.propose import Proposal
@@ -22,7 +23,10 @@ LONGEST = 160
 
 
 def init(
-    data: Annotated[str, typer.Argument(help="File, glob, directory or hub dataset of conversations.")],
+    data: Annotated[
+        str | None,
+        typer.Argument(help="File, glob, directory or hub dataset of conversations.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +47,10 @@ def init(
         list[str],
         typer.Option(help="NAME=COLUMN, to read a column under a known name such as prompt. Repeat it for several."),
     ] = [],  # noqa: B006
+    axolotl: Annotated[
+        Path | None,
+        typer.Option("--from", help="Config of axolotl to translate, instead of DATA.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing config.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -50,10 +58,17 @@ def init(
     refused rows; capacity, batch, model and parallelism for the GPUs that are there."""
     import msgspec
 
-    from sftstream.starter.write import start
+    from sftstream.starter.write import move_in, start
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; give another --out, or replace it with --force")
+    if axolotl is not None:
+        if data is not None or model is not None or columns:
+            raise ValueError("--from has data, model and columns of its own; leave DATA, --model and --columns out")
+        _tell(move_in(axolotl, out, gpus), out, as_json=as_json)
+        return
+    if data is None:
+        raise ValueError("no data is given; name a file of conversations, or give a config of axolotl with --from")
     found, proposal, hardware, planned = start(data, model, out, gpus, _columns(columns))
     if as_json:
         plan = planned if planned is None else msgspec.structs.asdict(planned)
@@ -64,6 +79,15 @@ def init(
     typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
     ranks = f"--nproc-per-node {hardware.gpus} " if hardware.gpus > 1 else ""
     typer.echo(printable(f"  torchrun {ranks}-m trainer.main {out}"))
+
+
+def _tell(found: Translated, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"wrote": str(out), "tables": found.tables, "told": found.told})
+        return
+    for setting in found.told:
+        typer.echo(printable(f"without a counterpart: {setting}"))
+    typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
 
 
 def _columns(pairs: list[str]) -> dict[str, str] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sftstream.integrations.dataset import PackDataset
+from sftstream.integrations.layouts import Batch
 from sftstream.records import Refusal
 from sftstream.state import merge
 from sftstream.streaming.assignment import WHOLE
@@ -60,6 +61,28 @@ class Shards:
         dist.all_gather_object(gathered, (shard.index, state), group=self._group)
         states = dict(gathered)
         return merge([states[index] for index in sorted(states)])
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of this process up to the end of the data, for trainers that stop when
+        their data stops.
+
+        All processes must request the same number of batches: after each step they agree whether
+        the data has ended, and all end together.
+        """
+        for number, batch in enumerate(self._dataset, 1):
+            yield batch
+            if number % self._dataset.micro_batches == 0 and self.finished():
+                return
+
+    def total(self, number: int) -> int:
+        """Return the sum of a number over all shards."""
+        if self._group is None:
+            return number
+        shard = self._dataset.own_shard or WHOLE
+        row = torch.zeros(shard.count, dtype=torch.int64)
+        row[shard.index] = number
+        dist.all_reduce(row, dist.ReduceOp.MAX, group=self._group)  # ranks of one shard count once
+        return int(row.sum())
 
     def _require_few_refused(self, counts: list[RowCounts]) -> None:
         loader = self._dataset.loader

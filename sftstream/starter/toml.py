@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftstream.excerpt import printable
@@ -70,6 +72,25 @@ def toml(look: Look, proposal: Proposal, hardware: Hardware) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def toml_of(tables: Mapping[str, Mapping[str, Any]], comments: Sequence[str]) -> str:
+    """Return the text of a config with `tables`, after the lines of `comments`."""
+    lines = [f"# {_comment(comment)}" for comment in comments]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_inline(value)}" for key, value in table.items())]
+    return "\n".join([*lines, ""])
+
+
+def _inline(value: Any) -> str:
+    """Return a TOML value in one line. A date becomes a text, as a template prints it."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_value(str(key))} = {_inline(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _value(value if isinstance(value, str | int | float) else str(value))
 
 
 def _source(look: Look) -> list[str]:

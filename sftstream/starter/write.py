@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from sftstream.config import MOST, Policy, SourceConfig
 from sftstream.door import Door
+from sftstream.starter.axolotl import Translated, read_axolotl
 from sftstream.starter.hardware import Hardware, Plan, find_hardware, plan
 from sftstream.starter.look import Look, look
 from sftstream.starter.propose import Proposal, choose_model, propose
-from sftstream.starter.toml import toml
+from sftstream.starter.toml import toml, toml_of
 from sftstream.tokenization.encoder import ChatEncoder
 
 FILLED = 0.95
@@ -58,6 +59,22 @@ def start(data: str, model: str | None, out: Path, gpus: int | None, columns: di
             return Started(found, proposal, hardware, planned)
         refused = planned if isinstance(planned, str) else f"it needs {planned.memory / 2**30:.0f} GiB on each GPU"
     raise ValueError(f"{model} cannot be trained on {hardware.name}: {refused}; give a smaller --model, or more --gpus")
+
+
+def move_in(axolotl: Path, out: Path, gpus: int | None) -> Translated:
+    """Write a config to `out` that trains as the config of axolotl in `axolotl` does.
+
+    `gpus` is the number of GPUs of that training; None for the GPUs of this machine. Raises
+    ValueError for settings that would mean something else here.
+    """
+    hardware = find_hardware(gpus)
+    found = read_axolotl(axolotl, hardware.gpus)
+    comments = (
+        f"From {axolotl}, for {max(hardware.gpus, 1)} GPUs.",
+        *(f"Without a counterpart: {told}" for told in found.told),
+    )
+    _write(out, toml_of(found.tables, comments))
+    return found
 
 
 def _shape(model: str) -> Any:

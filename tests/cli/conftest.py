@@ -16,7 +16,7 @@ from sftstream import read_state
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
-    """A directory with chats.jsonl, run.toml, chat.jinja, model/, state.json, and runs/first of four
+    """A directory with chats.jsonl, run.toml, axolotl.yaml, chat.jinja, model/, state.json, and runs/first of four
     steps with the checkpoints of steps 2 and 4."""
     directory = tmp_path_factory.mktemp("desk")
     tiny.write_jsonl(directory / "chats.jsonl", [*tiny.rows(60), {"messages": [{"role": "oracle", "content": "?"}]}])
@@ -29,6 +29,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> Path:
     )
     (directory / "run.toml").write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in config.items()))
     runs.run(directory, config)
+    (directory / "axolotl.yaml").write_text(
+        "base_model: model\nlearning_rate: 2e-5\nsample_packing: true\nwarmup_steps: 2\n"
+        "datasets: [{path: chats.jsonl, type: chat_template}]\n"
+    )
     (directory / "model").symlink_to("runs/first/export", target_is_directory=True)
     before = Path.cwd()
     os.chdir(directory)
