@@ -1,31 +1,28 @@
-"""Read and check a run's TOML file, with `section.key=value` overrides from the command line.
-
-Example: `load_config(Path("run.toml"), ["run.steps=10", "data.sources.0.path=rows.jsonl"])` reads
-`run.toml`, replaces two values, and returns a TrainConfig.
-"""
+"""The tables of a run's TOML file, with their defaults and checks."""
 
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Sequence
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from checkpoints import Retention
-from sftstream import DataConfig, SkipConfig, SourceConfig, read_toml
+from sftstream import MOST_STEPS, DataConfig, SkipConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.track.config import TrackerConfig
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig
 
-MOST_STEPS = 10**12
-"""Limit of steps, epochs, intervals and numbers of checkpoints."""
+SCORER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A module and a function in it."""
 MOST_NEW_TOKENS = 2**20
 """Limit of the tokens of an answer."""
 
@@ -92,6 +89,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
     "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
     format). Kernels round differently, so that a resume uses the kernel of the checkpoint."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Reaction to a step whose loss or gradient is not a finite number: "stop" the run without a
+    checkpoint, or "skip" the update, leave weights and optimizer to the bit as they are, and go on
+    with the next step. Both name the conversations and the parameters. A skip is recorded in
+    `events.jsonl`, `metrics.jsonl` and the ledger, and counts as a step of the schedule; after
+    10 skips in a row the run stops. "skip" waits for the GPU before every update."""
     profile: tuple[int, int] | None = None
     """First and last step of a profiler trace of rank 0, such as [20, 22], written to
     `runs/<name>/trace.json.gz` for https://ui.perfetto.dev. Default: none."""
@@ -234,20 +237,40 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     global_batches: int | None = None
     """Number of global batches (`data.global_batch` packs each) to validate on, 1 or more. Default:
     all packs of the sources. The packs stay in memory, at 24 bytes per token."""
+    best_by: Literal["all", "answers"] | int = "all"
+    """Number that `checkpoint.keep_best` and `patience` compare: the mean loss over "all" held-out
+    trained tokens, or over those of one source, given by its index in `sources`, counted from 0; or
+    1 minus the mean score of the "answers", which needs `evaluation.every`. The score of an answer
+    is that of `evaluation.scorer`, else 1 for an exact answer and 0 for another."""
+    patience: int | None = None
+    """Validations in a row without a new lowest number after which the run ends early, 1 or more;
+    with `best_by = "answers"` evaluations in a row. The run is then complete: saved, exported and
+    evaluated. A resume with a larger `patience` trains on. Default: no early end."""
+    min_improvement: float = 0.0
+    """Amount by which a number must be below the lowest to count as a new lowest for `patience`, 0
+    or more; in nats for a loss."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name at least one [[validation.sources]] with a path")
-        for field in ("every", "global_batches"):
+        if isinstance(self.best_by, int) and not 0 <= self.best_by < len(self.sources):
+            raise ValueError(
+                f'best_by = {self.best_by} must be "all" or the index of a held-out source, from 0 to {len(self.sources) - 1}, '
+                'or "answers"'
+            )
+        if not 0 <= self.min_improvement < math.inf:
+            raise ValueError(f"min_improvement = {self.min_improvement} must be finite and not negative")
+        for field in ("every", "global_batches", "patience"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
             _require_at_most_steps(field, value)
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[evaluation]` table: questions for the finished model, with the expected answers.
+    """The `[evaluation]` table: questions for the model, with the expected answers.
 
-    The exported model answers each conversation up to its last trained message, greedily.
+    The exported model answers each conversation up to its last trained message, greedily. With
+    `every` the model also answers during the training.
     """
 
     path: str
@@ -258,6 +281,14 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     `runs/<name>/answers.jsonl`."""
     max_new_tokens: int = 64
     """Tokens after which an answer is cut off, 1 to 2**20."""
+    every: int | None = None
+    """Steps between evaluations during the training, 1 or more. All ranks generate together, with
+    the model as it is spread over them; each token costs a forward pass over the questions.
+    Default: only the exported model answers."""
+    scorer: str | None = None
+    """Function `module:function` that gets prompt, expected answer and given answer as texts, and
+    returns a score, more for a better answer. Needs `--allow-code` on the command line. Default:
+    none, answers are compared exactly."""
 
     def __post_init__(self) -> None:
         if self.show < 0 or self.max_new_tokens < 1:
@@ -267,6 +298,11 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if self.max_new_tokens > MOST_NEW_TOKENS:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at most {MOST_NEW_TOKENS}")
         _require_at_most_steps("show", self.show)
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every = {self.every} must be at least 1")
+        _require_at_most_steps("every", self.every)
+        if self.scorer is not None and not SCORER.fullmatch(self.scorer):
+            raise ValueError(f"scorer = {self.scorer!r} names no function; write it as module:function")
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,14 +318,31 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Trackers that get the numbers of the run, a `[[trackers]]` table for each. Default: none."""
 
     def __post_init__(self) -> None:
+        if len({tracker.target for tracker in self.trackers}) < len(self.trackers):
+            raise ValueError(
+                "two [[trackers]] tables name the same run of a tracker, which would get each step twice; "
+                "remove one of the tables, or give one another project, name or url"
+            )
+        if self._judges_answers and (self.evaluation is None or self.evaluation.every is None):
+            raise ValueError(
+                'validation.best_by = "answers" compares the scores of answers during the training; set evaluation.path and '
+                'evaluation.every, or best_by = "all"'
+            )
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.lora is not None:
             model = self.model
             self.lora.require_base(
                 model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
+            )
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
+                'each change; set optimizer.kind = "adamw", or remove [lora]'
             )
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
@@ -304,19 +357,30 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 'schedule.over = "steps" with schedule.steps'
             )
         if self.schedule.decays_to_run_end:
-            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
+            self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
+
+    @property
+    def _judges_answers(self) -> bool:
+        return self.validation is not None and self.validation.best_by == "answers"
+
+    @property
+    def patience(self) -> int | None:
+        """Validations without a new lowest loss that end the run; None without an early end."""
+        return self.validation.patience if self.validation else None
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:
             raise ValueError(
                 f"checkpoint.keep_best = {self.checkpoint.keep_best} compares validation losses; add a [validation] table"
             )
-        saves, validates = self.checkpoint.every, self.validation.every
-        meet = math.lcm(saves, validates)
-        if meet > max(saves, validates) or (self.run.steps is not None and meet > self.run.steps):
+        table, saves, judges = "validation", self.checkpoint.every, self.validation.every
+        if self._judges_answers and self.evaluation is not None and self.evaluation.every is not None:
+            table, judges = "evaluation", self.evaluation.every
+        meet = math.lcm(saves, judges)
+        if meet > max(saves, judges) or (self.run.steps is not None and meet > self.run.steps):
             raise ValueError(
-                f"checkpoint.keep_best needs steps that are both saved and validated, but checkpoint.every = {saves} and "
-                f"validation.every = {validates} first meet at step {meet}; make one a multiple of the other, and both at "
+                f"checkpoint.keep_best needs steps that are both saved and judged, but checkpoint.every = {saves} and "
+                f"{table}.every = {judges} first meet at step {meet}; make one a multiple of the other, and both at "
                 "most run.steps"
             )
 
@@ -339,70 +403,3 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             max_refused=1.0,
             max_too_long=1.0,
         )
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read the config in `path` and apply `section.key=value` overrides.
-
-    Raises ValueError, with the wrong key, if the file or an override is not valid.
-    """
-    table = read_toml(path)
-    for override in overrides:
-        _override(table, override)
-    return parse_config(table)
-
-
-def parse_config(table: dict[str, Any]) -> TrainConfig:
-    """Check parsed TOML tables and return the config.
-
-    `run.seed`, `run.epochs` and `run.skip` are copied into `[data]`. Raises ValueError with the
-    wrong key.
-    """
-    for name in ("run", "data", "model"):
-        if not isinstance(table.get(name, {}), dict):
-            raise ValueError(f"{name} = {table[name]!r} is a value, not a table; write [{name}] and keys below")
-    run, data = table.get("run", {}), table.get("data", {})
-    for key in ("seed", "epochs", "skip"):
-        if key in data:
-            raise ValueError(f"data.{key} is set by run.{key} in a training run; move it there")
-        if key in run:
-            data = {**data, key: run[key]}
-    # In the file the keys of the shape stand beside init_from.
-    model = dict(table.get("model", {}))
-    nested = {key: model.pop(key) for key in ("init_from", "resize_vocabulary") if key in model}
-    if model:
-        nested["shape"] = model
-    try:
-        return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
-    except RecursionError:
-        raise ValueError("config: a value is nested too deeply; write lists in tables only") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"{override!r} is not an override; write section.key=value")
-    *path, last = key.split(".")
-    node: Any = table
-    for name in path:
-        node = node[_index(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
-        if not isinstance(node, dict | list):
-            raise ValueError(f"override {key!r}: {name!r} is a value, not a table; name a key of a table")
-    node[_index(key, last, node) if isinstance(node, list) else last] = _value(text)
-
-
-def _index(key: str, name: str, array: list[Any]) -> int:
-    if not name.isdecimal() or int(name) >= len(array):
-        raise ValueError(
-            f"override {key!r}: {name!r} is not an index into a list of {len(array)} elements, counted from 0"
-        )
-    return int(name)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text  # a word without quotes is a string
