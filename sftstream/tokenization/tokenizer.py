@@ -119,8 +119,12 @@ class Tokenizer:
         try:
             with _ENCODING:
                 if self._lengths is None:
-                    return [self._by_offsets(text, stops) for text in texts]
-                return self._by_lengths(texts, self._lengths, stops)
+                    examples = [self._by_offsets(text, stops) for text in texts]
+                else:
+                    examples = self._by_lengths(texts, self._lengths, stops)
+                if not self._conditional:
+                    return examples
+                return [self._misread(*pair) or pair[1] for pair in zip(texts, examples, strict=True)]
         except UnicodeEncodeError as error:
             if len(texts) == 1:
                 return [_surrogate_refusal(texts[0].text, error)]
@@ -219,6 +223,46 @@ class Tokenizer:
         """
         added = self._backend.get_added_tokens_decoder().items()
         return frozenset(index for index, token in added if token.lstrip or token.rstrip)
+
+    @cached_property
+    def _conditional(self) -> Mapping[str, int]:
+        """Special tokens, text -> id, whose text is the token only under a condition.
+
+        With `single_word`, the tokenizer reads `<|end|>` beside a word as words. With `normalized`
+        and a normalizer, the token is searched in the normalized text, so `</s>` may be words (a
+        prefix was added to the token), and another text may be the token (`<|END|>`, lowered).
+        """
+        added = self._backend.get_added_tokens_decoder().items()
+        normalizes = self._backend.normalizer is not None
+        return {
+            token.content: index
+            for index, token in added
+            if token.special and (token.single_word or (token.normalized and normalizes))
+        }
+
+    def _misread(self, text: Rendered, example: Example | Refused) -> Refused | None:
+        """Return the refusal of a text in which a special token of `_conditional` is misread.
+
+        Each span that ends with the token's text must train the token, and no other text may be
+        read as the token. Return None if all tokens are read as they are written.
+        """
+        if isinstance(example, Refused):
+            return None
+        for token, index in self._conditional.items():
+            ends = sum(text.text.endswith(token, start, end) for start, end in text.spans)
+            if int((example.tokens[example.loss_mask] == index).sum()) < ends:
+                return Refused(
+                    "stop token read as words",
+                    f"{token!r} has single_word = true or normalized = true, so the tokenizer does not read it as a token "
+                    "after every text; set both to false in the tokenizer",
+                )
+            if int((example.tokens == index).sum()) > text.text.count(token):
+                return Refused(
+                    "special token typed",
+                    f"the tokenizer reads another text as {token!r}, since the token has normalized = true; set it to false "
+                    "in the tokenizer, or remove the text from the message",
+                )
+        return None
 
     @cached_property
     def _added(self) -> re.Pattern[str]:

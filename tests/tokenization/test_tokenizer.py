@@ -236,6 +236,40 @@ def test_a_stop_that_absorbs_white_space_is_trained_on_every_kind_of_tokenizer(
             assert hf.decode(example.tokens[example.loss_mask]) == f"{kept}<|end|>"
 
 
+def _lowering() -> PreTrainedTokenizerFast:
+    backend = _metaspace("unigram").backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "answer", "reason"),
+    [
+        ("byte level", {"single_word": True}, "seven", "stop token read as words"),
+        ("byte level", {"single_word": True}, "seven.", None),
+        ("byte level", {"normalized": True}, "seven", None),
+        ("unigram", {"single_word": True}, "seven", "stop token read as words"),
+        ("byte fallback", {"single_word": True}, "seven", "stop token read as words"),
+        ("byte fallback", {"normalized": True}, "seven", "stop token read as words"),
+        ("lowering", {"normalized": True}, "seven", None),
+        ("lowering", {"normalized": True}, "seven <|end|> x", "special token typed"),
+        ("lowering", {"normalized": False}, "seven <|end|> x", None),
+    ],
+)
+def test_a_special_token_that_is_read_under_a_condition_is_trained_or_refused(
+    kind: str, options: dict[str, bool], answer: str, reason: str | None
+) -> None:
+    others = {"byte level": tiny.fast_tokenizer, "lowering": _lowering}
+    hf = others[kind]() if kind in others else _metaspace(kind)
+    hf.add_tokens([AddedToken("<|END|>", special=True, **{"normalized": False, **options})], special_tokens=True)
+    (example,) = Tokenizer(hf).encode_all([rendered(f"hello.<|END|>\n{answer}<|END|>\n", f"{answer}<|END|>")])
+    if isinstance(example, Refused):
+        assert example.reason == reason
+    else:
+        trained = hf.convert_ids_to_tokens(example.tokens[example.loss_mask].tolist())
+        assert (reason, trained[-1], trained.count("<|END|>")) == (None, "<|END|>", 1)
+
+
 def test_white_space_absorbed_beside_a_typed_special_token_is_not_counted() -> None:
     hf = tiny.fast_tokenizer()
     hf.add_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=True)], special_tokens=True)
