@@ -7,7 +7,7 @@ one of the names is first used, so that `sftstream --help` loads none of these l
 from sftstream import pages
 from sftstream.cache import directory as cache_directory
 from sftstream.cli.results import show_result, write_page
-from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
+from sftstream.config import MOST_STEPS, DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.door import Door
 from sftstream.excerpt import one_line, printable
 from sftstream.identity import differences
@@ -46,6 +46,7 @@ from sftstream.toml_file import read_toml
 
 __all__ = [
     "IGNORE_INDEX",
+    "MOST_STEPS",
     "NO_SEGMENTS",
     "SEGMENT",
     "TOO_LONG",

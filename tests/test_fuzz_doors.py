@@ -34,7 +34,7 @@ from checkpoints.cli.main import main as checkpoints_main
 from sftstream import ChatEncoder, DataConfig, Refused
 from sftstream.records import BrokenRow, Ref
 from sftstream.sources import Corpus, CorpusReader, FileSet
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.llama.hf_config import read_config
 from trainer.llama.model import Llama
 from trainer.llama.weights import load_weights

@@ -89,6 +89,7 @@ ORDER = {
         "rendering.fast.symbolic",
         "rendering.fast.shape",
         "rendering.fast.render_plan",
+        "rendering.fast.known_tails",
         "rendering.fast.render_cache",
         "rendering.renderer",
         "tokenization",
@@ -137,6 +138,7 @@ ORDER = {
         "ledger.reader",
         "ledger.rebuild",
         "ledger.once",
+        "ledger.mixture",
         "ledger.audit",
         "ledger.compare",
         "ledger.trace",
@@ -252,6 +254,7 @@ ORDER = {
         "track",
         "track.config",
         "config",
+        "config_file",
         "training.model",
         "training.segment_gather",
         "training.step_reader",
@@ -403,3 +406,29 @@ def test_no_test_asserts_a_time() -> None:
                     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
                         called = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
                         assert not called.intersection(clocks), f"{path}:{assertion.lineno}"
+
+
+READERS_OF_THE_ENVIRONMENT = {
+    "cache",
+    "cli.main",
+    "ledger.verify",
+    "rendering.certificate",
+    "tokenization.fast_tokenizer",
+}
+"""Files of `sftstream` that read environment variables: for directories, messages and processes, never for a pack."""
+
+
+def test_no_environment_variable_decides_a_pack() -> None:
+    for name, path in files("sftstream").items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in nodes):
+            assert name in READERS_OF_THE_ENVIRONMENT, f"{path} reads an environment variable"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_import_is_hidden_in_an_expression(package: str) -> None:
+    for path in files(package).values():
+        names = {
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
+        }
+        assert "__import__" not in names, path

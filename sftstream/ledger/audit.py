@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sftstream.config import SkipConfig
 from sftstream.identity import Identity
+from sftstream.ledger.mixture import compare_mixture, shares
 from sftstream.ledger.once import Listed, astray, draws_of, moved, repeated, unbalanced
 from sftstream.ledger.reader import Ledger, refs_of
 from sftstream.ledger.rebuild import Rebuilder
@@ -20,8 +21,8 @@ from sftstream.ledger.records import Session, StepLine, StepSegments
 from sftstream.ledger.segments import NO_SEGMENTS, SKIPPED, Segments, given, segments_of, skipped
 from sftstream.records import Ref, batch_digest
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import DataState, StreamState
-from sftstream.streaming.order import draws_of_source, draws_of_stream
+from sftstream.state import DataState
+from sftstream.streaming.order import draws_of_source
 
 
 class Report(NamedTuple):
@@ -226,32 +227,15 @@ class _Audit:
         return len({(s.identity.streams, s.identity.global_batch) for s in self._ledger.sessions}) == 1
 
     def _check_mixture(self, state: DataState) -> None:
-        identity = state.identity
-        if len(identity.sources) == 1:
+        if len(state.identity.sources) == 1:
             return
-        unit = identity.mix_by
-        # A conversation is drawn whole, so a stream may be ahead by its longest conversation.
-        slack = len(identity.sources) * (1 if unit == "conversations" else max(self._longest, identity.capacity))
-        found: list[str] = []
-        examined = 0
-        weights = _weights(state, self._last.corpus)
-        for number, stream in state.streams.items():
-            if _any_ended(stream, number, state, self._last.corpus):
-                continue
-            examined += 1
-            total, wanted = sum(stream.mixed), weights[stream.stage]
-            for source, amount in enumerate(stream.mixed):
-                share = wanted[source] / sum(wanted)
-                if abs(amount - share * total) > slack:
-                    found.append(
-                        f"stream {number} drew {amount:,} of {total:,} {unit.replace('_', ' ')} from source {source}, whose "
-                        f"weight is {share:.1%}"
-                    )
+        examined, found = compare_mixture(state, self._last.corpus, self._longest)
         self._add(
             found[:1],
             f"the mixture is as wanted in {examined} of {len(state.streams)} streams; in all others a source ended",
         )
-        self._report.proved.extend(_shares(self._all, unit, weights[0]) if not found else [])
+        if not found:
+            self._report.proved.extend(shares(self._all, state, self._last.corpus))
 
     @cached_property
     def _longest(self) -> int:
@@ -396,42 +380,3 @@ def _unfinished(state: DataState, corpus: Corpus) -> list[str]:
         if drawn != wanted:
             found.append(f"source {index}: the run ended after {drawn:,} of {wanted:,} draws")
     return found
-
-
-def _weights(state: DataState, corpus: Corpus) -> list[list[float]]:
-    first = [
-        (len(opened) if isinstance(opened, FileSet) else 1) * source.repeat if source.weight is None else source.weight
-        for source, opened in zip(state.identity.sources, corpus.sources, strict=True)
-    ]
-    return [first, *(list(stage.weights) for stage in state.identity.stages)]
-
-
-def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpus) -> bool:
-    """Return True if a source is, or may be, exhausted for a stream."""
-    identity = state.identity
-    if stream.exhausted:
-        return True
-    if identity.epochs is None:
-        return False
-    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
-        if not isinstance(opened, FileSet):
-            return True
-        draws = draws_of_source(len(opened), source.repeat, identity.epochs)
-        if stream.drawn[index] >= draws_of_stream(draws, number, identity.streams):
-            return True
-    return False
-
-
-def _shares(listed: Listed, unit: str, weights: list[float]) -> Iterator[str]:
-    segments = given(listed.segments)
-    amounts: NDArray[np.int64] = {
-        "conversations": (segments["part"] == 0).astype(np.int64),
-        "tokens": segments["tokens"],
-        "trained_tokens": segments["trained_tokens"],
-    }[unit]
-    reached = np.bincount(segments["source"], weights=amounts, minlength=len(weights))
-    for source, amount in enumerate(reached.tolist()):
-        yield (
-            f"source {source}: {amount / max(reached.sum(), 1):.1%} of trained {unit.replace('_', ' ')}, "
-            f"{weights[source] / sum(weights):.1%} wanted at the beginning of the run"
-        )

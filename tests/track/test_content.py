@@ -9,7 +9,8 @@ import pytest
 from made_runs import line
 from runs import run_config
 
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.track.config import TrackerConfig
 from trainer.track.content import About, settings_of, step_of
 

@@ -70,8 +70,8 @@ class Place:
         path = self.store / "stored.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def track(self) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trainer.track", "runs/run"]
+    def track(self, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer.track", "runs/run", *options]
         environment = os.environ | self.environment
         return subprocess.run(
             command, cwd=self.directory, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -132,6 +132,7 @@ def test_a_killed_run_and_a_tracker_that_was_down_leave_each_step_once(place: Pl
     assert busy.returncode == 1
     assert "the run, or another command, is sending the steps to trackio" in busy.stderr
     assert place.track().stdout == "trackio: 0 steps sent, up to 10\n"
+    assert json.loads(place.track("--json").stdout) == {"sent": [{"tracker": "trackio", "steps": 0, "last": 10}]}
     assert [line["step"] for line in place.sent()] == list(range(1, 11))
     losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
     assert [line["loss"] for line in place.sent()] == losses

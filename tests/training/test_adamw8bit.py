@@ -15,7 +15,7 @@ from tiny_llama import CONFIG
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.estimate import memory
 from trainer.llama.init import init_weights
 from trainer.llama.model import Llama

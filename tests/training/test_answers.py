@@ -14,7 +14,7 @@ import runs
 import tiny
 
 from checkpoints import CheckpointStore
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.training.scorer import load_scorer
 
 PAIRS = {

@@ -21,7 +21,7 @@ import runs
 from rich.console import Console
 from test_metrics import STEP
 
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.opening import time_line
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import StepMetrics

@@ -16,7 +16,8 @@ from tiny_llama import CONFIG, TIED, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.estimate import activations, estimate, memory, with_memory_settings
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig

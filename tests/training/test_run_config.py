@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import runs
 
-from trainer.config import TrainConfig, load_config, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config, parse_config
 
 
 def _tables(**changes: dict[str, Any]) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def test_workers_that_torchrun_starts_again_after_a_stop_end_at_once(
 @pytest.mark.parametrize("text", ["", "0s", "3", "h", "3h50", "50m3h", "-3h", "1.5h", "99999999999999999999s"])
 def test_a_time_of_another_form_is_refused(tmp_path: Path, config: dict[str, Any], text: str) -> None:
     config["run"]["stop_after"] = text
-    from trainer.config import parse_config
+    from trainer.config_file import parse_config
 
     with pytest.raises(ValueError, match="is no time above 0; write days, hours"):
         parse_config(config)

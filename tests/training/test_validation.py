@@ -15,7 +15,7 @@ import transformers
 
 from checkpoints import CheckpointStore
 from sftstream import ChatEncoder
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 
 HELD_OUT = tiny.rows(20, seed=9)
 BY_SOURCE = (HELD_OUT[:13], HELD_OUT[13:])

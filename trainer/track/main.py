@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -13,7 +14,10 @@ from trainer.usage import Debug, Version, application, call_and_exit, epilog
 
 MODULE = "trainer.track"
 END = epilog(
-    ("python -m trainer.track runs/first                  # send the steps that its trackers do not have yet",),
+    (
+        "python -m trainer.track runs/first                  # send the steps that its trackers do not have yet",
+        "python -m trainer.track runs/first --json",
+    ),
     {
         0: "all trackers have all steps",
         1: "an error, or a tracker that does not answer; one line on stderr says which, and how to go on",
@@ -27,6 +31,9 @@ def track(
     follow: Annotated[
         int | None, typer.Option(metavar="INDEX", help="Follow a run for a single tracker.", hidden=True)
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document for programs, instead of text.")
+    ] = False,
     debug: Debug = False,  # noqa: ARG001 - `main` reads the option
     version: Version = False,  # noqa: ARG001 - typer calls its callback
 ) -> None:
@@ -37,7 +44,7 @@ def track(
     """
     if follow is not None:
         _follow(run, follow)
-    _catch_up(run)
+    _catch_up(run, as_json=as_json)
 
 
 def _follow(run: Path, index: int) -> None:
@@ -50,12 +57,22 @@ def _follow(run: Path, index: int) -> None:
     raise typer.Exit(0 if sent else 1)
 
 
-def _catch_up(run: Path) -> None:
+class Sent(NamedTuple):
+    """The steps that a tracker got from this command."""
+
+    tracker: str
+    steps: int
+    last: int
+    """Newest step that the tracker has."""
+
+
+def _catch_up(run: Path, *, as_json: bool) -> None:
     from trainer.track.cursor import claimed, cursor_path
     from trainer.track.open import opener
     from trainer.track.send import Sender, read_about
     from trainer.track.tracker import TrackerDown
 
+    done: list[Sent] = []
     failures: list[str] = []
     for tracker in read_about(run).trackers:
         with claimed(cursor_path(run, tracker)) as alone:
@@ -70,8 +87,12 @@ def _catch_up(run: Path) -> None:
             except TrackerDown as error:
                 failures.append(f"{error}; step {sender.sent + 1} and later are not sent")
             else:
-                count = sender.sent - before
-                typer.echo(f"{tracker.kind}: {count:,} {'step' if count == 1 else 'steps'} sent, up to {sender.sent:,}")
+                done.append(Sent(tracker.kind, sender.sent - before, sender.sent))
+    if as_json:
+        typer.echo(json.dumps({"sent": [sent._asdict() for sent in done]}))
+    else:
+        for tracker_name, steps, last in done:
+            typer.echo(f"{tracker_name}: {steps:,} {'step' if steps == 1 else 'steps'} sent, up to {last:,}")
     if failures:
         raise ValueError(f"{'; '.join(failures)}; repeat the command later")
 

@@ -16,10 +16,8 @@ from typing import Literal
 
 import msgspec
 
+from sftstream import MOST_STEPS
 from trainer.training.optimizer import OptimizerConfig
-
-MOST_STEPS = 10**12
-"""Limit of the numbers of steps."""
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

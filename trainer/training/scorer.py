@@ -42,8 +42,7 @@ def load_scorer(name: str) -> Scorer:
         value = float(found(prompt, expected, given))
         if not math.isfinite(value):
             raise ValueError(
-                f"evaluation.scorer returned {value} for the answer {given!r}; correct the function, so that it returns a "
-                "finite number"
+                f"evaluation.scorer returned {value} for the answer {given!r}; correct the function to return a finite number"
             )
         return value
 
