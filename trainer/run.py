@@ -155,8 +155,8 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
                 if message := fill.after(step.batch.totals, last=run.is_complete(progress)):
                     run.display.say(message)
             done = step.stopped or run.is_complete(progress)
-            if log and done and not run.is_complete(progress):
-                run.directory.mark_stopped(True)
+            if done and not run.is_complete(progress):
+                run.directory.mark_stopped()
             # A step without a trained token leaves the optimizer without a state to save.
             if progress.trained_tokens and (done or progress.step % run.config.checkpoint.every == 0):
                 with watch.waiting_for(progress.step, "the checkpoint of all ranks"):

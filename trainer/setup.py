@@ -215,7 +215,7 @@ def _own(directory: RunDirectory, saves: Saves, latest: int | None) -> str | Non
     def own() -> None:
         saved = None if latest is None else saves.store.values(latest, TOKEN).get(TOKEN)
         tokens.append(directory.own(saved, resumes=latest is not None or bool(saves.store.rejected)))
-        directory.mark_stopped(False)
+        directory.forget_stop()
 
     on_first_rank(own)
     return tokens[0] if tokens else None

@@ -110,11 +110,24 @@ def test_a_validation_loss_is_written_for_validated_steps_only(tmp_path: Path) -
 
 def test_each_source_has_a_curve_of_its_own(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0) as log:
-        log.step(msgspec.structs.replace(STEP, validation_loss_by_source=(1.25, None), share_by_source=(0.25, 0.75)))
+        log.step(
+            msgspec.structs.replace(
+                STEP,
+                validation_loss_by_source=(1.25, None),
+                share_by_source=(0.25, 0.75),
+                wanted_share_by_source=(0.5, 0.5),
+            )
+        )
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     tags = [tag for tag in board.Tags()["scalars"] if "by_source" in tag]
-    assert sorted(tags) == ["share_by_source/0", "share_by_source/1", "validation_loss_by_source/0"]
+    assert sorted(tags) == [
+        "share_by_source/0",
+        "share_by_source/1",
+        "validation_loss_by_source/0",
+        "wanted_share_by_source/0",
+        "wanted_share_by_source/1",
+    ]
     assert [(event.step, event.value) for event in board.Scalars("share_by_source/1")] == [(1, 0.75)]
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import torch.distributed as dist
 
 from checkpoints import CheckpointError, Lock
 from sftstream import UNDECODABLE
@@ -61,16 +62,23 @@ class RunDirectory:
         return token
 
     @property
-    def stopped(self) -> bool:
-        """True if the last run in the directory was asked to stop."""
-        return (self.path / STOPPED).exists()
+    def stopped(self) -> dict[str, int]:
+        """Starts of each agent of torchrun whose workers were asked to stop; {} without a stop."""
+        try:
+            return msgspec.json.decode((self.path / STOPPED).read_bytes(), type=dict[str, int])
+        except (FileNotFoundError, *UNDECODABLE):  # an empty file is one of version 0.2.0
+            return {}
 
-    def mark_stopped(self, stopped: bool) -> None:
-        """Leave or delete a file that ends workers started again by torchrun after a stop."""
-        if stopped:
-            (self.path / STOPPED).touch()
-        else:
-            (self.path / STOPPED).unlink(missing_ok=True)
+    def mark_stopped(self) -> None:
+        """Leave a file that ends workers started again by torchrun after a stop. Collective."""
+        everyone = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(everyone, _agent())
+        if dist.get_rank() == 0:
+            (self.path / STOPPED).write_bytes(msgspec.json.encode(dict(everyone)) + b"\n")
+
+    def forget_stop(self) -> None:
+        """Delete the file of `mark_stopped`."""
+        (self.path / STOPPED).unlink(missing_ok=True)
 
     def _continues(self, owner: Owner | None, saved_token: str | None, resumes: bool) -> bool:
         if resumes and saved_token is not None:
@@ -124,5 +132,17 @@ def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
 
 
 def ends_restarted_worker(directory: RunDirectory) -> bool:
-    """Return True in a worker that torchrun started again although the run was asked to stop."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and directory.stopped
+    """Return True in a worker that torchrun started again although the run was asked to stop.
+
+    An agent that starts workers again after a failure counts them as restarts; the exit of a
+    stopped run looks like a failure. An agent that starts workers again because a node joins or
+    leaves stops them by SIGTERM before, and does not count: such workers go on.
+    """
+    agent, restarts = _agent()
+    before = directory.stopped.get(agent)
+    return before is not None and restarts > before
+
+
+def _agent() -> tuple[str, int]:
+    """Return the name of the agent of torchrun of this worker, and the restarts that it counts."""
+    return f"{os.uname().nodename}:{os.getppid()}", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -35,6 +35,7 @@ CURVES_BY_SOURCE = (
     "validation_perplexity_by_source",
     "trained_tokens_by_source",
     "share_by_source",
+    "wanted_share_by_source",
 )
 """Fields of StepMetrics with a curve in TensorBoard for each source, such as
 `validation_loss_by_source/0`."""
@@ -68,7 +69,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     grad_norm: float
     """Global norm of the gradient before clipping."""
     learning_rate: float
-    """Learning rate of the step."""
+    """Learning rate of the step, the same for every group of parameters."""
     tokens: int
     """Tokens of the step, padding excluded."""
     trained_tokens: int

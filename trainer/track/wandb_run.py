@@ -55,7 +55,8 @@ class WandbRun:
             dir=str(directory) if os.environ.get("WANDB_MODE") == "offline" else self._copy.name,
             settings=settings,
         )
-        self.held = None if self._run.offline else max(0, self._run.step - 1)
+        # In a session that goes on, `step` is 0 up to the first call of `log`.
+        self.held = None if self._run.offline else max(0, self._run.starting_step - 1)
 
     def send(self, steps: list[Step], tried: int) -> None:  # noqa: ARG002 - the server's step decides
         """Hand steps to the process of the library."""
