@@ -15,9 +15,11 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,15 +34,18 @@ from tiny_llama import CONFIG, exported
 from checkpoints import RECIPE, CheckpointStore, Recipe, Rows, one_line
 from checkpoints.cli.main import main as checkpoints_main
 from sftstream import ChatEncoder, DataConfig, Refused
+from sftstream.cli.main import main as sftstream_main
 from sftstream.records import BrokenRow, Ref
 from sftstream.sources import Corpus, CorpusReader, FileSet
 from trainer.config import load_config
-from trainer.llama.hf_config import read_config
+from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
 from trainer.llama.weights import load_weights
+from trainer.report.main import main as report_main
+from trainer.run import run as train
 
 SEED = int(os.environ.get("SFTSTREAM_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
-DOORS = 6
+DOORS = 7
 SECONDS = float(os.environ.get("SFTSTREAM_FUZZ_SECONDS", "3")) / DOORS
 LONGEST, MOST_MEMORY = 60, 4 << 30
 """Limits of an input: seconds, and further bytes of address space."""
@@ -59,15 +64,18 @@ def limited() -> Iterator[None]:
     def hang(*_: object) -> None:
         raise Hang
 
+    watch = threading.Timer(3 * LONGEST, os.kill, (os.getpid(), signal.SIGPROF))
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_MEMORY, before[1]))
     # Not SIGALRM: renders set an alarm of their own.
     earlier = signal.signal(signal.SIGPROF, hang)
     signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    watch.start()  # a process that waits, as for a writer of a pipe, has no processor time
     try:
         yield
     finally:
+        watch.cancel()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, earlier)
         resource.setrlimit(resource.RLIMIT_AS, before)
@@ -164,9 +172,25 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
+def replaced(path: Path, draw: random.Random) -> None:
+    """Put what is no file in the place of a file."""
+    path.unlink()
+    match draw.randrange(4):
+        case 0:
+            os.mkfifo(path)
+        case 1:
+            path.mkdir()
+        case 2:
+            path.symlink_to(path.name)
+        case _:
+            path.symlink_to("/dev/zero")
+
+
 def changed_file(path: Path, draw: random.Random) -> None:
     """Damage a file: a JSON file most often by its values, any other by its bytes."""
-    if path.suffix == ".json" and draw.random() < 0.75:
+    if draw.random() < 0.2:
+        replaced(path, draw)
+    elif path.suffix == ".json" and draw.random() < 0.75:
         value = changed(json.loads(path.read_text()), draw)
         path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
     else:
@@ -305,7 +329,7 @@ def test_a_model_directory(tmp_path: Path) -> None:
             raise ValueError(one_line(error)) from error  # as the command prints errors
 
     def load(directory: Path) -> None:
-        config = read_config(directory)
+        config = read_config(find_model(str(directory)))
         if all(getattr(config, name) <= 4 * getattr(CONFIG, name) for name in ("hidden_size", "num_hidden_layers")):
             with torch.device("meta"):
                 small = sum(parameter.numel() for parameter in Llama(config).parameters()) < 10**7
@@ -334,6 +358,50 @@ def test_a_checkpoint(tmp_path: Path) -> None:
 
     (tmp_path / "inputs").mkdir()
     fuzz("checkpoint", tmp_path / "inputs", lambda draw, place: changed_copy(tmp_path / "root", place / "c", draw), use)
+
+
+def test_a_run(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = runs.run_config(tokenizer, runs.sources(tmp_path, 30), run={"steps": 4})
+    path = tmp_path / "run.toml"
+    path.write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in config.items()))
+    train(load_config(path))
+    verbs = random.Random(SEED)
+
+    def use(place: Path) -> None:
+        main, words = verbs.choice(
+            [
+                (sftstream_main, ["inspect", place]),
+                (sftstream_main, ["audit", place]),
+                (sftstream_main, ["audit", tmp_path / "runs/run", place]),
+                (sftstream_main, ["trace", place, "--step", "3"]),
+                (sftstream_main, ["find", place, "--source", "0", "--row", "4"]),
+                (sftstream_main, ["preview", path, "--state", place]),
+                (report_main, [place]),
+                (report_main, [place, tmp_path / "runs/run", "--json"]),
+            ]
+        )
+        outcome = run(main, *words)
+        assert outcome.exit_code in (0, 1)
+        lines = [line for line in outcome.stderr.splitlines() if line]
+        assert len(lines) <= 1, outcome.stderr
+        assert not lines or lines[0].startswith("error: "), outcome.stderr
+        assert "shows the traceback" not in outcome.stderr, (words, outcome.stderr)
+        assert (outcome.stdout + outcome.stderr).replace("\n", "").replace("\t", "").isprintable(), outcome
+
+    (tmp_path / "inputs").mkdir()
+    make = partial(changed_run, tmp_path / "runs/run")
+    fuzz("run", tmp_path / "inputs", lambda draw, place: make(place / "r", draw), use)
+
+
+def changed_run(original: Path, copied: Path, draw: random.Random) -> Path:
+    """Copy the files of a run that its readers read, with one of them damaged."""
+    copied.mkdir()
+    for name in ("run.json", "metrics.jsonl", "events.jsonl", "refused.jsonl"):
+        shutil.copy(original / name, copied)
+    shutil.copytree(original / "ledger", copied / "ledger")
+    changed_file(draw.choice(sorted(path for path in copied.rglob("*") if path.is_file())), draw)
+    return copied
 
 
 def test_the_doors_share_the_time() -> None:

@@ -129,15 +129,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
         if not self.root or not self.root.isprintable():
             raise ValueError(f'root = {self.root!r} is no directory; name the directory of all runs, such as "runs"')
-        try:
-            _ = self.directory
-        except RuntimeError:
-            raise ValueError(f"root = {self.root!r} names the home of an unknown user; write the whole path") from None
+        _ = self.directory
 
     @property
     def directory(self) -> Path:
         """Directory of the run's output; a relative path starts at the working directory."""
-        return Path(self.root).expanduser() / self.name
+        return _expanded(self.root) / self.name
 
     @property
     def stop_seconds(self) -> float:
@@ -184,7 +181,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     root: str | None = None
     """Directory, or fsspec URL such as `s3://bucket/my-run`, for the checkpoints of this run alone.
-    Default: `runs/<name>/checkpoints`."""
+    Default: `runs/<name>/checkpoints`. `~` is the home directory."""
     every: int = 100
     """Steps between checkpoints, 1 or more. The last step of a run is always saved."""
     keep: int = Retention.keep
@@ -215,7 +212,12 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             _require_at_most_steps(field, getattr(self, field))
         if self.root is not None and not (self.root and self.root.isprintable()):
             raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
-        _ = self.retention
+        _ = self.retention, self.place
+
+    @property
+    def place(self) -> str | None:
+        """`root` with `~` replaced by the home of a user. Raises ValueError for an unknown user."""
+        return self.root if self.root is None or "://" in self.root else str(_expanded(self.root))
 
     @property
     def retention(self) -> Retention:
@@ -341,6 +343,13 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
 
 
+def _expanded(root: str) -> Path:
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise ValueError(f"root = {root!r} names the home of an unknown user; write the whole path") from None
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read the config in `path` and apply `section.key=value` overrides.
 
@@ -349,7 +358,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     table = read_toml(path)
     for override in overrides:
         _override(table, override)
-    return parse_config(table)
+    try:
+        return parse_config(table)
+    except ValueError as error:
+        raise ValueError(f"config {str(path)!r}: {error}") from None
 
 
 def parse_config(table: dict[str, Any]) -> TrainConfig:
@@ -375,9 +387,9 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
     try:
         return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
     except RecursionError:
-        raise ValueError("config: a value is nested too deeply; write lists in tables only") from None
+        raise ValueError("a value is nested too deeply; write lists in tables only") from None
     except msgspec.ValidationError as error:
-        raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
+        raise ValueError(str(error).replace("$.model.shape", "$.model")) from None
 
 
 def _override(table: dict[str, Any], override: str) -> None:
