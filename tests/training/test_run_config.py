@@ -98,7 +98,7 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("evaluation={path='x', max_new_tokens=0}", "max_new_tokens = 0 must be 1 or more"),
         ("optimizer.learning_rate=nan", "learning_rate nan and weight_decay 0.0 must be finite and not negative"),
         ("optimizer.weight_decay=inf", "weight_decay inf must be finite"),
-        ("optimizer.eps=nan", "eps nan and clip 1.0 must be above 0"),
+        ("optimizer.eps=nan", "eps nan must be finite and above 0, and clip 1.0 above 0"),
         ("optimizer.clip=nan", "eps 1e-08 and clip nan must be above 0"),
         ("model.rope_theta=nan", "rope_theta nan must be above 0"),
         ("model.rms_norm_eps=inf", "rms_norm_eps inf between 0 and 1"),
