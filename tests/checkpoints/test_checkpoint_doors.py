@@ -79,16 +79,19 @@ def test_a_copy_by_links_between_two_loads_costs_one_load_only(tmp_path):
     assert state["w"][0, 1] == 1
 
 
-@pytest.mark.parametrize("plant", [os.link, os.symlink])
+@pytest.mark.parametrize(
+    "plant", [os.link, os.symlink, lambda _, path: path.mkdir()], ids=["link", "symlink", "directory"]
+)
 def test_a_planted_lock_overwrites_no_file_outside(tmp_path, plant):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "root").mkdir()
     plant(victim, tmp_path / "root/.lock")
-    with pytest.raises(CheckpointError, match=r"\.lock"):
+    with pytest.raises(CheckpointError, match=r"\.lock is a link to another file, or no file, .*; delete .*\.lock$"):
         CheckpointStore(tmp_path / "root").claim()
     assert victim.read_text() == "mine"
-    (tmp_path / "root/.lock").unlink()  # as the message advises
+    lock = tmp_path / "root/.lock"
+    lock.rmdir() if lock.is_dir() else lock.unlink()  # as the message advises
     CheckpointStore(tmp_path / "root").claim()
 
 

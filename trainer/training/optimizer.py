@@ -49,10 +49,10 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(
                 f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must be finite and not negative"
             )
-        if not 0 < self.eps < math.inf or (self.clip is not None and not self.clip > 0):
-            raise ValueError(
-                f"eps {self.eps} must be finite and above 0, and clip {self.clip} above 0; clip = inf never clips"
-            )
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps {self.eps} must be finite and above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip {self.clip} must be above 0; clip = inf never clips")
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
