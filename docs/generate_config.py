@@ -41,8 +41,8 @@ Required keys have no default. `none` means that the key is left out. Used as a 
 """
 
 ELSEWHERE = {"data": ("seed", "epochs", "skip")}
-"""Keys that a training run sets under `[run]`; `trainer.config.parse_config` refuses them in the
-section."""
+"""Keys that a training run sets under `[run]`; `trainer.config_file.parse_config` refuses them in
+the section."""
 
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 

@@ -14,6 +14,8 @@ Shuffle = bool | Literal["shards"]
 in stored order; false: all rows in stored order."""
 
 
+MOST_STEPS = 10**12
+"""Limit of steps, epochs, intervals and numbers of checkpoints."""
 MOST = {
     "max_row_bytes": 2**30,
     "repeat": 10**6,
@@ -26,12 +28,10 @@ MOST = {
     "workers": 2**10,
     "prefetch": 2**12,
     "seed": 2**63 - 1,
-    "epochs": 10**12,
+    "epochs": MOST_STEPS,
 }
 """Largest value of each number in the `[data]` table, far above any use: a larger number is a slip
 that would fill the memory or take hours before the first pack."""
-MOST_STEPS = 10**12
-"""Largest number of a step in `skip.steps`."""
 
 
 def _require_at_most(config: msgspec.Struct) -> None:

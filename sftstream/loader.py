@@ -10,7 +10,7 @@ import msgspec
 
 from sftstream.config import DataConfig
 from sftstream.encoded_stream import encode_stream
-from sftstream.records import Pack, Refusal
+from sftstream.records import Pack, Ref, Refusal
 from sftstream.sources import Corpus, FileSet
 from sftstream.sources.full_digests import FullDigests
 from sftstream.start import check_topology, first_state, open_encoder, with_streams
@@ -284,9 +284,9 @@ class PackLoader:
             "resume by constructing PackLoader(config, state=...): a loader that has begun cannot go back"
         )
 
-    def locate_row(self, refusal: Refusal) -> str:
-        """Return the location of a refused row for an editor: `chats.jsonl:17`."""
-        return self.corpus.locate_row(refusal.source, refusal.row)
+    def locate_row(self, row: Refusal | Ref) -> str:
+        """Return the location of a row for an editor: `chats.jsonl:17`."""
+        return self.corpus.locate_row(row.source, row.row)
 
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""

@@ -7,7 +7,7 @@ one of the names is first used, so that `sftstream --help` loads none of these l
 from sftstream import pages
 from sftstream.cache import directory as cache_directory
 from sftstream.cli.results import show_result, write_page
-from sftstream.config import DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
+from sftstream.config import MOST_STEPS, DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.door import Door
 from sftstream.excerpt import one_line, printable
 from sftstream.identity import differences
@@ -15,7 +15,7 @@ from sftstream.inspection.stored import read_state
 from sftstream.inspection.summary import StateSummary, summarize
 from sftstream.inspection.text import describe, diff
 from sftstream.ledger.files import in_order
-from sftstream.ledger.records import Session
+from sftstream.ledger.records import Session, Unapplied
 from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
 from sftstream.ledger.writer import LedgerWriter
 from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
@@ -26,6 +26,7 @@ from sftstream.records import (
     Example,
     Message,
     Pack,
+    Ref,
     Refusal,
     Refused,
     Segment,
@@ -46,6 +47,7 @@ from sftstream.toml_file import read_toml
 
 __all__ = [
     "IGNORE_INDEX",
+    "MOST_STEPS",
     "NO_SEGMENTS",
     "SEGMENT",
     "TOO_LONG",
@@ -64,6 +66,7 @@ __all__ = [
     "PackAssignment",
     "PackLoader",
     "Policy",
+    "Ref",
     "Refusal",
     "Refused",
     "RowCounts",
@@ -78,6 +81,7 @@ __all__ = [
     "TokenizerConfig",
     "ToolCall",
     "ToolCalls",
+    "Unapplied",
     "batch_digest",
     "cache_directory",
     "count_token_ids",

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from sftstream import ChatEncoder, Conversation, Message, SourceConfig, ToolCall, read_conversations
 from sftstream.formats import decode_row
 from sftstream.sources import FileSet
-from trainer.config import load_config
+from trainer.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"

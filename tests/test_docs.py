@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "AGENTS.md")]

@@ -26,7 +26,7 @@ from sftstream.tokenization.tokenizer import Tokenizer
 DOORS = {
     "sftstream": {"cli.main"},
     "checkpoints": {"cli.main", "ranks"},
-    "trainer": {"main", "parity", "report.main"},
+    "trainer": {"main", "parity", "usage"},
 }
 """The files that catch errors of any type; `sftstream.door` does so without an `except`."""
 

@@ -37,7 +37,7 @@ from sftstream import ChatEncoder, DataConfig, Refused
 from sftstream.cli.main import main as sftstream_main
 from sftstream.records import BrokenRow, Ref
 from sftstream.sources import Corpus, CorpusReader, FileSet
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
 from trainer.llama.weights import load_weights

@@ -138,6 +138,7 @@ ORDER = {
         "ledger.reader",
         "ledger.rebuild",
         "ledger.once",
+        "ledger.mixture",
         "ledger.audit",
         "ledger.compare",
         "ledger.trace",
@@ -244,13 +245,19 @@ ORDER = {
         "training",
         "training.adamw_kernel",
         "training.adamw",
+        "training.muon",
         "training.optimizer",
+        "training.schedule",
         "training.step",
         "training.warm_up",
+        "track",
+        "track.config",
         "config",
+        "config_file",
         "training.model",
         "training.segment_gather",
         "training.step_reader",
+        "training.nonfinite",
         "training.progress",
         "training.validation",
         "training.evaluation",
@@ -276,7 +283,21 @@ ORDER = {
         "report.writer",
         "report.main",
         "report.__main__",
+        "track.content",
+        "track.cursor",
+        "track.tail",
+        "track.tracker",
+        "track.mlflow_run",
+        "track.trackio_run",
+        "track.wandb_run",
+        "track.open",
+        "track.send",
+        "track.follow",
+        "track.followers",
+        "track.main",
+        "track.__main__",
         "reporting.metrics",
+        "reporting.shares",
         "reporting.ledger",
         "reporting.messages",
         "reporting.pace",
@@ -293,6 +314,7 @@ ORDER = {
         "comparison",
         "parity",
         "estimate",
+        "out_of_memory",
         "choices",
         "opening",
         "serving",
@@ -381,3 +403,29 @@ def test_no_test_asserts_a_time() -> None:
                     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
                         called = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
                         assert not called.intersection(clocks), f"{path}:{assertion.lineno}"
+
+
+READERS_OF_THE_ENVIRONMENT = {
+    "cache",
+    "cli.main",
+    "ledger.verify",
+    "rendering.certificate",
+    "tokenization.fast_tokenizer",
+}
+"""Files of `sftstream` that read environment variables: for directories, messages and processes, never for a pack."""
+
+
+def test_no_environment_variable_decides_a_pack() -> None:
+    for name, path in files("sftstream").items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in nodes):
+            assert name in READERS_OF_THE_ENVIRONMENT, f"{path} reads an environment variable"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_import_is_hidden_in_an_expression(package: str) -> None:
+    for path in files(package).values():
+        names = {
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
+        }
+        assert "__import__" not in names, path

@@ -1,31 +1,25 @@
-"""Read and check a run's TOML file, with `section.key=value` overrides from the command line.
-
-Example: `load_config(Path("run.toml"), ["run.steps=10", "data.sources.0.path=rows.jsonl"])` reads
-`run.toml`, replaces two values, and returns a TrainConfig.
-"""
+"""The tables of a run's TOML file, with their defaults and checks."""
 
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from checkpoints import Retention
-from sftstream import DataConfig, SkipConfig, SourceConfig, read_toml
+from sftstream import MOST_STEPS, DataConfig, SkipConfig, SourceConfig
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig
+from trainer.track.config import TrackerConfig
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig
 
-MOST_STEPS = 10**12
-"""Limit of steps, epochs, intervals and numbers of checkpoints."""
 MOST_NEW_TOKENS = 2**20
 """Limit of the tokens of an answer."""
 
@@ -92,6 +86,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
     "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
     format). Kernels round differently, so that a resume uses the kernel of the checkpoint."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Reaction to a step whose loss or gradient is not a finite number: "stop" the run without a
+    checkpoint, or "skip" the update, leave weights and optimizer to the bit as they are, and go on
+    with the next step. Both name the conversations and the parameters. A skip is recorded in
+    `events.jsonl`, `metrics.jsonl` and the ledger, and counts as a step of the schedule; after
+    10 skips in a row the run stops. "skip" waits for the GPU before every update."""
     profile: tuple[int, int] | None = None
     """First and last step of a profiler trace of rank 0, such as [20, 22], written to
     `runs/<name>/trace.json.gz` for https://ui.perfetto.dev. Default: none."""
@@ -236,11 +236,27 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     global_batches: int | None = None
     """Number of global batches (`data.global_batch` packs each) to validate on, 1 or more. Default:
     all packs of the sources. The packs stay in memory, at 24 bytes per token."""
+    best_by: Literal["all"] | int = "all"
+    """Loss that `checkpoint.keep_best` and `patience` compare: the mean over "all" held-out trained
+    tokens, or over those of one source, given by its index in `sources`, counted from 0."""
+    patience: int | None = None
+    """Validations in a row without a new lowest loss after which the run ends early, 1 or more. The
+    run is then complete: saved, exported and evaluated. A resume with a larger `patience` trains
+    on. Default: no early end."""
+    min_improvement: float = 0.0
+    """Amount in nats by which a loss must be below the lowest to count as a new lowest for
+    `patience`, 0 or more."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name at least one [[validation.sources]] with a path")
-        for field in ("every", "global_batches"):
+        if self.best_by != "all" and not 0 <= self.best_by < len(self.sources):
+            raise ValueError(
+                f'best_by = {self.best_by} must be "all" or the index of a held-out source, from 0 to {len(self.sources) - 1}'
+            )
+        if not 0 <= self.min_improvement < math.inf:
+            raise ValueError(f"min_improvement = {self.min_improvement} must be finite and not negative")
+        for field in ("every", "global_batches", "patience"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} = {value} must be at least 1")
             _require_at_most_steps(field, value)
@@ -284,14 +300,26 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
     evaluation: EvaluationConfig | None = None
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Trackers that get the numbers of the run, a `[[trackers]]` table for each. Default: none."""
 
     def __post_init__(self) -> None:
+        if len({tracker.target for tracker in self.trackers}) < len(self.trackers):
+            raise ValueError(
+                "two [[trackers]] tables name the same run of a tracker, which would get each step twice; "
+                "remove one of the tables, or give one another project, name or url"
+            )
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.lora is not None:
             model = self.model
             self.lora.require_base(
                 model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
+            )
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
+                'each change; set optimizer.kind = "adamw", or remove [lora]'
             )
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
@@ -306,7 +334,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 'schedule.over = "steps" with schedule.steps'
             )
         if self.schedule.decays_to_run_end:
-            self.schedule.decay_end(self.run.steps)  # raises if the run's length is not known
+            self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
+
+    @property
+    def patience(self) -> int | None:
+        """Validations without a new lowest loss that end the run; None without an early end."""
+        return self.validation.patience if self.validation else None
 
     def _require_judged_checkpoints(self) -> None:
         if self.validation is None:
@@ -348,73 +381,3 @@ def _expanded(root: str) -> Path:
         return Path(root).expanduser()
     except RuntimeError:
         raise ValueError(f"root = {root!r} names the home of an unknown user; write the whole path") from None
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read the config in `path` and apply `section.key=value` overrides.
-
-    Raises ValueError, with the wrong key, if the file or an override is not valid.
-    """
-    table = read_toml(path)
-    for override in overrides:
-        _override(table, override)
-    try:
-        return parse_config(table)
-    except ValueError as error:
-        raise ValueError(f"config {str(path)!r}: {error}") from None
-
-
-def parse_config(table: dict[str, Any]) -> TrainConfig:
-    """Check parsed TOML tables and return the config.
-
-    `run.seed`, `run.epochs` and `run.skip` are copied into `[data]`. Raises ValueError with the
-    wrong key.
-    """
-    for name in ("run", "data", "model"):
-        if not isinstance(table.get(name, {}), dict):
-            raise ValueError(f"{name} = {table[name]!r} is a value, not a table; write [{name}] and keys below")
-    run, data = table.get("run", {}), table.get("data", {})
-    for key in ("seed", "epochs", "skip"):
-        if key in data:
-            raise ValueError(f"data.{key} is set by run.{key} in a training run; move it there")
-        if key in run:
-            data = {**data, key: run[key]}
-    # In the file the keys of the shape stand beside init_from.
-    model = dict(table.get("model", {}))
-    nested = {key: model.pop(key) for key in ("init_from", "resize_vocabulary") if key in model}
-    if model:
-        nested["shape"] = model
-    try:
-        return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
-    except RecursionError:
-        raise ValueError("a value is nested too deeply; write lists in tables only") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error).replace("$.model.shape", "$.model")) from None
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"{override!r} is not an override; write section.key=value")
-    *path, last = key.split(".")
-    node: Any = table
-    for name in path:
-        node = node[_index(key, name, node)] if isinstance(node, list) else node.setdefault(name, {})
-        if not isinstance(node, dict | list):
-            raise ValueError(f"override {key!r}: {name!r} is a value, not a table; name a key of a table")
-    node[_index(key, last, node) if isinstance(node, list) else last] = _value(text)
-
-
-def _index(key: str, name: str, array: list[Any]) -> int:
-    if not name.isdecimal() or int(name) >= len(array):
-        raise ValueError(
-            f"override {key!r}: {name!r} is not an index into a list of {len(array)} elements, counted from 0"
-        )
-    return int(name)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text  # a word without quotes is a string

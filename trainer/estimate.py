@@ -57,6 +57,8 @@ class Held(NamedTuple):
     """Weights in embedding, final norm and head."""
     trained: int
     """Trained weights: all without adapters."""
+    matrices: int
+    """Trained weights in matrices of the blocks."""
     quantized: int = 0
     """Bytes of weights in 4 bits, which are not in the other numbers."""
     largest: int = 0
@@ -190,6 +192,7 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     gathered = _held(shape, config.lora, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
     trained = stored if config.lora is None else torch.float32
+    muon = config.optimizer.kind == "muon"  # one mean of the gradients of its matrices, not two
     assert run.recompute != "auto"
     # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
@@ -204,7 +207,7 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     return {
         "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize + sharded.quantized,
-        "optimizer": 2 * sharded.trained * trained.itemsize,
+        "optimizer": (2 * sharded.trained - (sharded.matrices if muon else 0)) * trained.itemsize,
         "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
         "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
@@ -221,7 +224,7 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
     """Count the weights on the first of `tp` x `shards` ranks; FSDP rounds rows up."""
     with torch.device("meta"):
         model = Llama(shape, lora)
-    blocks = ends = trained = 0
+    blocks = ends = trained = matrices = 0
     for name, weight in model.named_parameters():
         rows, columns = weight.shape[0], weight[0].numel()
         placement = placement_of(*name.split(".")[-2:])
@@ -230,9 +233,10 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
         held = math.ceil(rows / shards) * columns
         blocks, ends = (blocks + held, ends) if name.startswith("blocks.") else (blocks, ends + held)
         trained += held if weight.requires_grad else 0
-    matrices = quantized(model).values()
-    largest = max((2 * matrix.codes.numel() // tp for matrix in matrices), default=0)
-    return Held(blocks, ends, trained, sum(_bytes(matrix) // tp for matrix in matrices), largest)
+        matrices += held if weight.requires_grad and weight.ndim == 2 and name.startswith("blocks.") else 0
+    in_4_bits = quantized(model).values()
+    largest = max((2 * matrix.codes.numel() // tp for matrix in in_4_bits), default=0)
+    return Held(blocks, ends, trained, matrices, sum(_bytes(matrix) // tp for matrix in in_4_bits), largest)
 
 
 def _bytes(matrix: Nf4Weight) -> int:

@@ -70,7 +70,7 @@ def train(
     prepare_output(debug=debug)
     line = command_line(MODULE, words or ())
     try:
-        from trainer.config import load_config
+        from trainer.config_file import load_config
 
         config = load_config(path, rest)
         if plan is None:

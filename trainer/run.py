@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from sftstream import Pack, Segments, Session, __version__, exceeded_limits, require_few_refused
+from sftstream import Pack, Session, __version__, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
@@ -22,6 +21,7 @@ from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
+from trainer.out_of_memory import explained
 from trainer.report.writer import ReportWriter
 from trainer.reporting.display import Display
 from trainer.reporting.environment import environment
@@ -30,13 +30,19 @@ from trainer.reporting.fill import FillWatch
 from trainer.reporting.ledger import gather_streams
 from trainer.reporting.losses import LossReport
 from trainer.reporting.messages import refusals_message
-from trainer.reporting.metrics import RunLog, StepMetrics
+from trainer.reporting.metrics import RunLog, StepMetrics, perplexity
+from trainer.reporting.shares import SourceShares
 from trainer.reporting.trace import Trace
 from trainer.setup import Run, prepare_run, say_start
+from trainer.track.config import require_installed
+from trainer.track.content import About, settings_of
+from trainer.track.followers import Followers
+from trainer.training.nonfinite import MOST_IN_A_ROW, broken_weights, find_cause
 from trainer.training.progress import Progress
 from trainer.training.step import StepResult, train_step
 from trainer.training.step_reader import LocatedRefusal, StepTotals, gather_refusals, reduce_totals
 from trainer.training.stop import StopRequest
+from trainer.training.validation import HeldOutLoss
 
 
 class GlobalBatch(NamedTuple):
@@ -62,8 +68,8 @@ class FinishedStep(NamedTuple):
     """Rows refused for the step on all ranks; empty on all ranks but the first."""
     seconds: float
     """Time from the wait for packs to the update, without validation."""
-    validation_loss: float | None
-    """Mean loss of the held-out packs, in nats; None after a step without validation."""
+    held_out: HeldOutLoss | None
+    """Losses of the held-out packs; None after a step without validation."""
 
     @property
     def stopped(self) -> bool:
@@ -79,6 +85,7 @@ def run(config: TrainConfig, command: str = "the same command", *, as_json: bool
     Returns False if the run was asked to stop before its end. Raises ValueError, OSError or
     CheckpointError, with a message for the user.
     """
+    require_installed(config.trackers)
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
@@ -94,9 +101,10 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
     run, restored = prepared
     say_start(run, restored)
     progress = restored.progress
-    with Watch(run.config.parallel.timeout_seconds) as watch:
+    with Watch(run.config.parallel.timeout_seconds) as watch, _open_trackers(run):
         if not run.is_complete(progress):
-            progress = _train(run, progress, stop, watch)
+            with explained(run.config, run.source.shape, run.topology.device):
+                progress = _train(run, progress, stop, watch)
         run.step_reader.close()
         if run.is_complete(progress):
             finish(run, progress, watch)
@@ -123,13 +131,14 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
         report.update()
         loader = run.step_reader.loader
         losses = LossReport(loader, log, run.display) if log and loader else None
+        shares = SourceShares(run.config.data, run.sizes, log, progress.step) if log else None
         while not done:
             trace.before(progress.step + 1)
             step = _take_step(run, progress, stop, watch, log)
             progress = step.progress
             trace.after(progress.step)
-            if log and losses:
-                _report(run, step, log, losses)
+            if log and losses and shares:
+                _report(run, step, log, losses, shares)
                 if message := fill.after(step.batch.totals, last=run.is_complete(progress)):
                     run.display.say(message)
             done = step.stopped or run.is_complete(progress)
@@ -143,6 +152,11 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
             report.after_step()
         if log:
             log.events.end(COMPLETE if run.is_complete(progress) else STOPPED)
+        if progress.ends_early(patience := run.config.patience):
+            run.display.say(
+                f"the run ends early after step {progress.step}: the last {patience} validations had no loss below "
+                f"{progress.lowest:.4f}; the newest weights are exported, and checkpoint.keep_best keeps the best"
+            )
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
@@ -167,6 +181,23 @@ def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | N
     return log
 
 
+def _open_trackers(run: Run) -> AbstractContextManager[Followers | None]:
+    loader, token = run.step_reader.loader, run.description.token
+    if not run.topology.first or loader is None or token is None:
+        return nullcontext()
+    about = run.description.about
+    settings, texts = settings_of(msgspec.structs.replace(run.config, data=loader.config, trackers=()))
+    facts = About(
+        token=token,
+        name=run.config.run.name,
+        trackers=run.config.trackers,
+        settings=settings,
+        texts=texts,
+        digests=about.digests if about else {},
+    )
+    return Followers(run.config.run.directory, facts, run.display.say)
+
+
 def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, log: RunLog | None) -> FinishedStep:
     """Read the packs, train on them, and validate after every `validation.every`-th step."""
     config, began = run.config, time.perf_counter()
@@ -186,14 +217,43 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
             trained_tokens=batch.totals.trained_tokens,
             learning_rate=rate,
             clip=config.optimizer.clip,
+            skip_nonfinite=config.run.on_nonfinite == "skip",
         )
     progress = progress.after(batch.totals, result)
+    if not result.is_finite:
+        with watch.waiting_for(number, "the cause of a loss or gradient that is not finite"):
+            _leave_out(run, progress, batch, result, log)
     with watch.waiting_for(number, "the refused rows of all ranks"):
         refusals = gather_refusals(batch.packs, run.step_reader, run.topology) if batch.totals.refused else []
     seconds = time.perf_counter() - began
     with watch.waiting_for(number, "the validation loss of all ranks"):
-        validation_loss = run.validation.after(progress.step, run.model) if run.validation else None
-    return FinishedStep(progress, batch, result, rate, refusals, seconds, validation_loss)
+        held_out = run.validation.after(progress.step, run.model) if run.validation else None
+    if config.validation and held_out:
+        progress = progress.validated(held_out.judged, config.validation)
+    return FinishedStep(progress, batch, result, rate, refusals, seconds, held_out)
+
+
+def _leave_out(run: Run, progress: Progress, batch: GlobalBatch, result: StepResult, log: RunLog | None) -> None:
+    """Record and show a step whose loss or gradient is not finite. Collective.
+
+    Raises ValueError, with conversations and parameters, unless the run skips the update.
+    """
+    segments = batch.totals.segments
+    cause = find_cause(progress.step, result, run.model, run.step_reader, segments, run.topology)
+    if run.config.run.on_nonfinite == "stop":
+        raise ValueError(
+            f"{cause.text}; lower optimizer.learning_rate, and once there is a checkpoint, set run.accept_changed = "
+            '["optimizer"] as well, or set run.on_nonfinite = "skip"'
+        )
+    if progress.unapplied_in_a_row > MOST_IN_A_ROW:
+        raise ValueError(
+            f"{cause.text}; the updates of the {MOST_IN_A_ROW} steps before were skipped too; lower "
+            'optimizer.learning_rate and set run.accept_changed = ["optimizer"]'
+        )
+    run.display.say(f"no update: {cause.text}")
+    if log:
+        log.ledger.add_unapplied(cause.record)
+        log.events.unapplied(progress.step, cause.text)
 
 
 def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
@@ -216,9 +276,9 @@ def _require_few_refused(run: Run, batch: GlobalBatch) -> None:
         require_few_refused(run.config.data, run.sizes, counts, located)
 
 
-def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport) -> None:
+def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport, shares: SourceShares) -> None:
     """Write the step's line and its refused rows, and show the step to the user."""
-    metrics = _metrics(run, step)
+    metrics = msgspec.structs.replace(_metrics(run, step), **shares.after(step.batch.totals.segments))
     log.step(metrics)
     log.refused(metrics.step, step.refusals)
     losses.check(step.batch.totals.row_counts)
@@ -248,31 +308,45 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
         tokens_per_second=totals.tokens / step.seconds,
         gpu_tokens_per_second=totals.tokens / step.seconds / dist.get_world_size(),
         time=time.time(),
-        tokens_by_source=_tokens_by_source(totals.segments, len(data.sources)),
         mfu=mfu,
         peak_memory=peak,
         data_wait=step.batch.waited,
         seconds=step.seconds,
         batch_digest=totals.digest,
-        validation_loss=step.validation_loss,
+        unapplied=not step.result.is_finite,
+        perplexity=perplexity(step.result.loss),
+        **(_held_out(step.held_out) if step.held_out else {}),
     )
 
 
-def _tokens_by_source(segments: Segments, sources: int) -> tuple[int, ...] | None:
-    """Return the tokens from each source, None for one source or more than `MOST_SOURCES`."""
-    if not 1 < sources <= MOST_SOURCES:
-        return None
-    kept = segments[segments["trained_tokens"] >= 0]  # without the conversations of run.skip
-    return tuple(np.bincount(kept["source"], kept["tokens"], sources).astype(int).tolist())
+def _held_out(losses: HeldOutLoss) -> dict[str, Any]:
+    """Return the fields of `StepMetrics` for a validation."""
+    fields = {"validation_loss": losses.loss, "validation_perplexity": perplexity(losses.loss)}
+    if not 1 < len(losses.by_source) <= MOST_SOURCES:
+        return fields
+    return fields | {
+        "validation_loss_by_source": losses.by_source,
+        "validation_perplexity_by_source": tuple(
+            None if loss is None else perplexity(loss) for loss in losses.by_source
+        ),
+    }
 
 
 def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> None:
+    """Save a checkpoint. Raises ValueError, and saves nothing, if a weight is not finite."""
     began = time.perf_counter()
+    if broken := broken_weights(run.model):
+        raise ValueError(
+            f"step {step.progress.step}: after the update {broken[0]} and {len(broken) - 1} other parameters hold numbers "
+            "that are not finite, and nothing is saved; lower optimizer.learning_rate, and once there is a checkpoint, set "
+            'run.accept_changed = ["optimizer"] as well'
+        )
     position = run.step_reader.position
     streams = gather_streams(position, run.topology)
     if log and position:
         log.ledger.keep_state(position.header, streams)
-    snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.validation_loss)
+    judged = step.held_out.judged if step.held_out else None
+    snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, judged)
     run.saves.save(snapshot, log, last=last)
     if log:
         log.events.saved(time.perf_counter() - began)

@@ -24,6 +24,7 @@ from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files
 from trainer.opening import chosen_line, data_line, model_line, peak_of, place_line, steps_left, time_line
+from trainer.out_of_memory import explained
 from trainer.reporting.display import Display
 from trainer.reporting.messages import (
     change_messages,
@@ -31,11 +32,11 @@ from trainer.reporting.messages import (
     extension_message,
     progress_message,
 )
-from trainer.training.adamw import AdamW
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
-from trainer.training.optimizer import build_optimizer, learning_rate
+from trainer.training.optimizer import Optimizer, build_optimizer
 from trainer.training.progress import Progress
+from trainer.training.schedule import learning_rate
 from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up
@@ -52,7 +53,7 @@ class Run:
     topology: Topology
     source: ModelSource
     model: Llama
-    optimizer: AdamW
+    optimizer: Optimizer
     step_reader: StepReader
     total_rows: int | None
     """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
@@ -74,8 +75,8 @@ class Run:
         return self.step_reader.loader.encoder if self.step_reader.loader else None
 
     def is_complete(self, progress: Progress) -> bool:
-        """Return True if the data is exhausted or `run.steps` are taken."""
-        return progress.is_complete(self.config.run.steps)
+        """Return True if the data is exhausted, `run.steps` are taken, or patience is used up."""
+        return progress.is_complete(self.config.run.steps, self.config.patience)
 
     def share(self, progress: Progress) -> float | None:
         """Return the finished part of the run in [0, 1], or None if its length is not known."""
@@ -111,11 +112,12 @@ def prepare_run(
         require_replaceable(config.run.export_directory)
         require_replaceable(config.run.adapter_directory, ADAPTER)
     token = _own(directory, saves, latest)
-    model = build_model(config, source, topology, kernel, initialize=latest is None)
-    optimizer = build_optimizer(model, config.optimizer)
-    restored = Restored(Progress(), settings)
-    if latest is not None:
-        restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
+    with explained(config, source.shape, topology.device):
+        model = build_model(config, source, topology, kernel, initialize=latest is None)
+        optimizer = build_optimizer(model, config.optimizer)
+        restored = Restored(Progress(), settings)
+        if latest is not None:
+            restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
@@ -123,7 +125,8 @@ def prepare_run(
     assignment = assign_packs(loader, config.data, topology)
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
     if config.run.compile:  # after the data, whose errors need not wait for the compiler
-        warm_up(model, config.data.capacity, topology)
+        with explained(config, source.shape, topology.device):
+            warm_up(model, config.data.capacity, topology)
     export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
     description = RunDescription(
         restored.settings,
@@ -281,10 +284,11 @@ def _open_validation(
     loader: PackLoader | None,
     streams: int,
 ) -> Validation | None:
-    if config.validation is None or restored.progress.is_complete(config.run.steps):
+    if config.validation is None or restored.progress.is_complete(config.run.steps, config.patience):
         return None
     validation = Validation(config, topology, loader.encoder if loader else None, streams)
-    if restored.resumed and config.checkpoint.keep_best is not None:
+    compares = config.checkpoint.keep_best is not None or config.patience is not None
+    if restored.resumed and compares:
         validation.require_comparable(saves.store.manifest(restored.progress.step).about)
     return validation
 

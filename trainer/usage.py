@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Never
 
 import typer
 
-from sftstream import __version__
-from trainer.process import is_script
+from sftstream import __version__, one_line, printable
+from trainer.process import is_script, prepare_output, program
 
 
 def _show_version(wanted: bool) -> None:
@@ -50,3 +53,25 @@ def call(app: typer.Typer, words: Sequence[str], name: str) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
+
+
+def call_and_exit(app: typer.Typer, arguments: Sequence[str] | None, module: str) -> Never:
+    """Run a command without torch on `arguments` (default: the process's) and exit.
+
+    An error is a single line on stderr, with exit code 1. `--debug` or LOGLEVEL=DEBUG shows the
+    traceback as well. The line is printed here, since `trainer.process.print_error` imports torch.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("LOGLEVEL") == "DEBUG"
+    prepare_output(debug=debug)
+    try:
+        sys.exit(call(app, words, program(module)))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
+        if debug:
+            traceback.print_exception(error)
+        line = one_line(error)
+        if not isinstance(error, ValueError | OSError):
+            line = f"{printable(' '.join(words))}: {type(error).__name__}: {line}; --debug shows the traceback"
+        sys.exit(f"error: {line}")

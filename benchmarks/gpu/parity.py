@@ -28,7 +28,7 @@ from packs import random_packs
 
 from sftstream import Pack
 from trainer.comparison import CAPACITY, Check, compare
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, distributed
 from trainer.estimate import estimate

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from sftstream.config import SkipConfig
 from sftstream.identity import Identity
+from sftstream.ledger.mixture import compare_mixture, shares
 from sftstream.ledger.once import Listed, astray, draws_of, moved, repeated, unbalanced
 from sftstream.ledger.reader import Ledger, refs_of
 from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import Session, StepLine, StepSegments
-from sftstream.ledger.segments import SKIPPED, Segments, given, segments_of, skipped
+from sftstream.ledger.segments import NO_SEGMENTS, SKIPPED, Segments, given, segments_of, skipped
 from sftstream.records import Ref, batch_digest
 from sftstream.sources import Corpus, FileSet
-from sftstream.state import DataState, StreamState
-from sftstream.streaming.order import draws_of_source, draws_of_stream
+from sftstream.state import DataState
+from sftstream.streaming.order import draws_of_source
 
 
 class Report(NamedTuple):
@@ -62,6 +63,7 @@ class _Audit:
         self._check_capacity()
         self._check_totals()
         self._check_skips()
+        self._check_unapplied()
         self._check_once()
         self._check_digests(rebuild)
         self._check_parts()
@@ -153,6 +155,33 @@ class _Audit:
         if found or count:
             self._add(found, f"{count:,} conversations or parts are skipped, as the config asks, and no others")
 
+    def _check_unapplied(self) -> None:
+        """Compare the steps without an update with `metrics.jsonl` and the conversations listed."""
+        found: list[str] = []
+        metrics = self._ledger.metrics
+        records = {record.step: record for record in self._ledger.unapplied if record.step in metrics}
+        marked = {step for step, line in metrics.items() if line.unapplied}
+        for step in sorted(marked ^ records.keys()):
+            holder, other = ("metrics.jsonl", "ledger") if step in marked else ("ledger", "metrics.jsonl")
+            found.append(f"step {step} is without an update in {holder}, but not in {other}")
+        segments = {listed.step: given(listed.segments) for listed in self._ledger.steps if listed.step in records}
+        count = 0
+        for step, record in records.items():
+            listed = segments.get(step, NO_SEGMENTS)
+            count += int((listed["part"] == 0).sum())
+            chosen = listed[np.isin(listed["pack"], record.packs)] if record.packs else listed
+            if set(record.conversations) != _refs(chosen):
+                found.append(f"step {step}: the conversations named as the cause are not those of the packs named")
+        if found or records:
+            named = ", ".join(map(str, list(records)[:5])) + (
+                f" and {len(records) - 5:,} more" if len(records) > 5 else ""
+            )
+            self._add(
+                found,
+                f"steps without an update, since loss or gradient was not finite: {named}; their {count:,} conversations "
+                "count as trained in other lines, but changed no weight",
+            )
+
     def _check_once(self) -> None:
         found = [line] if (line := repeated(self._all)) else []
         stored = self._ledger.state
@@ -198,32 +227,15 @@ class _Audit:
         return len({(s.identity.streams, s.identity.global_batch) for s in self._ledger.sessions}) == 1
 
     def _check_mixture(self, state: DataState) -> None:
-        identity = state.identity
-        if len(identity.sources) == 1:
+        if len(state.identity.sources) == 1:
             return
-        unit = identity.mix_by
-        # A conversation is drawn whole, so a stream may be ahead by its longest conversation.
-        slack = len(identity.sources) * (1 if unit == "conversations" else max(self._longest, identity.capacity))
-        found: list[str] = []
-        examined = 0
-        weights = _weights(state, self._last.corpus)
-        for number, stream in state.streams.items():
-            if _any_ended(stream, number, state, self._last.corpus):
-                continue
-            examined += 1
-            total, wanted = sum(stream.mixed), weights[stream.stage]
-            for source, amount in enumerate(stream.mixed):
-                share = wanted[source] / sum(wanted)
-                if abs(amount - share * total) > slack:
-                    found.append(
-                        f"stream {number} drew {amount:,} of {total:,} {unit.replace('_', ' ')} from source {source}, whose "
-                        f"weight is {share:.1%}"
-                    )
+        examined, found = compare_mixture(state, self._last.corpus, self._longest)
         self._add(
             found[:1],
             f"the mixture is as wanted in {examined} of {len(state.streams)} streams; in all others a source ended",
         )
-        self._report.proved.extend(_shares(self._all, unit, weights[0]) if not found else [])
+        if not found:
+            self._report.proved.extend(shares(self._all, state, self._last.corpus))
 
     @cached_property
     def _longest(self) -> int:
@@ -295,6 +307,11 @@ def skips(identity: Identity, step: int, segments: Segments) -> NDArray[np.bool_
     return np.isin(_numbers(segments["source"], segments["row"]), _numbers(sources, rows))
 
 
+def _refs(segments: Segments) -> set[Ref]:
+    columns = (segments[name].tolist() for name in Ref._fields)
+    return set(map(Ref._make, zip(*columns, strict=True)))
+
+
 def _numbers(sources: NDArray[np.integer], rows: NDArray[np.integer]) -> NDArray[np.int64]:
     """Return a number for each pair of a source and a row, different for different pairs."""
     result: NDArray[np.int64] = (rows.astype(np.int64) << 20) + sources
@@ -363,42 +380,3 @@ def _unfinished(state: DataState, corpus: Corpus) -> list[str]:
         if drawn != wanted:
             found.append(f"source {index}: the run ended after {drawn:,} of {wanted:,} draws")
     return found
-
-
-def _weights(state: DataState, corpus: Corpus) -> list[list[float]]:
-    first = [
-        (len(opened) if isinstance(opened, FileSet) else 1) * source.repeat if source.weight is None else source.weight
-        for source, opened in zip(state.identity.sources, corpus.sources, strict=True)
-    ]
-    return [first, *(list(stage.weights) for stage in state.identity.stages)]
-
-
-def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpus) -> bool:
-    """Return True if a source is, or may be, exhausted for a stream."""
-    identity = state.identity
-    if stream.exhausted:
-        return True
-    if identity.epochs is None:
-        return False
-    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
-        if not isinstance(opened, FileSet):
-            return True
-        draws = draws_of_source(len(opened), source.repeat, identity.epochs)
-        if stream.drawn[index] >= draws_of_stream(draws, number, identity.streams):
-            return True
-    return False
-
-
-def _shares(listed: Listed, unit: str, weights: list[float]) -> Iterator[str]:
-    segments = given(listed.segments)
-    amounts: NDArray[np.int64] = {
-        "conversations": (segments["part"] == 0).astype(np.int64),
-        "tokens": segments["tokens"],
-        "trained_tokens": segments["trained_tokens"],
-    }[unit]
-    reached = np.bincount(segments["source"], weights=amounts, minlength=len(weights))
-    for source, amount in enumerate(reached.tolist()):
-        yield (
-            f"source {source}: {amount / max(reached.sum(), 1):.1%} of trained {unit.replace('_', ' ')}, "
-            f"{weights[source] / sum(weights):.1%} wanted at the beginning of the run"
-        )

@@ -5,6 +5,7 @@
       journal                           the steps after the last closed file, a frame for each step
       state-00000100.msgpack            data state after step 100
       sessions.jsonl                    the sessions: a line for each start of the run
+      unapplied.jsonl                   the steps whose update was not applied, if there are any
 
 To *close* steps is to move them from the journal into a closed file, which is never modified. After
 a kill during the move, steps may be in both files; readers then use the closed file. A frame is a
@@ -30,7 +31,7 @@ from sftstream.door import Door
 from sftstream.ledger.records import StepSegments
 from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments
 
-JOURNAL, SESSIONS = "journal", "sessions.jsonl"
+JOURNAL, SESSIONS, UNAPPLIED = "journal", "sessions.jsonl", "unapplied.jsonl"
 _CLOSED = re.compile(r"steps-(\d{8,})-(\d{8,})\.parquet")
 _STATE = re.compile(r"state-(\d{8,})\.msgpack")
 _CRC = b"crc32"

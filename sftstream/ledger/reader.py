@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.door import Door
-from sftstream.ledger.files import SESSIONS, closed_files, read_closed, read_journal, state_files
-from sftstream.ledger.records import RefusedLine, Session, StepLine, StepSegments
+from sftstream.ledger.files import SESSIONS, UNAPPLIED, closed_files, read_closed, read_journal, state_files
+from sftstream.ledger.records import RefusedLine, Session, StepLine, StepSegments, Unapplied
 from sftstream.ledger.segments import NO_SEGMENTS, Segments
 from sftstream.records import Ref
 from sftstream.regular_files import require_files
@@ -73,6 +73,11 @@ class Ledger:
     def metrics(self) -> dict[int, StepLine]:
         """Lines of `metrics.jsonl` by step."""
         return {line.step: line for line in _lines(self.run / "metrics.jsonl", StepLine)}
+
+    @cached_property
+    def unapplied(self) -> list[Unapplied]:
+        """Steps whose update was not applied, in rising order."""
+        return _lines(self.directory / UNAPPLIED, Unapplied)
 
     @cached_property
     def refused(self) -> list[RefusedLine]:

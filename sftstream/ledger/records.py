@@ -58,6 +58,25 @@ class StepSegments(NamedTuple):
     segments: Segments
 
 
+class Unapplied(msgspec.Struct, frozen=True, kw_only=True):
+    """A step whose update was not applied, as a line of `unapplied.jsonl`.
+
+    The step's loss or gradient was not finite, and the run was told to go on without the update.
+    """
+
+    step: int
+    loss: str
+    """Loss of the step, such as "nan"."""
+    grad_norm: str
+    """Norm of the gradient before clipping, such as "inf"."""
+    parameters: tuple[str, ...]
+    """Names of the parameters whose gradient has a norm that is not finite."""
+    packs: tuple[int, ...]
+    """Places in the step of the packs whose loss is not finite."""
+    conversations: tuple[Ref, ...]
+    """Conversations of `packs`, or of the whole step if `packs` is empty."""
+
+
 class StepLine(msgspec.Struct, frozen=True):
     """The values in a line of `metrics.jsonl` that an audit compares with the ledger."""
 
@@ -68,6 +87,8 @@ class StepLine(msgspec.Struct, frozen=True):
     """Conversations trained, and rows refused or skipped, since the start of the run."""
     refused: int
     batch_digest: str
+    unapplied: bool = False
+    """True if the step's update was not applied."""
 
 
 class RefusedLine(msgspec.Struct, frozen=True):

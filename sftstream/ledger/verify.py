@@ -60,8 +60,8 @@ class Attempt(Protocol):
         """Wait for the end of the run, and return its exit code."""
 
 
-Losses = list[tuple[float, float]]
-"""Loss and norm of the gradient of each step."""
+Losses = list[tuple[float | None, float | None]]
+"""Loss and norm of the gradient of each step; None for a number that is not finite."""
 Start = Callable[[Path, "Hop"], Attempt]
 """Function that starts, or continues, the run in a directory on a topology."""
 
@@ -218,7 +218,7 @@ class _Verification:
     def compare_losses(self, whole: Losses, hopped: Losses) -> None:
         """Compare losses that differ by rounding."""
         losses = zip(whole, hopped, strict=False)
-        apart = [abs(a - b) / max(abs(a), 1e-6) for (a, _), (b, _) in losses]
+        apart = [_apart(a, b) for (a, _), (b, _) in losses]
         largest = max(apart, default=0.0)
         line = f"the losses on other numbers of shards differ by at most {largest:.2g} of their value"
         if largest <= ROUNDING and all(map(math.isfinite, apart)):
@@ -229,6 +229,13 @@ class _Verification:
     def verdict(self) -> Verdict:
         """Return the verdict on the runs so far."""
         return Verdict(tuple(self.shown), tuple(self.differences), tuple(self.not_shown))
+
+
+def _apart(a: float | None, b: float | None) -> float:
+    """Return the relative difference of two losses, infinity if only one is finite."""
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    return abs(a - b) / max(abs(a), 1e-6)
 
 
 def _killed(attempt: Attempt, directory: Path, draw: random.Random) -> bool:

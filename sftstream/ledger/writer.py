@@ -9,9 +9,11 @@ from pathlib import Path
 
 import msgspec
 
+from sftstream.door import Door
 from sftstream.ledger.files import (
     JOURNAL,
     SESSIONS,
+    UNAPPLIED,
     closed_files,
     frame,
     publish,
@@ -21,7 +23,7 @@ from sftstream.ledger.files import (
     state_files,
     write_closed,
 )
-from sftstream.ledger.records import Session, StepSegments
+from sftstream.ledger.records import Session, StepSegments, Unapplied
 from sftstream.ledger.segments import Segments
 from sftstream.state import DataState
 
@@ -52,6 +54,9 @@ class LedgerWriter:
         self._last = self._steps[-1].step if self._steps else kept
         self._waiting = b""
         self._journal = self._open_journal()
+        self._unapplied = _unapplied_up_to(directory, step)
+        self._unapplied_waits = True
+        self._write_unapplied()
 
     def begin(self, session: Session) -> None:
         """Append a session to `sessions.jsonl`."""
@@ -80,6 +85,17 @@ class LedgerWriter:
             if self._open_segments >= MOST_OPEN:
                 self._close_steps()
 
+    def add_unapplied(self, record: Unapplied) -> None:
+        """Append a step whose update was not applied.
+
+        The record is safe on disk only after `sync` or `close`. An error of the disk is raised
+        there.
+        """
+        self._unapplied.append(record)
+        self._unapplied_waits = True
+        with suppress(OSError):
+            self._write_unapplied()
+
     def keep_state(self, state: DataState, streams: Mapping[int, bytes]) -> None:
         """Remember the data state after the last added step; the next `close` writes the state.
 
@@ -95,12 +111,14 @@ class LedgerWriter:
         """
         if self._steps:
             self._close_steps()
+        self._write_unapplied()
         self._write_state()
 
     def sync(self) -> None:
         """Force the journal to the disk. Raises OSError if the disk does not accept the bytes."""
         self._write()
         os.fsync(self._journal)
+        self._write_unapplied()
 
     def end(self) -> None:
         """Force the journal to the disk and close its file. Raises OSError like `sync`."""
@@ -113,6 +131,19 @@ class LedgerWriter:
         self._first = write_closed(self._directory, self._first, self._steps).last + 1
         self._steps, self._open_segments, self._waiting = [], 0, b""
         os.ftruncate(self._journal, 0)
+
+    def _write_unapplied(self) -> None:
+        """Write the file of steps without an update as a whole, or remove it if there are none."""
+        if not self._unapplied_waits:
+            return
+        path = self._directory / UNAPPLIED
+        if self._unapplied:
+            partial = path.with_name(f".{UNAPPLIED}")
+            partial.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in self._unapplied))
+            publish(partial, path)
+        else:
+            path.unlink(missing_ok=True)
+        self._unapplied_waits = False
 
     def _write_state(self) -> None:
         if self._state is None:
@@ -137,6 +168,14 @@ class LedgerWriter:
     def _write(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._journal, self._waiting) :]
+
+
+def _unapplied_up_to(directory: Path, step: int) -> list[Unapplied]:
+    path = directory / UNAPPLIED
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    with Door(f"{path} was not written by a run"):
+        records = [msgspec.json.decode(line, type=Unapplied) for line in lines]
+    return [record for record in records if record.step <= step]
 
 
 def _cut_back(directory: Path, step: int) -> int:

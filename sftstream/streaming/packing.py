@@ -21,8 +21,6 @@ at most 0.2 %."""
 SHARE_LEFT = 3
 """At most 1 / `SHARE_LEFT` of a window's packs are dissolved; of fewer than `SHARE_LEFT` packs, at
 most one."""
-FREE = float(__import__("os").environ.get("FREE", "0.5"))
-SPARE = int(__import__("os").environ.get("SPARE", "64"))
 MOST_USEFUL = 8
 """Number of packs in a window, those with the most free slots, that always exchange. Further packs
 exchange only while the window has more than one free slot per pack."""

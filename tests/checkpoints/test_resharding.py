@@ -1,4 +1,4 @@
-"""The trainer's model and AdamW load to the bit under any change of topology."""
+"""The trainer's model and optimizers load to the bit under any change of topology."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ COUNT = int(os.environ.get("SFTSTREAM_TOPOLOGIES") or 6)
 TOPOLOGIES = [(dp, tp) for dp in (1, 2, 3) for tp in (1, 2)]
 
 
-def trained(seed: int, dp: int, tp: int, config: LlamaConfig) -> tuple[Llama, torch.optim.Optimizer]:
+def trained(
+    seed: int, dp: int, tp: int, config: LlamaConfig, kind: str = "adamw"
+) -> tuple[Llama, torch.optim.Optimizer]:
     """Return model and optimizer after two steps with gradients similar to the weights."""
     with torch.device("meta"):
         model = Llama(config)
@@ -37,7 +39,7 @@ def trained(seed: int, dp: int, tp: int, config: LlamaConfig) -> tuple[Llama, to
     model.to_empty(device="cpu")
     model.tie()
     init_weights(model, seed)
-    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.01 / (seed + 1), weight_decay=0.1))
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind, learning_rate=0.01 / (seed + 1), weight_decay=0.1))
     for factor in (0.5, -2.0):
         for parameter in model.parameters():
             parameter.grad = parameter.detach() * factor
@@ -45,15 +47,15 @@ def trained(seed: int, dp: int, tp: int, config: LlamaConfig) -> tuple[Llama, to
     return model, optimizer
 
 
-def save(rank: int, root: Path, dp: int, tp: int, config: LlamaConfig) -> Any:
-    state = _tensors(*trained(0, dp, tp, config))
+def save(rank: int, root: Path, dp: int, tp: int, config: LlamaConfig, kind: str) -> Any:
+    state = _tensors(*trained(0, dp, tp, config, kind))
     CheckpointStore(root).save(2, state)
     return frozen(state)
 
 
-def load_all(rank: int, roots: list[Path], dp: int, tp: int, config: LlamaConfig) -> list[Any]:
+def load_all(rank: int, roots: list[Path], dp: int, tp: int, config: LlamaConfig, kind: str) -> list[Any]:
     """Return the state after loading each root over another state."""
-    return [load(root, *trained(1, dp, tp, config)) for root in roots]
+    return [load(root, *trained(1, dp, tp, config, kind)) for root in roots]
 
 
 def load(root: Path, model: Llama, optimizer: torch.optim.Optimizer) -> Any:
@@ -66,14 +68,17 @@ def load(root: Path, model: Llama, optimizer: torch.optim.Optimizer) -> Any:
     return frozen(_tensors(model, optimizer))
 
 
-def assert_each_loads_all(top: Path, topologies: list[tuple[int, int]], config: LlamaConfig) -> None:
+def assert_each_loads_all(
+    top: Path, topologies: list[tuple[int, int]], config: LlamaConfig, kind: str = "adamw"
+) -> None:
     roots = [top / f"dp{dp} tp{tp}" for dp, tp in topologies]
     saved = [
-        run_ranks(dp * tp, save, root, dp, tp, config)[0] for root, (dp, tp) in zip(roots, topologies, strict=True)
+        run_ranks(dp * tp, save, root, dp, tp, config, kind)[0]
+        for root, (dp, tp) in zip(roots, topologies, strict=True)
     ]
-    assert sum(key.endswith("exp_avg") for key in _keys(saved[0])) > 10
+    assert sum(key.endswith(("exp_avg", "momentum_buffer")) for key in _keys(saved[0])) > 10
     for dp, tp in topologies:
-        for loaded in run_ranks(dp * tp, load_all, roots, dp, tp, config):
+        for loaded in run_ranks(dp * tp, load_all, roots, dp, tp, config, kind):
             assert loaded == saved, f"loaded under dp {dp}, tp {tp}"
 
 
@@ -83,13 +88,15 @@ def _keys(state: Any, prefix: str = "") -> list[str]:
     return [key for name, item in state.items() for key in _keys(item, f"{prefix}.{name}")]
 
 
-def test_model_and_adamw_are_the_same_under_other_tensor_and_data_parallel_sizes(tmp_path: Path) -> None:
-    assert_each_loads_all(tmp_path, [(2, 1), (1, 2)], CONFIG)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_model_and_optimizer_are_the_same_under_other_tensor_and_data_parallel_sizes(tmp_path: Path, kind: str) -> None:
+    assert_each_loads_all(tmp_path, [(2, 1), (1, 2)], CONFIG, kind)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
-def test_each_of_six_topologies_loads_what_each_saved(tmp_path: Path, config: LlamaConfig) -> None:
+def test_each_of_six_topologies_loads_what_each_saved(tmp_path: Path, config: LlamaConfig, kind: str) -> None:
     drawn = random.Random(SEED).sample(TOPOLOGIES, COUNT)
     print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TOPOLOGIES={COUNT}: {drawn}")
-    assert_each_loads_all(tmp_path, drawn, config)
+    assert_each_loads_all(tmp_path, drawn, config, kind)

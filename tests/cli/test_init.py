@@ -14,7 +14,7 @@ import transformers
 from commands import run
 
 from sftstream.cli.main import main
-from trainer.config import load_config
+from trainer.config_file import load_config
 
 
 def words_of(text: str) -> str:

@@ -32,7 +32,14 @@ LIBRARIES = {
 """Packages that the project imports, besides typer."""
 
 
-COMMANDS = ("sftstream.cli.main", "checkpoints.cli.main", "trainer.main", "trainer.parity", "trainer.report.main")
+COMMANDS = (
+    "sftstream.cli.main",
+    "checkpoints.cli.main",
+    "trainer.main",
+    "trainer.parity",
+    "trainer.report.main",
+    "trainer.track.main",
+)
 """Modules of the commands, each with `app` and `main`."""
 
 

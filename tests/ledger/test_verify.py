@@ -51,7 +51,10 @@ def test_losses_on_another_number_of_shards_may_differ_by_rounding_alone(tmp_pat
     assert verification.shown == ["the losses on other numbers of shards differ by at most 0.0001 of their value"]
     for other in (1.02, float("nan")):
         verification.compare_losses([(1.0, 1.0)], [(other, 1.0)])
+    verification.compare_losses([(None, None)], [(None, None)])  # skipped updates of both runs
     assert len(verification.differences) == 2
+    verification.compare_losses([(None, None)], [(1.0, 1.0)])
+    assert len(verification.differences) == 3
     assert verification.differences[0].endswith("differ by at most 0.02 of their value, more than rounding (0.01)")
 
 

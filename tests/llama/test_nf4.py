@@ -17,7 +17,7 @@ from tiny_llama import loss_of, pack_of, public_llama
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.comparison import CAPACITY, Check, compare, random_pack
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.estimate import estimate
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig

@@ -41,6 +41,16 @@ def test_the_figures_are_those_of_the_lines(tmp_path: Path) -> None:
     assert found.damage == ()
 
 
+def test_held_out_sources_have_a_curve_each(tmp_path: Path) -> None:
+    lines = [step(1), step(2, validation_loss_by_source=[2.5, None, 4.0]), step(3, validation_loss_by_source=[2.25])]
+    found = read(write(tmp_path / "several", lines))
+    assert [curve.mean for curve in found.held_out] == [(None, 2.5, 2.25), (None, None, None), (None, 4.0, None)]
+    assert "Validation loss of each source" in page(found)
+    alone = read(write(tmp_path / "one", [step(1, validation_loss=2.0)]))
+    assert alone.held_out == ()
+    assert "Validation loss of each source" not in page(alone)
+
+
 def test_a_run_on_a_cpu_has_no_mfu_and_no_curve_of_it(tmp_path: Path) -> None:
     found = read(write(tmp_path, [step(1)]))
     assert (found.mfu, found.peak_memory) == (None, None)

@@ -21,7 +21,7 @@ import runs
 from rich.console import Console
 from test_metrics import STEP
 
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.opening import time_line
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import StepMetrics
@@ -89,6 +89,19 @@ def test_programs_read_each_step_and_message_as_a_line_of_json() -> None:
     display.console.file = io.StringIO()
     display.say("a\x1b[2J \u202e [bold]")
     assert display.console.file.getvalue() == '{"message": "a\\u001b[2J \\u202e [bold]"}\n'
+
+
+def test_a_loss_that_is_not_a_number_is_null_in_json() -> None:
+    (line,) = shown(list(steps(1, loss=float("nan"), grad_norm=float("inf"), unapplied=True)), 1.0, as_json=True)
+    read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (read["loss"], read["grad_norm"], read["unapplied"]) == (None, None, True)
+
+
+def test_the_validation_losses_of_the_first_sources_are_shown() -> None:
+    losses = (1.0, None, *(2.0,) * 12)
+    (first, _) = shown(list(steps(1, validation_loss=1.5, validation_loss_by_source=losses)), 1.0, None)
+    listed = ", ".join(["source 0: 1.0000", *(f"source {n}: 2.0000" for n in range(2, 13))])
+    assert first == f"step 1 | validation loss 1.5000 ({listed}, 1 more)"
 
 
 def test_hostile_text_in_a_message_is_shown_and_not_run() -> None:

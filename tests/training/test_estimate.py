@@ -4,24 +4,28 @@ import math
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import runs
+import torch
 from tiny_llama import CONFIG, TIED, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.config import TrainConfig, parse_config
-from trainer.estimate import activations, estimate, with_memory_settings
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
+from trainer.estimate import activations, estimate, memory, with_memory_settings
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_adapters, init_weights
 from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.model import Llama
 from trainer.main import main
+from trainer.out_of_memory import explained, out_of_memory
 
 GIB = 2**30
 LLAMA_70B = LlamaConfig(
@@ -56,8 +60,13 @@ def config(**changes: dict[str, Any]) -> TrainConfig:
         },
         "model": msgspec.to_builtins(LLAMA_70B),
         "parallel": {"tp": 8},
+        "optimizer": {},
     }
     return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
+
+
+def memory_with_muon() -> int:
+    return estimate(config(optimizer={"kind": "muon"}), LLAMA_70B, 32).memory["optimizer"]
 
 
 def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
@@ -68,6 +77,10 @@ def test_a_70b_model_is_estimated_without_a_gpu_a_weight_or_a_row() -> None:
     held = (found.parameters - 161 * 8192) // 32 + 161 * 8192 // 4
     assert found.memory["weights"] == 4 * held
     assert found.memory["optimizer"] == 8 * held
+    # Muon has one mean for the matrices of the blocks; embedding and head have two.
+    ends = 2 * 128256 * 8192
+    matrices = (found.parameters - 161 * 8192 - ends) // 32
+    assert memory_with_muon() == 8 * held - 4 * matrices
     assert found.memory["gradients"] == 4 * ((found.parameters - 161 * 8192) // 8 + 161 * 8192)
     # 6 operations per weight and token, except for the embedding, which is a lookup.
     flops = 6 * 524_288 * (found.parameters - 161 * 8192 - 128256 * 8192)
@@ -328,3 +341,58 @@ def test_an_estimate_of_a_run_that_cannot_start_is_refused(tmp_path: Path) -> No
         estimate(config(parallel={"tp": 16}), LLAMA_70B, 32)
     with pytest.raises(ValueError, match="streams = 64 is too low for 128 shards, which need a stream each"):
         estimate(config(), LLAMA_70B, 1024)
+
+
+def test_out_of_memory_names_the_changes_with_the_memory_of_the_plan() -> None:
+    before = config(run={"recompute": "none", "weights_dtype": "float32"}, parallel={"tp": 8})
+    line = out_of_memory(before, SHORT, 32, (80 * GIB, 60 * GIB, 78 * GIB))
+    total = sum(memory(before, SHORT, 32).values())
+    assert line.startswith(
+        f"a GPU ran out of memory: the plan of the run is {total / GIB:.1f} GiB on each GPU (weights "
+    )
+    assert "; the GPU has 80.0 GiB, 60.0 GiB of them in tensors of this process; use " in line
+    assert "expandable_segments:True in the environment, since 18.0 GiB are reserved in pieces" in line
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        'run.recompute = "selective"': {"run": {"recompute": "selective"}},
+        'run.recompute = "full"': {"run": {"recompute": "full"}},
+        'parallel.reduce_gradients = "pack"': {"parallel": {"reduce_gradients": "pack"}},
+        'run.weights_dtype = "bfloat16" in a new run': {"run": {"weights_dtype": "bfloat16"}},
+        "data.capacity = 4096 in a new run, which refuses longer conversations": {"data": {"capacity": 4096}},
+    }
+    for text, tables in changes.items():
+        run = {"recompute": "none", "weights_dtype": "float32"} | tables.get("run", {})
+        after = config(run=run, parallel={"tp": 8} | tables.get("parallel", {}), data=tables.get("data", {}))
+        needed = sum(memory(after, SHORT, 32).values())
+        assert needed < total
+        assert f"{text} ({needed / GIB:.1f} GiB)" in line
+    assert f"64 GPUs ({sum(memory(before, SHORT, 64).values()) / GIB:.1f} GiB)" in line
+
+
+def test_out_of_memory_names_no_change_that_saves_nothing() -> None:
+    least = config(
+        run={"recompute": "full", "weights_dtype": "bfloat16"}, parallel={"tp": 8, "reduce_gradients": "pack"}
+    )
+    line = out_of_memory(least, SHORT, 32)
+    assert not any(
+        name in line for name in ("run.recompute", "weights_dtype", "reduce_gradients", "reshard", "the GPU has")
+    )
+
+
+def test_an_error_of_memory_becomes_the_line_and_other_errors_pass(ranks_of_one: None) -> None:
+    chosen = config(run={"recompute": "none", "weights_dtype": "float32"}, parallel={"tp": 1})
+    with (
+        pytest.raises(ValueError, match=r"^a GPU ran out of memory: the plan of the run is [0-9.]+ GiB") as raised,
+        explained(chosen, SHORT, torch.device("cpu")),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(RuntimeError, match=r"^another$"), explained(chosen, SHORT, torch.device("cpu")):
+        raise RuntimeError("another")
+
+
+@pytest.fixture
+def ranks_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

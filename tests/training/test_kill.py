@@ -22,6 +22,16 @@ def test_three_kills_in_a_row_leave_no_trace(tmp_path: Path, tokenizer: str) -> 
     compare(tmp_path, config, processes=1, draw=random.Random(SEED), kills=3)
 
 
+def test_kills_leave_no_trace_with_muon_and_a_decay_at_the_end(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(
+        tokenizer,
+        runs.sources(tmp_path),
+        optimizer={"kind": "muon", "weight_decay": 0.1},
+        schedule={"kind": "wsd", "warmup": 2, "decay": 3},
+    )
+    compare(tmp_path, config, processes=2, draw=random.Random(SEED + 3), kills=2)
+
+
 def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), checkpoint={"every": 100})
     whole = _whole(tmp_path / "whole", config)

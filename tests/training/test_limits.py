@@ -17,18 +17,25 @@ import runs
 
 from sftstream import Shard
 from sftstream.start import check_topology
-from trainer.config import TrainConfig, load_config, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config, parse_config
 
 GENERATOR = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs/generate_errors.py"))
 CONFIGS = (
-    *("sftstream/config.py", "sftstream/start.py", "checkpoints/retention.py", "trainer/config.py"),
+    *(
+        "sftstream/config.py",
+        "sftstream/start.py",
+        "checkpoints/retention.py",
+        "trainer/config.py",
+        "trainer/config_file.py",
+    ),
     *("trainer/distributed/mesh.py", "trainer/llama/config.py", "trainer/llama/lora/layers.py"),
-    *("trainer/duration.py", "trainer/training/optimizer.py"),
+    *("trainer/duration.py", "trainer/training/optimizer.py", "trainer/training/schedule.py"),
 )
 """Files whose messages are about values of a config."""
 Place = tuple[str | int, ...]
 """Keys from the config down to a value."""
-RELATION = re.compile(r"multiple|even|must exceed|first meet|not given|counted from|a state|decays")
+RELATION = re.compile(r"multiple|even|exceed|first meet|not given|counted from|a state|decays")
 """A message about two settings that do not go together: the value is within its own limits."""
 
 
@@ -39,6 +46,7 @@ def table() -> dict[str, Any]:
     scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config["model"]["rope_scaling"] = {**scaling, "original_max_position_embeddings": 64}
     config["optimizer"]["betas"] = [0.5, 0.5]
+    config["schedule"] = {"kind": "wsd", "decay": 1}
     config["data"]["stages"] = [{"after": 5, "weights": [1.0]}]
     config["checkpoint"] |= {"keep": 1, "keep_every": 2}
     config["validation"] = {"sources": [{"path": "rows.jsonl"}], "every": 2, "global_batches": 1}
@@ -50,24 +58,28 @@ def with_lora() -> dict[str, Any]:
     return table() | {"model": {"init_from": "model"}, "lora": {"rank": 2}}
 
 
-def numbers(kind: Any, path: Place = ()) -> Iterator[tuple[Place, type]]:
+def numbers(struct: Any, path: Place = ()) -> Iterator[tuple[Place, type]]:
     """Yield the place and the type of each number in a config; a list stands for its first element."""
-    for name, hint in get_type_hints(kind).items():
-        if name not in kind.__struct_fields__:
+    for name, hint in get_type_hints(struct).items():
+        if name not in struct.__struct_fields__:
             continue
-        place: Place = path if (kind.__name__, name) == ("ModelConfig", "shape") else (*path, name)
+        place: Place = path if (struct.__name__, name) == ("ModelConfig", "shape") else (*path, name)
         kinds = [part for part in (hint, *get_args(hint)) if isinstance(part, type)]
         if structs := [part for part in kinds if issubclass(part, msgspec.Struct)]:
             yield from numbers(structs[0], (*place, 0) if get_origin(hint) is tuple else place)
         elif found := [part for part in kinds if part in (int, float)]:
-            yield (*place, 0) if get_origin(hint) is tuple else place, found[0]
+            yield from (((*place, 0) if get_origin(hint) is tuple else place, kind) for kind in found)
 
 
 EXCLUDED = re.compile(r"above 0|between 0 and 1|\[0, 1\)|positive|[^>]> |0 <")
 """A message about a limit that is no allowed value itself."""
 MOVED = {"data.seed", "data.epochs"}
 """Keys of a training run's [run] table."""
-PLACES = {name: found for found in numbers(TrainConfig) if (name := ".".join(map(str, found[0]))) not in MOVED}
+PLACES = {
+    f"{name}: {kind.__name__}": (place, kind)
+    for place, kind in numbers(TrainConfig)
+    if (name := ".".join(map(str, place))) not in MOVED
+}
 
 
 def whole_refusal(place: Place, value: object) -> str | None:
@@ -138,7 +150,7 @@ def test_the_limits_of_a_number_are_those_in_its_message(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, (_, kind) in PLACES.items() if kind is float])
 def test_a_number_is_finite(name: str) -> None:
     assert refusal(PLACES[name][0], math.nan)
-    assert refusal(PLACES[name][0], math.inf) or name == "optimizer.clip"
+    assert refusal(PLACES[name][0], math.inf) or name == "optimizer.clip: float"
 
 
 OTHERS = [

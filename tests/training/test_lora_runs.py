@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 from checkpoints import weight_digests
 from checkpoints.cli.main import app, main
 from trainer.checkpointing.settings import Settings, carry_over
-from trainer.config import ModelConfig, parse_config
+from trainer.config import ModelConfig
+from trainer.config_file import parse_config
 from trainer.llama.hf_config import read_config
 from trainer.llama.lora.layers import LoraConfig
 from trainer.training.evaluation import generate

@@ -75,7 +75,7 @@ def test_work_within_the_limit_of_time_goes_on(tmp_path: Path, config: dict[str,
 
 @pytest.mark.parametrize("text", ["0s", "soon", "30"])
 def test_a_limit_of_another_form_is_refused(config: dict[str, Any], text: str) -> None:
-    from trainer.config import parse_config
+    from trainer.config_file import parse_config
 
     with pytest.raises(ValueError, match="is no time above 0"):
         parse_config(config | {"parallel": {"timeout": text}})

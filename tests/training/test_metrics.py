@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sftstream import Refusal
-from trainer.reporting.metrics import Curves, RunLog, StepMetrics
+from trainer.reporting.metrics import Curves, RunLog, StepMetrics, perplexity
 from trainer.training.step_reader import LocatedRefusal
 
 STEP = StepMetrics(
@@ -105,6 +106,30 @@ def test_a_validation_loss_is_written_for_validated_steps_only(tmp_path: Path) -
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("validation_loss")] == [(2, 1.25)]
+
+
+def test_each_source_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0) as log:
+        log.step(msgspec.structs.replace(STEP, validation_loss_by_source=(1.25, None), share_by_source=(0.25, 0.75)))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if "by_source" in tag]
+    assert sorted(tags) == ["share_by_source/0", "share_by_source/1", "validation_loss_by_source/0"]
+    assert [(event.step, event.value) for event in board.Scalars("share_by_source/1")] == [(1, 0.75)]
+
+
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_the_last_line_of_any_length_is_found(length: int, tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0) as log:
+        assert log.last_step() == {}
+        for step in (1, 2):
+            log.step(msgspec.structs.replace(STEP, step=step, batch_digest="x" * length))
+            assert (log.last_step()["step"], len(log.last_step()["batch_digest"])) == (step, length)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (2.0, math.exp(2)), (710.0, None), (math.nan, None)])
+def test_a_perplexity_that_no_float_holds_is_left_out(loss: float, expected: float | None) -> None:
+    assert perplexity(loss) == expected
 
 
 def test_the_curves_end_at_a_full_disk_with_one_warning_and_the_run_goes_on(

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate of every step, and gradient clipping."""
+"""AdamW and gradient clipping."""
 
 import math
 
@@ -12,56 +12,18 @@ from trainer.llama.model import Llama
 from trainer.training.adamw import AdamW
 from trainer.training.optimizer import (
     OptimizerConfig,
-    ScheduleConfig,
     build_optimizer,
     clipped_step,
     global_norm,
-    learning_rate,
+    gradient_norms,
 )
-
-
-def rates(taken: int, total: int | None, **schedule: object) -> list[float]:
-    config, chosen = OptimizerConfig(learning_rate=1.0), ScheduleConfig(**schedule)
-    return [round(learning_rate(config, chosen, step, step / taken, total), 6) for step in range(taken)]
-
-
-def test_a_constant_rate_needs_no_end() -> None:
-    assert rates(3, None) == [1.0, 1.0, 1.0]
-
-
-def test_the_warmup_rises_in_equal_steps_to_the_full_rate() -> None:
-    assert rates(5, 5, warmup=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-def test_a_linear_decay_starts_after_the_warmup_and_would_end_after_the_last_step() -> None:
-    assert rates(6, 6, kind="linear", warmup=1) == [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
-
-
-def test_a_cosine_decay_is_half_way_down_in_the_middle() -> None:
-    assert rates(4, 4, kind="cosine") == [1.0, 0.853553, 0.5, 0.146447]
-
-
-def test_the_decay_stays_at_the_minimum() -> None:
-    assert rates(6, 6, kind="linear", steps=4, minimum=0.2) == [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
-
-
-def test_a_decay_over_data_follows_the_data() -> None:
-    assert rates(4, None, kind="linear", over="data") == [1.0, 0.75, 0.5, 0.25]
-    assert rates(4, None, kind="linear", over="data", warmup=1) == [0.5, 0.75, 0.5, 0.25]
-
-
-def test_a_decay_over_steps_without_an_end_is_refused() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r'a cosine schedule over steps needs its last step, .* set schedule.over = "data" or schedule.steps',
-    ):
-        rates(2, None, kind="cosine")
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), not 1.0"),
         ({"learning_rate": -1.0}, "learning_rate -1.0"),
         ({"clip": 0.0}, "clip 0.0 must be above 0"),
         ({"eps": 0.0}, "eps 0.0"),
@@ -70,20 +32,6 @@ def test_a_decay_over_steps_without_an_end_is_refused() -> None:
 def test_an_invalid_optimizer_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**table)
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"warmup": -1}, "warmup -1"),
-        ({"minimum": 1.5}, "minimum 1.5"),
-        ({"warmup": 10, "steps": 10}, "steps 10 must exceed warmup 10"),
-        ({"over": "data", "steps": 10}, "steps 10 has no meaning"),
-    ],
-)
-def test_an_invalid_schedule_is_refused(table: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ScheduleConfig(**table)
 
 
 def test_a_clip_of_infinity_can_be_written_in_a_file() -> None:
@@ -132,6 +80,15 @@ def test_a_gradient_within_the_limit_keeps_its_bits(limit: float | None) -> None
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_is_returned(value: float) -> None:
     assert not math.isfinite(global_norm(with_gradients([3.0], [value])))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_the_norms_of_the_parameters_tell_the_broken_gradient(value: float) -> None:
+    parameters = [nn.Parameter(torch.ones(2)), *with_gradients([3.0, 4.0], [1.0, value])]
+    norms = gradient_norms(parameters)
+    assert norms.parameters == [1, 2]
+    ((numbers, values),) = norms.parts
+    assert (numbers, values[0].item(), values[1].isfinite().item()) == ([1, 2], 5.0, False)
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_fp32() -> None:

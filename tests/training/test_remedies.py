@@ -30,7 +30,8 @@ from sftstream.tokenization import fast_tokenizer
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings
 from trainer.choices import choose
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.llama.attention import KERNELS
@@ -189,6 +190,7 @@ FORMATS = "sftstream/formats"
 LORA = "trainer/llama/lora/layers.py"
 ADAPTER = '{ rank = 2, alpha = 32.0, targets = "all-linear", rank_stabilized = false, modules_to_save = [] }'
 HISTORIES: tuple[dict[str, str], ...] = ({"data.history": "'per_turn'"}, {"data.history": "'as_rendered'"})
+HELD_OUT = "[{path = 'rows.jsonl', weight = 1000}, {path = 'long.jsonl', weight = 0.001}]"
 LONG = {"data.sources": rows_at("long.jsonl"), "data.streams": "1"}
 
 STREAMED = {"data.sources": "[{path = 'rows.jsonl', streaming = true}]", "data.shuffle": "false"}
@@ -446,10 +448,68 @@ ADVICE = [
     ),
     Advice(
         {"run.accept_changed": "['optimizer']", "optimizer.learning_rate": "1e30", "checkpoint.every": "9"},
-        'and once there is a checkpoint, set run.accept_changed = ["optimizer"] as well',
-        ({"run.accept_changed": "['optimizer']", "optimizer.learning_rate": "1e-3"},),
-        "trainer/training/progress.py",
+        'set run.accept_changed = ["optimizer"] as well, or set run.on_nonfinite = "skip"',
+        ({"optimizer.learning_rate": "1e-3"}, {"run.on_nonfinite": "'skip'"}),
+        "trainer/run.py",
         train_on,
+    ),
+    Advice(
+        {
+            "run.accept_changed": "['optimizer']",
+            "optimizer.learning_rate": "1e30",
+            "run.on_nonfinite": "'skip'",
+            "run.steps": "20",
+        },
+        'lower optimizer.learning_rate and set run.accept_changed = ["optimizer"]',
+        ({"optimizer.learning_rate": "1e-3"},),
+        "trainer/run.py",
+        train_on,
+    ),
+    Advice(
+        {"run.accept_changed": "['optimizer']", "optimizer.learning_rate": "1e39", "checkpoint.every": "1"},
+        "that are not finite, and nothing is saved; lower optimizer.learning_rate, and once there is a checkpoint, set "
+        'run.accept_changed = ["optimizer"] as well',
+        ({"optimizer.learning_rate": "1e-3"},),
+        "trainer/run.py",
+        train_on,
+    ),
+    Advice(
+        {"validation": f"{{sources = {HELD_OUT}, global_batches = 1, best_by = 1}}", "data.window": "1"},
+        'set validation.best_by = "all", or name another source',
+        (
+            {"validation": f"{{sources = {HELD_OUT}, global_batches = 1, best_by = 'all'}}"},
+            {"validation": f"{{sources = {HELD_OUT}, global_batches = 1, best_by = 0}}"},
+        ),
+        "trainer/training/validation.py",
+        train,
+    ),
+    Advice(
+        {"model": "{init_from = 'small'}", "lora": "{rank = 2}", "optimizer.kind": "'muon'"},
+        'set optimizer.kind = "adamw", or remove [lora]',
+        ({"optimizer.kind": "'adamw'"}, {"lora": "-"}),
+        "trainer/config.py",
+        loaded,
+    ),
+    Advice(
+        {"schedule.kind": "'wsd'"},
+        'set decay to a number of steps such as 500, or to a share such as 0.1, or set kind = "constant" until',
+        ({"schedule.decay": "1"}, {"schedule.decay": "0.1"}, {"schedule.kind": "'constant'"}),
+        "trainer/training/schedule.py",
+        loaded,
+    ),
+    Advice(
+        {"schedule.kind": "'wsd'", "schedule.over": "'data'", "schedule.decay": "1", "run.epochs": "2"},
+        'set decay to a share such as 0.1, or over = "steps"',
+        ({"schedule.decay": "0.1"}, {"schedule.over": "'steps'"}),
+        "trainer/training/schedule.py",
+        loaded,
+    ),
+    Advice(
+        {"schedule.decay": "1"},
+        'remove them, or set kind = "wsd"',
+        ({"schedule.decay": "-"}, {"schedule.kind": "'wsd'"}),
+        "trainer/training/schedule.py",
+        loaded,
     ),
     Advice(
         {

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import runs
 
-from trainer.config import TrainConfig, load_config, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config, parse_config
 
 
 def _tables(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +138,26 @@ def test_a_decay_over_steps_in_a_run_over_epochs_is_refused() -> None:
     tables["run"]["epochs"] = 1
     with pytest.raises(ValueError, match=r'set schedule.over = "data" or schedule.steps'):
         parse_config(tables)
+
+
+def test_a_decay_longer_than_the_run_is_refused() -> None:
+    tables = _tables(schedule={"kind": "wsd", "warmup": 5, "decay": 6}, run={"steps": 10})
+    with pytest.raises(ValueError, match="warmup 5 and a decay of 6 steps exceed the 10 steps of the schedule"):
+        parse_config(tables)
+    tables["run"]["steps"] = 11
+    assert parse_config(tables).schedule.decay_interval(11) == (5, 11)
+
+
+def test_muon_with_adapters_is_refused() -> None:
+    tables = _tables(optimizer={"kind": "muon"})
+    tables["model"] = {"init_from": "a-model"}
+    tables["lora"] = {"rank": 4}
+    with pytest.raises(
+        ValueError, match=r'optimizer.kind = "muon" .* set optimizer.kind = "adamw", or remove \[lora\]'
+    ):
+        parse_config(tables)
+    tables["optimizer"]["kind"] = "adamw"
+    parse_config(tables)
 
 
 def test_a_decay_over_data_of_unknown_size_is_refused() -> None:

@@ -14,7 +14,7 @@ import pytest
 import runs
 import tiny
 
-from trainer.config import load_config, parse_config
+from trainer.config_file import load_config, parse_config
 from trainer.main import main
 from trainer.process import command_line
 

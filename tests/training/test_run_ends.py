@@ -175,6 +175,48 @@ def test_a_schedule_with_equal_rates_so_far_is_no_change(tmp_path: Path, config:
     assert "schedule.warmup: 5 -> 4" in fails(tmp_path, config)
 
 
+def test_a_decay_starts_from_any_checkpoint_of_the_stable_phase_without_a_trace(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    decaying = {"kind": "wsd", "warmup": 1, "decay": 2, "decay_form": "1-sqrt"}
+    for name in ("whole", "constant", "far end"):
+        (tmp_path / name).mkdir()
+    config["run"]["steps"] = 4
+    runs.run(tmp_path / "whole", config | {"schedule": decaying})
+    whole = runs.outcome(tmp_path / "whole")
+    assert [line["learning_rate"] for line in whole["metrics"]] == pytest.approx(
+        [0.005, 0.01, 0.01, 0.01 * (1 - 0.5**0.5)]
+    )
+    for name, stable in (("constant", {"warmup": 1}), ("far end", decaying | {"steps": 100})):
+        config["run"]["steps"] = 2
+        runs.run(tmp_path / name, config | {"schedule": stable})
+        config["run"]["steps"] = 4
+        runs.run(tmp_path / name, config | {"schedule": decaying})
+        assert runs.outcome(tmp_path / name) == whole
+    config["run"]["steps"] = 6
+    assert "schedule.steps: 4 -> 6" in fails(tmp_path / "whole", config | {"schedule": decaying})
+
+    copy = tmp_path / "whole/runs/copy"
+    shutil.copytree(tmp_path / "whole/runs/run", copy)
+    shutil.move(copy / "checkpoints/step-00000004", tmp_path)
+    config["run"] |= {"name": "copy", "steps": 5}
+    runs.run(tmp_path / "whole", config | {"schedule": decaying})
+    rates = [line["learning_rate"] for line in runs.metrics(tmp_path / "whole", "copy")]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01 * (1 - 0.5**0.5)])
+
+
+def test_the_kind_of_the_optimizer_stays_even_if_changes_of_the_optimizer_are_accepted(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    runs.run(tmp_path, config)
+    config["optimizer"]["kind"] = "muon"
+    config["run"] |= {"steps": 4, "accept_changed": ["optimizer", "optimizer.kind"]}
+    line = fails(tmp_path, config)
+    assert "optimizer.kind: 'adamw' -> 'muon'. Restore the settings, or give the run another name" in line
+    config["run"]["name"] = "other"
+    runs.run(tmp_path, config)
+
+
 def test_accepted_settings_are_used_and_stay_on_record(tmp_path: Path, config: dict[str, Any]) -> None:
     runs.run(tmp_path, config)
     optimizer = {"learning_rate": 1e-3, "clip": 0.5, "weight_decay": 0.25, "betas": [0.8, 0.9]}
@@ -272,7 +314,7 @@ def test_workers_that_torchrun_starts_again_after_a_stop_end_at_once(
 @pytest.mark.parametrize("text", ["", "0s", "3", "h", "3h50", "50m3h", "-3h", "1.5h", "99999999999999999999s"])
 def test_a_time_of_another_form_is_refused(tmp_path: Path, config: dict[str, Any], text: str) -> None:
     config["run"]["stop_after"] = text
-    from trainer.config import parse_config
+    from trainer.config_file import parse_config
 
     with pytest.raises(ValueError, match="is no time above 0; write days, hours"):
         parse_config(config)

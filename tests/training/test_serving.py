@@ -12,7 +12,8 @@ import pytest
 import runs
 
 from checkpoints import ORIGIN, CheckpointStore
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.serving import serving_lines
 
 

@@ -17,10 +17,14 @@ from trainer.config import TrainConfig
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
 from trainer.training.model import ModelSource
-from trainer.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate
+from trainer.training.optimizer import OptimizerConfig
+from trainer.training.schedule import ScheduleConfig, learning_rate
 
 ACCEPTABLE = ("optimizer", "schedule", "run.attention")
 """Tables and keys that `run.accept_changed` may name."""
+
+FIXED = ("optimizer.kind",)
+"""Keys in these tables that no resume may change: the states of two optimizers differ."""
 
 
 class AcceptedChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,4 +185,4 @@ def _remedies(saved: Settings, refused: Sequence[str], accept: Sequence[str]) ->
 
 def _covers(name: str, change: str) -> bool:
     path = change.partition(":")[0]
-    return path == name or path.startswith(f"{name}.")
+    return path not in FIXED and (path == name or path.startswith(f"{name}."))

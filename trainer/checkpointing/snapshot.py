@@ -36,7 +36,7 @@ from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
-from trainer.training.optimizer import reconfigure
+from trainer.training.optimizer import Optimizer, reconfigure
 from trainer.training.progress import Progress
 
 HEAD = "head.weight"
@@ -133,7 +133,7 @@ def take_snapshot(
 def restore(
     store: CheckpointStore,
     model: Llama,
-    optimizer: torch.optim.AdamW,
+    optimizer: Optimizer,
     settings: Settings,
     topology: Topology,
     step: int,

@@ -91,6 +91,23 @@ def head_loss(
     return loss
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
+    """Return the cross-entropy of each token, fp32 `(n,)`, without a gradient.
+
+    The arguments are those of `head_loss`. Every label is an id of the vocabulary.
+    """
+    losses = torch.empty(len(hidden), device=hidden.device)
+    rows = chunk_rows(len(hidden), len(weight), hidden.element_size())
+    for start in range(0, len(hidden), max(rows, 1)):
+        part = slice(start, start + rows)
+        logits = hidden[part] @ weight.t()
+        column = labels[part] - vocabulary.first
+        log_total, picked = _combined(_kernels(hidden).statistics(logits, column), vocabulary.group)
+        losses[part] = log_total - picked
+    return losses
+
+
 class _HeadLoss(torch.autograd.Function):
     """The computation of the example above, chunk by chunk."""
 

@@ -18,7 +18,7 @@ from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import A, Adapter, B, LoraConfig, Part
 from trainer.llama.lora.nf4 import Nf4Weight
-from trainer.llama.loss import WHOLE, Vocabulary, head_loss
+from trainer.llama.loss import WHOLE, Vocabulary, head_loss, token_losses
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu
@@ -207,11 +207,19 @@ class Head(Linear):
 
     def loss(self, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """Return `scale` times the summed cross-entropy, as `head_loss` does."""
-        rows, vocabulary = weight_of(self), WHOLE
-        if isinstance(self.weight, DTensor):
-            mesh = self.weight.device_mesh
-            vocabulary = Vocabulary(mesh.get_local_rank() * len(rows), mesh.get_group())
-        return head_loss(x, rows, labels, scale, vocabulary)
+        rows = weight_of(self)
+        return head_loss(x, rows, labels, scale, self._vocabulary(rows))
+
+    def token_losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of each token, fp32 `(n,)`, without a gradient."""
+        rows = weight_of(self)
+        return token_losses(x, rows, labels, self._vocabulary(rows))
+
+    def _vocabulary(self, rows: Tensor) -> Vocabulary:
+        if not isinstance(self.weight, DTensor):
+            return WHOLE
+        mesh = self.weight.device_mesh
+        return Vocabulary(mesh.get_local_rank() * len(rows), mesh.get_group())
 
 
 class Llama(nn.Module):
@@ -260,6 +268,8 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
         scale: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> Tensor:
         """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
 
@@ -268,11 +278,14 @@ class Llama(nn.Module):
         equal inputs, and the logits are a DTensor split over the vocabulary.
 
         With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
-        the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group.
+        the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group. With
+        `labels` and `each` returns the cross-entropy of each label, fp32, without a gradient.
         """
         hidden = self.hidden(input_ids, position_ids, segments, positions)
         if labels is None:
             return self.head(hidden)  # type: ignore[no-any-return]
+        if each:
+            return self.head.token_losses(hidden, labels)
         return self.head.loss(hidden, labels, torch.ones((), device=hidden.device) if scale is None else scale)
 
     def hidden(

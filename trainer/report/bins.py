@@ -55,6 +55,11 @@ class Bins:
         self._high[at] = np.maximum(self._high[at], np.maximum.reduceat(high, starts, axis=0))
 
     @property
+    def curves(self) -> int:
+        """Number of curves."""
+        return self._count.shape[1]
+
+    @property
     def last_steps(self) -> list[int]:
         """Last step of each bin."""
         return [min((index + 1) * self.width, self.steps) for index in range(len(self._count))]

@@ -48,7 +48,17 @@ def charts_of_run(summary: Summary) -> list[str]:
             if curve in summary.curves
         ]
         cards.append(_plot(chart, lines, marks))
-    return cards
+    return [cards[0], _held_out(summary, marks), *cards[1:]]
+
+
+def _held_out(summary: Summary, marks: Sequence[pages.Mark]) -> str:
+    """Return a card with the validation losses of the first sources that have one; "" without."""
+    known = [(n, curve) for n, curve in enumerate(summary.held_out) if any(value is not None for value in curve.mean)]
+    lines = [
+        _line(f"source {number}", curve, colour, validated=True)
+        for colour, (number, curve) in enumerate(known[: pages.COLOURS])
+    ]
+    return _plot(Chart("Validation loss of each source", ()), lines, marks)
 
 
 def charts_of_runs(names: Sequence[str], summaries: Sequence[Summary]) -> list[str]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sftstream import one_line, printable
-from trainer.process import prepare_output, program
-from trainer.usage import Debug, Version, application, call, epilog
+from trainer.usage import Debug, Version, application, call_and_exit, epilog
 
 MODULE = "trainer.report"
 EXAMPLES = (
@@ -75,22 +70,5 @@ app = application(report, END)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit. An error is a single line on stderr, with exit code 1.
-
-    `--debug` or LOGLEVEL=DEBUG shows the traceback as well. The line is printed here, since
-    `trainer.process.print_error` imports torch.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words or os.environ.get("LOGLEVEL") == "DEBUG"
-    prepare_output(debug=debug)
-    try:
-        sys.exit(call(app, words, program(MODULE)))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
-        if debug:
-            traceback.print_exception(error)
-        line = one_line(error)
-        if not isinstance(error, ValueError | OSError):
-            line = f"{printable(' '.join(words))}: {type(error).__name__}: {line}; --debug shows the traceback"
-        sys.exit(f"error: {line}")
+    """Run the command and exit. An error is a single line on stderr, with exit code 1."""
+    call_and_exit(app, arguments, MODULE)

@@ -16,7 +16,7 @@ from trainer.report.launches import summarize_launches
 from trainer.report.lines import LineReader
 from trainer.report.records import CheckpointSummary, Refusals, RefusedRow, SessionLine, SourceShare, Summary
 from trainer.report.steps import Steps
-from trainer.reporting.events import EVENTS, METRICS, Ended, Event, Launch, Saved
+from trainer.reporting.events import EVENTS, METRICS, Ended, Event, Launch, Saved, Unapplied
 
 SESSIONS = "ledger/sessions.jsonl"
 EXAMPLES = 3
@@ -41,7 +41,7 @@ class RunReader:
             raise ValueError(f"{str(directory)!r} {there}; name the directory of a run, such as runs/first")
         require_files([*(directory / name for name in FILES[:3]), directory / "refused.jsonl", directory / SESSIONS])
         self._directory = directory
-        self._events = LineReader[Event](directory / EVENTS, Launch | Saved | Ended)
+        self._events = LineReader[Event](directory / EVENTS, Launch | Saved | Unapplied | Ended)
         self._sessions = LineReader[SessionLine](directory / SESSIONS, SessionLine)
         self._refused = LineReader[RefusedRow](directory / "refused.jsonl", RefusedRow)
         self._examples = defaultdict[str, list[RefusedRow]](list)
@@ -74,7 +74,7 @@ class RunReader:
                 self._saved = {step: saved for step, saved in self._saved.items() if step <= event.after}
             elif isinstance(event, Ended):
                 self._ends[len(self._launches) - 1] = event
-            else:
+            elif isinstance(event, Saved):
                 self._saved[event.step] = event
                 while len(self._saved) > MOST_CHECKPOINTS:
                     del self._saved[min(self._saved)]
@@ -133,6 +133,7 @@ class RunReader:
             trained_share=_ratio(steps.trained_tokens, steps.tokens),
             data_wait=_ratio(steps.waited, steps.seconds),
             curves=steps.curves(),
+            held_out=steps.held_out(),
             mixture=_mixture(steps, config),
             launches=launches,
             checkpoints=self._checkpoints(),

@@ -33,6 +33,7 @@ class StepLine(msgspec.Struct, frozen=True, gc=False):
     data_wait: float | None = None
     seconds: float | None = None
     time: Time | None = None
+    validation_loss_by_source: Annotated[tuple[float | None, ...], Meta(max_length=MOST_SOURCES)] | None = None
     tokens_by_source: Annotated[tuple[Count, ...], Meta(max_length=MOST_SOURCES)] | None = None
 
 
@@ -167,6 +168,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     data_wait: float | None
     """Share of the time in steps, from 0 to 1."""
     curves: dict[str, Curve]
+    held_out: tuple[Curve, ...]
+    """Validation loss of each held-out source; empty in a run of one held-out source."""
     mixture: tuple[SourceShare, ...]
     """Empty in a run of one source, or of a version that did not record tokens by source."""
     launches: tuple[LaunchSummary, ...]

@@ -60,6 +60,7 @@ class Steps:
         self.source_tokens: tuple[int, ...] = ()
         self._bins = Bins(len(CURVES))
         self._mixture = Bins(1)
+        self._held_out = Bins(0)
         self._marked = marked
 
     def read(self) -> None:
@@ -70,17 +71,16 @@ class Steps:
             rows = [self._fold(line) for line in portion]
             self._bins.add(steps, np.array(rows, np.float64))  # None becomes NaN
             self._mix(portion, steps)
+            self._hold_out(portion, steps)
 
     def curves(self) -> dict[str, Curve]:
         """Return the curves that have a value."""
-        steps = tuple(self._bins.last_steps)
-        found = {}
-        for number, name in enumerate(CURVES):
-            mean = tuple(self._bins.means(number))
-            if any(value is not None for value in mean):
-                low, high = tuple(self._bins.lows(number)), tuple(self._bins.highs(number))
-                found[name] = Curve(steps=steps, mean=mean, low=low, high=high)
-        return found
+        found = {name: _curve(self._bins, number) for number, name in enumerate(CURVES)}
+        return {name: curve for name, curve in found.items() if any(value is not None for value in curve.mean)}
+
+    def held_out(self) -> tuple[Curve, ...]:
+        """Return the validation loss of each held-out source."""
+        return tuple(_curve(self._held_out, source) for source in range(self._held_out.curves))
 
     def mixture(self) -> list[tuple[float | None, ...]]:
         """Return the share of each source in the tokens of each bin of the curves."""
@@ -154,6 +154,13 @@ class Steps:
             if self.best is None or validated < self.best.loss:
                 self.best = Best(line.step, validated)
 
+    def _hold_out(self, portion: list[StepLine], steps: NDArray[np.int64]) -> None:
+        losses = [line.validation_loss_by_source or () for line in portion]
+        table = np.full((len(portion), max(map(len, losses))), np.nan)
+        for row, line in zip(table, losses, strict=True):
+            row[: len(line)] = line  # None becomes NaN
+        self._held_out.add(steps, table)
+
     def _mix(self, portion: list[StepLine], steps: NDArray[np.int64]) -> None:
         count = max((len(line.tokens_by_source or ()) for line in portion), default=0)
         count = max(count, len(self.source_tokens))
@@ -166,3 +173,12 @@ class Steps:
         before = np.zeros(count)
         before[: len(self.source_tokens)] = self.source_tokens
         self.source_tokens = tuple((before + table.sum(0)).astype(int).tolist())
+
+
+def _curve(bins: Bins, number: int) -> Curve:
+    return Curve(
+        steps=tuple(bins.last_steps),
+        mean=tuple(bins.means(number)),
+        low=tuple(bins.lows(number)),
+        high=tuple(bins.highs(number)),
+    )

@@ -26,6 +26,8 @@ SECONDS_BETWEEN_FRAMES = 0.1
 """Shortest time between two updates of a terminal."""
 AVERAGED = 20
 """Number of steps whose mean speed, fill, trained share and wait are shown."""
+MOST_SHOWN = 12
+"""Held-out sources whose losses are shown."""
 PACED = 5
 """Number of steps of a session after which the time of the whole run is printed once."""
 
@@ -76,7 +78,7 @@ class Display:
             self._print_json({**msgspec.to_builtins(metrics), "share_done": share, "seconds_left": left})
             return
         if metrics.validation_loss is not None:
-            self.say(f"step {metrics.step} | validation loss {metrics.validation_loss:.4f}")
+            self.say(f"step {metrics.step} | validation loss {metrics.validation_loss:.4f}{by_source(metrics)}")
         if self._pace.steps == PACED and left is not None and not last:
             self.say(f"time     about {spelled(left)} left, by the pace of the first {PACED} steps")
         averaged, ends = recent_metrics(self._recent), end_facts(share, left)
@@ -90,7 +92,19 @@ class Display:
 
     def _print_json(self, value: dict[str, Any]) -> None:
         if not self.console.quiet:
-            print(json.dumps(value), file=self.console.file, flush=True)
+            # JSON has no NaN: msgspec writes null. json escapes what a terminal would obey.
+            print(json.dumps(msgspec.json.decode(msgspec.json.encode(value))), file=self.console.file, flush=True)
+
+
+def by_source(metrics: StepMetrics) -> str:
+    """Return the validation loss of each source in words, "" if the metrics have none.
+
+    Example: " (source 0: 1.2500, source 2: 2.0000)".
+    """
+    losses = enumerate(metrics.validation_loss_by_source or ())
+    shown = [f"source {number}: {loss:.4f}" for number, loss in losses if loss is not None]
+    more = f", {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+    return f" ({', '.join(shown[:MOST_SHOWN])}{more})" if shown else ""
 
 
 def step_facts(metrics: StepMetrics, validation: float | None) -> list[str]:

@@ -61,6 +61,15 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="c
     """Time that training waited for the checkpoint."""
 
 
+class Unapplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="unapplied"):
+    """A step whose update was not applied, since its loss or gradient was not finite."""
+
+    time: Time
+    step: Count
+    cause: str
+    """Loss, norm, parameters and conversations in words."""
+
+
 class Ended(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="end"):
     """The end of a launch that was not killed."""
 
@@ -71,7 +80,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="e
     """`COMPLETE`, `STOPPED`, or the message of an error."""
 
 
-Event = Launch | Saved | Ended
+Event = Launch | Saved | Unapplied | Ended
 
 
 class _LastLine(msgspec.Struct):
@@ -119,6 +128,10 @@ class EventLog:
     def saved(self, seconds: float) -> None:
         """Append a checkpoint of the last finished step, for which training waited `seconds`."""
         self._add(Saved(time=time.time(), step=self.step, seconds=seconds))
+
+    def unapplied(self, step: int, cause: str) -> None:
+        """Append a step whose update was not applied."""
+        self._add(Unapplied(time=time.time(), step=step, cause=cause))
 
     def end(self, reason: str) -> None:
         """Append the end of the launch, and close the file."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -23,10 +25,24 @@ from trainer.training.step_reader import LocatedRefusal
 
 logger = logging.getLogger(__name__)
 
+LONGEST_LINE = 1 << 14
+"""Bytes at the end of a file in which its last line is looked for first."""
+MOST_LOSS = math.log(sys.float_info.max)
+"""Loss from which on its exponential is not finite."""
 
+CURVES_BY_SOURCE = (
+    "validation_loss_by_source",
+    "validation_perplexity_by_source",
+    "trained_tokens_by_source",
+    "share_by_source",
+)
+"""Fields of StepMetrics with a curve in TensorBoard for each source, such as
+`validation_loss_by_source/0`."""
 CURVES = (
     "loss",
+    "perplexity",
     "validation_loss",
+    "validation_perplexity",
     "grad_norm",
     "learning_rate",
     "fill",
@@ -75,6 +91,16 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tokens_by_source: tuple[int, ...] | None = None
     """Tokens of the step from each source; left out in a run of one source, or of more than
     `MOST_SOURCES`."""
+    trained_tokens_by_source: tuple[int, ...] | None = None
+    """Tokens in the loss of the step from each source; left out where `tokens_by_source` is."""
+    mixed_by_source: tuple[int, ...] | None = None
+    """Conversations, tokens or trained tokens from each source, in the unit of `data.mix_by`, since
+    the start of the run; left out where `tokens_by_source` is."""
+    share_by_source: tuple[float, ...] | None = None
+    """`mixed_by_source` divided by its sum."""
+    wanted_share_by_source: tuple[float, ...] | None = None
+    """Share of each source by the weights of `data.sources`; left out in a run with `data.stages`,
+    and if a streamed source has no weight."""
     mfu: float | None = None
     """Operations that the model needs for the step, divided by those of all GPUs at their bf16
     peak in the same time, in [0, 1]; left out on CPUs and GPUs of unknown peak. Counts the
@@ -87,6 +113,24 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     validation_loss: float | None = None
     """Mean cross-entropy over the held-out trained tokens, in nats; left out after a step without
     validation."""
+    validation_perplexity: float | None = None
+    """Exponential of `validation_loss`; left out where `validation_loss` is."""
+    validation_loss_by_source: tuple[float | None, ...] | None = None
+    """Mean cross-entropy over the trained tokens of each held-out source, in nats, null for a
+    source without a trained token; left out for one held-out source, or more than
+    `MOST_SOURCES`."""
+    validation_perplexity_by_source: tuple[float | None, ...] | None = None
+    """Exponential of each number of `validation_loss_by_source`."""
+    unapplied: bool = False
+    """True if the update was not applied, since `loss` or `grad_norm` was not finite and is null;
+    left out if False."""
+    perplexity: float | None = None
+    """Exponential of `loss`; left out if it exceeds the largest float."""
+
+
+def perplexity(loss: float) -> float | None:
+    """Return the exponential of `loss`, None if no finite float holds it."""
+    return math.exp(loss) if loss < MOST_LOSS else None
 
 
 class RunLog:
@@ -122,6 +166,10 @@ class RunLog:
         self._metrics.add(msgspec.to_builtins(metrics))
         self._curves.add(metrics)
         self.events.step = metrics.step
+
+    def last_step(self) -> dict[str, Any]:
+        """Return the last line of `metrics.jsonl`; {} without a line."""
+        return self._metrics.last()
 
     def refused(self, step: int, refusals: list[LocatedRefusal]) -> None:
         """Append the refused rows of a step to `refused.jsonl`."""
@@ -171,6 +219,8 @@ class Curves:
     def add(self, metrics: StepMetrics) -> None:
         """Append a point to each curve."""
         values = {name: getattr(metrics, name) for name in CURVES}
+        for name in CURVES_BY_SOURCE:
+            values |= {f"{name}/{source}": value for source, value in enumerate(getattr(metrics, name) or ())}
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None]
         self._write(Event(step=metrics.step, summary=Summary(value=points)))
 
@@ -218,6 +268,17 @@ class Lines:
         """Return all lines on disk."""
         self._file.seek(0)
         return [msgspec.json.decode(line) for line in self._file]
+
+    def last(self) -> dict[str, Any]:
+        """Return the last line on disk; {} without a line."""
+        size = self._file.seek(0, os.SEEK_END)
+        length = LONGEST_LINE
+        while True:
+            self._file.seek(max(0, size - length))
+            lines = self._file.read().splitlines()
+            if len(lines) > 1 or length >= size:
+                return msgspec.json.decode(lines[-1]) if lines else {}
+            length *= 2
 
     def _write(self) -> None:
         while self._waiting:

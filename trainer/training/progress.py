@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
+from trainer.config import ValidationConfig
 from trainer.training.step import StepResult
 from trainer.training.step_reader import StepTotals
 
@@ -22,33 +21,51 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     trained_tokens: int = 0
     """Tokens in the loss."""
     loss: float | None = None
-    """Mean loss of the last step, in nats; None before the first step."""
+    """Mean loss of the last step with an update, in nats; None before the first."""
+    unapplied_in_a_row: int = 0
+    """Last steps without an update, since loss or gradient was not finite."""
+    lowest: float | None = None
+    """Lowest validation loss, in nats; None before the first validation and without
+    `validation.patience`."""
+    without_lowest: int = 0
+    """Last validations in a row without a new lowest loss."""
     exhausted: bool = msgspec.field(name="finished", default=False)
     """True after the last step of the data."""
 
     def after(self, totals: StepTotals, result: StepResult) -> Progress:
         """Return the progress after one more step.
 
-        Raises ValueError if the step's loss or gradient norm is not a finite number.
+        The tokens of a step without an update, since its loss or gradient is not finite, do not
+        count as trained.
         """
-        step = self.step + 1
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise ValueError(
-                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}; lower "
-                'optimizer.learning_rate, and once there is a checkpoint, set run.accept_changed = ["optimizer"] as well'
-            )
-        return Progress(
-            step=step,
+        applied = result.is_finite
+        return msgspec.structs.replace(
+            self,
+            step=self.step + 1,
             rows=self.rows + totals.rows,
             tokens=self.tokens + totals.tokens,
-            trained_tokens=self.trained_tokens + totals.trained_tokens,
-            loss=result.loss,
+            trained_tokens=self.trained_tokens + (totals.trained_tokens if applied else 0),
+            loss=result.loss if applied else self.loss,
+            unapplied_in_a_row=0 if applied else self.unapplied_in_a_row + 1,
             exhausted=totals.unexhausted_shards == 0,
         )
 
-    def is_complete(self, steps: int | None) -> bool:
-        """Return True if the data is exhausted or `steps` (`run.steps`) are taken."""
-        return self.exhausted or (steps is not None and self.step >= steps)
+    def validated(self, loss: float, validation: ValidationConfig) -> Progress:
+        """Return the progress after a validation with the judged loss `loss`, in nats."""
+        if validation.patience is None:
+            return msgspec.structs.replace(self, lowest=None, without_lowest=0)
+        if self.lowest is None or loss < self.lowest - validation.min_improvement:
+            return msgspec.structs.replace(self, lowest=loss, without_lowest=0)
+        return msgspec.structs.replace(self, without_lowest=self.without_lowest + 1)
+
+    def is_complete(self, steps: int | None, patience: int | None = None) -> bool:
+        """Return True if the data is exhausted, `steps` (`run.steps`) are taken, or `patience`
+        (`validation.patience`) is used up."""
+        return self.exhausted or (steps is not None and self.step >= steps) or self.ends_early(patience)
+
+    def ends_early(self, patience: int | None) -> bool:
+        """Return True if the last `patience` validations had no new lowest loss."""
+        return patience is not None and self.without_lowest >= patience
 
     def share(self, total_rows: int | None, steps: int | None) -> float | None:
         """Return the finished part of the run in [0, 1].

@@ -7,6 +7,7 @@ is 12.0 / 4 = 3.0, not the mean of the packs' means, 4.0.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -21,52 +22,72 @@ from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
 from trainer.llama.working import working_copies
-from trainer.training.adamw import AdamW
-from trainer.training.optimizer import clipped_step, global_norm
+from trainer.training.optimizer import GradientNorms, Optimizer, clipped_step, gradient_norms
 
 
 class StepResult(NamedTuple):
-    """Results of a step, equal on every rank."""
+    """Results of a step; loss and norm are equal on every rank."""
 
     loss: float
     """Mean cross-entropy, in nats, over the trained tokens of the global batch."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
+    pack_losses: list[float]
+    """Part of each pack of this rank in `loss`, in the order of the packs."""
+    norms: GradientNorms
+    """Norms of the gradients of this rank's parts of the parameters."""
+
+    @property
+    def is_finite(self) -> bool:
+        """True if loss and gradient are finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def train_step(
     model: Llama,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     packs: list[Pack],
     topology: Topology,
     *,
     trained_tokens: int,
     learning_rate: float,
     clip: float | None,
+    skip_nonfinite: bool = False,
 ) -> StepResult:
     """Take one optimizer step; `packs` are this rank's part of the global batch. Collective.
 
     `trained_tokens` is the count in the global batch, over all ranks. Without a trained token the
     model stays as it is. `clip` is the largest gradient norm, None for no limit.
+
+    A loss or a gradient that is not finite makes the weights not finite. With `skip_nonfinite`
+    weights and optimizer then stay as they are; each step waits for the device before its update.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(model, heaviest_first(packs), topology, trained_tokens)
-    norm = global_norm(model.parameters()).to(loss.device)
-    if trained_tokens:
+    order = heaviest_first(packs)
+    parts = _backward(model, [packs[number] for number in order], topology, trained_tokens)
+    loss = _summed(parts, topology)
+    norms = gradient_norms(model.parameters())
+    norm = norms.total.to(loss.device)
+    numbers = torch.stack((loss, norm, *parts))
+    applied = bool(trained_tokens) and not (skip_nonfinite and not numbers[:2].isfinite().all())
+    if applied:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         clipped_step(optimizer, norm, clip)
     optimizer.zero_grad(set_to_none=True)  # freed before the wait, and not at the start of the next step
-    return StepResult(*torch.stack((loss, norm)).tolist())  # the only wait for the device
+    mean, length, *losses = numbers.tolist()  # without `skip_nonfinite` the only wait for the device
+    return StepResult(mean, length, [losses[order.index(number)] for number in range(len(packs))], norms)
 
 
-def heaviest_first(packs: list[Pack]) -> list[Pack]:
-    """Return the packs by falling cost of attention, the sum of squared lengths of segments.
+def heaviest_first(packs: list[Pack]) -> list[int]:
+    """Return the numbers of the packs by falling cost of attention, the sum of squared lengths of
+    segments.
 
     Ranks that gather sharded weights wait for each other in every layer of every pack. In this
     order they run packs of about equal cost at the same time.
     """
-    return sorted(packs, key=lambda pack: int((np.diff(pack.borders).astype(np.int64) ** 2).sum()), reverse=True)
+    costs = [int((np.diff(pack.borders).astype(np.int64) ** 2).sum()) for pack in packs]
+    return sorted(range(len(packs)), key=costs.__getitem__, reverse=True)
 
 
 def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int) -> Tensor:
@@ -74,8 +95,13 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
 
     The loss is a float32 scalar, equal on every rank.
     """
+    return _summed(_backward(model, packs, topology, trained_tokens), topology)
+
+
+def _backward(model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int) -> list[Tensor]:
+    """Add the packs' gradients to the parameters; return the part of each pack in the loss."""
     scale = torch.full((), 1 / max(trained_tokens, 1), device=topology.device)
-    loss = torch.zeros((), device=topology.device)
+    losses = []
     copies = working_copies(model)
     with copies.several_packs() if copies and len(packs) > 1 else nullcontext():
         for number, pack in enumerate(packs, 1):
@@ -86,7 +112,15 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
                 model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward)
             part = pack_loss(model, pack, topology.device, scale)
             part.backward()
-            loss += part.detach()
+            losses.append(part.detach())
+    return losses
+
+
+def _summed(parts: list[Tensor], topology: Topology) -> Tensor:
+    """Return the sum of the parts of all ranks. Collective."""
+    loss = torch.zeros((), device=topology.device)
+    for part in parts:
+        loss += part
     dist.all_reduce(loss, group=topology.mesh["dp"].get_group())
     return loss
 
@@ -96,12 +130,27 @@ def pack_loss(model: Llama, pack: Pack, device: torch.device, scale: Tensor | No
 
     The result is an fp32 scalar; `scale` is 1 by default.
     """
+    return model(*_inputs(pack, device), scale)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def label_losses(model: Llama, pack: Pack, device: torch.device) -> Tensor:
+    """Return the cross-entropy of each trained token of a pack, in nats, fp32 `(n,)`, in order."""
+    return model(*_inputs(pack, device), each=True)  # type: ignore[no-any-return]
+
+
+def trained_positions(pack: Pack) -> Tensor:
+    """Return the positions in a pack whose labels count in the loss, int64, on the CPU."""
     # nonzero on the CPU, since on a GPU its result's size would wait for all queued kernels.
-    trained = torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
+    return torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
+
+
+def _inputs(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Segments, Tensor, Tensor]:
+    """Return the arguments of the model for a pack, on `device`."""
+    trained = trained_positions(pack)
     labels = pack.labels[trained]
     input_ids, position_ids, cu_seqlens, trained, labels = (
         tensor.to(device, non_blocking=True)
         for tensor in (pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, labels)
     )
-    segments = Segments(cu_seqlens, pack.max_seqlen)
-    return model(input_ids, position_ids, segments, trained, labels, scale)  # type: ignore[no-any-return]
+    return input_ids, position_ids, Segments(cu_seqlens, pack.max_seqlen), trained, labels

@@ -1,14 +1,18 @@
-"""The loss on held-out conversations, without an effect on the training."""
+"""The loss on held-out conversations, of all and of each source, without an effect on the
+training."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoints import About
@@ -16,11 +20,23 @@ from sftstream import ChatEncoder, DataConfig, Pack, PackAssignment, PackLoader,
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
-from trainer.training.step import pack_loss
+from trainer.training.step import label_losses, trained_positions
 from trainer.training.step_reader import StepReader, gather_refusals, reduce_totals
 
 HELD_OUT = "held-out data"
 """Key of the held-out packs' digest in a checkpoint's manifest."""
+
+
+class HeldOutLoss(NamedTuple):
+    """A validation, equal on every rank."""
+
+    loss: float
+    """Mean cross-entropy over all held-out trained tokens, in nats."""
+    by_source: tuple[float | None, ...]
+    """Mean cross-entropy over the trained tokens of each held-out source, in nats; None for a
+    source without a trained token."""
+    judged: float
+    """Loss that `checkpoint.keep_best` and `validation.patience` compare."""
 
 
 class Validation:
@@ -34,6 +50,7 @@ class Validation:
     def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None, streams: int) -> None:
         assert config.validation is not None
         self.every = config.validation.every
+        self._best_by = config.validation.best_by
         self.conversations = self.trained_tokens = 0
         self.refused = Counter[str]()
         self._topology = topology
@@ -43,15 +60,21 @@ class Validation:
         loader = PackLoader(_with_date_of(data, encoder), shard=topology.shard) if encoder else None
         assignment = PackAssignment(streams, data.global_batch, topology.dp)
         step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources))
-        self._read(step_reader, config.validation.global_batches)
+        self._tokens = self._read(step_reader, config.validation.global_batches, len(data.sources))
         step_reader.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold no trained token; use other sources ({self.describe()})")
+        if self._best_by != "all" and not self._tokens[self._best_by]:
+            raise ValueError(
+                f"validation.best_by = {self._best_by} is a source without a held-out trained token; set "
+                f'validation.best_by = "all", or name another source ({self.describe()})'
+            )
 
     @property
     def digest(self) -> str:
-        """Hash of the held-out packs of all ranks, in order."""
-        return batch_digest(self._digests)
+        """Hash of the held-out packs of all ranks, in order, and of the source that is judged."""
+        judged = [] if self._best_by == "all" else [f"source {self._best_by}"]
+        return batch_digest([*self._digests, *judged])
 
     def describe(self) -> str:
         """Return the counts in words; reasons of refusals are complete on rank 0 only."""
@@ -62,45 +85,54 @@ class Validation:
     def require_comparable(self, before: About) -> None:
         """Raise ValueError if a checkpoint's validation loss comes from other held-out packs.
 
-        `before` is the manifest entry of the checkpoint. `keep_best` compares losses of equal packs
-        only.
+        `before` is the manifest entry of the checkpoint. `keep_best` and `patience` compare losses
+        of equal packs only.
         """
         if before.digests.get(HELD_OUT, self.digest) != self.digest:
             raise ValueError(
-                "checkpoint.keep_best compares validation losses, but the checkpoint's losses come from other held-out "
-                "conversations; restore validation.sources, leave out keep_best, or give the run another name"
+                "checkpoint.keep_best and validation.patience compare validation losses, but the checkpoint's losses come "
+                "from other held-out conversations; restore validation.sources and validation.best_by, leave out keep_best "
+                "and patience, or give the run another name"
             )
 
-    def after(self, step: int, model: Llama) -> float | None:
-        """Return the validation loss after `step`, or None if `step` is not due. Collective.
+    def after(self, step: int, model: Llama) -> HeldOutLoss | None:
+        """Return the validation losses after `step`, or None if `step` is not due. Collective.
 
-        The loss is the mean cross-entropy over the held-out trained tokens, in nats.
-
-        Equal on every rank. Raises ValueError if the loss is not a finite number.
+        Raises ValueError if the loss is not a finite number.
         """
         if step % self.every:
             return None
-        loss = self._loss(model)
-        if not math.isfinite(loss):
+        result = self._losses(model)
+        if not math.isfinite(result.loss):
             raise ValueError(
-                f"step {step}: the validation loss is {loss}; lower optimizer.learning_rate, and once there is a "
+                f"step {step}: the validation loss is {result.loss}; lower optimizer.learning_rate, and once there is a "
                 'checkpoint, set run.accept_changed = ["optimizer"] as well'
             )
-        return loss
+        return result
 
-    @torch.no_grad()
-    def _loss(self, model: Llama) -> float:
-        # in float64, so that the sum over many packs adds little rounding
-        total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
-        for pack in self._packs:
-            total += pack_loss(model, pack, self._topology.device)
+    def _losses(self, model: Llama) -> HeldOutLoss:
+        # The losses stay on the device until the end, 4 bytes a label: no wait between packs.
+        losses = [label_losses(model, pack, self._topology.device) for pack in self._packs]
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # else gathered weights stay in memory, without a backward pass
-        dist.all_reduce(total, group=self._topology.mesh["dp"].get_group())
-        return total.item() / self.trained_tokens
+        totals = torch.zeros(len(self._tokens), dtype=torch.float64)
+        if self._topology.leads and losses:  # the other ranks of a tensor-parallel group have equal losses
+            sources = np.concatenate([_sources_of_labels(pack) for pack in self._packs])
+            # in float64, so that the sum over many tokens adds little rounding
+            values = torch.cat(losses).double().cpu().numpy()
+            totals += torch.from_numpy(np.bincount(sources, values, len(totals)))
+        dist.all_reduce(totals)
+        sums = totals.tolist()
+        means = tuple(total / count if count else None for total, count in zip(sums, self._tokens, strict=True))
+        loss = sum(sums) / self.trained_tokens
+        judged = loss if self._best_by == "all" else means[self._best_by]
+        assert judged is not None
+        return HeldOutLoss(loss, means, judged)
 
-    def _read(self, step_reader: StepReader, limit: int | None) -> None:
+    def _read(self, step_reader: StepReader, limit: int | None, sources: int) -> list[int]:
+        """Read the packs; return the trained tokens of each source, equal on every rank."""
+        tokens = torch.zeros(sources, dtype=torch.int64)
         for step in itertools.count() if limit is None else range(limit):
             packs = step_reader.packs(step)
             count = reduce_totals(step, packs, step_reader, self._topology, stop=False)
@@ -111,10 +143,24 @@ class Validation:
             if count.tokens:
                 self._packs += packs
                 self._digests.append(count.digest)
+                if mine := step_reader.step:
+                    trained = np.bincount(mine.segments["source"], mine.segments["trained_tokens"], sources)
+                    tokens += torch.from_numpy(trained.astype(np.int64))
             self.conversations += count.rows - count.refused
             self.trained_tokens += count.trained_tokens
             if not count.unexhausted_shards:
                 break
+        dist.all_reduce(tokens)
+        found: list[int] = tokens.tolist()
+        return found
+
+
+def _sources_of_labels(pack: Pack) -> NDArray[np.int64]:
+    """Return the index of the source of each label that counts in the loss, in order."""
+    numbers = np.array([segment.source for segment in pack.segments], np.int64)
+    places = np.searchsorted(pack.borders, trained_positions(pack).numpy(), side="right") - 1
+    found: NDArray[np.int64] = numbers[places]
+    return found
 
 
 def _with_date_of(data: DataConfig, encoder: ChatEncoder) -> DataConfig:

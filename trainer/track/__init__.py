@@ -1,0 +1,1 @@
+"""Send the numbers of a run to trackers: MLflow, trackio, Weights & Biases."""
