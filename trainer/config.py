@@ -139,7 +139,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def stop_seconds(self) -> float:
         """Seconds of `stop_after`, or infinity. Raises ValueError for a text of another form."""
-        return math.inf if self.stop_after is None else parse_duration(self.stop_after)
+        return math.inf if self.stop_after is None else parse_duration("stop_after", self.stop_after)
 
     @property
     def export_directory(self) -> Path:

@@ -206,3 +206,17 @@ def test_an_unexpected_error_is_one_line_that_names_the_path(tmp_path, monkeypat
     assert "Traceback (most recent call last):" in lines
     assert sys.stdout is not None
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("nope://x/y", "cannot be opened: Protocol not known: nope; correct the URL"),
+        ("a\0b", "is no path; name a directory"),
+    ],
+)
+def test_a_root_that_is_no_place_is_one_line(root, message):
+    code, lines = call("list", root)
+    assert (code, len(lines)) == (1, 1)
+    assert message in lines[0]
+    assert repr(root)[1:-1] in lines[0]

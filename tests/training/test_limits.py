@@ -164,7 +164,7 @@ OTHERS = [
         {"warmup": 1, "steps": 2},
     ),
     ("must be at most 1000d", "parallel.timeout", "1001d", "1000d"),
-    ("'1000d1s' must be at most 1000d", "run.stop_after", "1000d1s", "999d24h"),
+    ("stop_after = '1000d1s' must be at most 1000d", "run.stop_after", "1000d1s", "999d24h"),
     ("must be a multiple of num_attention_heads 5", "model.num_attention_heads", 5, 8),
     ("must be a multiple of num_key_value_heads 3", "model.num_key_value_heads", 3, 4),
     ("head_dim 7 must be even", "model.head_dim", 7, 8),
