@@ -3,6 +3,7 @@ port."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ processes.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.fsdp",
         "trainer.main",
+        *(["torchao.optim.adam"] if importlib.util.find_spec("torchao") else []),
         # With a GPU, the models open the device at import, and no child of the server could use the
         # device.
         *([] if torch.cuda.is_available() else MODELS),

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,13 +63,18 @@ class Job:
     """The processes of a run in `directory`, started once."""
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], processes: int = 1, environment: dict[str, str] | None = None
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        processes: int = 1,
+        environment: dict[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         address |= environment or {}
         self._ranks: list[BaseProcess] = [
-            server.Process(target=_rank, args=(directory, config, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            server.Process(target=_rank, args=(directory, config, {**address, **names(r)}, options))
             for r in range(processes)
         ]
         for rank in self._ranks:
@@ -153,7 +158,11 @@ def outcome(directory: Path, name: str = "run") -> dict[str, Any]:
     }
 
 
-def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) -> None:
+def names(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str], options: Sequence[str]) -> None:
     os.environ.update(environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     os.chdir(directory)
     log = os.open(f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -166,7 +175,8 @@ def _rank(directory: Path, config: dict[str, Any], environment: dict[str, str]) 
     torch.set_num_threads(1)
     path = directory / f"config{environment['RANK']}.toml"
     path.write_text("".join(f"{name} = {toml(table)}\n" for name, table in config.items()))
-    sys.exit(main([str(path)]))
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.exit(main([str(path), *options]))
 
 
 def free_port() -> int:

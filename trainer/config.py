@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ from trainer.track.config import TrackerConfig
 from trainer.training.optimizer import OptimizerConfig
 from trainer.training.schedule import ScheduleConfig
 
+SCORER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A module and a function in it."""
 MOST_NEW_TOKENS = 2**20
 """Limit of the tokens of an answer."""
 
@@ -236,23 +239,26 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     global_batches: int | None = None
     """Number of global batches (`data.global_batch` packs each) to validate on, 1 or more. Default:
     all packs of the sources. The packs stay in memory, at 24 bytes per token."""
-    best_by: Literal["all"] | int = "all"
-    """Loss that `checkpoint.keep_best` and `patience` compare: the mean over "all" held-out trained
-    tokens, or over those of one source, given by its index in `sources`, counted from 0."""
+    best_by: Literal["all", "answers"] | int = "all"
+    """Number that `checkpoint.keep_best` and `patience` compare: the mean loss over "all" held-out
+    trained tokens, or over those of one source, given by its index in `sources`, counted from 0; or
+    1 minus the mean score of the "answers", which needs `evaluation.every`. The score of an answer
+    is that of `evaluation.scorer`, else 1 for an exact answer and 0 for another."""
     patience: int | None = None
-    """Validations in a row without a new lowest loss after which the run ends early, 1 or more. The
-    run is then complete: saved, exported and evaluated. A resume with a larger `patience` trains
-    on. Default: no early end."""
+    """Validations in a row without a new lowest number after which the run ends early, 1 or more;
+    with `best_by = "answers"` evaluations in a row. The run is then complete: saved, exported and
+    evaluated. A resume with a larger `patience` trains on. Default: no early end."""
     min_improvement: float = 0.0
-    """Amount in nats by which a loss must be below the lowest to count as a new lowest for
-    `patience`, 0 or more."""
+    """Amount by which a number must be below the lowest to count as a new lowest for `patience`, 0
+    or more; in nats for a loss."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name at least one [[validation.sources]] with a path")
-        if self.best_by != "all" and not 0 <= self.best_by < len(self.sources):
+        if isinstance(self.best_by, int) and not 0 <= self.best_by < len(self.sources):
             raise ValueError(
-                f'best_by = {self.best_by} must be "all" or the index of a held-out source, from 0 to {len(self.sources) - 1}'
+                f'best_by = {self.best_by} must be "all" or the index of a held-out source, from 0 to {len(self.sources) - 1}, '
+                'or "answers"'
             )
         if not 0 <= self.min_improvement < math.inf:
             raise ValueError(f"min_improvement = {self.min_improvement} must be finite and not negative")
@@ -263,9 +269,10 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[evaluation]` table: questions for the finished model, with the expected answers.
+    """The `[evaluation]` table: questions for the model, with the expected answers.
 
-    The exported model answers each conversation up to its last trained message, greedily.
+    The exported model answers each conversation up to its last trained message, greedily. With
+    `every` the model also answers during the training.
     """
 
     path: str
@@ -276,6 +283,14 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     `runs/<name>/answers.jsonl`."""
     max_new_tokens: int = 64
     """Tokens after which an answer is cut off, 1 to 2**20."""
+    every: int | None = None
+    """Steps between evaluations during the training, 1 or more. All ranks generate together, with
+    the model as it is spread over them; each token costs a forward pass over the questions.
+    Default: only the exported model answers."""
+    scorer: str | None = None
+    """Function `module:function` that gets prompt, expected answer and given answer as texts, and
+    returns a score, more for a better answer. Needs `--allow-code` on the command line. Default:
+    none, answers are compared exactly."""
 
     def __post_init__(self) -> None:
         if self.show < 0 or self.max_new_tokens < 1:
@@ -285,6 +300,11 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if self.max_new_tokens > MOST_NEW_TOKENS:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at most {MOST_NEW_TOKENS}")
         _require_at_most_steps("show", self.show)
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every = {self.every} must be at least 1")
+        _require_at_most_steps("every", self.every)
+        if self.scorer is not None and not SCORER.fullmatch(self.scorer):
+            raise ValueError(f"scorer = {self.scorer!r} names no function; write it as module:function")
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -308,6 +328,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 "two [[trackers]] tables name the same run of a tracker, which would get each step twice; "
                 "remove one of the tables, or give one another project, name or url"
+            )
+        if self._judges_answers and (self.evaluation is None or self.evaluation.every is None):
+            raise ValueError(
+                'validation.best_by = "answers" compares the scores of answers during the training; set evaluation.path and '
+                'evaluation.every, or best_by = "all"'
             )
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
@@ -337,6 +362,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
 
     @property
+    def _judges_answers(self) -> bool:
+        return self.validation is not None and self.validation.best_by == "answers"
+
+    @property
     def patience(self) -> int | None:
         """Validations without a new lowest loss that end the run; None without an early end."""
         return self.validation.patience if self.validation else None
@@ -346,12 +375,14 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"checkpoint.keep_best = {self.checkpoint.keep_best} compares validation losses; add a [validation] table"
             )
-        saves, validates = self.checkpoint.every, self.validation.every
-        meet = math.lcm(saves, validates)
-        if meet > max(saves, validates) or (self.run.steps is not None and meet > self.run.steps):
+        table, saves, judges = "validation", self.checkpoint.every, self.validation.every
+        if self._judges_answers and self.evaluation is not None and self.evaluation.every is not None:
+            table, judges = "evaluation", self.evaluation.every
+        meet = math.lcm(saves, judges)
+        if meet > max(saves, judges) or (self.run.steps is not None and meet > self.run.steps):
             raise ValueError(
-                f"checkpoint.keep_best needs steps that are both saved and validated, but checkpoint.every = {saves} and "
-                f"validation.every = {validates} first meet at step {meet}; make one a multiple of the other, and both at "
+                f"checkpoint.keep_best needs steps that are both saved and judged, but checkpoint.every = {saves} and "
+                f"{table}.every = {judges} first meet at step {meet}; make one a multiple of the other, and both at "
                 "most run.steps"
             )
 

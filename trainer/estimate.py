@@ -33,6 +33,7 @@ from trainer.llama.lora.nf4 import Nf4Weight, count_weights, quantized, require_
 from trainer.llama.loss import chunk_rows
 from trainer.llama.model import Llama
 from trainer.llama.parallel import check_divisible, placement_of
+from trainer.training.adamw8bit import block_size
 from trainer.training.model import find_source
 
 GPU = torch.device("cuda")
@@ -63,6 +64,10 @@ class Held(NamedTuple):
     """Bytes of weights in 4 bits, which are not in the other numbers."""
     largest: int = 0
     """Weights of the largest matrix in 4 bits."""
+    eight_bit: int = 0
+    """Trained weights whose means `optimizer.kind = "adamw8bit"` quantizes."""
+    scales: int = 0
+    """Blocks of these means."""
 
     @property
     def all(self) -> int:
@@ -192,7 +197,6 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     gathered = _held(shape, config.lora, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
     trained = stored if config.lora is None else torch.float32
-    muon = config.optimizer.kind == "muon"  # one mean of the gradients of its matrices, not two
     assert run.recompute != "auto"
     # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
@@ -207,13 +211,23 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     return {
         "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize + sharded.quantized,
-        "optimizer": (2 * sharded.trained - (sharded.matrices if muon else 0)) * trained.itemsize,
+        "optimizer": _optimizer_state(config.optimizer.kind, sharded, trained.itemsize),
         "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
         "working weights": working,
         "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
         # The logits, overwritten by their gradient; a trained head's gradient.
         "head": logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
     }
+
+
+def _optimizer_state(kind: str, held: Held, itemsize: int) -> int:
+    """Return the bytes of the optimizer's state; `itemsize` is that of a trained weight."""
+    match kind:
+        case "muon":  # one mean of the gradients of its matrices, not two
+            return (2 * held.trained - held.matrices) * itemsize
+        case "adamw8bit":
+            return 2 * ((held.trained - held.eight_bit) * itemsize + held.eight_bit + 4 * held.scales)
+    return 2 * held.trained * itemsize
 
 
 def _trains_head(lora: LoraConfig | None) -> bool:
@@ -224,7 +238,7 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
     """Count the weights on the first of `tp` x `shards` ranks; FSDP rounds rows up."""
     with torch.device("meta"):
         model = Llama(shape, lora)
-    blocks = ends = trained = matrices = 0
+    blocks = ends = trained = matrices = eight_bit = scales = 0
     for name, weight in model.named_parameters():
         rows, columns = weight.shape[0], weight[0].numel()
         placement = placement_of(*name.split(".")[-2:])
@@ -234,9 +248,13 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
         blocks, ends = (blocks + held, ends) if name.startswith("blocks.") else (blocks, ends + held)
         trained += held if weight.requires_grad else 0
         matrices += held if weight.requires_grad and weight.ndim == 2 and name.startswith("blocks.") else 0
+        block = block_size(weight.numel(), (rows, columns) if weight.ndim == 2 else (rows,))
+        if block is not None and weight.requires_grad:
+            eight_bit, scales = eight_bit + held, scales + held // block
     in_4_bits = quantized(model).values()
     largest = max((2 * matrix.codes.numel() // tp for matrix in in_4_bits), default=0)
-    return Held(blocks, ends, trained, matrices, sum(_bytes(matrix) // tp for matrix in in_4_bits), largest)
+    codes = sum(_bytes(matrix) // tp for matrix in in_4_bits)
+    return Held(blocks, ends, trained, matrices, codes, largest, eight_bit, scales)
 
 
 def _bytes(matrix: Nf4Weight) -> int:

@@ -72,5 +72,5 @@ def _evaluate(run: Run) -> None:
     assert config is not None
     assert encoder is not None
     directory, device = run.config.run.export_directory, run.topology.device
-    evaluation = evaluate(directory, run.questions, encoder.stop_ids, config.max_new_tokens, device)
+    evaluation = evaluate(directory, run.questions, encoder.stop_ids, config.max_new_tokens, device, run.scorer)
     run.display.say(evaluation.describe(config.show))

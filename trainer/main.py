@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from trainer.process import command_line, exit_process, prepare_output, print_error, print_interrupt, program
+from trainer.training.scorer import ALLOW_CODE
 from trainer.usage import Debug, Version, application, call, epilog
 
 STOPPED = os.EX_TEMPFAIL
@@ -58,6 +59,9 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each step and message, or for the plan.")
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option(ALLOW_CODE, help="Call the function that evaluation.scorer names.")
+    ] = False,
     debug: Debug = False,
     version: Version = False,  # noqa: ARG001 - typer calls its callback
 ) -> None:
@@ -68,7 +72,7 @@ def train(
     rest = list(words or ())
     path = Path(rest.pop(0)) if rest and "=" not in rest[0] else DEMO
     prepare_output(debug=debug)
-    line = command_line(MODULE, words or ())
+    line = command_line(MODULE, [*(words or ()), *([ALLOW_CODE] if allow_code else [])])
     try:
         from trainer.config_file import load_config
 
@@ -76,7 +80,7 @@ def train(
         if plan is None:
             from trainer.run import run
 
-            raise typer.Exit(0 if run(config, line, as_json=as_json) else STOPPED)
+            raise typer.Exit(0 if run(config, line, as_json=as_json, allow_code=allow_code) else STOPPED)
         from trainer.estimate import print_estimate
 
         print_estimate(config, _gpus(plan), as_json=as_json)

@@ -29,7 +29,7 @@ from trainer.reporting.events import COMPLETE, MOST_SOURCES, STOPPED
 from trainer.reporting.fill import FillWatch
 from trainer.reporting.ledger import gather_streams
 from trainer.reporting.losses import LossReport
-from trainer.reporting.messages import refusals_message
+from trainer.reporting.messages import early_end_message, refusals_message
 from trainer.reporting.metrics import RunLog, StepMetrics, perplexity
 from trainer.reporting.shares import SourceShares
 from trainer.reporting.trace import Trace
@@ -37,8 +37,11 @@ from trainer.setup import Run, prepare_run, say_start
 from trainer.track.config import require_installed
 from trainer.track.content import About, settings_of
 from trainer.track.followers import Followers
+from trainer.training.adamw8bit import require_torchao
+from trainer.training.answers import AnswerScores
 from trainer.training.nonfinite import MOST_IN_A_ROW, broken_weights, find_cause
 from trainer.training.progress import Progress
+from trainer.training.scorer import require_allowed
 from trainer.training.step import StepResult, train_step
 from trainer.training.step_reader import LocatedRefusal, StepTotals, gather_refusals, reduce_totals
 from trainer.training.stop import StopRequest
@@ -70,6 +73,10 @@ class FinishedStep(NamedTuple):
     """Time from the wait for packs to the update, without validation."""
     held_out: HeldOutLoss | None
     """Losses of the held-out packs; None after a step without validation."""
+    answers: AnswerScores | None
+    """Scores of the answers to held-out questions; None after a step without evaluation."""
+    judged: float | None
+    """Number that `checkpoint.keep_best` and `validation.patience` compare; None without."""
 
     @property
     def stopped(self) -> bool:
@@ -77,15 +84,21 @@ class FinishedStep(NamedTuple):
         return self.batch.totals.stop > 0
 
 
-def run(config: TrainConfig, command: str = "the same command", *, as_json: bool = False) -> bool:
+def run(
+    config: TrainConfig, command: str = "the same command", *, as_json: bool = False, allow_code: bool = False
+) -> bool:
     """Train, export and evaluate the model of `config` on all ranks. Collective.
 
     `command` is the command line that goes on after a stop. `as_json` prints JSON lines.
+    `allow_code` calls the function `evaluation.scorer`.
 
     Returns False if the run was asked to stop before its end. Raises ValueError, OSError or
     CheckpointError, with a message for the user.
     """
     require_installed(config.trackers)
+    require_allowed(config.evaluation.scorer if config.evaluation else None, allow_code=allow_code)
+    if config.optimizer.kind == "adamw8bit":
+        require_torchao()
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
@@ -152,11 +165,8 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
             report.after_step()
         if log:
             log.events.end(COMPLETE if run.is_complete(progress) else STOPPED)
-        if progress.ends_early(patience := run.config.patience):
-            run.display.say(
-                f"the run ends early after step {progress.step}: the last {patience} validations had no loss below "
-                f"{progress.lowest:.4f}; the newest weights are exported, and checkpoint.keep_best keeps the best"
-            )
+        if progress.ends_early(run.config.patience):
+            run.display.say(early_end_message(progress, run.config))
         if log and (refused := log.refused_by_reason()):
             run.display.say(refusals_message(refused, progress.rows))
     return progress
@@ -217,6 +227,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
             trained_tokens=batch.totals.trained_tokens,
             learning_rate=rate,
             clip=config.optimizer.clip,
+            z_loss=config.optimizer.z_loss,
             skip_nonfinite=config.run.on_nonfinite == "skip",
         )
     progress = progress.after(batch.totals, result)
@@ -228,9 +239,13 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
     seconds = time.perf_counter() - began
     with watch.waiting_for(number, "the validation loss of all ranks"):
         held_out = run.validation.after(progress.step, run.model) if run.validation else None
-    if config.validation and held_out:
-        progress = progress.validated(held_out.judged, config.validation)
-    return FinishedStep(progress, batch, result, rate, refusals, seconds, held_out)
+    answers = run.held_out_questions.after(progress.step, run.model, watch) if run.held_out_questions else None
+    judged = held_out.judged if held_out else None
+    if config.validation and config.validation.best_by == "answers":
+        judged = answers.judged if answers else None
+    if config.validation and judged is not None:
+        progress = progress.validated(judged, config.validation)
+    return FinishedStep(progress, batch, result, rate, refusals, seconds, held_out, answers, judged)
 
 
 def _leave_out(run: Run, progress: Progress, batch: GlobalBatch, result: StepResult, log: RunLog | None) -> None:
@@ -315,7 +330,9 @@ def _metrics(run: Run, step: FinishedStep) -> StepMetrics:
         batch_digest=totals.digest,
         unapplied=not step.result.is_finite,
         perplexity=perplexity(step.result.loss),
+        z_loss=step.result.z_loss,
         **(_held_out(step.held_out) if step.held_out else {}),
+        **(step.answers._asdict() if step.answers else {}),
     )
 
 
@@ -345,8 +362,7 @@ def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> No
     streams = gather_streams(position, run.topology)
     if log and position:
         log.ledger.keep_state(position.header, streams)
-    judged = step.held_out.judged if step.held_out else None
-    snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, judged)
+    snapshot = take_snapshot(run.model, run.optimizer, step.progress, position, run.description, step.judged)
     run.saves.save(snapshot, log, last=last)
     if log:
         log.events.saved(time.perf_counter() - began)

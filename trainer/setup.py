@@ -32,11 +32,13 @@ from trainer.reporting.messages import (
     extension_message,
     progress_message,
 )
+from trainer.training.answers import HeldOutQuestions
 from trainer.training.evaluation import Question, read_questions
 from trainer.training.model import ModelSource, build_model, find_source
 from trainer.training.optimizer import Optimizer, build_optimizer
 from trainer.training.progress import Progress
 from trainer.training.schedule import learning_rate
+from trainer.training.scorer import Scorer, load_scorer
 from trainer.training.step_reader import StepReader, assign_packs, open_loader
 from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up
@@ -64,6 +66,10 @@ class Run:
     """None without a `[validation]` table, and in a run complete at the start."""
     questions: list[Question]
     """Questions for the finished model; empty on all ranks but the first."""
+    scorer: Scorer | None
+    """Function of the user that scores answers; None without, and on all ranks but the first."""
+    held_out_questions: HeldOutQuestions | None
+    """The questions with which the model is evaluated during the training; None without."""
     description: RunDescription
     saves: Saves
     directory: RunDirectory
@@ -122,8 +128,11 @@ def prepare_run(
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
     questions = _read_questions(config, loader) if topology.first else []
+    scorer = _load_scorer(config) if topology.first else None
+    held_out_questions = _open_questions(config, topology, loader, questions, scorer)
     assignment = assign_packs(loader, config.data, topology)
-    validation = _open_validation(config, topology, saves, restored, loader, assignment.streams)
+    judged = held_out_questions.digest if held_out_questions else None
+    validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
     if config.run.compile:  # after the data, whose errors need not wait for the compiler
         with explained(config, source.shape, topology.device):
             warm_up(model, config.data.capacity, topology)
@@ -150,6 +159,8 @@ def prepare_run(
         sizes=sizes,
         validation=validation,
         questions=questions,
+        scorer=scorer,
+        held_out_questions=held_out_questions,
         description=description,
         saves=saves,
         directory=directory,
@@ -240,6 +251,25 @@ def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Ques
     return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
 
 
+def _load_scorer(config: TrainConfig) -> Scorer | None:
+    named = config.evaluation.scorer if config.evaluation else None
+    return None if named is None else load_scorer(named)
+
+
+def _open_questions(
+    config: TrainConfig,
+    topology: Topology,
+    loader: PackLoader | None,
+    questions: list[Question],
+    scorer: Scorer | None,
+) -> HeldOutQuestions | None:
+    if config.evaluation is None or config.evaluation.every is None:
+        return None
+    encoder = loader.encoder if loader else None
+    capacity, directory = config.data.capacity, config.run.directory
+    return HeldOutQuestions(config.evaluation, topology, capacity, questions, encoder, scorer, directory)
+
+
 def _base(config: TrainConfig, source: ModelSource, topology: Topology) -> Base | None:
     """Return the model under adapters, None without adapters. Rank 0 reads all files. Collective.
 
@@ -283,10 +313,11 @@ def _open_validation(
     restored: Restored,
     loader: PackLoader | None,
     streams: int,
+    questions: str | None,
 ) -> Validation | None:
     if config.validation is None or restored.progress.is_complete(config.run.steps, config.patience):
         return None
-    validation = Validation(config, topology, loader.encoder if loader else None, streams)
+    validation = Validation(config, topology, loader.encoder if loader else None, streams, questions)
     compares = config.checkpoint.keep_best is not None or config.patience is not None
     if restored.resumed and compares:
         validation.require_comparable(saves.store.manifest(restored.progress.step).about)

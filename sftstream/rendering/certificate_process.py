@@ -23,7 +23,7 @@ import jinja2
 
 from sftstream.refused import Refused
 from sftstream.rendering.environment import compiled
-from sftstream.rendering.limits import bounded, bounded_memory
+from sftstream.rendering.limits import Bounded, bounded_memory
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def digests(template: jinja2.Template, contexts: Sequence[Mapping[str, Any]], da
 
 def _digest(template: jinja2.Template, context: Mapping[str, Any]) -> str:
     try:
-        with bounded():
+        with Bounded():
             text = template.render(**context)
     except Refused as refused:
         if refused.reason == "template does too much":

@@ -12,7 +12,7 @@ tenth of a second.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -77,8 +77,8 @@ _OF_STR = frozenset(name for name in dir(str) if not name.startswith(("_", "form
 class GenerationTags(Extension):  # type: ignore[misc]
     """The tag `{% generation %}`: marks the text that an assistant says.
 
-    Inside `tagged`, the positions of such texts are recorded; a render outside of `tagged` prints
-    them like any other text.
+    Inside `rendered_with_tags`, the positions of such texts are recorded; any other render prints
+    them like other text.
     """
 
     tags = {"generation"}  # noqa: RUF012 (Jinja reads the attribute of the class)
@@ -104,23 +104,24 @@ class _Tags:
         self.spans: list[tuple[int, int]] = []
         self.length = 0
 
+    def counted(self, pieces: Iterable[str]) -> Iterator[str]:
+        for piece in pieces:
+            self.length += len(piece)
+            yield piece
+
 
 _TAGS: ContextVar[_Tags] = ContextVar("tags")
 
 
-def tagged(pieces: Iterable[str]) -> list[tuple[int, int]]:
-    """Run a render piece by piece and return the spans of its generation blocks.
-
-    `pieces` is the result of `Template.generate`.
-    """
+def rendered_with_tags(template: jinja2.Template, context: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """Render a template; return the text, and the spans of its generation blocks."""
     tags = _Tags()
     token = _TAGS.set(tags)
     try:
-        for piece in pieces:
-            tags.length += len(piece)
+        text: str = template.environment.concat(tags.counted(template.generate(**context)))
     finally:
         _TAGS.reset(token)
-    return tags.spans
+    return text, tags.spans
 
 
 def _to_json(

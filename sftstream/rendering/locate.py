@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.records import Refused
+from sftstream.records import Refused, Span
 from sftstream.rendering.markers import BLANKS, THOUGHT, Marked, mark
 from sftstream.rendering.payloads import Payload, PayloadIndex
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
@@ -35,6 +35,8 @@ class Located:
 
     If blank texts have markers, `payloads` also lists these texts, each as an empty range.
     """
+    tags: Sequence[Span] = ()
+    """Spans printed inside `{% generation %}` blocks."""
 
     @cached_property
     def index(self) -> PayloadIndex:
@@ -48,7 +50,12 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
     Raises `Refused` if a render fails, if markers change the text outside the payloads, or if the
     template alters a payload by more than the escapes of a JSON string.
     """
-    text = template.render(messages, tools)
+    text, tags = template.render_with_tags(messages, tools)
+    located = _located(template, text, messages, tools)
+    return replace(located, tags=tags) if tags else located
+
+
+def _located(template: ChatTemplate, text: str, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> Located:
     unsplit = _locate(template, text, messages, tools, split_thoughts=False)
     if unsplit is not None and not unsplit.dropped:
         if "</think>" not in text:

@@ -16,6 +16,7 @@ import msgspec
 
 from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
+from sftstream.rendering.bounds import known_sizes
 from sftstream.rendering.certificate import certify
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.limits import time_limit
@@ -68,6 +69,7 @@ class Renderer:
         self.template = template = reading_content(template)
         self.policy = policy
         self._control = control
+        self._verbatim_in_json = all(_ENCODER.encode(text) == f'"{text}"'.encode() for text in special)
         self.report = probe(template, control)
         self.render_cache = RenderCache(template, self.report.turn_format, special)
         self.rendered = 0
@@ -169,7 +171,7 @@ class Renderer:
         return sorted(ranges)
 
     def _render_whole(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
-        with time_limit():
+        with time_limit(), known_sizes():
             return self._find_spans(conversation, template)
 
     def _find_spans(self, conversation: Conversation, template: ChatTemplate) -> tuple[Rendered, list[Turn], Located]:
@@ -183,7 +185,9 @@ class Renderer:
         require_whole(conversation.messages, located, self.policy, *prints)
         # The turn format was learned with the variables of the config. A conversation with its own
         # variables may have another generation prompt, so each start is proved by a render.
-        turns = find_turns(template, turn_format, self._control, messages, tools, located, shortcut=not own)
+        known = self.render_cache.tails.of(conversation)
+        given = template, turn_format, self._control, messages, tools, located
+        turns = find_turns(*given, shortcut=not own, known=known)
         text = rendered(conversation.messages, located, turns, turn_format, self.policy, self._control)
         return text, turns, located
 
@@ -206,8 +210,8 @@ class Renderer:
         token of the template.
         """
         with_names = [message for message in messages if len(message) > 2]  # more than role and content
-        everything = chain(strings(tools), strings(variables), *map(names, with_names))
-        if not self._control.search("\0".join(everything)):
+        named_texts = "\0".join(chain.from_iterable(map(names, with_names)))
+        if not (self._control.search(named_texts) or self._may_hold_token(tools) or self._may_hold_token(variables)):
             return
         named = [
             *((f"message {index}", names(message)) for index, message in enumerate(messages)),
@@ -219,6 +223,28 @@ class Renderer:
                 raise Refused(
                     "control token in text", f"{holder} contains {found[0]!r} in a name, key or value; remove the token"
                 )
+
+    def _may_hold_token(self, value: Any) -> bool:
+        """Return False if no string in a JSON-like value contains the text of a special token.
+
+        The value is searched as JSON text, which is ten times faster than a walk. True may be
+        wrong: a token may match the text between two strings. A token with a character that JSON
+        escapes is not searched for, so the result is True.
+        """
+        if not value:
+            return False
+        if not self._verbatim_in_json:
+            return True
+        try:
+            text = _ENCODER.encode(value).decode()
+        except _NOT_JSON:
+            return True
+        return bool(self._control.search(text))
+
+
+_ENCODER = msgspec.json.Encoder()
+_NOT_JSON = TypeError, ValueError, RecursionError
+"""Errors of the encoder for a value without a JSON form."""
 
 
 def up_to(conversation: Conversation, index: int) -> Conversation:

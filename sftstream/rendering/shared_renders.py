@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from sftstream.records import Refused
 from sftstream.rendering.locate import Located
@@ -65,6 +65,16 @@ def distinct_before(kinds: Sequence[Hashable]) -> list[int]:
     return counts
 
 
+class BeginningTails(Protocol):
+    """The tails of a conversation's beginnings that are known from other conversations."""
+
+    def get(self, count: int, prompt: bool) -> str | None:
+        """Return the tail of the first `count` messages; None if it is not known."""
+
+    def learn(self, count: int, prompt: bool, tail: str) -> None:
+        """Remember the tail of the first `count` messages for other conversations."""
+
+
 class Tails:
     """The tails of one conversation's beginnings: the texts after the last payload of a render."""
 
@@ -75,7 +85,9 @@ class Tails:
         messages: Sequence[TemplateMessage],
         tools: Sequence[Any],
         located: Located,
+        known: BeginningTails | None = None,
     ) -> None:
+        self._known = known
         self._template = template
         self._role_marker = role_marker
         self._messages = messages
@@ -97,9 +109,10 @@ class Tails:
         """Return the text after the last payload of a render of the messages before `index`.
 
         The tail is None if the template refuses the messages. The second item tells whether this
-        call rendered the messages. Turns share a render if the same kinds of messages precede them,
-        if the message directly before has the same kind, and if their gaps are equal up to the last
-        role marker. A question with 200 tool calls and their results needs two renders.
+        call rendered the messages, or knew their tail from another conversation. Turns share a
+        render if the same kinds of messages precede them, if the message directly before has the
+        same kind, and if their gaps are equal up to the last role marker. A question with 200 tool
+        calls and their results needs two renders.
 
         The gap begins with the end of the message before, which may hold an id or a number. Two
         turns whose gaps differ there only in such words (see `alike`) still share a render, if the
@@ -115,13 +128,20 @@ class Tails:
                 return gap[:head] + tail[len(shared_head) :], False
         # Of all turns that may share the render, the first has the shortest.
         first = self._first_alike(index, gap[:head], key)
-        try:
-            render = self._template.render(self._marked.messages[:first], self._tools, prompt=prompt)
-            tail = self._marked.tail(render)
-        except Refused:
-            tail = None
+        tail = self._known.get(first, prompt) if self._known else None
+        if tail is None:
+            tail = self._rendered_tail(first, prompt)
+            if self._known and tail is not None:
+                self._known.learn(first, prompt, tail)
         self._tails.setdefault(key, []).append((gap[:head], tail))
         return tail, True
+
+    def _rendered_tail(self, count: int, prompt: bool) -> str | None:
+        """Return the tail of the first `count` messages; None if the template refuses them."""
+        try:
+            return self._marked.tail(self._template.render(self._marked.messages[:count], self._tools, prompt=prompt))
+        except Refused:
+            return None
 
     def _first_alike(self, index: int, head: str, key: tuple[Any, ...]) -> int:
         """Return the first assistant message that may share the render of `tail` with `index`.

@@ -15,8 +15,8 @@ import jinja2
 from jinja2 import meta, nodes
 
 from sftstream.records import REASONING_KEYS, Message, Refused, Span
-from sftstream.rendering.environment import compiled, tagged
-from sftstream.rendering.limits import bounded
+from sftstream.rendering.environment import compiled, rendered_with_tags
+from sftstream.rendering.limits import Bounded
 
 TemplateMessage = dict[str, Any]
 
@@ -120,11 +120,24 @@ class ChatTemplate:
         Raises `Refused` if the template raises an error or does too much work, and RuntimeError if
         the render exceeds the time limit.
         """
-        with bounded():
+        with Bounded():
             text: str = self.compiled.render(**self.context(messages, tools, prompt))
-        if " at 0x" in text:
-            self._refuse_addresses(text, messages, tools)
+        self._refuse_addresses(text, messages, tools)
         return text
+
+    def render_with_tags(
+        self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()
+    ) -> tuple[str, Sequence[Span]]:
+        """Return the text as `render` does, and the spans printed inside `{% generation %}` blocks.
+
+        Raises as `render` does.
+        """
+        if not self.has_generation_tags:
+            return self.render(messages, tools), ()
+        with Bounded():
+            text, spans = rendered_with_tags(self.compiled, self.context(messages, tools, False))
+        self._refuse_addresses(text, messages, tools)
+        return text, [Span(start, end) for start, end in spans]
 
     def _refuse_addresses(self, text: str, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> None:
         """Raise `Refused` if the text holds the address of an object in memory.
@@ -132,6 +145,8 @@ class ChatTemplate:
         `<function f at 0x7f3a...>` differs in each process, so a resumed run would train another
         text. An address that the conversation or the template itself holds is text like any other.
         """
+        if " at 0x" not in text:
+            return
         given = None
         for address in _ADDRESS.finditer(text):
             given = given or repr((messages, tools, self.variables, self.text))
@@ -140,12 +155,6 @@ class ChatTemplate:
                     "template prints an address",
                     f"{address[0].strip()!r} differs in each process; use another template",
                 )
-
-    def tagged_spans(self, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> list[Span]:
-        """Return the spans printed inside `{% generation %}` blocks; raises `Refused`."""
-        with bounded():
-            spans = tagged(self.compiled.generate(**self.context(messages, tools, False)))
-        return [Span(start, end) for start, end in spans]
 
     @property
     def environment(self) -> jinja2.Environment:

@@ -39,7 +39,7 @@ from sftstream.rendering.overlap import (
 )
 from sftstream.rendering.payloads import Payload
 from sftstream.rendering.probe_messages import USER
-from sftstream.rendering.shared_renders import Tails
+from sftstream.rendering.shared_renders import BeginningTails, Tails
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 from sftstream.rendering.turn_format import TurnFormat
 
@@ -70,15 +70,17 @@ def find_turns(
     located: Located,
     *,
     shortcut: bool = True,
+    known: BeginningTails | None = None,
 ) -> list[Turn]:
     """Return the assistant turns in text order; raises `Refused` if a start or end is not proved.
 
     With `shortcut`, a payload directly after a complete generation prompt starts a turn without a
     further render. Without `shortcut`, the earlier messages are rendered with the prompt for every
-    turn, and the result is compared with the text. Both ways return equal spans. An assistant
+    turn, and the result is compared with the text. Both ways return equal spans. `known` are the
+    tails that need no render, since other conversations began alike. An assistant
     message without any text has no turn if its header or stop is not printed.
     """
-    search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut)
+    search = _TurnSearch(template, turn_format, control, messages, tools, located, shortcut=shortcut, known=known)
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -88,8 +90,7 @@ def find_turns(
                 if search.is_printed(index) or refused.reason not in ("no header", "no stop token"):
                     raise
     if template.has_generation_tags:
-        tags = template.tagged_spans(messages, tools)
-        spans = [narrow(turn.span, turn.payloads, tags, located.text, turn_format.stops) for turn in turns]
+        spans = [narrow(turn.span, turn.payloads, located.tags, located.text, turn_format.stops) for turn in turns]
         narrowed = [turn._replace(span=span) for turn, span in zip(turns, spans, strict=True) if span is not None]
         return narrowed if len(narrowed) == len(turns) else turns
     return turns
@@ -121,6 +122,7 @@ class _TurnSearch:
         *,
         shortcut: bool,
         compare: bool = True,
+        known: BeginningTails | None = None,
     ) -> None:
         self._template = template
         self._format = turn_format
@@ -132,7 +134,7 @@ class _TurnSearch:
         self._located = located
         self._shortcut = shortcut
         self._compare = compare
-        self._tails = Tails(template, turn_format.role_marker, messages, tools, located)
+        self._tails = Tails(template, turn_format.role_marker, messages, tools, located, known)
         self._starts: dict[tuple[Any, ...], tuple[int, str]] = {}
         self._ends: dict[tuple[str, bool], int] = {}
 
@@ -361,11 +363,11 @@ class _TurnSearch:
         if not index or not plain or not tail or not (gap.startswith(plain) and tail.startswith(plain)):
             return None
         asked = [message for message in self._messages[:index] if message["role"] == "user"][-1:] or [USER]
-        control, options = [*asked, self._messages[index]], {"shortcut": self._shortcut, "compare": False}
+        control: list[TemplateMessage] = [*asked, self._messages[index]]
         try:
             located = locate(self._template, control, self._tools)
-            search = _TurnSearch(self._template, self._format, self._control, control, self._tools, located, **options)
-            turn = search.turn(1, 0)
+            given = self._template, self._format, self._control, control, self._tools, located
+            turn = _TurnSearch(*given, shortcut=self._shortcut, compare=False).turn(1, 0)
         except Refused:
             return None
         lead = located.text[turn.span.start : turn.payloads[0].start] if turn.payloads else ""

@@ -77,6 +77,84 @@ def test_any_cut_gives_the_loss_and_gradients_of_torch(rows_at_a_time: int, monk
         torch.testing.assert_close(found.grad, exact.grad, rtol=0, atol=1e-6 * exact.grad.abs().max().item() + 1e-6)
 
 
+Z_LOSS = 1e-2
+
+
+@pytest.mark.parametrize("rows_at_a_time", [24, 7])
+@pytest.mark.parametrize("level", [0.0, -60.0])
+def test_the_z_loss_and_its_gradients_are_those_of_its_formula(
+    rows_at_a_time: int, level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A level of -60 makes the factor 1 + 2 * coefficient * log Z negative."""
+    monkeypatch.setattr(module, "MOST_LOGITS", rows_at_a_time * 40 * 4)
+    (hidden, weight), targets = head(), labels(0, 3, 4, rows=24, columns=40)
+    # The last hidden number is 1 and its weight the level, which each logit has then beside.
+    hidden[:, -1], weight[:, -1] = 1.0, level
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    theirs = [x.double().requires_grad_() for x in (hidden, weight)]
+    found = head_loss(*ours, targets, torch.tensor(0.25), z_loss=Z_LOSS)
+    logits = theirs[0] @ theirs[1].t()
+    cross_entropy = 0.25 * F.cross_entropy(logits, targets, reduction="sum")
+    z_loss = 0.25 * Z_LOSS * logits.logsumexp(1)[targets >= 0].square().sum()
+    torch.testing.assert_close(found, torch.stack((cross_entropy, z_loss)).float(), rtol=1e-6, atol=0)
+    (2 * found.sum()).backward()
+    (2 * (cross_entropy + z_loss)).backward()
+    for mine, exact in zip(ours, theirs, strict=True):
+        scale = exact.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=0, atol=1e-6 * scale)
+
+
+def test_the_gradient_with_z_loss_is_the_slope_of_the_sum_in_a_random_direction() -> None:
+    draw = torch.Generator().manual_seed(3)
+    inputs, direction = ([torch.randn(n, 5, generator=draw) for n in (4, 7)] for _ in range(2))
+    targets = torch.tensor([0, 6, -100, 3])
+
+    def objective(*given: Tensor) -> Tensor:
+        return head_loss(*given, targets, ONE, z_loss=0.1).sum()
+
+    with torch.no_grad():
+        above, below = (
+            objective(*(x + side * 1e-2 * d for x, d in zip(inputs, direction, strict=True))) for side in (1, -1)
+        )
+    objective(*(x.requires_grad_() for x in inputs)).backward()
+    slope = sum((x.grad * d).sum() for x, d in zip(inputs, direction, strict=True))
+    assert slope.item() == pytest.approx((above - below).item() / 2e-2, rel=1e-3)
+
+
+def test_without_a_coefficient_the_z_loss_changes_no_bit() -> None:
+    given = [[x.clone().requires_grad_() for x in head()] for _ in range(2)]
+    targets = labels(0, rows=24, columns=40)
+    plain, none = head_loss(*given[0], targets, ONE), head_loss(*given[1], targets, ONE, z_loss=0.0)
+    plain.backward()
+    none.backward()
+    assert torch.equal(plain, none)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*given, strict=True))
+
+
+def split_z_loss(rank: int) -> tuple[list[float], Any, Any]:
+    (hidden, weight), targets = head(), labels(0, 3, rows=24, columns=40)
+    part = weight[20 * rank : 20 * rank + 20].clone().requires_grad_()
+    hidden.requires_grad_()
+    vocabulary = Vocabulary(20 * rank, torch.distributed.group.WORLD)
+    found = head_loss(hidden, part, targets, ONE, vocabulary, Z_LOSS)
+    found.sum().backward()
+    torch.distributed.all_reduce(hidden.grad)
+    return found.tolist(), hidden.grad.numpy(), part.grad.numpy()
+
+
+def test_two_ranks_with_a_split_vocabulary_compute_the_z_loss_of_one() -> None:
+    (hidden, weight), targets = head(), labels(0, 3, rows=24, columns=40)
+    whole = [x.requires_grad_() for x in (hidden, weight)]
+    expected = head_loss(*whole, targets, ONE, z_loss=Z_LOSS)
+    expected.sum().backward()
+    ranks = run_ranks(2, split_z_loss)
+    assert ranks[0][0] == ranks[1][0] == pytest.approx(expected.tolist(), rel=1e-6)
+    for rank, (_, of_hidden, of_part) in enumerate(ranks):
+        torch.testing.assert_close(torch.from_numpy(of_hidden), hidden.grad, rtol=0, atol=1e-5)
+        part = weight.grad[20 * rank : 20 * rank + 20]
+        torch.testing.assert_close(torch.from_numpy(of_part), part, rtol=0, atol=1e-5)
+
+
 def test_bfloat16_gradients_are_near_those_of_fp32() -> None:
     (hidden, weight), targets = head(), labels(0, rows=24, columns=40)
     exact, rounded = (

@@ -348,6 +348,15 @@ def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str
             "{% set n = namespace(s='x' * 1000) %}{% for i in range(90) %}{% set n.s = n.s + n.s %}{% endfor %}",
             "the chat template does too much: it makes a value of size 131,072,000, above 67,108,864",
         ),
+        (
+            "{% set n = namespace(s='x' * 1000) %}{% for i in range(90) %}{% set n.s = (n.s + 'y') + n.s %}{% endfor %}",
+            "the chat template does too much: it makes a value of size 131,203,071, above 67,108,864",
+        ),
+        # Small lists, then a large one where a small one may have been: each size is estimated.
+        (
+            "{% for i in range(50) %}{{ [messages] | tojson | length }}{% endfor %}{{ ['x' * 9000000] * 9 | tojson }}",
+            "cannot print a user's message",
+        ),
         ("{{ messages[0].content }}", "nothing ends an assistant's turn"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
         (tiny.TEMPLATE + "{{ [1, 2, 3] | random }}", "No filter named 'random'"),

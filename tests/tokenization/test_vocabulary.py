@@ -72,6 +72,36 @@ def test_merges_are_cached_in_the_notation_that_loads_faster(tokenizer: str) -> 
     assert Backend.from_str(with_short_merges(merging(("#", "v"), ("#v", "x")))).encode("#vx").tokens == ["#vx"]
 
 
+ODD = (
+    '"',
+    "\\",
+    ",",
+    '",',
+    '","',
+    '"],["',
+    '\\"',
+    '\\",',
+    "\\\\",
+    "[[",
+    "]]",
+    "\n",
+    "\x00",
+    "\x01",
+    "\x02",
+    "\t#",
+    "é",
+    "😀",
+)
+"""Tokens that JSON escapes, or that look like the borders of a list."""
+
+
+def test_any_tokens_are_equal_in_the_notation_that_loads_faster() -> None:
+    description = merging(*((left, right) for left in ODD for right in ODD))
+    short = with_short_merges(description)
+    assert json.loads(short)["model"]["merges"] == [f"{left} {right}" for left in ODD for right in ODD]
+    assert Backend.from_str(short).to_str() == description
+
+
 @pytest.mark.parametrize("merge", [("a b", "c"), ("a", " "), ("#versio", "n"), ("#version", "s")])
 def test_merges_that_the_faster_notation_cannot_hold_stay_as_they_are(merge: tuple[str, str]) -> None:
     description = merging(("x", "y"), merge)

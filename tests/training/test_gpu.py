@@ -218,16 +218,21 @@ def test_float32_attention_on_a_gpu_uses_the_one_kernel_that_computes_it() -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 700, 2000])
-def test_the_heads_loss_equals_that_of_torch(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+def test_the_heads_loss_equals_that_of_torch(
+    rows: int, dtype: torch.dtype, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "MOST_LOGITS", 700 * 5000 * dtype.itemsize)
     draw = torch.Generator("cuda").manual_seed(0)
     exact = [torch.randn(n, 64, device="cuda", generator=draw).to(dtype).float().requires_grad_() for n in (rows, 5000)]
     ours = [x.detach().to(dtype).requires_grad_() for x in exact]
     labels = torch.randint(5000, (rows,), device="cuda", generator=draw)
     labels[1] = IGNORE_INDEX
-    found = loss.head_loss(*ours, labels, torch.full((), 1 / rows, device="cuda"))
+    found = loss.head_loss(*ours, labels, torch.full((), 1 / rows, device="cuda"), z_loss=z_loss).sum()
     (3 * found).backward()
-    expected = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum") / rows
+    logits = exact[0] @ exact[1].t()
+    squares = logits.logsumexp(1)[labels != IGNORE_INDEX].square()
+    expected = (F.cross_entropy(logits, labels, reduction="sum") + z_loss * squares.sum()) / rows
     (3 * expected).backward()
     rounding = 1e-6 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(found, expected, rtol=rounding, atol=0)

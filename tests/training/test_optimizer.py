@@ -1,5 +1,6 @@
 """AdamW and gradient clipping."""
 
+import importlib.util
 import math
 
 import msgspec
@@ -10,6 +11,7 @@ from torch import nn
 
 from trainer.llama.model import Llama
 from trainer.training.adamw import AdamW
+from trainer.training.adamw8bit import require_torchao
 from trainer.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -27,11 +29,20 @@ from trainer.training.optimizer import (
         ({"learning_rate": -1.0}, "learning_rate -1.0"),
         ({"clip": 0.0}, "clip 0.0 must be above 0"),
         ({"eps": 0.0}, "eps 0.0"),
+        ({"z_loss": -1e-4}, "z_loss -0.0001 must be finite and not negative"),
     ],
 )
 def test_an_invalid_optimizer_is_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**table)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
+def test_a_run_that_needs_torchao_is_refused_without_it() -> None:
+    with pytest.raises(
+        ValueError, match=r'"adamw8bit" needs torchao; install it with: pip install "sftstream\[torchao\]"'
+    ):
+        require_torchao()
 
 
 def test_a_clip_of_infinity_can_be_written_in_a_file() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
         assert job.finish() == 1
         for key, value in changes["run"].items():
             assert f"run.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
+
+
+def test_the_z_loss_is_trained_on_and_reported_apart_from_the_cross_entropy(
+    plain: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    config, expected = plain
+    given = changed(config, {"optimizer": {"z_loss": 1.0}, "parallel": {"tp": 2}})
+    runs.run(tmp_path, given, processes=2)
+    first, *later = runs.metrics(tmp_path)
+    before = expected["metrics"]
+    # Before the first update both runs have the same model, whose logits are near 0: the logarithm
+    # of the sum is near that of the 512 ids.
+    assert first["loss"] == pytest.approx(before[0]["loss"], rel=1e-6)
+    assert first["z_loss"] == pytest.approx(math.log(512) ** 2, rel=0.01)
+    assert first["grad_norm"] > 1.5 * before[0]["grad_norm"]
+    assert later[-1]["z_loss"] < first["z_loss"]
+    assert all("z_loss" not in line for line in before)
+    job = runs.Job(tmp_path, changed(given, {"run": {"steps": 6}, "optimizer": {"z_loss": 0.0}}), processes=2)
+    assert job.finish() == 1
+    assert "optimizer.z_loss: 1.0 -> 0.0" in job.output()
 
 
 def test_a_resume_without_settings_uses_the_choices_of_its_checkpoint(tmp_path: Path, tokenizer: str) -> None:

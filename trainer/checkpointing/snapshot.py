@@ -36,11 +36,14 @@ from trainer.checkpointing.settings import Settings, carry_over
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
 from trainer.llama.recipe import MODEL
+from trainer.training.adamw8bit import AdamW8bit, misplaced
 from trainer.training.optimizer import Optimizer, reconfigure
 from trainer.training.progress import Progress
 
 HEAD = "head.weight"
 STREAM, RNG, TOKEN = "data/stream/", "rng/", "run_token"
+STATE = "optimizer.state."
+"""Prefix of the names of an optimizer's tensors."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def restore(
     # Version 0.1.0 saved the head also of a model with tied embeddings.
     tied = model.config.tie_word_embeddings and f"{MODEL}.{HEAD}" in store.manifest(step).tensors
     state = _tensors(model, optimizer, with_head=tied)
+    if isinstance(optimizer, AdamW8bit):
+        _require_equal_blocks(store, step, state, topology)
     store.load(step, state)
     set_model_state_dict(model, get_model_state_dict(model) | state[MODEL])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -162,6 +167,22 @@ def restore(
     streams = {int(key.removeprefix(STREAM)): blob for key, blob in values.items() if key.startswith(STREAM)}
     data = DataState.from_parts(values["data/run"], streams)
     return Restored(msgspec.convert(values["progress"], Progress), settings, data, reseeded)
+
+
+def _require_equal_blocks(store: CheckpointStore, step: int, state: dict[str, Any], topology: Topology) -> None:
+    """Raise ValueError if the checkpoint's means have other blocks than those of this topology."""
+    manifest = store.manifest(step)
+    shapes = {name.removeprefix(STATE): tuple(spec.shape) for name, spec in manifest.tensors.items()}
+    if found := misplaced(state["optimizer"]["state"], shapes):
+        before, now = (
+            "not quantized" if size is None else f"quantized in blocks of {size} numbers"
+            for size in (found.before, found.now)
+        )
+        raise ValueError(
+            f"the checkpoint's optimizer state of {found.weight} is {before}, and on this topology {now}, since "
+            f"parallel.tp = {topology.tp} cuts its rows in other parts; set parallel.tp = {manifest.about.mesh['tp']} as the "
+            "checkpoint, with any number of data-parallel ranks"
+        )
 
 
 def saved_settings(store: CheckpointStore, step: int) -> Settings:

@@ -4,6 +4,10 @@ The head and its loss are one operation: the forward pass computes the logits of
 loss, and at once the gradients of the hidden states and of the head's weight; then the logits of
 the next tokens. No logit is computed twice, and none is kept for the backward pass.
 
+The z-loss (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5) adds the coefficient times
+the square of `log Z` to the loss of each token, where `log Z` is the logarithm of the token's sum
+of exponentials. Its gradient is the softmax times `2 * coefficient * log Z`.
+
 With a weight split over the vocabulary each rank has the logits of its ids, as in Megatron-LM
 (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Example with two ranks, a vocabulary of 4 and
 one token with label 2:
@@ -52,7 +56,7 @@ class Kernels(NamedTuple):
     """The functions over all logits."""
 
     statistics: Callable[[Tensor, Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """May overwrite the logits."""
     multiply: Callable[[Tensor, Tensor], Tensor]
     """May overwrite the numbers."""
@@ -74,8 +78,13 @@ def head_loss(
     labels: Tensor,
     scale: Tensor,
     vocabulary: Vocabulary = WHOLE,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return `scale` times the summed cross-entropy of the trained tokens, an fp32 scalar.
+
+    With a coefficient `z_loss` above 0 returns fp32 `(2,)` instead: the cross-entropy and the
+    z-loss, each times `scale`. Train on their sum: the gradients are computed for a backward pass
+    with equal factors of both.
 
     `hidden` is `(n, hidden_size)`; `weight` is `(ids on this rank, hidden_size)`; `labels` is int64
     `(n,)`, equal on every rank of the vocabulary, with `IGNORE_INDEX` for tokens that are not
@@ -87,7 +96,7 @@ def head_loss(
     `weight`. The weight's gradient is summed over the chunks in its own dtype.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, wanted)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(hidden, weight, labels, scale, vocabulary, z_loss, wanted)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -119,10 +128,11 @@ class _HeadLoss(torch.autograd.Function):
         labels: Tensor,
         scale: Tensor,
         vocabulary: Vocabulary,
+        z_loss: float,
         wanted: tuple[bool, bool],
     ) -> Tensor:
         kernels = _kernels(hidden)
-        loss = torch.zeros((), device=hidden.device)
+        loss, z_term = (torch.zeros((), device=hidden.device) for _ in range(2))
         ctx.hidden = torch.empty_like(hidden) if wanted[0] else None
         ctx.weight = None
         rows = chunk_rows(len(hidden), len(weight), hidden.element_size())
@@ -133,8 +143,11 @@ class _HeadLoss(torch.autograd.Function):
             trained = (labels[part] != IGNORE_INDEX) * scale
             log_total, picked = _combined(kernels.statistics(logits, column), vocabulary.group)
             loss += torch.dot(log_total - picked, trained)
+            if z_loss:
+                z_term += z_loss * torch.dot(log_total.square(), trained)
             if any(wanted):
-                gradient = kernels.gradient(logits, column, log_total, trained)
+                factor = 1 + 2 * z_loss * log_total if z_loss else None
+                gradient = kernels.gradient(logits, column, log_total, trained, factor)
                 del logits
                 if ctx.hidden is not None:
                     torch.mm(gradient, weight, out=ctx.hidden[part])
@@ -142,16 +155,16 @@ class _HeadLoss(torch.autograd.Function):
                     ctx.weight = _added(ctx.weight, gradient.t(), hidden[part])
         if wanted[1] and ctx.weight is None:
             ctx.weight = torch.zeros_like(weight)
-        return loss
+        return torch.stack((loss, z_term)) if z_loss else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # Popped, so that the memory is free as soon as the gradients are used.
         hidden, weight = ctx.__dict__.pop("hidden"), ctx.__dict__.pop("weight")
-        multiply = _kernels(upstream).multiply
+        multiply, upstream = _kernels(upstream).multiply, upstream.reshape(-1)[0]  # both elements are equal
         scaled = (None if gradient is None else multiply(gradient, upstream) for gradient in (hidden, weight))
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -186,9 +199,13 @@ def plain_statistics(logits: Tensor, column: Tensor) -> Tensor:
     return torch.stack((maximum, (scores - maximum[:, None]).exp().sum(1), picked))
 
 
-def plain_gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient of `logits`, in their dtype: softmax minus one at the label, scaled."""
+def plain_gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
+    """Return the gradient of `logits`, in their dtype: softmax minus one at the label, scaled.
+
+    `factor` is a factor of each token's softmax, fp32 `(n,)`; None is 1.
+    """
     softmax = (logits.float() - log_total[:, None]).exp()
+    softmax = softmax if factor is None else softmax * factor[:, None]
     at_label = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
     return ((softmax - at_label.float()) * scale[:, None]).to(logits.dtype)
 

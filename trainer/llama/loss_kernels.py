@@ -39,7 +39,9 @@ def _gradient(
     column: tl.tensor,
     log_total: tl.tensor,
     scale: tl.tensor,
+    factor: tl.tensor,
     width: tl.tensor,
+    has_factor: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -47,6 +49,8 @@ def _gradient(
     place, inside = logits + row * width + offsets, offsets < width
     scores = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     softmax = tl.exp(scores - tl.load(log_total + row))
+    if has_factor:
+        softmax = softmax * tl.load(factor + row)
     gradient = tl.where(offsets == tl.load(column + row), softmax - 1.0, softmax) * tl.load(scale + row)
     tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)
 
@@ -67,10 +71,13 @@ def statistics(logits: Tensor, column: Tensor) -> Tensor:
     return out
 
 
-def gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor) -> Tensor:
+def gradient(logits: Tensor, column: Tensor, log_total: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
     """Return the gradient of `logits` in their memory, as `loss.plain_gradient` computes it."""
     rows, width = logits.shape
-    _gradient[(rows, triton.cdiv(width, COLUMNS))](logits, column, log_total, scale, width, COLUMNS, num_warps=8)
+    given = scale if factor is None else factor  # a kernel needs a tensor, read only with `has_factor`
+    _gradient[(rows, triton.cdiv(width, COLUMNS))](
+        logits, column, log_total, scale, given, width, factor is not None, COLUMNS, num_warps=8
+    )
     return logits
 
 

@@ -205,10 +205,10 @@ class Head(Linear):
             return logits
         return DTensor.from_local(logits, self.weight.device_mesh, [Shard(1)], run_check=False)
 
-    def loss(self, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-        """Return `scale` times the summed cross-entropy, as `head_loss` does."""
+    def loss(self, x: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0) -> Tensor:
+        """Return `scale` times the summed cross-entropy, or both losses, as `head_loss` does."""
         rows = weight_of(self)
-        return head_loss(x, rows, labels, scale, self._vocabulary(rows))
+        return head_loss(x, rows, labels, scale, self._vocabulary(rows), z_loss)
 
     def token_losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of each token, fp32 `(n,)`, without a gradient."""
@@ -269,6 +269,7 @@ class Llama(nn.Module):
         labels: Tensor | None = None,
         scale: Tensor | None = None,
         *,
+        z_loss: float = 0.0,
         each: bool = False,
     ) -> Tensor:
         """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
@@ -278,15 +279,18 @@ class Llama(nn.Module):
         equal inputs, and the logits are a DTensor split over the vocabulary.
 
         With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
-        the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group. With
-        `labels` and `each` returns the cross-entropy of each label, fp32, without a gradient.
+        the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group; with a
+        coefficient `z_loss` above 0 the cross-entropy and the z-loss, fp32 `(2,)`, as `head_loss`
+        does. With `labels` and `each` returns the cross-entropy of each label, fp32, without a
+        gradient.
         """
         hidden = self.hidden(input_ids, position_ids, segments, positions)
         if labels is None:
             return self.head(hidden)  # type: ignore[no-any-return]
         if each:
             return self.head.token_losses(hidden, labels)
-        return self.head.loss(hidden, labels, torch.ones((), device=hidden.device) if scale is None else scale)
+        scale = torch.ones((), device=hidden.device) if scale is None else scale
+        return self.head.loss(hidden, labels, scale, z_loss)
 
     def hidden(
         self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None

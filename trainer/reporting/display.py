@@ -79,6 +79,9 @@ class Display:
             return
         if metrics.validation_loss is not None:
             self.say(f"step {metrics.step} | validation loss {metrics.validation_loss:.4f}{by_source(metrics)}")
+        if metrics.exact_match is not None:
+            scored = "" if metrics.score is None else f", mean score {metrics.score:.4f}"
+            self.say(f"step {metrics.step} | {metrics.exact_match:.1%} of the questions answered exactly{scored}")
         if self._pace.steps == PACED and left is not None and not last:
             self.say(f"time     about {spelled(left)} left, by the pace of the first {PACED} steps")
         averaged, ends = recent_metrics(self._recent), end_facts(share, left)

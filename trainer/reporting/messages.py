@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.config import TrainConfig
 from trainer.training.progress import Progress
 
 
@@ -44,6 +45,20 @@ def extension_message(progress: Progress, rate: float) -> str:
     return (
         f"the data goes on after its end at step {progress.step}: each row is trained once in each new epoch, in packs that "
         f"may differ from those of a run begun with more data; the learning rate goes on at {rate:.3g}"
+    )
+
+
+def early_end_message(progress: Progress, config: TrainConfig) -> str:
+    """Return the line of a run whose patience is used up."""
+    assert config.validation is not None
+    assert progress.lowest is not None
+    if config.validation.best_by == "answers":
+        missed = f"evaluations had no score above {1 - progress.lowest:.4f}"
+    else:
+        missed = f"validations had no loss below {progress.lowest:.4f}"
+    return (
+        f"the run ends early after step {progress.step}: the last {config.patience} {missed}; the newest weights are "
+        "exported, and checkpoint.keep_best keeps the best"
     )
 
 

@@ -41,8 +41,11 @@ CURVES_BY_SOURCE = (
 CURVES = (
     "loss",
     "perplexity",
+    "z_loss",
     "validation_loss",
     "validation_perplexity",
+    "exact_match",
+    "score",
     "grad_norm",
     "learning_rate",
     "fill",
@@ -126,6 +129,14 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     left out if False."""
     perplexity: float | None = None
     """Exponential of `loss`; left out if it exceeds the largest float."""
+    exact_match: float | None = None
+    """Share of the held-out questions whose answer equals the expected answer, in [0, 1]; left out
+    after a step without evaluation."""
+    score: float | None = None
+    """Mean score of the answers by `evaluation.scorer`; left out without a scorer."""
+    z_loss: float | None = None
+    """Mean z-loss over the trained tokens of the step, which is trained on beside `loss` and not in
+    it; left out without `optimizer.z_loss`."""
 
 
 def perplexity(loss: float) -> float | None:

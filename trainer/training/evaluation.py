@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sftstream import ChatEncoder, Refused, read_conversations
+from trainer.training.scorer import Scorer
 
 BATCH = 64
 """Number of questions per call of generate."""
@@ -35,6 +36,9 @@ class Answer(NamedTuple):
     given: str
     """The generated text, stop token included."""
 
+    score: float | None = None
+    """Score by `evaluation.scorer`; None without a scorer."""
+
     @property
     def right(self) -> bool:
         """True if the generated text equals the expected text."""
@@ -51,13 +55,21 @@ class Evaluation(NamedTuple):
         """Share of right answers, in [0, 1]."""
         return sum(answer.right for answer in self.answers) / len(self.answers)
 
+    @property
+    def score(self) -> float | None:
+        """Mean score; None without a scorer."""
+        scores = [answer.score for answer in self.answers if answer.score is not None]
+        return sum(scores) / len(scores) if scores else None
+
     def describe(self, show: int) -> str:
         """Return the first `show` answers and the accuracy in words."""
         shown = [
             f"\n{answer.prompt}\n  -> {answer.given}" + ("" if answer.right else f"  (expected {answer.expected})")
             for answer in self.answers[:show]
         ]
-        return "\n".join([*shown, f"\n{self.accuracy:.1%} of {len(self.answers)} held-out questions answered exactly"])
+        scored = "" if self.score is None else f", mean score {self.score:.4f}"
+        exact = f"{self.accuracy:.1%} of {len(self.answers)} held-out questions answered exactly"
+        return "\n".join([*shown, f"\n{exact}{scored}"])
 
 
 def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
@@ -81,8 +93,31 @@ def read_questions(path: str, encoder: ChatEncoder) -> list[Question]:
     return questions
 
 
+def judge(questions: Sequence[Question], given: Sequence[str], scorer: Scorer | None) -> Evaluation:
+    """Return the answers `given` to questions, with scores by `scorer`."""
+    answers = []
+    for question, answer in zip(questions, given, strict=True):
+        score = None if scorer is None else scorer(question.prompt, question.expected, answer)
+        answers.append(Answer(*question, answer, score))
+    return Evaluation(answers)
+
+
+def write_answers(path: Path, evaluation: Evaluation) -> None:
+    """Write a line of JSON for each answer."""
+    lines = []
+    for answer in evaluation.answers:
+        line = answer._asdict() | {"right": answer.right}
+        lines.append(msgspec.json.encode({key: value for key, value in line.items() if value is not None}))
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
 def evaluate(
-    export: Path, questions: Sequence[Question], stop_ids: list[int], max_new_tokens: int, device: torch.device
+    export: Path,
+    questions: Sequence[Question],
+    stop_ids: list[int],
+    max_new_tokens: int,
+    device: torch.device,
+    scorer: Scorer | None = None,
 ) -> Evaluation:
     """Generate the greedy answers of the model in `export`.
 
@@ -90,9 +125,8 @@ def evaluate(
     """
     disable_progress_bar()  # bars of loaded weights fill a log
     given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
-    evaluation = Evaluation([Answer(*question, answer) for question, answer in zip(questions, given, strict=True)])
-    lines = [msgspec.json.encode(answer._asdict() | {"right": answer.right}) for answer in evaluation.answers]
-    (export.parent / "answers.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    evaluation = judge(questions, given, scorer)
+    write_answers(export.parent / "answers.jsonl", evaluation)
     return evaluation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -18,18 +18,20 @@ from trainer.llama.sharding import local
 from trainer.llama.weights import layout
 from trainer.llama.working import working_copies
 from trainer.training.adamw import AdamW
+from trainer.training.adamw8bit import AdamW8bit
 from trainer.training.muon import Muon
 
-Optimizer = AdamW | Muon
+Optimizer = AdamW | AdamW8bit | Muon
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[optimizer]` table: the optimizer and gradient clipping."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for the matrices of the layers and AdamW for embedding, head,
-    norms and biases. Muon needs half of AdamW's state for its matrices, whole-matrix products on
-    every rank at each step, and no `[lora]`. A resume needs the kind of the checkpoint."""
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """AdamW for all weights; AdamW with states of 8 bits for matrices, which needs torchao; or Muon
+    for the matrices of the layers and AdamW for embedding, head, norms and biases. Muon needs half
+    of AdamW's state for its matrices, whole-matrix products on every rank at each step, and no
+    `[lora]`. A resume needs the kind of the checkpoint."""
     learning_rate: float = 2e-5
     """Full learning rate, at the end of the warm-up and the start of the decay; 0 or more."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -44,6 +46,10 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     clip: float | None = 1.0
     """Largest global norm of a gradient, above 0; a longer gradient is scaled down to it. inf never
     clips."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss, 0 or more; 0 is no z-loss. Each trained token adds the coefficient
+    times the square of the logarithm of its sum of exponentials to the loss that is trained on,
+    which keeps logits from growing. 1e-4 is usual. Reported as `z_loss`, and not in `loss`."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -55,6 +61,8 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(
                 f"learning_rate {self.learning_rate} and weight_decay {self.weight_decay} must be finite and not negative"
             )
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss {self.z_loss} must be finite and not negative; 1e-4 is usual")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps {self.eps} must be finite and above 0")
         if self.clip is not None and not self.clip > 0:
@@ -63,10 +71,20 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 def build_optimizer(model: Llama, config: OptimizerConfig) -> Optimizer:
     """Return an optimizer over the trained parameters; weight decay applies to matrices only."""
-    optimizer = _adamw(model, config) if config.kind == "adamw" else _muon(model, config)
+    optimizer = _optimizer(model, config)
     if copies := working_copies(model):
         optimizer.register_step_post_hook(copies.weights_changed)
     return optimizer
+
+
+def _optimizer(model: Llama, config: OptimizerConfig) -> Optimizer:
+    match config.kind:
+        case "adamw":
+            return _adamw(model, config)
+        case "adamw8bit":
+            return _adamw8bit(model, config)
+        case "muon":
+            return _muon(model, config)
 
 
 def muon_matrices(model: Llama) -> dict[str, nn.Parameter]:
@@ -75,11 +93,20 @@ def muon_matrices(model: Llama) -> dict[str, nn.Parameter]:
 
 
 def _adamw(model: Llama, config: OptimizerConfig, without: Container[nn.Parameter] = ()) -> AdamW:
+    groups = _groups(model, config, without)
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _adamw8bit(model: Llama, config: OptimizerConfig) -> AdamW8bit:
+    return AdamW8bit(_groups(model, config), lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def _groups(model: Llama, config: OptimizerConfig, without: Container[nn.Parameter] = ()) -> list[dict[str, Any]]:
+    """Return the groups of trained parameters, with and without weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad and p not in without]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
-    groups = [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    return [decayed, {"params": vectors, "weight_decay": 0.0}] if vectors else [decayed]
 
 
 def _muon(model: Llama, config: OptimizerConfig) -> Muon:

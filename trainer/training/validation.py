@@ -35,8 +35,9 @@ class HeldOutLoss(NamedTuple):
     by_source: tuple[float | None, ...]
     """Mean cross-entropy over the trained tokens of each held-out source, in nats; None for a
     source without a trained token."""
-    judged: float
-    """Loss that `checkpoint.keep_best` and `validation.patience` compare."""
+    judged: float | None
+    """Loss that `checkpoint.keep_best` and `validation.patience` compare; None if they compare
+    answers."""
 
 
 class Validation:
@@ -44,13 +45,22 @@ class Validation:
 
     Packs are assigned to ranks as in training, so that every topology validates on equal packs.
     `streams` is the run's number of streams, equal on every topology; `encoder` the run's encoder,
-    None on ranks without a loader. Raises ValueError if the sources hold no trained token.
+    None on ranks without a loader; `questions` the digest of the questions that are judged, if any.
+    Raises ValueError if the sources hold no trained token.
     """
 
-    def __init__(self, config: TrainConfig, topology: Topology, encoder: ChatEncoder | None, streams: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: Topology,
+        encoder: ChatEncoder | None,
+        streams: int,
+        questions: str | None = None,
+    ) -> None:
         assert config.validation is not None
         self.every = config.validation.every
         self._best_by = config.validation.best_by
+        self._questions = questions
         self.conversations = self.trained_tokens = 0
         self.refused = Counter[str]()
         self._topology = topology
@@ -64,7 +74,7 @@ class Validation:
         step_reader.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold no trained token; use other sources ({self.describe()})")
-        if self._best_by != "all" and not self._tokens[self._best_by]:
+        if isinstance(self._best_by, int) and not self._tokens[self._best_by]:
             raise ValueError(
                 f"validation.best_by = {self._best_by} is a source without a held-out trained token; set "
                 f'validation.best_by = "all", or name another source ({self.describe()})'
@@ -72,8 +82,14 @@ class Validation:
 
     @property
     def digest(self) -> str:
-        """Hash of the held-out packs of all ranks, in order, and of the source that is judged."""
-        judged = [] if self._best_by == "all" else [f"source {self._best_by}"]
+        """Hash of the held-out packs of all ranks, and of the source or answers judged."""
+        match self._best_by:
+            case "all":
+                judged = []
+            case "answers":
+                judged = [f"answers {self._questions}"]
+            case source:
+                judged = [f"source {source}"]
         return batch_digest([*self._digests, *judged])
 
     def describe(self) -> str:
@@ -91,8 +107,8 @@ class Validation:
         if before.digests.get(HELD_OUT, self.digest) != self.digest:
             raise ValueError(
                 "checkpoint.keep_best and validation.patience compare validation losses, but the checkpoint's losses come "
-                "from other held-out conversations; restore validation.sources and validation.best_by, leave out keep_best "
-                "and patience, or give the run another name"
+                "from other held-out conversations; restore validation.sources, validation.best_by and [evaluation], leave out "
+                "keep_best and patience, or give the run another name"
             )
 
     def after(self, step: int, model: Llama) -> HeldOutLoss | None:
@@ -126,8 +142,9 @@ class Validation:
         sums = totals.tolist()
         means = tuple(total / count if count else None for total, count in zip(sums, self._tokens, strict=True))
         loss = sum(sums) / self.trained_tokens
-        judged = loss if self._best_by == "all" else means[self._best_by]
-        assert judged is not None
+        judged = means[self._best_by] if isinstance(self._best_by, int) else loss
+        if self._best_by == "answers":
+            judged = None
         return HeldOutLoss(loss, means, judged)
 
     def _read(self, step_reader: StepReader, limit: int | None, sources: int) -> list[int]:

@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import Any
 
 from sftstream.records import Conversation, Rendered
+from sftstream.rendering.fast.known_tails import NOT_JSON, KnownTails
 from sftstream.rendering.fast.render_plan import (
     MarkupSearch,
     RenderPlan,
@@ -62,9 +63,6 @@ LONGEST = 64
 Longer conversations rarely share a shape.
 """
 
-NOT_JSON = TypeError, ValueError, RecursionError
-"""Errors raised by values that have no JSON form or no exact key, a date for example."""
-
 
 class RenderCache:
     """The render plans of one template under one policy.
@@ -78,6 +76,8 @@ class RenderCache:
         self._to_json: Any = template.environment.filters["tojson"].__wrapped__
         self._markup = MarkupSearch({*special, *_turn_markup(turn_format), "<think", "</think", "ZqM"})
         self.plans: dict[Shape, list[RenderPlan]] = {}
+        self.tails = KnownTails(self._traced, lambda: self._reads_inside, self._to_json)
+        """The known tails of beginnings, for the search for turns."""
         self._characters = 0
 
     def render(self, conversation: Conversation) -> Rendered | None:
@@ -85,7 +85,7 @@ class RenderCache:
         try:
             shape, values = split_conversation(conversation, self._reads_inside)
             for plan in self.plans.get(shape, ()):
-                if fulfils_conditions(plan, values):
+                if fulfils_conditions(plan.conditions, values):
                     printed = print_values(plan, values, self._markup)
                     return None if printed is None else assemble(plan, printed)
         except NOT_JSON:

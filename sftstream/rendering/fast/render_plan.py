@@ -150,15 +150,7 @@ def build_plan(
         ),
         must_be_verbatim=tuple(slot for slot, ref in enumerate(refs) if any(map(_is_partial_strip, ref.ops))),
         unprinted=tuple(sorted(set(range(len(values))) - {slot.number for slot in slots})),
-        conditions=tuple(
-            Condition(
-                guard.ref.number,
-                _converter(guard.ref, to_json),
-                methodcaller(guard.method, *guard.arguments),
-                guard.answer,
-            )
-            for guard in trace.guards
-        ),
+        conditions=conditions_of(trace, to_json),
         bounds=(),
     )
     printed = print_values(plan, values, markup)
@@ -168,9 +160,22 @@ def build_plan(
     return plan if assemble(plan, printed) == rendered else None
 
 
-def fulfils_conditions(plan: RenderPlan, values: Sequence[Any]) -> bool:
+def conditions_of(trace: Trace, to_json: Callable[..., str]) -> tuple[Condition, ...]:
+    """Return the questions of a traced template about the values, with their answers."""
+    return tuple(
+        Condition(
+            guard.ref.number,
+            _converter(guard.ref, to_json),
+            methodcaller(guard.method, *guard.arguments),
+            guard.answer,
+        )
+        for guard in trace.guards
+    )
+
+
+def fulfils_conditions(conditions: Iterable[Condition], values: Sequence[Any]) -> bool:
     """Return True if the values answer the template's questions as the traced conversation did."""
-    for number, convert, ask, answer in plan.conditions:
+    for number, convert, ask, answer in conditions:
         value = values[number] if convert is None else convert(values[number])
         if bool(ask(value)) is not answer:
             return False

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 from jinja2 import Template
 
 from sftstream.records import Refused
-from sftstream.rendering.limits import bounded
+from sftstream.rendering.limits import Bounded
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 Op = tuple[str, tuple[Any, ...]]
@@ -291,7 +291,7 @@ class TracedTemplate:
         template = self._template.with_variables(variables)
         context = self._compiled.new_context(template.context(messages, tools, prompt))
         try:
-            with bounded():
+            with Bounded():
                 printed = [part for item in self._compiled.root_render_func(context) for part in _parts(item)]
         except (Untraceable, Refused):
             return None
