@@ -14,6 +14,8 @@ from weakref import WeakSet
 from checkpoints.errors import CheckpointError, printable
 
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
+"""A link, a directory, or a socket in the place of the lock's file."""
 _UNKNOWN = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
@@ -52,13 +54,19 @@ class Lock:
         self.release()
 
     def _locked(self) -> int:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        planted = CheckpointError(
+            f"{self.path} is a link to another file, or no file, and cannot be locked; delete {self.path}"
+        )
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise planted from error
+            raise
         status = os.fstat(descriptor)
         if status.st_nlink != 1 or not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise CheckpointError(
-                f"{self.path} is a link to another file, or no file, and cannot be locked; delete {self.path}"
-            )
+            raise planted
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

@@ -40,8 +40,10 @@ _SERVED = ("http", "https", "ftp", "sftp", "ssh", "s3", "s3a", "gs", "gcs", "abf
 def open_root(root: Path | str) -> LocalStore | ObjectStore:
     """Return an `ObjectStore` for a URL (a str with `://`), else a `LocalStore`.
 
-    Raises CheckpointError if a URL names no place.
+    Raises CheckpointError if a URL names no place, or for a path with a zero byte.
     """
+    if "\0" in str(root):
+        raise CheckpointError(f"{str(root)!r} is no path; name a directory or URL")
     return ObjectStore(root) if isinstance(root, str) and "://" in root else LocalStore(Path(root).absolute())
 
 
@@ -106,7 +108,12 @@ class ObjectStore:
                 f"the root {root!r} of checkpoints names no bucket or path; write the whole URL, such as s3://bucket/run"
             )
         self.root = root.rstrip("/")
-        self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
+        try:
+            self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or a scheme whose library is not installed
+            raise CheckpointError(
+                f"the root {root!r} of checkpoints cannot be opened: {error}; correct the URL, or install the library"
+            ) from error
         self._committed: set[int] | None = None
 
     def path(self, step: int) -> str:

@@ -30,7 +30,7 @@ REMEDY = re.compile(
     re.IGNORECASE,
 )
 LIMIT = re.compile(r"\bmust\b|\bis no\b|\bcounted from 0\b")
-WHOLE = re.compile(r"^(?:config: )?(?:<[^>]*>[:;]?\s*)+$")
+WHOLE = re.compile(r"^(?:config )?(?:<[^>]*>[:;]?\s*)+$")
 """A message that passes on the text of another error, with the file before it."""
 
 

@@ -14,6 +14,7 @@ _LIGHT = {
     "Door": "door",
     "one_line": "excerpt",
     "printable": "excerpt",
+    "require_files": "regular_files",
     "show_result": "cli.results",
     "write_page": "cli.results",
 }

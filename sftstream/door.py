@@ -39,7 +39,8 @@ class Door:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or not _is_error(error) or _is_ours(error, trace):
+        """Raise the error of a library again, as one line."""
+        if error is None or not _is_error(error) or is_ours(error):
             return
         raise self._error(f"{self._line}: {reason(error)}") from error
 
@@ -58,12 +59,13 @@ def _is_error(error: BaseException) -> bool:
     return panic or (isinstance(error, Exception) and not isinstance(error, _PASSING))
 
 
-def _is_ours(error: BaseException, trace: TracebackType | None) -> bool:
-    """Return True for an error with a message of this package.
+def is_ours(error: BaseException) -> bool:
+    """Return True for a ValueError or RuntimeError with a message of this package.
 
     Such an error is raised by a `raise` statement, not by the call of an extension module, and its
     type is from no other package, as ArrowInvalid would be.
     """
+    trace = error.__traceback__
     if not isinstance(error, ValueError | RuntimeError) or trace is None:
         return False
     if type(error).__module__.partition(".")[0] not in ("builtins", _PACKAGE):

@@ -34,6 +34,7 @@ from sftstream.records import (
     ToolCalls,
     batch_digest,
 )
+from sftstream.regular_files import require_files
 from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
@@ -98,6 +99,7 @@ __all__ = [
     "read_state",
     "read_toml",
     "require_few_refused",
+    "require_files",
     "rows_in_all_epochs",
     "segments_of",
     "show_result",

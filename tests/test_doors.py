@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +191,7 @@ BAD_TEMPLATES = {
     "a power": ("{{ 9 ** 99999999 }}", "it makes a number of 399,999,996 bits"),
     "a width": ("{{ 'a' | center(1000000000) }}", "it makes a value of size"),
     "a format": ("{{ '%0999999999d' % 1 }}", "a width of 7 digits or more"),
-    "text without a tag": ("{#" + "a" * (1 << 20) + "#}{{ 1 }}", "has 1,048,587 characters, above 1,048,576"),
+    "text without a tag": ("{#" + "a" * (1 << 20) + "#}{{ 1 }}", "has more than 1,048,576 characters"),
 }
 
 
@@ -369,3 +371,54 @@ def test_a_format_with_a_width_from_a_value_is_refused(text: str) -> None:
     template = ChatTemplate("{{ " + text + " }}", {})
     with pytest.raises((Refused, ValueError), match="does too much"):
         template.render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_is_no_file_in_a_tokenizer_is_named(
+    tokenizer: str, tmp_path: Path, name: str, put: Callable[[Path], object]
+) -> None:
+    directory = changed_tokenizer(tokenizer, tmp_path / "bad", lambda _: None)
+    (directory / name).unlink()
+    put(directory / name)
+    outcome = run(main, "template", directory)
+    assert re.fullmatch(
+        rf"error: {directory}/{name} is a .*; put a file in its place, or move it away\n", outcome.stderr
+    )
+
+
+@pytest.mark.parametrize("words", [("template", "{tokenizer}", "/dev/zero"), ("inspect", "/dev/zero")])
+def test_a_device_without_end_is_refused_at_once(tokenizer: str, words: tuple[str, ...]) -> None:
+    outcome = run(main, *(word.format(tokenizer=tokenizer) for word in words))
+    assert outcome.exit_code == 1
+    assert "/dev/zero is a pipe, a socket or a device; put a file in its place" in outcome.stderr
+
+
+def test_an_error_of_python_itself_is_not_shown_as_one_of_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "find_state", lambda _: list(zip([1], [1, 2], strict=True)))
+    outcome = run(main, "inspect", tmp_path)
+    assert outcome.stderr == (
+        f"error: inspect {tmp_path}: ValueError: zip() argument 2 is longer than argument 1; --debug shows the traceback\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("preview", "--pack", "1000001"), ("preview", "--count", "10001"), ("bench", "--seconds", "3601")]
+)
+def test_work_that_would_hardly_end_is_refused(words: tuple[str, ...]) -> None:
+    outcome = run(main, words[0], "run.toml", *words[1:])
+    assert outcome.exit_code == 2
+    assert f"Invalid value for '{words[1]}'" in outcome.stderr
+
+
+def test_no_code_of_a_model_is_run_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(2))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks a person, unless told not to
+    outcome = run(main, "init", rows, "--model", tmp_path, "--out", tmp_path / "run.toml")
+    assert outcome.exit_code == 1
+    assert f"error: model '{tmp_path}' cannot be opened: " in outcome.stderr
+    assert not (tmp_path / "ran").exists()

@@ -15,9 +15,11 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,21 +28,24 @@ import pytest
 import runs
 import tiny
 import torch
-from commands import run
+from commands import Outcome, run
 from tiny_llama import CONFIG, exported
 
 from checkpoints import RECIPE, CheckpointStore, Recipe, Rows, one_line
 from checkpoints.cli.main import main as checkpoints_main
 from sftstream import ChatEncoder, DataConfig, Refused
+from sftstream.cli.main import main as sftstream_main
 from sftstream.records import BrokenRow, Ref
 from sftstream.sources import Corpus, CorpusReader, FileSet
 from trainer.config_file import load_config
-from trainer.llama.hf_config import read_config
+from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.model import Llama
 from trainer.llama.weights import load_weights
+from trainer.report.main import main as report_main
+from trainer.run import run as train
 
 SEED = int(os.environ.get("SFTSTREAM_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
-DOORS = 6
+DOORS = 7
 SECONDS = float(os.environ.get("SFTSTREAM_FUZZ_SECONDS", "3")) / DOORS
 LONGEST, MOST_MEMORY = 60, 4 << 30
 """Limits of an input: seconds, and further bytes of address space."""
@@ -59,22 +64,35 @@ def limited() -> Iterator[None]:
     def hang(*_: object) -> None:
         raise Hang
 
+    watch = threading.Timer(3 * LONGEST, os.kill, (os.getpid(), signal.SIGPROF))
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_MEMORY, before[1]))
     # Not SIGALRM: renders set an alarm of their own.
     earlier = signal.signal(signal.SIGPROF, hang)
     signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    watch.start()  # a process that waits, as for a writer of a pipe, has no processor time
     try:
         yield
     finally:
+        watch.cancel()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, earlier)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def fuzz(door: str, directory: Path, make: Callable[[random.Random, Path], T], use: Callable[[T], None]) -> None:
-    """Make inputs and use them until the door's time is over, at least five."""
+def fuzz(
+    door: str,
+    directory: Path,
+    make: Callable[[random.Random, Path], T],
+    use: Callable[[T], None],
+    restore: Callable[[T], bool] = lambda _: False,
+) -> None:
+    """Make inputs and use them until the door's time is over, at least five.
+
+    An input that `restore` restores after an error, with the result True, must then be usable: "restore
+    the file" is the remedy of such errors.
+    """
     end = time.monotonic() + SECONDS
     for number in itertools.count():
         if number >= 5 and time.monotonic() > end:
@@ -88,9 +106,26 @@ def fuzz(door: str, directory: Path, make: Callable[[random.Random, Path], T], u
                 use(made)
         except (ValueError, RuntimeError) as error:  # the types of a door; CheckpointError is a RuntimeError
             require_line(error, context)
+            if restore(made):
+                use(made)
         except BaseException as error:
             raise AssertionError(f"{context}: {type(error).__name__}: {error}") from error
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place)
+
+
+def restored_from(original: Path) -> Callable[[Path], bool]:
+    """Return a function that puts the files of `original` in place of a damaged copy."""
+
+    def restore(copied: Path) -> bool:
+        _remove(copied)
+        shutil.copytree(original, copied)
+        return True
+
+    return restore
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def require_line(error: Exception, context: str) -> None:
@@ -164,9 +199,25 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
+def replaced(path: Path, draw: random.Random) -> None:
+    """Put what is no file in the place of a file."""
+    path.unlink()
+    match draw.randrange(4):
+        case 0:
+            os.mkfifo(path)
+        case 1:
+            path.mkdir()
+        case 2:
+            path.symlink_to(path.name)
+        case _:
+            path.symlink_to("/dev/zero")
+
+
 def changed_file(path: Path, draw: random.Random) -> None:
     """Damage a file: a JSON file most often by its values, any other by its bytes."""
-    if path.suffix == ".json" and draw.random() < 0.75:
+    if draw.random() < 0.2:
+        replaced(path, draw)
+    elif path.suffix == ".json" and draw.random() < 0.75:
         value = changed(json.loads(path.read_text()), draw)
         path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
     else:
@@ -207,7 +258,14 @@ def test_a_tokenizer(tmp_path: Path, tokenizer: str) -> None:
         except Refused:
             return
 
-    fuzz("tokenizer", tmp_path, lambda draw, place: changed_copy(Path(tokenizer), place / "t", draw), use)
+    original = Path(tokenizer)
+    fuzz(
+        "tokenizer",
+        tmp_path,
+        lambda draw, place: changed_copy(original, place / "t", draw),
+        use,
+        restored_from(original),
+    )
 
 
 FRAGMENTS = [
@@ -270,6 +328,8 @@ def draw_file(draw: random.Random, place: Path, rows: list[tiny.Row]) -> Path:
     else:
         text = {"jsonl": tiny.json_lines(rows).decode(), "csv": "prompt,response\na,b\nc,d\n"}
         path.write_text(text.get(kind) or json.dumps(changed(rows, draw)))
+    if kind != "json":
+        shutil.copy(path, place / f"whole.{kind}")
     path.write_bytes(damaged(path.read_bytes(), draw))
     suffix = draw.choice([kind, kind, "arrow", "jsonl", "tsv", "jsonl.gz", "x"])
     return path.rename(path.with_name(f"rows.{suffix}"))
@@ -286,13 +346,24 @@ def test_a_source(tmp_path: Path, tokenizer: str) -> None:
     def use(config: DataConfig) -> None:
         corpus = Corpus(config.sources)
         reader = CorpusReader(corpus)
-        for row in range(len(reader.sources[0]) if isinstance(reader.sources[0], FileSet) else 20):
+        source = reader.sources[0]
+        for row in range(len(source) if isinstance(source, FileSet) else 20):
             try:
+                if not isinstance(source, FileSet) and not source.reaches(Ref(0, row, 0)):
+                    break
                 reader.read(Ref(0, row, 0))
             except BrokenRow:
                 continue
 
-    fuzz("source", tmp_path, make, use)
+    def restore(config: DataConfig) -> bool:
+        path = Path(config.sources[0].path)
+        whole = path.with_name(f"whole{path.suffix}")
+        is_kept = path.is_relative_to(tmp_path) and whole.exists()
+        if is_kept:
+            shutil.copy(whole, path)
+        return is_kept
+
+    fuzz("source", tmp_path, make, use, restore)
 
 
 def test_a_model_directory(tmp_path: Path) -> None:
@@ -305,7 +376,7 @@ def test_a_model_directory(tmp_path: Path) -> None:
             raise ValueError(one_line(error)) from error  # as the command prints errors
 
     def load(directory: Path) -> None:
-        config = read_config(directory)
+        config = read_config(find_model(str(directory)))
         if all(getattr(config, name) <= 4 * getattr(CONFIG, name) for name in ("hidden_size", "num_hidden_layers")):
             with torch.device("meta"):
                 small = sum(parameter.numel() for parameter in Llama(config).parameters()) < 10**7
@@ -313,7 +384,13 @@ def test_a_model_directory(tmp_path: Path) -> None:
                 load_weights(Llama(config), directory)
 
     (tmp_path / "inputs").mkdir()
-    fuzz("model", tmp_path / "inputs", lambda draw, place: changed_copy(original, place / "m", draw), use)
+    fuzz(
+        "model",
+        tmp_path / "inputs",
+        lambda draw, place: changed_copy(original, place / "m", draw),
+        use,
+        restored_from(original),
+    )
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -322,18 +399,68 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         store.save(1, {"w": torch.arange(12.0).view(6, 2)}, {RECIPE: recipe, "deep": deep(40), "text": "x\x1b"})
 
     def use(root: Path) -> None:
+        errors = []
         for words in (["list"], ["verify"], ["inspect"], ["export", "--last"]):
             target = next(root.glob("step-*"), root) if words[0] == "inspect" else root
             rest = [root.parent / "out", *words[1:]] if words[0] == "export" else words[1:]
             outcome = run(checkpoints_main, words[0], target, *rest)
-            assert outcome.exit_code in (0, 1)
-            assert "Traceback" not in outcome.stderr, outcome.stderr
-            assert len([line for line in outcome.stderr.splitlines() if line]) <= 1, outcome.stderr
-            assert (outcome.stdout + outcome.stderr).replace("\n", "").replace("\t", "").isprintable(), outcome
+            errors += require_outcome(outcome, words)
             assert msgspec.json.encode(outcome.stdout)
+        _remove(root.parent / "out")
+        if errors:
+            raise ValueError(errors[0])
 
     (tmp_path / "inputs").mkdir()
-    fuzz("checkpoint", tmp_path / "inputs", lambda draw, place: changed_copy(tmp_path / "root", place / "c", draw), use)
+    original = tmp_path / "root"
+    make = partial(changed_copy, original)
+    fuzz("checkpoint", tmp_path / "inputs", lambda draw, place: make(place / "c", draw), use, restored_from(original))
+
+
+def require_outcome(outcome: Outcome, words: Sequence[object]) -> list[str]:
+    """Check the output of a command; return the lines of its error."""
+    assert outcome.exit_code in (0, 1), (words, outcome)
+    assert (outcome.stdout + outcome.stderr).replace("\n", "").replace("\t", "").isprintable(), outcome
+    lines = [line for line in outcome.stderr.splitlines() if line]
+    assert len(lines) <= 1, (words, outcome.stderr)
+    assert "shows the traceback" not in outcome.stderr, (words, outcome.stderr)
+    if outcome.exit_code == 0:
+        return []
+    return lines or [outcome.stdout.splitlines()[-1]]
+
+
+def test_a_run(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = runs.run_config(tokenizer, runs.sources(tmp_path, 30), run={"steps": 4})
+    path = tmp_path / "run.toml"
+    path.write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in config.items()))
+    train(load_config(path))
+    whole = tmp_path / "runs/run"
+    for name in ("checkpoints", "export", "tensorboard"):
+        shutil.rmtree(whole / name)
+    for name in ("report.html", ".lock"):
+        (whole / name).unlink()
+
+    def use(place: Path) -> None:
+        verbs: list[tuple[Any, list[object]]] = [
+            (sftstream_main, ["audit", place]),
+            (sftstream_main, ["audit", whole, place]),
+            (sftstream_main, ["trace", place, "--step", "3"]),
+            (sftstream_main, ["find", place, "--source", "0", "--row", "4"]),
+            (report_main, [place]),
+            (report_main, [place, whole, "--json"]),
+        ]
+        main, words = verbs[number[0] % len(verbs)]
+        errors = require_outcome(run(main, *words), words)
+        if errors:
+            raise ValueError(errors[0])
+
+    def make(draw: random.Random, place: Path) -> Path:
+        number[0] = draw.randrange(10**6)
+        return changed_copy(whole, place / "r", draw)
+
+    number = [0]
+    (tmp_path / "inputs").mkdir()
+    fuzz("run", tmp_path / "inputs", make, use, restored_from(whole))
 
 
 def test_the_doors_share_the_time() -> None:

@@ -18,6 +18,7 @@ ORDER = {
         "config",
         "excerpt",
         "door",
+        "regular_files",
         "cli",
         "cli.results",
         "pages.figures",

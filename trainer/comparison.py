@@ -180,7 +180,7 @@ def public_model(
 
     Raises ValueError if `peft` is needed and not installed.
     """
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     if quantize is not None:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -132,20 +132,17 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
         if not self.root or not self.root.isprintable():
             raise ValueError(f'root = {self.root!r} is no directory; name the directory of all runs, such as "runs"')
-        try:
-            _ = self.directory
-        except RuntimeError:
-            raise ValueError(f"root = {self.root!r} names the home of an unknown user; write the whole path") from None
+        _ = self.directory
 
     @property
     def directory(self) -> Path:
         """Directory of the run's output; a relative path starts at the working directory."""
-        return Path(self.root).expanduser() / self.name
+        return _expanded(self.root) / self.name
 
     @property
     def stop_seconds(self) -> float:
         """Seconds of `stop_after`, or infinity. Raises ValueError for a text of another form."""
-        return math.inf if self.stop_after is None else parse_duration(self.stop_after)
+        return math.inf if self.stop_after is None else parse_duration("stop_after", self.stop_after)
 
     @property
     def export_directory(self) -> Path:
@@ -187,7 +184,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     root: str | None = None
     """Directory, or fsspec URL such as `s3://bucket/my-run`, for the checkpoints of this run alone.
-    Default: `runs/<name>/checkpoints`."""
+    Default: `runs/<name>/checkpoints`. `~` is the home directory."""
     every: int = 100
     """Steps between checkpoints, 1 or more. The last step of a run is always saved."""
     keep: int = Retention.keep
@@ -218,7 +215,12 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             _require_at_most_steps(field, getattr(self, field))
         if self.root is not None and not (self.root and self.root.isprintable()):
             raise ValueError(f"root = {self.root!r} is no directory; name a directory or URL, or leave root out")
-        _ = self.retention
+        _ = self.retention, self.place
+
+    @property
+    def place(self) -> str | None:
+        """`root` with `~` replaced by the home of a user. Raises ValueError for an unknown user."""
+        return self.root if self.root is None or "://" in self.root else str(_expanded(self.root))
 
     @property
     def retention(self) -> Retention:
@@ -403,3 +405,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             max_refused=1.0,
             max_too_long=1.0,
         )
+
+
+def _expanded(root: str) -> Path:
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise ValueError(f"root = {root!r} names the home of an unknown user; write the whole path") from None

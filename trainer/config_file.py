@@ -25,7 +25,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     table = read_toml(path)
     for override in overrides:
         _override(table, override)
-    return parse_config(table)
+    try:
+        return parse_config(table)
+    except ValueError as error:
+        raise ValueError(f"config {str(path)!r}: {error}") from None
 
 
 def parse_config(table: dict[str, Any]) -> TrainConfig:
@@ -51,9 +54,9 @@ def parse_config(table: dict[str, Any]) -> TrainConfig:
     try:
         return msgspec.convert({**table, "data": data, "model": nested}, TrainConfig)
     except RecursionError:
-        raise ValueError("config: a value is nested too deeply; write lists in tables only") from None
+        raise ValueError("a value is nested too deeply; write lists in tables only") from None
     except msgspec.ValidationError as error:
-        raise ValueError(f"config: {str(error).replace('$.model.shape', '$.model')}") from None
+        raise ValueError(str(error).replace("$.model.shape", "$.model")) from None
 
 
 def _override(table: dict[str, Any], override: str) -> None:

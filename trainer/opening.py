@@ -47,7 +47,7 @@ def data_line(config: DataConfig, total_rows: int | None) -> str:
 
 def place_line(config: TrainConfig, topology: Topology) -> str:
     """Return the line about the machine and the places of checkpoints and result."""
-    root = config.checkpoint.root or str(config.run.directory / "checkpoints")
+    root = config.checkpoint.place or str(config.run.directory / "checkpoints")
     out = config.run.export_directory if config.lora is None else config.run.adapter_directory
     return f"place    {topology.describe()}; checkpoints every {config.checkpoint.every:,} steps in {root}, result in {out}"
 

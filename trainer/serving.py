@@ -24,7 +24,7 @@ def serving_lines(config: TrainConfig, base: str | None) -> list[str]:
         rank = "" if config.lora is None else f" --max-lora-rank {config.lora.rank}"
         serve = f"vllm serve {shlex.quote(base)} {adapters}{rank}"
         convert = "convert_lora_to_gguf.py"
-    steps = shlex.quote(config.checkpoint.root or str(config.run.directory))
+    steps = shlex.quote(config.checkpoint.place or str(config.run.directory))
     return [
         f"generate {_generate(directory)}",
         f"serve    {serve}",

@@ -6,6 +6,7 @@ weights of the model: `W + scale * (B @ A)` for every weight with an adapter, te
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache
@@ -76,7 +77,8 @@ def weight_digests(paths: Iterable[Path]) -> dict[str, str]:
     digests = {}
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            # Without O_NONBLOCK, opening a pipe in place of a file would wait for a writer forever.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 digests[path.name] = file_digest(file.fileno(), path.stat().st_size)
         except (OSError, EOFError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it became shorter"

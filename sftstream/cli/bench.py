@@ -12,7 +12,7 @@ from sftstream.cli.output import Json, print_json
 
 def bench(
     config: Annotated[Path, typer.Argument(help="TOML file of a run, of which the [data] table is read.")],
-    seconds: Annotated[float, typer.Option(help="Duration of each measurement in seconds.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.001, max=3600, help="Duration of each measurement in seconds.")] = 5.0,
     as_json: Json = False,
 ) -> None:
     """Measure how fast the packs of a run come on this machine, as a whole and stage by stage."""

@@ -26,6 +26,7 @@ from sftstream.cli.stats import stats
 from sftstream.cli.template import template
 from sftstream.cli.usage import USAGE
 from sftstream.cli.verify import verify_resume
+from sftstream.door import is_ours
 from sftstream.excerpt import one_line, printable
 
 app = typer.Typer(
@@ -77,6 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exception(error)
         line = one_line(error)
-        if not isinstance(error, ValueError | OSError):
+        if not ((isinstance(error, ValueError) and is_ours(error)) or isinstance(error, OSError)):
             line = f"{printable(' '.join(words))}: {type(error).__name__}: {line}; --debug shows the traceback"
         sys.exit(f"error: {line}")

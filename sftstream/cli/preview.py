@@ -9,13 +9,16 @@ import typer
 
 from sftstream.cli.output import Json, show_result
 
+MOST_PACKS, MOST_SHOWN = 1_000_000, 10_000
+"""Limits of --pack and --count: each pack before the first is made as well."""
+
 
 def preview(
     config: Annotated[Path, typer.Argument(help="TOML file of a run, of which the [data] table is read.")],
-    pack: Annotated[int, typer.Option(min=0, help="Number of the first pack, counted from 0.")] = 0,
+    pack: Annotated[int, typer.Option(min=0, max=MOST_PACKS, help="Number of the first pack, counted from 0.")] = 0,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of packs. Default: 1, and 4 for a page.", show_default=False),
+        typer.Option(min=1, max=MOST_SHOWN, help="Number of packs. Default: 1, and 4 for a page.", show_default=False),
     ] = None,
     state: Annotated[
         str | None,

@@ -9,6 +9,7 @@ import typer
 
 from sftstream.cli.inspect import StatePath
 from sftstream.cli.output import Json, print_json
+from sftstream.door import Door
 from sftstream.excerpt import printable
 
 
@@ -34,7 +35,8 @@ def rebase(
     from sftstream.inspection.text import describe
 
     new = rebased(read_state(state), read_data_config(config, accept))
-    out.write_bytes(msgspec.json.encode(new.state_dict()))
+    with Door(f"{out} cannot be written"):
+        out.write_bytes(msgspec.json.encode(new.state_dict()))
     if as_json:
         print_json(summarize(new))
     else:

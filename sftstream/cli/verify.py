@@ -16,8 +16,8 @@ from sftstream.excerpt import printable
 def verify_resume(
     config: Annotated[Path, typer.Argument(help="TOML file of a run.")],
     data_only: Annotated[bool, typer.Option("--data-only", help="Compare packs alone, without a model.")] = False,
-    steps: Annotated[int, typer.Option(min=2, help="Number of steps of each run.")] = 12,
-    kills: Annotated[int, typer.Option(min=1, help="Number of kills.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, max=100_000, help="Number of steps of each run.")] = 12,
+    kills: Annotated[int, typer.Option(min=1, max=10_000, help="Number of kills.")] = 4,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the moments and topologies. Default: random, and printed.")
     ] = None,

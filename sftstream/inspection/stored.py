@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from sftstream.door import Door
+from sftstream.regular_files import require_files
 from sftstream.state import DataState
 
 STREAM, RUN = "data/stream/", "data/run"
@@ -68,6 +69,7 @@ class _Owner(msgspec.Struct):
 def _checkpoints_of(directory: Path) -> str:
     """Return the directory of checkpoints of a run; `directory` itself if it is no run."""
     owner = directory / "run.json"
+    require_files([owner])
     if owner.exists():
         with Door(f"{owner} was not written by a run"):
             root = msgspec.json.decode(owner.read_bytes(), type=_Owner).checkpoints
@@ -77,6 +79,7 @@ def _checkpoints_of(directory: Path) -> str:
 
 
 def _of_file(path: Path) -> DataState:
+    require_files([path])
     with Door(f"{path} cannot be read"):
         content = path.read_bytes()
     try:

@@ -29,7 +29,9 @@ class Model:
     def __init__(self, directory: Path) -> None:
         disable_progress_bar()  # a bar of loaded weights would mix with the losses
         with Door(f"model {str(directory)!r} cannot be loaded"):
-            self._model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=torch.float32, trust_remote_code=False
+            ).eval()
 
     @torch.no_grad()
     def losses(self, pack: Pack) -> NDArray[np.float32]:

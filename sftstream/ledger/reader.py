@@ -17,6 +17,7 @@ from sftstream.ledger.files import SESSIONS, UNAPPLIED, closed_files, read_close
 from sftstream.ledger.records import RefusedLine, Session, StepLine, StepSegments, Unapplied
 from sftstream.ledger.segments import NO_SEGMENTS, Segments
 from sftstream.records import Ref
+from sftstream.regular_files import require_files
 from sftstream.state import DataState
 
 Line = TypeVar("Line", bound=msgspec.Struct)
@@ -42,6 +43,7 @@ class Ledger:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.directory = run / "ledger"
+        require_files([run / "metrics.jsonl", run / "refused.jsonl", *self.directory.glob("*")])
         if not (self.directory / SESSIONS).exists():
             raise ValueError(
                 f"{run} has no ledger; name the directory of a run, such as runs/my-run, made by this version"
@@ -58,8 +60,14 @@ class Ledger:
 
     @cached_property
     def sessions(self) -> tuple[Session, ...]:
-        """Sessions of the run, oldest first."""
-        return tuple(_lines(self.directory / SESSIONS, Session))
+        """Sessions of the run, oldest first. Raises ValueError if there are none."""
+        path = self.directory / SESSIONS
+        sessions = tuple(_lines(path, Session))
+        if not sessions:
+            raise ValueError(
+                f"{path} holds no session, as after a kill at the start; restore the file, or start the run again"
+            )
+        return sessions
 
     @cached_property
     def metrics(self) -> dict[int, StepLine]:
@@ -88,8 +96,14 @@ class Ledger:
             return step, DataState.from_parts(content.run, content.streams)
 
     def session(self, step: int) -> Session:
-        """Return the session that made `step`: the last session that began before the step."""
-        return next(session for session in reversed(self.sessions) if session.after < step)
+        """Return the session that made `step`: the last session that began before the step.
+
+        Raises ValueError if no session began before the step.
+        """
+        found = next((session for session in reversed(self.sessions) if session.after < step), None)
+        if found is None:
+            raise ValueError(f"{self.directory / SESSIONS} has no session before step {step}; restore the file")
+        return found
 
     def segments(self, step: int) -> Segments:
         """Return the segments of a step. Raises ValueError if the ledger has no such step."""

@@ -20,7 +20,7 @@ from sftstream.rendering.limits import Bounded
 
 TemplateMessage = dict[str, Any]
 
-_LONGEST = 1 << 20
+LONGEST = 1 << 20
 """Largest number of characters of a template; published templates have up to 40,000."""
 
 SET_BY_RENDERER = frozenset(
@@ -51,10 +51,8 @@ class ChatTemplate:
         self._variables: dict[str, Any] = dict(variables)
         self.set_by_renderer = SET_BY_RENDERER | variables.keys()
         """Names of variables that `with_variables` refuses."""
-        if len(text) > _LONGEST:
-            raise ValueError(
-                f"the chat template has {len(text):,} characters, above {_LONGEST:,}; use another template"
-            )
+        if len(text) > LONGEST:
+            raise ValueError(f"the chat template has more than {LONGEST:,} characters; use another template")
         self.variables: Mapping[str, Any] = {}
         """Variables from the config or a row, which every render gets too."""
         self.content_as_parts = False

@@ -79,7 +79,7 @@ def move_in(axolotl: Path, out: Path, gpus: int | None) -> Translated:
 
 def _shape(model: str) -> Any:
     with Door(f"model {model!r} cannot be opened"):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)  # unset, transformers would ask a person
 
 
 def _write(path: Path, content: str) -> None:

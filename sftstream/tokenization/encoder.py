@@ -16,9 +16,10 @@ from sftstream.door import Door
 from sftstream.excerpt import excerpt
 from sftstream.formats import parse_row
 from sftstream.records import Conversation, Example, Refused, Rendered
+from sftstream.regular_files import require_files
 from sftstream.rendering.probe import TemplateReport
 from sftstream.rendering.renderer import RenderedConversation, Renderer
-from sftstream.rendering.template import ChatTemplate
+from sftstream.rendering.template import LONGEST, ChatTemplate
 from sftstream.tokenization.overflow import shorten
 from sftstream.tokenization.tokenizer import Backend, Tokenizer
 from sftstream.tokenization.vocabulary import Vocabulary
@@ -201,7 +202,10 @@ def _template_text(template: str, vocabulary: Vocabulary) -> str:
         return text
     try:
         with Door(f"chat template {excerpt(template)} cannot be read"):
-            return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
+            path = Path(os.path.expanduser(template))
+            require_files([path])
+            with path.open(encoding="utf-8") as file:
+                return file.read(LONGEST + 1)  # of a longer template, ChatTemplate refuses the beginning
     except ValueError as error:
         raise ValueError(f"{error}; give a file or the Jinja text") from error
 

@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from sftstream.cache import Unwritable, cached, found
 from sftstream.door import Door
+from sftstream.regular_files import require_files
 from sftstream.sources.rows import derived
 from sftstream.tokenization.tokenizer_bounds import require_bounded
 
@@ -96,6 +97,7 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
     with _door(str(source)):
         directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
         key = _cache_key(directory)
+        require_files(path for path in directory.glob("*") if path.suffix in READ)
         if key and (cached_vocabulary := _read_cached(key)):
             return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
         if (file := directory / "tokenizer.json").is_file():

@@ -79,16 +79,19 @@ def test_a_copy_by_links_between_two_loads_costs_one_load_only(tmp_path):
     assert state["w"][0, 1] == 1
 
 
-@pytest.mark.parametrize("plant", [os.link, os.symlink])
+@pytest.mark.parametrize(
+    "plant", [os.link, os.symlink, lambda _, path: path.mkdir()], ids=["link", "symlink", "directory"]
+)
 def test_a_planted_lock_overwrites_no_file_outside(tmp_path, plant):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "root").mkdir()
     plant(victim, tmp_path / "root/.lock")
-    with pytest.raises(CheckpointError, match=r"\.lock"):
+    with pytest.raises(CheckpointError, match=r"\.lock is a link to another file, or no file, .*; delete .*\.lock$"):
         CheckpointStore(tmp_path / "root").claim()
     assert victim.read_text() == "mine"
-    (tmp_path / "root/.lock").unlink()  # as the message advises
+    lock = tmp_path / "root/.lock"
+    lock.rmdir() if lock.is_dir() else lock.unlink()  # as the message advises
     CheckpointStore(tmp_path / "root").claim()
 
 
@@ -203,3 +206,17 @@ def test_an_unexpected_error_is_one_line_that_names_the_path(tmp_path, monkeypat
     assert "Traceback (most recent call last):" in lines
     assert sys.stdout is not None
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("nope://x/y", "cannot be opened: Protocol not known: nope; correct the URL"),
+        ("a\0b", "is no path; name a directory"),
+    ],
+)
+def test_a_root_that_is_no_place_is_one_line(root, message):
+    code, lines = call("list", root)
+    assert (code, len(lines)) == (1, 1)
+    assert message in lines[0]
+    assert repr(root)[1:-1] in lines[0]

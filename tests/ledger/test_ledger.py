@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sftstream import SEGMENT, DataConfig, LedgerWriter, Pack, PackAssignment, PackLoader, Segments, segments_of
 from sftstream.ledger.files import closed_files, frame, read_closed, read_journal, write_closed
+from sftstream.ledger.reader import Ledger
 from sftstream.ledger.records import StepSegments
 from sftstream.ledger.segments import SKIPPED
 from sftstream.records import Segment
@@ -222,3 +224,15 @@ def test_steps_are_closed_before_any_checkpoint_once_the_journal_holds_a_million
     ledger.sync()
     assert [step.step for step in read_journal(tmp_path)] == [3]
     assert len(closed_files(tmp_path)) == 1
+
+
+def test_a_ledger_without_the_session_of_a_step_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    sessions = tmp_path / "ledger" / "sessions.jsonl"
+    sessions.write_text('{"a torn')
+    with pytest.raises(ValueError, match=r"sessions\.jsonl holds no session, .*; restore the file"):
+        _ = Ledger(tmp_path).sessions
+    sessions.unlink()
+    os.mkfifo(sessions)
+    with pytest.raises(ValueError, match=r"sessions\.jsonl is a pipe, a socket or a device; put a file in its place"):
+        Ledger(tmp_path)

@@ -36,6 +36,8 @@ NUMBERS = [2**power for power in range(10, 28, 3)]
 WEIGHTS = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
 ROUNDING = 0.002
 """Relative tolerance of bfloat16 losses after sums in another order."""
+ABORTED = re.compile("Traceback|terminate called|Watchdog caught|core dumped")
+"""Words of an end that is not the run's own."""
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="torch sees no two GPUs here")]
 each_topology = pytest.mark.parametrize(
@@ -103,10 +105,13 @@ def test_nccl_without_an_answer_is_one_line_with_rank_step_and_work(stopped: int
     code = waiting.exitcode
     for rank in ranks:
         rank.kill()
-    assert (tmp_path / f"rank{1 - stopped}.log").read_text() == (
+    printed = (tmp_path / f"rank{1 - stopped}.log").read_text()
+    # NCCL may print a warning, since the store of a stopped rank 0 does not answer.
+    assert [line for line in printed.splitlines() if line.startswith("error: ")] == [
         f"error: rank {1 - stopped}, step 7: the sum of all ranks did not arrive within 20 s; a rank is stopped or hangs: "
-        "look at ranks that print no such line, or raise parallel.timeout for slower work\n"
-    )
+        "look at ranks that print no such line, or raise parallel.timeout for slower work"
+    ], printed
+    assert not ABORTED.search(printed), printed
     assert code == 1
 
 
@@ -118,18 +123,21 @@ def test_a_stopped_rank_ends_a_run_on_gpus_with_rank_step_and_work(
     config = run_config(
         tokenizer,
         runs.sources(tmp_path),
-        run={"device": "cuda", "steps": 100_000},
+        # No compiler may take longer than the limit within a step.
+        run={"device": "cuda", "steps": 100_000, "compile": False, "attention": "sdpa"},
         parallel={"tp": tp, "timeout": "20s"},
         model=_model(),
     )
     job = runs.Job(tmp_path, config, 2)
     store = CheckpointStore(tmp_path / "runs/run/checkpoints")
     runs.wait_for(lambda: store.steps() != [], job)
+    assert store.steps(), [job.output(rank) for rank in range(2)]
     job.signal(signal.SIGSTOP, stopped)
     line = error_line(job, 1 - stopped)
     job.kill()
-    assert re.match(rf"error: rank {1 - stopped}, step \d+: the [a-z ]+ of all ranks did not arrive", line), line
-    assert not re.search("Traceback|terminate called|Watchdog", job.output(1 - stopped))
+    words = rf"error: (rank {1 - stopped}, step \d+: the [a-z ]+ did not arrive|saving step \d+: a rank has ended)"
+    assert re.match(words, line), line
+    assert not ABORTED.search(job.output(1 - stopped))
 
 
 def _one_stops(directory: Path, rank: int, stopped: int, port: int) -> None:

@@ -135,6 +135,11 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: s
         'run.root="a\\u0000b"',
         'run.name="a\\u0000b"',
         'checkpoint.root="a\\u001b"',
+        "checkpoint.root='~nosuch-user/runs'",
+        "parallel.timeout='1001d'",
+        "run.stop_after='99999999999h'",
+        "model.head_dim=-2",
+        "optimizer.eps=inf",
     ],
 )
 def test_a_size_or_place_out_of_bounds_is_refused_before_anything_is_made(

@@ -16,7 +16,7 @@ import msgspec
 import torch.distributed as dist
 
 from checkpoints import CheckpointError, Lock
-from sftstream import UNDECODABLE
+from sftstream import UNDECODABLE, require_files
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
 from trainer.llama.lora.files import CONFIG as ADAPTER
@@ -39,7 +39,7 @@ class RunDirectory:
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.run.directory
         self._exports = config.run.export_directory / "config.json", config.run.adapter_directory / ADAPTER
-        root = config.checkpoint.root
+        root = config.checkpoint.place
         self._checkpoints = root if root is None or "://" in root else str(Path(root).absolute())
 
     def own(self, saved_token: str | None, *, resumes: bool) -> str:
@@ -123,6 +123,9 @@ def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
     def take() -> None:
         directory.path.mkdir(parents=True, exist_ok=True)
         lock.take()
+        # Without events.jsonl, the file for the report, a run goes on.
+        names = OWNER, "metrics.jsonl", "refused.jsonl"
+        require_files([*(directory.path / name for name in names), *directory.path.glob("ledger/*")])
 
     on_first_rank(take)
     try:

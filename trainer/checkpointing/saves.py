@@ -23,7 +23,7 @@ class Saves:
     def __init__(self, config: TrainConfig, display: Display) -> None:
         self.config = config.checkpoint
         self.display = display
-        root = self.config.root or config.run.directory / "checkpoints"
+        root = self.config.place or config.run.directory / "checkpoints"
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
         self.store = CheckpointStore(root, self.config.retention, timeout=timeout)
         self.store.claim()

@@ -60,7 +60,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def timeout_seconds(self) -> float:
         """Seconds of `timeout`. Raises ValueError for a text of another form."""
-        return parse_duration(self.timeout)
+        return parse_duration("timeout", self.timeout)
 
     def __post_init__(self) -> None:
         _ = self.timeout_seconds

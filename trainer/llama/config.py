@@ -30,9 +30,12 @@ class Llama3Scaling(
     """Context length in tokens before the extension."""
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+        longest = _MOST["max_position_embeddings"]
+        is_scale = 1 <= self.factor < math.inf and 1 <= self.original_max_position_embeddings <= longest
+        if not (is_scale and 0 < self.low_freq_factor < self.high_freq_factor < math.inf):
             raise ValueError(
-                f"rope_scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, not {self}; restore config.json"
+                "rope_scaling needs factor >= 1, 0 < low_freq_factor < high_freq_factor, all finite, and "
+                f"original_max_position_embeddings from 1 to {longest}, not {self}; restore config.json"
             )
 
 
@@ -44,7 +47,7 @@ class LinearScaling(
     factor: float
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling needs factor >= 1, not {self.factor}; restore config.json")
 
 
@@ -75,8 +78,8 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in _SIZES:
             if not 1 <= getattr(self, name) <= _MOST[name]:
                 raise ValueError(f"{name} must be from 1 to {_MOST[name]}, not {getattr(self, name)}")
-        if self.head_dim is not None and self.head_dim > _MOST_CHANNELS:
-            raise ValueError(f"head_dim must be at most {_MOST_CHANNELS}, not {self.head_dim}")
+        if self.head_dim is not None and not 1 <= self.head_dim <= _MOST_CHANNELS:
+            raise ValueError(f"head_dim must be from 1 to {_MOST_CHANNELS}, not {self.head_dim}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(

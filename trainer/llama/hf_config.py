@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import CONFIG_MAPPING
 
+from sftstream import require_files
 from trainer.llama.config import LlamaConfig
 
 StrPath = str | os.PathLike[str]
@@ -54,9 +55,13 @@ def find_model(name: str) -> Path:
 
     `name` is a local directory or a name on the Hugging Face hub. The hub's cache keeps the
     download for later calls on this machine. Ranks may call at the same time: one rank downloads,
-    the rest wait. Raises ValueError if `name` is neither a directory nor on the hub.
+    the rest wait.
+
+    Raises ValueError if `name` is neither a directory nor on the hub, or if something
+    else than a file, such as a pipe, is in the place of a file of the model.
     """
     if Path(name).is_dir():
+        require_files(path for path in Path(name).iterdir() if path.suffix in (".json", ".safetensors"))
         return Path(name)
     files = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
     files += ["adapter_config.json", "adapter_model.safetensors"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from sftstream import require_files
 from trainer.report.flat import excerpt, flatten
 from trainer.report.launches import summarize_launches
 from trainer.report.lines import LineReader
@@ -17,6 +18,7 @@ from trainer.report.records import CheckpointSummary, Refusals, RefusedRow, Sess
 from trainer.report.steps import Steps
 from trainer.reporting.events import EVENTS, METRICS, Ended, Event, Launch, Saved, Unapplied
 
+SESSIONS = "ledger/sessions.jsonl"
 EXAMPLES = 3
 """Refused rows shown of each reason."""
 MOST_REASONS = 40
@@ -37,9 +39,10 @@ class RunReader:
         if not any((directory / name).exists() for name in FILES):
             there = "holds no file of a run" if directory.is_dir() else "does not exist"
             raise ValueError(f"{str(directory)!r} {there}; name the directory of a run, such as runs/first")
+        require_files([*(directory / name for name in FILES[:3]), directory / "refused.jsonl", directory / SESSIONS])
         self._directory = directory
         self._events = LineReader[Event](directory / EVENTS, Launch | Saved | Unapplied | Ended)
-        self._sessions = LineReader[SessionLine](directory / "ledger" / "sessions.jsonl", SessionLine)
+        self._sessions = LineReader[SessionLine](directory / SESSIONS, SessionLine)
         self._refused = LineReader[RefusedRow](directory / "refused.jsonl", RefusedRow)
         self._examples = defaultdict[str, list[RefusedRow]](list)
         self._launches: list[Launch] = []

@@ -102,7 +102,7 @@ class EventLog:
         self._path = directory / EVENTS
         self._file = -1
         try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
             content = self._path.read_bytes()
             os.ftruncate(self._file, content.rfind(b"\n") + 1)  # a kill during a write left a part of a line
         except OSError as error:

@@ -63,8 +63,10 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
         if not 0 <= self.z_loss < math.inf:
             raise ValueError(f"z_loss {self.z_loss} must be finite and not negative; 1e-4 is usual")
-        if not self.eps > 0 or (self.clip is not None and not self.clip > 0):
-            raise ValueError(f"eps {self.eps} and clip {self.clip} must be above 0; clip = inf never clips")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps {self.eps} must be finite and above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip {self.clip} must be above 0; clip = inf never clips")
 
 
 def build_optimizer(model: Llama, config: OptimizerConfig) -> Optimizer:
