@@ -248,7 +248,7 @@ def _lowering() -> PreTrainedTokenizerFast:
         ("byte level", {"single_word": True}, "seven", "stop token read as words"),
         ("byte level", {"single_word": True}, "seven.", None),
         ("byte level", {"normalized": True}, "seven", None),
-        ("unigram", {"single_word": True}, "seven", "stop token read as words"),
+        ("unigram", {"single_word": True}, "seven", "stop token cut"),
         ("byte fallback", {"single_word": True}, "seven", "stop token read as words"),
         ("byte fallback", {"normalized": True}, "seven", "stop token read as words"),
         ("lowering", {"normalized": True}, "seven", None),
@@ -266,8 +266,8 @@ def test_a_special_token_that_is_read_under_a_condition_is_trained_or_refused(
     if isinstance(example, Refused):
         assert example.reason == reason
     else:
-        trained = hf.convert_ids_to_tokens(example.tokens[example.loss_mask].tolist())
-        assert (reason, trained[-1], trained.count("<|END|>")) == (None, "<|END|>", 1)
+        trained, stop = example.tokens[example.loss_mask].tolist(), hf.convert_tokens_to_ids("<|END|>")
+        assert (reason, trained[-1], trained.count(stop)) == (None, stop, 1)
 
 
 def test_white_space_absorbed_beside_a_typed_special_token_is_not_counted() -> None:
