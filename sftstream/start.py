@@ -22,8 +22,8 @@ from sftstream.streaming.forecast import choose_streams
 from sftstream.streaming.graph import build_stream
 from sftstream.streaming.length_sample import TO_CHOOSE, sample_lengths
 from sftstream.streaming.skip import require_known_rows
+from sftstream.streaming.version_check import require_equal_tokens
 from sftstream.tokenization.encoder import ChatEncoder
-from sftstream.version_check import require_equal_tokens
 
 
 def first_state(

@@ -127,7 +127,7 @@ ORDER = {
         "source_changes",
         "state_checks",
         "rebase",
-        "version_check",
+        "streaming.version_check",
         "start",
         "loader",
         "ledger",

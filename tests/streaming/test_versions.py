@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from sftstream import DataConfig, DataState, PackLoader
-from sftstream.version_check import require_equal_tokens
+from sftstream.streaming.version_check import require_equal_tokens
 
 OLD = {"tokenizers": "0.1.0", "transformers": "1.2.3", "jinja2": "2.0"}
 
