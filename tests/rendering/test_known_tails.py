@@ -75,9 +75,9 @@ def differences(path: Path, shapes: list[str]) -> list[str]:
         messages, tools = judge.conversation(shape)
         for word in ("w", "q", "é ", "1 ", "/no_think w", "w\n"):
             text = judge.WORD.sub(lambda m, w=word: json.dumps(w)[1:-1] + m[0], json.dumps(messages))
-            row = parse_row({"messages": json.loads(text), "tools": tools})
-            given = [template_message(message) for message in row.messages]
             try:
+                row = parse_row({"messages": json.loads(text), "tools": tools})
+                given = [template_message(message) for message in row.messages]
                 located = locate(renderer.template, given, row.tools)
                 arguments = (
                     renderer.template,
