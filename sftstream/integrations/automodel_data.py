@@ -49,7 +49,7 @@ class Packs(IterableDataset[Batch]):
         self.dataset = PackDataset(data, shard=shard, layout=automodel)
         self._shards: Shards | None = None
         self.scheduler: Any = None
-        """Automodel's StepScheduler, which gets the number of the last step when the data ends."""
+        """Automodel's StepScheduler. `max_steps` is set to the last step when the data ends."""
 
     def shard(self, num_shards: int, index: int) -> Packs:
         """Return the packs of data-parallel rank `index` of `num_shards`."""
@@ -112,7 +112,7 @@ class PackRecipe(TrainFinetuneRecipeForNextTokenPrediction):  # type: ignore[mis
         super().load_checkpoint(restore_from)
 
     def _load_checkpoint_tracked_state(self, ckpt_dir: str) -> tuple[Any, Any, Any]:
-        """Load all states; the random states only on the number of processes that saved them."""
+        """Load all states, without random states if another number of processes saved them."""
         if len(list(Path(ckpt_dir, "rng").glob("*.pt"))) == dist.get_world_size():
             return super()._load_checkpoint_tracked_state(ckpt_dir)  # type: ignore[no-any-return]
         rng = self.rng

@@ -3,8 +3,8 @@
     torchrun automodel_host.py CONFIG.yaml
 
 Automodel 0.7 asks CUDA for its device. This file names the CPU instead, and calls `main` of
-Automodel's command. AUTOMODEL_RECORD is the file of the record, AUTOMODEL_KILL the number of the batch in which
-the process kills itself.
+Automodel's command. AUTOMODEL_RECORD is the file of the record, AUTOMODEL_KILL the number of the
+batch in which the process kills itself.
 """
 
 from __future__ import annotations

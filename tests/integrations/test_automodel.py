@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def automodel() -> None:
-    """Skip the tests of this file if the recipe cannot be imported; in a process of its own, since it patches torch."""
+    """Skip these tests if the recipe cannot be imported, in a further process: it patches torch."""
     command = [sys.executable, "-c", "import nemo_automodel.recipes.llm.train_ft"]
     tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if tried.returncode:
@@ -108,7 +108,7 @@ def losses(directory: Path) -> list[float]:
 
 
 def weights(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of the optimizer and of the model in a checkpoint of Automodel, which counts steps from 0."""
+    """All tensors of optimizer and model in a checkpoint; Automodel counts steps from 0."""
     from safetensors.torch import load_file
 
     checkpoint = directory / "checkpoints" / f"epoch_0_step_{step - 1}"
