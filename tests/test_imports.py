@@ -155,6 +155,7 @@ ORDER = {
         "integrations.transformers_trainer",
         "integrations.lightning_data",
         "integrations.titan_data",
+        "integrations.automodel_data",
         "preview",
         "preview.parts",
         "preview.view",

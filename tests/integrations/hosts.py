@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gloo_ranks
+import msgspec
 import numpy as np
 import torch
 import transformers
@@ -80,6 +82,16 @@ def model(**changes: Any) -> LlamaForCausalLM:
 
 def digest(*tensors: torch.Tensor) -> str:
     return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def write_data_table(data: DataConfig, path: Path) -> None:
+    """Write a config of a few keys as the `[data]` table of a TOML file."""
+    table = msgspec.to_builtins(data)
+    keys = ("capacity", "streams", "global_batch", "window", "workers", "epochs", "max_too_long")
+    lines = [f"{key} = {json.dumps(table[key])}" for key in keys]
+    source, tokenizer = json.dumps(table["sources"][0]["path"]), json.dumps(table["tokenizer"]["path"])
+    lines += [f"sources = [{{ path = {source} }}]", f"tokenizer = {{ path = {tokenizer} }}"]
+    path.write_text("\n".join(["[data]", *lines]))
 
 
 def global_batches(results: list[Result]) -> list[str]:

@@ -12,11 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import tiny
 import torch
-from hosts import digest
+from hosts import digest, write_data_table
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from sftstream import DataConfig, PackLoader
@@ -45,14 +44,8 @@ def host(data: DataConfig, directory: Path, steps: int, size: int = 1, killed: i
     directory.mkdir(exist_ok=True)
     for old in directory.glob("batches-*"):
         old.unlink()
-    table = msgspec.to_builtins(data)
     run = directory / "run.toml"
-    keys = ("capacity", "streams", "global_batch", "window", "workers", "epochs", "max_too_long")
-    lines = [f"{key} = {json.dumps(table[key])}" for key in keys]
-    path, tokenizer = json.dumps(table["sources"][0]["path"]), json.dumps(table["tokenizer"]["path"])
-    run.write_text(
-        "\n".join(["[data]", *lines, f"sources = [{{ path = {path} }}]", f"tokenizer = {{ path = {tokenizer} }}"])
-    )
+    write_data_table(data, run)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
