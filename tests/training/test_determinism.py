@@ -1,5 +1,6 @@
 """A run is deterministic, or its error names the kernel without a deterministic form."""
 
+import os
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from gloo_ranks import run_ranks
 from tiny_llama import CONFIG, built, gradients, loss_of, pack_of, trained_loss_of
 
 from trainer.distributed.determinism import determinism
-from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh
+from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh, distributed
 from trainer.llama.blocks import prepare_blocks
 from trainer.training.warm_up import warm_up
 
@@ -70,3 +71,10 @@ def after_another_first_pack(rank: int) -> None:
 
 def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
     run_ranks(1, after_another_first_pack, timeout=300)
+
+
+def test_a_group_of_one_leaves_the_environment_as_it_was() -> None:
+    before = dict(os.environ)
+    with distributed("cpu", ParallelConfig()):
+        assert os.environ["WORLD_SIZE"] == "1"
+    assert dict(os.environ) == before

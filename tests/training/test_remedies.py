@@ -677,6 +677,13 @@ NAMED = re.compile(
 )
 
 
+TRIED_ELSEWHERE = [
+    ("sftstream/tokenization/tokenizer.py", "set backend ="),  # test_the_automatic_backend_needs_no_fastokens
+    ("trainer/checkpointing/snapshot.py", "set parallel.tp ="),  # test_adamw8bit.py
+    ("trainer/training/adamw8bit.py", "set optimizer.kind ="),  # test_optimizer.py
+]
+
+
 def advice_in_code() -> list[tuple[str, str]]:
     """Return each advice of a message that names a key, with the file of the message."""
     found = []
@@ -694,9 +701,13 @@ def advice_in_code() -> list[tuple[str, str]]:
 
 
 def test_every_advice_is_in_the_table() -> None:
-    """An advice counts as tried if a message of the table, raised by the same file, has its words."""
-    advised = Counter(advice_in_code())
-    advised["sftstream/tokenization/tokenizer.py", "set backend ="] -= 1  # tried by a test of its own
+    """An advice counts as tried if a message of the table, raised by the same file, has its words.
+
+    The advice of `sftstream/integrations` names settings of other trainers; tests/integrations has its tests.
+    """
+    advised = Counter({found: n for found, n in Counter(advice_in_code()).items() if "/integrations/" not in found[0]})
+    for advice in TRIED_ELSEWHERE:
+        advised[advice] -= 1
     assert len(advised) > 20
     tried: Counter[tuple[str, str]] = Counter()
     for advice in ADVICE:

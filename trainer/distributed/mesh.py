@@ -129,28 +129,40 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     GPU for "cuda", or if `parallel` does not divide the ranks.
     """
     torch_device = _device(device)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(name, value)
-    alone = "MASTER_PORT" not in os.environ
-    # gloo beside NCCL: counts and packs of a step travel between CPUs, without a wait for the GPU.
-    backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=parallel.timeout_seconds)
-    if alone:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    else:
-        store, rank, size = _meeting(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    complete = True
+    with _environment_of_one():
+        alone = "MASTER_PORT" not in os.environ
+        # gloo beside NCCL: counts and packs of a step go between CPUs, without a wait for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        if alone:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            store, rank, size = _meeting(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        complete = True
+        try:
+            mesh = data_and_tensor_mesh(torch_device.type, parallel)
+            wait_longer(mesh, timeout)
+            yield Topology(mesh, torch_device, parallel)
+        except LostRank:
+            complete = False  # to leave a group, NCCL may wait for the lost rank for ever
+            raise
+        finally:
+            if complete:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_of_one() -> Iterator[None]:
+    """Set the variables of torchrun that are missing, in the `with` block, to those of one rank."""
+    of_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    missing = of_one.keys() - os.environ.keys()
+    os.environ.update({name: of_one[name] for name in missing})
     try:
-        mesh = data_and_tensor_mesh(torch_device.type, parallel)
-        wait_longer(mesh, timeout)
-        yield Topology(mesh, torch_device, parallel)
-    except LostRank:
-        complete = False  # to leave a group, NCCL may wait for the lost rank for ever
-        raise
+        yield
     finally:
-        if complete:
-            dist.destroy_process_group()
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def wait_longer(mesh: DeviceMesh, timeout: timedelta) -> None:
