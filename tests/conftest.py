@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -68,6 +69,13 @@ def config(tokenizer: str, corpus_path: str) -> DataConfig:
 @pytest.fixture(scope="session")
 def stages(config: DataConfig, encoder: ChatEncoder) -> ExampleReader:
     return ExampleReader(CorpusReader(Corpus(config.sources)), encoder)
+
+
+@pytest.fixture
+def started() -> tiny.Started:
+    """The running processes that the test has started; fixtures of other files may have some of their own."""
+    before = set(multiprocessing.active_children())
+    return lambda: [process for process in multiprocessing.active_children() if process not in before]
 
 
 @pytest.fixture

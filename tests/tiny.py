@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http.server import SimpleHTTPRequestHandler
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from sftstream import DataConfig, DataState, Pack, PackLoader
 
 Row = dict[str, Any]
+Started = Callable[[], list[BaseProcess]]
 
 SPECIAL = (
     "<|begin_of_text|>",

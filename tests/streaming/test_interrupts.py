@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import opcode
 import os
 import random
@@ -175,7 +174,7 @@ def test_an_interrupt_at_each_instruction_of_the_loader(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_alarms_from_a_signal_handler_lose_and_repeat_nothing(
-    interrupted: DataConfig, whole: list[str], workers: int
+    interrupted: DataConfig, whole: list[str], workers: int, started: tiny.Started
 ) -> None:
     draw = random.Random(SEED)
     print(f"seed {SEED}")
@@ -209,7 +208,7 @@ def test_alarms_from_a_signal_handler_lose_and_repeat_nothing(
     assert _is_subsequence(digests, whole[:given])
     assert given - len(digests) <= 30
     loader.close()
-    assert multiprocessing.active_children() == []
+    assert started() == []
 
 
 def _is_logging(frame: FrameType | None) -> bool:

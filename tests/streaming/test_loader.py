@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +184,16 @@ def test_iterating_twice_goes_on(wide: DataConfig, whole: list[str], workers: in
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_closed_loader_goes_on_where_it_was(wide: DataConfig, whole: list[str], workers: int) -> None:
+def test_a_closed_loader_goes_on_where_it_was(
+    wide: DataConfig, whole: list[str], workers: int, started: tiny.Started
+) -> None:
     loader = PackLoader(wide, workers=workers)
     digests = []
     for _ in range(3):
         digests += tiny.digests(tiny.take(loader, 5))
         loader.close()
         loader.close()
-        assert multiprocessing.active_children() == []
+        assert started() == []
     assert digests == whole[:15]
     assert loader.packs == 15
 
@@ -220,14 +221,16 @@ def test_a_finite_run_ends_at_a_steps_border_with_everything_given_once(
     assert [digests.get(number, empty) for number in range(len(whole))] == whole
 
 
-def test_a_shard_that_has_ended_gives_empty_steps_and_its_state_keeps_up(wide: DataConfig, whole: list[str]) -> None:
+def test_a_shard_that_has_ended_gives_empty_steps_and_its_state_keeps_up(
+    wide: DataConfig, whole: list[str], started: tiny.Started
+) -> None:
     loaders = shards(wide, 4, workers=1)
     digests = tiny.digests(steps(loaders, len(whole) // 8 + 3))
     empty = PackLoader(wide, state=merge([loader.state_dict() for loader in loaders])).next_step()[0]
     assert digests == whole + [empty.digest()] * 24
     assert {loader.packs for loader in loaders} == {len(whole) + 24}
     assert merge([loader.state_dict() for loader in loaders])["packs"] == len(whole) + 24
-    assert multiprocessing.active_children() == []
+    assert started() == []
 
 
 def test_steps_are_equal_parts_of_the_global_batch(wide: DataConfig, whole: list[str]) -> None:
@@ -297,7 +300,7 @@ def test_a_state_of_something_else_is_an_error(wide: DataConfig) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_an_error_in_a_stream_arrives_in_one_line_after_the_packs_before_it(
-    tokenizer: str, tmp_path: Path, workers: int
+    tokenizer: str, tmp_path: Path, workers: int, started: tiny.Started
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.rows(64))
     config = tiny.data_config(tokenizer, path, streams=2, epochs=None, window=64)
@@ -314,7 +317,7 @@ def test_an_error_in_a_stream_arrives_in_one_line_after_the_packs_before_it(
     assert packs == expected[: len(packs)]
     with pytest.raises(ValueError, match="is no longer there"):
         next(loader)
-    assert multiprocessing.active_children() == []
+    assert started() == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -344,13 +347,13 @@ def test_a_loader_goes_on_exactly_once_the_cause_of_an_error_is_gone(
     assert digests + tiny.digests(loader) == whole
 
 
-def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig) -> None:
+def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig, started: tiny.Started) -> None:
     endless = msgspec.structs.replace(wide, epochs=None)
     loader = PackLoader(endless, workers=2)
     tiny.take(loader, 3)
     with pytest.raises(RuntimeError, match=r"killed by signal: Killed|exited unexpectedly"):
-        _kill_and_read_on(loader)
-    assert multiprocessing.active_children() == []
+        _kill_and_read_on(loader, started()[0])
+    assert started() == []
 
 
 def test_the_workers_of_a_killed_process_end(wide: DataConfig, tmp_path: Path) -> None:
@@ -378,18 +381,20 @@ def test_the_workers_of_a_killed_process_end(wide: DataConfig, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2"])
-def test_a_signal_to_all_processes_of_a_run_ends_no_worker(wide: DataConfig, whole: list[str], name: str) -> None:
+def test_a_signal_to_all_processes_of_a_run_ends_no_worker(
+    wide: DataConfig, whole: list[str], name: str, started: tiny.Started
+) -> None:
     loader = PackLoader(wide, workers=2)
     packs = tiny.take(loader, 3)
-    for worker in multiprocessing.active_children():
+    for worker in started():
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # from another process than the parent
     assert tiny.digests(packs) + tiny.digests(loader) == whole
 
 
-def test_the_parent_of_a_worker_can_end_it(wide: DataConfig) -> None:
+def test_the_parent_of_a_worker_can_end_it(wide: DataConfig, started: tiny.Started) -> None:
     loader = PackLoader(wide, workers=1)
     tiny.take(loader, 3)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = started()
     worker.terminate()
     worker.join(10)
     assert not worker.is_alive()
@@ -405,8 +410,8 @@ def _is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def _kill_and_read_on(loader: PackLoader) -> None:
-    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+def _kill_and_read_on(loader: PackLoader, worker: BaseProcess) -> None:
+    worker.kill()
     tiny.take(loader, 100)
 
 
@@ -473,10 +478,9 @@ def test_states_are_typed_and_cover_the_shards_own_streams(wide: DataConfig) -> 
     assert [stream.packs for stream in state.streams.values()] == [1, 1]
 
 
-def test_a_worker_without_a_stream_is_not_started(tokenizer: str, corpus_path: str) -> None:
+def test_a_worker_without_a_stream_is_not_started(tokenizer: str, corpus_path: str, started: tiny.Started) -> None:
     config = tiny.data_config(tokenizer, corpus_path, streams=1, global_batch=1)
-    before = set(multiprocessing.active_children())
     loader = PackLoader(config, workers=3)
     assert tiny.digests(tiny.take(loader, 4)) == tiny.digests(tiny.take(PackLoader(config, workers=0), 4))
-    assert len(set(multiprocessing.active_children()) - before) == 1
+    assert len(started()) == 1
     loader.close()
