@@ -10,6 +10,7 @@ import pytest
 
 from sftstream import DataConfig, SourceConfig, TokenizerConfig
 from sftstream.config import MOST, StageConfig
+from sftstream.toml_file import read_data_config
 
 TABLE: dict[str, Any] = {"sources": [{"path": "a.jsonl"}], "tokenizer": {"path": "tokenizer"}}
 
@@ -198,3 +199,12 @@ def test_every_whole_number_of_the_data_table_has_a_largest_value() -> None:
         for field in msgspec.structs.fields(struct):
             if int in (field.type, *get_args(field.type)):
                 assert field.name in MOST, field.name
+
+
+def test_the_data_table_of_a_run_keeps_its_accepted_changes_unless_others_are_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\nseed = 3\n[data]\nsources = [{path = "x.jsonl"}]\ntokenizer = {path = "y"}\naccept_changed = ["data.seed"]'
+    )
+    assert (read_data_config(path).seed, read_data_config(path).accept_changed) == (3, ("data.seed",))
+    assert read_data_config(path, []).accept_changed == ()

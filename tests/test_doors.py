@@ -15,8 +15,7 @@ import tiny
 from commands import run
 from test_imports import ORDER, files
 
-from sftstream import ChatEncoder, DataConfig
-from sftstream.cli import state as command
+from sftstream import ChatEncoder, DataConfig, toml_file
 from sftstream.cli.main import main
 from sftstream.door import Door
 from sftstream.inspection import stored
@@ -103,9 +102,9 @@ def test_a_door_lets_interrupts_and_refusals_pass() -> None:
 def test_an_error_of_this_package_passes_and_an_error_of_an_extension_does_not(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("x = 1")
     with pytest.raises(ValueError, match=r"^config '.*' has no \[data\] table"), Door("outer"):
-        command.read_data_config(tmp_path / "a.toml", [])
+        toml_file.read_data_config(tmp_path / "a.toml", [])
     with pytest.raises(ValueError, match=r"^outer: "), Door("outer"):
-        eval("int('x')", vars(command))  # a call of C code from a line of this package
+        eval("int('x')", vars(toml_file))  # a call of C code from a line of this package
 
 
 def changed_tokenizer(tokenizer: str, directory: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

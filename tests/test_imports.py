@@ -228,6 +228,7 @@ ORDER = {
         "process",
         "usage",
         "duration",
+        "whole_file",
         "distributed",
         "distributed.determinism",
         "distributed.mesh",

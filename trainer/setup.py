@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import About, Origin, Recipe, hub_name, weight_digests
-from sftstream import ChatEncoder, PackLoader, rows_in_all_epochs
+from sftstream import ChatEncoder, PackAssignment, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
@@ -121,9 +121,7 @@ def prepare_run(
     with explained(config, source.shape, topology.device):
         model = build_model(config, source, topology, kernel, initialize=latest is None)
         optimizer = build_optimizer(model, config.optimizer)
-        restored = Restored(Progress(), settings)
-        if latest is not None:
-            restored = restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
+        restored = _restored(config, topology, saves, latest, model, optimizer, settings)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
@@ -137,14 +135,8 @@ def prepare_run(
         with explained(config, source.shape, topology.device):
             warm_up(model, config.data.capacity, topology)
     export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
-    description = RunDescription(
-        restored.settings,
-        topology,
-        export_recipe,
-        token,
-        _about(config, topology, loader, validation),
-        _origin(config, source, command) if topology.first else None,
-    )
+    origin = _origin(config, source, command) if topology.first else None
+    about = _about(config, topology, loader, validation)
     run = Run(
         given=given,
         config=config,
@@ -152,21 +144,41 @@ def prepare_run(
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=StepReader(
-            loader, assignment, config.data.capacity, topology.tp_group, sources=len(config.data.sources), ahead=True
-        ),
+        step_reader=_step_reader(config, topology, loader, assignment),
         total_rows=total_rows,
         sizes=sizes,
         validation=validation,
         questions=questions,
         scorer=scorer,
         held_out_questions=held_out_questions,
-        description=description,
+        description=RunDescription(restored.settings, topology, export_recipe, token, about, origin),
         saves=saves,
         directory=directory,
         display=display,
     )
     return run, restored
+
+
+def _restored(
+    config: TrainConfig,
+    topology: Topology,
+    saves: Saves,
+    latest: int | None,
+    model: Llama,
+    optimizer: Optimizer,
+    settings: Settings,
+) -> Restored:
+    """Restore model and optimizer from the checkpoint `latest`, if there is a checkpoint."""
+    if latest is None:
+        return Restored(Progress(), settings)
+    return restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
+
+
+def _step_reader(
+    config: TrainConfig, topology: Topology, loader: PackLoader | None, assignment: PackAssignment
+) -> StepReader:
+    data = config.data
+    return StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources), ahead=True)
 
 
 def say_start(run: Run, restored: Restored) -> None:

@@ -19,7 +19,7 @@ def bench(
     from rich.console import Console
 
     from sftstream.cli.speed import measure, show
-    from sftstream.cli.state import read_data_config
+    from sftstream.toml_file import read_data_config
 
     speeds, stages = measure(read_data_config(config, []), seconds)
     if as_json:

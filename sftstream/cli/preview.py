@@ -36,12 +36,12 @@ def preview(
     import msgspec
     from rich.console import Console
 
-    from sftstream.cli.state import read_data_config
     from sftstream.inspection.stored import read_state
     from sftstream.loader import PackLoader
     from sftstream.preview.page import page
     from sftstream.preview.terminal import show
     from sftstream.preview.view import preview as previewed
+    from sftstream.toml_file import read_data_config
 
     # Every refused row is shown, whatever share of the rows it is.
     data = msgspec.structs.replace(read_data_config(config, []), max_refused=1.0, max_too_long=1.0)

@@ -29,10 +29,11 @@ def rebase(
     each accepted change."""
     import msgspec
 
-    from sftstream.cli.state import read_data_config, rebased
+    from sftstream.cli.state import rebased
     from sftstream.inspection.stored import read_state
     from sftstream.inspection.summary import summarize
     from sftstream.inspection.text import describe
+    from sftstream.toml_file import read_data_config
 
     new = rebased(read_state(state), read_data_config(config, accept))
     with Door(f"{out} cannot be written"):

@@ -1,4 +1,4 @@
-"""Read data configs in TOML files, and carry states over to them."""
+"""Read held-out sources in TOML files, and carry states over to other configs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,6 @@ from sftstream.door import Door
 from sftstream.loader import PackLoader
 from sftstream.state import DataState
 from sftstream.toml_file import read_toml
-
-
-def read_data_config(path: Path, accept: list[str]) -> DataConfig:
-    """Return the `[data]` table of a run's TOML, with `seed`, `epochs` and `skip` of its `[run]`
-    table.
-
-    `accept` names the settings that may differ from those of a state. Raises ValueError if the file
-    cannot be read or its table is not valid.
-    """
-    tables = read_toml(path)
-    data, run = tables.get("data"), tables.get("run", {})
-    if not isinstance(data, dict) or not isinstance(run, dict):
-        raise ValueError(f"config {str(path)!r} has no [data] table; name the TOML file of a run")
-    of_run = {key: value for key, value in run.items() if key in ("seed", "epochs", "skip")}
-    with Door(f"config {str(path)!r}: the [data] table is not valid"):
-        return msgspec.convert({**data, **of_run, "accept_changed": accept}, DataConfig)
 
 
 def rebased(state: DataState, config: DataConfig) -> DataState:

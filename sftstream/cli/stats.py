@@ -32,12 +32,13 @@ def stats(
 
     from rich.console import Console
 
-    from sftstream.cli.state import read_data_config, read_held_out
+    from sftstream.cli.state import read_held_out
     from sftstream.stats.measure import Meter
     from sftstream.stats.page import page
     from sftstream.stats.progress import progress
     from sftstream.stats.summary import summarize
     from sftstream.stats.terminal import show
+    from sftstream.toml_file import read_data_config
 
     began = time.perf_counter()
     data, held_out = read_data_config(config, []), read_held_out(config)

@@ -27,8 +27,8 @@ def verify_resume(
     a difference is found."""
     import msgspec
 
-    from sftstream.cli.state import read_data_config
     from sftstream.ledger.verify import verify_data, verify_training
+    from sftstream.toml_file import read_data_config
 
     chosen = random.SystemRandom().randrange(10**9) if seed is None else seed
 

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 from torch.utils.data import IterableDataset
 
-from sftstream.config import DataConfig
 from sftstream.integrations.dataset import PackDataset
 from sftstream.integrations.isolation import require_isolation
 from sftstream.integrations.layouts import Batch, hugging_face
 from sftstream.integrations.shards import Shards
 from sftstream.records import Pack
 from sftstream.streaming.assignment import Shard
-from sftstream.toml_file import read_toml
+from sftstream.toml_file import read_data_config
 
 STATE = "sftstream"
 """Key of the state in a checkpoint of Automodel."""
@@ -45,7 +43,7 @@ class Packs(IterableDataset[Batch]):
 
     def __init__(self, config: str, shard: Shard | None = None) -> None:
         self.config = config
-        data = msgspec.convert(read_toml(Path(config))["data"], DataConfig)
+        data = read_data_config(Path(config))
         self.dataset = PackDataset(data, shard=shard, layout=automodel)
         self._shards: Shards | None = None
         self.scheduler: Any = None

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sftstream.config import DataConfig
 from sftstream.integrations.dataset import PackDataset
 from sftstream.integrations.layouts import Batch, Layout, hugging_face, trained_tokens
-from sftstream.integrations.shards import Shards
+from sftstream.integrations.shards import Shards, require_whole_step
 from sftstream.state import DataState
 from sftstream.streaming.assignment import Shard
 
@@ -111,18 +111,8 @@ class PackDataModule(LightningDataModule):  # type: ignore[misc]
             setattr(counted, name, getattr(counted, name) + moved)
 
     def _require_exact_settings(self, trainer: Any, shard: Shard) -> None:
-        batch, accumulated = self.config.global_batch, trainer.accumulate_grad_batches
-        if shard.count * accumulated != batch:
-            fitting = batch // shard.count if batch % shard.count == 0 else None
-            remedy = (
-                f"set accumulate_grad_batches={fitting}"
-                if fitting
-                else f"choose a number of processes that divides {batch}, or another data.global_batch"
-            )
-            raise ValueError(
-                f"a step would be {shard.count} processes x accumulate_grad_batches = {accumulated}, together "
-                f"{shard.count * accumulated} packs, but data.global_batch = {batch}; {remedy}"
-            )
+        accumulated = trainer.accumulate_grad_batches
+        require_whole_step(shard.count, accumulated, self.config.global_batch, "accumulate_grad_batches")
         if trainer.max_epochs != 1:
             raise ValueError(
                 f"max_epochs = {trainer.max_epochs}, but data.epochs counts the passes over the data; set max_epochs=1"

@@ -16,6 +16,24 @@ from sftstream.streaming.assignment import WHOLE
 from sftstream.streaming.refusals import RowCounts, exceeded_limits, require_few_refused
 
 
+def require_whole_step(processes: int, accumulated: int, batch: int, setting: str) -> None:
+    """Raise ValueError unless a step of a trainer is `batch` packs, the global batch of the data.
+
+    `accumulated` is the value of the trainer's `setting`: batches of each process in a step.
+    """
+    if processes * accumulated == batch:
+        return
+    remedy = (
+        f"set {setting}={batch // processes}"
+        if batch % processes == 0
+        else f"choose a number of processes that divides {batch}, or another data.global_batch"
+    )
+    raise ValueError(
+        f"a step would be {processes} processes x {setting} = {accumulated}, together {processes * accumulated} packs, "
+        f"but data.global_batch = {batch}; {remedy}"
+    )
+
+
 class Shards:
     """The shards of a run, one PackDataset in each process. All methods are collective.
 

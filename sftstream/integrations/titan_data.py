@@ -9,17 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
-from sftstream.config import DataConfig
 from sftstream.integrations.dataset import PackDataset
 from sftstream.integrations.layouts import shifted
 from sftstream.integrations.shards import Shards
 from sftstream.streaming.assignment import Shard
-from sftstream.toml_file import read_toml
+from sftstream.toml_file import read_data_config
 
 STATE = "sftstream"
 """Key of the state in a checkpoint of torchtitan."""
@@ -42,7 +40,7 @@ class PackDataLoader(BaseDataLoader):  # type: ignore[misc]
         """The settings of the loader."""
 
         dataset: str = "run.toml"
-        """TOML file with a `[data]` table; `seed` and `epochs` are keys of this table."""
+        """TOML file with a `[data]` table, which may hold `seed` and `epochs` too, or of a run."""
 
     def __init__(
         self,
@@ -54,7 +52,7 @@ class PackDataLoader(BaseDataLoader):  # type: ignore[misc]
         local_batch_size: int,
         **_: Any,
     ) -> None:
-        data = msgspec.convert(read_toml(Path(config.dataset))["data"], DataConfig)
+        data = read_data_config(Path(config.dataset))
         if data.capacity != seq_len:
             raise ValueError(
                 f"training.seq_len = {seq_len}, but data.capacity = {data.capacity}; give both the same number of tokens"

@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from sftstream.integrations.dataset import PackDataset
 from sftstream.integrations.isolation import require_isolation
 from sftstream.integrations.layouts import Batch
-from sftstream.integrations.shards import Shards
+from sftstream.integrations.shards import Shards, require_whole_step
 from sftstream.integrations.state_file import read_state_file, write_state_file
 from sftstream.integrations.token_loss import require_token_loss
+from sftstream.streaming.assignment import WHOLE
 
 
 def one_pack(batches: Sequence[Batch]) -> Batch:
@@ -129,24 +130,13 @@ def _require_exact_loader(loader: Any) -> None:
 
 
 def _require_exact_settings(args: Any, dataset: PackDataset) -> None:
-    batch, accumulated = dataset.config.global_batch, args.gradient_accumulation_steps
-    shards = dataset.own_shard.count if dataset.own_shard else 1
     if args.train_batch_size != 1:
         raise ValueError(
             f"a step would take {args.train_batch_size} packs at a time on each process, but a pack is a whole "
             "micro-batch; set per_device_train_batch_size=1, and make one GPU visible to each process"
         )
-    if shards * accumulated != batch:
-        fitting = batch // shards if batch % shards == 0 else None
-        remedy = (
-            f"set gradient_accumulation_steps={fitting}"
-            if fitting
-            else f"choose a number of processes that divides {batch}, or another data.global_batch"
-        )
-        raise ValueError(
-            f"a step would be {shards} processes x gradient_accumulation_steps = {accumulated}, together "
-            f"{shards * accumulated} packs, but data.global_batch = {batch}; {remedy}"
-        )
+    processes, batch = (dataset.own_shard or WHOLE).count, dataset.config.global_batch
+    require_whole_step(processes, args.gradient_accumulation_steps, batch, "gradient_accumulation_steps")
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices = False divides the loss by the tokens of each process alone; set it to True"

@@ -18,6 +18,7 @@ from sftstream.config import Policy
 from sftstream.records import Conversation, Refused, Rendered
 from sftstream.rendering.bounds import known_sizes
 from sftstream.rendering.certificate import certify
+from sftstream.rendering.fast.known_tails import NOT_JSON
 from sftstream.rendering.fast.render_cache import RenderCache
 from sftstream.rendering.limits import time_limit
 from sftstream.rendering.locate import Located, locate
@@ -237,14 +238,12 @@ class Renderer:
             return True
         try:
             text = _ENCODER.encode(value).decode()
-        except _NOT_JSON:
+        except NOT_JSON:
             return True
         return bool(self._control.search(text))
 
 
 _ENCODER = msgspec.json.Encoder()
-_NOT_JSON = TypeError, ValueError, RecursionError
-"""Errors of the encoder for a value without a JSON form."""
 
 
 def up_to(conversation: Conversation, index: int) -> Conversation:

@@ -30,7 +30,7 @@ def test_a_run_a_checkpoint_and_its_directory_hold_the_same_state(desk: Path) ->
 
 def test_a_state_continues_with_the_pack_after_it(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    from sftstream.cli.state import read_data_config
+    from sftstream.toml_file import read_data_config
 
     config = read_data_config(Path("run.toml"), [])
     whole = PackLoader(config, workers=0)

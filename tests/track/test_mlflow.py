@@ -9,10 +9,11 @@ import pytest
 from made_runs import TOKEN, made_run, write_lines
 
 from trainer.track.config import TrackerConfig
-from trainer.track.cursor import Cursor, cursor_path, read_cursor, write_cursor
+from trainer.track.cursor import Cursor, cursor_path, read_cursor
 from trainer.track.open import opener
 from trainer.track.send import Sender
 from trainer.track.tracker import TrackerDown
+from trainer.whole_file import write_whole
 
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("sqlalchemy")
@@ -44,7 +45,7 @@ def test_mlflow_holds_each_step_once_through_an_outage_a_kill_and_a_resume(tmp_p
     sender(run, tracker).send()
     # A kill after the server has stored the steps, and before the cursor says so.
     path = cursor_path(run, tracker)
-    write_cursor(path, Cursor(token=TOKEN, sent=1, tried=3))
+    write_whole(path, Cursor(token=TOKEN, sent=1, tried=3))
     write_lines(run, range(1, 6))
     resumed = sender(run, tracker)
     resumed.send()
@@ -65,7 +66,7 @@ def test_a_file_store_without_keys_holds_each_step_once(tmp_path: Path, monkeypa
     tracker = TrackerConfig(kind="mlflow")
     run = made_run(tmp_path / "run", tracker, steps=4)
     sender(run, tracker).send()
-    write_cursor(cursor_path(run, tracker), Cursor(token=TOKEN, sent=2, tried=4))
+    write_whole(cursor_path(run, tracker), Cursor(token=TOKEN, sent=2, tried=4))
     sender(run, tracker).send()
     _, history = stored(tracker)
     assert history["loss"] == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]

@@ -12,10 +12,11 @@ from made_runs import TOKEN, line, made_run, write_lines
 
 from trainer.track.config import TrackerConfig
 from trainer.track.content import About, Step
-from trainer.track.cursor import Cursor, claimed, cursor_path, read_cursor, write_cursor
+from trainer.track.cursor import Cursor, claimed, cursor_path, read_cursor
 from trainer.track.send import Sender
 from trainer.track.tail import Tail
 from trainer.track.tracker import TrackerDown
+from trainer.whole_file import write_whole
 
 TRACKER = TrackerConfig(kind="mlflow")
 DRAWS = int(os.environ.get("SFTSTREAM_DRAWS", "1000"))
@@ -106,7 +107,7 @@ def test_another_project_is_another_cursor(tmp_path: Path) -> None:
 def test_the_word_of_the_tracker_counts_more_than_the_cursor(tmp_path: Path) -> None:
     """A library that only hands steps to a process of its own may lose those that the cursor counts."""
     run = made_run(tmp_path, steps=5)
-    write_cursor(cursor_path(run, TRACKER), Cursor(token=TOKEN, sent=4, tried=4))
+    write_whole(cursor_path(run, TRACKER), Cursor(token=TOKEN, sent=4, tried=4))
     behind, ahead = Store([], held=2), Store([], held=5)
     Sender(run, TRACKER, behind.open).send()
     assert [number for number, _ in losses(behind)] == [3, 4, 5]

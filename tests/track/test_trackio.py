@@ -11,9 +11,10 @@ import pytest
 from made_runs import TOKEN, made_run, write_lines
 
 from trainer.track.config import TrackerConfig
-from trainer.track.cursor import Cursor, cursor_path, write_cursor
+from trainer.track.cursor import Cursor, cursor_path
 from trainer.track.open import opener
 from trainer.track.send import Sender
+from trainer.whole_file import write_whole
 
 pytest.importorskip("trackio")
 TRACKER = TrackerConfig(kind="trackio", project="letters")
@@ -31,7 +32,7 @@ def test_trackio_holds_each_step_once_through_a_kill_and_a_resume(
     monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "store")
     run = made_run(tmp_path / "run", TRACKER, steps=3)
     sender(run).send()
-    write_cursor(cursor_path(run, TRACKER), Cursor(token=TOKEN, sent=1, tried=3))
+    write_whole(cursor_path(run, TRACKER), Cursor(token=TOKEN, sent=1, tried=3))
     write_lines(run, range(1, 6))
     sender(run).send()
     (database,) = (tmp_path / "store").glob("*.db")

@@ -20,6 +20,7 @@ from sftstream import UNDECODABLE, require_files
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
 from trainer.llama.lora.files import CONFIG as ADAPTER
+from trainer.whole_file import write_whole
 
 OWNER, STOPPED = "run.json", "stopped"
 
@@ -58,7 +59,7 @@ class RunDirectory:
         token = saved_token or (owner.token if owner else secrets.token_hex(16))
         now = Owner(token=token, checkpoints=self._checkpoints)
         if now != owner:
-            self._write(now)
+            write_whole(self.path / OWNER, now)
         return token
 
     @property
@@ -105,11 +106,6 @@ class RunDirectory:
             return None
         except UNDECODABLE as error:
             raise CheckpointError(f"{path} was not written by a run: {error}; move {self.path} away") from error
-
-    def _write(self, owner: Owner) -> None:
-        aside = self.path / f".{OWNER}.{os.getpid()}"
-        aside.write_bytes(msgspec.json.encode(owner) + b"\n")
-        os.replace(aside, self.path / OWNER)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from trainer.whole_file import DAMAGED
+
 Record = TypeVar("Record")
 
 MOST_NOTES = 5
@@ -67,7 +69,7 @@ class LineReader(Generic[Record]):
     def _record(self, line: bytes) -> Record | None:
         try:
             decoded: Record = self._decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except DAMAGED as error:
             return self._loosely(line, error)
         return decoded
 

@@ -17,6 +17,7 @@ from trainer.report.lines import LineReader
 from trainer.report.records import CheckpointSummary, Refusals, RefusedRow, SessionLine, SourceShare, Summary
 from trainer.report.steps import Steps
 from trainer.reporting.events import EVENTS, METRICS, Ended, Event, Launch, Saved, Unapplied
+from trainer.whole_file import DAMAGED
 
 SESSIONS = "ledger/sessions.jsonl"
 EXAMPLES = 3
@@ -188,7 +189,7 @@ def _root(directory: Path) -> Path | None:
         owner = msgspec.json.decode((directory / "run.json").read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         owner = {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, *DAMAGED):
         return None
     root = owner.get("checkpoints")
     if root is None:

@@ -1,7 +1,7 @@
 """Record the launches, checkpoints and ends of a run, with the times, in `events.jsonl`.
 
 Events are never removed: a launch that a kill has ended is still an event of the run. This module
-imports neither torch nor a trainer's module, since the report reads the events in a fast command.
+imports no torch, since the report reads the events in a fast command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+
+from trainer.whole_file import DAMAGED
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,6 @@ def _last_line(metrics: Path) -> _LastLine:
             file.seek(max(0, status.st_size - TAIL))
             lines = file.read().split(b"\n")[:-1]
         last = msgspec.json.decode(lines[-1], type=_LastLine) if lines else _LastLine(0)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, *DAMAGED):
         return _LastLine(0)
     return _LastLine(last.step, last.time or status.st_mtime) if lines else last

@@ -15,8 +15,6 @@ ABOUT = Path("trackers") / "about.json"
 """File in the run's directory."""
 LONGEST = 500
 """Characters of the longest text of a config that is sent with `paths = true`."""
-DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""Errors of the decoding of a file that no run wrote."""
 _PLAIN = re.compile(r"[A-Za-z0-9_. -]{1,64}")
 """Names that can be no path. Other names within a metric are replaced by their number."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from trainer.track.config import TrackerConfig
-from trainer.track.content import DAMAGED
+from trainer.whole_file import DAMAGED
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,16 +45,6 @@ def read_cursor(path: Path, token: str) -> Cursor:
             f"{path} was not written by a run: {error}; delete the file, and the steps are sent again from the first"
         ) from error
     return cursor if cursor.token == token else Cursor(token=token)
-
-
-def write_cursor(path: Path, cursor: Cursor) -> None:
-    """Replace the stored cursor and force it to the disk. Raises OSError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(msgspec.json.encode(cursor) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 @contextmanager

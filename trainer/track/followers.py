@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,11 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
-
 from trainer.track.config import TrackerConfig
 from trainer.track.content import ABOUT, About
 from trainer.track.follow import PATIENCE, WAITS
+from trainer.whole_file import write_whole
 
 GRACE = 5.0
 """Seconds beyond `PATIENCE` after which a process that is stuck in a library is killed."""
@@ -31,7 +29,8 @@ class Followers:
         self._run, self._say = run, say
         self._processes: list[tuple[TrackerConfig, subprocess.Popen[bytes]]] = []
         if about.trackers:
-            _write(run / ABOUT, about)
+            (run / ABOUT).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(run / ABOUT, about)
         for index, tracker in enumerate(about.trackers):
             self._processes.append((tracker, _start(run, index)))
 
@@ -70,10 +69,3 @@ def _code(process: subprocess.Popen[bytes], until: float) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def _write(path: Path, about: About) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(msgspec.json.encode(about) + b"\n")
-    os.replace(aside, path)

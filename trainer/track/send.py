@@ -10,10 +10,11 @@ import msgspec
 from sftstream import Door
 from trainer.reporting.events import COMPLETE, EVENTS, Ended, Event
 from trainer.track.config import TrackerConfig
-from trainer.track.content import ABOUT, DAMAGED, About, Step
-from trainer.track.cursor import Cursor, cursor_path, read_cursor, write_cursor
+from trainer.track.content import ABOUT, About, Step
+from trainer.track.cursor import Cursor, cursor_path, read_cursor
 from trainer.track.tail import Tail
 from trainer.track.tracker import Opener, Tracker, TrackerDown
+from trainer.whole_file import DAMAGED, write_whole
 
 MOST = 1000
 """Values of a batch, about."""
@@ -86,7 +87,7 @@ class Sender:
 
     def _store(self, *, sent: int, tried: int) -> None:
         cursor = Cursor(token=self._about.token, sent=sent, tried=tried)
-        write_cursor(self._path, cursor)
+        write_whole(self._path, cursor)
         self._cursor = cursor
 
 

@@ -96,6 +96,10 @@ class HeldOutQuestions:
         dist.broadcast_object_list(box)
         self._prompts, self._stops, self.digest = box[0]
         self._require_room()
+        shards = [self._divided(shard) for shard in range(topology.dp)]
+        mine = shards[topology.shard.index]
+        # All ranks make the same number of passes, some of them without a question.
+        self._mine = mine + [[]] * (max(map(len, shards)) - len(mine))
 
     def _require_room(self) -> None:
         for number, prompt in enumerate(self._prompts, 1):
@@ -113,11 +117,9 @@ class HeldOutQuestions:
         """
         if self._config.every is None or step % self._config.every:
             return None
-        shards = [self._packs(shard) for shard in range(self._topology.dp)]
-        mine = shards[self._topology.shard.index]
         found: dict[int, list[int]] = {}
-        for turn in range(max(map(len, shards))):
-            found |= self._answer(mine[turn] if turn < len(mine) else self._pack([]), model, step, watch)
+        for numbers in self._mine:
+            found |= self._answer(self._pack(numbers), model, step, watch)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # else gathered weights stay in memory, without a backward pass
@@ -146,8 +148,9 @@ class HeldOutQuestions:
         """Return the tokens of a question's segment; nothing follows an answer's last token."""
         return len(prompt) + self._config.max_new_tokens - 1
 
-    def _packs(self, shard: int) -> list[Questions]:
-        """Return the packs of a data-parallel coordinate: every dp-th question, in order."""
+    def _divided(self, shard: int) -> list[list[int]]:
+        """Return the numbers of the questions in each pack of a data-parallel coordinate: every
+        dp-th question, in order."""
         packs: list[list[int]] = []
         room = 0
         for number in range(shard, len(self._prompts), self._topology.dp):
@@ -157,7 +160,7 @@ class HeldOutQuestions:
                 room = self._capacity
             packs[-1].append(number)
             room -= needed
-        return [self._pack(numbers) for numbers in packs]
+        return packs
 
     def _pack(self, numbers: list[int]) -> Questions:
         ids, position_ids = torch.zeros(2, self._capacity, dtype=torch.int64)
