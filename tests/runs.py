@@ -124,7 +124,8 @@ class Job:
 def run(directory: Path, config: dict[str, Any], processes: int = 1) -> Job:
     """Run to the end and assert exit code 0."""
     job = Job(directory, config, processes)
-    assert job.finish() == 0, "\n".join(job.output(rank) for rank in range(processes))
+    code = job.finish()
+    assert code == 0, f"exit code {code}\n" + "\n".join(job.output(rank) for rank in range(processes))
     return job
 
 

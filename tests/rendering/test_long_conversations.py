@@ -149,14 +149,16 @@ def test_some_turns_tell_whether_any_turn_is_rewritten(realdata: Path) -> None:
     print(f"SFTSTREAM_SEED={SEED}")
     draw, verdicts = random.Random(SEED), []
     paths = [path for folder in ("templates", "templates_more") for path in sorted((realdata / folder).glob("*.jinja"))]
-    for path in draw.sample(paths, int(os.environ.get("SFTSTREAM_DRAWS") or 8)):
-        encoder = judge.open_encoder(path.read_text(encoding="utf-8"), history="error")
+    chosen = draw.sample(paths, int(os.environ.get("SFTSTREAM_DRAWS") or 8))
+    templates = {"loop": LOOP} | {path.stem: path.read_text(encoding="utf-8") for path in chosen}
+    for name, template in templates.items():
+        encoder = judge.open_encoder(template, history="error")
         for codes, conversation in dialogues(draw, 4):
             try:
                 expected = verdict_by_every_turn(encoder, conversation)
             except Refused as refused:
                 expected = refused.reason
-            assert verdict(encoder, conversation) == expected, f"SFTSTREAM_SEED={SEED} {path.stem} [{codes}]"
+            assert verdict(encoder, conversation) == expected, f"SFTSTREAM_SEED={SEED} {name} [{codes}]"
             verdicts.append(expected)
     assert "printed alike" in verdicts
 
