@@ -7,10 +7,27 @@ implementation that it judges.
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 Messages = list[dict[str, Any]]
+
+SEED = int(os.environ.get("SFTSTREAM_SEED") or random.SystemRandom().randrange(10**6))
+DRAWN = [8, pytest.param(None, marks=pytest.mark.slow)]
+"""Numbers of templates for `drawn`: a quick draw, and all of them in the slow suite."""
+
+
+def drawn(realdata: Path, count: int | None) -> list[Path]:
+    """Return `count` published templates at random; None for SFTSTREAM_TEMPLATES, by default all."""
+    paths = sorted((realdata / "templates").glob("*.jinja"))
+    count = min(count or int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths)), len(paths))
+    print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
+    return sorted(random.Random(SEED).sample(paths, count))
 
 
 def user(content: str) -> dict[str, Any]:

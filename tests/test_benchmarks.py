@@ -71,7 +71,9 @@ def test_the_benchmark_of_the_bounded_state_prints_a_row_for_each_position() -> 
     assert all(0 < int(row[1].replace(",", "")) <= 4096 for row in rows)
 
 
-@pytest.mark.parametrize("ranks", ["--dp=1", "--dp=2", "--tp=2"])
+@pytest.mark.parametrize(
+    "ranks", [*[pytest.param(ranks, marks=pytest.mark.slow) for ranks in ("--dp=1", "--tp=2")], "--dp=2"]
+)
 def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: str) -> None:
     small = ["--device=cpu", "--layers=1", "--hidden=64", "--capacity=256", "--steps=2", "--vocabulary=4096"]
     done = subprocess.run(
@@ -89,7 +91,7 @@ def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: s
     assert float(milliseconds) >= 0
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> None:
     small = [f"--tp={tp}", "--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(tp)]

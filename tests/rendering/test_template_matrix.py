@@ -37,9 +37,9 @@ def all_special(realdata: Path) -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def cases(realdata: Path, all_special: Any) -> list[Case]:
-    return [case for path in sorted((realdata / "templates").glob("*.jinja")) for case in _judge(path, all_special)]
+@pytest.fixture(scope="module", params=shapes.DRAWN)
+def cases(realdata: Path, all_special: Any, request: pytest.FixtureRequest) -> list[Case]:
+    return [case for path in shapes.drawn(realdata, request.param) for case in _judge(path, all_special)]
 
 
 def _judge(path: Path, tokenizer: Any) -> list[Case]:
@@ -82,18 +82,26 @@ def _payloads_verdict(messages: shapes.Messages, trained: str) -> str:
     return "right"
 
 
+def _accepted(counts: Counter[str]) -> float:
+    print(dict(counts))
+    return counts["right"] / (counts["right"] + counts["refused"])
+
+
+def _are_all(cases: list[Case], realdata: Path) -> bool:
+    return len({case.template for case in cases}) == len(list((realdata / "templates").glob("*.jinja")))
+
+
 def test_no_template_is_ever_wrong(cases: list[Case]) -> None:
     wrong = [case for case in cases if case.verdict.startswith("WRONG")]
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_conversations_printed_whole_are_nearly_all_accepted(cases: list[Case]) -> None:
+def test_conversations_printed_whole_are_nearly_all_accepted(cases: list[Case], realdata: Path) -> None:
     counts = Counter(case.verdict.split(":")[0] for case in cases)
     for case in cases:
         if case.verdict.startswith("refused"):
             print(case.template, "|", case.shape, "|", case.verdict)
-    print(dict(counts))
-    assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.99
+    assert _accepted(counts) >= (0.99 if _are_all(cases, realdata) else 0.95)
 
 
 def test_a_payload_reported_as_lost_is_not_printed(cases: list[Case], realdata: Path, all_special: Any) -> None:
@@ -114,12 +122,13 @@ def test_a_payload_reported_as_lost_is_not_printed(cases: list[Case], realdata: 
             assert lost, case
 
 
-def test_stops_unknown_to_the_tokenizer_are_found(cases: list[Case], realdata: Path) -> None:
+@pytest.mark.parametrize("templates", shapes.DRAWN)
+def test_stops_unknown_to_the_tokenizer_are_found(templates: int | None, realdata: Path) -> None:
     plain = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "llama3")
-    judged = [case for path in sorted((realdata / "templates").glob("*.jinja")) for case in _judge(path, plain)]
+    judged = [case for path in shapes.drawn(realdata, templates) for case in _judge(path, plain)]
     assert [case for case in judged if case.verdict.startswith("WRONG")] == []
     counts = Counter(case.verdict.split(":")[0] for case in judged)
-    assert counts["right"] / (counts["right"] + counts["refused"]) >= 0.95
+    assert _accepted(counts) >= (0.95 if _are_all(judged, realdata) else 0.7)
 
 
 @pytest.mark.slow
