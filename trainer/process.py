@@ -5,6 +5,7 @@ Imports no torch, so that the help of a command is fast.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import logging
 import os
@@ -22,11 +23,13 @@ INTERRUPTED = 130
 
 
 def prepare_output(*, debug: bool) -> None:
-    """Set up logging, and UTF-8 on stdout and stderr in any locale.
+    """Set up logging, UTF-8 on stdout and stderr in any locale, and the stacks of a crash.
 
-    `debug` shows the tracebacks behind errors; `LOGLEVEL=DEBUG`, torchrun's own variable, shows
-    every library's messages as well.
+    A crash in native code, such as a kernel or a collective, prints the Python stack of each
+    thread. `debug` shows the tracebacks behind errors; `LOGLEVEL=DEBUG`, torchrun's own variable,
+    shows every library's messages as well.
     """
+    faulthandler.enable()
     level = os.environ.get("LOGLEVEL", "WARNING")
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     if debug:

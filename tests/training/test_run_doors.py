@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -197,6 +199,15 @@ def test_a_value_nested_deeply_is_refused(config: dict[str, Any]) -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="data"):
         parse_config(config | {"data": config["data"] | {"train_on": deep}})
+
+
+def test_a_crash_of_native_code_prints_the_stack_of_each_thread(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["run"]["steps"] = 100_000
+    job = runs.Job(tmp_path, config)
+    runs.wait_for(lambda: (tmp_path / "runs/run/metrics.jsonl").exists(), job)
+    job.signal(signal.SIGSEGV)
+    assert job.finish() == -signal.SIGSEGV
+    assert re.search(r"Fatal Python error: Segmentation fault\n(.*\n)*  File .*trainer/main.py", job.output())
 
 
 def test_config_and_output_are_utf_8_in_any_locale(tmp_path: Path, config: dict[str, Any]) -> None:
