@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from torch import Generator, Tensor, nn
 
 from trainer.llama.lora.layers import A, B
 from trainer.llama.model import Llama
 from trainer.llama.sharding import local, window
+
+TILE = 1024
+"""Rows and columns of a tile of a matrix. Each tile is drawn by a generator of its own, so a rank
+draws no more than the tiles that its part overlaps, and holds one tile in host memory."""
 
 
 @torch.no_grad()
@@ -19,16 +26,15 @@ def init_weights(model: Llama, seed: int) -> None:
     Adapters stay as they are.
 
     The draws of a matrix depend only on `seed` and on the name of the parameter. Each rank draws
-    the full tensor on the CPU and keeps its shard, so the bits do not depend on topology or
-    device. The cost is host memory for one full tensor at a time.
+    the tiles of its part on the CPU, so the bits do not depend on topology or device.
     """
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in (A, B):
             continue
-        full = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
         if parameter.ndim > 1:
-            full.normal_(0.0, model.config.initializer_range, generator=_generator(seed, name))
-        local(parameter).copy_(full[window(parameter)])
+            _draw(parameter, f"{seed}/{name}", partial(nn.init.normal_, mean=0.0, std=model.config.initializer_range))
+        else:
+            local(parameter).fill_(0.0 if name.endswith(".bias") else 1.0)
 
 
 @torch.no_grad()
@@ -42,10 +48,34 @@ def init_adapters(model: Llama, seed: int) -> None:
             local(parameter).zero_()
         elif name.endswith(f".{A}"):
             bound = 1 / math.sqrt(parameter.shape[1])
-            full = torch.empty(parameter.shape).uniform_(-bound, bound, generator=_generator(seed, name))
-            local(parameter).copy_(full[window(parameter)])
+            _draw(parameter, f"{seed}/{name}", partial(nn.init.uniform_, a=-bound, b=bound))
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+def _draw(parameter: nn.Parameter, source: str, draw: Callable[..., Tensor]) -> None:
+    """Fill the part of a matrix on this rank with draws of `draw(tile, generator=...)`; `source` is
+    their name."""
+    rows, columns = window(parameter)
+    part = local(parameter)
+    for top, left in tiles(rows, columns):
+        height, width = (min(TILE, size - start) for size, start in zip(parameter.shape, (top, left), strict=True))
+        tile = draw(torch.empty(height, width), generator=_generator(source, top, left))
+        first, last = max(top, rows.start), min(top + height, rows.stop)
+        begin, end = max(left, columns.start), min(left + width, columns.stop)
+        part[first - rows.start : last - rows.start, begin - columns.start : end - columns.start].copy_(
+            tile[first - top : last - top, begin - left : end - left]
+        )
+
+
+def tiles(rows: slice, columns: slice) -> Iterator[tuple[int, int]]:
+    """Yield the first row and column of each tile that overlaps a part of a matrix."""
+    if rows.start == rows.stop or columns.start == columns.stop:
+        return
+    for top in range(rows.start // TILE * TILE, rows.stop, TILE):
+        for left in range(columns.start // TILE * TILE, columns.stop, TILE):
+            yield top, left
+
+
+def _generator(source: str, top: int, left: int) -> Generator:
+    # The first tile has the draws of a matrix that was drawn as a whole, as in version 0.1.0.
+    digest = hashlib.sha256((f"{source}/{top}/{left}" if top or left else source).encode()).digest()
+    return Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
