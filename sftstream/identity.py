@@ -188,8 +188,9 @@ def accepted_changes(
     `accepted` holds names such as "data.capacity"; "data.sources[2]" also accepts all differences
     inside the source. Another version of a library is a difference only if accepted. Raises
     ValueError naming the first ten differences that are not accepted, with advice to accept them if
-    `is_possible` returns True for all differences.
+    `is_possible` returns True for all differences; also for an accepted name of no setting.
     """
+    _require_known(accepted)
     changed = [
         change
         for change in differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
@@ -204,6 +205,17 @@ def accepted_changes(
             f"{'; '.join(refused[:10])}{more}. Restore them, or start a new run{advice}"
         )
     return changed
+
+
+def _require_known(accepted: Sequence[str]) -> None:
+    settings = {field.encode_name for field in msgspec.structs.fields(Identity)}
+    for name in accepted:
+        found = re.fullmatch(r"data(\.(\w+)((\.|\[\d+\]).*)?)?", name)
+        if not found or (found[2] and found[2] not in settings):
+            raise ValueError(
+                f"data.accept_changed holds {name!r}, but a resume compares no such setting; write the name as a refused "
+                "resume prints it, for example data.capacity or data.sources[0], or remove it"
+            )
 
 
 def _advice(refused: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def model_and_tokenizer(job: Job) -> tuple[Any, Any]:
 
     tokenizer = tokenizer_of(job)
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)), tokenizer
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), use_cache=False, **shape)), tokenizer
 
 
 def rows_of(job: Job) -> Any:

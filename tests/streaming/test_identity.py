@@ -233,6 +233,22 @@ def test_a_state_of_an_unknown_format_is_refused(workspace: Workspace, number: i
         workspace.load(state)
 
 
+@pytest.mark.parametrize("name", ["data.capacty", "capacity", "data.sources1", "data.sources[0", "", "data."])
+def test_an_accepted_name_of_no_setting_is_refused(workspace: Workspace, name: str) -> None:
+    state = state_of(workspace)
+    workspace.settings = {"accept_changed": (name,)}
+    with pytest.raises(
+        ValueError, match=re.escape(f"data.accept_changed holds {name!r}, but a resume compares no such")
+    ):
+        workspace.load(state)
+
+
+def test_accepted_names_of_unchanged_settings_have_no_effect(workspace: Workspace) -> None:
+    state = state_of(workspace)
+    workspace.settings = {"accept_changed": ("data", "data.capacity", "data.sources[0].files[0].sha256", "data.skip")}
+    assert workspace.load(state).state_dict() == state
+
+
 def test_several_changes_are_all_named(workspace: Workspace) -> None:
     state = state_of(workspace)
     workspace.settings = {"seed": 1, "window": 4, "capacity": 128}

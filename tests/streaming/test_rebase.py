@@ -99,7 +99,7 @@ def test_only_named_changes_are_accepted(config: DataConfig) -> None:
     ):
         PackLoader(_changed(config, ["data.capacity"], capacity=512, streams=2), state=state)
     with pytest.raises(ValueError, match=r"data.window: 8 -> 9"):
-        PackLoader(_changed(config, ["data.win", "window"], window=9), state=state)
+        PackLoader(_changed(config, ["data.epochs"], window=9), state=state)
 
 
 def test_a_changed_source_can_be_accepted_by_its_number(config: DataConfig) -> None:
