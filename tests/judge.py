@@ -150,6 +150,7 @@ HEADERS = re.compile(
 STOPS = re.compile(
     r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|return\|>|<\|call\|>|<\|tool_response>"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|eom\|>|<｜end▁of▁sentence｜>|<seed:eos>|<sep>|<\|message_sep\|>"
+    r"|<\|end_of_msg\|>|<\|eos\|>"
     r"|</assistant>|<\|assistant_end\|>|<\|tools_suffix\|>|<\|eot\|>|</s>|<eos>|<end_of_utterance>|<\|(?:user|observation)\|>"
     r"|<\|assistant\|>|<\|tool_calls\|>|\[\|endofturn\|\]|<\|end_of_turn\|>|<step>|<\|?EOT\|?>|<\|stop\|>)\n?$"
 )

@@ -93,6 +93,6 @@ def single_exchanges(job: Job) -> Job:
                     row = {"messages": [asked, said]}
                     (example,) = encoder.encode_conversation(parse_row(row))
                     lengths.append(len(example.tokens))
-                    file.write(msgspec.json.encode(row) + b"\n")
+                    file.write(json.dumps(row).encode() + b"\n")  # ASCII: Automodel splits lines at U+2028
                     break
     return msgspec.structs.replace(alone, tokens=sum(lengths), conversations=len(lengths))
