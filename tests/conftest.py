@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ from hypothesis import settings
 from sftstream import ChatEncoder, DataConfig
 from sftstream.sources import Corpus, CorpusReader
 from sftstream.streaming.example_reader import ExampleReader
+
+# A shell ignores Ctrl-C in commands that it starts in the background, and so do their children.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The load of the machine decides how long an example takes, and may not fail a test.
 settings.register_profile("sftstream", deadline=None)

@@ -164,7 +164,7 @@ def test_ctrl_c_during_an_upload_is_one_line(hub: Hub, root: Path) -> None:
     while not hub.hung.wait(0.1) and process.poll() is None:
         pass
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     (line,) = err.splitlines()
     assert line.startswith(
