@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +352,7 @@ def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig, started:
     loader = PackLoader(endless, workers=2)
     tiny.take(loader, 3)
     with pytest.raises(RuntimeError, match=r"killed by signal: Killed|exited unexpectedly"):
-        _kill_and_read_on(loader, started()[0])
+        _end_and_read_on(loader, started()[0].kill)
     assert started() == []
 
 
@@ -396,8 +396,7 @@ def test_the_parent_of_a_worker_can_end_it(wide: DataConfig, started: tiny.Start
     tiny.take(loader, 3)
     (worker,) = started()
     with pytest.raises(RuntimeError, match="worker"):  # torch's handler of SIGCHLD may raise at any instruction
-        worker.terminate()
-        tiny.take(loader, 1000)
+        _end_and_read_on(loader, worker.terminate)
     worker.join(10)
     assert not worker.is_alive()
 
@@ -410,9 +409,9 @@ def _is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def _kill_and_read_on(loader: PackLoader, worker: BaseProcess) -> None:
-    worker.kill()
-    tiny.take(loader, 100)
+def _end_and_read_on(loader: PackLoader, end: Callable[[], None]) -> None:
+    end()
+    tiny.take(loader, 1000)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
