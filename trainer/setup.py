@@ -18,6 +18,7 @@ from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, rest
 from trainer.choices import choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
+from trainer.llama.attention import Kernel
 from trainer.llama.export import require_replaceable
 from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
@@ -118,10 +119,7 @@ def prepare_run(
         require_replaceable(config.run.export_directory)
         require_replaceable(config.run.adapter_directory, ADAPTER)
     token = _own(directory, saves, latest)
-    with explained(config, source.shape, topology.device):
-        model = build_model(config, source, topology, kernel, initialize=latest is None)
-        optimizer = build_optimizer(model, config.optimizer)
-        restored = _restored(config, topology, saves, latest, model, optimizer, settings)
+    model, optimizer, restored = _build_and_restore(config, source, topology, kernel, saves, latest, settings)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
@@ -134,9 +132,14 @@ def prepare_run(
     if config.run.compile:  # after the data, whose errors need not wait for the compiler
         with explained(config, source.shape, topology.device):
             warm_up(model, config.data.capacity, topology)
-    export_recipe = _recipe(config, source, model, loader, base) if topology.first else None
-    origin = _origin(config, source, command) if topology.first else None
-    about = _about(config, topology, loader, validation)
+    description = RunDescription(
+        restored.settings,
+        topology,
+        _recipe(config, source, model, loader, base) if topology.first else None,
+        token,
+        _about(config, topology, loader, validation),
+        _origin(config, source, command) if topology.first else None,
+    )
     run = Run(
         given=given,
         config=config,
@@ -151,7 +154,7 @@ def prepare_run(
         questions=questions,
         scorer=scorer,
         held_out_questions=held_out_questions,
-        description=RunDescription(restored.settings, topology, export_recipe, token, about, origin),
+        description=description,
         saves=saves,
         directory=directory,
         display=display,
@@ -159,19 +162,26 @@ def prepare_run(
     return run, restored
 
 
-def _restored(
+def _build_and_restore(
     config: TrainConfig,
+    source: ModelSource,
     topology: Topology,
+    kernel: Kernel,
     saves: Saves,
     latest: int | None,
-    model: Llama,
-    optimizer: Optimizer,
     settings: Settings,
-) -> Restored:
-    """Restore model and optimizer from the checkpoint `latest`, if there is a checkpoint."""
-    if latest is None:
-        return Restored(Progress(), settings)
-    return restore(saves.store, model, optimizer, settings, topology, latest, config.run.accept_changed)
+) -> tuple[Llama, Optimizer, Restored]:
+    """Return the model and the optimizer, restored from the checkpoint `latest` if it is a step.
+
+    An error for lack of memory names the settings to change.
+    """
+    with explained(config, source.shape, topology.device):
+        model = build_model(config, source, topology, kernel, initialize=latest is None)
+        optimizer = build_optimizer(model, config.optimizer)
+        if latest is None:
+            return model, optimizer, Restored(Progress(), settings)
+        accepted = config.run.accept_changed
+        return model, optimizer, restore(saves.store, model, optimizer, settings, topology, latest, accepted)
 
 
 def _step_reader(

@@ -91,7 +91,10 @@ def test_published_templates_print_every_shape_as_planned(realdata: Path, templa
                 found = encoder.renderer.render_cache.render(conversation)
                 assert found is None or found == full_path(encoder, conversation), path.stem
                 planned += found is not None
-    assert planned > 5 * len(paths) or len(paths) < 8  # some templates are never planned
+    if len(paths) < len(list((realdata / "templates").glob("*.jinja"))):
+        assert planned > 5 * len(paths) or len(paths) < 8  # some templates are never planned
+    else:
+        assert planned > 1000
 
 
 @pytest.mark.parametrize("policy", [{}, {"train_on": ("all",)}, {"train_turns": "last"}, {"train_on": ("user",)}])

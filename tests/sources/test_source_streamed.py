@@ -152,7 +152,14 @@ def test_shards_are_shuffled_each_epoch_and_their_rows_are_not(path: str, tokeni
     assert order(configured(tokenizer, path, streams=1, epochs=3, shuffle=False)) == stored
 
 
-@pytest.mark.parametrize(("source", "streams"), [({}, 1), ({}, 3), ({"columns": {"messages": "messages"}}, 3), ({}, 8)])
+@pytest.mark.parametrize(
+    ("source", "streams"),
+    [
+        *[({}, streams) for streams in (1, 3, 8)],
+        ({"columns": {"messages": "messages"}}, 3),
+        *[pytest.param({"columns": {"messages": "messages"}}, streams, marks=pytest.mark.slow) for streams in (1, 8)],
+    ],
+)
 def test_a_run_goes_on_exactly_from_every_state(
     path: str, tokenizer: str, source: dict[str, Any], streams: int
 ) -> None:

@@ -7,11 +7,14 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -351,9 +354,8 @@ def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig, started:
     endless = msgspec.structs.replace(wide, epochs=None)
     loader = PackLoader(endless, workers=2)
     tiny.take(loader, 3)
-    with pytest.raises(RuntimeError, match=r"killed by signal: Killed|exited unexpectedly"):
-        _end_and_read_on(loader, started()[0].kill)
-    loader.close()  # torch's handler of SIGCHLD may have raised before the loader read on
+    with _without_child_signals(), pytest.raises(RuntimeError, match=r"killed by signal: Killed|exited unexpectedly"):
+        _kill_and_read_on(loader, started()[0])
     assert started() == []
 
 
@@ -396,10 +398,12 @@ def test_the_parent_of_a_worker_can_end_it(wide: DataConfig, started: tiny.Start
     loader = PackLoader(wide, workers=1)
     tiny.take(loader, 3)
     (worker,) = started()
-    with pytest.raises(RuntimeError, match="worker"):  # torch's handler of SIGCHLD may raise at any instruction
-        _end_and_read_on(loader, worker.terminate)
-    worker.join(10)
-    assert not worker.is_alive()
+    with _without_child_signals():
+        worker.terminate()
+        worker.join(10)
+        assert not worker.is_alive()
+        with pytest.raises(RuntimeError, match="worker"):
+            tiny.take(loader, 1000)
 
 
 def _is_running(pid: int) -> bool:
@@ -410,9 +414,19 @@ def _is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def _end_and_read_on(loader: PackLoader, end: Callable[[], None]) -> None:
-    end()
-    tiny.take(loader, 1000)
+def _kill_and_read_on(loader: PackLoader, worker: BaseProcess) -> None:
+    worker.kill()
+    tiny.take(loader, 100)
+
+
+@contextmanager
+def _without_child_signals() -> Iterator[None]:
+    """Set aside torch's handler of SIGCHLD, which raises at any instruction, also outside of the loader."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
