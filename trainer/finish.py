@@ -30,7 +30,7 @@ def finish(run: Run, progress: Progress, watch: Watch) -> None:
         with watch.waiting_for(progress.step, "the export of all ranks"):
             _export(run)
         run.display.say(f"exported to {run.config.run.export_directory}")
-    if run.questions:
+    if run.evaluator.questions:
         _evaluate(run)
     merged = run.config.lora is None or run.config.lora.export_merged
     for line in serving_lines(run.config, None if merged else run.source.name):
@@ -72,5 +72,6 @@ def _evaluate(run: Run) -> None:
     assert config is not None
     assert encoder is not None
     directory, device = run.config.run.export_directory, run.topology.device
-    evaluation = evaluate(directory, run.questions, encoder.stop_ids, config.max_new_tokens, device, run.scorer)
+    questions, scorer = run.evaluator.questions, run.evaluator.scorer
+    evaluation = evaluate(directory, questions, encoder.stop_ids, config.max_new_tokens, device, scorer)
     run.display.say(evaluation.describe(config.show))

@@ -239,7 +239,8 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
     seconds = time.perf_counter() - began
     with watch.waiting_for(number, "the validation loss of all ranks"):
         held_out = run.validation.after(progress.step, run.model) if run.validation else None
-    answers = run.held_out_questions.after(progress.step, run.model, watch) if run.held_out_questions else None
+    questions = run.evaluator.during
+    answers = questions.after(progress.step, run.model, watch) if questions else None
     judged = held_out.judged if held_out else None
     if config.validation and config.validation.best_by == "answers":
         judged = answers.judged if answers else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -45,6 +46,17 @@ from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up
 
 
+class Evaluator(NamedTuple):
+    """Questions to the model, and the function that scores its answers."""
+
+    questions: list[Question]
+    """Questions for the finished model; empty on all ranks but the first."""
+    scorer: Scorer | None
+    """Function of the user that scores answers; None without, and on all ranks but the first."""
+    during: HeldOutQuestions | None
+    """The questions with which the model is evaluated during the training; None without."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The parts of a run on one rank, fixed from the first step to the last."""
@@ -65,12 +77,7 @@ class Run:
     """Rows of each source, equal on all ranks; None for a streamed source."""
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
-    questions: list[Question]
-    """Questions for the finished model; empty on all ranks but the first."""
-    scorer: Scorer | None
-    """Function of the user that scores answers; None without, and on all ranks but the first."""
-    held_out_questions: HeldOutQuestions | None
-    """The questions with which the model is evaluated during the training; None without."""
+    evaluator: Evaluator
     description: RunDescription
     saves: Saves
     directory: RunDirectory
@@ -123,11 +130,9 @@ def prepare_run(
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
     total_rows, sizes = _numbers_of_rows(loader)
     restored = _follow_data(config, restored, loader, total_rows)
-    questions = _read_questions(config, loader) if topology.first else []
-    scorer = _load_scorer(config) if topology.first else None
-    held_out_questions = _open_questions(config, topology, loader, questions, scorer)
+    evaluator = _open_evaluator(config, topology, loader)
     assignment = assign_packs(loader, config.data, topology)
-    judged = held_out_questions.digest if held_out_questions else None
+    judged = evaluator.during.digest if evaluator.during else None
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
     if config.run.compile:  # after the data, whose errors need not wait for the compiler
         with explained(config, source.shape, topology.device):
@@ -151,9 +156,7 @@ def prepare_run(
         total_rows=total_rows,
         sizes=sizes,
         validation=validation,
-        questions=questions,
-        scorer=scorer,
-        held_out_questions=held_out_questions,
+        evaluator=evaluator,
         description=description,
         saves=saves,
         directory=directory,
@@ -268,28 +271,23 @@ def _origin(config: TrainConfig, source: ModelSource, command: str) -> Origin:
     return Origin(command, base, adapter=config.lora is not None)
 
 
-def _read_questions(config: TrainConfig, loader: PackLoader | None) -> list[Question]:
-    assert loader is not None
-    return read_questions(config.evaluation.path, loader.encoder) if config.evaluation else []
-
-
-def _load_scorer(config: TrainConfig) -> Scorer | None:
-    named = config.evaluation.scorer if config.evaluation else None
-    return None if named is None else load_scorer(named)
-
-
-def _open_questions(
-    config: TrainConfig,
-    topology: Topology,
-    loader: PackLoader | None,
-    questions: list[Question],
-    scorer: Scorer | None,
-) -> HeldOutQuestions | None:
-    if config.evaluation is None or config.evaluation.every is None:
-        return None
+def _open_evaluator(config: TrainConfig, topology: Topology, loader: PackLoader | None) -> Evaluator:
+    """Read the questions and the user's scorer on the first rank. Collective."""
+    table = config.evaluation
+    if table is None:
+        return Evaluator([], None, None)
+    questions: list[Question] = []
+    scorer = None
+    if topology.first:
+        assert loader is not None
+        questions = read_questions(table.path, loader.encoder)
+        scorer = None if table.scorer is None else load_scorer(table.scorer)
+    if table.every is None:
+        return Evaluator(questions, scorer, None)
     encoder = loader.encoder if loader else None
     capacity, directory = config.data.capacity, config.run.directory
-    return HeldOutQuestions(config.evaluation, topology, capacity, questions, encoder, scorer, directory)
+    during = HeldOutQuestions(table, topology, capacity, questions, encoder, scorer, directory)
+    return Evaluator(questions, scorer, during)
 
 
 def _base(config: TrainConfig, source: ModelSource, topology: Topology) -> Base | None:
