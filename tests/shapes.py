@@ -22,12 +22,15 @@ DRAWN = [8, pytest.param(None, marks=pytest.mark.slow)]
 """Numbers of templates for `drawn`: a quick draw, and all of them in the slow suite."""
 
 
-def drawn(realdata: Path, count: int | None) -> list[Path]:
-    """Return `count` published templates at random; None for SFTSTREAM_TEMPLATES, by default all."""
-    paths = sorted((realdata / "templates").glob("*.jinja"))
+def published(realdata: Path) -> list[Path]:
+    return sorted((realdata / "templates").glob("*.jinja"))
+
+
+def drawn(paths: list[Path], count: int | None = None) -> list[Path]:
+    """Return `count` of `paths` at random; None for SFTSTREAM_TEMPLATES, by default all."""
     count = min(count or int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths)), len(paths))
     print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
-    return sorted(random.Random(SEED).sample(paths, count))
+    return sorted(random.Random(SEED).sample(paths, count)) if count < len(paths) else paths
 
 
 def user(content: str) -> dict[str, Any]:

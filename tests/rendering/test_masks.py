@@ -289,7 +289,7 @@ def test_exactly_the_bytes_of_the_answers_are_trained(
 @pytest.mark.realdata
 @pytest.mark.parametrize("templates", shapes.DRAWN)
 def test_the_shortcut_finds_the_turns_of_the_full_search(realdata: Any, templates: int | None) -> None:
-    for path in shapes.drawn(realdata, templates):
+    for path in shapes.drawn(shapes.published(realdata), templates):
         encoder = ChatEncoder(str(realdata / "tokenizers" / "llama3"), path.read_text())
         for messages, tools in shapes.SHAPES.values():
             conversation = parse_row({"messages": messages, "tools": tools})

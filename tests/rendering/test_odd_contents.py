@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import judge
 import pytest
+import shapes
 
 from sftstream import ChatEncoder, Refused
 from sftstream.formats import parse_row
@@ -215,10 +216,7 @@ def test_a_draw_of_odd_texts_changes_no_turn(realdata: Path) -> None:
 @pytest.mark.realdata
 def test_no_odd_text_changes_a_turn(realdata: Path) -> None:
     counts, found = Counter[str](), []
-    paths = templates(realdata)
-    count = int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths))
-    print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
-    for path in random.Random(SEED).sample(paths, min(count, len(paths))):
+    for path in shapes.drawn(templates(realdata)):
         template = path.read_text(encoding="utf-8")
         encoder = judge.open_encoder(template)
         known = cases(encoder, template)

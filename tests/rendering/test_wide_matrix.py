@@ -14,6 +14,7 @@ from typing import Any
 
 import judge
 import pytest
+import shapes
 
 from sftstream import Refused
 from sftstream.formats import parse_row
@@ -25,14 +26,6 @@ FOLDERS = ("templates", "templates_more")
 
 def templates(realdata: Path) -> list[Path]:
     return [path for folder in FOLDERS for path in sorted((realdata / folder).glob("*.jinja"))]
-
-
-def chosen(realdata: Path) -> list[Path]:
-    """All templates, or a draw of SFTSTREAM_TEMPLATES."""
-    paths = templates(realdata)
-    count = int(os.environ.get("SFTSTREAM_TEMPLATES") or len(paths))
-    print(f"SFTSTREAM_SEED={SEED} SFTSTREAM_TEMPLATES={count}")
-    return paths if count >= len(paths) else random.Random(SEED).sample(paths, count)
 
 
 def wrong(cases: list[judge.Case]) -> list[judge.Case]:
@@ -58,10 +51,10 @@ def test_a_draw_of_templates_shapes_and_policies_has_no_wrong_mask(realdata: Pat
     assert sum(case.verdict == "right" for case in cases) > len(cases) / 4
 
 
-def plan_differences(path: Path, shapes: list[str]) -> list[str]:
+def plan_differences(path: Path, codes: list[str]) -> list[str]:
     """Return the shapes with a plan that prints other words otherwise than the template."""
     encoder, different = judge.open_encoder(path.read_text(encoding="utf-8")), []
-    for shape in shapes:
+    for shape in codes:
         messages, tools = judge.conversation(shape)
         others = ([], [("q", "qz z")], [("w", "<"), ("q", "]")], [("w", " w"), ("q", "q\n")], [("w", "<think>w")])
         for replaced in others:
@@ -91,13 +84,13 @@ def test_a_draw_of_templates_and_shapes_is_printed_as_planned(realdata: Path) ->
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_every_template_and_shape_is_printed_as_planned(realdata: Path) -> None:
-    assert [d for path in chosen(realdata) for d in plan_differences(path, list(judge.SHAPES))] == []
+    assert [d for path in shapes.drawn(templates(realdata)) for d in plan_differences(path, list(judge.SHAPES))] == []
 
 
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_every_template_is_right_on_every_shape(realdata: Path) -> None:
-    paths = chosen(realdata)
+    paths = shapes.drawn(templates(realdata))
     cases = [case for path in paths for case in judge.judge(path)]
     print(judge.table(cases))
     assert wrong(cases) == []
@@ -108,13 +101,13 @@ def test_every_template_is_right_on_every_shape(realdata: Path) -> None:
 @pytest.mark.realdata
 @pytest.mark.parametrize("policy", judge.POLICIES, ids=str)
 def test_every_template_is_right_under_every_policy(realdata: Path, policy: dict[str, Any]) -> None:
-    assert wrong([case for path in chosen(realdata) for case in judge.judge(path, **policy)]) == []
+    assert wrong([case for path in shapes.drawn(templates(realdata)) for case in judge.judge(path, **policy)]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_templates_whose_stops_the_tokenizer_does_not_know_are_right(realdata: Path) -> None:
-    cases = [case for path in chosen(realdata) for case in judge.judge(path, special=False)]
+    cases = [case for path in shapes.drawn(templates(realdata)) for case in judge.judge(path, special=False)]
     # Without tokens to tell apart, `</call><|end|>` is one stop.
     faults = [case for case in wrong(opened(cases)) if "two stops" not in case.detail]
     assert faults == []
