@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _NAMED = "name:"
 """Prefix of a template given by the name that it has in the tokenizer: "name:tool_use"."""
+_LONGEST_PATH = 4096
+"""Characters of a template's path in a message: as many as the path of a file has on Linux."""
 
 
 class ChatEncoder:
@@ -201,7 +203,7 @@ def _template_text(template: str, vocabulary: Vocabulary) -> str:
             raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
         return text
     try:
-        with Door(f"chat template {excerpt(template)} cannot be read"):
+        with Door(f"chat template {excerpt(template, _LONGEST_PATH)} cannot be read"):
             path = Path(os.path.expanduser(template))
             require_files([path])
             with path.open(encoding="utf-8") as file:
