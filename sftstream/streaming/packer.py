@@ -169,7 +169,27 @@ class Packer(BaseNode[Pack]):
         reset an example for each segment."""
         if self._joined:
             return [self._joined.pop()]
-        return [self._read_again(segment) for segment in segments]
+        examples = [self._read_again(segment) for segment in segments]
+        if segments:
+            self._require_digest(0, segments, examples)
+        return examples
+
+    def _leftover(self, number: int) -> Example:
+        """Return the example of a leftover; all planned packs were returned."""
+        segment = self.state.leftovers[number].segment
+        example = self._read_again(segment)
+        if segment not in self._left:
+            self._require_digest(number, [segment], [example])
+        return example
+
+    def _require_digest(self, number: int, segments: Sequence[Segment], examples: Sequence[Example]) -> None:
+        """Raise ValueError if examples that were read again lack digest `number` of the state."""
+        digests = self.state.digests
+        if isinstance(digests, tuple) and example_digest(joined(examples)) != digests[number]:
+            rows = ", ".join(f"row {segment.row} of source {segment.source}" for segment in segments)
+            raise ValueError(
+                f"the tokens or the mask of {rows} differ from those when the window was read: the source changed; restore it"
+            )
 
     def _read_again(self, segment: Segment) -> Example:
         """Return the example of a leftover, or of a pack that was planned before a reset.
@@ -202,7 +222,7 @@ class Packer(BaseNode[Pack]):
         segments = [*(leftover.segment for leftover in state.leftovers), *read.segments]
         waited = [*(leftover.waited for leftover in state.leftovers), *[0] * len(read.segments)]
         examples = [
-            *(self._read_again(leftover.segment) for leftover in state.leftovers),
+            *map(self._leftover, range(len(state.leftovers))),
             *read.examples,
         ]
         lengths = [segment.length for segment in segments]

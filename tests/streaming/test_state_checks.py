@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,25 @@ def test_any_number_of_a_state_changed_is_refused_or_without_effect(mixed: DataC
     # contradict nothing else in a state; the number of a part of a row is compared when the row is read.
     free = ("windows", "leftovers", "row_parts", "mixed")
     assert [path for path in accepted if not set(path) & {*free, *WITHOUT_EFFECT}] == []
+
+
+@pytest.mark.parametrize("list_name", ["planned", "leftovers"])
+def test_a_waiting_row_exchanged_for_another_of_equal_length_is_an_error(
+    list_name: str, tokenizer: str, tmp_path: Path
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [tiny.chat("q", letter) for letter in string.ascii_letters])
+    config = tiny.data_config(tokenizer, path, streams=1, capacity=64, global_batch=1, epochs=1)
+    loader = PackLoader(config)
+    states = (loader.state.builtins() for _ in loader)
+    edited = next(state for state in states if len(state["streams"]["0"][list_name]) > 1)
+    stream = edited["streams"]["0"]
+    first, second = (group[0] for group in stream[list_name][:2])
+    assert first[2] == second[2]
+    first[1], second[1] = second[1], first[1]
+    with pytest.raises(
+        ValueError, match=r"the tokens or the mask of row \d+ of source 0.* differ .* the source changed"
+    ):
+        list(PackLoader(config, state=tiny.resealed(edited)))
 
 
 def _numbers(value: Any, path: list[Any]) -> Any:
