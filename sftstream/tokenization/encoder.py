@@ -203,7 +203,8 @@ def _template_text(template: str, vocabulary: Vocabulary) -> str:
             raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
         return text
     try:
-        with Door(f"chat template {excerpt(template, _LONGEST_PATH)} cannot be read"):
+        name = excerpt(template, _LONGEST_PATH)
+        with Door(f"chat template {name} cannot be read"):
             path = Path(os.path.expanduser(template))
             require_files([path])
             with path.open(encoding="utf-8") as file:

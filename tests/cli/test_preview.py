@@ -29,7 +29,7 @@ HOSTILE = (
 @pytest.fixture(scope="module")
 def hostile(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of conversations that attack a terminal and a browser, and of plain ones."""
-    directory = tmp_path_factory.mktemp("hostile")
+    directory = tmp_path_factory.mktemp("hostile" * 6)
     rows = [tiny.chat(HOSTILE, "seven stones", system="Be brief."), *tiny.rows(12), tiny.chat("what", HOSTILE)]
     bad = [{"messages": [{"role": HOSTILE, "content": "?"}]}, {HOSTILE: 1}]
     tiny.write_jsonl(directory / "a.jsonl", [*rows, *bad])

@@ -44,7 +44,7 @@ def config(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = tiny.chat(rows[3]["messages"][0]["content"], "another answer")
     hostile = {"messages": [{"role": "<img src=x onerror=alert(1)>\x1b[2J", "content": "?"}]}
     return write(
-        tmp_path_factory.mktemp("stats"),
+        tmp_path_factory.mktemp("stats" * 30),
         tokenizer,
         [*rows, rows[7], long, hostile, {"messages": []}],
         [rows[5], other, tiny.chat("new", "new")],

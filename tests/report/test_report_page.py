@@ -25,7 +25,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pages of a hostile run of many launches, of a run without a step, and of both."""
-    directory = tmp_path_factory.mktemp("pages")
+    directory = tmp_path_factory.mktemp("pages" * 30)
     sources = [{"path": f"{HOSTILE}.jsonl"}, {"path": "b.jsonl"}]
     events = []
     for number in range(40):
