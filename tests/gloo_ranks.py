@@ -21,6 +21,7 @@ import torch.distributed as dist
 # a copy of this process's threads. A process has one server: a second preload list would replace
 # the first.
 MODELS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mistral", "qwen2", "qwen3")]
+OPTIMIZERS = ["torchao.optim.adam"] if importlib.util.find_spec("torchao") else []
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
@@ -28,10 +29,9 @@ processes.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.fsdp",
         "trainer.main",
-        *(["torchao.optim.adam"] if importlib.util.find_spec("torchao") else []),
-        # With a GPU, the models open the device at import, and no child of the server could use the
+        # With a GPU, these open the device at import, and no child of the server could use the
         # device.
-        *([] if torch.cuda.is_available() else MODELS),
+        *([] if torch.cuda.is_available() else [*MODELS, *OPTIMIZERS]),
     ]
 )
 

@@ -29,6 +29,7 @@ from trainer.distributed.mesh import Topology, named_dtype
 from trainer.estimate import memory, stored_dtypes, with_memory_settings
 from trainer.llama.attention import Kernel, Shape, choose_kernel
 from trainer.llama.config import LlamaConfig
+from trainer.llama.float8 import require_device, require_multiples
 
 
 class Choices(NamedTuple):
@@ -43,9 +44,12 @@ class Choices(NamedTuple):
 def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None) -> Choices:
     """Return the choices of a run; `saved` are the settings of the checkpoint of a resume.
 
-    Collective. Raises ValueError if no attention kernel can be used, or if the model does not fit
-    the memory of the GPU.
+    Collective. Raises ValueError if no attention kernel can be used, if the GPU or the model does
+    not suit float8, or if the model does not fit the memory of the GPU.
     """
+    if config.run.float8:
+        require_device(topology.device)
+        require_multiples(shape, topology.tp)
     config = _with_run(config, _as_saved(config.run, saved))
     kernel, passed = _kernel(config, shape, topology, saved)
     size = _gpu_memory(topology)
@@ -140,9 +144,10 @@ def _message(config: TrainConfig, topology: Topology, passed: list[str], planned
     compiled = "compiled" if run.compile else "not compiled"
     same = "deterministic" if run.deterministic else "not deterministic"
     dtype = named_dtype(run.compute_dtype, topology.device)
+    computed = str(dtype).removeprefix("torch.") + (" and float8" if run.float8 else "")
     line = (
         f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} {weights}, computation in '
-        f"{str(dtype).removeprefix('torch.')}, recompute {run.recompute}, {same}"
+        f"{computed}, recompute {run.recompute}, {same}"
     )
     if planned is not None and size is not None:
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"

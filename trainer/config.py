@@ -89,6 +89,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
     "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
     format). Kernels round differently, so that a resume uses the kernel of the checkpoint."""
+    float8: bool = False
+    """Multiply the matrices of the layers in float8, with a scale for each tensor. Faster for wide
+    layers, at a precision of 4 bits and fewer; embedding, attention, head and optimizer stay as
+    they are. Needs an H100, L40S or later. A resume needs the value of the checkpoint."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose loss or gradient is not a finite number: "stop" the run without a
     checkpoint, or "skip" the update, leave weights and optimizer to the bit as they are, and go on
@@ -337,15 +341,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.checkpoint.keep_best is not None:
             self._require_judged_checkpoints()
         if self.lora is not None:
-            model = self.model
-            self.lora.require_base(
-                model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None
-            )
-        if self.lora is not None and self.optimizer.kind == "muon":
-            raise ValueError(
-                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
-                'each change; set optimizer.kind = "adamw", or remove [lora]'
-            )
+            self._require_adaptable(self.lora)
         if self.validation is not None:
             self.held_out(self.validation.sources)  # raises ValueError for sources that cannot be mixed
         if self.schedule.over == "data" and self.run.epochs is None:
@@ -360,6 +356,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.schedule.decays_to_run_end:
             self.schedule.decay_interval(self.run.steps)  # raises if the length is unknown or too short
+
+    def _require_adaptable(self, lora: LoraConfig) -> None:
+        model = self.model
+        lora.require_base(model.init_from, resizes=model.resize_vocabulary, evaluates=self.evaluation is not None)
+        lora.require_layers(float8=self.run.float8, muon=self.optimizer.kind == "muon")
 
     @property
     def _judges_answers(self) -> bool:

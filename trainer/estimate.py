@@ -24,10 +24,11 @@ from rich.table import Table
 from torch.distributed.tensor import Shard as Split
 
 from sftstream import DataConfig, PackAssignment, PackLoader, Shard
+from trainer.activations import activations
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
-from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
+from trainer.llama.float8 import require_multiples
 from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.lora.nf4 import Nf4Weight, count_weights, quantized, require_blocks
 from trainer.llama.loss import chunk_rows
@@ -183,7 +184,12 @@ def _micro_batches(data: DataConfig, dp: int) -> int:
 def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]:
     """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto".
 
-    Raises ValueError if the sizes of `[parallel]` do not divide the model or the GPUs.
+    The sum is the peak. A step of a single pack has its peak either at the end of the forward pass,
+    before any gradient, or at the end of the backward pass, when almost all activations are freed:
+    the part "not held together", negative, is what the sum of the other parts exceeds the peak by.
+
+    Raises ValueError if the sizes of `[parallel]` do not divide the model or the GPUs, or if
+    `run.float8` does not suit the sizes.
     """
     run, data, parallel = config.run, config.data, config.parallel
     check_ranks(gpus, parallel)
@@ -191,6 +197,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         check_divisible(shape, data.capacity, parallel.tp)
     if config.lora is not None and config.lora.quantize:
         require_blocks(shape, parallel.tp)
+    if run.float8:
+        require_multiples(shape, parallel.tp)
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
     sharded = _held(shape, config.lora, parallel.tp, dp // parallel.replicas)
@@ -209,14 +217,20 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
+    kept, again = activations(shape, data.capacity, parallel.tp, run.recompute, config.lora)
+    last_layer = kept // shape.num_hidden_layers + again
+    gradients = gathered.trained * 4 if sums else sharded.trained * trained.itemsize
+    # The logits, overwritten by their gradient; a trained head's gradient.
+    head = logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0)
+    freed = head + computed.itemsize * (kept + again - last_layer)
     return {
         "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize + sharded.quantized,
         "optimizer": _optimizer_state(config.optimizer.kind, sharded, trained.itemsize),
-        "gradients": gathered.trained * 4 if sums else sharded.trained * trained.itemsize,
+        "gradients": gradients,
         "working weights": working,
-        "activations": computed.itemsize * activations(shape, data.capacity, parallel.tp, run.recompute, config.lora),
-        # The logits, overwritten by their gradient; a trained head's gradient.
-        "head": logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0),
+        "activations": computed.itemsize * (kept + again),
+        "head": head,
+        "not held together": -min(gradients, freed) if packs == 1 else 0,
     }
 
 
@@ -259,47 +273,6 @@ def _held(shape: LlamaConfig, lora: LoraConfig | None, tp: int, shards: int) -> 
 
 def _bytes(matrix: Nf4Weight) -> int:
     return sum(buffer.numel() * buffer.itemsize for buffer in matrix.buffers())
-
-
-def activations(shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, lora: LoraConfig | None = None) -> int:
-    """Return the number of activation elements that a pack of `tokens` keeps for the backward pass.
-
-    Counts the kept activations of all layers, and the recomputed activations of one layer at a
-    time. A layer with frozen weights and no adapter keeps no input; an adapter keeps the product of
-    its input and `A`.
-    """
-    heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
-    # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.
-    row, full_row = shape.hidden_size // tp, shape.hidden_size
-    projected = (heads + 2 * groups) * size // tp
-    rotated = (heads + groups) * size // tp
-    wide = shape.intermediate_size // tp
-    ranks = _adapter_ranks(lora)
-    keeps = {role: lora is None or rank > 0 for role, rank in ranks.items()}
-    attention = row + full_row * keeps["qkv"] + projected + rotated + heads * size // tp
-    attention += ranks["qkv"] + ranks["output"]
-    # Input and output of the norm; gate, up and silu(gate) * up.
-    feed_forward = row + full_row * keeps["gate_up"] + 2 * wide + wide * keeps["down"]
-    feed_forward += ranks["gate_up"] + ranks["down"]
-    kept, again = {
-        "none": (attention + feed_forward, 0),
-        "selective": (attention + 2 * row, feed_forward - row),
-        "full": (row, attention + feed_forward - row),
-    }[recompute]
-    return tokens * (shape.num_hidden_layers * kept + again)
-
-
-def _adapter_ranks(lora: LoraConfig | None) -> dict[str, int]:
-    """Return the sum of the ranks of the adapters of each fused layer, by role."""
-    fused = {
-        "qkv": ("q_proj", "k_proj", "v_proj"),
-        "output": ("o_proj",),
-        "gate_up": ("gate_proj", "up_proj"),
-        "down": ("down_proj",),
-    }
-    if lora is None:
-        return dict.fromkeys(fused, 0)
-    return {role: lora.rank * sum(name in lora.adapted for name in names) for role, names in fused.items()}
 
 
 def _flops(config: TrainConfig, model: Llama, packs: int) -> float:
@@ -374,7 +347,9 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     table.add_row("total", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
     console.print(
-        f"{run.weights_dtype} weights, recompute {run.recompute}, compile {str(run.compile).lower()}", soft_wrap=True
+        f"{run.weights_dtype} weights, recompute {run.recompute}, compile {str(run.compile).lower()}"
+        + (", products in float8 (their speed is not counted)" if run.float8 else ""),
+        soft_wrap=True,
     )
     length = "the number of steps is not known in advance, since a source is streamed"
     if estimate.steps is not None:

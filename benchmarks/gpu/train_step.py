@@ -131,6 +131,7 @@ class Ours(NamedTuple):
     deterministic: bool = True
     compiled: bool = True
     lora: LoraConfig | None = None
+    float8: bool = False
 
 
 LORA = LoraConfig(rank=16, alpha=32.0)
@@ -141,6 +142,8 @@ OURS = {
     "ours-bf16": Ours(),
     "ours-bf16-free": Ours(deterministic=False),
     "ours-bf16-plain": Ours(compiled=False),
+    "ours-float8": Ours(float8=True),
+    "ours-fp32-float8": Ours(torch.float32, float8=True),
     "ours-lora": Ours(lora=LORA),
     "ours-lora-free": Ours(deterministic=False, lora=LORA),
     "ours-qlora": Ours(lora=LoraConfig(rank=16, alpha=32.0, quantize="nf4")),
@@ -173,7 +176,9 @@ def ours(job: Job) -> Result:
             rows, columns = matrix.shape
             whole = quantize(torch.randn(rows, columns, dtype=dtype, device=device) * 0.02)
             matrix.fill({"random": whole}, [("random", 0, 0, rows)], 0)
-        prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel)
+        prepare_blocks(
+            model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel, float8=settings.float8
+        )
         if settings.compiled:
             warm_up(model, job.capacity, topology)
         optimizer = build_optimizer(model, OptimizerConfig())
@@ -325,6 +330,8 @@ SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {
     "ours-bf16": ("sftstream, bf16 weights, deterministic, compiled", ours),
     "ours-bf16-free": ("sftstream, bf16 weights, not deterministic, compiled", ours),
     "ours-bf16-plain": ("sftstream, bf16 weights, deterministic, not compiled", ours),
+    "ours-float8": ("sftstream, float8 products, bf16 weights, deterministic, compiled", ours),
+    "ours-fp32-float8": ("sftstream, float8 products, fp32 weights, deterministic, compiled", ours),
     "ours-lora": ("sftstream, LoRA on a bf16 model, deterministic, compiled", ours),
     "ours-lora-free": ("sftstream, LoRA on a bf16 model, not deterministic, compiled", ours),
     "ours-qlora": ("sftstream, LoRA on a 4-bit model, deterministic, compiled", ours),

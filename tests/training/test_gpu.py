@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from sftstream import IGNORE_INDEX
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, distributed
-from trainer.llama import loss, swiglu
+from trainer.llama import float8, loss, swiglu
 from trainer.llama.attention import KERNELS, ORDER, KernelName, Segments, Shape, attend, choose_kernel
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
@@ -44,6 +45,9 @@ SHAPE = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+"""Sizes whose matrices AdamW in 8 bits quantizes."""
 
 
 @pytest.fixture
@@ -111,9 +115,10 @@ def test_a_packed_row_equals_its_conversations_one_by_one(model: Llama, segments
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_layers_are_never_compiled_again_over_50_packs(recompute: Recompute) -> None:
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_compiled_layers_are_never_compiled_again_over_50_packs(recompute: Recompute, in_float8: bool) -> None:
     torch._dynamo.reset()
-    compiled = _built(recompute=recompute, compiled=True)
+    compiled = _built(recompute=recompute, compiled=True, in_float8=in_float8)
     plain = _built(recompute="none", compiled=False)
     draw = random.Random(0)
     _backward(compiled, [512])
@@ -125,23 +130,25 @@ def test_compiled_layers_are_never_compiled_again_over_50_packs(recompute: Recom
             assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_compiled_layers_give_the_same_bits_each_time() -> None:
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_compiled_layers_give_the_same_bits_each_time(in_float8: bool) -> None:
     found = []
     with determinism(True):
         for _ in range(2):
             torch._dynamo.reset()
-            model = _built(recompute="selective", compiled=True)
+            model = _built(recompute="selective", compiled=True, in_float8=in_float8)
             _backward(model, [100, 12, 400])
             found.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_compiled_code_does_not_depend_on_the_first_pack(in_float8: bool) -> None:
     found = []
     with determinism(True), distributed("cuda", ParallelConfig()) as topology:
         for first in ([512], [2] * 256):
             torch._dynamo.reset()
-            model = _built(recompute="none", compiled=True)
+            model = _built(recompute="none", compiled=True, in_float8=in_float8)
             warm_up(model, 512, topology)
             _backward(model, first, trained=17 * len(first) % 500)
             model.zero_grad()
@@ -276,7 +283,8 @@ def test_steps_of_adamw_equal_those_of_torch(dtype: torch.dtype, rounding: float
         assert list(state) == list(expected)
         assert torch.equal(state["step"], expected["step"])
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(state[name], expected[name], rtol=rounding, atol=rounding / 10)
+            # Three steps of roundings of numbers up to 1, in another order than torch's.
+            torch.testing.assert_close(state[name], expected[name], rtol=rounding, atol=rounding / 2)
 
 
 @pytest.mark.parametrize(("inner", "block"), [(8192, 1024), (14336, 1792), (256, 128)])
@@ -291,6 +299,32 @@ def test_the_fused_gradient_of_the_feed_forward_equals_the_plain_one(
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [512, 77])
+def test_float8_products_of_the_gpu_equal_those_of_the_rounded_numbers(rows: int, compiled: bool) -> None:
+    draw = torch.Generator("cuda").manual_seed(rows)
+    x, weight, upstream = (
+        torch.randn(size, device="cuda", generator=draw).bfloat16().requires_grad_()
+        for size in ((rows, 256), (512, 256), (rows, 512))
+    )
+    multiply = torch.compile(float8.linear, dynamic=True) if compiled else float8.linear
+    out = multiply(x, weight)
+    out.backward(upstream)
+    left, right, down = _rounded(x, float8.E4M3), _rounded(weight, float8.E4M3), _rounded(upstream, float8.E5M2)
+    # The sums of the forward pass have fewer bits than those of the backward pass.
+    for found, expected, error in (
+        (out, left @ right.t(), 2e-2),
+        (x.grad, down @ right, 5e-3),
+        (weight.grad, down.t() @ left, 5e-3),
+    ):
+        assert (found.double() - expected).norm() <= error * expected.norm()
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    found = float8.quantize(x.detach(), dtype)
+    return found.values.double() * found.scale.double()
+
+
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"device": "cuda"})
     config["model"] |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
@@ -300,32 +334,36 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "tables",
     [
         {},
-        {"weights_dtype": "bfloat16"},
-        {"compile": False, "recompute": "selective"},
-        {"attention": "torch", "recompute": "full"},
+        {"run": {"weights_dtype": "bfloat16"}},
+        {"run": {"compile": False, "recompute": "selective"}},
+        {"run": {"attention": "torch", "recompute": "full"}},
+        {"run": {"float8": True}},
+        {"optimizer": {"kind": "adamw8bit"}, "model": WIDE},
+        {"optimizer": {"kind": "muon"}, "model": WIDE},
     ],
     ids=str,
 )
-def test_kills_leave_no_trace_on_a_gpu(settings: dict[str, object], tmp_path: Path, tokenizer: str) -> None:
-    config = runs.run_config(
-        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20} | settings, data={"workers": 1}
-    )
+def test_kills_leave_no_trace_on_a_gpu(tables: dict[str, dict[str, Any]], tmp_path: Path, tokenizer: str) -> None:
+    given = runs.run_config(tokenizer, runs.sources(tmp_path), data={"workers": 1})
+    config = {name: table | tables.get(name, {}) for name, table in given.items()}
+    config["run"] |= {"device": "cuda", "steps": 20}
     compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
 
-def _built(*, recompute: Recompute, compiled: bool) -> Llama:
+def _built(*, recompute: Recompute, compiled: bool, in_float8: bool = False) -> Llama:
     model = Llama(SHAPE)
     init_weights(model, seed=0)
     model.to("cuda", torch.bfloat16)
-    prepare_blocks(model, recompute=recompute, compiled=compiled)
+    prepare_blocks(model, recompute=recompute, compiled=compiled, float8=in_float8)
     return model
 
 
 @pytest.mark.parametrize(
-    "system", ["ours-default", "ours-bf16", "ours-bf16-free", "ours-bf16-plain", "ours-lora", "ours-lora-free"]
+    "system",
+    ["ours-default", "ours-bf16", "ours-bf16-free", "ours-bf16-plain", "ours-float8", "ours-lora", "ours-lora-free"],
 )
 def test_the_benchmark_of_the_training_step_prints_a_row(system: str) -> None:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "train_step.py"

@@ -32,6 +32,11 @@ def test_kills_leave_no_trace_with_muon_and_a_decay_at_the_end(tmp_path: Path, t
     compare(tmp_path, config, processes=2, draw=random.Random(SEED + 3), kills=2)
 
 
+def test_kills_leave_no_trace_in_float8(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"float8": True}, parallel={"tp": 2})
+    compare(tmp_path, config, processes=2, draw=random.Random(SEED + 4), kills=2)
+
+
 def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), checkpoint={"every": 100})
     whole = _whole(tmp_path / "whole", config)

@@ -487,7 +487,7 @@ ADVICE = [
         {"model": "{init_from = 'small'}", "lora": "{rank = 2}", "optimizer.kind": "'muon'"},
         'set optimizer.kind = "adamw", or remove [lora]',
         ({"optimizer.kind": "'adamw'"}, {"lora": "-"}),
-        "trainer/config.py",
+        LORA,
         loaded,
     ),
     Advice(

@@ -163,6 +163,16 @@ def test_muon_with_adapters_is_refused() -> None:
     parse_config(tables)
 
 
+def test_float8_of_weights_in_4_bits_is_refused() -> None:
+    tables = _tables(run={"steps": 3, "float8": True})
+    tables["model"] = {"init_from": "a-model"}
+    tables["lora"] = {"rank": 4, "quantize": "nf4"}
+    with pytest.raises(ValueError, match=r'run.float8 would round the 4-bit weights .*"nf4" once more; remove one of'):
+        parse_config(tables)
+    del tables["lora"]["quantize"]
+    parse_config(tables)
+
+
 def test_a_decay_over_data_of_unknown_size_is_refused() -> None:
     source = {"path": "rows.jsonl", "streaming": True, "shuffle": "shards"}
     tables = _tables(schedule={"over": "data"}, data={"sources": [source]})

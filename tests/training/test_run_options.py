@@ -51,6 +51,7 @@ def test_options_for_memory_and_traffic_change_no_bit(
         ({"parallel": {"replicas": 2}}, 1e-5),
         ({"parallel": {"reduce_gradients": "pack"}}, 1e-5),
         ({"run": {"compile": True}}, 1e-5),
+        ({"run": {"float8": True}}, 2e-2),
         ({"run": {"compute_dtype": "bfloat16"}}, 1e-2),
         ({"run": {"compute_dtype": "bfloat16", "weights_dtype": "bfloat16"}}, 1e-2),
     ],
@@ -67,11 +68,11 @@ def test_options_that_change_rounding_train_alike_and_are_refused_on_a_resume(
         assert line["loss"] == pytest.approx(before["loss"], rel=tolerance)
     if "run" in changes:  # sums of two ranks can have equal bits in both orders
         assert runs.outcome(tmp_path)["weights"] != expected["weights"]
-        plain_run = {"steps": 6, "compile": False, "weights_dtype": "float32"}
+        plain_run = {"steps": 6, "compile": False, "float8": False, "weights_dtype": "float32"}
         job = runs.Job(tmp_path, changed(config, {"run": plain_run}), processes=2)
         assert job.finish() == 1
         for key, value in changes["run"].items():
-            assert f"run.{key}: {value!r} -> {False if key == 'compile' else 'float32'!r}" in job.output()
+            assert f"run.{key}: {value!r} -> {False if value is True else 'float32'!r}" in job.output()
 
 
 def test_the_z_loss_is_trained_on_and_reported_apart_from_the_cross_entropy(

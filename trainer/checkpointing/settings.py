@@ -44,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compute_dtype: str
     weights_dtype: str = "float32"
     compile: bool = False
+    float8: bool = False
     attention: str | UnsetType = UNSET
     """Name of the attention kernel; left out by version 0.2.0."""
     steps: int | None = None
@@ -77,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             compute_dtype=str(compute_dtype).removeprefix("torch."),
             weights_dtype=config.run.weights_dtype,
             compile=config.run.compile,
+            float8=config.run.float8,
             attention=config.run.attention,
             steps=config.run.steps if config.schedule.decays_to_run_end else None,
             first_weights=source.digest,
@@ -129,7 +131,7 @@ def _with_record(settings: Settings, changed: Sequence[str], step: int) -> Setti
 def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
     """Return the differences as `path: before -> after`, with the paths of the config."""
     changed = []
-    for path in ("seed", "model", "optimizer", "compute_dtype", "weights_dtype", "compile"):
+    for path in ("seed", "model", "optimizer", "compute_dtype", "weights_dtype", "compile", "float8"):
         before, after = (msgspec.to_builtins(getattr(settings, path)) for settings in (saved, now))
         changed += differences(before, after, path if path in ("model", "optimizer") else f"run.{path}")
     changed += differences(saved.rows_before or None, now.rows_before or None, "model.resize_vocabulary")

@@ -17,15 +17,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.llama.attention import Kernel
-from trainer.llama.model import Block, Llama
+from trainer.llama.model import Block, Linear, Llama
 
 Recompute = Literal["none", "selective", "full"]
 
 
-def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None) -> None:
-    """Set recomputation, compilation and attention kernel for each block of `model`, in place.
+def prepare_blocks(
+    model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None, float8: bool = False
+) -> None:
+    """Set recomputation, compilation, attention kernel and float8 for each block, in place.
 
     Without a `kernel` attention uses the kernel of each device that needs no other package.
+    `float8` multiplies all matrices of the blocks in float8, but not those of adapters.
 
     `recompute` selects the activations that the backward pass computes again instead of storing
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
@@ -38,6 +41,9 @@ def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool, kernel
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attention.kernel = kernel
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.float8 = float8
         if recompute == "selective":
             _replace_forward(block.mlp, _recomputed)
         if compiled:

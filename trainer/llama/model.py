@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from trainer.llama import float8
 from trainer.llama.attention import Kernel, Segments, attend
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import A, Adapter, B, LoraConfig, Part
@@ -48,13 +49,16 @@ class Linear(nn.Linear):
         self.adapter: Adapter | None = None
         self.nf4: Nf4Weight | None = None
         """The weight in 4 bits, in place of `weight`."""
+        self.float8 = False
+        """True multiplies in float8."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else weight_of(self, "bias")
-        if self.nf4 is None:
+        if self.nf4 is None and not self.float8:
             out = F.linear(x, weight_of(self), bias)
         else:
-            out = self.nf4.linear(x) if bias is None else self.nf4.linear(x) + bias
+            out = float8.linear(x, weight_of(self)) if self.nf4 is None else self.nf4.linear(x)
+            out = out if bias is None else out + bias
         return out if self.adapter is None else self.adapter.add(out, x, weight_of(self, A), weight_of(self, B))
 
     def adapt(self, lora: LoraConfig | None, *parts: Part) -> Linear:

@@ -134,7 +134,13 @@ def build_model(
     )
     assert config.run.recompute != "auto"
     assert config.run.compile != "auto"
-    prepare_blocks(model, recompute=config.run.recompute, compiled=config.run.compile, kernel=kernel)
+    prepare_blocks(
+        model,
+        recompute=config.run.recompute,
+        compiled=config.run.compile,
+        kernel=kernel,
+        float8=config.run.float8,
+    )
     if source.init_from and (initialize or config.lora):
         load_weights(model, source.init_from, source.rows_before)
     if initialize:

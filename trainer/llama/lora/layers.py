@@ -138,6 +138,18 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 "[evaluation] needs the merged model; set lora.export_merged = true, or remove [evaluation]"
             )
 
+    def require_layers(self, *, float8: bool, muon: bool) -> None:
+        """Raise ValueError if `run.float8` or `optimizer.kind = "muon"` does not suit adapters."""
+        if float8 and self.quantize:
+            raise ValueError(
+                'run.float8 would round the 4-bit weights of lora.quantize = "nf4" once more; remove one of the two'
+            )
+        if muon:
+            raise ValueError(
+                'optimizer.kind = "muon" orthogonalizes the updates of whole weights, but [lora] trains two factors of '
+                'each change; set optimizer.kind = "adamw", or remove [lora]'
+            )
+
     def require_suits(self, shape: LlamaConfig) -> None:
         """Raise ValueError if a model of `shape` cannot have these adapters."""
         if self.modules_to_save and shape.tie_word_embeddings:
