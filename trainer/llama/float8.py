@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        # Sums of fewer bits are as exact as the rounded factors need, and twice as fast on an H100.
+        # Fast sums have fewer bits: exact enough for outputs, but not for gradients, as in torchao.
         return _product(quantize(x, E4M3), _transposed(quantize(weight, E4M3)), x.dtype, fast_sums=True)
 
     @staticmethod
