@@ -19,10 +19,13 @@ class Outcome(NamedTuple):
 
 
 def run(main: Callable[[Sequence[str]], None], *arguments: object) -> Outcome:
-    """Call `main` with arguments; a message in SystemExit goes to stderr with exit code 1."""
+    """Call `main` with arguments; a message in SystemExit goes to stderr with exit code 1.
+
+    The terminal is wide, so that no path is folded.
+    """
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = None
-    with redirect_stdout(stdout), redirect_stderr(stderr), patch.dict(os.environ, COLUMNS="200"):
+    with redirect_stdout(stdout), redirect_stderr(stderr), patch.dict(os.environ, COLUMNS="400"):
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as exit_:

@@ -102,10 +102,7 @@ def test_characters_of_several_tokens_show_their_bytes(tokenizer: str, tmp_path:
     assert "".join(token.text for token in spoken.tokens) == r"\xc3\xa9\xf0\x9f\x91\xa9 seven<|eot_id|>"
 
 
-def test_the_terminal_shows_packs_marks_and_refusals_without_control_codes(
-    hostile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")  # a narrow terminal folds long paths
+def test_the_terminal_shows_packs_marks_and_refusals_without_control_codes(hostile: Path) -> None:
     result = run(main, "preview", hostile)
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
