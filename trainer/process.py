@@ -29,7 +29,8 @@ def prepare_output(*, debug: bool) -> None:
     thread. `debug` shows the tracebacks behind errors; `LOGLEVEL=DEBUG`, torchrun's own variable,
     shows every library's messages as well.
     """
-    if sys.__stderr__ is not None:  # sys.stderr may be a stream without a descriptor
+    # sys.stderr may be a stream without a descriptor; a handler that is there has its own place.
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     level = os.environ.get("LOGLEVEL", "WARNING")
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
