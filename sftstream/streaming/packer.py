@@ -165,31 +165,32 @@ class Packer(BaseNode[Pack]):
         )
 
     def _examples_of(self, segments: Sequence[Segment]) -> list[Example]:
-        """Return the examples of the next planned pack: a single concatenated example, or after a
-        reset an example for each segment."""
+        """Return the concatenated examples of the next planned pack as one example, or none if
+        `segments` is empty."""
+        if not segments:
+            return []
         if self._joined:
             return [self._joined.pop()]
-        examples = [self._read_again(segment) for segment in segments]
-        if segments:
-            self._require_digest(0, segments, examples)
-        return examples
+        return [self._as_planned(0, segments, [self._read_again(segment) for segment in segments])]
 
     def _leftover(self, number: int) -> Example:
         """Return the example of a leftover; all planned packs were returned."""
         segment = self.state.leftovers[number].segment
         example = self._read_again(segment)
-        if segment not in self._left:
-            self._require_digest(number, [segment], [example])
-        return example
+        return example if segment in self._left else self._as_planned(number, [segment], [example])
 
-    def _require_digest(self, number: int, segments: Sequence[Segment], examples: Sequence[Example]) -> None:
-        """Raise ValueError if examples that were read again lack digest `number` of the state."""
-        digests = self.state.digests
-        if isinstance(digests, tuple) and example_digest(joined(examples)) != digests[number]:
+    def _as_planned(self, number: int, segments: Sequence[Segment], examples: Sequence[Example]) -> Example:
+        """Return the concatenation of examples that were read again.
+
+        Raises ValueError if the result lacks digest `number` of the state.
+        """
+        digests, found = self.state.digests, joined(examples)
+        if isinstance(digests, tuple) and example_digest(found) != digests[number]:
             rows = ", ".join(f"row {segment.row} of source {segment.source}" for segment in segments)
             raise ValueError(
                 f"the tokens or the mask of {rows} differ from those when the window was read: the source changed; restore it"
             )
+        return found
 
     def _read_again(self, segment: Segment) -> Example:
         """Return the example of a leftover, or of a pack that was planned before a reset.
