@@ -7,6 +7,7 @@ keys from the fields of `LlamaConfig`: a new size is entered here only.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -128,6 +129,19 @@ class LlamaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         channels, which suits tp 1, 2 and 4.
         """
         return self.intermediate_size // math.gcd(self.intermediate_size, self.num_key_value_heads)
+
+    def columns(self, tp: int) -> dict[str, int]:
+        """Return the columns of the layers' matrices on a rank of `tp`, by their keys."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads x head_dim / tp": self.num_attention_heads * self.head_size // tp,
+            "intermediate_size / tp": self.intermediate_size // tp,
+        }
+
+
+def uneven(sizes: Mapping[str, int], multiple: int) -> str:
+    """Return the sizes that are no multiples of `multiple`, as "name = size, name = size"."""
+    return ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % multiple)
 
 
 _SIZES = tuple(field.name for field in msgspec.structs.fields(LlamaConfig) if field.type is int)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.llama.config import LlamaConfig
+from trainer.llama.config import LlamaConfig, uneven
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
@@ -52,16 +52,12 @@ def require_device(device: torch.device) -> None:
 
 def require_multiples(config: LlamaConfig, tp: int) -> None:
     """Raise ValueError if a matrix of the layers on a rank of `tp` has no size for float8."""
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "heads x head_dim / tp": config.num_attention_heads * config.head_size // tp,
-        "(heads + 2 x key_value_heads) x head_dim / tp": heads * config.head_size // tp,
-        "intermediate_size / tp": config.intermediate_size // tp,
-    }
-    if uneven := [f"{name} = {size}" for name, size in sizes.items() if size % MULTIPLE]:
+    # Rows: of gate and up twice the columns of down, of qkv these more than the heads' columns.
+    keys_and_values = 2 * config.num_key_value_heads * config.head_size // tp
+    rows = {"2 x num_key_value_heads x head_dim / tp": keys_and_values}
+    if sizes := uneven(config.columns(tp) | rows, MULTIPLE):
         raise ValueError(
-            f"run.float8 needs multiples of {MULTIPLE}: {', '.join(uneven)}; remove run.float8"
+            f"run.float8 needs multiples of {MULTIPLE}: {sizes}; remove run.float8"
             + (", or lower parallel.tp" if tp > 1 else "")
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.llama.config import LlamaConfig
+from trainer.llama.config import LlamaConfig, uneven
 from trainer.llama.sharding import local
 
 BLOCK = 64
@@ -69,15 +69,9 @@ def _functions() -> Any:
 
 def require_blocks(config: LlamaConfig, tp: int) -> None:
     """Raise ValueError if the columns on a rank of `tp` are not whole blocks."""
-    columns = {
-        "hidden_size": config.hidden_size,
-        "num_attention_heads x head_dim / tp": config.num_attention_heads * config.head_size // tp,
-        "intermediate_size / tp": config.intermediate_size // tp,
-    }
-    if uneven := [f"{name} = {size}" for name, size in columns.items() if size % BLOCK]:
+    if sizes := uneven(config.columns(tp), BLOCK):
         raise ValueError(
-            f'lora.quantize = "nf4" needs multiples of {BLOCK}: {", ".join(uneven)}; lower parallel.tp, or remove '
-            "lora.quantize"
+            f'lora.quantize = "nf4" needs multiples of {BLOCK}: {sizes}; lower parallel.tp, or remove lora.quantize'
         )
 
 
