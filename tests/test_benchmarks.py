@@ -48,6 +48,7 @@ def test_the_benchmark_of_other_trainers_prints_a_row_for_each(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     _head, _line, *rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 6
     for trainer in ("TRL SFTTrainer", "transformers Trainer", "Lightning"):
         assert sum(row.startswith(trainer) for row in rows) == 2, rows  # prepared by itself and by sftstream
 

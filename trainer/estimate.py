@@ -218,11 +218,10 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     kept, again = activations(shape, data.capacity, parallel.tp, run.recompute, config.lora)
-    last_layer = kept // shape.num_hidden_layers + again
     gradients = gathered.trained * 4 if sums else sharded.trained * trained.itemsize
     # The logits, overwritten by their gradient; a trained head's gradient.
     head = logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0)
-    freed = head + computed.itemsize * (kept + again - last_layer)
+    freed = head + computed.itemsize * (kept - kept // shape.num_hidden_layers)
     return {
         "weights": sharded.frozen * stored.itemsize + sharded.trained * trained.itemsize + sharded.quantized,
         "optimizer": _optimizer_state(config.optimizer.kind, sharded, trained.itemsize),

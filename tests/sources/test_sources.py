@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 import pytest
 import tiny
 
@@ -115,7 +117,9 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
 def test_a_broken_element_of_an_array_is_refused_by_its_place(tmp_path: Path) -> None:
     source = written(tmp_path / "a.json", b'[{"a": 1}, {"a": "\xff"}, 2]')
     assert [decode_row(source.read(row)) for row in (0, 2)] == [{"a": 1}, 2]
-    with pytest.raises(BrokenRow, match=r"^is not JSON: "):
+    with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)) as error:  # by the version of msgspec
+        msgspec.json.decode(b'{"a": "\xff"}')
+    with pytest.raises(BrokenRow, match=f"^is not JSON: {re.escape(str(error.value))}$"):
         decode_row(source.read(1))
     assert source.locate_row(1) == f"{tmp_path}/a.json[1]"
     source.require_intact(1)

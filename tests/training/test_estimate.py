@@ -282,20 +282,20 @@ def test_one_gpu_holds_copies_to_compute_with_and_at_most_one_gib_of_logits() ->
 
 
 @pytest.mark.parametrize(
-    ("shape", "tokens", "run", "lora", "measured"),
+    ("shape", "tokens", "run", "lora", "measured", "error"),
     [
-        (LLAMA_1B, 16384, {"recompute": "none"}, None, 27.6),
-        (LLAMA_1B, 16384, {"recompute": "none", "weights_dtype": "float32"}, None, 36.8),
-        (LLAMA_8B, 8192, {"recompute": "none"}, None, 81.5),
-        (LLAMA_8B, 8192, {"recompute": "none", "float8": True}, None, 78.0),
-        (LLAMA_8B, 16384, {"recompute": "full"}, None, 61.8),
-        (LLAMA_8B, 8192, {"recompute": "none"}, {}, 51.2),
-        (LLAMA_8B, 16384, {"recompute": "full"}, {}, 22.5),
-        (LLAMA_8B, 4096, {"recompute": "full"}, {"quantize": "nf4"}, 8.0),
+        (LLAMA_1B, 16384, {"recompute": "none"}, None, 27.6, 0.05),
+        (LLAMA_1B, 16384, {"recompute": "none", "weights_dtype": "float32"}, None, 36.8, 0.05),
+        (LLAMA_8B, 8192, {"recompute": "none"}, None, 81.5, 0.05),
+        (LLAMA_8B, 8192, {"recompute": "none", "float8": True}, None, 78.0, 0.1),
+        (LLAMA_8B, 16384, {"recompute": "full"}, None, 61.8, 0.05),
+        (LLAMA_8B, 8192, {"recompute": "none"}, {}, 51.2, 0.05),
+        (LLAMA_8B, 16384, {"recompute": "full"}, {}, 22.5, 0.05),
+        (LLAMA_8B, 4096, {"recompute": "full"}, {"quantize": "nf4"}, 8.0, 0.1),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_peak_on_a_gpu(
-    shape: LlamaConfig, tokens: int, run: dict[str, Any], lora: dict[str, Any] | None, measured: float
+    shape: LlamaConfig, tokens: int, run: dict[str, Any], lora: dict[str, Any] | None, measured: float, error: float
 ) -> None:
     """The peaks of one pack a step on an H200, in GiB, from benchmarks/gpu/train_step.md."""
     tables = {"run": {"weights_dtype": "bfloat16"} | run, "data": {"capacity": tokens, "global_batch": 1}}
@@ -303,7 +303,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak_on_a_gpu(
     if lora is not None:
         model = msgspec.structs.replace(given.model, init_from="a-model", shape=None)
         given = msgspec.structs.replace(given, model=model, lora=msgspec.convert(lora, LoraConfig))
-    assert sum(memory(given, shape, 1).values()) / GIB == pytest.approx(measured, rel=0.1)
+    assert sum(memory(given, shape, 1).values()) / GIB == pytest.approx(measured, rel=error)
 
 
 @pytest.mark.parametrize(
