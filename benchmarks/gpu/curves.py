@@ -13,13 +13,14 @@ The model has 12 layers of width 768, and a step has 16,384 tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from runs import metrics, sources
 
 LAST = 20
 """Steps of the mean training loss."""
@@ -83,8 +84,8 @@ def start(arguments: argparse.Namespace, variant: str, seed: int, directory: Pat
         steps=arguments.steps,
         seed=seed,
         variant=VARIANTS[variant],
-        rows=", ".join(_source(path) for path in arguments.rows),
-        held_out=_source(arguments.held_out),
+        rows=sources(arguments.rows),
+        held_out=sources([arguments.held_out]),
         tokenizer=Path(arguments.tokenizer).resolve(),
         capacity=512 if small else 8192,
         vocabulary=arguments.vocabulary,
@@ -98,15 +99,12 @@ def start(arguments: argparse.Namespace, variant: str, seed: int, directory: Pat
         return subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.STDOUT)
 
 
-def _source(path: str) -> str:
-    return f'{{ path = "{Path(path).resolve()}" }}'
-
-
 def read(directory: Path) -> Curve:
     """Return the losses of a finished run."""
-    lines = [json.loads(line) for line in (directory / "runs" / "run" / "metrics.jsonl").read_bytes().splitlines()]
-    training = statistics.mean(line["loss"] for line in lines[-LAST:])
-    return Curve(lines[-1]["validation_loss"], training)
+    steps = metrics(directory)
+    held_out = steps[-1].validation_loss
+    assert held_out is not None
+    return Curve(held_out, statistics.mean(step.loss for step in steps[-LAST:]))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
+from runs import metrics, sources
 
 from trainer.reporting.metrics import StepMetrics
 
@@ -60,11 +60,10 @@ PACKS = 8
 
 def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
     """Run the trainer in new processes; return the metrics of the steps after the warm-up."""
-    sources = ", ".join(f'{{ path = "{Path(path).resolve()}" }}' for path in arguments.rows)
     config = CONFIG.format(
         steps=WARM_UP + arguments.steps,
         device=arguments.device,
-        sources=sources,
+        sources=sources(arguments.rows),
         tokenizer=Path(arguments.tokenizer).resolve(),
         capacity=arguments.capacity,
         packs=PACKS * arguments.dp,
@@ -81,8 +80,7 @@ def run(arguments: argparse.Namespace, layers: int) -> list[StepMetrics]:
         ranks = ["--standalone", "--nproc-per-node", str(arguments.dp * arguments.tp)]
         command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "trainer.main", str(path)]
         subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
-        lines = (Path(directory) / "runs" / "run" / "metrics.jsonl").read_bytes().splitlines()
-    return [msgspec.json.decode(line, type=StepMetrics) for line in lines[WARM_UP:]]
+        return metrics(Path(directory))[WARM_UP:]
 
 
 def row(layers: int, steps: Sequence[StepMetrics]) -> str:

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from train_step import SIZES, VOCABULARY
+from runs import sources
+from train_step import SIZES, public_model, sizes
 
 CONFIG = """
 run.name = "{name}"
@@ -40,24 +41,11 @@ workers = 2
 
 def store_model(shape: str, directory: Path) -> None:
     """Write a Llama of random weights as transformers does."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    hidden, inner, layers, heads, tied = SIZES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        tie_word_embeddings=tied,
-        max_position_embeddings=131072,
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.cpu().save_pretrained(directory)
+    config = LlamaConfig(**sizes(shape), max_position_embeddings=131072)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    public_model(config, device, torch.bfloat16).cpu().save_pretrained(directory)
 
 
 def timeline(name: str, directory: Path) -> list[tuple[float, str]]:
@@ -100,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="first-step-") as temporary:
         directory = Path(temporary)
         store_model(arguments.shape, directory / "model")
-        rows = ", ".join(f'{{ path = "{Path(path).resolve()}" }}' for path in arguments.rows)
+        rows = sources(arguments.rows)
         for name in ("first", "second"):
             tokenizer = Path(arguments.tokenizer).resolve()
             text = CONFIG.format(name=name, rows=rows, tokenizer=tokenizer, capacity=arguments.capacity)

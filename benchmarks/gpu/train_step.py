@@ -83,14 +83,14 @@ class Result(NamedTuple):
     attention: str
 
 
-def sizes(job: Job) -> dict[str, Any]:
-    """Return the model's sizes under the keys of `config.json`."""
-    hidden, inner, layers, heads, tied = SIZES[job.shape]
+def sizes(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """Return the sizes of a model under the keys of `config.json`; `layers` are by default all."""
+    hidden, inner, all_layers, heads, tied = SIZES[shape]
     return {
-        "vocab_size": VOCABULARY if job.shape != "tiny" else 1024,
+        "vocab_size": VOCABULARY if shape != "tiny" else 1024,
         "hidden_size": hidden,
         "intermediate_size": inner,
-        "num_hidden_layers": job.layers or layers,
+        "num_hidden_layers": layers or all_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": 8,
         "tie_word_embeddings": tied,
@@ -100,7 +100,7 @@ def sizes(job: Job) -> dict[str, Any]:
 def packs(job: Job) -> list[Pack]:
     """Return packs of conversations with log-normal lengths, filled to the capacity."""
     draw = np.random.default_rng(0)
-    return [_pack(draw, job.capacity, sizes(job)["vocab_size"]) for _ in range(PACKS)]
+    return [_pack(draw, job.capacity, sizes(job.shape)["vocab_size"]) for _ in range(PACKS)]
 
 
 def _pack(draw: np.random.Generator, capacity: int, vocabulary: int) -> Pack:
@@ -153,7 +153,7 @@ OURS = {
 def ours(job: Job) -> Result:
     """Measure this trainer's step."""
     settings, given = OURS[job.system], packs(job)
-    config = LlamaConfig(**sizes(job))
+    config = LlamaConfig(**sizes(job.shape, job.layers))
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     with determinism(settings.deterministic), distributed("cuda", ParallelConfig()) as topology:
         heads = Shape(job.capacity, config.num_attention_heads, config.num_key_value_heads, config.head_size)
@@ -192,16 +192,23 @@ def ours(job: Job) -> Result:
         return Result(seconds, torch.cuda.max_memory_allocated(), kernel.name)
 
 
-def _liger_model(job: Job, weights: torch.dtype = torch.bfloat16) -> Any:
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-    from transformers import LlamaConfig as HuggingFaceConfig
+def public_model(config: Any, device: str, weights: torch.dtype) -> Any:
+    """Return a Llama of transformers with random weights."""
     from transformers import LlamaForCausalLM
 
-    config = HuggingFaceConfig(**sizes(job), attn_implementation=job.attention, dtype=weights)
-    with torch.device("cuda"):
+    with torch.device(device):
         torch.set_default_dtype(weights)
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
+    return model
+
+
+def _liger_model(job: Job, weights: torch.dtype = torch.bfloat16) -> Any:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers import LlamaConfig as HuggingFaceConfig
+
+    config = HuggingFaceConfig(**sizes(job.shape, job.layers), attn_implementation=job.attention, dtype=weights)
+    model = public_model(config, "cuda", weights)
     apply_liger_kernel_to_llama(model=model)
     if job.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -365,7 +372,7 @@ def versions() -> str:
 
 def utilisation(job: Job, result: Result) -> float:
     """Return the model's operations of a step as a share of the GPU's bf16 peak (MFU)."""
-    config, given = LlamaConfig(**sizes(job)), packs(job)
+    config, given = LlamaConfig(**sizes(job.shape, job.layers)), packs(job)
     counts = [(pack.tokens, pack.trained_tokens, squared_lengths(pack)) for pack in given]
     lora = LORA if "lora" in job.system else None
     operations = statistics.mean(model_flops(config, *numbers, lora) for numbers in counts)
