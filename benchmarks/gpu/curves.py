@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import metrics, sources
+from trained import metrics, sources
 
 LAST = 20
 """Steps of the mean training loss."""

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import metrics, sources
+from trained import metrics, sources
 
 from trainer.reporting.metrics import StepMetrics
 

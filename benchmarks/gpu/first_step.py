@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from runs import sources
 from train_step import SIZES, public_model, sizes
+from trained import sources
 
 CONFIG = """
 run.name = "{name}"
