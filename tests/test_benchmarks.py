@@ -93,19 +93,30 @@ def test_the_benchmark_of_the_wait_for_data_trains_and_prints_its_table(ranks: s
     assert float(milliseconds) >= 0
 
 
-@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_benchmark_of_several_gpus_prints_a_row_for_each_shape(tp: int) -> None:
-    small = [f"--tp={tp}", "--shapes=tiny", "--layers=plain", "--capacity=128", "--steps=1"]
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(tp)]
+def test_the_benchmark_of_several_gpus_prints_a_row_for_each_division_of_the_ranks() -> None:
+    small = ["--gpus=2", "--shapes=tiny", "--steps=1", "--peers"]
     done = subprocess.run(
-        [sys.executable, *ranks, ROOT / "benchmarks" / "gpu" / "spread.py", *small],
+        [sys.executable, ROOT / "benchmarks" / "gpu" / "scaling.py", *small],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(f"| tiny | plain | dp 1 x tp {tp} | ")
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| tiny")]
+    full, adapters = (
+        "sftstream, bf16 weights, deterministic, compiled",
+        "sftstream, LoRA on a bf16 model, deterministic, compiled",
+    )
+    assert [tuple(row[1:3]) for row in rows] == [
+        (full, "dp 1 x tp 1"),
+        (full, "dp 2 x tp 1"),
+        (full, "dp 1 x tp 2"),
+        (adapters, "dp 1 x tp 1"),
+        (adapters, "dp 2 x tp 1"),
+    ]
+    assert all(float(row[4].replace(",", "")) > 0 for row in rows)
+    assert [row[8] == "1.00" for row in rows if row[2] == "dp 1 x tp 1"] == [True, True]
 
 
 def test_the_packing_benchmark_prints_a_row_for_each_capacity(tmp_path: Path) -> None:

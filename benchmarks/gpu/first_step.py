@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from train_step import SIZES, public_model, sizes
+from step_job import SIZES, sizes
+from step_peers import public_model
 from trained import sources
 
 CONFIG = """

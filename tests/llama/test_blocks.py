@@ -1,13 +1,16 @@
 """Recomputation changes no bit; compilation happens once for all divisions of a pack."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import torch
 from gloo_ranks import run_ranks
 from tiny_llama import CONFIG, PackTensors, built, gradients, loss_of, pack_of, trained_loss_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import profile
 
 from trainer.distributed.mesh import ParallelConfig, data_and_tensor_mesh
 from trainer.llama.blocks import Recompute, prepare_blocks
@@ -42,11 +45,50 @@ def outcome(model: Llama) -> Outcome:
 def test_recomputation_stores_less_and_changes_no_bit(recompute: Recompute, less: Recompute) -> None:
     grads, stored = {}, {}
     for mode in (recompute, less):
-        model = built(CONFIG)
+        model = built(msgspec.structs.replace(CONFIG, num_hidden_layers=6))
         prepare_blocks(model, recompute=mode, compiled=False)
         grads[mode], stored[mode] = outcome(model)
     assert stored[recompute] < 0.8 * stored[less]
     assert all(torch.equal(grads[recompute][name], grads[less][name]) for name in grads[less])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_of_compiled_layers_changes_no_bit(dtype: torch.dtype) -> None:
+    modes: tuple[Recompute, ...] = ("none", "selective", "full")
+    found = []
+    for mode in modes:
+        torch._dynamo.reset()
+        model = built(CONFIG).to(dtype)
+        prepare_blocks(model, recompute=mode, compiled=True)
+        loss_of(model, pack_of(*PACK)).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+def products(events: Iterable[Any]) -> int:
+    """Return the number of matrix products in a profile.
+
+    A product at which a recomputation stops is begun, but does not come to read its inputs.
+    """
+    begun = [event for event in events if event.name in ("aten::mm", "aten::addmm")]
+    return sum(any(child.name == "aten::resolve_conj" for child in event.cpu_children) for event in begun)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_full_recomputation_leaves_out_each_last_product_and_the_last_layer(compiled: bool) -> None:
+    """A layer has four products: the last one's result is not needed again."""
+    layers, counts = 5, []
+    modes: tuple[Recompute, ...] = ("none", "full")
+    for mode in modes:
+        torch._dynamo.reset()
+        model = built(msgspec.structs.replace(CONFIG, num_hidden_layers=layers))
+        prepare_blocks(model, recompute=mode, compiled=compiled)
+        loss_of(model, pack_of(*PACK)).backward()
+        with profile() as trace:
+            loss_of(model, pack_of(*PACK)).backward()
+        counts.append(products(trace.events()))
+    assert counts[0] > 3 * 4 * layers
+    assert counts[1] - counts[0] == 3 * (layers - 1)
 
 
 def many_divisions() -> list[PackTensors]:

@@ -132,7 +132,7 @@ def on_one_rank(rank: int, root: str) -> list[tuple[int, ...]]:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        mlp(torch.zeros(40, 64, requires_grad=True))
+        mlp(torch.zeros(40, 64, requires_grad=True), torch.zeros(40, 64))
     return found
 
 

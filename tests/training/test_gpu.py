@@ -157,12 +157,14 @@ def test_compiled_code_does_not_depend_on_the_first_pack(in_float8: bool) -> Non
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_no_bit(recompute: Recompute) -> None:
+def test_recomputed_activations_change_no_bit(recompute: Recompute, compiled: bool) -> None:
     with determinism(True):
         found = []
         for way in ("none", recompute):
-            model = _built(recompute=way, compiled=False)
+            torch._dynamo.reset()
+            model = _built(recompute=way, compiled=compiled)
             _backward(model, [100, 12, 400])
             found.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -27,9 +27,9 @@ from trainer.distributed.mesh import ParallelConfig, distributed
 from trainer.distributed.watch import Watch
 
 GPUS = torch.cuda.device_count()
-TOPOLOGIES = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
+TOPOLOGIES = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (8, 1), (4, 2), (2, 4))
 """Data-parallel and tensor-parallel sizes."""
-HOPS = ((2, 2), (2, 1), (1, 1), (4, 1), (1, 2), (1, 4))
+HOPS = ((8, 1), (2, 2), (2, 1), (1, 1), (2, 4), (4, 1), (1, 2), (1, 4))
 """Topologies of one run, in turn."""
 NUMBERS = [2**power for power in range(10, 28, 3)]
 """Elements per rank, 4 KB to 128 MB in float32, since NCCL picks its algorithm by size."""

@@ -32,7 +32,8 @@ def prepare_blocks(
 
     `recompute` selects the activations that the backward pass computes again instead of storing
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
-    "full", all but the input of the block. Recomputation changes no bit.
+    "full", all but the input of the block. The backward pass begins with the last block, which
+    "full" leaves out. Recomputation changes no bit.
 
     `compiled` changes rounding. The code is compiled once for all blocks and all packs of a
     capacity: only attention sees the segment borders, and attention stays outside the compiled
@@ -46,9 +47,13 @@ def prepare_blocks(
                 module.float8 = float8
         if recompute == "selective":
             _replace_forward(block.mlp, _recomputed)
+        if recompute == "full" and compiled:
+            # Outside of the compiled code, a layer's last product is not computed again: the
+            # recomputation stops at the last input that the backward pass needs.
+            _replace_forward(block.mlp.down, torch.compiler.disable)
         if compiled:
             _replace_forward(block, torch.compile)
-        if recompute == "full":
+        if recompute == "full" and block is not model.blocks[-1]:
             _replace_forward(block, _recomputed)
     if compiled:
         # Without this flag the compiler picks kernels by their time, and another pick sums in

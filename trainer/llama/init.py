@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -16,7 +18,7 @@ from trainer.llama.sharding import local, window
 
 TILE = 1024
 """Rows and columns of a tile of a matrix. Each tile is drawn by a generator of its own, so a rank
-draws no more than the tiles that its part overlaps, and holds one tile in host memory."""
+draws no more than the tiles that its part overlaps, and holds one tile for each core."""
 
 
 @torch.no_grad()
@@ -55,8 +57,10 @@ def _draw(parameter: nn.Parameter, source: str, draw: Callable[..., Tensor]) -> 
     """Fill the part of a matrix on this rank with draws of `draw(tile, generator=...)`; `source` is
     their name."""
     rows, columns = window(parameter)
-    part = local(parameter)
-    for top, left in tiles(rows, columns):
+    part = local(parameter).detach()
+
+    def fill(corner: tuple[int, int]) -> None:
+        top, left = corner
         height, width = (min(TILE, size - start) for size, start in zip(parameter.shape, (top, left), strict=True))
         tile = draw(torch.empty(height, width), generator=_generator(source, top, left))
         first, last = max(top, rows.start), min(top + height, rows.stop)
@@ -64,6 +68,9 @@ def _draw(parameter: nn.Parameter, source: str, draw: Callable[..., Tensor]) -> 
         part[first - rows.start : last - rows.start, begin - columns.start : end - columns.start].copy_(
             tile[first - top : last - top, begin - left : end - left]
         )
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(fill, tiles(rows, columns)))
 
 
 def tiles(rows: slice, columns: slice) -> Iterator[tuple[int, int]]:

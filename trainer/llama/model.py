@@ -78,6 +78,23 @@ class Linear(nn.Linear):
         return self
 
 
+class Down(Linear):
+    """Linear layer whose output is added to a residual."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return `residual` plus the layer's output, or the output alone."""
+        if residual is None:
+            return super().forward(x)
+        if self.nf4 is not None or self.float8 or self.adapter is not None:
+            return residual + super().forward(x)
+        return torch.addmm(residual, x, weight_of(self).t())
+
+    @property
+    def is_split(self) -> bool:
+        """True if tensor parallelism splits the weight."""
+        return isinstance(self.weight if self.nf4 is None else self.nf4.codes, DTensor)
+
+
 class Norm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension."""
 
@@ -135,10 +152,15 @@ class SwiGLU(nn.Module):
         gate_up = Part("gate_proj", self.block), Part("up_proj", self.block)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False).adapt(lora, *gate_up)
         down = Part("down_proj", config.hidden_size)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False).adapt(lora, down)
+        self.down = Down(config.intermediate_size, config.hidden_size, bias=False)
+        self.down.adapt(lora, down)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x), self.block))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return `residual` plus the feed-forward's output."""
+        inner = swiglu(self.gate_up(x), self.block)
+        if self.down.is_split:  # parallel.py sums the ranks' outputs first
+            return residual + self.down(inner)  # type: ignore[no-any-return]
+        return self.down(inner, residual)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -158,7 +180,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), rotation, segments, positions)
         x = (x if positions is None else take(x, positions)) + attended
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
