@@ -194,11 +194,14 @@ def test_adapters_on_a_gpu_equal_those_of_peft_up_to_bfloat16_rounding(tmp_path:
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_kills_leave_no_trace_in_a_run_of_adapters_on_a_gpu(tmp_path: Path, tokenizer: str) -> None:
-    public_llama(vocab_size=512, hidden_size=128, head_dim=32).save_pretrained(tmp_path / "base")
-    config = runs.run_config(
-        tokenizer, runs.sources(tmp_path), run={"device": "cuda", "steps": 20}, data={"workers": 1}, lora={"rank": 8}
-    )
+@pytest.mark.parametrize("base", [{}, {"quantize": "nf4"}], ids=["bf16", "4 bits"])
+def test_kills_leave_no_trace_in_a_run_of_adapters_on_a_gpu(
+    base: dict[str, str], tmp_path: Path, tokenizer: str
+) -> None:
+    public_llama(vocab_size=512, hidden_size=128, head_dim=32, intermediate_size=256).save_pretrained(tmp_path / "base")
+    run = {"device": "cuda", "steps": 20}
+    lora = {"rank": 8} | base
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run=run, data={"workers": 1}, lora=lora)
     config["model"] = {"init_from": str(tmp_path / "base")}
     compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
