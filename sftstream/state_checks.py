@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ def _problems(state: DataState, config: DataConfig, corpus: Corpus) -> Iterator[
     orders = _orders(state, config, corpus)
     for number, stream in state.streams.items():
         yield from ((number, problem) for problem in _bad_packs(stream, state.identity))
-        yield from ((number, problem) for problem in _bad_positions(number, stream, config, orders))
+        if not _had_more_draws(state):
+            yield from ((number, problem) for problem in _bad_positions(number, stream, config, orders))
         if not state.rebased:
             yield from ((number, problem) for problem in _bad_counters(state, number, stream))
     if not state.rebased:
@@ -166,6 +168,13 @@ def _first(wrong: NDArray[np.bool_]) -> int | None:
     """Return the index of the first True, or None."""
     at = np.flatnonzero(wrong)
     return int(at[0]) if len(at) else None
+
+
+def _had_more_draws(state: DataState) -> bool:
+    """Return True if an accepted change may have lowered the number of draws, perhaps below those
+    that were made."""
+    names = re.compile(r"data\.(epochs|sources\[\d+\]\.repeat):")
+    return any(names.match(difference) for change in state.history for difference in change.differences)
 
 
 def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:

@@ -71,6 +71,26 @@ def test_after_an_accepted_change_every_conversation_still_comes_once_an_epoch(
     assert set(counts.values()) == {1}
 
 
+@pytest.mark.parametrize("lowered", ["data.epochs", "data.sources[0].repeat"])
+def test_epochs_below_those_already_read_end_the_run_and_may_be_raised_again(config: DataConfig, lowered: str) -> None:
+    def passes(number: int) -> DataConfig:
+        if lowered == "data.epochs":
+            return _changed(config, [lowered], epochs=number)
+        return _changed(config, [lowered], epochs=1, sources=(msgspec.structs.replace(source, repeat=number),))
+
+    (source,) = config.sources
+    before, state = _taken(passes(3), 40)
+    assert {epoch for _, _, epoch in before} == {0, 1, 2}
+    loader = PackLoader(passes(1), state=state)
+    again = PackLoader(passes(1), state=loader.state_dict())
+    waiting = Counter(row for pack in again for row in _rows(pack))
+    counts = before + waiting + Counter(row for pack in loader for row in _rows(pack)) - waiting
+    assert set(counts.values()) == {1}
+    longer = PackLoader(passes(3), state=again.state_dict())
+    counts += Counter(row for pack in longer for row in _rows(pack))
+    assert counts == Counter({(0, row, epoch): 1 for row in range(ROWS) for epoch in range(3)})
+
+
 def test_a_change_is_on_record_and_the_packs_go_on_from_it_exactly(config: DataConfig) -> None:
     _, state = _taken(config, 16)
     after = _changed(config, ["data.capacity", "data.streams"], capacity=512, streams=2)
