@@ -1,6 +1,7 @@
 """Measure the speed of a training step over the GPUs of this machine, as rows of a Markdown table.
 
-    python benchmarks/gpu/scaling.py [--gpus N] [--shapes 1b 8b] [--steps 12] [--peers ...]
+    python benchmarks/gpu/scaling.py [--gpus N] [--shapes 1b 8b] [--steps 12] [--accumulate 1]
+        [--peers hf-liger trl-liger]
 
 For each shape: one GPU, data parallelism and tensor parallelism over 2, 4, ... GPUs, both together
 over all, and LoRA and the peers of `train_step.py` with data parallelism over all. The work of a
@@ -42,8 +43,8 @@ def divisions(gpus: int) -> list[tuple[int, int]]:
     return [*found, (gpus // 2, 2)] if gpus >= 4 else found
 
 
-def jobs(shape: str, gpus: int, steps: int, attention: str, peers: list[str]) -> Iterator[Job]:
-    """Yield the jobs of a shape, those on one GPU first."""
+def jobs(shape: str, gpus: int, steps: int, attention: str, peers: list[str], accumulate: int) -> Iterator[Job]:
+    """Yield the jobs of a shape, each system on one GPU first."""
     alone = shape != "70b"  # whose state fits no single GPU
     for system, spread in (
         (OURS, divisions(gpus)),
@@ -52,7 +53,8 @@ def jobs(shape: str, gpus: int, steps: int, attention: str, peers: list[str]) ->
     ):
         for dp, tp in dict.fromkeys(spread):
             if alone or dp * tp == gpus:
-                yield Job(system, shape, None, CAPACITY[shape], steps, attention, RECOMPUTE.get(shape, "none"), dp, tp)
+                way = RECOMPUTE.get(shape, "none")
+                yield Job(system, shape, None, CAPACITY[shape], steps, attention, way, dp, tp, accumulate)
 
 
 class Gpus:
@@ -101,7 +103,7 @@ def planned(job: Job) -> float | None:
             "sources": [{"path": "rows.jsonl"}],
             "tokenizer": {"path": "."},
             "capacity": job.capacity,
-            "global_batch": job.dp,
+            "global_batch": job.dp * job.accumulate,
         },
         "model": {"init_from": "model"} if job.system == ADAPTERS else model,
         "parallel": {"tp": job.tp},
@@ -119,12 +121,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SIZES), default=["1b", "8b"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
+    parser.add_argument("--accumulate", type=int, default=1, help="packs of a step on a rank; the peers take 1")
     parser.add_argument("--peers", nargs="*", choices=list(SYSTEMS), default=["hf-liger", "trl-liger"])
     arguments = parser.parse_args()
     work = [
         job
         for shape in arguments.shapes
-        for job in jobs(shape, arguments.gpus, arguments.steps, arguments.attention, arguments.peers)
+        for job in jobs(
+            shape, arguments.gpus, arguments.steps, arguments.attention, arguments.peers, arguments.accumulate
+        )
     ]
     print(f"{versions()}\n\n{HEADER}", flush=True)
     alone: dict[tuple[str, str], float] = {}

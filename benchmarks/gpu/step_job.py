@@ -44,6 +44,8 @@ class Job(NamedTuple):
     recompute: str = "none"
     dp: int = 1
     tp: int = 1
+    accumulate: int = 1
+    """Packs of a step on each data-parallel rank; the peers take 1."""
 
 
 class Result(NamedTuple):

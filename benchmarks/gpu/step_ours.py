@@ -77,9 +77,10 @@ def ours(job: Job) -> Result:
         mine = of_ranks[topology.shard.index]
 
         def step(number: int) -> None:
-            turn = number % PACKS
-            tokens = sum(given[turn].trained_tokens for given in of_ranks)
-            train_step(model, optimizer, [mine[turn]], topology, trained_tokens=tokens, learning_rate=1e-5, clip=1.0)
+            turns = [(number * job.accumulate + n) % PACKS for n in range(job.accumulate)]
+            tokens = sum(given[turn].trained_tokens for given in of_ranks for turn in turns)
+            taken = [mine[turn] for turn in turns]
+            train_step(model, optimizer, taken, topology, trained_tokens=tokens, learning_rate=1e-5, clip=1.0)
 
         return measured(step, job.steps, kernel.name)
 

@@ -1,11 +1,11 @@
 """Compare the speed of one training step with other trainers, as rows of a Markdown table.
 
     python benchmarks/gpu/train_step.py [--shape 1b] [--capacity 16384] [--layers N] [--steps 20]
-        [--recompute full] [--dp 1] [--tp 1] [--systems ours-default ours-bf16 hf-liger ...]
+        [--recompute full] [--dp 1] [--tp 1] [--accumulate 1] [--systems ours-bf16 hf-liger ...]
 
 All systems train the same packs: conversations with log-normal lengths of mean 600 tokens, the last
-60 % of each conversation in the loss, a vocabulary of 128,256; one pack a step and data-parallel
-rank, AdamW, gradient clipping at 1.0, random weights. Each system runs in processes of its own, one
+60 % of each conversation in the loss, a vocabulary of 128,256; `--accumulate` packs a step and
+data-parallel rank, AdamW, gradient clipping at 1.0, random weights. Each system runs in processes of its own, one
 for each GPU; the median step counts, after 5 steps of warm-up. The peers need `pip install trl
 liger-kernel` and an attention kernel for packed rows; `--attention` names the kernel in
 transformers' spelling. They run with `--dp` alone, sharded by FSDP2.
@@ -86,7 +86,7 @@ def utilisation(job: Job, result: Result) -> float:
     counts = [(pack.tokens, pack.trained_tokens, squared_lengths(pack)) for pack in given]
     lora = LORA if "lora" in job.system else None
     operations = statistics.mean(model_flops(config, *numbers, lora) for numbers in counts)
-    return operations / job.tp / result.seconds / (peak_flops(device()) or math.inf)
+    return operations * job.accumulate / job.tp / result.seconds / (peak_flops(device()) or math.inf)
 
 
 def device() -> str:
@@ -99,7 +99,7 @@ def row(job: Job, result: Result | str) -> str:
     name, ranks = SYSTEMS[job.system][0], f"dp {job.dp} x tp {job.tp}"
     if isinstance(result, str):
         return f"| {name} | {ranks} | | {result} | | | |"
-    speed, peak = job.capacity / job.tp / result.seconds, result.peak / 2**30
+    speed, peak = job.capacity * job.accumulate / job.tp / result.seconds, result.peak / 2**30
     figures = f"{speed:,.0f} | {1000 * result.seconds:.1f} | {utilisation(job, result):.1%} | {peak:.1f}"
     return f"| {name} | {ranks} | {result.attention} | {figures} |"
 
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=["none", "full"], default="none", help="of all systems")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--accumulate", type=int, default=1, help="packs of a step on a rank, of our systems")
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=FULL)
     parser.add_argument("--job", help=argparse.SUPPRESS)
