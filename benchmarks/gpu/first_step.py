@@ -11,7 +11,9 @@ which each line of the run's output appears, as Markdown, and the end of the fir
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +26,12 @@ from step_job import SIZES, sizes
 from step_peers import public_model
 from trained import sources
 
+STEPS = 3
+"""Steps of a run, which is killed after the last."""
+
 CONFIG = """
 run.name = "{name}"
-run.steps = 3
+run.steps = {steps}
 model.init_from = "model"
 optimizer.learning_rate = 1e-5
 checkpoint.every = 1000000000
@@ -56,7 +61,12 @@ def timeline(name: str, directory: Path) -> list[tuple[float, str]]:
     caches |= {"XDG_CACHE_HOME": str(directory / "cache"), "SFTSTREAM_CACHE": str(directory / "templates")}
     began = time.monotonic()
     run = subprocess.Popen(
-        command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | caches
+        command,
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | caches,
     )
     found: list[tuple[float, str]] = []
     watch = threading.Thread(target=_watch, args=(directory / "runs" / name / "metrics.jsonl", began, found, run))
@@ -74,7 +84,18 @@ def _watch(metrics: Path, began: float, found: list[tuple[float, str]], run: sub
         if metrics.exists() and (now := metrics.read_bytes().count(b"\n")) > steps:
             found.append((time.monotonic() - began, f"**end of step {now}**"))
             steps = now
+        if steps == STEPS:  # the export is not measured
+            _kill(run.pid)
+            return
         time.sleep(0.01)
+
+
+def _kill(process: int) -> None:
+    """Kill a process and its descendants, if they still run."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            _kill(int(child))
+        os.kill(process, signal.SIGKILL)
 
 
 def main() -> None:
@@ -92,7 +113,7 @@ def main() -> None:
         rows = sources(arguments.rows)
         for name in ("first", "second"):
             tokenizer = Path(arguments.tokenizer).resolve()
-            text = CONFIG.format(name=name, rows=rows, tokenizer=tokenizer, capacity=arguments.capacity)
+            text = CONFIG.format(name=name, steps=STEPS, rows=rows, tokenizer=tokenizer, capacity=arguments.capacity)
             (directory / f"{name}.toml").write_text(text)
             print(f"\n{name} start\n\n| seconds | |\n|---|---|")
             for seconds, line in timeline(name, directory):

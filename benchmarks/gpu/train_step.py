@@ -5,9 +5,9 @@
 
 All systems train the same packs: conversations with log-normal lengths of mean 600 tokens, the last
 60 % of each conversation in the loss, a vocabulary of 128,256; `--accumulate` packs a step and
-data-parallel rank, AdamW, gradient clipping at 1.0, random weights. Each system runs in processes of its own, one
-for each GPU; the median step counts, after 5 steps of warm-up. The peers need `pip install trl
-liger-kernel` and an attention kernel for packed rows; `--attention` names the kernel in
+data-parallel rank, AdamW, gradient clipping at 1.0, random weights. Each system runs in processes
+of its own, one for each GPU; the median step counts, after 5 steps of warm-up. The peers need `pip
+install trl liger-kernel` and an attention kernel for packed rows; `--attention` names the kernel in
 transformers' spelling. They run with `--dp` alone, sharded by FSDP2.
 
 The systems with "lora" in their names train adapters of rank 16 on all linear layers of a frozen
