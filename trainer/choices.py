@@ -10,8 +10,12 @@ time, so that equal machines choose alike:
 | `run.weights_dtype` | float32, or bfloat16 if float32 does not fit;       | "float32" |
 |                     | under adapters the format of the computation        |           |
 | `run.recompute`     | the least that fits: none, selective, full          | "none"    |
+| `parallel.reshard_- | false if the gathered weights fit beside it         | true      |
+| after_forward`      |                                                     |           |
 
-A resumed run uses the choices of its checkpoint, except for `run.recompute`, which changes no bit.
+A resumed run uses the choices of its checkpoint, except for `parallel.reshard_after_forward`, which
+changes no bit. Compiled layers that do not fit with the checkpoint's `run.recompute`, on another
+machine, recompute more.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
     if config.run.float8:
         require_device(topology.device)
         require_multiples(shape, topology.tp)
+    least = "none" if saved is None or saved.recompute is UNSET else saved.recompute
     config = _with_run(config, _as_saved(config.run, saved))
     kernel, passed = _kernel(config, shape, topology, saved)
     size = _gpu_memory(topology)
@@ -57,14 +62,17 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
     settings = msgspec.structs.replace(config.run, attention=kernel.name, compile=compiled)
     if size is None:
         (dtype,) = stored_dtypes(config, topology.device)
-        way = "none" if settings.recompute == "auto" else settings.recompute
+        way = least if settings.recompute == "auto" else settings.recompute
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
-        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None))
+        if config.parallel.reshard_after_forward == "auto":
+            parallel = msgspec.structs.replace(config.parallel, reshard_after_forward=True)
+            chosen = msgspec.structs.replace(chosen, parallel=parallel)
+        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None, saved))
     gpus = dist.get_world_size()
-    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size)
+    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least)
     _require_fit(chosen, shape, gpus, size)
     planned = sum(memory(chosen, shape, gpus).values())
-    return Choices(chosen, kernel, _message(chosen, topology, passed, planned, size))
+    return Choices(chosen, kernel, _message(chosen, topology, passed, planned, size, saved))
 
 
 def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:
@@ -138,7 +146,14 @@ def _least(config: TrainConfig, shape: LlamaConfig, gpus: int) -> int:
     return sum(parts[name] for name in ("weights", "optimizer", "gradients", "working weights"))
 
 
-def _message(config: TrainConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
+def _message(
+    config: TrainConfig,
+    topology: Topology,
+    passed: list[str],
+    planned: int | None,
+    size: int | None,
+    saved: Settings | None,
+) -> str:
     run = config.run
     weights = "weights" if config.lora is None else "frozen weights, float32 adapters"
     compiled = "compiled" if run.compile else "not compiled"
@@ -151,4 +166,7 @@ def _message(config: TrainConfig, topology: Topology, passed: list[str], planned
     )
     if planned is not None and size is not None:
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
+    before = saved.recompute if saved else UNSET
+    if before is not UNSET and before != run.recompute:
+        line += f"; before with recompute {before}, from which compiled layers differ by rounding"
     return line + (f"; passed over: {'; '.join(passed)}" if passed else "")

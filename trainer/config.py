@@ -79,8 +79,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Number format of the exported weights."""
     recompute: Literal["auto"] | Recompute = "auto"
     """Activations that the backward pass computes again to save memory: "none", "selective" (inside
-    the feed-forward layers), or "full" (all but each layer's input). Changes no bit of the result.
-    "auto" is the first of these that fits the memory of the GPU, and "none" on a CPU."""
+    the feed-forward layers), or "full" (all but each layer's input). Changes no bit of layers that
+    are not compiled; compiled layers round differently for each value. "auto" is the first of these
+    that fits the memory of the GPU, and "none" on a CPU; for compiled layers of a resumed run, the
+    checkpoint's value or the next that fits."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers with torch.compile: up to a minute at the start, then faster steps. Rounds
     differently from uncompiled layers, so that a resume needs the value of the checkpoint. "auto"

@@ -27,6 +27,7 @@ from sftstream import DataConfig, PackAssignment, PackLoader, Shard
 from trainer.activations import activations
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
+from trainer.llama.blocks import WAYS, Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.float8 import require_multiples
 from trainer.llama.lora.layers import LoraConfig
@@ -144,19 +145,26 @@ def _seconds(config: TrainConfig, model: Llama, gpus: int, peak: float) -> float
     return _flops(config, model, dp * _micro_batches(config.data, dp)) / (gpus * peak * UTILISATION)
 
 
-def with_memory_settings(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) -> TrainConfig:
+def with_memory_settings(
+    config: TrainConfig, shape: LlamaConfig, gpus: int, size: int, least: Recompute = "none"
+) -> TrainConfig:
     """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
 
-    Takes the first pair of `run.weights_dtype` and `run.recompute` whose estimate fills at most
-    `FILLED` of `size` bytes: float32 before bfloat16, and for each less recomputation first. If
-    none fits, takes the smallest.
+    Takes the first `run.weights_dtype`, `run.recompute` and `parallel.reshard_after_forward` whose
+    estimate fills at most `FILLED` of `size` bytes: float32 before bfloat16, for each less
+    recomputation first, from `least` on, and for each gathered weights that are kept first. If none
+    fits, takes the smallest.
     """
-    run = config.run
-    dtypes = stored_dtypes(config, GPU)
-    ways = ("none", "selective", "full") if run.recompute == "auto" else (run.recompute,)
-    for dtype, way in product(dtypes, ways):
+    run, parallel = config.run, config.parallel
+    ways = WAYS[WAYS.index(least) :] if run.recompute == "auto" else (run.recompute,)
+    freed = (False, True) if parallel.reshard_after_forward == "auto" else (parallel.reshard_after_forward,)
+    for dtype, way, frees in product(stored_dtypes(config, GPU), ways, freed):
         settings = {"weights_dtype": dtype, "recompute": way}
-        chosen = msgspec.structs.replace(config, run=msgspec.structs.replace(run, **settings))
+        chosen = msgspec.structs.replace(
+            config,
+            run=msgspec.structs.replace(run, **settings),
+            parallel=msgspec.structs.replace(parallel, reshard_after_forward=frees),
+        )
         if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
             break
     return chosen
@@ -182,7 +190,8 @@ def _micro_batches(data: DataConfig, dp: int) -> int:
 
 
 def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]:
-    """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto".
+    """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto",
+    and `parallel.reshard_after_forward` counts as true if it is.
 
     The sum is the peak. A step of a single pack has its peak either at the end of the forward pass,
     before any gradient, or at the end of the backward pass, when almost all activations are freed:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trainer.config import TrainConfig
 from trainer.estimate import memory
+from trainer.llama.blocks import WAYS
 from trainer.llama.config import LlamaConfig
 
 GIB = 2**30
@@ -64,9 +65,8 @@ def out_of_memory(config: TrainConfig, shape: LlamaConfig, gpus: int, use: tuple
 def _totals(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Iterator[tuple[str, int]]:
     """Yield each change that saves memory, the cheapest first, with the plan's bytes under it."""
     run, parallel = config.run, config.parallel
-    ways = ("none", "selective", "full")
     assert run.recompute != "auto"
-    for way in ways[ways.index(run.recompute) + 1 :]:
+    for way in WAYS[WAYS.index(run.recompute) + 1 :]:
         yield from _total(f'run.recompute = "{way}"', config, shape, gpus, run={"recompute": way})
     if not parallel.reshard_after_forward:
         changes = {"reshard_after_forward": True}

@@ -118,6 +118,7 @@ def prepare_run(
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     config, kernel, choice = choose(config, source.shape, topology, saved)
+    topology = replace(topology, parallel=config.parallel)
     display.say(f"compute  {choice}")
     base = _base(config, source, topology)
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)

@@ -17,12 +17,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
 import torch
-from step_job import LORA, SIZES, Job, Result, sizes
+from step_job import SIZES, Job, Result, sizes
+from step_ours import trainer_config
 from train_step import SYSTEMS, row, run, versions
 
-from trainer.config_file import parse_config
 from trainer.estimate import memory
 from trainer.llama.config import LlamaConfig
 
@@ -96,22 +95,8 @@ def planned(job: Job) -> float | None:
     """Return the estimate of `--plan` in GiB, None for a peer."""
     if not job.system.startswith("ours"):
         return None
-    model = sizes(job.shape)
-    tables = {
-        "run": {"steps": 1, "weights_dtype": "bfloat16", "recompute": job.recompute},
-        "data": {
-            "sources": [{"path": "rows.jsonl"}],
-            "tokenizer": {"path": "."},
-            "capacity": job.capacity,
-            "global_batch": job.dp * job.accumulate,
-        },
-        "model": {"init_from": "model"} if job.system == ADAPTERS else model,
-        "parallel": {"tp": job.tp},
-    }
-    if job.system == ADAPTERS:
-        tables["lora"] = msgspec.to_builtins(LORA)
-    config = parse_config(tables)
-    return sum(memory(config, LlamaConfig(**model), job.dp * job.tp).values()) / 2**30
+    parts = memory(trainer_config(job), LlamaConfig(**sizes(job.shape)), job.dp * job.tp)
+    return sum(parts.values()) / 2**30
 
 
 def main() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from step_job import LORA, PACKS, Job, Result, measured, packs, sizes
 
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.distributed.determinism import determinism
-from trainer.distributed.mesh import ParallelConfig, distributed
+from trainer.distributed.mesh import distributed
+from trainer.estimate import PLANNED_MEMORY, with_memory_settings
 from trainer.llama.attention import Shape, choose_kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig
@@ -47,11 +51,37 @@ OURS = {
 }
 
 
+def trainer_config(job: Job) -> TrainConfig:
+    """Return the config of a run with the work of `job`."""
+    settings, model = OURS[job.system], sizes(job.shape, job.layers)
+    tables: dict[str, Any] = {
+        "run": {
+            "steps": 1,
+            "weights_dtype": str(settings.weights).removeprefix("torch."),
+            "recompute": job.recompute,
+            "float8": settings.float8,
+        },
+        "data": {
+            "sources": [{"path": "rows.jsonl"}],
+            "tokenizer": {"path": "."},
+            "capacity": job.capacity,
+            "global_batch": job.dp * job.accumulate,
+        },
+        "model": model if settings.lora is None else {"init_from": "model"},
+        "parallel": {"tp": job.tp},
+    }
+    if settings.lora is not None:
+        tables["lora"] = msgspec.to_builtins(settings.lora)
+    config = parse_config(tables)
+    size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else PLANNED_MEMORY
+    return with_memory_settings(config, LlamaConfig(**model), job.dp * job.tp, size)
+
+
 def ours(job: Job) -> Result:
     """Measure this trainer's step on this rank."""
-    settings = OURS[job.system]
+    settings, parallel = OURS[job.system], trainer_config(job).parallel
     config = LlamaConfig(**sizes(job.shape, job.layers))
-    with determinism(settings.deterministic), distributed("auto", ParallelConfig(tp=job.tp)) as topology:
+    with determinism(settings.deterministic), distributed("auto", parallel) as topology:
         device = topology.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         heads, groups = config.num_attention_heads // job.tp, config.num_key_value_heads // job.tp
@@ -64,6 +94,7 @@ def ours(job: Job) -> Result:
             capacity=job.capacity,
             compute_dtype=dtype,
             weights_dtype=settings.weights,
+            reshard_after_forward=parallel.reshard_after_forward is True,
             lora=settings.lora,
         )
         _draw(model, dtype)

@@ -175,7 +175,8 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
         lines[3],
         "place    1 x CPU (dp 1 x tp 1); checkpoints every 2 steps in runs/run/checkpoints, result in runs/run/export",
         "time     3 steps, each timed as the run goes; the time left is printed from step 5 on",
-        'chosen   data.streams = 64, run.attention = "sdpa", run.compile = false, run.compute_dtype = "float32", '
+        "chosen   data.streams = 64, parallel.reshard_after_forward = true, "
+        'run.attention = "sdpa", run.compile = false, run.compute_dtype = "float32", '
         'run.recompute = "none" (left to "auto")',
         "run      runs/run: a new run, from step 1",
     ]

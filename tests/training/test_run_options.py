@@ -110,6 +110,29 @@ def test_a_resume_without_settings_uses_the_choices_of_its_checkpoint(tmp_path: 
     )
 
 
+def test_compiled_layers_resume_with_the_recomputation_of_the_checkpoint(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"compile": True})
+    starts: tuple[dict[str, Any], ...] = (
+        {"steps": 1, "recompute": "full"},
+        {"steps": 2},
+        {"steps": 3, "recompute": "none"},
+    )
+    first, resumed, changed_by_hand = (
+        next(
+            line
+            for line in runs.run(tmp_path, changed(config, {"run": run})).output().splitlines()
+            if "compute " in line
+        )
+        for run in starts
+    )
+    assert first == resumed
+    assert "recompute full" in first
+    assert (
+        "recompute none, deterministic; before with recompute full, from which compiled layers differ"
+        in changed_by_hand
+    )
+
+
 def test_a_trace_of_steps_is_written_and_named(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"steps": 3, "profile": [2, 3]})
     output = runs.run(tmp_path, config).output()

@@ -43,10 +43,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     only gradients are exchanged between groups. 1 shards one model over all ranks; with several
     nodes, use one group per node, or per few nodes, if the network between groups is slow. `tp` x
     `replicas` divides the number of ranks."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | Literal["auto"] = "auto"
     """Free each layer's gathered weights after its forward pass, and gather them again for the
     backward pass. False keeps the gathered weights until the step's last backward pass: more
-    memory, less traffic."""
+    memory, less traffic. "auto" is false on GPUs whose memory this fits, before any activation is
+    recomputed, and true elsewhere. Changes no bit of the result."""
     reduce_gradients: Literal["step", "pack"] = "step"
     """Time of the gradients' reduction over ranks: once per "step" (each rank keeps unsharded
     float32 gradients until then), or after each "pack" (each rank keeps its shard only: less

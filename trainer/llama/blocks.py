@@ -20,6 +20,8 @@ from trainer.llama.attention import Kernel
 from trainer.llama.model import Block, Linear, Llama
 
 Recompute = Literal["none", "selective", "full"]
+WAYS: tuple[Recompute, ...] = ("none", "selective", "full")
+"""Ways to recompute, in rising order of saved memory and of time."""
 
 
 def prepare_blocks(
@@ -33,9 +35,10 @@ def prepare_blocks(
     `recompute` selects the activations that the backward pass computes again instead of storing
     them: "none"; "selective", the activations inside the feed-forward, the widest of a block;
     "full", all but the input of the block. The backward pass begins with the last block, which
-    "full" leaves out. Recomputation changes no bit.
+    "full" leaves out. Recomputation changes no bit of layers that are not compiled.
 
-    `compiled` changes rounding. The code is compiled once for all blocks and all packs of a
+    `compiled` changes rounding, and for each `recompute` otherwise: the compiler joins other
+    operations. The code is compiled once for all blocks and all packs of a
     capacity: only attention sees the segment borders, and attention stays outside the compiled
     code.
     """

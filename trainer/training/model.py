@@ -122,6 +122,7 @@ def build_model(
     `initialize` fills the weights from `source` or at random; False leaves the trained weights for
     a checkpoint to fill. Frozen weights always come from `source`.
     """
+    assert config.parallel.reshard_after_forward != "auto"
     model = build(
         source.shape,
         topology.mesh,
