@@ -67,12 +67,13 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
         if config.parallel.reshard_after_forward == "auto":
             parallel = msgspec.structs.replace(config.parallel, reshard_after_forward=True)
             chosen = msgspec.structs.replace(chosen, parallel=parallel)
-        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None, saved))
+        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None) + _change(chosen, saved))
     gpus = dist.get_world_size()
     chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least)
     _require_fit(chosen, shape, gpus, size)
     planned = sum(memory(chosen, shape, gpus).values())
-    return Choices(chosen, kernel, _message(chosen, topology, passed, planned, size, saved))
+    message = _message(chosen, topology, passed, planned, size) + _change(chosen, saved)
+    return Choices(chosen, kernel, message)
 
 
 def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:
@@ -146,14 +147,7 @@ def _least(config: TrainConfig, shape: LlamaConfig, gpus: int) -> int:
     return sum(parts[name] for name in ("weights", "optimizer", "gradients", "working weights"))
 
 
-def _message(
-    config: TrainConfig,
-    topology: Topology,
-    passed: list[str],
-    planned: int | None,
-    size: int | None,
-    saved: Settings | None,
-) -> str:
+def _message(config: TrainConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
     run = config.run
     weights = "weights" if config.lora is None else "frozen weights, float32 adapters"
     compiled = "compiled" if run.compile else "not compiled"
@@ -166,7 +160,12 @@ def _message(
     )
     if planned is not None and size is not None:
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
-    before = saved.recompute if saved else UNSET
-    if before is not UNSET and before != run.recompute:
-        line += f"; before with recompute {before}, from which compiled layers differ by rounding"
     return line + (f"; passed over: {'; '.join(passed)}" if passed else "")
+
+
+def _change(config: TrainConfig, saved: Settings | None) -> str:
+    """Return words about another recomputation of compiled layers than the checkpoint's, or ""."""
+    before = saved.recompute if saved else UNSET
+    if before is UNSET or before == config.run.recompute:
+        return ""
+    return f"; before with recompute {before}, from which compiled layers differ by rounding"

@@ -35,8 +35,10 @@ HEADER = (
 
 
 def divisions(gpus: int) -> list[tuple[int, int]]:
-    """Return data-parallel and tensor-parallel sizes: example for 4: (1, 1), (2, 1), (1, 2), ...,
-    (2, 2)."""
+    """Return data-parallel and tensor-parallel sizes.
+
+    Example: 4 GPUs give (1, 1), (2, 1), (4, 1), (1, 2), (1, 4) and (2, 2).
+    """
     powers = [2**n for n in range(1, gpus.bit_length()) if 2**n <= gpus]
     found = [(1, 1), *((n, 1) for n in powers), *((1, n) for n in powers)]
     return [*found, (gpus // 2, 2)] if gpus >= 4 else found

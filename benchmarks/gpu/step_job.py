@@ -45,7 +45,12 @@ class Job(NamedTuple):
     dp: int = 1
     tp: int = 1
     accumulate: int = 1
-    """Packs of a step on each data-parallel rank; the peers take 1."""
+    """Packs of a step on each data-parallel rank, for this trainer."""
+
+    @property
+    def packs_a_step(self) -> int:
+        """Packs of a step on each data-parallel rank: 1 for the peers."""
+        return self.accumulate if self.system.startswith("ours") else 1
 
 
 class Result(NamedTuple):

@@ -86,7 +86,7 @@ def utilisation(job: Job, result: Result) -> float:
     counts = [(pack.tokens, pack.trained_tokens, squared_lengths(pack)) for pack in given]
     lora = LORA if "lora" in job.system else None
     operations = statistics.mean(model_flops(config, *numbers, lora) for numbers in counts)
-    return operations * job.accumulate / job.tp / result.seconds / (peak_flops(device()) or math.inf)
+    return operations * job.packs_a_step / job.tp / result.seconds / (peak_flops(device()) or math.inf)
 
 
 def device() -> str:
@@ -99,7 +99,7 @@ def row(job: Job, result: Result | str) -> str:
     name, ranks = SYSTEMS[job.system][0], f"dp {job.dp} x tp {job.tp}"
     if isinstance(result, str):
         return f"| {name} | {ranks} | | {result} | | | |"
-    speed, peak = job.capacity * job.accumulate / job.tp / result.seconds, result.peak / 2**30
+    speed, peak = job.capacity * job.packs_a_step / job.tp / result.seconds, result.peak / 2**30
     figures = f"{speed:,.0f} | {1000 * result.seconds:.1f} | {utilisation(job, result):.1%} | {peak:.1f}"
     return f"| {name} | {ranks} | {result.attention} | {figures} |"
 
