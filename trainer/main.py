@@ -11,15 +11,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.process import (
-    command_line,
-    exit_process,
-    prepare_output,
-    print_error,
-    print_interrupt,
-    program,
-    suspended_collector,
-)
+from trainer.process import command_line, exit_process, prepare_output, print_error, print_interrupt, program
 from trainer.training.scorer import ALLOW_CODE
 from trainer.usage import Debug, Version, application, call, epilog
 
@@ -82,17 +74,16 @@ def train(
     prepare_output(debug=debug)
     line = command_line(MODULE, [*(words or ()), *([ALLOW_CODE] if allow_code else [])])
     try:
-        with suspended_collector():
-            from trainer.config_file import load_config
+        from trainer.config_file import load_config
 
-            config = load_config(path, rest)
-            if plan is None:
-                from trainer.run import run
+        config = load_config(path, rest)
+        if plan is None:
+            from trainer.run import run
 
-                raise typer.Exit(0 if run(config, line, as_json=as_json, allow_code=allow_code) else STOPPED)
-            from trainer.estimate import print_estimate
+            raise typer.Exit(0 if run(config, line, as_json=as_json, allow_code=allow_code) else STOPPED)
+        from trainer.estimate import print_estimate
 
-            print_estimate(config, _gpus(plan), as_json=as_json)
+        print_estimate(config, _gpus(plan), as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(print_interrupt(line)) from None
     except (typer.Exit, SystemExit):

@@ -6,15 +6,13 @@ Imports no torch, so that the help of a command is fast.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import io
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
@@ -41,31 +39,6 @@ def prepare_output(*, debug: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-@contextmanager
-def suspended_collector() -> Iterator[None]:
-    """Suspend the garbage collector until `resume_collector`, or the end of the `with` block.
-
-    The collector would scan the objects of imported and compiled code again and again, which takes
-    a seventh of the time to the first step.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        gc.enable()
-
-
-def resume_collector() -> None:
-    """Collect garbage once, and let the collector pass over the objects that are left from here on.
-
-    Ranks wait for each other, so a scan of all objects in one rank would hold up all.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.enable()
 
 
 def print_error(error: BaseException, subject: str) -> int:

@@ -22,7 +22,6 @@ from trainer.distributed.watch import Watch
 from trainer.finish import finish
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.out_of_memory import explained
-from trainer.process import resume_collector, suspended_collector
 from trainer.report.writer import ReportWriter
 from trainer.reporting.display import Display
 from trainer.reporting.environment import environment
@@ -103,11 +102,7 @@ def run(
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
-    with (
-        suspended_collector(),
-        determinism(config.run.deterministic),
-        distributed(config.run.device, config.parallel) as topology,
-    ):
+    with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
         display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
@@ -118,7 +113,6 @@ def run(
 def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command: str) -> bool:
     run, restored = prepared
     say_start(run, restored)
-    resume_collector()
     progress = restored.progress
     with Watch(run.config.parallel.timeout_seconds) as watch, _open_trackers(run):
         if not run.is_complete(progress):
