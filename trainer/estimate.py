@@ -216,7 +216,7 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     trained = stored if config.lora is None else torch.float32
     assert run.recompute != "auto"
     # The present layer and the prefetched next layer, or all layers.
-    layers = 2 / shape.num_hidden_layers if parallel.reshard_after_forward else 1
+    layers = 2 / shape.num_hidden_layers if parallel.reshards else 1
     working = int((gathered.ends + layers * gathered.blocks) * computed.itemsize)
     if dp == 1:
         copied = (0 if stored == computed else gathered.frozen) + (0 if trained == computed else gathered.trained)

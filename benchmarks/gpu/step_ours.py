@@ -94,7 +94,7 @@ def ours(job: Job) -> Result:
             capacity=job.capacity,
             compute_dtype=dtype,
             weights_dtype=settings.weights,
-            reshard_after_forward=parallel.reshard_after_forward is True,
+            reshard_after_forward=parallel.reshards,
             lora=settings.lora,
         )
         _draw(model, dtype)

@@ -290,9 +290,7 @@ class Traffic(NamedTuple):
 def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
     """Return the collectives and the gradients of a step of three packs per rank."""
     topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
-    model = build(
-        CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshard_after_forward
-    )
+    model = build(CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshards)
     init_weights(model, 0)
     with Operations() as seen:
         accumulate_gradients(model, [random_pack(CONFIG.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)

@@ -59,6 +59,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     or compilation takes."""
 
     @property
+    def reshards(self) -> bool:
+        """`reshard_after_forward`, with "auto" as true."""
+        return self.reshard_after_forward is not False
+
+    @property
     def timeout_seconds(self) -> float:
         """Seconds of `timeout`. Raises ValueError for a text of another form."""
         return parse_duration("timeout", self.timeout)

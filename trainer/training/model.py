@@ -122,7 +122,6 @@ def build_model(
     `initialize` fills the weights from `source` or at random; False leaves the trained weights for
     a checkpoint to fill. Frozen weights always come from `source`.
     """
-    assert config.parallel.reshard_after_forward != "auto"
     model = build(
         source.shape,
         topology.mesh,
@@ -130,7 +129,7 @@ def build_model(
         capacity=config.data.capacity,
         compute_dtype=named_dtype(config.run.compute_dtype, topology.device),
         weights_dtype=named_dtype(config.run.weights_dtype, topology.device),
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        reshard_after_forward=config.parallel.reshards,
         lora=config.lora,
     )
     assert config.run.recompute != "auto"

@@ -121,7 +121,7 @@ def _backward(
                 last = number == len(packs)
                 model.set_requires_gradient_sync(last or topology.parallel.reduce_gradients == "pack")
                 model.set_requires_all_reduce(last)  # between replicas, once per step under either policy
-                model.set_reshard_after_backward(last or topology.parallel.reshard_after_forward is not False)
+                model.set_reshard_after_backward(last or topology.parallel.reshards)
             part = pack_loss(model, pack, topology.device, scale, z_loss)
             part.sum().backward()
             losses.append(part.detach().reshape(-1))
