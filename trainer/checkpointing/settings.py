@@ -74,7 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         `base` has the digests of the frozen model's weight files, None without adapters.
         """
         assert config.run.compile != "auto"
-        assert config.run.recompute != "auto"
+        recompute: Recompute | UnsetType = UNSET
+        if config.run.compile:
+            assert config.run.recompute != "auto"
+            recompute = config.run.recompute
         return cls(
             seed=config.run.seed,
             model=source.shape,
@@ -84,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             weights_dtype=config.run.weights_dtype,
             compile=config.run.compile,
             float8=config.run.float8,
-            recompute=config.run.recompute if config.run.compile else UNSET,
+            recompute=recompute,
             attention=config.run.attention,
             steps=config.run.steps if config.schedule.decays_to_run_end else None,
             first_weights=source.digest,
