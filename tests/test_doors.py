@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sftstream.cli.main import main
 from sftstream.door import Door
 from sftstream.inspection import stored
 from sftstream.records import Refused
+from sftstream.rendering.limits import time_limit
 from sftstream.rendering.template import ChatTemplate
 from sftstream.sources import Corpus
 from sftstream.tokenization.tokenizer import Tokenizer
@@ -247,6 +249,21 @@ def test_what_is_refused_depends_on_no_clock(tokenizer: str, monkeypatch: pytest
     monkeypatch.setattr("sftstream.rendering.bounds.MOST_WORK", 1000)
     with pytest.raises(Refused, match="template does too much"):
         encoder.encode(tiny.chat("a" * 2000, "b")["messages"])
+
+
+def test_time_in_which_the_process_does_not_run_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftstream.rendering.limits.SECONDS", 0.05)
+    with time_limit():
+        time.sleep(0.3)  # as a suspended process, it takes no CPU time
+    with pytest.raises(RuntimeError, match="did not print a conversation"):
+        _compute_for(seconds=30)
+
+
+def _compute_for(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    with time_limit():
+        while time.monotonic() < end:
+            pass
 
 
 def config(tokenizer: str, path: str, **source: Any) -> DataConfig:

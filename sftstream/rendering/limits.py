@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,9 +17,11 @@ from sftstream.refused import Refused
 from sftstream.rendering.bounds import start_meter, stop_meter
 
 SECONDS = 60.0
-"""Time limit for all renders of one conversation, in seconds; a long one takes some milliseconds.
+"""CPU time limit for all renders of one conversation, in seconds; a long one takes some
+milliseconds.
 
 More time ends the run. The row is not refused, because a faster machine would accept the same row.
+The time in which the process is suspended does not count.
 """
 MEMORY = 256 << 20
 """Largest number of bytes that the process may allocate while a template is probed: 256 MiB."""
@@ -71,7 +74,7 @@ def bounded_memory() -> Iterator[None]:
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Raise RuntimeError, which ends a run, if the body exceeds the time limit of `SECONDS`.
+    """Raise RuntimeError, which ends a run, if the body takes more than `SECONDS` of CPU time.
 
     A limit inside the body of another one changes nothing: the renders of one conversation share a
     limit. Python delivers signals to the main thread only, so other threads render without a limit.
@@ -80,7 +83,18 @@ def time_limit() -> Iterator[None]:
         yield
         return
     token = _LIMITED.set(True)
-    before = signal.signal(signal.SIGALRM, _too_late)
+    began = time.thread_time()
+
+    def look(_number: int, _frame: FrameType | None) -> None:
+        left = SECONDS - (time.thread_time() - began)
+        if left <= 0:
+            raise RuntimeError(
+                f"the chat template did not print a conversation within {SECONDS:.0f} s; use another template, or "
+                "lower max_row_bytes of the sources"
+            )
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+
+    before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
@@ -91,10 +105,3 @@ def time_limit() -> Iterator[None]:
 
 
 _LIMITED: ContextVar[bool] = ContextVar("limited", default=False)
-
-
-def _too_late(_number: int, _frame: FrameType | None) -> None:
-    raise RuntimeError(
-        f"the chat template did not print a conversation within {SECONDS:.0f} s; use another template, or lower "
-        "max_row_bytes of the sources"
-    )
