@@ -337,6 +337,7 @@ def _numbers(estimate: RunEstimate) -> dict[str, object]:
         "recompute": run.recompute,
         "weights_dtype": run.weights_dtype,
         "compile": run.compile,
+        "reshard_after_forward": estimate.config.parallel.reshards,
     }
 
 
@@ -354,8 +355,10 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     table.add_section()
     table.add_row("total", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
+    kept = estimate.dp > 1 and not estimate.config.parallel.reshards
     console.print(
         f"{run.weights_dtype} weights, recompute {run.recompute}, compile {str(run.compile).lower()}"
+        + (", gathered weights kept for a step" if kept else "")
         + (", products in float8 (their speed is not counted)" if run.float8 else ""),
         soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """An estimate equals the memory, packs and steps of the run, exactly for countable parts."""
 
+import io
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import runs
 import torch
+from rich.console import Console
 from tiny_llama import CONFIG, TIED, loss_of, pack_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainer.activations import activations
 from trainer.config import TrainConfig
 from trainer.config_file import parse_config
-from trainer.estimate import estimate, memory, with_memory_settings
+from trainer.estimate import estimate, memory, show, with_memory_settings
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_adapters, init_weights
@@ -374,6 +376,15 @@ def test_gathered_weights_are_kept_where_they_fit_before_any_activation_is_recom
     assert (found.run.recompute, found.parallel.reshard_after_forward) == (way, frees)
     again = with_memory_settings(given, LLAMA_8B, 2, 100 * GIB, least="full")
     assert (again.run.recompute, again.parallel.reshard_after_forward) == ("full", False)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("auto", True), (False, True), (True, False)])
+def test_the_plan_says_whether_gathered_weights_are_kept(given: bool | str, kept: bool) -> None:
+    parallel = {"tp": 1, "reshard_after_forward": given}
+    tables = config(parallel=parallel, data={"capacity": 8192, "global_batch": 2})
+    output = io.StringIO()
+    show(estimate(tables, LLAMA_1B, 2), tables, Console(file=output, width=200))
+    assert ("gathered weights kept for a step" in output.getvalue()) == kept
 
 
 @pytest.mark.parametrize("flag", ["--plan=many", "--plan=0", "--plan=-8", "--plan=100000"])
