@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -63,9 +64,10 @@ def _problems(state: DataState, config: DataConfig, corpus: Corpus) -> Iterator[
     waiting = _waiting(state)
     yield from _bad_segments(waiting, state.identity)
     orders = _orders(state, config, corpus)
+    had_more_draws = _had_more_draws(state)
     for number, stream in state.streams.items():
         yield from ((number, problem) for problem in _bad_packs(stream, state.identity))
-        if not _had_more_draws(state):
+        if not had_more_draws:
             yield from ((number, problem) for problem in _bad_positions(number, stream, config, orders))
         if not state.rebased:
             yield from ((number, problem) for problem in _bad_counters(state, number, stream))
@@ -171,10 +173,12 @@ def _first(wrong: NDArray[np.bool_]) -> int | None:
 
 
 def _had_more_draws(state: DataState) -> bool:
-    """Return True if an accepted change may have lowered the number of draws, perhaps below those
-    that were made."""
-    names = re.compile(r"data\.(epochs|sources\[\d+\]\.repeat):")
-    return any(names.match(difference) for change in state.history for difference in change.differences)
+    """Return True if an accepted change lowered the number of draws, perhaps below those made."""
+    changed = re.compile(r"data\.(?:epochs|sources\[\d+\]\.repeat): (None|[\d.e+-]+) -> (None|[\d.e+-]+)")
+    found = [changed.fullmatch(difference) for change in state.history for difference in change.differences]
+    # None is an endless run.
+    ends = [[math.inf if end == "None" else float(end) for end in match.groups()] for match in found if match]
+    return any(after < before for before, after in ends)
 
 
 def _bad_positions(number: int, stream: StreamState, config: DataConfig, orders: dict[int, RowOrder]) -> Iterator[str]:

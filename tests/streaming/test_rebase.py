@@ -91,6 +91,14 @@ def test_epochs_below_those_already_read_end_the_run_and_may_be_raised_again(con
     assert counts == Counter({(0, row, epoch): 1 for row in range(ROWS) for epoch in range(3)})
 
 
+def test_after_raised_epochs_a_state_still_cannot_have_read_more_than_all_epochs(config: DataConfig) -> None:
+    _, state = _taken(config, 16)
+    raised = PackLoader(_changed(config, ["data.epochs"], epochs=3), state=state).state.builtins()
+    raised["streams"]["0"]["drawn"][0] = 10**9
+    with pytest.raises(ValueError, match="1000000000 rows of source 0 were drawn, but all epochs have"):
+        PackLoader(msgspec.structs.replace(config, epochs=3), state=tiny.resealed(raised))
+
+
 def test_a_change_is_on_record_and_the_packs_go_on_from_it_exactly(config: DataConfig) -> None:
     _, state = _taken(config, 16)
     after = _changed(config, ["data.capacity", "data.streams"], capacity=512, streams=2)
