@@ -3,15 +3,15 @@
 The rules depend on the device, its memory and the installed packages alone, never on a measured
 time, so that equal machines choose alike:
 
-| setting             | "auto" on a GPU                                     | on a CPU  |
-|---------------------|-----------------------------------------------------|-----------|
-| `run.compile`       | true                                                | false     |
-| `run.attention`     | the fastest kernel that passes `prove`              | "sdpa"    |
-| `run.weights_dtype` | float32, or bfloat16 if float32 does not fit;       | "float32" |
-|                     | under adapters the format of the computation        |           |
-| `run.recompute`     | the least that fits: none, selective, full          | "none"    |
-| `parallel.reshard_- | false if the gathered weights fit beside it         | true      |
-| after_forward`      |                                                     |           |
+| setting                          | "auto" on a GPU                              | on a CPU  |
+|----------------------------------|----------------------------------------------|-----------|
+| `run.compile`                    | true                                         | false     |
+| `run.attention`                  | the fastest kernel that passes `prove`       | "sdpa"    |
+| `run.weights_dtype`              | float32, or bfloat16 if float32 does not     | "float32" |
+|                                  | fit; under adapters that of the computation  |           |
+| `run.recompute`                  | the least that fits: none, selective, full   | "none"    |
+| `parallel.reshard_after_forward` | false if the gathered weights fit beside     | true      |
+|                                  | that recomputation                           |           |
 
 A resumed run uses the choices of its checkpoint, except for `parallel.reshard_after_forward`, which
 changes no bit. Compiled layers that do not fit with the checkpoint's `run.recompute`, on another

@@ -61,12 +61,7 @@ def timeline(name: str, directory: Path) -> list[tuple[float, str]]:
     caches |= {"XDG_CACHE_HOME": str(directory / "cache"), "SFTSTREAM_CACHE": str(directory / "templates")}
     began = time.monotonic()
     run = subprocess.Popen(
-        command,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | caches,
+        command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | caches
     )
     found: list[tuple[float, str]] = []
     watch = threading.Thread(target=_watch, args=(directory / "runs" / name / "metrics.jsonl", began, found, run))

@@ -94,9 +94,9 @@ def _pack(draw: np.random.Generator, capacity: int, vocabulary: int) -> Pack:
 
 def measured(step: Callable[[int], None], steps: int, attention: str) -> Result:
     """Run steps; return the median of those after the warm-up, and the peak memory of this rank."""
-    gpu = torch.cuda.is_available()
     seconds = statistics.median(_timed(step, steps))
-    return Result(seconds, torch.cuda.max_memory_allocated() if gpu else 0, attention)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Result(seconds, peak, attention)
 
 
 def _timed(step: Callable[[int], None], steps: int) -> Iterator[float]:

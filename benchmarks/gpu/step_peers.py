@@ -117,10 +117,8 @@ def _shard(model: Any) -> None:
 def trl(job: Job) -> Result:
     """Measure TRL's SFTTrainer with Liger on packed rows, under FSDP2 on several GPUs."""
     import datasets
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
 
     class Clock(TrainerCallback):
         """Records the end of each step."""
@@ -132,7 +130,25 @@ def trl(job: Job) -> Result:
             torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
 
-    rows = [
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SFTTrainer(
+            model=_liger_model(job),
+            args=_trl_config(job, directory),
+            train_dataset=datasets.Dataset.from_list(_rows(job) * (1 + (WARM_UP + job.steps) // PACKS)),
+            processing_class=_tokenizer(),
+            callbacks=[clock],
+            peft_config=_peft_config() if "lora" in job.system else None,
+        )
+        trainer.train()
+    seconds = statistics.median(np.diff(clock.ends)[WARM_UP - 1 :])
+    return Result(seconds, torch.cuda.max_memory_allocated(), job.attention)
+
+
+def _rows(job: Job) -> list[dict[str, list[int]]]:
+    """Return the packs of all ranks as TRL's packed rows."""
+    return [
         {
             "input_ids": pack.ids.tolist(),
             "labels": _unshifted_labels(pack).tolist(),
@@ -141,41 +157,40 @@ def trl(job: Job) -> Result:
         for rank in range(job.dp)
         for pack in packs(job, rank)
     ]
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _tokenizer() -> Any:
+    """Return a tokenizer of one word, which TRL asks for and packed rows do not need."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>"))
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as directory:
-        config = SFTConfig(
-            output_dir=directory,
-            max_steps=WARM_UP + job.steps,
-            per_device_train_batch_size=1,
-            learning_rate=1e-5,
-            max_grad_norm=1.0,
-            padding_free=True,
-            max_length=None,
-            bf16=True,
-            gradient_checkpointing=job.recompute == "full",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            use_liger_kernel=True,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            optim="adamw_torch_fused",
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **_fsdp(job),
-        )
-        trainer = SFTTrainer(
-            model=_liger_model(job),
-            args=config,
-            train_dataset=datasets.Dataset.from_list(rows * (1 + (WARM_UP + job.steps) // PACKS)),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"),
-            callbacks=[clock],
-            peft_config=_peft_config() if "lora" in job.system else None,
-        )
-        trainer.train()
-    return Result(
-        statistics.median(np.diff(clock.ends)[WARM_UP - 1 :]), torch.cuda.max_memory_allocated(), job.attention
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+def _trl_config(job: Job, directory: str) -> Any:
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=directory,
+        max_steps=WARM_UP + job.steps,
+        per_device_train_batch_size=1,
+        learning_rate=1e-5,
+        max_grad_norm=1.0,
+        padding_free=True,
+        max_length=None,
+        bf16=True,
+        gradient_checkpointing=job.recompute == "full",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        optim="adamw_torch_fused",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **_fsdp(job),
     )
 
 

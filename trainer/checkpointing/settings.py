@@ -47,8 +47,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = False
     float8: bool = False
     recompute: Recompute | UnsetType = UNSET
-    """Recomputation of compiled layers, whose code depends on it and rounds otherwise; left out
-    for other layers and by version 0.3.0. Not compared, since the memory of a machine decides."""
+    """Recomputation of compiled layers, which round differently for each value; left out for other
+    layers and by version 0.1.0. Not compared, since the memory of a machine decides."""
     attention: str | UnsetType = UNSET
     """Name of the attention kernel; left out by version 0.2.0."""
     steps: int | None = None

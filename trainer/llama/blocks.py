@@ -38,9 +38,8 @@ def prepare_blocks(
     "full" leaves out. Recomputation changes no bit of layers that are not compiled.
 
     `compiled` changes rounding, and for each `recompute` otherwise: the compiler joins other
-    operations. The code is compiled once for all blocks and all packs of a
-    capacity: only attention sees the segment borders, and attention stays outside the compiled
-    code.
+    operations. The code is compiled once for all blocks and all packs of a capacity: only attention
+    sees the segment borders, and attention stays outside the compiled code.
     """
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -18,7 +18,7 @@ from trainer.llama.sharding import local, window
 
 TILE = 1024
 """Rows and columns of a tile of a matrix. Each tile is drawn by a generator of its own, so a rank
-draws no more than the tiles that its part overlaps, and holds one tile for each core."""
+draws no more than the tiles that its part overlaps, and holds one tile for each of its cores."""
 
 
 @torch.no_grad()
@@ -69,8 +69,13 @@ def _draw(parameter: nn.Parameter, source: str, draw: Callable[..., Tensor]) -> 
             tile[first - top : last - top, begin - left : end - left]
         )
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         list(pool.map(fill, tiles(rows, columns)))
+
+
+def _cores() -> int:
+    """Return this rank's share of the cores of its host."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def tiles(rows: slice, columns: slice) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ hooks set by parallel.py exchange tokens between ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Linear(nn.Linear):
             out = out if bias is None else out + bias
         return out if self.adapter is None else self.adapter.add(out, x, weight_of(self, A), weight_of(self, B))
 
-    def adapt(self, lora: LoraConfig | None, *parts: Part) -> Linear:
+    def adapt(self, lora: LoraConfig | None, *parts: Part) -> Self:
         """Add adapters for the targets of `lora` among `parts`; return the layer.
 
         `parts` are the matrices in each group of rows. `lora.quantize` replaces the weight.
@@ -152,8 +152,7 @@ class SwiGLU(nn.Module):
         gate_up = Part("gate_proj", self.block), Part("up_proj", self.block)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False).adapt(lora, *gate_up)
         down = Part("down_proj", config.hidden_size)
-        self.down = Down(config.intermediate_size, config.hidden_size, bias=False)
-        self.down.adapt(lora, down)
+        self.down = Down(config.intermediate_size, config.hidden_size, bias=False).adapt(lora, down)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return `residual` plus the feed-forward's output."""
