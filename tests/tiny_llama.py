@@ -14,6 +14,7 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.export import export
 from trainer.llama.init import init_weights
 from trainer.llama.model import Llama
+from trainer.llama.selection import Slices
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -103,7 +104,8 @@ def loss_of(model: Llama, pack: PackTensors) -> Tensor:
 def trained_loss_of(model: Llama, pack: PackTensors) -> Tensor:
     """Return the same loss from the trained positions alone."""
     positions = torch.nonzero(pack.labels >= 0).flatten()
-    return model(pack.input_ids, pack.position_ids, pack.segments, positions, pack.labels[positions])
+    slices = Slices.of(positions, len(pack.labels), model.tp) if model.tp > 1 and len(positions) else None
+    return model(pack.input_ids, pack.position_ids, pack.segments, positions, pack.labels[positions], slices=slices)
 
 
 def gradients(model: Llama) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
+from trainer.llama.blocks import start_compiler
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.out_of_memory import explained
 from trainer.report.writer import ReportWriter
@@ -102,6 +103,8 @@ def run(
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
+    if config.run.compile is not False and config.run.device != "cpu" and torch.cuda.is_available():
+        start_compiler()
     with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
         display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)

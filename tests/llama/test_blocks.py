@@ -127,15 +127,19 @@ def compiled_on_a_rank(rank: int, tp: int) -> dict[str, Tensor]:
         model = build(CONFIG, mesh, torch.device("cpu"), capacity=32)
         init_weights(model, 0)
         prepare_blocks(model, recompute="none", compiled=compiled)
-        loss_of(model, pack_of(*PACK)).backward()
+        both_losses_of(model, pack_of(*PACK)).backward()
         if compiled:
             with torch._dynamo.config.patch(error_on_recompile=True):
-                loss_of(model, pack_of(1, 31)).backward()
-                loss_of(model, pack_of(*[4] * 8)).backward()
+                for pack in many_divisions()[:10]:
+                    both_losses_of(model, pack).backward()
             model.zero_grad()
-            loss_of(model, pack_of(*PACK)).backward()
+            both_losses_of(model, pack_of(*PACK)).backward()
         found.append({name: local(p.grad) for name, p in model.named_parameters()})
     assert_near(found[1], found[0])
+
+
+def both_losses_of(model: Llama, pack: PackTensors) -> Tensor:
+    return loss_of(model, pack) + trained_loss_of(model, pack)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

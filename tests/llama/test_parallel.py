@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_ranks import run_ranks
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, PackTensors, pack_of
+from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, PackTensors, loss_of, pack_of, trained_loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -92,9 +92,7 @@ def backward(model: Llama, mine: list[PackTensors], *, trained_only: bool = Fals
     for number, pack in enumerate(mine, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(number == len(mine))
-        positions = torch.nonzero(pack.labels != IGNORE_INDEX).flatten() if trained_only else None
-        labels = pack.labels[positions] if trained_only else pack.labels
-        loss = model(pack.input_ids, pack.position_ids, pack.segments, positions, labels)
+        loss = trained_loss_of(model, pack) if trained_only else loss_of(model, pack)
         loss.backward()
         total += loss.item()
     return total
@@ -268,6 +266,22 @@ def test_only_trained_positions_are_projected_and_logits_are_never_gathered() ->
     run_ranks(2, projected)
 
 
+def completed(rank: int) -> dict[str, int]:
+    model = build(TIED, data_and_tensor_mesh("cpu", ParallelConfig(tp=2)), CPU, capacity=CAPACITY)
+    init_weights(model, 0)
+    backward(model, packs(2))
+    partial = [p for p in model.parameters() if isinstance(p.grad, DTensor) and p.grad.placements[0].is_partial()]
+    assert len(partial) == 2 * CONFIG.num_hidden_layers + 1  # the norms
+    with Operations() as seen:
+        global_norm(model.parameters())
+    return dict(seen.counts)
+
+
+def test_partial_gradients_of_all_norms_are_summed_in_a_single_exchange() -> None:
+    """The other exchange sums the squares of the split matrices."""
+    assert [counts["allreduce_"] for counts in run_ranks(2, completed)] == [2, 2]
+
+
 class Operations(TorchDispatchMode):
     """Counts of the operations run, by name."""
 
@@ -303,13 +317,13 @@ def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        # FSDP2 has three groups of weights: two layers, and the embedding with norm and head.
-        ({}, Traffic(3 * (3 + 2), 3, 1)),
-        ({"reshard_after_forward": False}, Traffic(3, 3, 1)),
-        ({"reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 1)),
-        ({"reshard_after_forward": False, "reduce_gradients": "pack"}, Traffic(3, 3 * 3, 1)),
-        ({"replicas": 2}, Traffic(3 * (3 + 2), 3, 3 + 1)),
-        ({"replicas": 2, "reduce_gradients": "pack"}, Traffic(3 * (3 + 2), 3 * 3, 3 + 1)),
+        # FSDP2 has four groups of weights: two layers, the head, and the embedding with the norm.
+        ({}, Traffic(3 * (4 + 2), 4, 1)),
+        ({"reshard_after_forward": False}, Traffic(4, 4, 1)),
+        ({"reduce_gradients": "pack"}, Traffic(3 * (4 + 2), 3 * 4, 1)),
+        ({"reshard_after_forward": False, "reduce_gradients": "pack"}, Traffic(4, 3 * 4, 1)),
+        ({"replicas": 2}, Traffic(3 * (4 + 2), 4, 4 + 1)),
+        ({"replicas": 2, "reduce_gradients": "pack"}, Traffic(3 * (4 + 2), 3 * 4, 4 + 1)),
     ],
     ids=str,
 )

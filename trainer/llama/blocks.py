@@ -24,6 +24,13 @@ WAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 """Ways to recompute, in rising order of saved memory and of time."""
 
 
+def start_compiler() -> None:
+    """Start the processes that compile kernels of a GPU: they need seconds to be ready."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def prepare_blocks(
     model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None, float8: bool = False
 ) -> None:
@@ -64,17 +71,19 @@ def prepare_blocks(
         # Elementwise results that a product of the backward pass reads, such as silu(gate) * up,
         # are computed again: as fast, and 7 % less memory in Llama 3.2 1B.
         torch._functorch.config.ban_recompute_materialized_backward = False
-        model.register_forward_pre_hook(_expect_any_numbers)
+        for module in (model, model.blocks[-1]):
+            module.register_forward_pre_hook(_expect_any_numbers)
 
 
 def _replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     module.forward = wrap(module.forward)
 
 
-def _expect_any_numbers(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _expect_any_numbers(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Mark the numbers of segment borders and of selected positions as variable.
 
-    Without the mark torch 2.11 compiles the blocks again for each number.
+    Without the mark torch 2.11 compiles the blocks again for each number. The inputs are those of
+    the model, or of the last block, whose positions may be others.
     """
     torch._dynamo.maybe_mark_dynamic(inputs[2].cu_seqlens, 0)
     if len(inputs) > 3 and inputs[3] is not None:

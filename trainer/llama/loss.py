@@ -217,6 +217,6 @@ def _kernels(tensor: Tensor) -> Kernels:
     """Return the functions for the device of `tensor`."""
     if not tensor.is_cuda:
         return _PLAIN
-    from trainer.llama import loss_kernels  # Triton comes with torch for GPUs only
+    from trainer.llama.kernels import loss
 
-    return Kernels(loss_kernels.statistics, loss_kernels.gradient, loss_kernels.multiply)
+    return Kernels(loss.statistics, loss.gradient, loss.multiply)

@@ -7,7 +7,7 @@ hooks set by parallel.py exchange tokens between ranks.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from trainer.llama.lora.layers import A, Adapter, B, LoraConfig, Part
 from trainer.llama.lora.nf4 import Nf4Weight
 from trainer.llama.loss import WHOLE, Vocabulary, head_loss, token_losses
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
+from trainer.llama.selection import Slices, own, split_selection, take
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu
 
@@ -166,8 +167,13 @@ class Block(nn.Module):
     """Transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 
     With `positions` all that follows the attention is computed for these tokens only, and the
-    result has their number of rows.
+    result has their number of rows. Under tensor parallelism `positions` are those of `Slices`, and
+    the result has the rows of this rank's slice.
     """
+
+    tp: int = 1
+    """Number of tensor-parallel ranks."""
+    tp_rank: int = 0
 
     def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
@@ -178,34 +184,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), rotation, segments, positions)
-        x = (x if positions is None else take(x, positions)) + attended
+        if positions is not None:
+            x = take(x, positions if self.tp == 1 else own(positions, self.tp, self.tp_rank, len(x)))
+        x = x + attended
         return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Return the rows `positions` of `x`, int64 `(n,)` in rising order."""
-    taken: Tensor = _Take.apply(x, positions)  # type: ignore[no-untyped-call]
-    return taken
-
-
-class _Take(torch.autograd.Function):
-    """Selection of rows whose backward pass is a selection too.
-
-    The backward pass of `x[positions]` adds rows that could be equal: slow when deterministic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(positions)
-        ctx.rows = len(x)
-        return x[positions]
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (positions,) = ctx.saved_tensors
-        row = torch.arange(ctx.rows, device=upstream.device)
-        place = torch.searchsorted(positions, row).clamp(max=len(positions) - 1)
-        return torch.where((positions[place] == row)[:, None], upstream[place], 0), None
 
 
 class Select(nn.Module):
@@ -215,7 +197,7 @@ class Select(nn.Module):
     """
 
     def forward(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
-        return hidden if positions is None else hidden[positions]
+        return hidden if positions is None else take(hidden, positions)
 
 
 class Head(Linear):
@@ -277,6 +259,11 @@ class Llama(nn.Module):
         if "lm_head" in lora.modules_to_save:
             self.head.requires_grad_(True)
 
+    @property
+    def tp(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return cast(Block, self.blocks[-1]).tp
+
     def tie(self) -> None:
         """Share the embedding's weight with the head if the config ties them.
 
@@ -294,14 +281,17 @@ class Llama(nn.Module):
         labels: Tensor | None = None,
         scale: Tensor | None = None,
         *,
+        slices: Slices | None = None,
         z_loss: float = 0.0,
         each: bool = False,
     ) -> Tensor:
         """Return the logits of a pack, `(T, vocabulary)`, or of `positions`, `(n, vocabulary)`.
 
         `input_ids` and `position_ids` are int64 `(T,)`; `positions` holds int64 indices `(n,)`
-        into the pack, in rising order. Under tensor parallelism every rank of the group passes
-        equal inputs, and the logits are a DTensor split over the vocabulary.
+        into the pack, distinct and in rising order. Under tensor parallelism every rank of the
+        group passes equal inputs, and the logits are a DTensor split over the vocabulary; with the
+        `slices` of the positions the last layer computes no other token after its attention, as it
+        does on one rank.
 
         With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
         the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group; with a
@@ -309,7 +299,7 @@ class Llama(nn.Module):
         does. With `labels` and `each` returns the cross-entropy of each label, fp32, without a
         gradient.
         """
-        hidden = self.hidden(input_ids, position_ids, segments, positions)
+        hidden = self.hidden(input_ids, position_ids, segments, positions, slices)
         if labels is None:
             return self.head(hidden)  # type: ignore[no-any-return]
         if each:
@@ -318,7 +308,12 @@ class Llama(nn.Module):
         return self.head.loss(hidden, labels, scale, z_loss)
 
     def hidden(
-        self, input_ids: Tensor, position_ids: Tensor, segments: Segments, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Segments,
+        positions: Tensor | None = None,
+        slices: Slices | None = None,
     ) -> Tensor:
         """Return the normed hidden states of `positions`, `(n, hidden_size)`, or of all tokens."""
         x = self.embedding(input_ids)
@@ -326,11 +321,9 @@ class Llama(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, rotation, segments)
-        # Under tensor parallelism a rank has a slice of the tokens here, and all slices need equal
-        # lengths. Compiled code is made again for a length of 0 or 1.
-        early = positions is not None and len(positions) > 1 and not isinstance(self.head.weight, DTensor)
-        x = last(x, rotation, segments, positions if early else None)
-        return self.select(self.norm(x), None if early else positions)  # type: ignore[no-any-return]
+        early, late = split_selection(positions, slices, self.tp)
+        x = last(x, rotation, segments, early)
+        return self.select(self.norm(x), late)  # type: ignore[no-any-return]
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
         """Return cosines and sines for `position_ids`, on the device of `position_ids`."""

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import A, B, LoraConfig
 from trainer.llama.lora.nf4 import Nf4Weight, require_blocks
-from trainer.llama.model import Llama
+from trainer.llama.model import Block, Llama
 from trainer.llama.working import WorkingCopies
 
 
@@ -134,6 +134,8 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
             # Every rank holds equal weights, or no memory yet, and cuts a part: no broadcast.
             split = distribute_tensor(parameter, tp, [placement_of(role, name)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+        if isinstance(module, Block):
+            module.tp, module.tp_rank = tp.size(), tp.get_local_rank()
         if isinstance(module, Nf4Weight):
             _shard_codes(module, tp, placement_of(path.split(".")[-2]))
         if role in ("qkv", "gate_up", "select"):
@@ -204,8 +206,12 @@ def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, resh
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # The root holds embedding, norm and head together, since a tied weight is one parameter. Both
-    # ends of each pass need these weights, so the weights stay gathered in between.
+    if not model.config.tie_word_embeddings:  # then the head's exchanges run beside the layers
+        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        for method in ("loss", "token_losses"):
+            register_fsdp_forward_method(model.head, method)
+    # The root holds embedding and norm, with a tied head. Both ends of each pass need these
+    # weights, so the weights stay gathered in between.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from trainer.llama.model import Llama
@@ -154,7 +155,9 @@ def gradient_norms(parameters: Iterable[Tensor]) -> GradientNorms:
     The norms are computed in float32 over the shards of all ranks; replicated gradients count once.
     Partial sums over ranks are reduced first, in place. Does not wait for the device.
     """
-    return _gradient_norms({n: _completed_gradient(p) for n, p in enumerate(parameters) if p.grad is not None})
+    trained = {number: p for number, p in enumerate(parameters) if p.grad is not None}
+    _complete_gradients(trained.values())
+    return _gradient_norms({number: cast(Tensor, p.grad) for number, p in trained.items()})
 
 
 @torch.no_grad()
@@ -168,14 +171,28 @@ def clipped_step(optimizer: Optimizer, norm: Tensor, limit: float | None) -> Non
     optimizer.step()
 
 
-def _completed_gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
-        assert isinstance(parameter, DTensor)
-        gradient = gradient.redistribute(placements=parameter.placements)
-        parameter.grad = gradient
-    return gradient
+def _complete_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum partial gradients over their ranks: a single exchange for all of the same ranks."""
+    partial: dict[tuple[DeviceMesh, tuple[int, ...], torch.dtype], list[DTensor]] = defaultdict(list)
+    for parameter in parameters:
+        if isinstance(gradient := parameter.grad, DTensor):
+            dims = tuple(dim for dim, placement in enumerate(gradient.placements) if placement.is_partial())
+            if dims:
+                partial[gradient.device_mesh, dims, gradient.dtype].append(cast(DTensor, parameter))
+    for (mesh, dims, _), group in partial.items():
+        shards = [local(cast(Tensor, parameter.grad)) for parameter in group]
+        sums = torch.cat([shard.flatten() for shard in shards])
+        for dim in dims:
+            dist.all_reduce(sums, group=mesh.get_group(dim))
+        for parameter, shard, total in zip(group, shards, sums.split([s.numel() for s in shards]), strict=True):
+            parameter.grad = DTensor.from_local(
+                total.view_as(shard),
+                mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
 
 
 def _gradient_norms(gradients: dict[int, Tensor]) -> GradientNorms:

@@ -22,6 +22,7 @@ from sftstream import IGNORE_INDEX, Pack
 from trainer.distributed.mesh import Topology
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
+from trainer.llama.selection import Slices
 from trainer.llama.working import working_copies
 from trainer.training.optimizer import GradientNorms, Optimizer, clipped_step, gradient_norms
 
@@ -144,13 +145,15 @@ def pack_loss(
 
     The result is an fp32 scalar, or with the z-loss fp32 `(2,)`; `scale` is 1 by default.
     """
-    return model(*_inputs(pack, device), scale, z_loss=z_loss)  # type: ignore[no-any-return]
+    inputs, slices = _inputs(model, pack, device)
+    return model(*inputs, scale, slices=slices, z_loss=z_loss)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def label_losses(model: Llama, pack: Pack, device: torch.device) -> Tensor:
     """Return the cross-entropy of each trained token of a pack, in nats, fp32 `(n,)`, in order."""
-    return model(*_inputs(pack, device), each=True)  # type: ignore[no-any-return]
+    inputs, slices = _inputs(model, pack, device)
+    return model(*inputs, slices=slices, each=True)  # type: ignore[no-any-return]
 
 
 def trained_positions(pack: Pack) -> Tensor:
@@ -159,12 +162,15 @@ def trained_positions(pack: Pack) -> Tensor:
     return torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
 
 
-def _inputs(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Segments, Tensor, Tensor]:
+def _inputs(
+    model: Llama, pack: Pack, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Segments, Tensor, Tensor], Slices | None]:
     """Return the arguments of the model for a pack, on `device`."""
     trained = trained_positions(pack)
-    labels = pack.labels[trained]
-    input_ids, position_ids, cu_seqlens, trained, labels = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, labels)
+    slices = Slices.of(trained, pack.capacity, model.tp) if model.tp > 1 and len(trained) else None
+    tensors = pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, pack.labels[trained], *(slices or ())
+    input_ids, position_ids, cu_seqlens, trained, labels, *moved = (
+        tensor.to(device, non_blocking=True) for tensor in tensors
     )
-    return input_ids, position_ids, Segments(cu_seqlens, pack.max_seqlen), trained, labels
+    segments = Segments(cu_seqlens, pack.max_seqlen)
+    return (input_ids, position_ids, segments, trained, labels), Slices(*moved) if moved else None
