@@ -114,6 +114,18 @@ def test_compiled_blocks_stay_near_plain_blocks_and_compile_only_once(recompute:
     assert_near(gradients(model), gradients(plain))
 
 
+def test_a_layer_is_compiled_as_one_graph_before_and_one_after_its_attention() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    model = built(CONFIG)
+    prepare_blocks(model, recompute="none", compiled=True)
+    loss_of(model, pack_of(*PACK)).backward()
+    assert counters["stats"]["unique_graphs"] == 2
+    trained_loss_of(model, pack_of(*PACK)).backward()  # the last layer, for some of the tokens
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()

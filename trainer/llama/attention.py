@@ -118,8 +118,6 @@ class Shape(NamedTuple):
     """Channels of a head."""
 
 
-# Excluded from compilation: borders differ from pack to pack, and would compile the model again.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: Kernel | None = None) -> Tensor:
     """Return causal attention computed within each segment, `(T, Hq, D)`.
 

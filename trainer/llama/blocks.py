@@ -1,7 +1,7 @@
 """Recompute activations to save memory, and compile code to save time, in every block of a model.
 
-Only the `forward` of a module is replaced: parameter names stay, and the hooks that gather weights
-still run around `forward`.
+Only methods of a module are replaced: parameter names stay, and the hooks that gather weights still
+run around `forward`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def prepare_blocks(
     "full" leaves out. Recomputation changes no bit of layers that are not compiled.
 
     `compiled` changes rounding, and for each `recompute` otherwise: the compiler joins other
-    operations. The code is compiled once for all blocks and all packs of a capacity: only attention
-    sees the segment borders, and attention stays outside the compiled code.
+    operations. `Block.before` and `Block.after` are compiled once for all blocks and all packs of a
+    capacity: only the attention in between sees the segment borders.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -55,15 +55,16 @@ def prepare_blocks(
             if isinstance(module, Linear):
                 module.float8 = float8
         if recompute == "selective":
-            _replace_forward(block.mlp, _recomputed)
+            _replace(block.mlp, "forward", _recomputed)
         if recompute == "full" and compiled:
             # Outside of the compiled code, a layer's last product is not computed again: the
             # recomputation stops at the last input that the backward pass needs.
-            _replace_forward(block.mlp.down, torch.compiler.disable)
+            _replace(block.mlp.down, "forward", torch.compiler.disable)
         if compiled:
-            _replace_forward(block, torch.compile)
+            _replace(block, "before", torch.compile)
+            _replace(block, "after", torch.compile)
         if recompute == "full" and block is not model.blocks[-1]:
-            _replace_forward(block, _recomputed)
+            _replace(block, "forward", _recomputed)
     if compiled:
         # Without this flag the compiler picks kernels by their time, and another pick sums in
         # another order.
@@ -71,22 +72,19 @@ def prepare_blocks(
         # Elementwise results that a product of the backward pass reads, such as silu(gate) * up,
         # are computed again: as fast, and 7 % less memory in Llama 3.2 1B.
         torch._functorch.config.ban_recompute_materialized_backward = False
-        for module in (model, model.blocks[-1]):
-            module.register_forward_pre_hook(_expect_any_numbers)
+        model.blocks[-1].register_forward_pre_hook(_expect_any_number)
 
 
-def _replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    module.forward = wrap(module.forward)
+def _replace(module: nn.Module, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    setattr(module, method, wrap(getattr(module, method)))
 
 
-def _expect_any_numbers(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Mark the numbers of segment borders and of selected positions as variable.
+def _expect_any_number(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Mark the number of selected positions as variable.
 
-    Without the mark torch 2.11 compiles the blocks again for each number. The inputs are those of
-    the model, or of the last block, whose positions may be others.
+    Without the mark torch 2.11 compiles the block again for each number.
     """
-    torch._dynamo.maybe_mark_dynamic(inputs[2].cu_seqlens, 0)
-    if len(inputs) > 3 and inputs[3] is not None:
+    if inputs[3] is not None:
         torch._dynamo.maybe_mark_dynamic(inputs[3], 0)
 
 

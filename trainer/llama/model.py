@@ -21,7 +21,7 @@ from trainer.llama.lora.layers import A, Adapter, B, LoraConfig, Part
 from trainer.llama.lora.nf4 import Nf4Weight
 from trainer.llama.loss import WHOLE, Vocabulary, head_loss, token_losses
 from trainer.llama.rotary import Rotation, inverse_frequencies, rotate, rotation_at
-from trainer.llama.selection import Slices, own, split_selection, take
+from trainer.llama.selection import Slices, in_slice, split_selection, take
 from trainer.llama.sharding import weight_of
 from trainer.llama.swiglu import swiglu
 
@@ -125,14 +125,13 @@ class Attention(nn.Module):
         self.kernel: Kernel | None = None
         """The attention kernel; None is the kernel of each device that needs no other package."""
 
-    def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
+    def heads(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of this rank's heads, each `(T, heads, D)`."""
         # (T, groups on this rank, queries + 2, D)
         qkv = self.qkv(x).unflatten(1, (-1, self.queries + 2, self.head_size))
         q, k, v = qkv.split((self.queries, 1, 1), dim=2)
         q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
-        q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-        attended = attend(q, k, v, segments, self.kernel).flatten(1)
-        return self.output(attended if positions is None else take(attended, positions))  # type: ignore[no-any-return]
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
 
 def _head_norm(config: LlamaConfig) -> nn.Module:
@@ -169,6 +168,9 @@ class Block(nn.Module):
     With `positions` all that follows the attention is computed for these tokens only, and the
     result has their number of rows. Under tensor parallelism `positions` are those of `Slices`, and
     the result has the rows of this rank's slice.
+
+    `before` and `after` the attention are compiled, if at all; attention is not, since the borders
+    of its segments differ from pack to pack.
     """
 
     tp: int = 1
@@ -183,10 +185,20 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, lora)
 
     def forward(self, x: Tensor, rotation: Rotation, segments: Segments, positions: Tensor | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rotation, segments, positions)
+        attended = attend(*self.before(x, rotation), segments, self.attention.kernel)
+        return self.after(x, attended, positions)
+
+    def before(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, as `Attention.heads` does."""
+        return self.attention.heads(self.attention_norm(x), rotation)
+
+    def after(self, x: Tensor, attended: Tensor, positions: Tensor | None) -> Tensor:
+        """Return the layer's output from its input and the attention's output, `(T, heads, D)`."""
+        attended = attended.flatten(1)
         if positions is not None:
-            x = take(x, positions if self.tp == 1 else own(positions, self.tp, self.tp_rank, len(x)))
-        x = x + attended
+            attended = take(attended, positions)
+            x = take(x, positions if self.tp == 1 else in_slice(positions, self.tp, self.tp_rank, len(x)))
+        x = x + self.attention.output(attended)
         return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
 
 

@@ -50,7 +50,7 @@ def split_selection(positions: Tensor | None, slices: Slices | None, tp: int) ->
     return (early, late) if early is not None and len(early) > tp else (None, positions)
 
 
-def own(positions: Tensor, tp: int, rank: int, tokens: int) -> Tensor:
+def in_slice(positions: Tensor, tp: int, rank: int, tokens: int) -> Tensor:
     """Return the `positions` of `Slices` in the slice of `rank`, counted from its first token.
 
     `tokens` is the length of a slice.
