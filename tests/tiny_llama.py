@@ -104,8 +104,8 @@ def loss_of(model: Llama, pack: PackTensors) -> Tensor:
 def trained_loss_of(model: Llama, pack: PackTensors) -> Tensor:
     """Return the same loss from the trained positions alone."""
     positions = torch.nonzero(pack.labels >= 0).flatten()
-    slices = Slices.of(positions, len(pack.labels), model.tp) if model.tp > 1 and len(positions) else None
-    return model(pack.input_ids, pack.position_ids, pack.segments, positions, pack.labels[positions], slices=slices)
+    sliced = Slices.of(positions, len(pack.labels), model.tp) if model.tp > 1 and len(positions) else positions
+    return model(pack.input_ids, pack.position_ids, pack.segments, sliced, pack.labels[positions])
 
 
 def gradients(model: Llama) -> dict[str, Tensor]:

@@ -137,7 +137,8 @@ def prepare_run(
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
     if config.run.compile:  # after the data, whose errors need not wait for the compiler
         with explained(config, source.shape, topology.device):
-            warm_up(model, config.data.capacity, topology)
+            evaluates = validation is not None or evaluator.during is not None
+            warm_up(model, config.data.capacity, topology, evaluates=evaluates)
     description = RunDescription(
         restored.settings,
         topology,

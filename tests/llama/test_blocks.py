@@ -117,6 +117,7 @@ def test_compiled_blocks_stay_near_plain_blocks_and_compile_only_once(recompute:
 def test_a_layer_is_compiled_as_one_graph_before_and_one_after_its_attention() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
+    counters.clear()
     model = built(CONFIG)
     prepare_blocks(model, recompute="none", compiled=True)
     loss_of(model, pack_of(*PACK)).backward()

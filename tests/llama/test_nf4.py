@@ -148,7 +148,8 @@ def plain_and_compiled(rank: int, root: str) -> list[dict[str, torch.Tensor]]:
     for compiled in (True, False):
         model = spread(Path(root), "llama", 1, 1)
         for block in model.blocks if compiled else ():
-            block.forward = torch.compile(block.forward, backend="aot_eager")
+            block.before = torch.compile(block.before, backend="aot_eager")
+            block.after = torch.compile(block.after, backend="aot_eager")
         prepare_blocks(model, recompute="full" if compiled else "none", compiled=False)
         loss_of(model, pack_of(9, 4, 11)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})

@@ -282,6 +282,35 @@ def test_partial_gradients_of_all_norms_are_summed_in_a_single_exchange() -> Non
     assert [counts["allreduce_"] for counts in run_ranks(2, completed)] == [2, 2]
 
 
+def few_trained(rank: int, tp: int) -> list[tuple[float, Arrays]]:
+    mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=tp))
+    found = []
+    for trained in FEW:
+        model = build(CONFIG, mesh, CPU, capacity=CAPACITY)
+        init_weights(model, 0)
+        pack = pack_of(9, 4, 11)
+        labels = torch.full((CAPACITY,), IGNORE_INDEX)
+        labels[trained] = 7
+        loss = trained_loss_of(model, pack._replace(labels=labels))
+        loss.backward()
+        global_norm(model.parameters())
+        found.append((loss.item(), whole({name: p.grad for name, p in model.named_parameters()})))
+    return found
+
+
+FEW: list[list[int]] = [[], [5], [5, 23], [0, 1, 2, 3, 4, 5], list(range(12, 24)), list(range(24))]
+"""Trained tokens of a pack of 24: none in some slices of four ranks, or in all."""
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_slices_without_a_trained_token_change_nothing(tp: int) -> None:
+    (expected,) = run_ranks(1, few_trained, 1)
+    for rank in run_ranks(tp, few_trained, tp):
+        for (loss, gradients), (exact, plain) in zip(rank, expected, strict=True):
+            assert loss == pytest.approx(exact, rel=1e-6)
+            assert_near(gradients, plain)
+
+
 class Operations(TorchDispatchMode):
     """Counts of the operations run, by name."""
 
@@ -301,13 +330,13 @@ class Traffic(NamedTuple):
     """All-reduces: gradients between replicas, and the loss."""
 
 
-def traffic(rank: int, parallel: ParallelConfig) -> tuple[Traffic, Arrays]:
+def traffic(rank: int, parallel: ParallelConfig, config: LlamaConfig = CONFIG) -> tuple[Traffic, Arrays]:
     """Return the collectives and the gradients of a step of three packs per rank."""
     topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
-    model = build(CONFIG, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshards)
+    model = build(config, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshards)
     init_weights(model, 0)
     with Operations() as seen:
-        accumulate_gradients(model, [random_pack(CONFIG.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)
+        accumulate_gradients(model, [random_pack(config.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)
     return (
         Traffic(*(seen.counts[name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_"))),
         whole({name: p.grad for name, p in model.named_parameters()}),
@@ -339,6 +368,10 @@ def test_a_step_runs_exactly_the_collectives_of_the_policy(settings: dict[str, A
         segments = Segments(pack.cu_seqlens, pack.max_seqlen)
         (model(pack.input_ids, pack.position_ids, segments, labels=pack.labels) / 99).backward()
     assert_near(gradients, whole({name: p.grad for name, p in model.named_parameters()}))
+
+
+def test_a_tied_head_is_gathered_with_the_embedding() -> None:
+    assert {seen for seen, _ in run_ranks(2, traffic, ParallelConfig(), TIED)} == {Traffic(3 * (3 + 2), 3, 1)}
 
 
 def through_files(rank: int, directory: str, out: str) -> None:

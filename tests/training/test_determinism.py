@@ -8,9 +8,11 @@ import torch
 from gloo_ranks import run_ranks
 from tiny_llama import CONFIG, built, gradients, loss_of, pack_of, trained_loss_of
 
+from trainer.comparison import CAPACITY, random_pack
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh, distributed
 from trainer.llama.blocks import prepare_blocks
+from trainer.training.step import label_losses
 from trainer.training.warm_up import warm_up
 
 
@@ -71,6 +73,23 @@ def after_another_first_pack(rank: int) -> None:
 
 def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
     run_ranks(1, after_another_first_pack, timeout=300)
+
+
+def evaluated_after_the_warm_up(rank: int) -> None:
+    parallel = ParallelConfig()
+    topology = Topology(data_and_tensor_mesh("cpu", parallel), torch.device("cpu"), parallel)
+    model = built(CONFIG)
+    prepare_blocks(model, recompute="none", compiled=True)
+    warm_up(model, CAPACITY, topology, evaluates=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(3):
+        label_losses(model, random_pack(CONFIG.vocab_size, seed), topology.device)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_warm_up_compiles_the_code_of_validation_too() -> None:
+    """The first validation after a resume may be of other packs than the run's first."""
+    run_ranks(1, evaluated_after_the_warm_up, timeout=300)
 
 
 def test_a_group_of_one_leaves_the_environment_as_it_was() -> None:

@@ -217,6 +217,6 @@ def _kernels(tensor: Tensor) -> Kernels:
     """Return the functions for the device of `tensor`."""
     if not tensor.is_cuda:
         return _PLAIN
-    from trainer.llama.kernels import loss
+    from trainer.llama.kernels import loss as triton_kernels
 
-    return Kernels(loss.statistics, loss.gradient, loss.multiply)
+    return Kernels(triton_kernels.statistics, triton_kernels.gradient, triton_kernels.multiply)

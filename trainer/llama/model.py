@@ -7,7 +7,7 @@ hooks set by parallel.py exchange tokens between ranks.
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -248,6 +248,9 @@ class Llama(nn.Module):
     `load_adapters` must set the adapters as well.
     """
 
+    tp: int = 1
+    """Number of tensor-parallel ranks."""
+
     def __init__(self, config: LlamaConfig, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.config, self.lora = config, lora
@@ -271,11 +274,6 @@ class Llama(nn.Module):
         if "lm_head" in lora.modules_to_save:
             self.head.requires_grad_(True)
 
-    @property
-    def tp(self) -> int:
-        """Number of tensor-parallel ranks."""
-        return cast(Block, self.blocks[-1]).tp
-
     def tie(self) -> None:
         """Share the embedding's weight with the head if the config ties them.
 
@@ -289,11 +287,10 @@ class Llama(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         segments: Segments,
-        positions: Tensor | None = None,
+        positions: Tensor | Slices | None = None,
         labels: Tensor | None = None,
         scale: Tensor | None = None,
         *,
-        slices: Slices | None = None,
         z_loss: float = 0.0,
         each: bool = False,
     ) -> Tensor:
@@ -301,9 +298,8 @@ class Llama(nn.Module):
 
         `input_ids` and `position_ids` are int64 `(T,)`; `positions` holds int64 indices `(n,)`
         into the pack, distinct and in rising order. Under tensor parallelism every rank of the
-        group passes equal inputs, and the logits are a DTensor split over the vocabulary; with the
-        `slices` of the positions the last layer computes no other token after its attention, as it
-        does on one rank.
+        group passes equal inputs, and the logits are a DTensor split over the vocabulary. Positions
+        given as `Slices` spare the last layer all other tokens after its attention, as on one rank.
 
         With `labels`, int64 `(T,)` or `(n,)`, returns `scale` (an fp32 scalar, by default 1) times
         the summed cross-entropy instead, an fp32 scalar, equal on every rank of the group; with a
@@ -311,7 +307,7 @@ class Llama(nn.Module):
         does. With `labels` and `each` returns the cross-entropy of each label, fp32, without a
         gradient.
         """
-        hidden = self.hidden(input_ids, position_ids, segments, positions, slices)
+        hidden = self.hidden(input_ids, position_ids, segments, positions)
         if labels is None:
             return self.head(hidden)  # type: ignore[no-any-return]
         if each:
@@ -324,8 +320,7 @@ class Llama(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         segments: Segments,
-        positions: Tensor | None = None,
-        slices: Slices | None = None,
+        positions: Tensor | Slices | None = None,
     ) -> Tensor:
         """Return the normed hidden states of `positions`, `(n, hidden_size)`, or of all tokens."""
         x = self.embedding(input_ids)
@@ -333,7 +328,7 @@ class Llama(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, rotation, segments)
-        early, late = split_selection(positions, slices, self.tp)
+        early, late = split_selection(positions, self.tp)
         x = last(x, rotation, segments, early)
         return self.select(self.norm(x), late)  # type: ignore[no-any-return]
 

@@ -81,8 +81,9 @@ def parallelize(
     model on "meta" is split without memory. With a "dp" of 1 nothing is sharded over it: layers
     then compute with `WorkingCopies`, or with the weights themselves if all is float32.
 
-    Gradients are sums over "dp", not means. Gradients of norms stay partial sums over "tp" until
-    `global_norm` or the optimizer reduces them: once per step instead of once per pack.
+    Gradients are sums over "dp", not means. With a "dp" of 1 the gradients of weights that every
+    rank of "tp" holds, such as norms, stay partial sums until `gradient_norms` adds them up, once a
+    step and in float32; with more, FSDP2 adds them up in their own dtype.
 
     Raises ValueError if the size of "tp" does not divide the model or the capacity.
     """
@@ -142,6 +143,7 @@ def _shard_tensors(model: Llama, tp: DeviceMesh) -> None:
             module.register_forward_pre_hook(gather)
         if role in ("embedding", "output", "down"):
             module.register_forward_hook(scatter)
+    model.tp = tp.size()
     model.tie()
 
 
@@ -217,3 +219,10 @@ def _shard_data(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, resh
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor alone needs an operation that gloo lacks
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights, which a pass without a backward pass leaves in memory."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -16,8 +16,8 @@ from torch import Tensor
 class Slices(NamedTuple):
     """Selected tokens of a pack, equally many in the slice of each tensor-parallel rank.
 
-    Example: the tokens 0, 1, 3 and 6 of 8, for two ranks with 4 tokens each: `positions` 0, 1, 3,
-    6, 6, 6 with `places` 0, 1, 2, 3.
+    Example: the tokens 0, 3, 4, 5 and 7 of 8, for two ranks with 4 tokens each: `positions` 0, 3,
+    3, 4, 5, 7 with `places` 0, 1, 3, 4, 5.
     """
 
     positions: Tensor
@@ -40,14 +40,18 @@ class Slices(NamedTuple):
         return cls(torch.cat(rows), torch.arange(len(selected)) + shift.repeat_interleave(counts))
 
 
-def split_selection(positions: Tensor | None, slices: Slices | None, tp: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the tokens to select in the last layer, and the rows to select of its output."""
-    if tp > 1:
-        early, late = slices if slices else (None, positions)
-    else:
-        early, late = positions, None
-    # Compiled code is made again for a length of 0 or 1.
-    return (early, late) if early is not None and len(early) > tp else (None, positions)
+def split_selection(positions: Tensor | Slices | None, tp: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the tokens to select in the last layer, and the rows to select of its output.
+
+    None selects all.
+    """
+    if positions is None or (tp > 1 and not isinstance(positions, Slices)):
+        return None, positions
+    early, late = positions if isinstance(positions, Slices) else (positions, None)
+    if len(early) > tp:
+        return early, late
+    # Compiled code is made again for a slice of a single row, or of none.
+    return None, early if late is None else early[late]
 
 
 def in_slice(positions: Tensor, tp: int, rank: int, tokens: int) -> Tensor:

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from sftstream import ChatEncoder
 from trainer.config import EvaluationConfig
@@ -35,6 +34,7 @@ from trainer.distributed.mesh import Topology
 from trainer.distributed.watch import Watch
 from trainer.llama.attention import Segments
 from trainer.llama.model import Llama
+from trainer.llama.parallel import reshard
 from trainer.llama.sharding import gather_full
 from trainer.training.evaluation import Question, judge, write_answers
 from trainer.training.scorer import Scorer
@@ -120,9 +120,7 @@ class HeldOutQuestions:
         found: dict[int, list[int]] = {}
         for numbers in self._mine:
             found |= self._answer(self._pack(numbers), model, step, watch)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # else gathered weights stay in memory, without a backward pass
+        reshard(model)
         everyone: list[dict[int, list[int]]] | None = [{}] * dist.get_world_size() if self._topology.first else None
         dist.gather_object(found, everyone)
         box: list[AnswerScores | None] = [None]

@@ -11,8 +11,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from trainer.llama.model import Llama
 from trainer.llama.sharding import local
@@ -172,27 +171,16 @@ def clipped_step(optimizer: Optimizer, norm: Tensor, limit: float | None) -> Non
 
 
 def _complete_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum partial gradients over their ranks: a single exchange for all of the same ranks."""
-    partial: dict[tuple[DeviceMesh, tuple[int, ...], torch.dtype], list[DTensor]] = defaultdict(list)
-    for parameter in parameters:
-        if isinstance(gradient := parameter.grad, DTensor):
-            dims = tuple(dim for dim, placement in enumerate(gradient.placements) if placement.is_partial())
-            if dims:
-                partial[gradient.device_mesh, dims, gradient.dtype].append(cast(DTensor, parameter))
-    for (mesh, dims, _), group in partial.items():
-        shards = [local(cast(Tensor, parameter.grad)) for parameter in group]
-        sums = torch.cat([shard.flatten() for shard in shards])
-        for dim in dims:
-            dist.all_reduce(sums, group=mesh.get_group(dim))
-        for parameter, shard, total in zip(group, shards, sums.split([s.numel() for s in shards]), strict=True):
-            parameter.grad = DTensor.from_local(
-                total.view_as(shard),
-                mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+    """Sum the gradients that are partial sums over the tensor-parallel ranks, in one exchange."""
+    partial = [p for p in parameters if isinstance(p.grad, DTensor) and p.grad.placements == (Partial(),)]
+    if not partial:
+        return
+    shards = [local(cast(Tensor, parameter.grad)) for parameter in partial]
+    sums = torch.cat([shard.flatten().float() for shard in shards])
+    dist.all_reduce(sums, group=cast(DTensor, partial[0]).device_mesh.get_group())
+    for parameter, shard, total in zip(partial, shards, sums.split([s.numel() for s in shards]), strict=True):
+        mesh = cast(DTensor, parameter).device_mesh
+        parameter.grad = DTensor.from_local(total.view_as(shard).to(shard.dtype), mesh, [Replicate()], run_check=False)
 
 
 def _gradient_norms(gradients: dict[int, Tensor]) -> GradientNorms:

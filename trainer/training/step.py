@@ -145,15 +145,13 @@ def pack_loss(
 
     The result is an fp32 scalar, or with the z-loss fp32 `(2,)`; `scale` is 1 by default.
     """
-    inputs, slices = _inputs(model, pack, device)
-    return model(*inputs, scale, slices=slices, z_loss=z_loss)  # type: ignore[no-any-return]
+    return model(*_inputs(model, pack, device), scale, z_loss=z_loss)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def label_losses(model: Llama, pack: Pack, device: torch.device) -> Tensor:
     """Return the cross-entropy of each trained token of a pack, in nats, fp32 `(n,)`, in order."""
-    inputs, slices = _inputs(model, pack, device)
-    return model(*inputs, slices=slices, each=True)  # type: ignore[no-any-return]
+    return model(*_inputs(model, pack, device), each=True)  # type: ignore[no-any-return]
 
 
 def trained_positions(pack: Pack) -> Tensor:
@@ -162,15 +160,11 @@ def trained_positions(pack: Pack) -> Tensor:
     return torch.nonzero(pack.labels != IGNORE_INDEX).flatten()
 
 
-def _inputs(
-    model: Llama, pack: Pack, device: torch.device
-) -> tuple[tuple[Tensor, Tensor, Segments, Tensor, Tensor], Slices | None]:
+def _inputs(model: Llama, pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Segments, Tensor | Slices, Tensor]:
     """Return the arguments of the model for a pack, on `device`."""
     trained = trained_positions(pack)
     slices = Slices.of(trained, pack.capacity, model.tp) if model.tp > 1 and len(trained) else None
-    tensors = pack.input_ids, pack.position_ids, pack.cu_seqlens, trained, pack.labels[trained], *(slices or ())
-    input_ids, position_ids, cu_seqlens, trained, labels, *moved = (
-        tensor.to(device, non_blocking=True) for tensor in tensors
-    )
-    segments = Segments(cu_seqlens, pack.max_seqlen)
-    return (input_ids, position_ids, segments, trained, labels), Slices(*moved) if moved else None
+    tensors = pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.labels[trained], *(slices or (trained,))
+    input_ids, position_ids, cu_seqlens, labels, *moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    positions = Slices(*moved) if slices else moved[0]
+    return input_ids, position_ids, Segments(cu_seqlens, pack.max_seqlen), positions, labels

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.distributed.fsdp import FSDPModule
 
 from checkpoints import About
 from sftstream import ChatEncoder, DataConfig, Pack, PackAssignment, PackLoader, batch_digest
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
+from trainer.llama.parallel import reshard
 from trainer.training.step import label_losses, trained_positions
 from trainer.training.step_reader import StepReader, gather_refusals, reduce_totals
 
@@ -129,9 +129,7 @@ class Validation:
     def _losses(self, model: Llama) -> HeldOutLoss:
         # The losses stay on the device until the end, 4 bytes a label: no wait between packs.
         losses = [label_losses(model, pack, self._topology.device) for pack in self._packs]
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # else gathered weights stay in memory, without a backward pass
+        reshard(model)
         totals = torch.zeros(len(self._tokens), dtype=torch.float64)
         if self._topology.leads and losses:  # the other ranks of a tensor-parallel group have equal losses
             sources = np.concatenate([_sources_of_labels(pack) for pack in self._packs])

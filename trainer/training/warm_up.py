@@ -7,21 +7,28 @@ import numpy as np
 from sftstream import Pack, Segment
 from trainer.distributed.mesh import Topology
 from trainer.llama.model import Llama
-from trainer.training.step import accumulate_gradients
+from trainer.llama.parallel import reshard
+from trainer.training.step import accumulate_gradients, label_losses
 
 LENGTH = 512
 """Tokens of a conversation in the pack."""
 
 
-def warm_up(model: Llama, capacity: int, topology: Topology) -> None:
+def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool = False) -> None:
     """Run the passes of one pack of `capacity` tokens, and drop the gradients. Collective.
+
+    `evaluates` also runs the pass without gradients of validation and of answers.
 
     The compiler fits its code to the first numbers of trained tokens and segments that it sees. A
     resumed run begins with another pack than the first start: compiled for that pack, its code
     could sum in another order.
     """
-    accumulate_gradients(model, [_pack(capacity)], topology, trained_tokens=capacity // 2)
+    pack = _pack(capacity)
+    accumulate_gradients(model, [pack], topology, trained_tokens=capacity // 2)
     model.zero_grad(set_to_none=True)
+    if evaluates:
+        label_losses(model, pack, topology.device)
+        reshard(model)
 
 
 def _pack(capacity: int) -> Pack:

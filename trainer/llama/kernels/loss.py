@@ -1,4 +1,4 @@
-"""The Triton kernels of `loss.py`: each reads the logits once, for any number of tokens."""
+"""The Triton kernels of `llama/loss.py`: each reads the logits once, for any number of tokens."""
 
 from __future__ import annotations
 

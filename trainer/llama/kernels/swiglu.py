@@ -1,4 +1,4 @@
-"""The Triton kernel of `swiglu.py`."""
+"""The Triton kernel of `llama/swiglu.py`."""
 
 from __future__ import annotations
 
