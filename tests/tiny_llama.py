@@ -104,7 +104,7 @@ def loss_of(model: Llama, pack: PackTensors) -> Tensor:
 def trained_loss_of(model: Llama, pack: PackTensors) -> Tensor:
     """Return the same loss from the trained positions alone."""
     positions = torch.nonzero(pack.labels >= 0).flatten()
-    sliced = Slices.of(positions, len(pack.labels), model.tp) if model.tp > 1 and len(positions) else positions
+    sliced = Slices.of(positions, len(pack.labels), model.tp) if model.tp > 1 else positions
     return model(pack.input_ids, pack.position_ids, pack.segments, sliced, pack.labels[positions])
 
 

@@ -103,9 +103,9 @@ def run(
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
-    if config.run.compile is not False and config.run.device != "cpu" and torch.cuda.is_available():
-        start_compiler()
     with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
+        if config.run.compile is not False and topology.device.type == "cuda":
+            start_compiler()
         display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)

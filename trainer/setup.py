@@ -124,8 +124,7 @@ def prepare_run(
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
     settings = Settings.of(config, source, compute_dtype, base.digests if base else None)
     if topology.first:
-        require_replaceable(config.run.export_directory)
-        require_replaceable(config.run.adapter_directory, ADAPTER)
+        _require_replaceable_exports(config)
     token = _own(directory, saves, latest)
     model, optimizer, restored = _build_and_restore(config, source, topology, kernel, saves, latest, settings)
     loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
@@ -135,10 +134,8 @@ def prepare_run(
     assignment = assign_packs(loader, config.data, topology)
     judged = evaluator.during.digest if evaluator.during else None
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
-    if config.run.compile:  # after the data, whose errors need not wait for the compiler
-        with explained(config, source.shape, topology.device):
-            evaluates = validation is not None or evaluator.during is not None
-            warm_up(model, config.data.capacity, topology, evaluates=evaluates)
+    # after the data, whose errors need not wait for the compiler
+    _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
     description = RunDescription(
         restored.settings,
         topology,
@@ -187,6 +184,23 @@ def _build_and_restore(
             return model, optimizer, Restored(Progress(), settings)
         accepted = config.run.accept_changed
         return model, optimizer, restore(saves.store, model, optimizer, settings, topology, latest, accepted)
+
+
+def _require_replaceable_exports(config: TrainConfig) -> None:
+    """Raise ValueError if the run could not replace a directory that it exports to."""
+    require_replaceable(config.run.export_directory)
+    require_replaceable(config.run.adapter_directory, ADAPTER)
+
+
+def _compile(config: TrainConfig, source: ModelSource, model: Llama, topology: Topology, *, evaluates: bool) -> None:
+    """Compile the layers, if the run compiles. Collective.
+
+    `evaluates` compiles them for validation and answers too. An error for lack of memory names the
+    settings to change.
+    """
+    if config.run.compile:
+        with explained(config, source.shape, topology.device):
+            warm_up(model, config.data.capacity, topology, evaluates=evaluates)
 
 
 def _step_reader(

@@ -163,7 +163,7 @@ def trained_positions(pack: Pack) -> Tensor:
 def _inputs(model: Llama, pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Segments, Tensor | Slices, Tensor]:
     """Return the arguments of the model for a pack, on `device`."""
     trained = trained_positions(pack)
-    slices = Slices.of(trained, pack.capacity, model.tp) if model.tp > 1 and len(trained) else None
+    slices = Slices.of(trained, pack.capacity, model.tp) if model.tp > 1 else None
     tensors = pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.labels[trained], *(slices or (trained,))
     input_ids, position_ids, cu_seqlens, labels, *moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
     positions = Slices(*moved) if slices else moved[0]
