@@ -127,6 +127,24 @@ def test_a_layer_is_compiled_as_one_graph_before_and_one_after_its_attention() -
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_full_recomputation_runs_the_code_of_the_forward_pass(float8: bool) -> None:
+    """A graph compiled for any number of tokens would also take the place of that for all tokens."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = built(msgspec.structs.replace(CONFIG, **WIDE))
+    prepare_blocks(model, recompute="full", compiled=True, float8=float8)
+    for lengths in ((100, 156), (256,)):
+        trained_loss_of(model, pack_of(*lengths)).backward()
+    # before the attention; after the attention, and inside the feed-forward; the last layer after its attention
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 8}
+"""Sizes with which torch stores the tensors of a graph for any number of tokens in another order."""
+
+
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()

@@ -56,14 +56,17 @@ def prepare_blocks(
                 module.float8 = float8
         if recompute == "selective":
             _replace(block.mlp, "forward", _recomputed)
-        if recompute == "full" and compiled:
+        recomputes = recompute == "full" and block is not model.blocks[-1]
+        if recomputes and compiled:
             # Outside of the compiled code, a layer's last product is not computed again: the
-            # recomputation stops at the last input that the backward pass needs.
+            # recomputation stops at the last input that the backward pass needs. In the last layer,
+            # with its varying number of tokens, this would compile a feed-forward for any number of
+            # tokens, which then served the recomputation of the other layers too.
             _replace(block.mlp.down, "forward", torch.compiler.disable)
         if compiled:
             _replace(block, "before", torch.compile)
             _replace(block, "after", torch.compile)
-        if recompute == "full" and block is not model.blocks[-1]:
+        if recomputes:
             _replace(block, "forward", _recomputed)
     if compiled:
         # Without this flag the compiler picks kernels by their time, and another pick sums in
