@@ -8,8 +8,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: .venv/installed
 	$(BIN)/torchrun -m trainer.main
 
-# Two to four files of tests at a time; the tests of a file share fixtures and so a process.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Two to four files of tests at a time; the tests of a file share fixtures and so a process. A process
+# that crashes ends the tests: with another in its place pytest-xdist can wait for ever.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 test: .venv/dev
 	$(PYTEST) -m "not slow" $(PARALLEL)

@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
 from typing import NamedTuple
@@ -47,6 +48,10 @@ LOAD_AT_CALL = 2
 """
 COMPARE_FIRST, COMPARE_EVERY = 32, 4096
 """The ids of the first 32 texts of a run are compared, then the ids of every 4,096th text."""
+
+_LOADING: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+"""Lock of each process, held by the thread that loads and compares. Twice a process with three such
+threads at work crashed in fastokens. A process that is forked meanwhile has another lock."""
 
 
 def version() -> str | None:
@@ -105,11 +110,17 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load the description with fastokens, and compare the ids of the test texts.
+        """Load the description with fastokens, and compare the ids of the test texts, after the other
+        threads of this process that do so.
 
         Returns early if the main thread has ended: Python aborts if it exits while a thread runs
         native code.
         """
+        with _LOADING[os.getpid()]:
+            if threading.main_thread().is_alive():
+                self._load()
+
+    def _load(self) -> None:
         # A data loader has a process per core; more threads of fastokens would only wait, busily.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         import fastokens
