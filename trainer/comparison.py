@@ -153,7 +153,7 @@ def _public_answer(
     new_tokens: int,
 ) -> Answer:
     """Compute the packs' conversations one by one with transformers."""
-    model = public_model(directory, adapter, dtype, attention, quantize).to(device)
+    model = public_model(directory, adapter, dtype, attention, quantize, device).to(device)
     # transformers gives the row of a padding token no gradient; a packed run has no padding token.
     model.get_input_embeddings().padding_idx = None
     trained = sum(pack.trained_tokens for pack in packs)
@@ -171,12 +171,17 @@ def _public_answer(
 
 
 def public_model(
-    directory: Path, adapter: Path | None, dtype: torch.dtype, attention: str, quantize: str | None = None
+    directory: Path,
+    adapter: Path | None,
+    dtype: torch.dtype,
+    attention: str,
+    quantize: str | None = None,
+    device: torch.device | None = None,
 ) -> Any:
     """Return a model of transformers, with trainable adapters of `peft` if `adapter` is given.
 
-    `quantize` "nf4" is the 4-bit quantization of bitsandbytes: the model computes with the restored
-    weights.
+    `quantize` "nf4" is the 4-bit quantization of bitsandbytes, made on `device` (by default a GPU,
+    if there is one): the model computes with the restored weights.
 
     Raises ValueError if `peft` is needed and not installed.
     """
@@ -188,6 +193,7 @@ def public_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+        settings["device_map"] = None if device is None else {"": device}
     model: Any = AutoModelForCausalLM.from_pretrained(directory, **settings)
     if quantize is not None:
         # A product with codes is a kernel of its own, which on a CPU computes in bfloat16.

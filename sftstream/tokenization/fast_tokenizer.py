@@ -110,8 +110,9 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load the description with fastokens, and compare the ids of the test texts, after the other
-        threads of this process that do so.
+        """Load the description with fastokens, and compare the ids of the test texts.
+
+        Waits for other threads of this process that do so.
 
         Returns early if the main thread has ended: Python aborts if it exits while a thread runs
         native code.

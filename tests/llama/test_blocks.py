@@ -127,8 +127,8 @@ def test_a_layer_is_compiled_as_one_graph_before_and_one_after_its_attention() -
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("float8", [False, True])
-def test_a_full_recomputation_runs_the_code_of_the_forward_pass(float8: bool) -> None:
+@pytest.mark.parametrize(("float8", "graphs"), [(False, 4), (True, 3)])
+def test_a_full_recomputation_runs_the_code_of_the_forward_pass(float8: bool, graphs: int) -> None:
     """A graph compiled for any number of tokens would also take the place of that for all tokens."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -137,8 +137,8 @@ def test_a_full_recomputation_runs_the_code_of_the_forward_pass(float8: bool) ->
     prepare_blocks(model, recompute="full", compiled=True, float8=float8)
     for lengths in ((100, 156), (256,)):
         trained_loss_of(model, pack_of(*lengths)).backward()
-    # before the attention; after the attention, and inside the feed-forward; the last layer after its attention
-    assert counters["stats"]["unique_graphs"] == 4
+    # Before the attention; after the attention, in two parts but in float8; the last layer after its attention.
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 8}

@@ -57,11 +57,12 @@ def prepare_blocks(
         if recompute == "selective":
             _replace(block.mlp, "forward", _recomputed)
         recomputes = recompute == "full" and block is not model.blocks[-1]
-        if recomputes and compiled:
+        if recomputes and compiled and not float8:
             # Outside of the compiled code, a layer's last product is not computed again: the
-            # recomputation stops at the last input that the backward pass needs. In the last layer,
-            # with its varying number of tokens, this would compile a feed-forward for any number of
-            # tokens, which then served the recomputation of the other layers too.
+            # recomputation stops at the last input that the backward pass needs. In float8 the
+            # rounding of its inputs, not compiled, would take longer than the product. In the last
+            # layer, with its varying number of tokens, a feed-forward for any number of tokens
+            # would be compiled, which then served the recomputation of the other layers too.
             _replace(block.mlp.down, "forward", torch.compiler.disable)
         if compiled:
             _replace(block, "before", torch.compile)
