@@ -8,13 +8,20 @@ from trainer.llama.lora.layers import LoraConfig
 
 
 def activations(
-    shape: LlamaConfig, tokens: int, tp: int, recompute: Recompute, lora: LoraConfig | None = None
+    shape: LlamaConfig,
+    tokens: int,
+    tp: int,
+    recompute: Recompute,
+    lora: LoraConfig | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[int, int]:
     """Return the numbers of activation elements of a pack of `tokens` for the backward pass.
 
     The first number is kept, in all layers; the second is computed again, in one layer at a time. A
     layer with frozen weights and no adapter keeps no input; an adapter keeps the product of its
-    input and `A`.
+    input and `A`. On one rank, `compiled` layers compute the first norm's output again from its
+    input.
     """
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
     # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.
@@ -24,7 +31,8 @@ def activations(
     wide = shape.intermediate_size // tp
     ranks = _adapter_ranks(lora)
     keeps = {role: lora is None or rank > 0 for role, rank in ranks.items()}
-    attention = row + full_row * keeps["qkv"] + projected + rotated + heads * size // tp
+    normed = 0 if compiled and tp == 1 else full_row * keeps["qkv"]
+    attention = row + normed + projected + rotated + heads * size // tp
     attention += ranks["qkv"] + ranks["output"]
     # Input and output of the norm; gate, up and silu(gate) * up.
     feed_forward = row + full_row * keeps["gate_up"] + 2 * wide + wide * keeps["down"]

@@ -226,7 +226,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
-    kept, again = activations(shape, data.capacity, parallel.tp, run.recompute, config.lora)
+    compiled = run.compile is not False
+    kept, again = activations(shape, data.capacity, parallel.tp, run.recompute, config.lora, compiled=compiled)
     gradients = gathered.trained * 4 if sums else sharded.trained * trained.itemsize
     # The logits, overwritten by their gradient; a trained head's gradient.
     head = logits + (width * shape.hidden_size * computed.itemsize if _trains_head(config.lora) else 0)
