@@ -52,6 +52,11 @@ def place_line(config: TrainConfig, topology: Topology) -> str:
     return f"place    {topology.describe()}; checkpoints every {config.checkpoint.every:,} steps in {root}, result in {out}"
 
 
+def compile_line(config: TrainConfig) -> str:
+    """Return the line before the compilation of the layers, which takes seconds."""
+    return f"compile  the layers, for packs of {config.data.capacity:,} tokens; later starts reuse the compiled code"
+
+
 def steps_left(config: TrainConfig, forecast: Forecast, done: int) -> int | None:
     """Return the steps until the run ends, estimated; None for data of unknown size."""
     ends = [end for end in (config.run.steps, forecast.steps) if end is not None]

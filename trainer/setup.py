@@ -25,7 +25,7 @@ from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files
-from trainer.opening import chosen_line, data_line, model_line, peak_of, place_line, steps_left, time_line
+from trainer.opening import chosen_line, compile_line, data_line, model_line, peak_of, place_line, steps_left, time_line
 from trainer.out_of_memory import explained
 from trainer.reporting.display import Display
 from trainer.reporting.messages import (
@@ -114,6 +114,7 @@ def prepare_run(
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     given = config
+    display.say(place_line(config, topology))  # first: a model may be downloaded, and attention compiled
     source = find_source(config.model, config.data.tokenizer.path, config.lora)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
@@ -135,7 +136,9 @@ def prepare_run(
     judged = evaluator.during.digest if evaluator.during else None
     validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
     # after the data, whose errors need not wait for the compiler
-    _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
+    if config.run.compile:
+        display.say(compile_line(config))
+        _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
     description = RunDescription(
         restored.settings,
         topology,
@@ -193,14 +196,13 @@ def _require_replaceable_exports(config: TrainConfig) -> None:
 
 
 def _compile(config: TrainConfig, source: ModelSource, model: Llama, topology: Topology, *, evaluates: bool) -> None:
-    """Compile the layers, if the run compiles. Collective.
+    """Compile the layers. Collective.
 
     `evaluates` compiles them for validation and answers too. An error for lack of memory names the
     settings to change.
     """
-    if config.run.compile:
-        with explained(config, source.shape, topology.device):
-            warm_up(model, config.data.capacity, topology, evaluates=evaluates)
+    with explained(config, source.shape, topology.device):
+        warm_up(model, config.data.capacity, topology, evaluates=evaluates)
 
 
 def _step_reader(
@@ -211,8 +213,8 @@ def _step_reader(
 
 
 def say_start(run: Run, restored: Restored) -> None:
-    """Print the model, the data, the place, the time, the choices, damaged checkpoints and the step
-    of a resume."""
+    """Print the model, the data, the time, the choices, damaged checkpoints and the step of a
+    resume."""
     run.display.say(model_line(run.model, run.config, run.source))
     if run.topology.first and (loader := run.step_reader.loader):
         _say_data(run, restored.progress, loader)
@@ -234,13 +236,12 @@ def say_start(run: Run, restored: Restored) -> None:
 
 
 def _say_data(run: Run, progress: Progress, loader: PackLoader) -> None:
-    """Print the lines of the first rank: data, packs, place, time, choices and unread columns."""
+    """Print the lines of the first rank: data, packs, time, choices and unread columns."""
     config, forecast, ranks = run.config, loader.forecast(), dist.get_world_size()
     left = steps_left(config, forecast, progress.step)
     lines = [
         data_line(config.data, run.total_rows),
         f"packs    {forecast.describe(config.run.steps)}",
-        place_line(config, run.topology),
         *([] if left == 0 else [time_line(config, run.source.shape, left, ranks, peak_of(run.topology))]),
         chosen_line(run.given, config, loader.config, run.topology.device),
         *loader.unread_columns(),

@@ -168,12 +168,12 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
 ) -> None:
     _, _, lines = first
     assert lines[:8] == [
+        "place    1 x CPU (dp 1 x tp 1); checkpoints every 2 steps in runs/run/checkpoints, result in runs/run/export",
         'compute  layers not compiled, attention "sdpa", float32 weights, computation in float32, recompute none, '
         "deterministic",
         "model    a Llama of 51,360 parameters from random weights, all trained",
         "data     62,000 conversations in all epochs of 1 source (dialogues.jsonl); trained roles: assistant",
-        lines[3],
-        "place    1 x CPU (dp 1 x tp 1); checkpoints every 2 steps in runs/run/checkpoints, result in runs/run/export",
+        lines[4],
         "time     3 steps, each timed as the run goes; the time left is printed from step 5 on",
         "chosen   data.streams = 64, parallel.reshard_after_forward = true, "
         'run.attention = "sdpa", run.compile = false, run.compute_dtype = "float32", '
@@ -181,7 +181,7 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
         "run      runs/run: a new run, from step 1",
     ]
     assert re.fullmatch(
-        r"packs    12 packs of 256 tokens in 3 steps, about [0-9.]+% full; 64 logical streams", lines[3]
+        r"packs    12 packs of 256 tokens in 3 steps, about [0-9.]+% full; 64 logical streams", lines[4]
     )
     assert re.match(r"step 1 \| loss [0-9.]+ \| rate 0\.01 \| [0-9,]+ tokens/s \| fill ", lines[8])
 

@@ -117,14 +117,11 @@ def test_compiled_layers_resume_with_the_recomputation_of_the_checkpoint(tmp_pat
         {"steps": 2},
         {"steps": 3, "recompute": "none"},
     )
-    first, resumed, changed_by_hand = (
-        next(
-            line
-            for line in runs.run(tmp_path, changed(config, {"run": run})).output().splitlines()
-            if "compute " in line
-        )
-        for run in starts
-    )
+    outputs = [runs.run(tmp_path, changed(config, {"run": run})).output().splitlines() for run in starts]
+    first, resumed, changed_by_hand = (next(line for line in lines if "compute " in line) for lines in outputs)
+    capacity = config["data"]["capacity"]
+    for lines in outputs:
+        assert f"compile  the layers, for packs of {capacity} tokens; later starts reuse the compiled code" in lines
     assert first == resumed
     assert "recompute full" in first
     assert (
