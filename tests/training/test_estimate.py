@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import subprocess
 import sys
 import tomllib
@@ -244,6 +245,14 @@ def test_adapters_shrink_all_but_the_activations_and_the_frozen_weights_of_an_8b
     with_head = estimate(adapting(**tables | {"lora": {"rank": 16, "modules_to_save": ["lm_head"]}}), shape, 1)
     assert with_head.trained == found.trained + 128256 * 4096
     assert with_head.memory["head"] == found.memory["head"] + 2 * 128256 * 4096
+
+
+def test_the_readme_names_the_planned_memory_of_its_example() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    given = with_memory_settings(parse_config(tomllib.loads(block)), LLAMA_1B, 1, 80 * GIB)
+    planned = sum(memory(given, LLAMA_1B, 1).values()) / GIB
+    assert f"needs about {planned:.0f} GiB" in text
 
 
 def adapting(**changes: dict[str, Any]) -> TrainConfig:
