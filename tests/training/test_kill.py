@@ -37,6 +37,21 @@ def test_kills_leave_no_trace_in_float8(tmp_path: Path, tokenizer: str) -> None:
     compare(tmp_path, config, processes=2, draw=random.Random(SEED + 4), kills=2)
 
 
+@pytest.mark.parametrize(
+    "run", [{"recompute": "full"}, {"recompute": "selective", "float8": True}], ids=["full", "selective, float8"]
+)
+def test_kills_leave_no_trace_in_compiled_layers(run: dict[str, Any], tmp_path: Path, tokenizer: str) -> None:
+    sources = runs.sources(tmp_path)
+    config = runs.run_config(
+        tokenizer,
+        sources,
+        run={"compile": True, "deterministic": True} | run,
+        model={"num_hidden_layers": 3},
+        validation={"sources": [{"path": sources}], "every": 3},
+    )
+    compare(tmp_path, config, processes=1, draw=random.Random(SEED + 5), kills=2)
+
+
 def test_a_kill_before_the_first_checkpoint_starts_the_same_run_again(tmp_path: Path, tokenizer: str) -> None:
     config = runs.run_config(tokenizer, runs.sources(tmp_path), checkpoint={"every": 100})
     whole = _whole(tmp_path / "whole", config)
@@ -74,10 +89,13 @@ def test_random_kills_leave_no_trace(number: int, tmp_path: Path, tokenizer: str
     name = list(TOPOLOGIES)[number % len(TOPOLOGIES)] if len(TOPOLOGIES) <= DRAWS else draw.choice(list(TOPOLOGIES))
     processes, tp = TOPOLOGIES[name]
     workers, kills = draw.choice([0, 1, 2]), draw.randint(3, 5)
-    print(f"seed {SEED}, draw {number}: {name}, {workers} workers, {kills} kills")
+    compiled = processes <= 2 and draw.random() < 0.3
+    recompute = draw.choice(["none", "selective", "full"])
+    print(f"seed {SEED}, draw {number}: {name}, {workers} workers, {kills} kills, {compiled=}, recompute {recompute}")
     config = runs.run_config(
         tokenizer,
         runs.sources(tmp_path),
+        run={"compile": compiled, "recompute": recompute},
         data={"workers": workers, "prefetch": draw.choice([1, 4])},
         parallel={"tp": tp},
         checkpoint={"every": draw.choice([1, 2, 3]), "background": draw.random() < 0.7},
