@@ -114,35 +114,39 @@ def test_compiled_blocks_stay_near_plain_blocks_and_compile_only_once(recompute:
     assert_near(gradients(model), gradients(plain))
 
 
-def test_a_layer_is_compiled_as_one_graph_before_and_one_after_its_attention() -> None:
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    model = built(CONFIG)
-    prepare_blocks(model, recompute="none", compiled=True)
-    loss_of(model, pack_of(*PACK)).backward()
-    assert counters["stats"]["unique_graphs"] == 2
-    trained_loss_of(model, pack_of(*PACK)).backward()  # the last layer, for some of the tokens
-    assert counters["stats"]["unique_graphs"] == 3
-    assert not counters["graph_break"]
+@pytest.mark.parametrize(
+    ("recompute", "float8", "graphs", "breaks"),
+    [
+        ("none", False, 3, 0),
+        ("none", True, 3, 0),
+        ("selective", False, 3, 0),
+        ("selective", True, 3, 0),
+        ("full", False, 4, 1),
+        ("full", True, 3, 0),
+    ],
+)
+def test_all_layers_share_a_graph_before_and_a_graph_after_their_attention(
+    recompute: Recompute, float8: bool, graphs: int, breaks: int
+) -> None:
+    """The last layer has a graph of its own after its attention, for any number of tokens.
 
-
-@pytest.mark.parametrize(("float8", "graphs"), [(False, 4), (True, 3)])
-def test_a_full_recomputation_runs_the_code_of_the_forward_pass(float8: bool, graphs: int) -> None:
-    """A graph compiled for any number of tokens would also take the place of that for all tokens."""
+    A feed-forward for any number of tokens would also take the place of that of the other layers,
+    when these are computed again.
+    """
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     model = built(msgspec.structs.replace(CONFIG, **WIDE))
-    prepare_blocks(model, recompute="full", compiled=True, float8=float8)
+    prepare_blocks(model, recompute=recompute, compiled=True, float8=float8)
     for lengths in ((100, 156), (256,)):
         trained_loss_of(model, pack_of(*lengths)).backward()
-    # Before the attention; after the attention, in two parts but in float8; the last layer after its attention.
     assert counters["stats"]["unique_graphs"] == graphs
+    assert len(counters["graph_break"]) == breaks
 
 
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 8}
-"""Sizes with which torch stores the tensors of a graph for any number of tokens in another order."""
+# Sizes with which torch stores the tensors of a graph for any number of tokens in another order, and
+# more layers than the compiler compiles one by one.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 10, "num_key_value_heads": 8}
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -151,13 +155,13 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
 
 
-def compiled_on_a_rank(rank: int, tp: int) -> dict[str, Tensor]:
+def compiled_on_a_rank(rank: int, tp: int, recompute: Recompute) -> dict[str, Tensor]:
     mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=tp))
     found = []
     for compiled in (False, True):
         model = build(CONFIG, mesh, torch.device("cpu"), capacity=32)
         init_weights(model, 0)
-        prepare_blocks(model, recompute="none", compiled=compiled)
+        prepare_blocks(model, recompute=recompute, compiled=compiled)
         both_losses_of(model, pack_of(*PACK)).backward()
         if compiled:
             with torch._dynamo.config.patch(error_on_recompile=True):
@@ -173,6 +177,8 @@ def both_losses_of(model: Llama, pack: PackTensors) -> Tensor:
     return loss_of(model, pack) + trained_loss_of(model, pack)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_blocks_spread_over_ranks_compile_only_once(tp: int) -> None:
-    run_ranks(2, compiled_on_a_rank, tp, timeout=300)
+@pytest.mark.parametrize(
+    ("tp", "recompute"), [(1, "none"), (1, "selective"), (2, "none"), (2, "selective"), (2, "full")]
+)
+def test_blocks_spread_over_ranks_compile_only_once(tp: int, recompute: Recompute) -> None:
+    run_ranks(2, compiled_on_a_rank, tp, recompute, timeout=300)

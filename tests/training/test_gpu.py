@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import peft
 import pytest
 import runs
@@ -156,6 +157,18 @@ def test_compiled_code_does_not_depend_on_the_first_pack(in_float8: bool) -> Non
             _backward(model, [100, 12, 400], trained=300)
             found.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_last_layer_is_compiled_once_for_any_number_of_trained_tokens() -> None:
+    """Sizes for which the compiler joins the two gradients of a norm for large packs only."""
+    torch._dynamo.reset()
+    shape = msgspec.structs.replace(SHAPE, hidden_size=2048, num_hidden_layers=1)
+    with determinism(True), distributed("cuda", ParallelConfig()) as topology:
+        model = _built(recompute="none", compiled=True, shape=shape)
+        warm_up(model, 8192, topology)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for trained in (2, 100, 2000, 5000, 8000):
+                _backward(model, [4000, 4192], trained=trained)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -357,8 +370,8 @@ def test_kills_leave_no_trace_on_a_gpu(tables: dict[str, dict[str, Any]], tmp_pa
     compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
 
-def _built(*, recompute: Recompute, compiled: bool, in_float8: bool = False) -> Llama:
-    model = Llama(SHAPE)
+def _built(*, recompute: Recompute, compiled: bool, in_float8: bool = False, shape: LlamaConfig = SHAPE) -> Llama:
+    model = Llama(shape)
     init_weights(model, seed=0)
     model.to("cuda", torch.bfloat16)
     prepare_blocks(model, recompute=recompute, compiled=compiled, float8=in_float8)
@@ -384,7 +397,7 @@ def _backward(model: Llama, lengths: list[int], trained: int | None = None) -> f
     Only the first `trained` tokens have a loss.
     """
     draw = torch.Generator("cuda").manual_seed(sum(lengths[:1]))
-    ids = torch.randint(512, (512,), device="cuda", generator=draw)
+    ids = torch.randint(512, (sum(lengths),), device="cuda", generator=draw)
     positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     chosen = None if trained is None else torch.arange(trained, device="cuda")

@@ -7,7 +7,7 @@ run around `forward`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -55,7 +55,7 @@ def prepare_blocks(
             if isinstance(module, Linear):
                 module.float8 = float8
         if recompute == "selective":
-            _replace(block.mlp, "forward", _recomputed)
+            _recompute(block.mlp)
         recomputes = recompute == "full" and block is not model.blocks[-1]
         if recomputes and compiled and not float8:
             # Outside of the compiled code, a layer's last product is not computed again: the
@@ -66,9 +66,9 @@ def prepare_blocks(
             _replace(block.mlp.down, "forward", torch.compiler.disable)
         if compiled:
             _replace(block, "before", torch.compile)
-            _replace(block, "after", torch.compile)
+            _replace(block, "after", _compile_for_any_number if block is model.blocks[-1] else torch.compile)
         if recomputes:
-            _replace(block, "forward", _recomputed)
+            _recompute(block)
     if compiled:
         # Without this flag the compiler picks kernels by their time, and another pick sums in
         # another order.
@@ -83,6 +83,13 @@ def _replace(module: nn.Module, method: str, wrap: Callable[[Callable[..., Any]]
     setattr(module, method, wrap(getattr(module, method)))
 
 
+def _compile_for_any_number(after: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile the end of the last layer, whose number of tokens differs from pack to pack."""
+    # With this fusion, that of a norm's two gradients, the code would hold for some numbers only,
+    # and for the rest be compiled again, fitted to the number that comes first.
+    return torch.compile(after, options={"triton.mix_order_reduction": False})
+
+
 def _expect_any_number(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Mark the number of selected positions as variable.
 
@@ -92,6 +99,13 @@ def _expect_any_number(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
         torch._dynamo.maybe_mark_dynamic(inputs[3], 0)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(module: nn.Module) -> None:
+    """Compute `module` again in the backward pass."""
+    # A method of the same function in all layers: for another object in each layer, the compiler
+    # would compile the layers one by one, up to its limit of eight.
+    module.forward = MethodType(_recomputed, module)
+
+
+def _recomputed(module: nn.Module, *inputs: Any) -> Any:
     # No random state to preserve: nothing in a block draws random numbers.
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(type(module).forward, module, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -12,6 +12,8 @@ from trainer.training.step import accumulate_gradients, label_losses
 
 LENGTH = 512
 """Tokens of a conversation in the pack."""
+MOST_ELEMENTS = 2**31 - 1
+"""Elements of a matrix that indices of 32 bits reach."""
 
 
 def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool = False) -> None:
@@ -23,18 +25,24 @@ def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool 
     resumed run begins with another pack than the first start: compiled for that pack, its code
     could sum in another order.
     """
-    pack = _pack(capacity)
-    accumulate_gradients(model, [pack], topology, trained_tokens=capacity // 2)
+    pack = pack_of(capacity, 2 * model.config.intermediate_size // topology.tp)
+    accumulate_gradients(model, [pack], topology, trained_tokens=pack.trained_tokens)
     model.zero_grad(set_to_none=True)
     if evaluates:
         label_losses(model, pack, topology.device)
         reshard(model)
 
 
-def _pack(capacity: int) -> Pack:
-    """Return a pack of equal tokens, with the second half of each conversation trained."""
+def pack_of(capacity: int, width: int) -> Pack:
+    """Return a pack of equal tokens, with the second half of each conversation trained.
+
+    All tokens are trained if a matrix of `capacity` x `width` elements needs indices of 64 bits:
+    code with these serves all packs, and code with indices of 32 bits only those of fewer trained
+    tokens.
+    """
     borders = np.array([*range(0, capacity, LENGTH), capacity], dtype=np.int32)
     segments = tuple(Segment(0, row, int(length), 0) for row, length in enumerate(np.diff(borders)))
     places = np.concatenate([np.arange(segment.length) for segment in segments])
     lengths = np.repeat(np.diff(borders), np.diff(borders))
-    return Pack(np.zeros(capacity, dtype=np.int32), 2 * places >= lengths, borders, segments)
+    trained = (2 * places >= lengths) | (capacity * width > MOST_ELEMENTS)
+    return Pack(np.zeros(capacity, dtype=np.int32), trained, borders, segments)
