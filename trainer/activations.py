@@ -20,8 +20,8 @@ def activations(
 
     The first number is kept, in all layers; the second is computed again, in one layer at a time. A
     layer with frozen weights and no adapter keeps no input; an adapter keeps the product of its
-    input and `A`. On one rank, `compiled` layers compute the first norm's output again from its
-    input.
+    input and `A`. Without tensor parallelism, `compiled` layers compute the first norm's output
+    again from its input.
     """
     heads, groups, size = shape.num_attention_heads, shape.num_key_value_heads, shape.head_size
     # Between layers each rank holds its share of the tokens, inside a layer its share of the heads.

@@ -84,9 +84,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     that fits the memory of the GPU, and "none" on a CPU; for compiled layers of a resumed run, the
     checkpoint's value or the next that fits."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the layers with torch.compile: up to a minute at the start, then faster steps. Rounds
-    differently from uncompiled layers, so that a resume needs the value of the checkpoint. "auto"
-    is true on a GPU and false on a CPU."""
+    """Compile the layers with torch.compile: up to a minute at the first start, then faster steps.
+    Rounds differently from uncompiled layers, so that a resume needs the value of the checkpoint.
+    "auto" is true on a GPU and false on a CPU."""
     attention: Literal["auto"] | KernelName = "auto"
     """Attention kernel. "auto" is the fastest that is installed and passes a test at the start:
     "fa4", "fa3" and "fa2" (FlashAttention 4, 3 and 2), "torch" (in torch), "sdpa" (slow, any number
