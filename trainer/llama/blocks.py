@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.llama.attention import Kernel
@@ -85,10 +85,16 @@ def _replace(module: nn.Module, method: str, wrap: Callable[[Callable[..., Any]]
 
 
 def _compile_for_any_number(after: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile the end of the last layer, whose number of tokens differs from pack to pack."""
-    # With this fusion, that of a norm's two gradients, the code would hold for some numbers only,
-    # and for the rest be compiled again, fitted to the number that comes first.
-    return torch.compile(after, options={"triton.mix_order_reduction": False})
+    """Compile the end of the last layer, for selected tokens as well as for all."""
+    # With this fusion, that of a norm's two gradients, the code would hold for some numbers of
+    # tokens only, and for others be compiled again, fitted to the number that comes first.
+    selected = torch.compile(after, options={"triton.mix_order_reduction": False})
+    every = torch.compile(after)
+
+    def compiled(x: Tensor, attended: Tensor, positions: Tensor | None) -> Any:
+        return (every if positions is None else selected)(x, attended, positions)
+
+    return compiled
 
 
 def _expect_any_number(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
