@@ -46,7 +46,8 @@ def prepare_blocks(
 
     `compiled` changes rounding, and for each `recompute` otherwise: the compiler joins other
     operations. `Block.before` and `Block.after` are compiled once for all blocks and all packs of a
-    capacity: only the attention in between sees the segment borders.
+    capacity, since only the attention in between sees the segment borders; the last block's `after`
+    once more, for any number of positions.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -56,20 +57,17 @@ def prepare_blocks(
                 module.float8 = float8
         if recompute == "selective":
             _recompute(block.mlp)
-        recomputes = recompute == "full" and block is not model.blocks[-1]
-        if recomputes and compiled and not float8:
-            # Outside of the compiled code, a layer's last product is not computed again, except
-            # under adapters, which follow it: the recomputation stops at the last input that the
-            # backward pass needs. In float8 the
-            # rounding of its inputs, not compiled, would take longer than the product. In the last
-            # layer, with its varying number of tokens, a feed-forward for any number of tokens
-            # would be compiled, which then served the recomputation of the other layers too.
-            _replace(block.mlp.down, "forward", torch.compiler.disable)
         if compiled:
             _replace(block, "before", torch.compile)
             _replace(block, "after", _compile_for_any_number if block is model.blocks[-1] else torch.compile)
-        if recomputes:
+        if recompute == "full" and block is not model.blocks[-1]:
             _recompute(block)
+            if compiled and not float8:
+                # A recomputation stops at the last input that the backward pass needs. The last
+                # product, outside of the compiled code, is not computed again then, unless an
+                # adapter follows it. In float8 the rounding of its inputs, outside of the compiled
+                # code, would take longer than the product.
+                _replace(block.mlp.down, "forward", torch.compiler.disable)
     if compiled:
         # Without this flag the compiler picks kernels by their time, and another pick sums in
         # another order.
