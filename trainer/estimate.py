@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import Shard as Split
 
-from sftstream import DataConfig, PackAssignment, PackLoader, Shard
+from sftstream import DataConfig, PackAssignment, PackLoader, Shard, pages
 from trainer.activations import activations
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import check_ranks, named_dtype
@@ -346,8 +346,9 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     """Print the estimate as a table and sentences."""
     parallel, data, run = config.parallel, config.data, estimate.config.run
     trained = f", {estimate.trained:,} of them trained," if estimate.trained < estimate.parameters else ""
+    gpus = "1 GPU" if estimate.gpus == 1 else f"{estimate.gpus} GPUs"
     console.print(
-        f"{config.run.directory}: {estimate.parameters:,} parameters{trained} on {estimate.gpus} GPUs "
+        f"{config.run.directory}: {estimate.parameters:,} parameters{trained} on {gpus} "
         f"(dp {estimate.dp} x tp {parallel.tp}" + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
     )
     table = Table("on each GPU", "GiB")
@@ -365,12 +366,13 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     )
     length = "the number of steps is not known in advance, since a source is streamed"
     if estimate.steps is not None:
-        hours = estimate.steps * estimate.seconds_per_step / 3600
-        length = f"{estimate.steps:,} steps, {estimate.steps * estimate.tokens_per_step:,} tokens: about {hours:,.1f} h"
+        time = pages.figures.duration(estimate.steps * estimate.seconds_per_step)
+        length = f"{estimate.steps:,} steps, {estimate.steps * estimate.tokens_per_step:,} tokens: about {time}"
     console.print(
         f"a step: {data.global_batch} packs of {data.capacity:,} tokens, {estimate.packs_per_rank} on each data-parallel "
         f"rank one after the other; {estimate.tokens_per_step:,} tokens\n"
-        f"about {estimate.seconds_per_step:,.2f} s a step, at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU\n"
+        f"about {pages.figures.duration(estimate.seconds_per_step)} a step, at {UTILISATION:.0%} of "
+        f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU\n"
         f"the run: {length}",
         soft_wrap=True,
     )

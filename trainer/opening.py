@@ -11,14 +11,13 @@ import msgspec
 import torch
 from torch import nn
 
-from sftstream import DataConfig, Forecast
+from sftstream import DataConfig, Forecast, pages
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
 from trainer.estimate import UTILISATION, step_seconds
 from trainer.llama.config import LlamaConfig
 from trainer.llama.flops import peak_flops
 from trainer.llama.lora.nf4 import count_weights
-from trainer.reporting.pace import spelled
 from trainer.training.model import ModelSource
 
 NAMED_SOURCES = 3
@@ -78,12 +77,14 @@ def time_line(config: TrainConfig, shape: LlamaConfig, left: int | None, ranks: 
         return "time     the end is not known in advance, since a source is streamed and run.steps is not set"
     counted = "1 step" if left == 1 else f"{left:,} steps"
     if before := _seconds_before(config.run.directory / "metrics.jsonl"):
-        return f"time     about {spelled(left * before)} for {counted}, at {before:.3g} s a step as before the resume"
+        time = pages.figures.duration(left * before)
+        return f"time     about {time} for {counted}, at {before:.3g} s a step as before the resume"
     if peak is None:
         return f"time     {counted}, each timed as the run goes; the time left is printed from step 5 on"
     seconds = step_seconds(config, shape, ranks, peak)
     at = f"at {UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s on each GPU"
-    return f"time     about {spelled(left * seconds)} for {counted}, {at}, compilation and validation not counted"
+    time = pages.figures.duration(left * seconds)
+    return f"time     about {time} for {counted}, {at}, compilation and validation not counted"
 
 
 def _seconds_before(path: Path, steps: int = 20) -> float | None:

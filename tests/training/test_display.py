@@ -21,11 +21,12 @@ import runs
 from rich.console import Console
 from test_metrics import STEP
 
+from sftstream.pages.figures import duration
 from trainer.config_file import parse_config
 from trainer.opening import time_line
 from trainer.reporting.display import Display
 from trainer.reporting.metrics import StepMetrics
-from trainer.reporting.pace import Pace, spelled
+from trainer.reporting.pace import Pace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,22 +112,6 @@ def test_hostile_text_in_a_message_is_shown_and_not_run() -> None:
     assert display.console.file.getvalue() == "a\\x1b[2J [bold]b[/bold]\n"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.4, "0 s"),
-        (59.4, "59 s"),
-        (60, "1 min"),
-        (61, "1 min 1 s"),
-        (3600, "1 h"),
-        (3660 + 59, "1 h 1 min"),
-        (90000, "1 d 1 h"),
-    ],
-)
-def test_a_duration_is_spelled_with_two_units(seconds: float, words: str) -> None:
-    assert spelled(seconds) == words
-
-
 def test_the_time_left_counts_validations_and_leaves_the_first_step_out() -> None:
     pace = Pace()
     pace.add(0.1, 100.0)  # after a minute of compilation
@@ -198,7 +183,7 @@ def test_a_gpu_of_known_peak_foresees_the_time_before_the_first_step(tmp_path: P
     operations = 6 * (8 * (4 * 1024**2 + 3 * 1024 * 4096) + 32000 * 1024) * 64 * 8192
     seconds = operations / (8 * 989e12 * 0.45)
     assert time_line(config, config.model.shape, 1000, 8, 989e12) == (
-        f"time     about {spelled(1000 * seconds)} for 1,000 steps, at 45% of 989 TFLOP/s on each GPU, "
+        f"time     about {duration(1000 * seconds)} for 1,000 steps, at 45% of 989 TFLOP/s on each GPU, "
         "compilation and validation not counted"
     )
     assert time_line(config, config.model.shape, None, 8, 989e12) == (

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from checkpoints import printable
+from sftstream import pages
 from trainer.reporting.metrics import StepMetrics
-from trainer.reporting.pace import Pace, recent_metrics, spelled
+from trainer.reporting.pace import Pace, recent_metrics
 
 SECONDS_BETWEEN_LINES = 10
 """Shortest time between two lines in a log."""
@@ -83,7 +84,9 @@ class Display:
             scored = "" if metrics.score is None else f", mean score {metrics.score:.4f}"
             self.say(f"step {metrics.step} | {metrics.exact_match:.1%} of the questions answered exactly{scored}")
         if self._pace.steps == PACED and left is not None and not last:
-            self.say(f"time     about {spelled(left)} left, by the pace of the first {PACED} steps")
+            self.say(
+                f"time     about {pages.figures.duration(round(left))} left, by the pace of the first {PACED} steps"
+            )
         averaged, ends = recent_metrics(self._recent), end_facts(share, left)
         if self._live.is_started:
             if last or now - self._last_frame >= SECONDS_BETWEEN_FRAMES:
@@ -134,7 +137,7 @@ def end_facts(share: float | None, left: float | None) -> list[str]:
     """Return the finished part of the run and the seconds left in words, as far as known."""
     return [
         *([] if share is None else [f"{share:.0%} done"]),
-        *([] if left is None else [f"{spelled(left)} left"]),
+        *([] if left is None else [f"{pages.figures.duration(round(left))} left"]),
     ]
 
 

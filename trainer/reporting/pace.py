@@ -61,13 +61,3 @@ def recent_metrics(steps: Sequence[StepMetrics]) -> StepMetrics:
         tokens_per_second=tokens / seconds,
         mfu=sum(uses) / seconds if uses else None,
     )
-
-
-def spelled(seconds: float) -> str:
-    """Return a duration in words with two units at most, such as "3 h 20 min" or "45 s"."""
-    whole = round(seconds)
-    for unit, size, part, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            count, rest = divmod(whole, size)
-            return f"{count} {unit}" + (f" {rest // smaller} {part}" if rest // smaller else "")
-    return f"{whole} s"
