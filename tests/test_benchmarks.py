@@ -119,6 +119,24 @@ def test_the_benchmark_of_several_gpus_prints_a_row_for_each_division_of_the_ran
     assert [row[8] == "1.00" for row in rows if row[2] == "dp 1 x tp 1"] == [True, True]
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_losses_prints_a_row_for_each_run_of_fine_tuning() -> None:
+    rows = str(ROOT / "examples" / "demo" / "data" / "messages.jsonl")
+    small = ["--tiny", "--vocabulary=2000", "--steps=3", "--seeds=0", "--trained-on", rows, "--trained-steps=2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu" / "curves.py", *small, "--variants", "bf16", "float8"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows_of_runs = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows_of_runs] == [["bf16", "0"], ["float8", "0"]]
+    assert rows_of_runs[0][4] == "+0.0000"
+    assert all(0 < float(loss) < 10 for row in rows_of_runs for loss in row[2:4])
+
+
 def test_the_packing_benchmark_prints_a_row_for_each_capacity(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "packing" / "packing.py", "--conversations=300"],

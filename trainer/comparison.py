@@ -72,6 +72,9 @@ class Rounding(NamedTuple):
 ROUNDING = {torch.float32: Rounding(1e-5, math.inf), torch.bfloat16: Rounding(2.0**-8, 2.0)}
 
 
+CPU = torch.device("cpu")
+
+
 class Check(NamedTuple):
     """A line of the table."""
 
@@ -176,12 +179,12 @@ def public_model(
     dtype: torch.dtype,
     attention: str,
     quantize: str | None = None,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> Any:
     """Return a model of transformers, with trainable adapters of `peft` if `adapter` is given.
 
-    `quantize` "nf4" is the 4-bit quantization of bitsandbytes, made on `device` (by default a GPU,
-    if there is one): the model computes with the restored weights.
+    `quantize` "nf4" is the 4-bit quantization of bitsandbytes, made on `device`: the model computes
+    with the restored weights.
 
     Raises ValueError if `peft` is needed and not installed.
     """
@@ -193,7 +196,7 @@ def public_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        settings["device_map"] = None if device is None else {"": device}
+        settings["device_map"] = {"": device}  # by default a GPU, if there is one
     model: Any = AutoModelForCausalLM.from_pretrained(directory, **settings)
     if quantize is not None:
         # A product with codes is a kernel of its own, which on a CPU computes in bfloat16.

@@ -169,8 +169,9 @@ def main() -> None:
             for seed in arguments.seeds
         }
         places = {which: directory / f"{which[0]}-{which[1]}" for which in runs}
-        for place, process in [(places[which], start(places[which], tables)) for which, tables in runs.items()]:
-            finish(process, place)
+        processes = {which: start(places[which], tables) for which, tables in runs.items()}
+        for which, process in processes.items():
+            finish(process, places[which])
         for (variant, seed), place in places.items():
             found, first = read(place), read(places[arguments.variants[0], seed])
             change = f"{found.held_out - first.held_out:+.4f}"

@@ -13,8 +13,7 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh, distributed
 from trainer.llama.blocks import prepare_blocks
 from trainer.training.step import label_losses
-from trainer.training.warm_up import pack_of as pack_of_warm_up
-from trainer.training.warm_up import warm_up
+from trainer.training.warm_up import warm_up, warm_up_pack
 
 
 def overwritten_twice() -> torch.Tensor:
@@ -83,7 +82,7 @@ def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
 def test_the_warm_up_trains_all_tokens_if_their_matrix_needs_wide_indices(
     capacity: int, width: int, trained: int
 ) -> None:
-    assert pack_of_warm_up(capacity, width).trained_tokens == trained
+    assert warm_up_pack(capacity, width).trained_tokens == trained
 
 
 def evaluated_after_the_warm_up(rank: int) -> None:

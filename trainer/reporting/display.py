@@ -84,9 +84,7 @@ class Display:
             scored = "" if metrics.score is None else f", mean score {metrics.score:.4f}"
             self.say(f"step {metrics.step} | {metrics.exact_match:.1%} of the questions answered exactly{scored}")
         if self._pace.steps == PACED and left is not None and not last:
-            self.say(
-                f"time     about {pages.figures.duration(round(left))} left, by the pace of the first {PACED} steps"
-            )
+            self.say(f"time     about {_spelled(left)} left, by the pace of the first {PACED} steps")
         averaged, ends = recent_metrics(self._recent), end_facts(share, left)
         if self._live.is_started:
             if last or now - self._last_frame >= SECONDS_BETWEEN_FRAMES:
@@ -133,11 +131,16 @@ def step_facts(metrics: StepMetrics, validation: float | None) -> list[str]:
     ]
 
 
+def _spelled(seconds: float) -> str:
+    """Return an estimated duration, in whole seconds below a minute."""
+    return pages.figures.duration(round(seconds))
+
+
 def end_facts(share: float | None, left: float | None) -> list[str]:
     """Return the finished part of the run and the seconds left in words, as far as known."""
     return [
         *([] if share is None else [f"{share:.0%} done"]),
-        *([] if left is None else [f"{pages.figures.duration(round(left))} left"]),
+        *([] if left is None else [f"{_spelled(left)} left"]),
     ]
 
 

@@ -25,7 +25,7 @@ def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool 
     resumed run begins with another pack than the first start: compiled for that pack, its code
     could sum in another order.
     """
-    pack = pack_of(capacity, 2 * model.config.intermediate_size // topology.tp)
+    pack = warm_up_pack(capacity, 2 * model.config.intermediate_size // topology.tp)
     accumulate_gradients(model, [pack], topology, trained_tokens=pack.trained_tokens)
     model.zero_grad(set_to_none=True)
     if evaluates:
@@ -33,7 +33,7 @@ def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool 
         reshard(model)
 
 
-def pack_of(capacity: int, width: int) -> Pack:
+def warm_up_pack(capacity: int, width: int) -> Pack:
     """Return a pack of equal tokens, with the second half of each conversation trained.
 
     All tokens are trained if a matrix of `capacity` x `width` elements needs indices of 64 bits:
