@@ -42,6 +42,7 @@ from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.forecast import Forecast
 from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
+from sftstream.tokenization.saved_tokenizer import SavedTokenizer
 from sftstream.tokenization.tokenizer import count_token_ids
 from sftstream.toml_file import read_toml
 
@@ -70,6 +71,7 @@ __all__ = [
     "Refusal",
     "Refused",
     "RowCounts",
+    "SavedTokenizer",
     "Segment",
     "Segments",
     "Session",

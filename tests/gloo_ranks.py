@@ -3,6 +3,7 @@ port."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -44,7 +45,7 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout: float = 
     with tempfile.TemporaryDirectory() as meeting:
         started = [_start(rank, size, meeting, work, args) for rank in range(size)]
         try:
-            results = [_receive(pipe, rank, timeout) for rank, (_, pipe) in enumerate(started)]
+            results = [_receive(process, pipe, rank, timeout) for rank, (process, pipe) in enumerate(started)]
         finally:
             for process, _ in started:
                 process.kill()
@@ -73,6 +74,7 @@ def _start(
 
 
 def _run(rank: int, size: int, meeting: str, pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     try:
         join(rank, size, meeting)
         pipe.send((None, work(rank, *args)))
@@ -82,7 +84,11 @@ def _run(rank: int, size: int, meeting: str, pipe: Connection, work: Callable[..
     signal.pause()  # until killed: a rank that exits early breaks the last collective of slower ranks
 
 
-def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[str | None, Any]:
+def _receive(process: Any, pipe: Connection, rank: int, timeout: float) -> tuple[str | None, Any]:
     if not pipe.poll(timeout):
         return f"no answer from rank {rank} within {timeout} s", None
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        return f"rank {rank} ended without an answer, with exit code {process.exitcode}", None

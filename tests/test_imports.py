@@ -97,6 +97,8 @@ ORDER = {
         "tokenization.alignment",
         "tokenization.fast_tokenizer",
         "tokenization.tokenizer_bounds",
+        "tokenization.tokenizer_files",
+        "tokenization.saved_tokenizer",
         "tokenization.vocabulary",
         "tokenization.tokenizer",
         "tokenization.overflow",

@@ -43,8 +43,7 @@ def _export(run: Run) -> None:
         run.model,
         run.source.shape,
         run.config.run.export_directory,
-        encoder.tokenizer.hf if encoder and run.topology.first else None,
-        template=encoder.template.text if encoder else None,
+        encoder.saved_tokenizer() if encoder and run.topology.first else None,
         stop_token_ids=encoder.stop_ids if encoder else (),
         init_from=run.source.init_from,
         dtype=named_dtype(run.config.run.export_dtype, run.topology.device),
@@ -58,8 +57,7 @@ def _export_adapter(run: Run) -> None:
         run.model,
         run.config.run.adapter_directory,
         run.source.name,
-        encoder.tokenizer.hf if encoder and run.topology.first else None,
-        template=encoder.template.text if encoder else None,
+        encoder.saved_tokenizer() if encoder and run.topology.first else None,
     )
 
 

@@ -328,12 +328,12 @@ def _recipe(
 ) -> Recipe:
     assert loader is not None
     encoder = loader.encoder
-    tokenizer, template = encoder.tokenizer.hf, encoder.template.text
+    tokenizer = encoder.saved_tokenizer()
     weight = model.norm.weight
     export_dtype = named_dtype(config.run.export_dtype, weight.device)
     if config.lora is not None and base is not None:
-        return adapter_recipe(source.shape, config.lora, base, export_dtype, tokenizer, template, encoder.stop_ids)
-    return recipe(source.shape, weight.dtype, export_dtype, tokenizer, template, encoder.stop_ids, source.init_from)
+        return adapter_recipe(source.shape, config.lora, base, export_dtype, tokenizer, encoder.stop_ids)
+    return recipe(source.shape, weight.dtype, export_dtype, tokenizer, encoder.stop_ids, source.init_from)
 
 
 def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int | None, ...]]:

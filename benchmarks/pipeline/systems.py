@@ -3,7 +3,6 @@ tokenizers."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,11 +96,8 @@ def tokens_of(pack: Pack) -> int:
 
 
 def fastokens_loaded(loader: Any, _job: Job) -> None:
-    """Wait for fastokens; until then this process encodes with `tokenizers`."""
-    loading = [thread for thread in threading.enumerate() if thread.name == "fastokens"]
-    for thread in loading:
-        thread.join()
-    if not loading and (fast := loader.encoder.tokenizer.fast_tokenizer):
+    """Load fastokens; until then this process encodes with `tokenizers`."""
+    if fast := loader.encoder.tokenizer.fast_tokenizer:
         fast.load()
 
 

@@ -21,6 +21,7 @@ from sftstream.rendering.probe import TemplateReport
 from sftstream.rendering.renderer import RenderedConversation, Renderer
 from sftstream.rendering.template import LONGEST, ChatTemplate
 from sftstream.tokenization.overflow import shorten
+from sftstream.tokenization.saved_tokenizer import SavedTokenizer
 from sftstream.tokenization.tokenizer import Backend, Tokenizer
 from sftstream.tokenization.vocabulary import Vocabulary
 
@@ -95,6 +96,10 @@ class ChatEncoder:
         """Ids of the tokens that end an assistant's turn, in ascending order."""
         turn_format = self.report.turn_format
         return sorted({self.tokenizer.ids(stop)[-1] for stop in turn_format.stops + turn_format.call_stops})
+
+    def saved_tokenizer(self) -> SavedTokenizer:
+        """Return the tokenizer with the chat template of this encoder, as transformers saves it."""
+        return self.tokenizer.saved(self.template.text)
 
     def encode(
         self,

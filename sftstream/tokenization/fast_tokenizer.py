@@ -10,8 +10,6 @@ import ctypes
 import os
 import platform
 import random
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
 from typing import NamedTuple
@@ -43,15 +41,12 @@ class Ids(NamedTuple):
         return self.ids[self.offsets[text] : self.offsets[text + 1]]
 
 
-LOAD_AT_CALL = 2
-"""Number of the call that starts loading. Loading during the first call would delay the first pack.
-"""
+LOAD_AFTER = 1 << 22
+"""Number of characters after which fastokens is loaded. `tokenizers` needs about as long for these
+characters as loading needs. So the first packs do not wait for the loading, and the samples that a
+run takes at its start do not load at all."""
 COMPARE_FIRST, COMPARE_EVERY = 32, 4096
 """The ids of the first 32 texts of a run are compared, then the ids of every 4,096th text."""
-
-_LOADING: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-"""Lock of each process, held by the thread that loads and compares. Twice a process with three such
-threads at work crashed in fastokens. A process that is forked meanwhile has another lock."""
 
 
 def version() -> str | None:
@@ -62,13 +57,17 @@ def version() -> str | None:
 class FastTokenizer:
     """An encoder that uses fastokens once its ids of all test texts equal those of `reference`.
 
-    `description` is the text of a tokenizer.json. A thread loads the description and compares the
-    test texts, which needs about a second. Until then, calls return None, and the caller has to
-    encode the texts with `reference`. Afterwards, some texts of the run are compared as well, and a
-    difference raises RuntimeError.
+    `description` is the text of a tokenizer.json. The call that reaches `LOAD_AFTER`, or the first
+    call if fastokens is `required`, loads the description and compares the test texts, which needs
+    about a second. Afterwards, some texts of the run are compared as well, and a difference raises
+    RuntimeError.
 
     If fastokens cannot load the description, or a test text has other ids, all later calls return
     None, or raise RuntimeError if fastokens is `required`.
+
+    The calling thread loads. Loading in a thread of its own ended processes by SIGSEGV: fastokens
+    reads environment variables, and a library that sets variables meanwhile, as accelerate does,
+    frees the memory that is being read.
     """
 
     def __init__(
@@ -78,24 +77,22 @@ class FastTokenizer:
         self._reference = reference
         self._probes = probes
         self._required = required
-        self._process = self._calls = 0
+        self._characters = self._count = 0
         self._encode: Callable[[Sequence[str]], Ids] | None = None
         self._refused: str | None = None
-        self._count = 0
 
     def __call__(self, texts: Sequence[str]) -> Ids | None:
         """Return the ids of the texts; None if fastokens is not loaded.
 
         Texts of special tokens become special tokens.
         """
+        if self._encode is None and self._refused is None:
+            self._characters += sum(map(len, texts))
+            if self._required or self._characters >= LOAD_AFTER:
+                self.load()
+        if self._refused is not None and self._required:
+            raise RuntimeError(self._refused)
         if self._encode is None:
-            if self._refused is not None and self._required:
-                raise RuntimeError(self._refused)
-            if self._process != os.getpid():  # a forked process has no copy of the loading thread
-                self._process, self._calls = os.getpid(), 0
-            self._calls += 1
-            if self._calls == LOAD_AT_CALL:
-                threading.Thread(target=self.load, name="fastokens").start()
             return None
         encoded = self._encode(texts)
         first = range(min(COMPARE_FIRST - self._count, len(texts)))
@@ -110,18 +107,7 @@ class FastTokenizer:
             raise RuntimeError(_difference(text))
 
     def load(self) -> None:
-        """Load the description with fastokens, and compare the ids of the test texts.
-
-        Waits for other threads of this process that do so.
-
-        Returns early if the main thread has ended: Python aborts if it exits while a thread runs
-        native code.
-        """
-        with _LOADING[os.getpid()]:
-            if threading.main_thread().is_alive():
-                self._load()
-
-    def _load(self) -> None:
+        """Load the description with fastokens, and compare the ids of the test texts."""
         # A data loader has a process per core; more threads of fastokens would only wait, busily.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         import fastokens
@@ -139,8 +125,6 @@ class FastTokenizer:
 
         _release_memory()
         for probe in self._probes():
-            if not threading.main_thread().is_alive():
-                return
             if encode([probe]).ids.tolist() != list(self._reference(probe)):
                 self._refused = _difference(probe)
                 return

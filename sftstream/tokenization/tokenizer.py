@@ -24,6 +24,7 @@ from sftstream.records import NO_NOTES, Example, Refused, Rendered
 from sftstream.tokenization import fast_tokenizer
 from sftstream.tokenization.alignment import ByteBounds, align_batch, align_by_offsets, span_byte_bounds
 from sftstream.tokenization.fast_tokenizer import FastTokenizer, Ids
+from sftstream.tokenization.saved_tokenizer import SavedTokenizer
 from sftstream.tokenization.vocabulary import load, open_vocabulary
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Tokenizer:
 
     def __init__(self, source: str | PathLike[str] | PreTrainedTokenizerBase, backend: Backend = "auto") -> None:
         self._source = source
-        self.vocabulary, self._backend, self._hf = open_vocabulary(source)
+        self.vocabulary, self._backend, self._hf, self._files = open_vocabulary(source)
         self._lengths = self.vocabulary.byte_lengths
         self.fast_tokenizer = self._open_fast(backend)
 
@@ -62,8 +63,20 @@ class Tokenizer:
 
     @cached_property
     def hf(self) -> Any:
-        """The tokenizer of transformers, needed for exports; loaded at first use."""
+        """The tokenizer of transformers, loaded at first use."""
         return load(self.name) if self._hf is None else self._hf
+
+    def saved(self, template: str) -> SavedTokenizer:
+        """Return the tokenizer as transformers saves it, with `template` as the only chat template.
+
+        The result is kept in the cache: making it needs the tokenizer of transformers, which a
+        start from the cache does not load.
+        """
+        kept = self._files.read(SavedTokenizer, template) if self._files else None
+        saved = kept or SavedTokenizer.of(self.hf, template)
+        if self._files and not kept:
+            self._files.keep(saved, template)
+        return saved
 
     @property
     def fast(self) -> str | None:
@@ -209,7 +222,6 @@ class Tokenizer:
     @cached_property
     def _words_backend(self) -> Any:
         """A copy of the backend that encodes the texts of special tokens as words."""
-        # A copy, because a thread may use `_backend` at the same time to check fastokens.
         backend = self._backend.from_str(self.vocabulary.description)
         backend.encode_special_tokens = True
         return backend

@@ -1,7 +1,7 @@
 """A tokenizer's files -> the values that a run needs (`Vocabulary`).
 
-The values are stored in the cache, under a key computed from the content of the files. Without the
-cache, opening a tokenizer with transformers would be half of the time that a run needs to start.
+The values are kept in the cache. Without the cache, opening a tokenizer with transformers would be
+half of the time that a run needs to start.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,22 +21,12 @@ from tokenizers.decoders import ByteLevel, Decoder
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from sftstream.cache import Unwritable, cached, found
 from sftstream.door import Door
-from sftstream.regular_files import require_files
-from sftstream.sources.rows import derived
 from sftstream.tokenization.tokenizer_bounds import require_bounded
+from sftstream.tokenization.tokenizer_files import TokenizerFiles
 
-SUFFIX, DIGEST = ".vocabulary", hashlib.sha256().digest_size
-VERSION = 2
-"""Version of the cached files. Raise the number if `Vocabulary` or the value of a field changes."""
-READ = (".json", ".jinja", ".model", ".txt")
-"""Suffixes of the files that may belong to a tokenizer."""
-MAX_BYTES = 256 << 20
-"""Largest total size of a tokenizer's files for which the vocabulary is cached: 256 MiB.
-
-A larger directory holds more than a tokenizer, and hashing its files at each start would be slow.
-"""
+VERSION = 3
+"""Version of the kept values. Raise the number if the value of a field of `Vocabulary` changes."""
 PYTHON_PARTS = (Normalizer, PreTokenizer, Decoder)
 """Types of tokenizer parts written in Python; parts of the library `tokenizers` have subtypes."""
 
@@ -83,6 +71,8 @@ class Opened(NamedTuple):
     """The tokenizer of the library `tokenizers`."""
     hf: Any = None
     """The tokenizer of transformers; None if the vocabulary came from the cache."""
+    files: TokenizerFiles | None = None
+    """The files that were read; None for a tokenizer of transformers."""
 
 
 def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
@@ -96,17 +86,15 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
             return Opened(describe(source), source.backend_tokenizer, source)
     with _door(str(source)):
         directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
-        key = _cache_key(directory)
-        require_files(path for path in directory.glob("*") if path.suffix in READ)
-        if key and (cached_vocabulary := _read_cached(key)):
-            return Opened(cached_vocabulary, Backend.from_str(cached_vocabulary.description))
+        files = TokenizerFiles(directory)
+        if kept := files.read(Vocabulary, VERSION):
+            return Opened(kept, Backend.from_str(kept.description), files=files)
         if (file := directory / "tokenizer.json").is_file():
             require_bounded(file.read_bytes(), str(source))
         hf = load(str(source))
         vocabulary = describe(hf)
-        if key and key == _cache_key(directory):  # else a file has changed in the meantime
-            _write_cached(key, vocabulary)
-        return Opened(vocabulary, hf.backend_tokenizer, hf)
+        files.keep(vocabulary, VERSION)
+        return Opened(vocabulary, hf.backend_tokenizer, hf, files)
 
 
 def _door(source: str) -> Door:
@@ -168,7 +156,7 @@ def describe(hf: Any) -> Vocabulary:
         pad_id=pad_id,
         lengths=None if lengths is None else lengths.tobytes(),
         integers="" if lengths is None else lengths.dtype.str,
-        sha256=_digest(json.dumps([description, variables, pad_id], sort_keys=True).encode()).hex(),
+        sha256=hashlib.sha256(json.dumps([description, variables, pad_id], sort_keys=True).encode()).hexdigest(),
     )
 
 
@@ -219,44 +207,3 @@ def _byte_lengths(backend: Backend) -> NDArray[np.integer[Any]] | None:
     for index, token in added.items():
         lengths[index] = len(token.content.encode())
     return lengths.astype(np.min_scalar_type(lengths.max()))
-
-
-def _cache_key(directory: Path) -> str | None:
-    """Return the cache key: a digest of the tokenizer's files and of the libraries' versions.
-
-    Return None if the directory has no tokenizer.json, or its files have more than `MAX_BYTES`.
-    """
-    readers = (metadata.version(library) for library in ("transformers", "tokenizers"))
-    try:
-        inside = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
-        files = sorted(path for path in inside if path.suffix in READ and path.is_file())
-        if directory / "tokenizer.json" not in files or sum(path.stat().st_size for path in files) > MAX_BYTES:
-            return None
-        content = [f"{path.relative_to(directory)} {_digest(path.read_bytes()).hex()}" for path in files]
-    except OSError:
-        return None  # `load` reports the error
-    return derived("vocabulary", VERSION, *Vocabulary.__struct_fields__, *readers, *content)
-
-
-def _read_cached(key: str) -> Vocabulary | None:
-    with suppress(OSError):  # the vocabulary is computed again
-        path = found(key, SUFFIX)
-        encoded = _content(path) if path else None
-        return msgspec.msgpack.decode(encoded, type=Vocabulary) if encoded else None
-    return None
-
-
-def _write_cached(key: str, vocabulary: Vocabulary) -> None:
-    encoded = msgspec.msgpack.encode(vocabulary)
-    with suppress(Unwritable, OSError):  # without a cache each start takes as long as the first
-        cached(key, SUFFIX, lambda: (_digest(encoded), encoded), lambda path: _content(path) is not None)
-
-
-def _content(path: Path) -> bytes | None:
-    """Return the content of a cached file without its digest; None if the digest is wrong."""
-    content = path.read_bytes()
-    return content[DIGEST:] if _digest(content[DIGEST:]) == content[:DIGEST] else None
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_llama import CONFIG, QWEN2, QWEN3, TIED, built, exported
 
 from checkpoints import RECIPE, CheckpointStore
+from sftstream import SavedTokenizer
 from trainer.llama.export import export
 from trainer.llama.model import Llama, LlamaConfig
 from trainer.llama.recipe import MODEL, recipe
@@ -28,7 +29,7 @@ def test_an_export_in_bfloat16_is_the_model_rounded_once(tmp_path: Path) -> None
 def test_an_export_with_a_tokenizer_is_all_that_a_user_needs(tmp_path: Path, tokenizer: str) -> None:
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     config = msgspec.structs.replace(CONFIG, vocab_size=len(words))
-    export(built(config), config, tmp_path / "out", words, stop_token_ids=[words.eos_token_id, 5])
+    export(built(config), config, tmp_path / "out", SavedTokenizer.of(words), stop_token_ids=[words.eos_token_id, 5])
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.chat_template == words.chat_template
@@ -84,11 +85,12 @@ def test_the_export_of_a_checkpoint_is_the_export_of_its_model_byte_by_byte(
     config = msgspec.structs.replace(config, vocab_size=len(words))
     model = built(config).to(dtype)
     store = CheckpointStore(tmp_path / "checkpoints")
-    steps = recipe(config, dtype, dtype, words, template=None, stop_token_ids=[5])
+    saved = SavedTokenizer.of(words)
+    steps = recipe(config, dtype, dtype, saved, stop_token_ids=[5])
     store.save(1, {MODEL: dict(model.named_parameters())}, {RECIPE: steps.builtins()})
     for file_bytes, files in ((20_000, 2), (10**9, 1)):
         ours, theirs = tmp_path / f"ours{files}", tmp_path / f"theirs{files}"
-        export(model, config, ours, words, stop_token_ids=[5], file_bytes=file_bytes)
+        export(model, config, ours, saved, stop_token_ids=[5], file_bytes=file_bytes)
         store.export(1, theirs, file_bytes=file_bytes)
         assert len(list(ours.glob("*.safetensors"))) >= files
         assert (ours / "model.safetensors.index.json").exists() == (files > 1)
@@ -132,7 +134,7 @@ def test_how_a_model_is_meant_to_generate_is_carried_along(tmp_path: Path, token
     )
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     config = msgspec.structs.replace(CONFIG, vocab_size=len(words))
-    export(built(config), config, tmp_path / "out", words, stop_token_ids=[9], init_from=tmp_path)
+    export(built(config), config, tmp_path / "out", SavedTokenizer.of(words), stop_token_ids=[9], init_from=tmp_path)
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert (settings.do_sample, settings.temperature) == (True, 0.6)
     assert settings.eos_token_id == [words.eos_token_id, 9, 7]

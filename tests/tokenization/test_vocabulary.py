@@ -17,7 +17,8 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from sftstream import ChatEncoder
 from sftstream.tokenization import vocabulary
 from sftstream.tokenization.tokenizer import Tokenizer
-from sftstream.tokenization.vocabulary import MAX_BYTES, describe, load, open_vocabulary, with_short_merges
+from sftstream.tokenization.tokenizer_files import MAX_BYTES
+from sftstream.tokenization.vocabulary import describe, load, open_vocabulary, with_short_merges
 
 READS = """
 import sys
@@ -52,7 +53,7 @@ def test_a_second_start_does_not_load_the_tokenizer_of_transformers(tokenizer: s
 
 def test_a_cached_vocabulary_equals_that_of_the_files(tokenizer: str, cache: Path) -> None:
     made = open_vocabulary(tokenizer).vocabulary
-    found, backend, _ = open_vocabulary(tokenizer)
+    found, backend, *_ = open_vocabulary(tokenizer)
     assert len(kept(cache)) == 1
     assert made == found == describe(load(tokenizer))
     assert backend.to_str() == load(tokenizer).backend_tokenizer.to_str()

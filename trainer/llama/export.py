@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints import MODEL_FILE_BYTES, TensorSpec, merge, write_model
-from sftstream import UNDECODABLE
+from sftstream import UNDECODABLE, SavedTokenizer
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
 from trainer.llama.lora.files import CONFIG, PREFIX, STEM, trained_layout, write_adapter_config
@@ -24,27 +23,13 @@ from trainer.llama.model import Llama
 from trainer.llama.weights import opened, shapes, unfused, unfused_pieces
 
 
-class Tokenizer(Protocol):
-    """The methods and ids of a transformers tokenizer used by an export."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
-    chat_template: Any
-    """Text of the chat template, a dict of named texts, or None."""
-
-    def save_pretrained(self, save_directory: StrPath) -> Any:
-        """Write the tokenizer's files into a directory."""
-
-
 @torch.no_grad()
 def export(
     model: Llama,
     config: LlamaConfig,
     out_dir: StrPath,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: SavedTokenizer | None = None,
     *,
-    template: str | None = None,
     stop_token_ids: Iterable[int] = (),
     init_from: StrPath | None = None,
     dtype: torch.dtype | None = None,
@@ -62,9 +47,7 @@ def export(
         model: The model, possibly sharded over ranks.
         config: The shape of the model, for `config.json`.
         out_dir: The directory to make, or an older export to replace.
-        tokenizer: Tokenizer to write beside the weights, with ids for the configs.
-        template: Text of the chat template that the model was trained with, written in place of the
-            tokenizer's own. None keeps the tokenizer's own.
+        tokenizer: Files to write beside the weights, with ids for the configs.
         stop_token_ids: Further tokens that end a generation, besides the end token of the
             tokenizer.
         init_from: Directory of the starting weights. The generation settings are kept.
@@ -85,7 +68,7 @@ def export(
     if _writes():
         require_replaceable(out_dir := Path(out_dir))
         specs = {name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes(model).items()}
-        files = config_files(config, dtype, tokenizer, template, stop_token_ids, init_from)
+        files = config_files(config, dtype, tokenizer, stop_token_ids, init_from)
         typed = ((name, tensor.to(dtype)) for name, tensor in tensors)
         write_model(out_dir, specs, typed, files, file_bytes=file_bytes, replace=True)
     else:
@@ -96,9 +79,7 @@ def export(
 
 
 @torch.no_grad()
-def export_adapter(
-    model: Llama, out_dir: StrPath, base: str, tokenizer: Tokenizer | None = None, *, template: str | None = None
-) -> None:
+def export_adapter(model: Llama, out_dir: StrPath, base: str, tokenizer: SavedTokenizer | None = None) -> None:
     """Write the trained weights of a model with `lora` as a PEFT adapter; every rank calls.
 
     `base` is the name of the base model for `adapter_config.json`, a directory or a hub name. The
@@ -112,7 +93,7 @@ def export_adapter(
     if _writes():
         require_replaceable(out_dir := Path(out_dir), CONFIG)
         specs = {f"{PREFIX}{name}": TensorSpec(torch.float32, tuple(s)) for name, s in shapes(model, pieces).items()}
-        files = adapter_files(model.lora, base, tokenizer, template)
+        files = adapter_files(model.lora, base, tokenizer)
         named = ((f"{PREFIX}{name}", tensor) for name, tensor in tensors)
         write_model(out_dir, specs, named, files, file_bytes=sys.maxsize, replace=True, stem=STEM)
     else:
@@ -145,49 +126,32 @@ def require_replaceable(out_dir: Path, config: str = "config.json") -> None:
         raise ValueError(f"{out_dir} holds other files than a model's: move them, or export to another directory")
 
 
-def adapter_files(lora: LoraConfig, base: str, tokenizer: Tokenizer | None, template: str | None) -> dict[str, bytes]:
+def adapter_files(lora: LoraConfig, base: str, tokenizer: SavedTokenizer | None) -> dict[str, bytes]:
     """Return the files of an adapter's directory besides the weights, by relative path."""
-    files = {} if tokenizer is None else _tokenizer_files(tokenizer, template)
+    files = tokenizer.files if tokenizer else {}
     return dict(sorted((files | {CONFIG: write_adapter_config(lora, base)}).items()))
 
 
 def config_files(
     config: LlamaConfig,
     dtype: torch.dtype,
-    tokenizer: Tokenizer | None,
-    template: str | None,
+    tokenizer: SavedTokenizer | None,
     stop_token_ids: Iterable[int],
     init_from: StrPath | None,
 ) -> dict[str, bytes]:
     """Return the files of a model directory besides the weights, by relative path.
 
-    `template` replaces all chat templates of the tokenizer; None keeps them.
-
     Raises ValueError if `generation_config.json` in `init_from` is broken.
     """
-    files = {} if tokenizer is None else _tokenizer_files(tokenizer, template)
     generation = _generation(init_from, tokenizer, stop_token_ids)
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files["config.json"] = _json(write_config(config, dtype) | ids)
-    files["generation_config.json"] = _json(generation)
+    configs = {"config.json": write_config(config, dtype) | ids, "generation_config.json": generation}
+    files = (tokenizer.files if tokenizer else {}) | {name: _json(keys) for name, keys in configs.items()}
     return dict(sorted(files.items()))
 
 
-def _tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes]:
-    before = tokenizer.chat_template
-    if template is not None:
-        tokenizer.chat_template = template
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save_pretrained(directory)
-            paths = [path for path in Path(directory).rglob("*") if path.is_file()]
-            return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
-    finally:
-        tokenizer.chat_template = before
-
-
 def _generation(
-    init_from: StrPath | None, tokenizer: Tokenizer | None, stop_token_ids: Iterable[int]
+    init_from: StrPath | None, tokenizer: SavedTokenizer | None, stop_token_ids: Iterable[int]
 ) -> dict[str, Any]:
     """Return the keys of `generation_config.json`.
 

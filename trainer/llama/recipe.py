@@ -10,8 +10,9 @@ import torch
 from msgspec import UNSET
 
 from checkpoints import BaseTensor, Merged, Product, Recipe, Rows
+from sftstream import SavedTokenizer
 from trainer.llama.config import LlamaConfig
-from trainer.llama.export import Tokenizer, adapter_files, config_files
+from trainer.llama.export import adapter_files, config_files
 from trainer.llama.hf_config import StrPath
 from trainer.llama.lora.files import CONFIG, PREFIX, trained_layout
 from trainer.llama.lora.layers import A, B, LoraConfig
@@ -27,8 +28,7 @@ def recipe(
     config: LlamaConfig,
     dtype: torch.dtype,
     export_dtype: torch.dtype,
-    tokenizer: Tokenizer,
-    template: str | None,
+    tokenizer: SavedTokenizer,
     stop_token_ids: Iterable[int],
     init_from: StrPath | None = None,
 ) -> Recipe:
@@ -36,7 +36,7 @@ def recipe(
 
     The exported files equal the files of `trainer.llama.export.export` for the model.
     """
-    files = config_files(config, export_dtype, tokenizer, template, stop_token_ids, init_from)
+    files = config_files(config, export_dtype, tokenizer, stop_token_ids, init_from)
     return Recipe(_rows(layout(config)), files, UNSET if export_dtype == dtype else _NAMES[export_dtype])
 
 
@@ -57,8 +57,7 @@ def adapter_recipe(
     lora: LoraConfig,
     base: Base,
     export_dtype: torch.dtype,
-    tokenizer: Tokenizer,
-    template: str | None,
+    tokenizer: SavedTokenizer,
     stop_token_ids: Iterable[int],
 ) -> Recipe:
     """Return the recipe to export a checkpoint of adapters, alone or added to their base.
@@ -66,8 +65,8 @@ def adapter_recipe(
     The exported files equal those of `export_adapter`, and of `export` in `export_dtype`.
     """
     trained = _rows(trained_layout(config, lora))
-    whole = config_files(config, export_dtype, tokenizer, template, stop_token_ids, base.directory)
-    alone = adapter_files(lora, base.name, tokenizer, template)
+    whole = config_files(config, export_dtype, tokenizer, stop_token_ids, base.directory)
+    alone = adapter_files(lora, base.name, tokenizer)
     held = files_of_tensors(base.directory)
     tensors = {}
     for name in _rows(layout(config)):

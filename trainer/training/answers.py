@@ -91,7 +91,7 @@ class HeldOutQuestions:
         prompts: list[list[int]] = []
         if topology.first:
             assert encoder is not None
-            prompts = [encoder.tokenizer.hf(q.prompt, add_special_tokens=False)["input_ids"] for q in questions]
+            prompts = [encoder.tokenizer.ids(q.prompt) for q in questions]
         box = [(prompts, encoder.stop_ids if encoder else [], self._digest())]
         dist.broadcast_object_list(box)
         self._prompts, self._stops, self.digest = box[0]
