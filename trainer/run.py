@@ -121,7 +121,7 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
         if not run.is_complete(progress):
             with explained(run.config, run.source.shape, run.topology.device):
                 progress = _train(run, progress, stop, watch)
-        run.step_reader.close()
+        run.data.reader.close()
         if run.is_complete(progress):
             finish(run, progress, watch)
             return True
@@ -136,7 +136,7 @@ def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command
 def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) -> Progress:
     """Take steps until the run is complete or asked to stop; return the final progress."""
     done = False
-    fill = FillWatch(run.config.data, run.step_reader.assignment.streams)
+    fill = FillWatch(run.config.data, run.data.reader.assignment.streams)
     with (
         stopping as stop,
         _open_report(run) as report,
@@ -145,9 +145,9 @@ def _train(run: Run, progress: Progress, stopping: StopRequest, watch: Watch) ->
         _open_trace(run) as trace,
     ):
         report.update()
-        loader = run.step_reader.loader
+        loader = run.data.loader
         losses = LossReport(loader, log, run.display) if log and loader else None
-        shares = SourceShares(run.config.data, run.sizes, log, progress.step) if log else None
+        shares = SourceShares(run.config.data, run.data.sizes, log, progress.step) if log else None
         while not done:
             trace.before(progress.step + 1)
             step = _take_step(run, progress, stop, watch, log)
@@ -184,18 +184,18 @@ def _open_report(run: Run) -> ReportWriter:
 
 
 def _open_log(run: Run, progress: Progress) -> AbstractContextManager[RunLog | None]:
-    loader = run.step_reader.loader
+    loader = run.data.loader
     if not run.topology.first or loader is None:
         return nullcontext()
     log = RunLog(run.config.run.directory, progress.step)
     log.ledger.begin(Session.of(loader, run.topology.sizes, progress.step, __version__))
     config = msgspec.to_builtins(msgspec.structs.replace(run.config, data=loader.config))
-    log.events.launch(run.topology.sizes, environment(run.topology.device, loader.workers), config, run.total_rows)
+    log.events.launch(run.topology.sizes, environment(run.topology.device, loader.workers), config, run.data.total_rows)
     return log
 
 
 def _open_trackers(run: Run) -> AbstractContextManager[Followers | None]:
-    loader, token = run.step_reader.loader, run.description.token
+    loader, token = run.data.loader, run.description.token
     if not run.topology.first or loader is None or token is None:
         return nullcontext()
     about = run.description.about
@@ -238,7 +238,7 @@ def _take_step(run: Run, progress: Progress, stop: StopRequest, watch: Watch, lo
         with watch.waiting_for(number, "the cause of a loss or gradient that is not finite"):
             _leave_out(run, progress, batch, result, log)
     with watch.waiting_for(number, "the refused rows of all ranks"):
-        refusals = gather_refusals(batch.packs, run.step_reader, run.topology) if batch.totals.refused else []
+        refusals = gather_refusals(batch.packs, run.data.reader, run.topology) if batch.totals.refused else []
     seconds = time.perf_counter() - began
     with watch.waiting_for(number, "the validation loss of all ranks"):
         held_out = run.validation.after(progress.step, run.model) if run.validation else None
@@ -258,7 +258,7 @@ def _leave_out(run: Run, progress: Progress, batch: GlobalBatch, result: StepRes
     Raises ValueError, with conversations and parameters, unless the run skips the update.
     """
     segments = batch.totals.segments
-    cause = find_cause(progress.step, result, run.model, run.step_reader, segments, run.topology)
+    cause = find_cause(progress.step, result, run.model, run.data.reader, segments, run.topology)
     if run.config.run.on_nonfinite == "stop":
         raise ValueError(
             f"{cause.text}; lower optimizer.learning_rate, and once there is a checkpoint, set run.accept_changed = "
@@ -278,21 +278,21 @@ def _leave_out(run: Run, progress: Progress, batch: GlobalBatch, result: StepRes
 def _next_batch(run: Run, progress: Progress, stop: StopRequest) -> GlobalBatch:
     """Read the next step's packs, agree on the totals, and begin to read the step after."""
     began = time.perf_counter()
-    packs = run.step_reader.packs(progress.step)
+    packs = run.data.reader.packs(progress.step)
     waited = time.perf_counter() - began
     stop_here = stop.asked or run.saves.failed()
-    totals = reduce_totals(progress.step, packs, run.step_reader, run.topology, stop=stop_here)
+    totals = reduce_totals(progress.step, packs, run.data.reader, run.topology, stop=stop_here)
     if not totals.stop and progress.step + 1 != run.config.run.steps:
-        run.step_reader.read_ahead()
+        run.data.reader.read_ahead()
     return GlobalBatch(packs, totals, waited)
 
 
 def _require_few_refused(run: Run, batch: GlobalBatch) -> None:
     """Raise ValueError on all ranks if too many rows of a source are refused. Collective."""
     counts = batch.totals.row_counts
-    if exceeded_limits(run.config.data, run.sizes, counts):
-        located = gather_refusals(batch.packs, run.step_reader, run.topology)
-        require_few_refused(run.config.data, run.sizes, counts, located)
+    if exceeded_limits(run.config.data, run.data.sizes, counts):
+        located = gather_refusals(batch.packs, run.data.reader, run.topology)
+        require_few_refused(run.config.data, run.data.sizes, counts, located)
 
 
 def _report(run: Run, step: FinishedStep, log: RunLog, losses: LossReport, shares: SourceShares) -> None:
@@ -362,7 +362,7 @@ def _save(run: Run, step: FinishedStep, log: RunLog | None, *, last: bool) -> No
             "that are not finite, and nothing is saved; lower optimizer.learning_rate, and once there is a checkpoint, set "
             'run.accept_changed = ["optimizer"] as well'
         )
-    position = run.step_reader.position
+    position = run.data.reader.position
     streams = gather_streams(position, run.topology)
     if log and position:
         log.ledger.keep_state(position.header, streams)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import About, Origin, Recipe, hub_name, weight_digests
-from sftstream import ChatEncoder, PackAssignment, PackLoader, rows_in_all_epochs
+from sftstream import ChatEncoder, DataState, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
@@ -46,6 +46,22 @@ from trainer.training.validation import Validation
 from trainer.training.warm_up import warm_up
 
 
+class RunData(NamedTuple):
+    """The data of a run on one rank."""
+
+    reader: StepReader
+    total_rows: int | None
+    """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
+    streamed."""
+    sizes: tuple[int | None, ...]
+    """Rows of each source, equal on all ranks; None for a streamed source."""
+
+    @property
+    def loader(self) -> PackLoader | None:
+        """The loader of this rank's packs; None on ranks that receive their packs."""
+        return self.reader.loader
+
+
 class Evaluator(NamedTuple):
     """Questions to the model, and the function that scores its answers."""
 
@@ -69,12 +85,7 @@ class Run:
     source: ModelSource
     model: Llama
     optimizer: Optimizer
-    step_reader: StepReader
-    total_rows: int | None
-    """Rows of all epochs, equal on all ranks; None if the run has no epochs or a source is
-    streamed."""
-    sizes: tuple[int | None, ...]
-    """Rows of each source, equal on all ranks; None for a streamed source."""
+    data: RunData
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
     evaluator: Evaluator
@@ -86,7 +97,7 @@ class Run:
     @property
     def encoder(self) -> ChatEncoder | None:
         """The template and tokenizer; None on ranks without a loader."""
-        return self.step_reader.loader.encoder if self.step_reader.loader else None
+        return self.data.loader.encoder if self.data.loader else None
 
     def is_complete(self, progress: Progress) -> bool:
         """Return True if the data is exhausted, `run.steps` are taken, or patience is used up."""
@@ -94,12 +105,12 @@ class Run:
 
     def share(self, progress: Progress) -> float | None:
         """Return the finished part of the run in [0, 1], or None if its length is not known."""
-        return progress.share(self.total_rows, self.config.run.steps)
+        return progress.share(self.data.total_rows, self.config.run.steps)
 
     def learning_rate(self, progress: Progress) -> float:
         """Return the rate of the step after `progress`."""
         config = self.config
-        share = progress.share(self.total_rows, None) or 0.0
+        share = progress.share(self.data.total_rows, None) or 0.0
         return learning_rate(config.optimizer, config.schedule, progress.step, share, config.run.steps)
 
 
@@ -128,13 +139,10 @@ def prepare_run(
         _require_replaceable_exports(config)
     token = _own(directory, saves, latest)
     model, optimizer, restored = _build_and_restore(config, source, topology, kernel, saves, latest, settings)
-    loader = open_loader(config.data, topology, restored.data, source.shape.vocab_size)
-    total_rows, sizes = _numbers_of_rows(loader)
-    restored = _follow_data(config, restored, loader, total_rows)
-    evaluator = _open_evaluator(config, topology, loader)
-    assignment = assign_packs(loader, config.data, topology)
-    judged = evaluator.during.digest if evaluator.during else None
-    validation = _open_validation(config, topology, saves, restored, loader, assignment.streams, judged)
+    data = _open_data(config, topology, restored.data, source.shape.vocab_size)
+    restored = _follow_data(config, restored, data)
+    evaluator = _open_evaluator(config, topology, data.loader)
+    validation = _open_validation(config, topology, saves, restored, data, evaluator)
     # after the data, whose errors need not wait for the compiler
     if config.run.compile:
         display.say(compile_line(config))
@@ -142,9 +150,9 @@ def prepare_run(
     description = RunDescription(
         restored.settings,
         topology,
-        _recipe(config, source, model, loader, base) if topology.first else None,
+        _recipe(config, source, model, data.loader, base) if topology.first else None,
         token,
-        _about(config, topology, loader, validation),
+        _about(config, topology, data.loader, validation),
         _origin(config, source, command) if topology.first else None,
     )
     run = Run(
@@ -154,9 +162,7 @@ def prepare_run(
         source=source,
         model=model,
         optimizer=optimizer,
-        step_reader=_step_reader(config, topology, loader, assignment),
-        total_rows=total_rows,
-        sizes=sizes,
+        data=data,
         validation=validation,
         evaluator=evaluator,
         description=description,
@@ -205,18 +211,21 @@ def _compile(config: TrainConfig, source: ModelSource, model: Llama, topology: T
         warm_up(model, config.data.capacity, topology, evaluates=evaluates)
 
 
-def _step_reader(
-    config: TrainConfig, topology: Topology, loader: PackLoader | None, assignment: PackAssignment
-) -> StepReader:
-    data = config.data
-    return StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources), ahead=True)
+def _open_data(config: TrainConfig, topology: Topology, state: DataState | None, vocabulary: int) -> RunData:
+    """Open the data at `state`, for a model of `vocabulary` tokens. Collective."""
+    loader = open_loader(config.data, topology, state, vocabulary)
+    known = [(loader.total_rows, loader.corpus.sizes) if loader else (None, ())]
+    dist.broadcast_object_list(known)
+    assignment, table = assign_packs(loader, config.data, topology), config.data
+    reader = StepReader(loader, assignment, table.capacity, topology.tp_group, sources=len(table.sources), ahead=True)
+    return RunData(reader, *known[0])
 
 
 def say_start(run: Run, restored: Restored) -> None:
     """Print the model, the data, the time, the choices, damaged checkpoints and the step of a
     resume."""
     run.display.say(model_line(run.model, run.config, run.source))
-    if run.topology.first and (loader := run.step_reader.loader):
+    if run.topology.first and (loader := run.data.loader):
         _say_data(run, restored.progress, loader)
     if run.validation:
         run.display.say(f"held out {run.validation.describe()}")
@@ -240,7 +249,7 @@ def _say_data(run: Run, progress: Progress, loader: PackLoader) -> None:
     config, forecast, ranks = run.config, loader.forecast(), dist.get_world_size()
     left = steps_left(config, forecast, progress.step)
     lines = [
-        data_line(config.data, run.total_rows),
+        data_line(config.data, run.data.total_rows),
         f"packs    {forecast.describe(config.run.steps)}",
         *([] if left == 0 else [time_line(config, run.source.shape, left, ranks, peak_of(run.topology))]),
         chosen_line(run.given, config, loader.config, run.topology.device),
@@ -263,9 +272,7 @@ def _own(directory: RunDirectory, saves: Saves, latest: int | None) -> str | Non
     return tokens[0] if tokens else None
 
 
-def _follow_data(
-    config: TrainConfig, restored: Restored, loader: PackLoader | None, total_rows: int | None
-) -> Restored:
+def _follow_data(config: TrainConfig, restored: Restored, data: RunData) -> Restored:
     """Return `restored` with settings and progress for data that may have grown. Collective.
 
     Raises ValueError if the rates of the steps done depend on the number of rows, and the number
@@ -274,8 +281,8 @@ def _follow_data(
     settings, progress = restored.settings, restored.progress
     if restored.data is not None:
         before = rows_in_all_epochs(restored.data)
-        settings = carry_over_rows(settings, before, total_rows, progress.step, config.run.accept_changed)
-    unread = torch.tensor(int(loader is not None and not loader.exhausted))
+        settings = carry_over_rows(settings, before, data.total_rows, progress.step, config.run.accept_changed)
+    unread = torch.tensor(int(data.loader is not None and not data.loader.exhausted))
     dist.all_reduce(unread)
     extended = progress.exhausted and bool(unread.item())
     if extended:
@@ -336,25 +343,19 @@ def _recipe(
     return recipe(source.shape, weight.dtype, export_dtype, tokenizer, encoder.stop_ids, source.init_from)
 
 
-def _numbers_of_rows(loader: PackLoader | None) -> tuple[int | None, tuple[int | None, ...]]:
-    """Return the rows of all epochs and of each source, as known by the first rank. Collective."""
-    box = [(loader.total_rows, loader.corpus.sizes) if loader else (None, ())]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
 def _open_validation(
     config: TrainConfig,
     topology: Topology,
     saves: Saves,
     restored: Restored,
-    loader: PackLoader | None,
-    streams: int,
-    questions: str | None,
+    data: RunData,
+    evaluator: Evaluator,
 ) -> Validation | None:
     if config.validation is None or restored.progress.is_complete(config.run.steps, config.patience):
         return None
-    validation = Validation(config, topology, loader.encoder if loader else None, streams, questions)
+    encoder, questions = data.loader.encoder if data.loader else None, evaluator.during
+    streams = data.reader.assignment.streams
+    validation = Validation(config, topology, encoder, streams, questions.digest if questions else None)
     compares = config.checkpoint.keep_best is not None or config.patience is not None
     if restored.resumed and compares:
         validation.require_comparable(saves.store.manifest(restored.progress.step).about)
