@@ -432,7 +432,9 @@ def test_columns_are_renamed_and_the_others_left_out() -> None:
             Message("user", "a"),
             Message("assistant", "b"),
         )
-    with pytest.raises(Refused, match=r"^unknown layout: columns \['output'\] match none of"):
+    with pytest.raises(
+        Refused, match=r"^unknown layout: columns \['output'\], of which \['output'\] have no value, match none of"
+    ):
         parse_row({"r": None}, RowSettings(columns=columns))
     with pytest.raises(BrokenRow) as error:
         parse_row({"s": 1, "messages": 2}, RowSettings(columns=columns))

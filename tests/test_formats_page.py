@@ -14,7 +14,7 @@ import pytest
 
 from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
-from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, parse_row, parse_unverified, parts, tools
+from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, keys, parse_row, parse_unverified, parts
 from sftstream.formats import layouts as layouts_file
 from sftstream.formats import messages as messages_file
 from sftstream.formats.items import ITEMS
@@ -25,9 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("\n## Layouts\n") : PAGE.index("\n## Order and mixing\n")]
 SAID = Conversation((Message("user", "hi"), Message("assistant", "hello")))
-NO_READERS = {"_is_unclear", "__str__", "_column_of_turns", "_layout", "fits", "_advice", "columns_read", "unread_keys"}
+NO_READERS = {
+    "_is_unclear",
+    "_seems_mark",
+    "__str__",
+    "_column_of_turns",
+    "_layout",
+    "fits",
+    "_advice",
+    "columns_read",
+    "unread_keys",
+}
 """Functions that choose a reader, or name the columns that are not read."""
-READERS = ("layouts", "messages", "items", "parts", "tools", "exclusions", "unverified")
+READERS = ("layouts", "messages", "items", "parts", "tools", "keys", "exclusions", "unverified")
 
 
 class Written(msgspec.Struct, forbid_unknown_fields=True):
@@ -109,7 +119,7 @@ def fits(columns: set[str]) -> Any:
 def test_every_name_that_is_read_is_on_the_page() -> None:
     columns = [name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names]
     names = {*columns, *messages_file.SYSTEM, *TOOLS, VARIABLES, *ROLES, *REASONING_KEYS, *ITEMS, *exclusions.MARKS}
-    names |= {*layouts_file.CONTEXT, *messages_file._CONTENT, *parts._TEXT, *parts._REASONING, *tools._ARGUMENTS}
+    names |= {*layouts_file.CONTEXT, *keys.CONTENT, *parts._TEXT, *parts._REASONING, *keys.ARGUMENTS}
     quoted = set(re.findall(r"`(\w+)`", SECTION)) | set(re.findall(r'"(\w+)":', SECTION))
     assert names - quoted == set()
 

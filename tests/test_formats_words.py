@@ -10,6 +10,7 @@ import pytest
 from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
 from sftstream.formats import parse_row, unread_columns
+from sftstream.records import BrokenRow
 
 HI = {"role": "user", "content": "hi"}
 HELLO = {"role": "assistant", "content": "hello"}
@@ -225,6 +226,26 @@ def test_an_answer_that_nobody_wants_is_refused_unless_the_config_says_otherwise
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [HI, HELLO]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"instruction": "hi", "output": "hello"},
+        {"prompt": "hi", "completion": "hello"},
+        {"conversation": [{"input": "hi", "output": "hello"}]},
+        {"data": ["hi", "hello"]},
+    ],
+)
+def test_a_column_excludes_a_row_of_any_layout(row: dict[str, Any]) -> None:
+    for column, value in {"label": "False", "train": False, "weight": 0, "loss_weight": 0.0, "masked": True}.items():
+        for stored in (marked := {**row, column: value}, json.dumps(marked).encode()):
+            assert refusal(stored).startswith(f"unwanted answer: {column} is {str(value).lower()}, which marks")
+            assert messages(stored, ignore=(column,)) == SAID
+    for column, value in {"label": 0, "train": True, "weight": 0.5, "loss_mask": [0, 1], "masked": False}.items():
+        assert messages({**row, column: value}) == SAID
+
+
+@pytest.mark.parametrize(
     ("parts", "out_of_order"),
     [
         ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "hm"}], "thinking after text"),
@@ -295,8 +316,171 @@ def test_a_key_of_a_message_with_words_is_refused_until_it_is_ignored(key: str) 
 
 
 def test_two_different_contents_of_a_message_are_refused() -> None:
-    assert refusal({"messages": [HI, {**HELLO, "value": "bye"}]}).startswith("two contents: messages[1] has different")
+    assert refusal({"messages": [HI, {**HELLO, "value": "bye"}]}) == (
+        "two contents: messages[1] has different contents in ['content', 'value']; leave out the wrong keys by ignore "
+        "= [...]"
+    )
     assert messages({"messages": [HI, {**HELLO, "value": "hello"}]}) == SAID
+    assert messages({"messages": [HI, {**HELLO, "content": "", "text": "hello"}]}) == SAID
+
+
+def test_two_different_reasonings_of_a_message_are_refused() -> None:
+    twice = {**HELLO, "reasoning": "greet", "reasoning_content": "wave"}
+    assert refusal({"messages": [HI, twice]}).startswith(
+        "two contents: messages[1] has different contents in ['reasoning_content', 'reasoning']"
+    )
+    greeted = (Message("user", "hi"), Message("assistant", "hello", "greet"))
+    assert messages({"messages": [HI, twice]}, ignore=("reasoning_content",)) == greeted
+    for same in ("greet", "", None):
+        assert messages({"messages": [HI, {**twice, "reasoning_content": same}]}) == greeted
+    parts = [{"type": "thinking", "thinking": "greet"}, {"type": "text", "text": "hello"}]
+    assert messages({"messages": [HI, {**HELLO, "content": parts, "reasoning": "greet"}]}) == greeted
+    assert refusal({"messages": [HI, {**HELLO, "content": parts, "reasoning": "wave"}]}).startswith("two contents: ")
+
+
+TEXT = {"type": "text", "text": "hello"}
+CALL = {"id": "c1", "type": "function", "function": FUNCTION}
+USE = {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "3"}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": [{**TEXT, "mark": 1}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "greet", "mark": 1}, TEXT]},
+        {"role": "assistant", "content": [TEXT, {**USE, "mark": 1}]},
+        {"role": "assistant", "content": [TEXT, {"type": "tool_call", "value": FUNCTION, "mark": 1}]},
+        {"role": "assistant", "content": [TEXT, {"type": "tool_call", "value": {**FUNCTION, "mark": 1}}]},
+        {"role": "user", "content": [{**RESULT, "mark": 1}]},
+        {"role": "assistant", "content": "hello", "tool_calls": [{**CALL, "mark": 1}]},
+        {"role": "assistant", "content": "hello", "tool_calls": [{**CALL, "function": {**FUNCTION, "mark": 1}}]},
+        {"role": "function_call", "content": json.dumps({**FUNCTION, "mark": 1})},
+    ],
+)
+def test_marks_and_words_in_a_part_of_a_message_are_refused(turn: dict[str, Any]) -> None:
+    def marked(name: str, value: Any) -> dict[str, Any]:
+        text = json.dumps({"messages": [HI, HELLO, turn]}).replace(
+            '\\"mark\\": 1', json.dumps(json.dumps({name: value}))[2:-2]
+        )
+        row: dict[str, Any] = json.loads(text.replace('"mark": 1', json.dumps({name: value})[1:-1]))
+        return row
+
+    for name, value in {"train": False, "weight": 0, "masked": True, "loss_mask": 0}.items():
+        assert refusal(marked(name, value)).startswith("bad weight: messages[2]"), name
+        assert f"has the mark {name!r} in a part of a message" in refusal(marked(name, value))
+        assert len(messages(marked(name, None))) == 3
+    for name in ("refusal", "thoughts", "response"):
+        assert refusal(marked(name, "lost")).startswith("unread words: messages[2]")
+        assert len(messages(marked(name, ""))) == 3
+    assert len(messages(marked("index", 0))) == 3
+
+
+def test_two_texts_of_a_part_and_two_arguments_of_a_call_are_refused() -> None:
+    for part in ({**TEXT, "value": "lost"}, {"type": "thinking", "thinking": "a", "text": "b"}):
+        assert refusal({"messages": [HI, {**HELLO, "content": [part]}]}).startswith(
+            "two contents: messages[1] has diff"
+        )
+    call = {"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}
+    assert refusal({"messages": [HI, {**HELLO, "tool_calls": [call]}]}).startswith(
+        "two contents: messages[1].tool_calls"
+    )
+    for empty in ({}, None, {"a": 1}):
+        row = {"messages": [HI, {**HELLO, "tool_calls": [{**call, "parameters": empty}]}]}
+        assert messages(row)[1].tool_calls == (ADD,)
+
+
+@pytest.mark.parametrize("arguments", ["not json", "[1]", 5, '{"a": 1e400}'])
+def test_arguments_that_are_no_object_are_named(arguments: Any) -> None:
+    row = {"messages": [HI, {**HELLO, "tool_calls": [{"name": "add", "arguments": arguments}]}]}
+    assert refusal(row).startswith("bad tool call: messages[1].tool_calls: the arguments of 'add' are ")
+    assert refusal(row).endswith('not a JSON object; write "arguments": {"a": 1}')
+
+
+ROUND = {"input": "hi", "output": "hello"}
+
+
+def test_the_keys_of_a_round_are_read_or_refused() -> None:
+    assert messages({"conversation": [{**ROUND, "weight": 0}]}) == (SAID[0], Message("assistant", "hello", train=False))
+    for key in ("instruction", "thoughts", "reasoning", "content"):
+        row = {"conversation": [{**ROUND, key: "lost"}]}
+        assert refusal(row).startswith(f"unread words: conversation[0].{key} holds words that no layout reads: 'lost'")
+        assert messages(row, ignore=(key,)) == SAID
+    assert refusal({"conversation": [{**ROUND, "mask": 1}]}).startswith(
+        "bad weight: conversation[0].mask has no agreed"
+    )
+    assert unread_columns({"conversation": [{**ROUND, "id": 1}, {**ROUND, "system": "x"}]}) == {"conversation[].id"}
+
+
+CALLED = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'}
+GIVEN = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+THOUGHT = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "greet"}]}
+
+
+def test_marks_of_items_are_obeyed() -> None:
+    called = messages({"messages": [HI, {**CALLED, "weight": 0}, {**GIVEN, "train": False}, HELLO]})
+    assert [message.train for message in called] == [None, False, False, None]
+    assert called[1].tool_calls == (ToolCall("add", {"a": 1}, "c1"),)
+    for thought, said, train in ((None, False, False), (False, None, False), (True, True, True), (None, None, None)):
+        row = {"messages": [HI, {**THOUGHT, "train": thought}, {**HELLO, "train": said}]}
+        assert messages(row)[1] == Message("assistant", "hello", "greet", train=train)
+    assert refusal({"messages": [HI, {**THOUGHT, "train": False}, {**HELLO, "train": True}]}).startswith("bad weight: ")
+
+
+def test_words_of_items_are_read_or_refused() -> None:
+    for item in (CALLED, GIVEN, THOUGHT):
+        row = {"messages": [HI, CALLED, GIVEN, {**item, "thoughts": "lost"}, HELLO]}
+        assert refusal(row).startswith("unread words: messages[3].thoughts")
+        assert len(messages(row, ignore=("thoughts",))) >= 4
+    assert refusal({"messages": [HI, {"type": "reasoning", "text": "lost"}, HELLO]}).startswith(
+        "unread words: messages[1].t"
+    )
+    whole = {**THOUGHT, "content": [{"type": "reasoning_text", "text": "greet kindly"}]}
+    assert refusal({"messages": [HI, whole, HELLO]}).startswith("two contents: messages[1] has different contents in")
+    assert messages({"messages": [HI, whole, HELLO]}, ignore=("summary",))[1].reasoning == "greet kindly"
+    assert unread_columns({"messages": [HI, {**THOUGHT, "id": "r1", "note": 1}, HELLO]}) == {"messages[].note"}
+
+
+def test_a_turn_with_a_role_is_no_item_and_its_type_must_fit() -> None:
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "type": "reasoning", "value": "greet"}]
+    assert refusal({"conversations": turns}).startswith("bad messages: conversations[1] has the type 'reasoning', but ")
+    assert messages({"conversations": turns}, ignore=("type",))[1] == Message("assistant", "greet")
+    call = {"from": "function_call", "type": "function_call", "value": json.dumps(FUNCTION)}
+    result = {"from": "tool", "type": "function_call_output", "value": "3"}
+    assert [message.role for message in messages({"conversations": [turns[0], call, result]})] == [
+        "user",
+        "assistant",
+        "tool",
+    ]
+    assert refusal({"conversations": [turns[0], {**call, "from": "gpt"}]}).startswith("bad messages: ")
+
+
+def test_a_column_without_a_value_is_named() -> None:
+    assert "columns ['id', 'messages'], of which ['messages'] have no value, match none of" in refusal(
+        {"id": 1, "messages": None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'"a\\ud83d"', r"it has half of a surrogate pair, \ud83d"),
+        (b"NaN", "it has a number that is NaN, infinite or out of range"),
+        (b'[{"x": 1e999}]', "it has a number that is NaN, infinite or out of range"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_named_with_its_reason(text: bytes, reason: str) -> None:
+    for row, column in (
+        (b'{"messages": %s}' % text, "messages"),
+        (
+            b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}], '
+            b'"chat_template_kwargs": {"a": %s}}' % text,
+            "chat_template_kwargs",
+        ),
+    ):
+        with pytest.raises(BrokenRow) as error:
+            parse_row(row)
+        assert str(error.value) == f"cannot be decoded: column {column!r}: {reason}"
 
 
 def test_columns_and_keys_that_nothing_reads_are_named() -> None:

@@ -57,6 +57,7 @@ ORDER = {
         "formats.roles",
         "formats.spelled",
         "formats.exclusions",
+        "formats.keys",
         "formats.tools",
         "formats.parts",
         "formats.items",

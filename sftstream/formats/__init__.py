@@ -9,7 +9,9 @@ The words of this package, on the row `{"messages": [{"role": "user", "content":
     turn      one item in a column of messages, as stored: `{"role": "user", "content": "hi"}`
     message   a turn that has been read: `Message("user", "hi")`
     part      one item of a content that is a list: `{"type": "text", "text": "hi"}`
-    mark      a key of a turn that trains or excludes the turn: `"weight": 0`
+    item      a turn of the Responses API: `{"type": "reasoning", "summary": [...]}`
+    round     a user's turn with its answer: `{"input": "hi", "output": "hello"}`
+    mark      a key of a turn, item or round that trains or excludes it: `"weight": 0`
     path      the place of a value in a row, for error messages: "messages[0].content"
 
 The layout is recognised for each row, because rows of one file may differ. Each of these rows

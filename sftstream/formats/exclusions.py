@@ -28,6 +28,10 @@ _UNCLEAR = ("mask", "train_detail", "training_detail", "train_on")
 """Marks that are refused: their meaning differs between datasets, or concerns parts of a turn."""
 MARKS = frozenset({*_CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
 """Names of all marks."""
+_OF_ROWS = frozenset({"label", *_CHOICES, *_WEIGHTS, *_MASKS})
+"""Columns that can exclude a whole row."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values of a mark that is not set."""
 _LIKE_MARKS = re.compile("train|loss|mask|weight|learn|supervis|exclude|skip|ignore", re.IGNORECASE)
 """Parts of names that seem to be marks; such a key of an unknown meaning is refused."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -40,7 +44,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     Raises Refused if a mark is neither true, false, 0 nor 1, if a key seems to be a mark of unknown
     meaning, or if two marks contradict each other.
     """
-    if unclear := [name for name, value in turn.items() if _is_unclear(name) and value not in (None, "", [], {})]:
+    if unclear := [name for name, value in turn.items() if _is_unclear(name) and value not in _NOTHING]:
         raise Refused(
             "bad weight",
             f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false, or "
@@ -58,10 +62,42 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     return choices.pop() if choices else None
 
 
+def refuse_marks(part: Mapping[str, Any], path: str) -> None:
+    """Raise Refused if a part of a message, such as a tool call, has a mark."""
+    if marked := [name for name, value in part.items() if _seems_mark(name) and value not in _NOTHING]:
+        raise Refused(
+            "bad weight",
+            f"{path} has the mark {marked[0]!r} in a part of a message; mark whole messages with train: true or train: "
+            "false",
+        )
+
+
+def require_wanted(row: Mapping[str, Any]) -> None:
+    """Raise Refused if a column says that the row is not to be trained.
+
+    Such a column is `label`, if it is false (unpaired preference data), or a mark.
+    """
+    if _OF_ROWS.isdisjoint(row):
+        return
+    for name in (name for name in row if name in _OF_ROWS):
+        text = str(row[name]).lower()
+        if text == "false" if name == "label" else _FLAGS.get(text) is (name in _MASKS):
+            raise Refused(
+                "unwanted answer",
+                f"{name} is {text}, which marks an answer to avoid; remove the row, or train the answer by ignore = "
+                f"[{name!r}]",
+            )
+
+
+@lru_cache(maxsize=4096)
+def _seems_mark(name: str) -> bool:
+    return name in MARKS or _LIKE_MARKS.search(name) is not None
+
+
 @lru_cache(maxsize=4096)
 def _is_unclear(name: str) -> bool:
     """Return True for a key that seems to be a mark, but whose meaning is not known."""
-    return name in _UNCLEAR or (name not in MARKS and _LIKE_MARKS.search(name) is not None)
+    return name in _UNCLEAR or (name not in MARKS and _seems_mark(name))
 
 
 def _flag(value: Any, path: str) -> bool:

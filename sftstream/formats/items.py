@@ -17,36 +17,50 @@ from typing import Any
 
 import msgspec
 
+from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import optional_text, require_text
+from sftstream.formats.keys import ARGUMENTS, only_value, require_read
 from sftstream.formats.parts import parse_parts
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCalls
 
-ITEMS = frozenset({"message", "function_call", "function_call_output", "reasoning"})
+_WORDS = {"function_call": ARGUMENTS, "function_call_output": ("output",), "reasoning": ("content", "summary")}
+"""Type of an item -> keys of its words."""
+ITEMS = frozenset({"message", *_WORDS})
 """Types of items. An item of the type "message" has a role and a content like any other turn."""
+ITEM_KEYS = frozenset(
+    {"type", "id", "status", "role", "content", "summary", "call_id", "name", "output", *ARGUMENTS, *MARKS}
+)
+"""Keys of items that are read, or that tell nothing about the words."""
 
 
 def parse_item(item: Mapping[str, Any], path: str) -> Iterator[Message]:
     """Yield the message of an item that is a call, a result or reasoning.
 
-    An item of empty reasoning yields no message.
+    An item of empty reasoning yields no message. Raises Refused if words of the item would be lost.
     """
-    if item["type"] == "function_call":
-        yield Message("assistant", None, tool_calls=parse_calls(item, path))
-    elif item["type"] == "function_call_output":
+    kind = item["type"]
+    require_read(item, _WORDS[kind], path)
+    train = parse_train(item, path)
+    if kind == "function_call":
+        call = {key: value for key, value in item.items() if key not in MARKS}
+        yield Message("assistant", None, tool_calls=parse_calls(call, path), train=train)
+    elif kind == "function_call_output":
         output = item.get("output")
         text = output if isinstance(output, str) else parse_parts(output, f"{path}.output")[0]
-        yield Message("tool", require_text(text, f"{path}.output"), tool_call_id=optional_text(item, path, "call_id"))
+        call_id = optional_text(item, path, "call_id")
+        yield Message("tool", require_text(text, f"{path}.output"), tool_call_id=call_id, train=train)
     else:
-        _, reasoning, _ = parse_parts(item.get("content") or item.get("summary"), path)
+        _, reasoning, _ = parse_parts(only_value(item, _WORDS[kind], path), path)
         if reasoning:
-            yield Message("assistant", None, reasoning)
+            yield Message("assistant", None, reasoning, train=train)
 
 
 def join_items(messages: Iterable[Message]) -> list[Message]:
     """Return the messages after joining the items of each answer: reasoning, then text, then calls.
 
-    Raises Refused if an item of reasoning is followed by neither a text nor a call.
+    Raises Refused if an item of reasoning is followed by neither a text nor a call, or if its mark
+    contradicts that of the text or call.
     """
     result: list[Message] = []
     for message in messages:
@@ -61,7 +75,16 @@ def join_items(messages: Iterable[Message]) -> list[Message]:
 
 def _joined(first: Message, second: Message) -> Message | None:
     """Return one message of two neighbouring items; None if the items are not of one answer."""
-    if not first.role == second.role == "assistant" or first.train != second.train:
+    if not first.role == second.role == "assistant":
+        return None
+    train = first.train
+    if first.content is None and not first.tool_calls:  # reasoning, a part of the next item's message
+        train = second.train if train is None else train
+        if second.train not in (None, train):
+            raise Refused(
+                "bad weight", "an item of reasoning and the item after it have different marks; mark both alike"
+            )
+    elif train != second.train:
         return None
     if second.content is not None and (first.content is not None or first.tool_calls):
         return None
@@ -72,4 +95,5 @@ def _joined(first: Message, second: Message) -> Message | None:
         content=first.content if first.content is not None else second.content,
         reasoning=first.reasoning or second.reasoning,
         tool_calls=ToolCalls((*first.tool_calls, *second.tool_calls)),
+        train=train,
     )

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
+from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import Row, decoded, is_list, refuse_deep
+from sftstream.formats.keys import require_read
 from sftstream.formats.messages import SYSTEM, parse_texts, parse_turns, question_and_answer, system_message
 from sftstream.formats.roles import known_roles
 from sftstream.formats.spelled import require_words, turns_in
@@ -25,6 +27,9 @@ ANSWERS = ("completion", "response", "answer", "output", "chosen")
 """Names of a column with an answer; the first name present is read."""
 CONTEXT = ("input", "context")
 """Names of a column with the text that an instruction is about; the first with a value is read."""
+
+ROUND_KEYS = frozenset({"input", "output", *SYSTEM, *MARKS})
+"""Keys of a round that are read."""
 
 
 class Layout(NamedTuple):
@@ -49,9 +54,11 @@ def find_layout(row: Row) -> Layout:
     """Return the first layout that the columns of a row match; raises Refused without a match."""
     layout = _layout(tuple(key for key, value in row.items() if value is not None))
     if layout is None:
+        empty = sorted(str(column) for column, value in row.items() if value is None)
         raise Refused(
             "unknown layout",
-            f"columns {sorted(map(str, row))} match none of {' | '.join(map(str, LAYOUTS))}{_advice(row)}",
+            f"columns {sorted(map(str, row))}{f', of which {empty} have no value,' if empty else ''} match none of "
+            f"{' | '.join(map(str, LAYOUTS))}{_advice(row)}",
         )
     return layout
 
@@ -134,18 +141,28 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read the column `conversation`: a list of rounds, or a list of turns.
 
     A round is an input with an output, and perhaps a system prompt:
-    `{"system": "Be brief.", "input": "hi", "output": "hello"}`.
+    `{"system": "Be brief.", "input": "hi", "output": "hello"}`. A mark trains or excludes the
+    output.
     """
     rounds = decoded(row["conversation"])
-    if not is_list(rounds) or not all(isinstance(pair, Mapping) and "input" in pair for pair in rounds):
+    if not is_rounds(rounds):
         yield from _column_of_turns("conversation")(row, settings)
         return
     yield from system_message(row)
     roles = known_roles(settings)
-    for index, pair in enumerate(rounds):
+    for index, given in enumerate(rounds):
+        path = f"conversation[{index}]"
+        pair = {key: value for key, value in given.items() if key not in settings.ignore}
+        require_read(pair, ROUND_KEYS, path)
         yield from system_message(pair)
-        yield Message("user", require_words(pair["input"], f"conversation[{index}].input", roles))
-        yield Message("assistant", require_words(pair.get("output"), f"conversation[{index}].output", roles))
+        yield Message("user", require_words(pair["input"], f"{path}.input", roles))
+        answer = require_words(pair.get("output"), f"{path}.output", roles)
+        yield Message("assistant", answer, train=parse_train(pair, path))
+
+
+def is_rounds(value: Any) -> bool:
+    """Return True for a list of rounds, each an object with an input."""
+    return is_list(value) and all(isinstance(pair, Mapping) and "input" in pair for pair in value)
 
 
 def _by_turns(row: Row, settings: RowSettings) -> Iterator[Message]:
@@ -195,16 +212,7 @@ def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
 
 
 def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
-    """Read a question and an answer, each a text or a list of turns, and an optional `history`.
-
-    Raises Refused if `label` is false, which marks an answer that nobody wants (unpaired preference
-    data).
-    """
-    if row.get("label") is False:
-        raise Refused(
-            "unwanted answer",
-            "label is false, which marks an answer to avoid; remove the row, or train the answer by ignore = ['label']",
-        )
+    """Read a question and an answer, each a text or a list of turns, and an optional `history`."""
     question, answer = _present(row, QUESTIONS), _present(row, ANSWERS)
     assert question is not None
     assert answer is not None

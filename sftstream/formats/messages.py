@@ -12,8 +12,9 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import Row, carries_words, decoded, first, is_list, optional_text
-from sftstream.formats.items import ITEMS, join_items, parse_item
+from sftstream.formats.fields import Row, decoded, first, is_list, optional_text, require_text
+from sftstream.formats.items import ITEM_KEYS, ITEMS, join_items, parse_item
+from sftstream.formats.keys import CONTENT, only_value, require_read
 from sftstream.formats.parts import parse_parts, split_results
 from sftstream.formats.roles import CALLING, known_roles
 from sftstream.formats.spelled import require_words
@@ -23,18 +24,10 @@ from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a column with the system prompt; the first with a value is read."""
 
-_CONTENT = ("content", "value", "text")
-"""Keys of a turn's content."""
 _READ = frozenset(
-    {"role", "from", "type", *_CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
+    {"role", "from", "type", *CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
 )
 """Keys of a turn that are read."""
-_WORDS = frozenset(
-    {"tools", "functions", "tool_defs", "context", "documents", "system", "input", "output", "thought", "thoughts"}
-    | {"reasoning_text", "refusal", "image", "images", "image_url", "audio", "audios", "video", "videos", "response"}
-    | {"arguments"}
-)
-"""Keys of a turn that are known to hold words of a conversation but are not read; refused."""
 
 
 def system_message(row: Row) -> Iterable[Message]:
@@ -111,9 +104,8 @@ def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
     return {
         key
         for turn in messages
-        if turn.get("type") not in ITEMS
         for key, value in turn.items()
-        if value is not None and key not in _READ and key not in settings.ignore
+        if value is not None and key not in (ITEM_KEYS if _is_item(turn) else _READ) and key not in settings.ignore
     }
 
 
@@ -144,8 +136,8 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
         yield from parse_item(turn, path)
         return
     named, role = _role(turn, path, roles)
-    _require_read(turn, path)
-    content = _content(turn, path)
+    require_read(turn, _READ, path)
+    content = only_value(turn, CONTENT, path)
     results: list[Message] = []
     if is_list(content) and role in ("user", "tool"):
         results, content = split_results(content, path)
@@ -155,12 +147,13 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
     text, reasoning, calls = _read_content(content, named, role, path)
     fields = [parse_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
     calls = ToolCalls(chain(calls, *fields))
+    _require_type(turn, role, calls, path)
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     yield Message(
         role=role,
         content=text,
-        reasoning=reasoning or optional_text(turn, path, *REASONING_KEYS),
+        reasoning=_reasoning(turn, reasoning, path),
         tool_calls=calls,
         name=optional_text(turn, path, "name"),
         tool_call_id=optional_text(turn, path, "tool_call_id"),
@@ -180,16 +173,25 @@ def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> tupl
     )
 
 
-def _content(turn: Mapping[str, Any], path: str) -> Any:
-    """Return the content of a turn; raises Refused if two keys hold different contents."""
-    contents = [turn[key] for key in _CONTENT if turn.get(key) is not None]
-    if any(content != contents[0] for content in contents[1:]):
+def _reasoning(turn: Mapping[str, Any], inside: str | None, path: str) -> str | None:
+    """Return the reasoning of a turn; `inside` is the reasoning in the parts of its content.
+
+    Raises Refused if the turn has two different reasonings.
+    """
+    reasoning = only_value({**turn, "content": inside}, (*REASONING_KEYS, "content"), path)
+    return None if reasoning is None else require_text(reasoning, f"{path}.{REASONING_KEYS[0]}")
+
+
+def _require_type(turn: Mapping[str, Any], role: Role, calls: ToolCalls, path: str) -> None:
+    """Raise Refused if a turn with a role has the type of another item than it is read as."""
+    kind = turn.get("type") if first(turn, "role", "from") else None
+    fitting = {"reasoning": False, "function_call": bool(calls), "function_call_output": role == "tool"}
+    if isinstance(kind, str) and not fitting.get(kind, True):
         raise Refused(
-            "two contents",
-            f"{path} has different contents in {[key for key in _CONTENT if turn.get(key)]}; leave out the wrong keys "
-            "by ignore = [...]",
+            "bad messages",
+            f"{path} has the type {kind!r}, but would be read as words of the role {role!r}; write an item without a "
+            "role, or read the words by ignore = ['type']",
         )
-    return contents[0] if contents else None
 
 
 def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str | None, str | None, ToolCalls]:
@@ -202,21 +204,11 @@ def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str 
     return parse_parts(content, path)
 
 
-def _require_read(turn: Mapping[str, Any], path: str) -> None:
-    """Raise Refused if a key of the turn holds words that are not read."""
-    if unread := sorted(key for key in _WORDS.intersection(turn) if carries_words(turn[key])):
-        raise Refused(
-            "unread words",
-            f"{path}.{unread[0]} holds words that no layout reads: {excerpt(turn[unread[0]])}; move them to content "
-            f"or a column, or leave them out by ignore = [{unread[0]!r}]",
-        )
-
-
 def _is_item(turn: Any) -> bool:
     """Return True for an item of the Responses API (`items.py`)."""
-    return (
-        isinstance(turn, Mapping) and turn.get("type") in ITEMS and (turn["type"] == "message" or not turn.get("role"))
-    )
+    if not isinstance(turn, Mapping) or not isinstance(kind := turn.get("type"), str):
+        return False
+    return kind == "message" or (kind in ITEMS and not first(turn, "role", "from"))
 
 
 def _turned(columns: Mapping[str, Any], path: str) -> Any:

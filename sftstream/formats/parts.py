@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import first, is_list, require_text
+from sftstream.formats.exclusions import refuse_marks
+from sftstream.formats.fields import is_list, require_text
+from sftstream.formats.keys import only_value, require_read
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
 
@@ -37,14 +39,12 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
     calls: list[ToolCall] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "tool_call":
-            calls += parse_calls(first(part, "value", "tool_call") or part, path)
-        elif kind == "tool_use":
-            calls += parse_calls(part, path)
+        if kind in ("tool_call", "tool_use"):
+            calls += _calls(part, path)
         elif kind in _TEXT:
-            texts.append(require_text(first(part, "text", "value"), path))
+            texts.append(_words(part, ("text", "value"), path))
         elif kind in _REASONING:
-            reasonings.append(require_text(first(part, kind, "text", "value"), path))
+            reasonings.append(_words(part, (kind, "text", "value"), path))
         else:
             raise Refused(
                 "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
@@ -56,6 +56,23 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
                 "then calls; divide the message into several messages",
             )
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
+
+
+def _words(part: Mapping[str, Any], keys: Sequence[str], path: str) -> str:
+    """Return the text of a part, which is the value of one of `keys`."""
+    refuse_marks(part, path)
+    require_read(part, keys, path)
+    return require_text(only_value(part, keys, path), path)
+
+
+def _calls(part: Mapping[str, Any], path: str) -> ToolCalls:
+    """Return the calls of a part: inside of a key, or the part itself."""
+    inside = only_value(part, ("value", "tool_call"), path)
+    if not inside:
+        return parse_calls(part, path)
+    refuse_marks(part, path)
+    require_read(part, ("value",), path)
+    return parse_calls(inside, path)
 
 
 def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], list[Any]]:
@@ -72,6 +89,8 @@ def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], lis
 
 def _result(part: Mapping[str, Any], path: str) -> Message:
     """Return the tool's message of a part of the type `tool_result`."""
+    refuse_marks(part, path)
+    require_read(part, ("content",), path)
     result = part.get("content")
     if isinstance(result, Mapping):
         result = msgspec.json.encode(result).decode()

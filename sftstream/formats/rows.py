@@ -7,12 +7,15 @@ Rows of plain messages are decoded directly (`typed.py`). All other rows are rea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
 
 from sftstream.config import RowSettings
+from sftstream.formats.exclusions import require_wanted
 from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
 from sftstream.formats.tools import parse_tools
@@ -27,6 +30,8 @@ from sftstream.formats.unread import (
 )
 from sftstream.records import UNDECODABLE, BrokenRow, Conversation, RawRow, Refused, Unreadable
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which stands for no character."""
 _DIGITS = 4300
 """Number of digits from which on Python refuses to read an integer."""
 
@@ -44,14 +49,15 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
         if usual and settings.columns is None and not settings.ignore and (conversation := typed_json(row)):
             return conversation
     fields = row_fields(row, settings)
+    require_wanted(fields)
     if usual and not isinstance(row, bytes) and (conversation := typed_row(fields, settings.max_row_bytes)):
         return conversation
     if not isinstance(row, bytes):
         require_small(row, fields, settings)
     more = has_words_beside_messages(tuple(fields))
+    require_readable(fields, settings)
     messages = typed_messages(fields) if usual and not more else None
     if messages is None:
-        require_readable(fields, settings)
         messages = parse_layout(fields, settings)
     if not messages:
         raise Refused("empty conversation", "it has no messages")
@@ -154,16 +160,36 @@ def _readable_columns(text: bytes) -> dict[str, Any] | None:
         row = json.loads(text.decode(), parse_int=_integer)
         if not isinstance(row, dict):
             return None
-        return {_column(json.dumps(column)): _column(json.dumps(value)) for column, value in row.items()}
+        return {_readable(column): _readable(value) for column, value in row.items()}
     except (*UNDECODABLE, ValueError, TypeError):
         return None
 
 
-def _column(text: str) -> Any:
+def _readable(value: Any) -> Any:
+    """Return the value as msgspec decodes it, or an Unreadable with the reason."""
     try:
-        return msgspec.json.decode(text)
+        return msgspec.json.decode(json.dumps(value))
     except UNDECODABLE as error:
-        return Unreadable(f"is not JSON: {error}")
+        reasons = (reason for scalar in _scalars(value) if (reason := _reason(scalar)))
+        return Unreadable(next(reasons, f"is not JSON: {error}"))
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """Yield the keys and the values of lists and objects at any depth."""
+    if isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _scalars(item)
+    yield value
+
+
+def _reason(value: Any) -> str | None:
+    """Say why a text or number cannot be read; None of any other value."""
+    if isinstance(value, str) and (half := _HALF.search(value)):
+        return f"it has half of a surrogate pair, \\u{ord(half[0]):04x}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it has a number that is NaN, infinite or out of range"
+    return None
 
 
 def _integer(digits: str) -> int | float:

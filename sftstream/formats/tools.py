@@ -9,15 +9,14 @@ All of these calls become ToolCall("add", {"a": 1}):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import decoded, first, is_list, optional_text
+from sftstream.formats.exclusions import refuse_marks
+from sftstream.formats.fields import decoded, is_list, optional_text
+from sftstream.formats.keys import ARGUMENTS, only_value, require_read
 from sftstream.records import Refused, ToolCall, ToolCalls
-
-_ARGUMENTS = ("arguments", "parameters", "input")
-"""Keys of the arguments of a call; the first key present is read."""
 
 
 def parse_calls(value: Any, path: str) -> ToolCalls:
@@ -37,14 +36,35 @@ def _call(call: Any, path: str) -> ToolCall:
     if isinstance(call, Mapping):
         function = decoded(call.get("function")) or call
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        if named and any(name in function for name in _ARGUMENTS):
-            arguments = decoded(first(function, *_ARGUMENTS) or {})
-            if isinstance(arguments, Mapping):
+        if named and any(name in function for name in ARGUMENTS):
+            if function is not call:
+                _require_usual(call, _AROUND, (), path)
+            _require_usual(function, _CALL, ARGUMENTS, path)
+            given = only_value(function, ARGUMENTS, path) or {}
+            if isinstance(arguments := decoded(given), Mapping):
                 return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id", "call_id"))
+            raise Refused(
+                "bad tool call",
+                f"{path}: the arguments of {function['name']!r} are {excerpt(given)}, not a JSON object; write "
+                f'"arguments": {{"a": 1}}',
+            )
     raise Refused(
         "bad tool call",
         f'{path}: {excerpt(call)} has no name and arguments; write {{"name": "add", "arguments": {{"a": 1}}}}',
     )
+
+
+_AROUND = frozenset({"id", "index", "type", "function"})
+"""Usual keys of an object around a `function` object."""
+_CALL = frozenset({"id", "call_id", "index", "type", "name", "arguments"})
+"""Usual keys of a call."""
+
+
+def _require_usual(part: Mapping[str, Any], usual: frozenset[str], words: Sequence[str], path: str) -> None:
+    """Raise Refused if a key that is neither in `usual` nor in `words` is a mark or holds words."""
+    if not usual.issuperset(part):
+        refuse_marks(part, path)
+        require_read(part, words, path)
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:

@@ -8,14 +8,14 @@ A row is refused if a column that is not read has a name known for words of a co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import Row, carries_words, decoded, is_list, texts_in
-from sftstream.formats.layouts import LAYOUTS, columns_read, find_layout
+from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 
@@ -76,15 +76,25 @@ def require_read(row: Row, conversation: Conversation, settings: RowSettings) ->
     valued = tuple([column for column, value in row.items() if value])
     if not (suspects := _suspects(present, valued, settings.columns is not None)):
         return
-    words = " ".join(" ".join(_words(conversation)).split())
+    _require_within(" ".join(_words(conversation)), row, suspects, f"the layout {find_layout(row)} does not read")
+
+
+def require_in_text(row: Row) -> None:
+    """Raise Refused if a column holds words that are missing from the column `text`."""
+    suspects = [column for column, value in row.items() if value and column != "text" and is_for_words(column)]
+    _require_within(row["text"], row, suspects, "the column 'text' does not hold")
+
+
+def _require_within(read: str, row: Row, suspects: Iterable[str], lack: str) -> None:
+    """Raise Refused if a column of `suspects` holds words that are missing from the text `read`."""
+    words = " ".join(read.split())
     for column in suspects:
         texts = texts_in(decoded(row[column])) if _carries(column, row[column]) else ()
         if _spelling(column) in MEDIA or not all(" ".join(text.split()) in words for text in texts):
             raise Refused(
                 "unread words",
-                f"column {column!r} holds words that the layout {find_layout(row)} does not read: "
-                f"{excerpt(row[column])}; read the column under a known name by columns = {{...}}, or leave the "
-                f"column out by ignore = [{column!r}]",
+                f"column {column!r} holds words that {lack}: {excerpt(row[column])}; read the column "
+                f"under a known name by columns = {{...}}, or leave the column out by ignore = [{column!r}]",
             )
 
 
@@ -101,7 +111,7 @@ def _suspects(present: tuple[str, ...], valued: tuple[str, ...], renamed: bool) 
 def require_readable(row: Row, settings: RowSettings) -> None:
     """Raise BrokenRow if a column that may hold words has a value that Python cannot hold."""
     for column, value in row.items():
-        if type(value) is Unreadable and (is_for_words(column) or settings.columns is not None):
+        if type(value) is Unreadable and (is_for_words(column) or column == VARIABLES or settings.columns is not None):
             raise BrokenRow(f"cannot be decoded: column {column!r}: {value.reason}")
 
 
@@ -114,7 +124,9 @@ def unread_names(row: Row, settings: RowSettings) -> set[str]:
     read = _read(row)
     names = {str(column) for column, value in row.items() if column not in read and value not in EMPTY}
     for column in read & {"messages", "conversations", "conversation"}:
-        names |= {f"{column}[].{key}" for key in unread_keys(row[column], settings)}
+        rounds = column == "conversation" and is_rounds(decoded(row[column]))
+        keys = {key for pair in decoded(row[column]) for key in pair} - ROUND_KEYS if rounds else None
+        names |= {f"{column}[].{key}" for key in keys or unread_keys(row[column], settings)}
     return names
 
 

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
+from sftstream.formats.exclusions import require_wanted
 from sftstream.formats.fields import Row, is_list, require_text
 from sftstream.formats.layouts import has_layout
 from sftstream.formats.rows import require_small, row_fields
+from sftstream.formats.unread import require_in_text
 from sftstream.records import IGNORE_INDEX, RawRow, Refused
 
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
@@ -39,11 +41,15 @@ def parse_unverified(row: RawRow, settings: RowSettings) -> Unverified | None:
     require_small(row, fields, settings)
     if has_layout(fields):
         return None
-    if fields.get("input_ids") is not None:
+    column = next((column for column in ("input_ids", "text") if fields.get(column) is not None), None)
+    if column is None:
+        return None
+    require_wanted(fields)
+    if column == "input_ids":
         return _tokens(fields)
-    if fields.get("text") is not None:
-        return Unverified(require_text(fields["text"], "text"))
-    return None
+    text = require_text(fields["text"], "text")
+    require_in_text(fields)
+    return Unverified(text)
 
 
 def _tokens(row: Row) -> Unverified:
@@ -68,7 +74,11 @@ def _trained(row: Row, ids: Sequence[int]) -> list[bool]:
     name = next((name for name in _MASKS if row.get(name) is not None), None)
     if name is None:
         return [True] * len(ids)
-    return [bool(mark) for mark in _integers(row[name], name, len(ids))]
+    marks = _integers(row[name], name, len(ids))
+    for position, mark in enumerate(marks):
+        if mark not in (0, 1):
+            raise Refused("bad labels", f"{name}[{position}] is {mark}, neither 0 nor 1")
+    return [bool(mark) for mark in marks]
 
 
 def _integers(values: Any, column: str, length: int | None = None) -> list[int]:

@@ -29,6 +29,7 @@ from sftstream.streaming.packing import (
     window_size,
 )
 from sftstream.streaming.sampler import RowBatch, RowSampler
+from sftstream.tokenization.unverified import NOTE
 
 MAX_WAIT = 2
 """Largest number of windows that a leftover waits. A larger number did not fill packs better.
@@ -307,7 +308,7 @@ class Packer(BaseNode[Pack]):
                 continue
             longest = len(value[0].tokens) if len(value) == 1 else max([len(example.tokens) for example in value])
             if longest > capacity:
-                self._refuse(ref, _too_long(longest, capacity), read)
+                self._refuse(ref, _too_long(longest, capacity, verified=NOTE not in value[0].notes), read)
                 continue
             source, row, epoch = ref
             amount = read.accepted[source]
@@ -359,8 +360,6 @@ class Packer(BaseNode[Pack]):
         return [packs[index] for index in order]
 
 
-def _too_long(length: int, capacity: int) -> Refused:
-    return Refused(
-        "longer than capacity",
-        f"{length} tokens do not fit into a pack of {capacity}; raise data.capacity, or set data.overflow",
-    )
+def _too_long(length: int, capacity: int, *, verified: bool) -> Refused:
+    remedy = "raise data.capacity, or set data.overflow" if verified else "raise data.capacity, or shorten the row"
+    return Refused("longer than capacity", f"{length} tokens do not fit into a pack of {capacity}; {remedy}")

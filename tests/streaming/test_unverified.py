@@ -87,7 +87,16 @@ def test_token_ids_are_trained_where_their_row_says(
             "nothing to train: no token is trained that has a token before it",
         ),
         ({"text": 3}, "not text: text is a int: 3"),
-        ({"input_ids": [5] * 300}, "longer than capacity: "),
+        ({"input_ids": [5, 6], "loss_mask": [0, 2]}, "bad labels: loss_mask[1] is 2, neither 0 nor 1"),
+        (
+            {"text": "rain", "prompt": "q"},
+            "unread words: column 'prompt' holds words that the column 'text' does not hold",
+        ),
+        ({"text": "rain", "weight": 0}, "unwanted answer: weight is 0, which marks"),
+        (
+            {"input_ids": [5] * 300},
+            "longer than capacity: 300 tokens do not fit into a pack of 256; raise data.capacity, or shorten the row",
+        ),
         ({"other": 3}, "unknown layout: columns ['other'] match none of "),
     ],
 )
