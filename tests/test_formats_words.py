@@ -369,10 +369,11 @@ def test_marks_and_words_in_a_part_of_a_message_are_refused(turn: dict[str, Any]
     for name, value in {"train": False, "weight": 0, "masked": True, "loss_mask": 0}.items():
         assert refusal(marked(name, value)).startswith("bad weight: messages[2]"), name
         assert f"has the mark {name!r} in a part of a message" in refusal(marked(name, value))
-        assert len(messages(marked(name, None))) == 3
+        assert refusal(marked(name, value)).endswith(f"leave the key out by ignore = [{name!r}]")
+        assert len(messages(marked(name, value), ignore=(name,))) == len(messages(marked(name, None))) == 3
     for name in ("refusal", "thoughts", "response"):
         assert refusal(marked(name, "lost")).startswith("unread words: messages[2]")
-        assert len(messages(marked(name, ""))) == 3
+        assert len(messages(marked(name, "lost"), ignore=(name,))) == len(messages(marked(name, ""))) == 3
     assert len(messages(marked("index", 0))) == 3
 
 

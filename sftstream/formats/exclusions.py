@@ -11,7 +11,7 @@ Four turns with their training:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -62,13 +62,14 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     return choices.pop() if choices else None
 
 
-def refuse_marks(part: Mapping[str, Any], path: str) -> None:
-    """Raise Refused if a part of a message, such as a tool call, has a mark."""
-    if marked := [name for name, value in part.items() if _seems_mark(name) and value not in _NOTHING]:
+def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> None:
+    """Raise Refused if a part of a message, such as a call, has a mark that is not `ignored`."""
+    names = [name for name in part if name not in ignored and _seems_mark(name)]
+    if marked := [name for name in names if part[name] not in _NOTHING]:
         raise Refused(
             "bad weight",
             f"{path} has the mark {marked[0]!r} in a part of a message; mark whole messages with train: true or train: "
-            "false",
+            f"false, or leave the key out by ignore = [{marked[0]!r}]",
         )
 
 

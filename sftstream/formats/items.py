@@ -12,7 +12,7 @@ https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -34,24 +34,25 @@ ITEM_KEYS = frozenset(
 """Keys of items that are read, or that tell nothing about the words."""
 
 
-def parse_item(item: Mapping[str, Any], path: str) -> Iterator[Message]:
+def parse_item(item: Mapping[str, Any], path: str, ignored: Collection[str]) -> Iterator[Message]:
     """Yield the message of an item that is a call, a result or reasoning.
 
-    An item of empty reasoning yields no message. Raises Refused if words of the item would be lost.
+    An item of empty reasoning yields no message. Keys of parts are `ignored`, those of the item are
+    not. Raises Refused if words of the item would be lost.
     """
     kind = item["type"]
     require_read(item, _WORDS[kind], path)
     train = parse_train(item, path)
     if kind == "function_call":
         call = {key: value for key, value in item.items() if key not in MARKS}
-        yield Message("assistant", None, tool_calls=parse_calls(call, path), train=train)
+        yield Message("assistant", None, tool_calls=parse_calls(call, path, ignored), train=train)
     elif kind == "function_call_output":
         output = item.get("output")
-        text = output if isinstance(output, str) else parse_parts(output, f"{path}.output")[0]
+        text = output if isinstance(output, str) else parse_parts(output, f"{path}.output", ignored)[0]
         call_id = optional_text(item, path, "call_id")
         yield Message("tool", require_text(text, f"{path}.output"), tool_call_id=call_id, train=train)
     else:
-        _, reasoning, _ = parse_parts(only_value(item, _WORDS[kind], path), path)
+        _, reasoning, _ = parse_parts(only_value(item, _WORDS[kind], path), path, ignored)
         if reasoning:
             yield Message("assistant", None, reasoning, train=train)
 

@@ -25,9 +25,10 @@ WORDS = frozenset(
 """Keys that are known to hold words of a conversation."""
 
 
-def require_read(fields: Mapping[str, Any], read: Collection[str], path: str) -> None:
-    """Raise Refused if a key in `WORDS` that is not in `read` holds words."""
-    if unread := sorted(key for key in WORDS.intersection(fields) if key not in read and carries_words(fields[key])):
+def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ignored: Collection[str] = ()) -> None:
+    """Raise Refused if a key in `WORDS` holds words, and is neither in `read` nor `ignored`."""
+    unread = [key for key in WORDS.intersection(fields) if key not in read and key not in ignored]
+    if unread := sorted(key for key in unread if carries_words(fields[key])):
         raise Refused(
             "unread words",
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(fields[unread[0]])}; move them to content "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -133,20 +133,20 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
     if settings.ignore:
         turn = {key: value for key, value in turn.items() if key not in settings.ignore}
     if _is_item(turn) and turn["type"] != "message":
-        yield from parse_item(turn, path)
+        yield from parse_item(turn, path, settings.ignore)
         return
     named, role = _role(turn, path, roles)
     require_read(turn, _READ, path)
     content = only_value(turn, CONTENT, path)
     results: list[Message] = []
     if is_list(content) and role in ("user", "tool"):
-        results, content = split_results(content, path)
+        results, content = split_results(content, path, settings.ignore)
     yield from results
     if results and not content:
         return
-    text, reasoning, calls = _read_content(content, named, role, path)
-    fields = [parse_calls(turn.get(field), f"{path}.{field}") for field in ("tool_calls", "function_call")]
-    calls = ToolCalls(chain(calls, *fields))
+    text, reasoning, calls = _read_content(content, named, role, path, settings.ignore)
+    for field in ("tool_calls", "function_call"):
+        calls = ToolCalls(chain(calls, parse_calls(turn.get(field), f"{path}.{field}", settings.ignore)))
     _require_type(turn, role, calls, path)
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
@@ -194,14 +194,16 @@ def _require_type(turn: Mapping[str, Any], role: Role, calls: ToolCalls, path: s
         )
 
 
-def _read_content(content: Any, named: str, role: Role, path: str) -> tuple[str | None, str | None, ToolCalls]:
+def _read_content(
+    content: Any, named: str, role: Role, path: str, ignored: Collection[str]
+) -> tuple[str | None, str | None, ToolCalls]:
     """Return the text, the reasoning and the tool calls in the content of a turn."""
     if named in CALLING:
-        return None, None, parse_calls(content, path)
+        return None, None, parse_calls(content, path, ignored)
     if role == "tool" and isinstance(content, Mapping):
         # Some datasets store tool results as objects, but a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
-    return parse_parts(content, path)
+    return parse_parts(content, path, ignored)
 
 
 def _is_item(turn: Any) -> bool:

@@ -7,7 +7,7 @@ has the text "seven" and the reasoning "add them".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,11 +25,12 @@ _REASONING = ("reasoning", "thinking", "reasoning_text", "summary_text")
 """Types of parts that hold reasoning."""
 
 
-def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCalls]:
+def parse_parts(content: Any, path: str, ignored: Collection[str] = ()) -> tuple[str | None, str | None, ToolCalls]:
     """Return the text, the reasoning and the tool calls of a content.
 
-    The content is a text or a list of typed parts. Raises Refused if a part has an unknown type, or
-    if the parts are not in the order in which templates print them: reasoning, text, calls.
+    The content is a text or a list of typed parts. Raises Refused if a part has an unknown type, if
+    a key that is not `ignored` is a mark or holds further words, or if the parts are not in the
+    order in which templates print them: reasoning, text, calls.
     """
     if content is None or isinstance(content, str):
         return content, None, ToolCalls()
@@ -40,11 +41,11 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("tool_call", "tool_use"):
-            calls += _calls(part, path)
+            calls += _calls(part, path, ignored)
         elif kind in _TEXT:
-            texts.append(_words(part, ("text", "value"), path))
+            texts.append(_words(part, ("text", "value"), path, ignored))
         elif kind in _REASONING:
-            reasonings.append(_words(part, (kind, "text", "value"), path))
+            reasonings.append(_words(part, (kind, "text", "value"), path, ignored))
         else:
             raise Refused(
                 "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
@@ -58,24 +59,24 @@ def parse_parts(content: Any, path: str) -> tuple[str | None, str | None, ToolCa
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 
 
-def _words(part: Mapping[str, Any], keys: Sequence[str], path: str) -> str:
+def _words(part: Mapping[str, Any], keys: Sequence[str], path: str, ignored: Collection[str]) -> str:
     """Return the text of a part, which is the value of one of `keys`."""
-    refuse_marks(part, path)
-    require_read(part, keys, path)
+    refuse_marks(part, path, ignored)
+    require_read(part, keys, path, ignored)
     return require_text(only_value(part, keys, path), path)
 
 
-def _calls(part: Mapping[str, Any], path: str) -> ToolCalls:
+def _calls(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> ToolCalls:
     """Return the calls of a part: inside of a key, or the part itself."""
     inside = only_value(part, ("value", "tool_call"), path)
     if not inside:
-        return parse_calls(part, path)
-    refuse_marks(part, path)
-    require_read(part, ("value",), path)
-    return parse_calls(inside, path)
+        return parse_calls(part, path, ignored)
+    refuse_marks(part, path, ignored)
+    require_read(part, ("value",), path, ignored)
+    return parse_calls(inside, path, ignored)
 
 
-def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], list[Any]]:
+def split_results(content: Sequence[Any], path: str, ignored: Collection[str]) -> tuple[list[Message], list[Any]]:
     """Return a tool's message for each part of the type `tool_result`, and the other parts.
 
     Raises Refused if a result follows other parts: Anthropic's Messages API requires results first.
@@ -84,17 +85,17 @@ def split_results(content: Sequence[Any], path: str) -> tuple[list[Message], lis
     count = sum(is_result)
     if not all(is_result[:count]):
         raise Refused("bad messages", f"{path} has words before a tool_result; move the words after the results")
-    return [_result(part, path) for part in content[:count]], list(content[count:])
+    return [_result(part, path, ignored) for part in content[:count]], list(content[count:])
 
 
-def _result(part: Mapping[str, Any], path: str) -> Message:
+def _result(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> Message:
     """Return the tool's message of a part of the type `tool_result`."""
-    refuse_marks(part, path)
-    require_read(part, ("content",), path)
+    refuse_marks(part, path, ignored)
+    require_read(part, ("content",), path, ignored)
     result = part.get("content")
     if isinstance(result, Mapping):
         result = msgspec.json.encode(result).decode()
-    text, reasoning, calls = parse_parts(result, path)
+    text, reasoning, calls = parse_parts(result, path, ignored)
     if reasoning or calls:
         raise Refused("unknown content part", f"{path} has a tool_result {excerpt(result)}; only text can be read")
     call_id = part.get("tool_use_id")

@@ -9,7 +9,7 @@ All of these calls become ToolCall("add", {"a": 1}):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sftstream.excerpt import excerpt
@@ -19,27 +19,28 @@ from sftstream.formats.keys import ARGUMENTS, only_value, require_read
 from sftstream.records import Refused, ToolCall, ToolCalls
 
 
-def parse_calls(value: Any, path: str) -> ToolCalls:
+def parse_calls(value: Any, path: str, ignored: Collection[str] = ()) -> ToolCalls:
     """Return the tool calls in a value of any known spelling.
 
     The value is a call or a list of calls. Each call is an object or JSON text, with or without a
-    surrounding `function` object. Raises Refused if a call has no name or no arguments.
+    surrounding `function` object. Raises Refused if a call has no name or no arguments, or if a key
+    that is not `ignored` is a mark or holds further words.
     """
     value = decoded(value)
     if not value:
         return ToolCalls()
     calls = value if is_list(value) else [value]
-    return ToolCalls(_call(decoded(call), path) for call in calls)
+    return ToolCalls(_call(decoded(call), path, ignored) for call in calls)
 
 
-def _call(call: Any, path: str) -> ToolCall:
+def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
     if isinstance(call, Mapping):
         function = decoded(call.get("function")) or call
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if named and any(name in function for name in ARGUMENTS):
             if function is not call:
-                _require_usual(call, _AROUND, (), path)
-            _require_usual(function, _CALL, ARGUMENTS, path)
+                _require_usual(call, _AROUND, (), path, ignored)
+            _require_usual(function, _CALL, ARGUMENTS, path, ignored)
             given = only_value(function, ARGUMENTS, path) or {}
             if isinstance(arguments := decoded(given), Mapping):
                 return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id", "call_id"))
@@ -60,11 +61,13 @@ _CALL = frozenset({"id", "call_id", "index", "type", "name", "arguments"})
 """Usual keys of a call."""
 
 
-def _require_usual(part: Mapping[str, Any], usual: frozenset[str], words: Sequence[str], path: str) -> None:
-    """Raise Refused if a key that is neither in `usual` nor in `words` is a mark or holds words."""
+def _require_usual(
+    part: Mapping[str, Any], usual: frozenset[str], read: Sequence[str], path: str, ignored: Collection[str]
+) -> None:
+    """Raise Refused if a key other than `usual`, `read` and `ignored` is a mark or holds words."""
     if not usual.issuperset(part):
-        refuse_marks(part, path)
-        require_read(part, words, path)
+        refuse_marks(part, path, ignored)
+        require_read(part, read, path, ignored)
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
