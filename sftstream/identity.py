@@ -198,7 +198,7 @@ def accepted_changes(
     ]
     refused = [change for change in changed if not _is_covered(change, accepted)]
     if refused:
-        advice = _advice(refused) if is_possible(changed) else ""
+        advice = _advice(refused, accepted) if is_possible(changed) else ""
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise ValueError(
             "the state was taken from other data or settings, and a resume would not be exact: "
@@ -218,11 +218,16 @@ def _require_known(accepted: Sequence[str]) -> None:
             )
 
 
-def _advice(refused: Sequence[str]) -> str:
+def _advice(refused: Sequence[str], accepted: Sequence[str]) -> str:
+    """Return the advice to accept all differences, each by the name of its setting or source."""
+    names = [match[0] for change in refused if (match := _SETTING.match(change))]
     return (
-        f"; data.accept_changed = [{refused[0].split(':')[0]!r}] accepts the change, goes on from "
-        "here, and records the change in the state"
+        f"; data.accept_changed = {[*dict.fromkeys([*accepted, *names])]} accepts the change, goes on from here, and "
+        "records the change in the state"
     )
+
+
+_SETTING = re.compile(r"data\.sources\[\d+\]|data\.\w+")
 
 
 def _is_covered(change: str, accepted: Sequence[str]) -> bool:

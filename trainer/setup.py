@@ -21,7 +21,6 @@ from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
 from trainer.llama.attention import Kernel
 from trainer.llama.export import require_replaceable
-from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
 from trainer.llama.weights import weight_files
@@ -198,7 +197,7 @@ def _build_and_restore(
 def _require_replaceable_exports(config: TrainConfig) -> None:
     """Raise ValueError if the run could not replace a directory that it exports to."""
     require_replaceable(config.run.export_directory)
-    require_replaceable(config.run.adapter_directory, ADAPTER)
+    require_replaceable(config.run.adapter_directory)
 
 
 def _compile(config: TrainConfig, source: ModelSource, model: Llama, topology: Topology, *, evaluates: bool) -> None:

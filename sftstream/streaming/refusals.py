@@ -127,13 +127,14 @@ def require_few_refused(
     """
     for number, limit in exceeded_limits(config, sizes, counts):
         count = counts[number]
-        refused = count.other if limit is OTHER else count.too_long
+        refused, size = count.other if limit is OTHER else count.too_long, sizes[number]
+        passes = f", read in several passes over its {size:,}," if size is not None and count.rows > size else ""
         examples = (
             f" (one is {where}: {r.reason}: {r.detail})"
             for r, where in located
             if r.source == number and limit_of(r.reason) is limit
         )
         raise ValueError(
-            f"source {number} ({config.sources[number].path}): {refused:,} of {count.rows:,} rows are {limit.refused}, "
+            f"source {number} ({config.sources[number].path}): {refused:,} of {count.rows:,} rows{passes} are {limit.refused}, "
             f"more than data.{limit.key} = {getattr(config, limit.key)}{next(examples, '')}; {limit.remedy}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,12 +90,26 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
         files = TokenizerFiles(directory)
         if kept := files.read(Vocabulary, VERSION):
             return Opened(kept, Backend.from_str(kept.description), files=files)
-        if (file := directory / "tokenizer.json").is_file():
-            require_bounded(file.read_bytes(), str(source))
+        _require_tokenizer(directory, str(source))
         hf = load(str(source))
         vocabulary = describe(hf)
         files.keep(vocabulary, VERSION)
         return Opened(vocabulary, hf.backend_tokenizer, hf, files)
+
+
+def _require_tokenizer(directory: Path, source: str) -> None:
+    """Raise ValueError if a directory has no tokenizer, or its tokenizer.json is too large."""
+    if (file := directory / "tokenizer.json").is_file():
+        require_bounded(file.read_bytes(), source)
+    elif directory.is_dir() and not any(_OTHER.search(path.name) for path in directory.iterdir()):
+        raise ValueError(
+            f"{source!r} has no tokenizer.json; name the directory of a tokenizer, or save one there by "
+            "save_pretrained of transformers"
+        )
+
+
+_OTHER = re.compile(r"\.model$|\.tiktoken$|^vocab\.(json|txt)$|^merges\.txt$|^tekken\.json$")
+"""Names of files with a tokenizer in other forms, which transformers may convert."""
 
 
 def _door(source: str) -> Door:

@@ -101,9 +101,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_directory_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["nothing", "an export"])
+def test_a_directory_of_other_files_is_not_replaced(tmp_path: Path, before: str) -> None:
+    if before == "an export":
+        exported(tmp_path)
+        exported(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files than a model's: move them, or export to another directory"):
+    with pytest.raises(
+        ValueError, match=r"holds 'notes\.txt', which an export would delete: move it to another directory"
+    ):
         export(built(CONFIG), CONFIG, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

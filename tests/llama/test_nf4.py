@@ -161,6 +161,9 @@ def test_columns_that_are_not_whole_blocks_are_refused_by_their_size() -> None:
     require_blocks(shape, 2)
     with pytest.raises(ValueError, match=re.escape("num_attention_heads x head_dim / tp = 32; lower parallel.tp")):
         require_blocks(shape, 4)
+    narrow = LlamaConfig(**SIZES | {"intermediate_size": 32}, vocab_size=64, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"intermediate_size = 32; remove lora\.quantize$"):
+        require_blocks(narrow, 1)
 
 
 def test_the_estimate_counts_the_bytes_of_the_codes_and_a_matrix_at_a_time() -> None:

@@ -91,7 +91,8 @@ def test_the_message_names_an_example_and_both_limits(tokenizer: str, tmp_path: 
     message = str(error.value)
     assert re.match(
         re.escape(f"source 0 ({path}): ")
-        + r"1\d of 1\d\d rows are refused for other reasons than their length, more than "
+        + r"1\d of 1\d\d rows, read in several passes over its 110, are refused for other reasons than their length, "
+        + "more than "
         + re.escape(f"data.max_refused = 0.1 (one is {path}:")
         + r"(9[1-9]|1\d\d): "
         + re.escape("unknown layout: columns ['text'] match none of "),
@@ -104,7 +105,10 @@ def test_the_message_names_an_example_and_both_limits(tokenizer: str, tmp_path: 
     with pytest.raises(ValueError, match=r"^source 0") as error:
         list(PackLoader(tiny.data_config(tokenizer, path, shuffle=False)))
     message = str(error.value)
-    assert f" rows are too long, more than data.max_too_long = 0.5 (one is {path}:" in message
+    assert (
+        f" rows, read in several passes over its 120, are too long, more than data.max_too_long = 0.5 (one is {path}:"
+        in message
+    )
     assert ": longer than capacity" in message
     assert message.endswith(
         "data.overflow, or raise data.max_too_long (data.max_refused is the limit for other reasons)"
@@ -173,6 +177,13 @@ def test_a_source_with_hardly_a_conversation_stops_an_endless_run_at_its_first_s
     with pytest.raises(ValueError, match=r": 4,\d\d\d of 4,\d\d\d rows are refused"):
         loader.next_step()
     assert loader.state.packs == 0
+
+
+def test_rows_that_were_read_several_times_are_no_rows_of_the_file(tokenizer: str, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "half.jsonl", [*_bad(20), *tiny.rows(20)])
+    loader = PackLoader(tiny.data_config(tokenizer, path, epochs=None))
+    with pytest.raises(ValueError, match=r"\d+ of \d+ rows, read in several passes over its 40, are refused"):
+        tiny.take(loader, 400)
 
 
 def test_a_run_goes_on_exactly_over_empty_packs(tokenizer: str, tmp_path: Path) -> None:

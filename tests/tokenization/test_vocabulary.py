@@ -178,6 +178,15 @@ def test_a_tokenizer_that_changes_while_it_is_read_is_not_cached(
     assert not kept(cache)
 
 
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    directory = Path(tiny.save_tokenizer(tmp_path / "one"))
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"one' has no tokenizer\.json; name the directory of a tokenizer, or save one"
+    ):
+        open_vocabulary(directory)
+
+
 def test_a_tokenizer_with_parts_of_python_code_is_an_error() -> None:
     class Splitter:
         def pre_tokenize(self, text: Any) -> None:

@@ -101,6 +101,15 @@ wrong = 3
 
 def endless(prompt, expected, given):
     return float("inf")
+
+def worded(prompt, expected, given):
+    return "good"
+
+def broken(prompt, expected, given):
+    return {}["z"]
+
+def wanting(given):
+    return 1
 """
 
 
@@ -144,9 +153,21 @@ def test_a_scorer_that_cannot_be_loaded_is_refused(scorer: str, name: str, messa
         load_scorer(name)
 
 
-def test_a_score_that_is_no_number_is_refused(scorer: str) -> None:
-    with pytest.raises(ValueError, match="returned inf for the answer 'a'; correct the function"):
-        load_scorer("my_scores:endless")("<|start_header_id|>user", "a", "a")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("endless", "returned inf for the answer 'a'; correct the function"),
+        ("worded", "fails for the answer 'a'; correct the function: could not convert string to float: 'good'"),
+        ("broken", "fails for the answer 'a'; correct the function: KeyError: 'z'"),
+        (
+            "wanting",
+            r"fails for the answer 'a'; correct the function: wanting\(\) takes 1 positional argument but 3 were",
+        ),
+    ],
+)
+def test_a_scorer_without_a_score_is_named(scorer: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^evaluation.scorer = 'my_scores:{name}' {message}"):
+        load_scorer(f"my_scores:{name}")("<|start_header_id|>user", "a", "a")
 
 
 def test_patience_and_the_best_checkpoint_may_follow_the_answers(config: dict[str, Any], tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_export_over_other_files_stops_a_run_before_the_first_step(tmp_path: 
     mine = tmp_path / "runs/run/export/notes.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    assert "runs/run/export holds other files than a model's: move them, or export to another directory" in _fails(
+    assert "runs/run/export holds 'notes.txt', which an export would delete: move it to another directory" in _fails(
         tmp_path, config, 2
     )
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()

@@ -145,7 +145,8 @@ def _changes(saved: Settings, now: Settings, step: int) -> list[str]:
         changed += differences(before, after, path if path in ("model", "optimizer") else f"run.{path}")
     changed += differences(saved.rows_before or None, now.rows_before or None, "model.resize_vocabulary")
     changed += differences(_adapters(saved), _adapters(now), "lora")
-    changed += differences(saved.base or None, now.base or None, "model.init_from")
+    if saved.base and now.base:
+        changed += differences(saved.base, now.base, "model.init_from")
     if saved.attention is not UNSET:
         changed += differences(saved.attention, now.attention, "run.attention")
     if saved.first_weights is not UNSET:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -55,7 +56,8 @@ def export(
         file_bytes: Limit on the bytes of weights per file. A larger tensor has a file alone.
 
     Raises:
-        ValueError: `out_dir` holds files but no model, or the settings in `init_from` are broken.
+        ValueError: `out_dir` holds a file that no export writes, or the settings in `init_from` are
+            broken.
     """
     dtype = dtype or model.norm.weight.dtype
     parameters = dict(model.named_parameters())
@@ -85,13 +87,13 @@ def export_adapter(model: Llama, out_dir: StrPath, base: str, tokenizer: SavedTo
     `base` is the name of the base model for `adapter_config.json`, a directory or a hub name. The
     other arguments, and the way of writing, are those of `export`.
 
-    Raises ValueError if `out_dir` holds files but no adapter.
+    Raises ValueError if `out_dir` holds a file that no export writes.
     """
     assert model.lora is not None
     pieces = trained_layout(model.config, model.lora)
     tensors = unfused_pieces(pieces, dict(model.named_parameters()))
     if _writes():
-        require_replaceable(out_dir := Path(out_dir), CONFIG)
+        require_replaceable(out_dir := Path(out_dir))
         specs = {f"{PREFIX}{name}": TensorSpec(torch.float32, tuple(s)) for name, s in shapes(model, pieces).items()}
         files = adapter_files(model.lora, base, tokenizer)
         named = ((f"{PREFIX}{name}", tensor) for name, tensor in tensors)
@@ -120,10 +122,19 @@ def _merged(model: Llama, base: Path, trained: Mapping[str, Tensor]) -> Iterator
             yield name, weight
 
 
-def require_replaceable(out_dir: Path, config: str = "config.json") -> None:
-    """Raise ValueError if a directory holds files, but not `config`, so no export."""
-    if out_dir.exists() and not (out_dir / config).exists() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} holds other files than a model's: move them, or export to another directory")
+_EXPORTED = re.compile(
+    r"(adapter_|generation_)?config\.json|(adapter_)?model.*\.safetensors(\.index\.json)?|chat_template\.(jinja|json)|"
+    r"additional_chat_templates|(special_tokens_map|added_tokens|tokenizer_config|tokenizer|vocab)\.json|"
+    r"(merges|vocab)\.txt|.*\.model|\..*"
+)
+"""Names of the files and directories that an export may hold, and of hidden files."""
+
+
+def require_replaceable(out_dir: Path) -> None:
+    """Raise ValueError if a directory holds a file that no export writes: a new one replaces it."""
+    others = sorted(path.name for path in out_dir.iterdir()) if out_dir.exists() else []
+    if others := [name for name in others if not _EXPORTED.fullmatch(name)]:
+        raise ValueError(f"{out_dir} holds {others[0]!r}, which an export would delete: move it to another directory")
 
 
 def adapter_files(lora: LoraConfig, base: str, tokenizer: SavedTokenizer | None) -> dict[str, bytes]:

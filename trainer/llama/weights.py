@@ -231,10 +231,15 @@ def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vo
                 "set tie_word_embeddings to false in config.json"
             )
         del stored["lm_head.weight"]
-    for name in sorted(expected.keys() | stored.keys()):
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ValueError(
+            f"{directory} has no weight {missing[0]}, which config.json implies: download the model again, or use the "
+            "config.json of these weights"
+        )
+    for name in sorted(stored):
         if expected.get(name) != stored.get(name):
             raise ValueError(
-                f"{directory}: {name} has shape {stored.get(name, 'none')}, but config.json implies "
+                f"{directory}: {name} has shape {stored[name]}, but config.json implies "
                 f"{expected.get(name, 'none')}: use the config.json of these weights"
             )
         if (dtype := tensors[name].get_slice(name).get_dtype()) not in FLOATS:

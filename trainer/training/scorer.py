@@ -6,6 +6,8 @@ import importlib
 import math
 from collections.abc import Callable
 
+from sftstream import Door
+
 Scorer = Callable[[str, str, str], float]
 """Function of prompt, expected answer and given answer, to a score; more is better."""
 
@@ -39,10 +41,12 @@ def load_scorer(name: str) -> Scorer:
         raise ValueError(f"evaluation.scorer = {name!r} is no function; name a function as module:function")
 
     def score(prompt: str, expected: str, given: str) -> float:
-        value = float(found(prompt, expected, given))
+        with Door(f"evaluation.scorer = {name!r} fails for the answer {given!r:.80}; correct the function"):
+            value = float(found(prompt, expected, given))
         if not math.isfinite(value):
             raise ValueError(
-                f"evaluation.scorer returned {value} for the answer {given!r}; correct the function to return a finite number"
+                f"evaluation.scorer = {name!r} returned {value} for the answer {given!r:.80}; correct the function to "
+                "return a finite number"
             )
         return value
 
