@@ -347,6 +347,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
     def broken(_: object) -> None:
         raise kind("first\n\x1b[2Jsecond")
 
+    (tmp_path / "state.json").write_text("{}")
     monkeypatch.setattr(stored, "find_state", broken)
     monkeypatch.delenv("LOGLEVEL", raising=False)
     outcome = run(main, "inspect", tmp_path / "state.json")

@@ -18,6 +18,10 @@ def finish(run: Run, progress: Progress, watch: Watch) -> None:
 
     Raises ValueError if no token was trained.
     """
+    if not progress.rows:
+        raise ValueError(
+            "nothing was trained: the sources gave no row; raise the repeat of a source, or name files with more rows"
+        )
     if not progress.trained_tokens:
         raise ValueError(
             f"nothing was trained: all {progress.rows:,} rows were refused; see refused.jsonl for the reasons"

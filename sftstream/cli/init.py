@@ -33,6 +33,14 @@ def init(
             help="Directory or hub name of the model to train. Default: an open model that fits.", show_default=False
         ),
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Jinja file of a chat template, or name:NAME for one of several in the tokenizer. Default: the "
+            "tokenizer's own; a base model often has none.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Config to write.")] = Path("run.toml"),
     gpus: Annotated[
         int | None,
@@ -63,13 +71,15 @@ def init(
     if out.exists() and not force:
         raise ValueError(f"{out} exists; give another --out, or replace it with --force")
     if axolotl is not None:
-        if data is not None or model is not None or columns:
-            raise ValueError("--from has data, model and columns of its own; leave DATA, --model and --columns out")
+        if data is not None or model is not None or template is not None or columns:
+            raise ValueError(
+                "--from has data, model, template and columns of its own; leave DATA, --model, --template and --columns out"
+            )
         _tell(move_in(axolotl, out, gpus), out, as_json=as_json)
         return
     if data is None:
         raise ValueError("no data is given; name a file of conversations, or give a config of axolotl with --from")
-    found, proposal, hardware, planned = start(data, model, out, gpus, _columns(columns))
+    found, proposal, hardware, planned = start(data, model, out, gpus, _columns(columns), template)
     if as_json:
         plan = planned if planned is None else msgspec.structs.asdict(planned)
         print_json({"wrote": str(out), "data": found, "proposal": proposal, "hardware": hardware, "plan": plan})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,13 +25,23 @@ StatePath = Annotated[
 """The argument of a verb that reads a state, as `sftstream.read_state` does."""
 
 
+def require_place(state: str) -> str:
+    """Return a path as a user typed it. Raises ValueError if nothing is there; a URL is not looked
+    up."""
+    from sftstream.inspection.stored import REMEDY
+
+    if "://" not in state and not Path(state).exists():
+        raise ValueError(f"{state!r} does not exist; {REMEDY}")
+    return state
+
+
 def inspect(state: StatePath, as_json: Json = False) -> None:
     """Print the progress of a state: where each source and each stream is, the mixture reached,
     waiting and refused rows, the identity of the data, and accepted changes."""
     from sftstream.inspection.stored import find_state
     from sftstream.inspection.summary import summarize
 
-    found = find_state(state)
+    found = find_state(require_place(state))
     summary = summarize(found.state)
     if as_json:
         print_json({"place": found.place, **_fields(summary)})
@@ -53,7 +64,7 @@ def diff(
     from sftstream.inspection.stored import read_state
     from sftstream.inspection.text import diff as differing
 
-    differences = differing(read_state(before), read_state(after))
+    differences = differing(*(read_state(require_place(state)) for state in (before, after)))
     if as_json:
         print_json({"equal": not differences, "differences": differences})
     else:

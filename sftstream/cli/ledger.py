@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run, such as runs/my-run.")]
 
 
+def _ledger(run: Path) -> Ledger:
+    """Return the ledger of a run. Raises ValueError if the directory is not there, or has none."""
+    from sftstream.ledger.reader import Ledger
+
+    if not run.is_dir():
+        there = "is not a directory" if run.exists() else "does not exist"
+        raise ValueError(f"{str(run)!r} {there}; name the directory of a run, such as runs/my-run")
+    return Ledger(run)
+
+
 def audit(
     run: RunDirectory,
     other: Annotated[
@@ -32,11 +42,10 @@ def audit(
     exit code is 1 if a difference is found."""
     from sftstream.ledger.audit import audit as audited
     from sftstream.ledger.audit import sessions
-    from sftstream.ledger.reader import Ledger
 
-    ledger = Ledger(run)
+    ledger = _ledger(run)
     if other is not None:
-        _compare(ledger, Ledger(other), as_json=as_json)
+        _compare(ledger, _ledger(other), as_json=as_json)
         return
     if as_json:
         report = audited(ledger, rebuild)
@@ -65,11 +74,10 @@ def trace(
     """Show the conversations of a step: location, roles, trained tokens, and borders in the
     pack."""
     from sftstream.ledger.losses import model_of
-    from sftstream.ledger.reader import Ledger
     from sftstream.ledger.trace import describe, left_out
     from sftstream.ledger.trace import trace as traced
 
-    ledger = Ledger(run)
+    ledger = _ledger(run)
     if model is None:
         found = traced(ledger, step, pack)
     else:
@@ -93,10 +101,9 @@ def find(
     as_json: Json = False,
 ) -> None:
     """List the steps that trained a row, and its refusals. The exit code is 1 if there are none."""
-    from sftstream.ledger.reader import Ledger
     from sftstream.ledger.segments import SKIPPED
 
-    ledger = Ledger(run)
+    ledger = _ledger(run)
     uses, refusals = ledger.uses(source, row), ledger.refusals(source, row)
     if as_json:
         fields = [{**use._asdict(), "skipped": use.trained_tokens == SKIPPED} for use in uses]

@@ -36,6 +36,7 @@ def preview(
     import msgspec
     from rich.console import Console
 
+    from sftstream.cli.inspect import require_place
     from sftstream.inspection.stored import read_state
     from sftstream.loader import PackLoader
     from sftstream.preview.page import page
@@ -43,9 +44,11 @@ def preview(
     from sftstream.preview.view import preview as previewed
     from sftstream.toml_file import read_data_config
 
-    # Every refused row is shown, whatever share of the rows it is.
-    data = msgspec.structs.replace(read_data_config(config, []), max_refused=1.0, max_too_long=1.0)
-    loader = PackLoader(data, workers=0, state=None if state is None else read_state(state))
+    # Every refused row is shown, whatever share of the rows it is. As in a resume, the table's
+    # accept_changed holds.
+    data = msgspec.structs.replace(read_data_config(config), max_refused=1.0, max_too_long=1.0)
+    saved = None if state is None else read_state(require_place(state))
+    loader = PackLoader(data, workers=0, state=saved)
     found = previewed(loader, pack, count or (1 if html is None else 4))
     text = None if html else lambda: show(found, Console(highlight=False, markup=False))
     show_result(found, lambda: page(found, f"Packs of {config}"), html, text, as_json=as_json)

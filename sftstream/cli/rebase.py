@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sftstream.cli.inspect import StatePath
+from sftstream.cli.inspect import StatePath, require_place
 from sftstream.cli.output import Json, print_json
 from sftstream.door import Door
 from sftstream.excerpt import printable
@@ -21,7 +21,10 @@ def rebase(
     ],
     accept: Annotated[
         list[str],
-        typer.Option(help="Setting that may differ from the state's, such as data.capacity. Repeat it for several."),
+        typer.Option(
+            help="Setting that may differ from the state's, such as data.capacity, beside those in data.accept_changed. "
+            "Repeat it for several."
+        ),
     ] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -29,13 +32,14 @@ def rebase(
     each accepted change."""
     import msgspec
 
-    from sftstream.cli.state import rebased
+    from sftstream.cli.state import accepting, rebased
     from sftstream.inspection.stored import read_state
     from sftstream.inspection.summary import summarize
     from sftstream.inspection.text import describe
     from sftstream.toml_file import read_data_config
 
-    new = rebased(read_state(state), read_data_config(config, accept))
+    saved = read_state(require_place(state))
+    new = rebased(saved, accepting(read_data_config(config), accept, saved))
     with Door(f"{out} cannot be written"):
         out.write_bytes(msgspec.json.encode(new.state_dict()))
     if as_json:

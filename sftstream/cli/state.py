@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from sftstream.config import DataConfig, SourceConfig
 from sftstream.door import Door
+from sftstream.identity import accepted_changes
 from sftstream.loader import PackLoader
 from sftstream.state import DataState
 from sftstream.toml_file import read_toml
@@ -19,6 +21,22 @@ def rebased(state: DataState, config: DataConfig) -> DataState:
     Raises ValueError naming each change that `config.accept_changed` does not name.
     """
     return PackLoader(config, workers=0, state=state).state
+
+
+def accepting(config: DataConfig, names: Sequence[str], state: DataState) -> DataConfig:
+    """Return the config with `names` added to its `accept_changed`.
+
+    Raises ValueError for a name of no setting, which names the option that the name came from.
+    """
+    for name in names:
+        try:
+            accepted_changes(state.identity, state.identity, [name], lambda _: True)
+        except ValueError as error:
+            raise ValueError(
+                f"--accept {name!r} is no setting that a resume compares; write the name as a refused rebase prints it, "
+                "for example --accept data.capacity or --accept 'data.sources[0]'"
+            ) from error
+    return msgspec.structs.replace(config, accept_changed=(*config.accept_changed, *names))
 
 
 def read_held_out(path: Path) -> tuple[SourceConfig, ...]:

@@ -25,10 +25,15 @@ def template(
 ) -> None:
     """Print how an assistant's turns begin and end in a chat template, and the shapes of
     conversation that are printed whole or not."""
+    import shlex
+
     from sftstream.cli.template_report import rows_of, show_report
     from sftstream.tokenization.encoder import ChatEncoder
 
-    encoder = ChatEncoder(tokenizer, path, date=date)
+    def typed(template: str) -> str:
+        return shlex.join(["sftstream", "template", tokenizer, template])
+
+    encoder = ChatEncoder(tokenizer, path, date=date, template_setting=typed)
     if as_json:
         print_json({**rows_of(encoder), "shapes": encoder.report.shapes})
     else:

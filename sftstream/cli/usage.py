@@ -33,6 +33,7 @@ USAGE = {
         (
             "sftstream init chats.jsonl --model model --out own.toml   # a model directory or a hub name",
             "sftstream init chats.jsonl --model model --out own.toml --gpus 8",
+            "sftstream init chats.jsonl --model model --out own.toml --template chat.jinja   # for a base model",
             "sftstream init --from axolotl.yaml --out moved.toml --gpus 8",
         ),
         (),

@@ -5,15 +5,17 @@ or a string in the arguments of a call. The conversation is rendered twice: once
 with every payload between two markers (`markers.py`). After removal of the markers, the second text
 must equal the first. Each pair of markers then shows the place of a payload. If the two texts
 differ, the template's output depends on the words of the messages, and the conversation is refused.
+So is a conversation whose messages are printed in another order.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from sftstream.excerpt import excerpt
 from sftstream.records import Refused, Span
@@ -47,11 +49,13 @@ class Located:
 def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any] = ()) -> Located:
     """Render the conversation and return the text with its payloads.
 
-    Raises `Refused` if a render fails, if markers change the text outside the payloads, or if the
-    template alters a payload by more than the escapes of a JSON string.
+    Raises `Refused` if a render fails, if markers change the text outside the payloads, if the
+    template alters a payload (the escapes of a JSON string are allowed, except in what an assistant
+    says), or if messages are printed in another order.
     """
     text, tags = template.render_with_tags(messages, tools)
     located = _located(template, text, messages, tools)
+    _require_order(located, messages)
     return replace(located, tags=tags) if tags else located
 
 
@@ -66,11 +70,24 @@ def _located(template: ChatTemplate, text: str, messages: Sequence[TemplateMessa
     split = _locate(template, text, messages, tools, split_thoughts=True)
     best = split if split is not None and (unsplit is None or len(split.dropped) <= len(unsplit.dropped)) else unsplit
     if best is None:
-        raise Refused(
-            "template rewrites text",
-            "the template prints different text if markers surround the messages' texts; use another template",
-        )
+        _refuse_rewritten(text, messages)
     return best
+
+
+def _refuse_rewritten(text: str, messages: Sequence[TemplateMessage]) -> NoReturn:
+    """Raise `Refused` for a text that markers change, and name a content that the text lacks."""
+    marked = mark(messages, text, split_thoughts=True)
+    for index, kind, stored in zip(marked.owners, marked.kinds, marked.texts, strict=True):
+        if kind == "content" and not any(form in text for form in (stored, *_json_escaped(stored))):
+            raise Refused(
+                "template alters text",
+                f"message {index}: {excerpt(stored)} is printed in another form; use a template that prints texts "
+                "unchanged",
+            )
+    raise Refused(
+        "template rewrites text",
+        "the template prints different text if markers surround the messages' texts; use another template",
+    )
 
 
 def _locate(
@@ -104,7 +121,7 @@ def _locate(
     if printed != marked.texts:
         for payload, found in zip(payloads, printed, strict=True):
             if found != (stored := marked.texts[payload.number]):
-                _require_json_escapes(found, stored, payload)
+                _require_json_escapes(found, stored, payload, messages)
         numbers = {payload.number for payload in payloads}
         texts = enumerate(zip(marked.owners, marked.kinds, marked.texts, strict=True))
         dropped = [payload for number, payload in texts if number not in numbers and payload[2]]
@@ -151,11 +168,67 @@ def _indent(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def _require_json_escapes(printed: str, stored: str, payload: Payload) -> None:
-    """Raise `Refused` unless `printed` is `stored` with the escapes of a JSON string."""
-    if printed not in (json.dumps(stored, ensure_ascii=False)[1:-1], json.dumps(stored)[1:-1]):
+def _require_json_escapes(printed: str, stored: str, payload: Payload, messages: Sequence[TemplateMessage]) -> None:
+    """Raise `Refused` unless `printed` is `stored` with the escapes of a JSON string.
+
+    An assistant's content and reasoning may not be escaped: a model would learn to say the escapes.
+    """
+    said = payload.kind != "call" and messages[payload.message]["role"] == "assistant"
+    if said or printed not in _json_escaped(stored):
         raise Refused(
             "template alters text",
             f"message {payload.message}: {excerpt(stored)} is printed as {excerpt(printed)}; use a template that prints "
             "texts unchanged",
+        )
+
+
+def _json_escaped(text: str) -> tuple[str, str]:
+    """Return the text as printed inside a JSON string, other scripts unchanged or escaped."""
+    return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
+def _require_order(located: Located, messages: Sequence[TemplateMessage]) -> None:
+    """Raise `Refused` if a message begins before an earlier message.
+
+    Messages of the system may be printed anywhere: some templates move them to the beginning or
+    into the last question. Results of tools in a row may be in the order of their calls. A text may
+    be printed again after its first print.
+    """
+    if located.index.in_order:
+        return
+    places = list(_places(messages))
+    spoken = (payload.message for payload in located.payloads if messages[payload.message]["role"] != "system")
+    begun = list(dict.fromkeys(spoken))
+    for before, after in itertools.pairwise(begun):
+        if places[after] < places[before]:
+            raise Refused(
+                "messages out of order",
+                f"message {after} is printed after message {before}; use a template that prints messages in order",
+            )
+
+
+def _places(messages: Sequence[TemplateMessage]) -> Iterator[int]:
+    """Yield the place of each message in the conversation; results of tools in a row share a place.
+
+    The places are 0, 1, 2, 2, 3 for a question, two calls, their two results and an answer.
+    """
+    place = 0
+    for before, message in itertools.pairwise(messages):
+        yield place
+        place += not before["role"] == message["role"] == "tool"
+    yield place
+
+
+def require_once(located: Located, message: int, span: Span) -> None:
+    """Raise `Refused` if a span of an assistant's message holds one of its texts twice.
+
+    The name of a call may be printed twice.
+    """
+    if located.index.in_order:
+        return
+    texts = [p.number for p in located.index.of(message) if p.kind != "call" and span.start <= p.start < span.end]
+    if len(set(texts)) < len(texts):
+        raise Refused(
+            "text printed twice",
+            f"message {message} is printed twice in the same turn; use a template that prints each answer once",
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from sftstream.config import Policy
 from sftstream.excerpt import excerpt
 from sftstream.records import Message, Refused, Rendered, Span
-from sftstream.rendering.locate import Located
+from sftstream.rendering.locate import Located, require_once
 from sftstream.rendering.payloads import PayloadIndex
 from sftstream.rendering.turn_format import TurnFormat
 from sftstream.rendering.turns import Turn
@@ -31,8 +31,8 @@ def rendered(
 
     `control` matches the text of any special token. A match inside a payload is text of the
     conversation, not of the template; `Rendered.typed` lists such matches, so that the tokenizer
-    treats them as ordinary text. Raises `Refused` if a span contains text of another message, if
-    two spans overlap, or if a payload lies outside its turn.
+    treats them as ordinary text. Raises `Refused` if a span contains text of another message, or
+    the same text twice, if two spans overlap, or if a payload lies outside its turn.
     """
     by_message = {turn.message: turn for turn in turns}
     payloads = located.index
@@ -45,6 +45,8 @@ def rendered(
             else _payload_spans(index, messages[index], located.text, payloads, turn_format)
         )
         _refuse_foreign_text(message_spans, index, payloads)
+        for span in message_spans:
+            require_once(located, index, span)
         spans += message_spans
     spans = sorted([span for span in spans if span.start < span.end])
     for before, after in itertools.pairwise(spans):

@@ -11,6 +11,14 @@ from sftstream.rendering.template import TemplateMessage
 SAID = "Zq said Zq"
 """The assistant's text in all probes."""
 USER: TemplateMessage = {"role": "user", "content": "Zq asked Zq"}
+_LONG = "Zq %s \"Jackdaws\" LOVE my\nbig sphinx \\ of 'quartz' é" + ", and so on" * 40 + " Zq"
+LONG_USER: TemplateMessage = {"role": "user", "content": _LONG % "asked"}
+LONG_ANSWER: TemplateMessage = {"role": "assistant", "content": _LONG % "said"}
+"""A question and an answer with all letters, and with characters that JSON and Python escape.
+
+They are longer than most templates that shorten texts allow. They hold no markup, which a template
+may replace in a few conversations.
+"""
 ANSWER: TemplateMessage = {"role": "assistant", "content": SAID}
 CALLED: TemplateMessage = {
     "role": "assistant",

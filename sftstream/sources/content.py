@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
+import shlex
+import struct
+from collections.abc import Iterator
+from pathlib import PurePath
 
 import msgspec
 
@@ -16,6 +21,8 @@ HEAD = 1 << 16
 _MAGIC = 6
 """Length of the longest mark in `_CODECS`. Fewer bytes may be a truncated mark."""
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+_UNPACK = {"gzip": "gzip -dc", "zstd": "zstd -dc", "xz": "xz -dc", "bz2": "bzip2 -dc"}
+"""Codec -> command that unpacks its standard input."""
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 _OTHERS = {
     b"SQLite format 3": "a SQLite database",
@@ -31,8 +38,25 @@ _OTHERS = {
     b"\x80\x05": "a pickle",
 }
 """First bytes of formats that are not read."""
-_ARCHIVES = (b"PK\x03\x04", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
-_HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
+_ZIP, _OLE = b"PK\x03\x04", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+"""First bytes of a zip archive, and of office documents before 2007."""
+_MEMBER = struct.Struct("<6xH10xI4xHH")
+"""Header of a member of a zip archive: flags, packed size, lengths of the name and of more fields.
+The name follows."""
+_SIZE_FOLLOWS = 8
+"""Flag of a member whose size is written after its content."""
+_OFFICE = re.compile(
+    rb"\[Content_Types\]\.xml|mimetype|(_rels|docProps|xl|word|ppt|visio)/.*\.(xml|rels|bin)|Index/.*\.iwa", re.DOTALL
+)
+"""Name of a part of an office document, which is a zip archive of such parts."""
+_OFFICE_SUFFIXES = (".xlsx", ".xlsm", ".xlsb", ".ods", ".odt", ".docx", ".pptx", ".numbers")
+_ZIPPED = {b".npy": "a NumPy archive", b"/data.pkl": "a file of torch.save"}
+"""End of the first member's name -> other formats that are laid out as a zip archive."""
+_ARCHIVES = (_ZIP, b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
+_PAGE = re.compile(rb"(?>\s|<\?.*?\?>|<!--.*?-->)*+<(?:!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
+"""Beginning of a web page, also after the declaration of XML and after comments."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that `datasets` and other tools write beside the rows of a dataset."""
 _LINES = 10
 """Number of lines at the beginning of a file of which one must be JSON."""
 _HOLDERS = frozenset(
@@ -89,18 +113,21 @@ def is_array(head: bytes, *, lines: bool) -> bool:
 
 def require_rows(head: bytes, display_name: str) -> None:
     """Raise ValueError if the file cannot contain rows: an archive, a web page, UTF-16 text, ..."""
-    text = head.removeprefix(BOM).lstrip()
     if head.startswith(b"version https://git-lfs.github.com/spec"):
         raise ValueError(f"{display_name} is a pointer of Git LFS, not the file itself; fetch the file by git lfs pull")
-    if text[:20].lower().startswith(_HTML):
-        raise ValueError(f"{display_name} is a web page; download the file itself, not the page that shows the file")
-    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
+    _require_no_markup(head, display_name)
+    if _is_office(head, display_name):
+        raise ValueError(
+            f"{display_name} is an Excel workbook or another office document (such as .xlsx, .xls, .ods or .docx); save it "
+            "as CSV or JSON lines"
+        )
+    other = _other(head)
+    if (other is None and head.startswith(_ARCHIVES)) or head[257:262] == b"ustar":
         raise ValueError(f"{display_name} is an archive of files; unpack the archive and name the files inside")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _has_wide_letters(head):
         raise ValueError(f"{display_name} is UTF-16 or UTF-32 text; convert the file to UTF-8, for example by iconv")
     if head and not head.strip(b"\0"):
         raise ValueError(f"{display_name} begins with {len(head):,} zero bytes, as after a crash; restore the file")
-    other = next((name for magic, name in _OTHERS.items() if head.startswith(magic)), None)
     if other and (not _is_text(head) or other == "a PDF document"):
         raise ValueError(f"{display_name} is {other}, which is not read; write the rows as JSON lines or Parquet")
 
@@ -113,18 +140,20 @@ def shows_rows(head: bytes) -> bool:
     return _table(head) is not None or (is_json and _is_text(head))
 
 
-def require_lines(head: bytes, display_name: str) -> None:
+def require_lines(head: bytes, display_name: str, codec: str | None) -> None:
     """Raise ValueError if a file is not JSON lines.
 
-    Objects written over several lines are recognized, and a file whose first ten lines are no JSON:
+    `head` are the first unpacked bytes, and `codec` is the codec of a compressed file. Objects
+    written over several lines are recognized, and a file whose first ten lines are no JSON:
     comma-separated values, Python's notation, objects with a comma after each, ...
     """
     line, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
     begun = rest.lstrip()[:1]
     if line.startswith(b"{") and begun and begun not in (b"{", b"[") and not _is_json(line) and _is_truncated(line):
+        _require_no_description(head, display_name)
         raise ValueError(
-            f"{display_name} holds JSON objects written over several lines; write each row on a line of its own, for "
-            f"example by jq -c . {display_name}"
+            f"{display_name} holds JSON objects written over several lines; write each row on a line of its own, "
+            f"{_example('jq -c .', display_name, codec)}"
         )
     lines = [line for line in head.removeprefix(BOM).split(b"\n")[:-1] if line.strip()][:_LINES]
     if len(lines) == _LINES and all(map(_is_broken, lines)):
@@ -134,18 +163,80 @@ def require_lines(head: bytes, display_name: str) -> None:
         )
 
 
-def require_row(text: RawRow, display_name: str) -> None:
-    """Raise ValueError if the only row of a file contains many rows: `{"train": [...]}`."""
+def require_row(text: RawRow, display_name: str, codec: str | None) -> None:
+    """Raise ValueError if the only row of a file contains many rows: `{"train": [...]}`.
+
+    `codec` is the codec of a compressed file.
+    """
     try:
         row = msgspec.json.decode(text) if isinstance(text, bytes) else text
     except UNDECODABLE:
         return
     held = [key for key in row if key in _HOLDERS and _holds_rows(row[key])] if isinstance(row, dict) else []
     if held:
+        command = f"jq -c '.{held[0]}[]'"
         raise ValueError(
             f"{display_name} is one JSON object with rows under {', '.join(map(repr, held))}; write the rows as a file "
-            f"of their own, for example by jq -c '.{held[0]}[]' {display_name}"
+            f"of their own, {_example(command, display_name, codec)}"
         )
+
+
+def _example(command: str, display_name: str, codec: str | None) -> str:
+    """Return "for example by ...", with the line for a shell that filters a file by a command.
+
+    The file is the standard input, since `gzip` and `zstd` refuse a file name of another suffix. A
+    remote file has to be downloaded first, and is named as in the working directory.
+    """
+    is_remote = "://" in display_name
+    name = PurePath(display_name.partition("?")[0]).name if is_remote else display_name
+    steps = (f"{_UNPACK[codec]} < {shlex.quote(name)}", command) if codec else (f"{command} < {shlex.quote(name)}",)
+    return f"for example{', after a download,' if is_remote else ''} by {' | '.join(steps)}"
+
+
+def _require_no_markup(head: bytes, display_name: str) -> None:
+    """Raise ValueError if a file is a web page or other XML."""
+    text = head.removeprefix(BOM).lstrip()
+    if _PAGE.match(text):
+        raise ValueError(f"{display_name} is a web page; download the file itself, not the page that shows the file")
+    if text.startswith(b"<?xml"):
+        raise ValueError(
+            f"{display_name} is XML, which is not read; write the rows as JSON lines or Parquet, or download the file again "
+            "if the XML is the message of a server"
+        )
+
+
+def _require_no_description(head: bytes, display_name: str) -> None:
+    """Raise ValueError if a file describes a dataset, so that its objects are no rows."""
+    name = PurePath(display_name).name
+    if name in _DESCRIPTIONS or (name == "state.json" and b'"_data_files"' in head):
+        raise ValueError(
+            f"{display_name} describes a dataset and holds no row; name the files with rows alone, for example by a glob"
+        )
+
+
+def _is_office(head: bytes, display_name: str) -> bool:
+    """Return True for an office document: OLE, or a zip archive with its parts or suffix."""
+    is_named = head.startswith(_ZIP) and display_name.lower().endswith(_OFFICE_SUFFIXES)
+    return head.startswith(_OLE) or is_named or any(map(_OFFICE.fullmatch, _members(head)))
+
+
+def _other(head: bytes) -> str | None:
+    """Return the format of a file that is not read, in words; None if unknown."""
+    zipped = next(_members(head), b"")
+    names = [name for end, name in _ZIPPED.items() if zipped.endswith(end)]
+    names += [name for magic, name in _OTHERS.items() if head.startswith(magic)]
+    return next(iter(names), None)
+
+
+def _members(head: bytes) -> Iterator[bytes]:
+    """Yield the names of a zip archive's members that begin in its first bytes."""
+    begin = 0
+    while head.startswith(_ZIP, begin) and len(head) >= begin + _MEMBER.size:
+        flags, size, name, more = _MEMBER.unpack_from(head, begin)
+        begin += _MEMBER.size
+        yield head[begin : begin + name]
+        begin += name + more
+        begin = head.find(_ZIP, begin) if flags & _SIZE_FOLLOWS else begin + size
 
 
 def _table(head: bytes) -> str | None:

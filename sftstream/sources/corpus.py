@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from sftstream.config import RowSettings, SourceConfig
 from sftstream.records import RawRow, Ref
-from sftstream.sources.resolve import open_source, source_door
+from sftstream.sources.resolve import open_source, refuse_without_rows, source_door
 from sftstream.sources.rows import Bookmark, FileIdentity, RowFile
 from sftstream.sources.streamed import StreamedSource
 from sftstream.sources.streamed_reader import StreamedReader
@@ -32,9 +32,7 @@ class FileSet:
         self.settings: RowSettings = source
         self._ends = list(accumulate(self.file_sizes))
         if not len(self):
-            raise ValueError(
-                f"source {source.path!r} holds no row; remove the source or name a file with conversations"
-            )
+            refuse_without_rows(source)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -74,10 +72,16 @@ class FileSet:
 
 
 class Corpus:
-    """All sources of a config, opened once for all logical streams of a process."""
+    """All sources of a config, opened once for all logical streams of a process.
+
+    Raises ValueError if a source holds no row.
+    """
 
     def __init__(self, sources: tuple[SourceConfig, ...]) -> None:
         self.sources = [StreamedSource(source) if source.streaming else FileSet(source) for source in sources]
+        for source, opened in zip(sources, self.sources, strict=True):
+            if isinstance(opened, StreamedSource) and not opened.has_row():
+                refuse_without_rows(source)
 
     @property
     def sizes(self) -> tuple[int | None, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sftstream.sources.file_formats.arrow import Batches
 from sftstream.sources.location import require_whole
 from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived
 from sftstream.sources.saved import choose
+from sftstream.sources.slices import refuse_empty
 from sftstream.sources.stored import stored
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -121,10 +124,32 @@ def _only_split(source: SourceConfig) -> str:
 def _load(source: SourceConfig, split: str) -> pa.Table:
     import datasets
 
+    if Path(source.path, "state.json").is_file():  # the order of rows may lie in one of its files
+        raise ValueError(
+            f"source {source.path!r} has state.json, as save_to_disk writes, but no dataset_info.json; restore "
+            "dataset_info.json, or leave out split and name the Arrow files by a glob"
+        )
     cache = _cache(Path(source.path))
     with _asking(source):
-        options = {"name": source.subset, "split": split, "revision": source.revision, "cache_dir": cache}
-        return datasets.load_dataset(source.path, **options).data.table
+        builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision, cache_dir=cache)
+        builder.download_and_prepare()
+        sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+        chosen = "+".join(sizes) if split == "all" else split
+        parts = datasets.ReadInstruction.from_spec(chosen).to_absolute(sizes)
+    # Without the filter, `datasets` reads "train[9:8]" from row 9 on to the end.
+    filled = [part for part in parts if part.from_ < part.to]
+    if not filled:
+        refuse_empty(source.path, split, {part.splitname: sizes[part.splitname] for part in parts})
+    with _asking(source):
+        return builder.as_dataset(split=_sum(filled)).data.table
+
+
+def _sum(parts: Sequence[Any]) -> Any:
+    """Return the instruction to read absolute parts of splits one after the other."""
+    from datasets import ReadInstruction
+
+    read = (ReadInstruction(part.splitname, from_=part.from_, to=part.to, unit="abs") for part in parts)
+    return reduce(operator.add, read)
 
 
 def _cache(directory: Path) -> str | None:

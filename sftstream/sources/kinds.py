@@ -45,10 +45,11 @@ def _json_by_number(stored: Stored, *, lines: bool) -> RowFile:
     head = _head(stored)
     if is_array(head, lines=lines):
         return JsonArray(stored)
-    require_lines(head, stored.display_name)
+    codec = codec_of(_head(stored.original)) if stored.original else None
+    require_lines(head, stored.display_name, codec)
     rows = JsonLines(stored)
     if len(rows) == 1:
-        require_row(rows.read(0), stored.display_name)
+        require_row(rows.read(0), stored.display_name, codec)
     return rows
 
 
@@ -56,7 +57,7 @@ def _json_forward(text: Text, start: int, rest: Text | None, *, lines: bool) -> 
     head = text.file.peek(HEAD)
     if is_array(head, lines=lines):
         return elements_forward(text, start)
-    require_lines(head, text.display_name)
+    require_lines(head, text.display_name, text.codec)
     read = lines_forward(text, start, rest)
     return read if rest else read._replace(rows=_checked(read.rows, text))
 
@@ -65,7 +66,7 @@ def _checked(rows: Iterator[ReadRow], text: Text) -> Iterator[ReadRow]:
     """Yield `rows`; raises ValueError if the file has a single row with several rows inside."""
     for number, row in enumerate(rows):
         if number == 0 and not text.file.peek(HEAD).strip():
-            require_row(row(), text.display_name)
+            require_row(row(), text.display_name, text.codec)
         yield row
 
 
@@ -87,6 +88,8 @@ FILE_FORMATS = {
     ".arrow": FileFormat(arrow, arrow_forward),
 }
 """Suffix of a file name -> readers of the format."""
+SUFFIXES = (*FILE_FORMATS, *CODECS)
+"""Known suffixes, of formats and of compression."""
 KNOWN = f"{', '.join(FILE_FORMATS)}, and these with .gz, .zst, .bz2 or .xz"
 """List of the known suffixes, for messages."""
 
@@ -121,7 +124,7 @@ def read_forward(location: FileLocation, start: int, place: Place | None = None)
     kind, packed = _suffixes(location.name)
     name, file = location.display_name, location.open()
     codec = _codec(file.peek(HEAD), packed)
-    text = text_from(file, name, codec)
+    text = text_from(file, name, codec)._replace(codec=codec)
     head = text.file.peek(HEAD)
     require_rows(head, name)
     rest = None if place is None else text_from(location.open(), name, codec, place)
@@ -140,7 +143,7 @@ def _format(head: bytes, suffix: str, location: FileLocation) -> FileFormat:
 
 def _codec(head: bytes, packed: str) -> str | None:
     """Return the codec shown by the first bytes, or by the suffix if the bytes are unknown."""
-    return codec_of(head) or (CODECS[packed] if packed and not is_readable(head) else None)
+    return codec_of(head) or (CODECS[packed] if packed and head and not is_readable(head) else None)
 
 
 def _head(stored: Stored) -> bytes:
@@ -149,7 +152,8 @@ def _head(stored: Stored) -> bytes:
 
 
 def _suffixes(name: str) -> tuple[str, str]:
-    """Return the suffixes of format and compression: "a.jsonl.gz" -> (".jsonl", ".gz")."""
-    path = PurePath(name)
-    packed = path.suffix if path.suffix in CODECS else ""
-    return PurePath(name.removesuffix(packed)).suffix, packed
+    """Return the suffixes of format and compression: "a.JSONL.gz" -> (".jsonl", ".gz")."""
+    path = PurePath(name.lower())
+    if path.suffix in CODECS:
+        return PurePath(path.stem).suffix, path.suffix
+    return path.suffix, ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -40,8 +40,8 @@ class FileLocation(Protocol):
     def files(self) -> list[FileLocation]:
         """Return the files of a directory, sorted, without hidden files and subdirectories."""
 
-    def matches(self) -> list[FileLocation]:
-        """Return the files that match this glob, sorted."""
+    def matches(self, suffixes: Iterable[str]) -> list[FileLocation]:
+        """Return the files that match this glob, sorted; `suffixes` match in any case."""
 
     def stored(self) -> Stored:
         """Return the file on a local disk, downloaded if remote; raises ValueError if
@@ -96,13 +96,13 @@ class LocalLocation:
         paths = sorted(path for path in self.path.iterdir() if path.is_file() and path.name[0] != ".")
         return [replace(self, path=path) for path in paths]
 
-    def matches(self) -> list[FileLocation]:
+    def matches(self, suffixes: Iterable[str]) -> list[FileLocation]:
         if self.path.exists():
             raise ValueError(
                 f"{self.display_name} is neither a file nor a directory but a pipe, a socket or a device, and can be "
                 "read once or without end; write its content to a file"
             )
-        paths = sorted(set(_matches(self.path)))
+        paths = sorted(set(_matches(self.path, tuple(suffixes))))
         return [replace(self, path=path) for path in paths if path.is_file()]
 
     def stored(self) -> Stored:
@@ -120,20 +120,20 @@ class LocalLocation:
         return self.stored()
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
+def _matches(pattern: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the paths that match a glob, some of them twice.
 
     `**` is any depth of directories, also linked ones. Raises ValueError if `**` leads to more than
     `_MOST_ENTRIES` entries of directories.
     """
     if "**" not in pattern.parts:
-        yield from map(Path, glob.glob(str(pattern)))
+        yield from map(Path, glob.glob(any_case(str(pattern), suffixes)))
         return
     depth = pattern.parts.index("**")
     rest = pattern.parts[depth + 1 :] or ("*",)
-    for base in _matches(Path(*pattern.parts[:depth])):
+    for base in _matches(Path(*pattern.parts[:depth]), suffixes):
         for directory in list(_directories(str(base), pattern)):
-            yield from _matches(Path(glob.escape(directory), *rest))
+            yield from _matches(Path(glob.escape(directory), *rest), suffixes)
 
 
 def _directories(base: str, pattern: Path) -> Iterator[str]:
@@ -167,6 +167,23 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
+
+
+def any_case(pattern: str, suffixes: Iterable[str]) -> str:
+    """Return a glob in which `suffixes` match in any case: "*.csv" becomes "*.[cC][sS][vV]".
+
+    A name without wildcards is returned as it is.
+    """
+    directory, slash, name = pattern.rpartition("/")
+    if not glob.has_magic(name):
+        return pattern
+    known = re.compile(rf"({'|'.join(map(re.escape, suffixes))})(?!\w)", re.IGNORECASE)
+    name = known.sub(lambda suffix: re.sub("[a-z]", _either_case, suffix[0], flags=re.IGNORECASE), name)
+    return f"{directory}{slash}{name}"
+
+
+def _either_case(letter: re.Match[str]) -> str:
+    return f"[{letter[0].lower()}{letter[0].upper()}]"
 
 
 def require_whole(directory: str, names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.cache import cached
 from sftstream.door import Door
-from sftstream.sources.location import FileLocation, LocalLocation
+from sftstream.sources.location import FileLocation, LocalLocation, any_case
 from sftstream.sources.rows import FileIdentity, derived
 from sftstream.sources.stored import Stored, stored
 
@@ -105,8 +105,8 @@ class RemoteLocation:
     def files(self) -> list[FileLocation]:
         return self._files(self.filesystem.ls(self.path, detail=True))
 
-    def matches(self) -> list[FileLocation]:
-        return self._files(self.filesystem.glob(self.path, detail=True).values())
+    def matches(self, suffixes: Iterable[str]) -> list[FileLocation]:
+        return self._files(self.filesystem.glob(any_case(self.path, suffixes), detail=True).values())
 
     def stored(self) -> Stored:
         size, version = self._version()

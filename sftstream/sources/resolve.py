@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
 from sftstream.config import SourceConfig
 from sftstream.door import Door
 from sftstream.sources.hub import Loaded, is_hub_name, is_repository
-from sftstream.sources.kinds import KNOWN, is_known, open_file
+from sftstream.sources.kinds import KNOWN, SUFFIXES, is_known, open_file
 from sftstream.sources.location import FileLocation, LocalLocation, require_whole
 from sftstream.sources.remote import remote
 from sftstream.sources.rows import RowFile
-from sftstream.sources.saved import is_saved, saved_files
-from sftstream.sources.slices import is_slice, open_slices
+from sftstream.sources.saved import is_saved, require_state, saved_files
+from sftstream.sources.slices import is_slice, open_slices, refuse_empty
 
 
 class Dataset(NamedTuple):
@@ -50,7 +50,7 @@ def resolve(source: SourceConfig) -> Resolved:
             return _files(source, location, [location])
         if location.is_directory():
             return _directory(source, location)
-        return _files(source, location, location.matches())
+        return _files(source, location, location.matches(SUFFIXES))
 
 
 def open_source(source: SourceConfig) -> list[RowFile]:
@@ -68,6 +68,13 @@ def open_source(source: SourceConfig) -> list[RowFile]:
 def source_door(source: SourceConfig) -> Door:
     """Return the door that names the source in the errors of libraries."""
     return Door(f"source {source.path!r} cannot be read")
+
+
+def refuse_without_rows(source: SourceConfig) -> NoReturn:
+    """Raise ValueError for a source whose files hold no row."""
+    if source.split:
+        refuse_empty(source.path, source.split, {})
+    raise ValueError(f"source {source.path!r} holds no row; remove the source or name a file with conversations")
 
 
 def _files(source: SourceConfig, location: FileLocation, files: list[FileLocation]) -> Resolved:
@@ -96,6 +103,7 @@ def _directory(source: SourceConfig, location: FileLocation) -> Resolved:
             f"source {source.path!r} is a directory without a file of a known suffix ({KNOWN}); name files in "
             "subdirectories by a glob, or set split if the directory has the layout of a hub dataset"
         )
+    require_state(location, files)
     require_whole(source.path, [file.name for file in files])
     return files
 

@@ -8,7 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -112,12 +112,21 @@ class Text(NamedTuple):
     display_name: str
     place: Callable[[int], Place]
     """`place(n)` is the place of byte `n` of `file`, counted from where `file` began."""
+    codec: str | None = None
+    """Codec of the compressed file that is unpacked; None if unknown or not compressed."""
 
 
 def after_bom(file: BufferedReader) -> int:
     """Move `file` after its UTF-8 byte order mark, and return the mark's size: 3, or 0 if the file
     has none."""
     return len(file.read(len(BOM))) if file.peek(len(BOM)).startswith(BOM) else 0
+
+
+def refuse_carriage_returns(place: str) -> NoReturn:
+    """Raise ValueError for text whose lines end in a carriage return alone, as of old Macs."""
+    raise ValueError(
+        f"{place} has lines that end in a carriage return without a line feed; convert them, for example by tr '\\r' '\\n'"
+    )
 
 
 def derived(*words: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,6 +12,9 @@ from sftstream.sources.location import FileLocation
 
 T = TypeVar("T")
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+
+_NUMBER = re.compile(r"-\d{5}-of-")
+"""Number of a file in a file name, such as `train-00001-of-00005.arrow`."""
 
 
 class _Splits(msgspec.Struct):
@@ -33,6 +38,31 @@ def is_saved(directory: FileLocation) -> bool:
 def has_splits(directory: FileLocation) -> bool:
     """Return True if the saved dataset is a dictionary of splits."""
     return directory.child(_SPLITS).is_file()
+
+
+def require_state(directory: FileLocation, files: list[FileLocation]) -> None:
+    """Raise ValueError if Arrow files lie beside the description of a dataset that `is_saved` is
+    not True of.
+
+    The cache of `datasets` has such directories, with the files of several splits, of orders of
+    rows, and of results of `map`. Only the list in `state.json` says which files are the rows.
+    """
+    arrow = sorted((file for file in files if file.name.endswith(".arrow")), key=_likelihood)
+    if arrow and any(file.name == _INFO for file in files):
+        example = arrow[0].display_name
+        shards, count = _NUMBER.subn("-*-of-", glob.escape(example))
+        raise ValueError(
+            f"source {directory.display_name!r} has {_INFO} and Arrow files ({len(arrow)}), but no {_STATE} that lists "
+            f"the files with its rows; restore {_STATE}, or name the files, such as path = {shards if count else example!r}"
+        )
+
+
+def _likelihood(file: FileLocation) -> tuple[bool, bool, str]:
+    """Return a sort key that puts a file first that seems to hold rows for training.
+
+    In the cache of `datasets`, orders of rows and results of `map` are files called `cache-*`.
+    """
+    return file.name.startswith(("cache-", "indices")), "train" not in file.name, file.name
 
 
 def saved_files(directory: FileLocation, split: str | None) -> list[FileLocation]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 
@@ -74,14 +75,34 @@ def open_slices(directory: FileLocation, split: str) -> list[RowFile]:
             f"{', '.join(map(repr, names)) or 'none'}; name its rows {_UNNAMED!r}"
         )
     files = {name: list(map(open_file, saved_files(directory, name if named else None))) for name in names}
+    sizes = {name: sum(map(len, files[name])) for name in files}
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({name: sum(map(len, files[name])) for name in files})
+        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     except (AssertionError, ValueError) as error:
         raise ValueError(
             f"source {directory.display_name!r} has no rows of split = {split!r}: {' '.join(str(error).split())}; "
             'write "train[:10%]", "train[5:10]" or "train+test"'
         ) from None
-    return [cut for part in parts for cut in _cut(files[part.splitname], part.from_ or 0, part.to)]
+    cuts = [cut for part in parts for cut in _cut(files[part.splitname], part.from_ or 0, part.to)]
+    if not cuts:
+        refuse_empty(directory.display_name, split, sizes)
+    return cuts
+
+
+def refuse_empty(path: str, split: str, sizes: Mapping[str, int]) -> NoReturn:
+    """Raise ValueError for a `split` that selects no row.
+
+    `sizes` holds the number of rows of each split that `split` names; it may leave out splits
+    without rows.
+    """
+    if whole := "+".join(f"{name}[0:{size}]" for name, size in sizes.items() if size):
+        raise ValueError(
+            f"split = {split!r} selects none of the {sum(sizes.values()):,} rows of source {path!r}; write "
+            f"split = {whole!r} to select all of them, or fewer"
+        )
+    raise ValueError(
+        f"split = {split!r} of source {path!r} holds no row; set split to rows of another split, or remove the source"
+    )
 
 
 def _cut(files: list[RowFile], start: int, stop: int | None) -> list[RowFile]:

@@ -72,6 +72,10 @@ class StreamedSource:
             if file in self.local_files:
                 self._require_unchanged(file)
 
+    def has_row(self) -> bool:
+        """Return True if a file holds a row; reads the files up to the first row."""
+        return any(next(self.open(file, 0).rows, None) is not None for file in range(self.file_count))
+
     def _to_the_end(self, file: int, rows: Iterator[ReadRow]) -> Iterator[ReadRow]:
         with Door(f"{self._locations[file].display_name} cannot be read to its end"):
             yield from rows

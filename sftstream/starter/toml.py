@@ -13,8 +13,11 @@ from sftstream.starter.look import Look
 from sftstream.starter.propose import Proposal
 
 
-def toml(look: Look, proposal: Proposal, hardware: Hardware) -> str:
-    """Return the text of a config, in which comments say what was measured and why."""
+def toml(look: Look, proposal: Proposal, hardware: Hardware, template: str | None) -> str:
+    """Return the text of a config, in which comments say what was measured and why.
+
+    `template` is the chat template of the config; None for the tokenizer's own.
+    """
     p = proposal
     layouts = ", ".join(f"{name}: {count}" for name, count in look.layouts.items())
     shares = " ".join(f"{_percent(q)} {look.length(q):,};" for q in (0.5, 0.9, 0.99))
@@ -49,6 +52,7 @@ def toml(look: Look, proposal: Proposal, hardware: Hardware) -> str:
         "",
         "[data.tokenizer]",
         f"path = {_value(p.model)}",
+        *([] if template is None else [f"template = {_value(template)}"]),
         "",
         "[model]",
         f"init_from = {_value(p.model)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -31,25 +32,36 @@ class Started(NamedTuple):
     """None for a run on CPUs."""
 
 
-def start(data: str, model: str | None, out: Path, gpus: int | None, columns: dict[str, str] | None) -> Started:
+def start(
+    data: str,
+    model: str | None,
+    out: Path,
+    gpus: int | None,
+    columns: dict[str, str] | None,
+    template: str | None = None,
+) -> Started:
     """Write a config for `data` to `out`.
 
+    `template` is a chat template in place of the tokenizer's own, as in `ChatEncoder`.
     Raises ValueError if the data holds no row to train, or if the model does not fit the GPUs.
     """
     hardware = find_hardware(gpus)
     model = model or choose_model(hardware)
     shape = _shape(model)
-    encoder = ChatEncoder(model, policy=Policy(capacity=MOST["capacity"]))
+    policy = Policy(capacity=MOST["capacity"])
+    encoder = ChatEncoder(
+        model, template, policy=policy, template_setting=lambda path: f"--template {shlex.quote(path)}"
+    )
     found = look(SourceConfig(path=data, columns=columns), encoder)
     context, width = getattr(shape, "max_position_embeddings", None), getattr(shape, "hidden_size", None)
     if not hardware.gpus:
         proposal = propose(found, model, context, width, hardware, 1)
-        _write(out, toml(found, proposal, hardware))
+        _write(out, toml(found, proposal, hardware, template))
         return Started(found, proposal, hardware, None)
     refused = ""
     for tp in (size for size in (1, 2, 4, 8) if hardware.gpus % size == 0):
         proposal = propose(found, model, context, width, hardware, tp)
-        content = toml(found, proposal, hardware)
+        content = toml(found, proposal, hardware, template)
         with TemporaryDirectory() as directory:
             candidate = Path(directory) / "run.toml"
             _write(candidate, content)

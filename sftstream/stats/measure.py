@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 128
 FEW_ROWS = 2048
 """Rows up to which one process measures them sooner than others are started."""
 EXAMPLES = 20
-"""Refused rows of each source that are listed."""
+"""Refused rows of each source that are listed, beside the first row of each reason."""
 
 
 class RefusedRow(NamedTuple):
@@ -80,7 +80,7 @@ class Measured(NamedTuple):
     refused: Counter[str]
     """Reason -> rows."""
     examples: tuple[RefusedRow, ...]
-    """The first refused rows."""
+    """The first refused rows, and the first row of each reason, in the order of reading."""
 
 
 class _Chunk(NamedTuple):
@@ -179,8 +179,17 @@ class Meter:
             read,
             joined([chunk.numbers for chunk in chunks]),
             sum((chunk.refused for chunk in chunks), Counter[str]()),
-            tuple(itertools.islice((row for chunk in chunks for row in chunk.examples), EXAMPLES)),
+            tuple(_listed(row for chunk in chunks for row in chunk.examples)),
         )
+
+
+def _listed(refused: Iterable[RefusedRow]) -> Iterator[RefusedRow]:
+    """Yield the first refused rows, and after them the first row of each further reason."""
+    seen = set[str]()
+    for number, row in enumerate(refused):
+        if number < EXAMPLES or row.reason not in seen:
+            yield row
+        seen.add(row.reason)
 
 
 class _Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -27,6 +28,8 @@ PLANNED = 16_384
 """Largest number of examples that are divided into packs to judge a capacity."""
 PAIRS = 10
 """Pairs of equal rows that are listed."""
+LONGEST = 160
+"""Characters of a refused row's detail in an error."""
 
 
 class Histogram(msgspec.Struct, frozen=True):
@@ -149,10 +152,9 @@ def summarize(
         np.concatenate([getattr(m.numbers, name) for m in training]) for name in ("lengths", "trained", "messages")
     )
     if not len(lengths):
-        reasons = sum((m.refused for m in training), training[0].refused.__class__())
         raise ValueError(
-            f"no row can be trained: {', '.join(f'{reason}: {count:,}' for reason, count in reasons.most_common())}; "
-            "see the rows by sftstream preview"
+            f"none of {sum(m.read for m in training):,} rows can be trained: {_reasons(corpus, training)}; correct the rows, "
+            "or name other sources in the config"
         )
     config, forecast = _forecast(config, training)
     return Stats(
@@ -177,6 +179,17 @@ def summarize(
         fill=forecast[2],
         seconds=seconds,
     )
+
+
+def _reasons(corpus: Corpus, training: Sequence[Measured]) -> str:
+    """Return each reason of a refusal, the most frequent first, with its rows and one of them."""
+    counts = sum((m.refused for m in training), Counter[str]())
+    places: dict[str, str] = {}
+    for number, m in enumerate(training):
+        for row, reason, detail in m.examples:
+            shown = detail if len(detail) <= LONGEST else f"{detail[: LONGEST - 3]}..."
+            places.setdefault(reason, f"{corpus.locate_row(number, row)}: {shown}")
+    return ", ".join(f"{reason}: {count:,} (one is {places[reason]})" for reason, count in counts.most_common())
 
 
 def _forecast(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from os import PathLike
 from pathlib import Path
@@ -49,6 +49,9 @@ class ChatEncoder:
 
     `backend` names the library that computes the token ids, as in `Tokenizer`.
 
+    `template_setting` returns the setting of a template that an error advises, such as
+    "--template chat.jinja". Default: `template = "chat.jinja"`, the key of a config.
+
     `policy_fields` are fields of `Policy`, which are also keys of the `[data]` table:
     `ChatEncoder("model", overflow="split")`. A complete `policy` replaces `train_on` and
     `policy_fields`.
@@ -66,14 +69,16 @@ class ChatEncoder:
         variables: Mapping[str, Any] | None = None,
         policy: Policy | None = None,
         backend: Backend = "auto",
+        template_setting: Callable[[str], str] | None = None,
         **policy_fields: Any,
     ) -> None:
         self.policy = policy or msgspec.convert({"train_on": list(train_on), **policy_fields}, Policy)
         self.tokenizer = Tokenizer(tokenizer, backend)
         vocabulary = self.tokenizer.vocabulary
-        text = _template_text(template, vocabulary) if template is not None else vocabulary.template
+        remedy = _remedy(vocabulary, template_setting)
+        text = _template_text(template, vocabulary, remedy) if template is not None else vocabulary.template
         if text is None:
-            raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {_remedy(vocabulary)}")
+            raise ValueError(f"tokenizer {self.tokenizer.name!r} has no chat template; {remedy}")
         day = _parse_date(date) if date else None
         try:
             chat_template = ChatTemplate(text, vocabulary.variables, day).with_variables(variables or {})
@@ -194,18 +199,19 @@ def _examples_of(encoded: Sequence[Example | Refused]) -> list[Example] | Refuse
     return [msgspec.structs.replace(e, notes={**e.notes, "examples of single turns": 1}) for e in examples]
 
 
-def _template_text(template: str, vocabulary: Vocabulary) -> str:
+def _template_text(template: str, vocabulary: Vocabulary, remedy: str) -> str:
     """Return the Jinja text of a template.
 
     `template` is the text itself, a name in the tokenizer ("name:tool_use"), or the path of a file.
-    Raises ValueError if the tokenizer has no template of the name, or the file cannot be read.
+    Raises ValueError, with `remedy`, if the tokenizer has no template of the name; also if the file
+    cannot be read.
     """
     if _is_jinja(template):
         return template
     if template.startswith(_NAMED):
         text = vocabulary.templates.get(template.removeprefix(_NAMED))
         if text is None:
-            raise ValueError(f"the tokenizer has no chat template {template!r}; {_remedy(vocabulary)}")
+            raise ValueError(f"the tokenizer has no chat template {template!r}; {remedy}")
         return text
     try:
         name = excerpt(template, _LONGEST_PATH)
@@ -229,9 +235,11 @@ def _is_jinja(template: str) -> bool:
     return "{%" in template or "{{" in template
 
 
-def _remedy(vocabulary: Vocabulary) -> str:
-    names = ", ".join(f'template = "{_NAMED}{name}"' for name in vocabulary.templates)
-    return f"set one of {names}" if names else 'set the path of a file: template = "chat.jinja"'
+def _remedy(vocabulary: Vocabulary, setting: Callable[[str], str] | None) -> str:
+    form = setting or 'template = "{}"'.format
+    names = ", ".join(form(f"{_NAMED}{name}") for name in vocabulary.templates)
+    given = f"one of {names}" if names else f"the path of a file: {form('chat.jinja')}"
+    return f"give {given}" + ("" if setting else ", in a config under [data.tokenizer]")
 
 
 def _parse_date(date: str) -> Date:

@@ -267,5 +267,5 @@ def test_data_and_a_config_to_translate_exclude_each_other(tmp_path: Path) -> No
     out = tmp_path / "run.toml"
     both = run(main, "init", "chats.jsonl", "--from", "axolotl.yaml", "--out", out)
     neither = run(main, "init", "--out", out)
-    assert "leave DATA, --model and --columns out" in both.stderr
+    assert "leave DATA, --model, --template and --columns out" in both.stderr
     assert "no data is given" in neither.stderr

@@ -52,7 +52,31 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tokenizer: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inspect", "{}/nowhere.json"), "error: {}/nowhere.json cannot be read: No such file or directory\n"),
+        *[
+            (
+                words,
+                "error: '{}/nowhere' does not exist; name a JSON file with a state dict, a directory such as "
+                "runs/my-run, or a checkpoint such as runs/my-run/checkpoints/step-00000100\n",
+            )
+            for words in [
+                ("inspect", "{}/nowhere"),
+                ("diff", "{}/nowhere", "{}"),
+                ("rebase", "{}/nowhere", "{}/run.toml", "{}/new.json"),
+                ("preview", "{}/run.toml", "--state", "{}/nowhere"),
+            ]
+        ],
+        *[
+            (
+                (verb, f"{{}}/{name}", *options),
+                f"error: '{{}}/{name}' {there}; name the directory of a run, such as runs/my-run\n",
+            )
+            for name, there in [("nowhere", "does not exist"), ("run.toml", "is not a directory")]
+            for verb, *options in [("audit",), ("trace", "--step", "1"), ("find", "--source", "0", "--row", "0")]
+        ],
+        (
+            ("audit", "{}"),
+            "error: {} has no ledger; name the directory of a run, such as runs/my-run, made by this version\n",
+        ),
         (("bench", "{}/nowhere.toml"), "error: config '{}/nowhere.toml' cannot be read: No such file or directory\n"),
         (
             ("diff", "{}", "{}"),
@@ -62,6 +86,9 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tokenizer: str) -> None:
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "run.toml").write_text(
+        "[data]\nstreams = 2\nsources = [{path = 'a.jsonl'}]\ntokenizer = {path = 'b'}\n"
+    )
     result = run(main, *(argument.format(tmp_path) for argument in arguments))
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == message.format(tmp_path)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,41 @@ def test_the_plan_of_the_trainer_chooses_the_parallelism(
     assert found["plan"]["parameters"] == sum(
         p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(model).parameters()
     )
+
+
+def test_a_model_without_a_chat_template_is_started_with_the_template_that_is_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(40))
+    (tmp_path / "chat.jinja").write_text(tiny.TEMPLATE)
+    shutil.copytree(model, tmp_path / "base")
+    tiny.save_tokenizer(tmp_path / "base", template=None)
+    (tmp_path / "base/chat_template.jinja").unlink(missing_ok=True)
+    words = ("init", "chats.jsonl", "--model", "base", "--gpus", 0)
+    refused = run(main, *words)
+    assert refused.stderr == (
+        "error: tokenizer 'base' has no chat template; give the path of a file: --template chat.jinja\n"
+    )
+    assert not (tmp_path / "run.toml").exists()
+    result = run(main, *words, "--template", "chat.jinja")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert tomllib.loads(Path("run.toml").read_text())["data"]["tokenizer"] == {
+        "path": "base",
+        "template": "chat.jinja",
+    }
+    previewed = run(main, "preview", "run.toml", "--json")
+    assert json.loads(previewed.stdout)["packs"][0]["tokens"] > 0
+    trained = trained_steps(["run.device=cpu", "run.steps=1"])
+    assert trained == [1]
+
+
+def trained_steps(changes: list[str]) -> list[int]:
+    """Run run.toml, and return the steps in its metrics."""
+    command = [sys.executable, "-m", "trainer.main", "run.toml", *changes]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
+    return [json.loads(line)["step"] for line in Path("runs/chats/metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_existing_config_is_not_replaced(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ import tiny
 from browser import chromium, opened
 from commands import run
 
-from sftstream import DataConfig, PackLoader
+from sftstream import DataConfig, PackLoader, read_state
 from sftstream.cli.main import main
 from sftstream.preview.view import Preview, preview
+from sftstream.toml_file import read_data_config
 
 HOSTILE = (
     "<script>document.title = 'owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>"
@@ -124,6 +125,25 @@ def test_a_later_pack_and_the_packs_after_a_checkpoint_are_shown(desk: Path, mon
     assert later["packs"][0]["number"] == 8
     result = run(main, "preview", "run.toml", "--pack", "100000")
     assert result.stderr == "error: pack 100000 does not exist: the data ends before it; give a smaller number\n"
+
+
+def test_the_packs_after_a_state_are_those_of_a_resume_with_the_changes_that_the_config_accepts(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
+    config, state = tmp_path / "changed.toml", "runs/first"
+    changed = (desk / "run.toml").read_text().replace("capacity = 256", "capacity = 128")
+    config.write_text(changed)
+    refused = run(main, "preview", config, "--state", state)
+    assert "data.capacity: 256 -> 128" in refused.stderr
+    advice = re.search(r"data\.(accept_changed = \[.*?\]) accepts the change", refused.stderr)
+    assert advice
+    config.write_text(changed.replace("data = {", f"data = {{{advice[1]}, "))
+    shown = json.loads(run(main, "preview", config, "--state", state, "--count", "2", "--json").stdout)["packs"]
+    resumed = tiny.take(PackLoader(read_data_config(config), workers=0, state=read_state(state)), 2)
+    assert [(pack["number"], pack["capacity"], pack["digest"]) for pack in shown] == [
+        (number, 128, pack.digest()) for number, pack in enumerate(resumed, 8)
+    ]
 
 
 @pytest.fixture(scope="module")

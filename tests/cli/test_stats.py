@@ -146,7 +146,30 @@ def test_data_without_a_trainable_row_is_an_error(tokenizer: str, tmp_path: Path
     config = write(tmp_path, tokenizer, [{"messages": []}], [], sources=[{"path": str(tmp_path / "a.jsonl")}])
     (tmp_path / "held_out.jsonl").write_text(json.dumps(tiny.chat("what", "seven")))
     result = run(main, "stats", config)
-    assert result.stderr == "error: no row can be trained: empty conversation: 1; see the rows by sftstream preview\n"
+    assert result.stderr == (
+        f"error: none of 1 rows can be trained: empty conversation: 1 (one is {tmp_path}/a.jsonl:1: it has no messages); "
+        "correct the rows, or name other sources in the config\n"
+    )
+
+
+def test_an_example_of_each_reason_is_named_however_late_it_comes(tokenizer: str, tmp_path: Path) -> None:
+    empty, unanswered = {"messages": []}, {"messages": [{"role": "user", "content": "hi"}]}
+    config = write(tmp_path, tokenizer, [*[empty] * 200, unanswered], tiny.rows(1))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "oracle", "content": "?" * 300}]}))
+    refused = run(main, "stats", config).stderr
+    place = f"{tmp_path}/a.jsonl"
+    assert (
+        f"none of 202 rows can be trained: empty conversation: 200 (one is {place}:1: it has no messages), " in refused
+    )
+    assert f"no assistant message: 1 (one is {place}:201: its roles are ['user'])" in refused
+    assert f"unknown role: 1 (one is {tmp_path}/b.jsonl:1: " in refused
+    assert "?" * 200 not in refused
+    tiny.write_jsonl(tmp_path / "b.jsonl", tiny.rows(20))
+    listed = [(row["place"], row["reason"]) for row in measured(config)["refused"]]
+    assert listed == [
+        *[(f"{place}:{line}", "empty conversation") for line in range(1, 21)],
+        (f"{place}:201", "no assistant message"),
+    ]
 
 
 @pytest.fixture(scope="module")

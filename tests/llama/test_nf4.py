@@ -159,7 +159,10 @@ def plain_and_compiled(rank: int, root: str) -> list[dict[str, torch.Tensor]]:
 def test_columns_that_are_not_whole_blocks_are_refused_by_their_size() -> None:
     shape = LlamaConfig(**SIZES, vocab_size=64, num_hidden_layers=1)
     require_blocks(shape, 2)
-    with pytest.raises(ValueError, match=re.escape("num_attention_heads x head_dim / tp = 32; lower parallel.tp")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("num_attention_heads x head_dim / tp = 32; remove lora.quantize, or lower parallel.tp"),
+    ):
         require_blocks(shape, 4)
     narrow = LlamaConfig(**SIZES | {"intermediate_size": 32}, vocab_size=64, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"intermediate_size = 32; remove lora\.quantize$"):

@@ -358,7 +358,7 @@ def test_generation_tags_and_the_search_for_turns_agree(realdata: Any, name: str
             "{% for i in range(50) %}{{ [messages] | tojson | length }}{% endfor %}{{ ['x' * 9000000] * 9 | tojson }}",
             "cannot print a user's message",
         ),
-        ("{{ messages[0].content }}", "nothing ends an assistant's turn"),
+        ("{{ messages[0].content }}", "template drops text: message 1: .* is not printed; use a template"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot print a user's message"),
         (tiny.TEMPLATE + "{{ [1, 2, 3] | random }}", "No filter named 'random'"),
         (tiny.TEMPLATE + "{{ lipsum() }}", "'lipsum' is undefined"),

@@ -178,8 +178,8 @@ ANSWER = Message("assistant", "Yes, so")
 
 
 def later(text: str) -> str:
-    """Return a template that prints `text` in conversations of four messages, unseen by probes."""
-    return loop(f"({text} if messages | length == 4 else message.content)")
+    """Return a template that prints `text` in conversations of six messages, unseen by probes."""
+    return loop(f"({text} if messages | length == 6 else message.content)")
 
 
 @pytest.mark.parametrize(
@@ -188,24 +188,25 @@ def later(text: str) -> str:
         (loop("message.content", "message.role != 'system'"), (Message("system", "be"), HI, ANSWER), "template drops text"),
         (loop("message.content"), (HI, Message("assistant", tool_calls=(CALL,))), "template drops a tool call: message 1: "),
         (loop("message.content"), (HI, Message("assistant", "x", reasoning="hm")), "template drops reasoning: message 1: 'hm'"),
-        (later("message.content | upper"), (HI, ANSWER) * 2, "template rewrites text"),
+        (later("message.content | upper"), (HI, ANSWER) * 3, "template alters text: message 0: 'hi' is printed in another form"),
         (loop("message.content | replace('Yes', 'No')"), (HI, ANSWER), "template alters text: message 1: 'Yes, so' is"),
         (loop("message.content | replace('<', '&lt;')"), (HI, Message("assistant", "a<b")), "template alters text: message 1: "),
-        (later("message.content | length | string"), (HI, ANSWER) * 2, "template rewrites text"),
-        (later("message.content[:3]"), (HI, ANSWER) * 2, "template rewrites text"),
-        (later("message.content[::-1]"), (HI, ANSWER) * 2, "template rewrites text"),
-        (later("(message.content if loop.last else '-')"), (HI, ANSWER) * 2, "template drops text: message 0"),
-        (later("message.content + message.nothing.at_all"), (HI, ANSWER) * 2, "template raises: "),
-        (later("message.content.split('')[0]"), (HI, ANSWER) * 2, "template raises: empty separator"),
-        (later("(1 // 0) | string"), (HI, ANSWER) * 2, "template raises: "),
-        (later("message.content.index('?') | string"), (HI, ANSWER) * 2, "template raises: substring not found"),
-        (later("raise_exception('no two')"), (HI, ANSWER) * 2, "template raises: no two"),
-        (later("'' | attr('x') + 1"), (HI, ANSWER) * 2, "template raises: "),
-        (later("''.__class__.__mro__ | string"), (HI, ANSWER) * 2, "template raises: access to attribute '__class__'"),
-        ("{%- macro f(x) %}{{ f(x) }}{% endmacro %}" + later("f('x')"), (HI, ANSWER) * 2, "template raises: maximum"),
-        (later("(messages[2].content if loop.index0 == 1 else '') + message.content"), (HI, ANSWER) * 2, "foreign text in"),
-        (later("message.content + (messages[0].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "foreign text in span"),
-        (later("message.content + (messages[2].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 2, "no stop token: "),
+        (later("message.content | length | string"), (HI, ANSWER) * 3, "template alters text: message 0: 'hi' is"),
+        (later("message.content | length | string + message.content"), (HI, ANSWER) * 3, "template rewrites text"),
+        (later("message.content[:3]"), (HI, ANSWER) * 3, "template alters text: message 1: 'Yes, so' is"),
+        (later("message.content[::-1]"), (HI, ANSWER) * 3, "template alters text: message 0: 'hi' is"),
+        (later("(message.content if loop.last else '-')"), (HI, ANSWER) * 3, "template drops text: message 0"),
+        (later("message.content + message.nothing.at_all"), (HI, ANSWER) * 3, "template raises: "),
+        (later("message.content.split('')[0]"), (HI, ANSWER) * 3, "template raises: empty separator"),
+        (later("(1 // 0) | string"), (HI, ANSWER) * 3, "template raises: "),
+        (later("message.content.index('?') | string"), (HI, ANSWER) * 3, "template raises: substring not found"),
+        (later("raise_exception('no two')"), (HI, ANSWER) * 3, "template raises: no two"),
+        (later("'' | attr('x') + 1"), (HI, ANSWER) * 3, "template raises: "),
+        (later("''.__class__.__mro__ | string"), (HI, ANSWER) * 3, "template raises: access to attribute '__class__'"),
+        ("{%- macro f(x) %}{{ f(x) }}{% endmacro %}" + later("f('x')"), (HI, ANSWER) * 3, "template raises: maximum"),
+        (later("(messages[2].content if loop.index0 == 1 else '') + message.content"), (HI, ANSWER) * 3, "messages out of order"),
+        (later("message.content + (messages[0].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 3, "foreign text in span"),
+        (later("message.content + (messages[2].content if loop.index0 == 1 else '')"), (HI, ANSWER) * 3, "no stop token: "),
     ],
 )  # fmt: skip
 def test_a_conversation_that_the_template_does_not_print_as_said_is_refused(
@@ -218,13 +219,15 @@ def test_a_conversation_that_the_template_does_not_print_as_said_is_refused(
 
 def test_turns_that_are_printed_in_another_order_are_refused() -> None:
     backwards = (
-        "{%- for message in (messages | reverse if messages | length > 3 else messages) %}"
+        "{%- for message in (messages | reverse if messages | length > 4 else messages) %}"
         + TURN % "message.content"
         + "{%- endfor %}"
         + PROMPT
     )
-    answers = (HI, Message("assistant", "a"), Message("user", "u"), Message("assistant", "b"))
-    assert refusal(template(backwards), *answers).startswith(("messages out of order", "no header", "no stop token"))
+    answers = (Message("system", "s"), HI, Message("assistant", "a"), Message("user", "u"), Message("assistant", ""))
+    assert refusal(template(backwards), *answers) == (
+        "messages out of order: message 2 is printed after message 3; use a template that prints messages in order"
+    )
 
 
 def test_a_turn_without_its_stop_token_is_refused() -> None:
@@ -311,7 +314,7 @@ def test_an_encoder_takes_its_template_from_the_tokenizer_a_file_or_the_text(tok
 def test_an_encoder_without_a_template_or_with_a_wrong_date_is_an_error(tokenizer: str, tmp_path: Path) -> None:
     bare = tiny.save_tokenizer(tmp_path / "bare", template=None)
     with pytest.raises(
-        ValueError, match=r"tokenizer '.*/bare' has no chat template; set the path of a file: template = "
+        ValueError, match=r"tokenizer '.*/bare' has no chat template; give the path of a file: template = "
     ):
         ChatEncoder(bare)
     missing = str(tmp_path / f"{'n' * 100}.jinja")

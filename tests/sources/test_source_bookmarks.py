@@ -221,6 +221,7 @@ def test_an_edited_bookmark_is_refused_or_gives_the_same_packs(tmp_path: Path, t
 
 
 REASONS = (
+    "has no row at the place of the state's bookmark: the source changed, or the state is damaged",
     "the state is damaged: stream 0: a bookmark ",
     "is not the row of the state's bookmark: the source changed, or the state is damaged",
     "cannot be read",

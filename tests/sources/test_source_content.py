@@ -8,12 +8,15 @@ import io
 import json
 import lzma
 import pickle
+import re
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
@@ -96,10 +99,29 @@ def test_a_truncated_archive_is_one_error(tmp_path: Path, codec: str, read: Call
             read(path)
 
 
-def zipped() -> bytes:
+def zipped(*names: str) -> bytes:
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
-        archive.writestr("a.jsonl", LINES)
+        for name in names:
+            archive.writestr(name, LINES)
+    return sink.getvalue()
+
+
+class Pipe(io.BytesIO):
+    """A file that cannot be sought, so that the size of a zip's member is written after it."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: Any) -> int:
+        raise io.UnsupportedOperation
+
+
+def piped(*names: str) -> bytes:
+    sink = Pipe()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, LINES)
     return sink.getvalue()
 
 
@@ -110,13 +132,42 @@ def tarred() -> bytes:
     return sink.getvalue()
 
 
+def zipped_workbook() -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("rows.xlsx", zipped("[Content_Types].xml", "xl/workbook.xml"))
+    return sink.getvalue()
+
+
+OFFICE = (
+    "is an Excel workbook or another office document (such as .xlsx, .xls, .ods or .docx); save it as CSV or JSON lines"
+)
 MISTAKES = {
     "UTF-16": (LINES.decode().encode("utf-16"), "is UTF-16 or UTF-32 text; convert the file to UTF-8"),
     "UTF-16 without mark": (LINES.decode().encode("utf-16-le"), "is UTF-16 or UTF-32 text"),
     "UTF-32": (LINES.decode().encode("utf-32-be"), "is UTF-16 or UTF-32 text"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
     "web page": (b"\n<!DOCTYPE html>\n<html></html>\n", "is a web page; download the file itself"),
-    "zip": (zipped(), "is an archive of files; unpack the archive"),
+    "web page in XML": (
+        b'<?xml version="1.0"?>\n<!-- saved -->\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Strict//EN">\n<html></html>\n',
+        "is a web page; download the file itself",
+    ),
+    "XML": (
+        b'\xef\xbb\xbf<?xml version="1.0"?>\n<worksheet><header/></worksheet>\n',
+        "is XML, which is not read; write the rows as JSON lines or Parquet, or download the file again",
+    ),
+    "Excel": (zipped("[Content_Types].xml", "xl/workbook.xml"), OFFICE),
+    "Excel by openpyxl": (zipped("docProps/app.xml", "xl/workbook.xml", "[Content_Types].xml"), OFFICE),
+    "Excel by XlsxWriter": (zipped("xl/worksheets/sheet1.xml", "xl/workbook.xml"), OFFICE),
+    "Excel through a pipe": (piped("data.bin", "[Content_Types].xml"), OFFICE),
+    "OpenDocument": (zipped("mimetype", "content.xml"), OFFICE),
+    "Word": (zipped("_rels/.rels", "word/document.xml"), OFFICE),
+    "old Excel": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504), OFFICE),
+    "zip with a workbook inside": (zipped_workbook(), "is an archive of files; unpack the archive"),
+    "zip with a folder for words": (zipped("word/a.jsonl"), "is an archive of files; unpack the archive"),
+    "NumPy archive": (zipped("arr_0.npy"), "is a NumPy archive, which is not read; write the rows as JSON lines"),
+    "torch.save": (zipped("rows/data.pkl"), "is a file of torch.save, which is not read; write the rows as JSON lines"),
+    "zip": (zipped("a.jsonl"), "is an archive of files; unpack the archive"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is an archive of files; unpack the archive"),
     "SQLite": (
         b"SQLite format 3\0" + bytes(80),
@@ -149,13 +200,76 @@ def test_a_mistake_of_the_whole_file_is_one_error(
 
 
 @pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.ods", "Rows.DOCX"])
+def test_a_zip_with_the_name_of_an_office_document_is_one(
+    tmp_path: Path, name: str, read: Callable[[Path], list[Any]]
+) -> None:
+    (tmp_path / name).write_bytes(zipped("customXml/item1.xml"))
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{tmp_path}/{name} {OFFICE}')}$"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("key", ["train", "data", "rows"])
 def test_an_object_that_holds_all_rows_is_one_error(
     tmp_path: Path, key: str, read: Callable[[Path], list[Any]]
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps({key: ROWS, "version": 1}))
-    with pytest.raises(ValueError, match=rf"a.json is one JSON object with rows under '{key}'; .* jq -c '.{key}\[\]' "):
+    with pytest.raises(
+        ValueError, match=rf"a.json is one JSON object with rows under '{key}'; .* jq -c '.{key}\[\]' < "
+    ):
         read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["rows.json", "my chats.json", "it's.json", 'a "b" $HOME.json', "-n.json"])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("content", ["pretty", "held"])
+def test_the_command_that_is_advised_writes_the_rows_as_lines(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+    codec: str,
+    name: str,
+    read: Callable[[Path], list[Any]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pretty = "\n".join(json.dumps(row, indent=1) for row in ROWS)
+    written = (pretty if content == "pretty" else json.dumps({"train": ROWS})).encode()
+    for path in (Path(name), Path(f"{name}{codec}")):  # the suffix need not show the codec
+        path.write_bytes(CODECS[codec](written))
+        with pytest.raises(ValueError, match=r", for example by ") as error:
+            read(path)
+        command = str(error.value).partition(", for example by ")[2]
+        lines = subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=60).stdout
+        Path("lines.jsonl").write_bytes(lines)
+        assert read(Path("lines.jsonl")) == ROWS
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_the_command_for_a_remote_file_names_the_downloaded_file(
+    read: Callable[[str], list[Any]],
+) -> None:
+    pretty = "\n".join(json.dumps(row, indent=1) for row in ROWS)
+    fsspec.filesystem("memory").pipe("/content/my rows.jsonl.gz", gzip.compress(pretty.encode()))
+    advice = "for example, after a download, by gzip -dc < 'my rows.jsonl.gz' | jq -c ."
+    with pytest.raises(ValueError, match=rf"{re.escape(advice)}$"):
+        read("memory://content/my rows.jsonl.gz")
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"])
+def test_a_file_that_describes_a_dataset_is_not_taken_for_rows_over_several_lines(
+    tmp_path: Path, name: str, read: Callable[[Path], list[Any]]
+) -> None:
+    (tmp_path / name).write_text(json.dumps({"_data_files": [{"filename": "a.jsonl"}]}, indent=2))
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        read(tmp_path / name)
+    assert str(error.value) == (
+        f"{tmp_path}/{name} describes a dataset and holds no row; name the files with rows alone, for example by a glob"
+    )
+    assert read(tmp_path / "*.jsonl") == ROWS
 
 
 @pytest.mark.parametrize("read", READERS)

@@ -142,6 +142,49 @@ def test_a_slice_that_selects_nothing_known_is_refused(splits: Path, split: str)
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("layout", ["splits", "one", "repository"])
+@pytest.mark.parametrize(
+    "split", ["train[:0%]", "train[9:8]", "train[9:2]", "train[5000:]", "train[:-50]", "train[5000:]+train[4:2]"]
+)
+def test_a_split_that_selects_no_row_is_named_with_one_that_selects_all(
+    tmp_path: Path, layout: str, split: str
+) -> None:
+    train = datasets.Dataset.from_list(TRAIN)
+    if layout == "splits":
+        datasets.DatasetDict(train=train).save_to_disk(str(tmp_path / layout))
+    elif layout == "one":
+        train.save_to_disk(str(tmp_path / layout))
+    else:
+        (tmp_path / layout).mkdir()
+        tiny.write_jsonl(tmp_path / layout / "train.jsonl", TRAIN)
+    assert refusal(tmp_path / layout, split=split) == (
+        f"split = {split!r} selects none of the 10 rows of source '{tmp_path / layout}'; write split = 'train[0:10]' to "
+        "select all of them, or fewer"
+    )
+    assert read_all(opened(tmp_path / layout, split="train[0:10]")) == TRAIN
+
+
+@pytest.mark.parametrize("layout", ["saved", "repository"])
+def test_a_split_without_rows_is_named(tmp_path: Path, layout: str) -> None:
+    train, path = datasets.Dataset.from_list(TRAIN), tmp_path / layout
+    both = {"train": train, "test": train.select(range(0))}
+    if layout == "saved":
+        datasets.DatasetDict(both).save_to_disk(str(path))
+    else:
+        path.mkdir()
+        for name, rows in both.items():
+            rows.to_parquet(str(path / f"{name}.parquet"))
+    for split in ("test", "test[:5]"):
+        assert refusal(path, split=split) == (
+            f"split = {split!r} of source '{path}' holds no row; set split to rows of another split, or remove the source"
+        )
+    assert refusal(path, split="test+train[7:3]") == (
+        f"split = 'test+train[7:3]' selects none of the 10 rows of source '{path}'; write split = 'train[0:10]' to select "
+        "all of them, or fewer"
+    )
+    assert read_all(opened(path, split="test+train[:2]+train[7:3]")) == TRAIN[:2]
+
+
 def test_a_slice_cannot_be_streamed(splits: Path) -> None:
     with pytest.raises(ValueError, match=r"is streamed, and split = 'train\[:2\]' selects rows by number; leave out"):
         StreamedSource(SourceConfig(path=str(splits), split="train[:2]", streaming=True, shuffle=False))
@@ -208,6 +251,50 @@ def test_a_directory_with_a_state_of_something_else_is_its_files(tmp_path: Path)
     tiny.write_jsonl(tmp_path / "a.jsonl", TEST)
     (tmp_path / "state.json").write_text('{"step": 1}')
     assert read_all(opened(tmp_path)) == [*TEST, {"step": 1}]
+
+
+@pytest.mark.parametrize("fields", [{}, {"streaming": True, "shuffle": False}])
+def test_a_directory_of_arrow_files_without_their_list_is_refused_by_name(
+    tmp_path: Path, saved: Path, fields: dict[str, Any]
+) -> None:
+    moved = saved.rename(tmp_path / "a [b]*")
+    (moved / "state.json").rename(tmp_path / "state.json")
+    open_source = StreamedSource if fields else FileSet
+    with pytest.raises(ValueError, match=r"^source ") as error:
+        open_source(SourceConfig(path=str(moved), **fields))
+    glob = f"{tmp_path}/a [[]b][*]/data-*-of-00003.arrow"
+    assert str(error.value) == (
+        f"source '{moved}' has dataset_info.json and Arrow files (3), but no state.json that lists the files with its rows; "
+        f"restore state.json, or name the files, such as path = '{glob}'"
+    )
+    assert read_all(opened(glob)) == TRAIN
+    (tmp_path / "state.json").rename(moved / "state.json")
+    assert read_all(opened(moved)) == TRAIN
+
+
+def test_a_directory_of_the_cache_of_datasets_is_not_read_as_a_whole(tmp_path: Path) -> None:
+    """It holds all splits, and results of `map`."""
+    (tmp_path / "rows").mkdir()
+    tiny.write_jsonl(tmp_path / "rows" / "train.jsonl", TRAIN)
+    tiny.write_jsonl(tmp_path / "rows" / "test.jsonl", TEST)
+    both = datasets.load_dataset(str(tmp_path / "rows"), cache_dir=str(tmp_path / "cache"))
+    both["train"].map(lambda row: row)
+    (info,) = (tmp_path / "cache").rglob("dataset_info.json")
+    said = refusal(info.parent)
+    assert said.endswith(f"or name the files, such as path = '{info.parent}/rows-train.arrow'")
+    assert read_all(opened(info.parent / "rows-train.arrow")) == TRAIN
+
+
+def test_a_saved_dataset_without_its_description_is_refused(saved: Path) -> None:
+    (saved / "dataset_info.json").rename(saved.parent / "dataset_info.json")
+    assert refusal(saved, split="train") == (
+        f"source '{saved}' has state.json, as save_to_disk writes, but no dataset_info.json; restore dataset_info.json, or "
+        "leave out split and name the Arrow files by a glob"
+    )
+    assert refusal(saved).startswith(f"{saved}/state.json describes a dataset and holds no row; ")
+    assert read_all(opened(saved / "*.arrow")) == TRAIN
+    (saved.parent / "dataset_info.json").rename(saved / "dataset_info.json")
+    assert read_all(opened(saved)) == TRAIN
 
 
 def test_a_saved_dataset_may_move(saved: Path, tmp_path: Path) -> None:

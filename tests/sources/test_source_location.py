@@ -16,7 +16,7 @@ from sftstream.sources.resolve import resolve
 
 
 def found(pattern: Path) -> list[str]:
-    return [file.display_name for file in LocalLocation(pattern).matches()]
+    return [file.display_name for file in LocalLocation(pattern).matches([])]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a device", "socket"])

@@ -355,12 +355,6 @@ def test_a_ragged_or_broken_record_is_refused_by_its_place_and_its_neighbours_ar
     assert [source.read(0), source.read(2)] == [{"q": "1\n", "a": "2"}, {"q": "3", "a": "4"}]
 
 
-def test_a_quote_that_is_never_closed_breaks_the_last_row(tmp_path: Path) -> None:
-    source = written(tmp_path / "a.csv", b'q,a\n1,2\n3,"4\n5,6\n')
-    assert len(source) == 2
-    assert broken(source, 1) == f"{tmp_path}/a.csv:3 is not CSV: unexpected end of data"
-
-
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"q,a\n", b"q,a", b"\xef\xbb\xbf", b"\xef\xbb\xbfq\n\n"])
 def test_a_csv_file_without_a_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import msgspec
 import pytest
 import tiny
 
-from sftstream import SourceConfig, read_conversations
+from sftstream import PackLoader, SourceConfig, read_conversations
 from sftstream.formats import decode_row, parse_row
 from sftstream.records import BrokenRow, Ref
 from sftstream.sources import Corpus, FileIdentity
@@ -329,3 +330,27 @@ def test_a_huge_files_identity_is_every_byte_of_it_where_that_is_asked_for(
     path.rename(tmp_path / "d" / "a.jsonl")
     for of_many in (tmp_path / "d", tmp_path / "d" / "*.jsonl"):
         assert not opened(of_many, digest="full").files[0].identity.sampled
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \n"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
+        ("a.json", b"[]"),
+        ("a.csv", b"prompt,completion\n"),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"epochs": None}, {"shuffle": False}], ids=str)
+def test_a_streamed_source_without_any_row_is_an_error_when_it_is_opened(
+    tmp_path: Path, tokenizer: str, name: str, content: bytes, changes: dict[str, Any]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / f"b{name}").write_bytes(content)
+    source = {"path": str(tmp_path), "streaming": True}
+    with pytest.raises(ValueError, match=r".") as error:
+        PackLoader(tiny.data_config(tokenizer, sources=[source], **{"shuffle": "shards"} | changes))
+    assert str(error.value) == (
+        f"source '{tmp_path}' holds no row; remove the source or name a file with conversations"
+    )

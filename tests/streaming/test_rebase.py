@@ -123,7 +123,8 @@ def test_a_step_stays_a_step_under_another_global_batch(config: DataConfig) -> N
 def test_only_named_changes_are_accepted(config: DataConfig) -> None:
     _, state = _taken(config, 16)
     with pytest.raises(
-        ValueError, match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.streams'\] accepts"
+        ValueError,
+        match=r"data.streams: 4 -> 2. Restore .*; data.accept_changed = \['data.capacity', 'data.streams'\] accepts",
     ):
         PackLoader(_changed(config, ["data.capacity"], capacity=512, streams=2), state=state)
     with pytest.raises(ValueError, match=r"data.window: 8 -> 9"):
@@ -219,6 +220,26 @@ def test_a_change_needs_a_steps_border_and_all_streams(config: DataConfig) -> No
         PackLoader(after, state=tiny.resealed(state))
 
 
+def test_rebase_accepts_the_changes_of_the_config_and_those_of_the_option(config: DataConfig, tmp_path: Path) -> None:
+    old, new, toml = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "run.toml"
+    old.write_text(json.dumps(_taken(config, 16)[1]))
+
+    def rebase(streams: int, capacity: int, accepted: list[str], *options: str) -> str:
+        toml.write_text(
+            f"[run]\nepochs = 2\n[data]\nstreams = {streams}\ncapacity = {capacity}\nglobal_batch = 4\nwindow = 8\n"
+            f'accept_changed = {accepted}\n[data.tokenizer]\npath = "{config.tokenizer.path}"\n'
+            f'[[data.sources]]\npath = "{config.sources[0].path}"\n'
+        )
+        return run(main, "rebase", old, toml, new, *options).stderr
+
+    assert "data.streams: 4 -> 2" in rebase(2, 256, [])
+    assert rebase(2, 256, ["data.streams"]) == ""
+    assert "data.capacity: 256 -> 512" in rebase(2, 512, ["data.streams"])
+    assert rebase(2, 512, ["data.streams"], "--accept", "data.capacity") == ""
+    assert rebase(2, 512, [], "--accept", "data.capacity", "--accept", "data.streams") == ""
+    assert "data.accept_changed holds 'streams'" in rebase(2, 256, ["streams"])
+
+
 def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(config: DataConfig, tmp_path: Path) -> None:
     before, state = _taken(config, 16)
     old, new, toml = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "run.toml"
@@ -230,6 +251,10 @@ def test_a_state_file_is_rebased_looked_at_and_compared_on_the_command_line(conf
     refused = run(main, "rebase", old, toml, new)
     assert refused.exit_code == 1
     assert "data.streams: 4 -> 2" in refused.stderr
+    assert run(main, "rebase", old, toml, new, "--accept", "streams").stderr == (
+        "error: --accept 'streams' is no setting that a resume compares; write the name as a refused rebase prints it, "
+        "for example --accept data.capacity or --accept 'data.sources[0]'\n"
+    )
     assert run(main, "rebase", old, toml, new, "--accept", "data.streams").exit_code == 0
     assert "accepted at pack 16: data.streams: 4 -> 2" in run(main, "inspect", new).stdout
     compared = run(main, "diff", old, new)

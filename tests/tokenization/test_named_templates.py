@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import run
 
 from sftstream import ChatEncoder
+from sftstream.cli.main import main
 
 
 def with_templates(directory: Path, templates: dict[str, str]) -> str:
@@ -27,14 +29,31 @@ def test_a_template_is_chosen_by_name_and_the_default_otherwise(tmp_path: Path) 
     for _ in range(2):  # the second time from the cache
         assert ChatEncoder(tokenizer).template.text == tiny.TEMPLATE
         assert ChatEncoder(tokenizer, "name:tool_use").template.text == OTHER
-    with pytest.raises(ValueError, match=r"^the tokenizer has no chat template 'name:rag'; set one of template = "):
+    with pytest.raises(ValueError, match=r"^the tokenizer has no chat template 'name:rag'; give one of template = "):
         ChatEncoder(tokenizer, "name:rag")
 
 
 def test_without_a_default_the_only_template_is_taken_and_several_are_listed(tmp_path: Path) -> None:
     assert ChatEncoder(with_templates(tmp_path / "a", {"rag": OTHER})).template.text == OTHER
-    with pytest.raises(ValueError, match=r'set one of template = "name:rag", template = "name:tool_use"$'):
+    with pytest.raises(
+        ValueError, match=r'give one of template = "name:rag", template = "name:tool_use", in a config under \['
+    ):
         ChatEncoder(with_templates(tmp_path / "b", {"rag": OTHER, "tool_use": OTHER}))
+
+
+def test_a_command_tells_its_own_way_to_give_a_template(tmp_path: Path) -> None:
+    several = with_templates(tmp_path / "named {}", {"rag": OTHER, "tool_use": OTHER})
+    bare = tiny.save_tokenizer(tmp_path / "bare", template=None)
+    refused = run(main, "template", bare)
+    assert refused.stderr == (
+        f"error: tokenizer '{bare}' has no chat template; give the path of a file: sftstream template {bare} chat.jinja\n"
+    )
+    (tmp_path / "chat.jinja").write_text(tiny.TEMPLATE)
+    assert run(main, "template", bare, tmp_path / "chat.jinja").exit_code == 0
+    for wrong in ((), ("name:nothing",)):
+        refused = run(main, "template", several, *wrong)
+        assert f"sftstream template '{several}' name:rag, " in refused.stderr
+    assert run(main, "template", several, "name:rag").exit_code == 0
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "unheard"}', "{}", "[]", "x"])

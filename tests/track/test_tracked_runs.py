@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import runs
+from commands import run
 from runs import Job
 
 from trainer.track.config import TrackerConfig, require_installed
 from trainer.track.cursor import claimed, cursor_path
+from trainer.track.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,7 +182,20 @@ def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path: Path) ->
         require_installed((missing,))
 
 
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("none", "does not exist"), ("file", "is not a directory"), ("empty", "holds no file of a run")],
+)
+def test_a_path_that_is_no_run_is_not_blamed_on_its_config(tmp_path: Path, name: str, there: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    refused = run(main, tmp_path / name)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr == f"error: '{tmp_path / name}' {there}; name the directory of a run, such as runs/first\n"
+
+
 def test_a_run_without_trackers_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
     command = [sys.executable, "-m", "trainer.track", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 1

@@ -81,6 +81,23 @@ def test_a_finite_run_that_refuses_every_row_ends_with_an_error(tmp_path: Path, 
     assert "source 0 holds no conversation to train: each of its 2 rows is refused" in _fails(tmp_path, config)
 
 
+def test_a_streamed_source_without_a_row_stops_a_run_before_the_first_step(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    config["data"]["sources"] = [{"path": "empty.jsonl", "streaming": True}]
+    config["data"]["shuffle"] = "shards"
+    config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
+    assert "source 'empty.jsonl' holds no row; remove the source or name a file" in _fails(tmp_path, config, 2)
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
+def test_a_run_whose_sources_give_no_row_says_so(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["sources"][0]["repeat"] = 0.001
+    config["run"] = {"name": "run", "epochs": 1, "device": "cpu"}
+    assert "nothing was trained: the sources gave no row; raise the repeat of a source" in _fails(tmp_path, config)
+
+
 @pytest.mark.parametrize(
     ("roles", "message"),
     [

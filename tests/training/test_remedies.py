@@ -193,6 +193,8 @@ HISTORIES: tuple[dict[str, str], ...] = ({"data.history": "'per_turn'"}, {"data.
 HELD_OUT = "[{path = 'rows.jsonl', weight = 1000}, {path = 'long.jsonl', weight = 0.001}]"
 LONG = {"data.sources": rows_at("long.jsonl"), "data.streams": "1"}
 
+HELLO = {"role": "assistant", "content": "hello"}
+TRAINED_PART = {"type": "text", "text": "hi", "train": 1}
 STREAMED = {"data.sources": "[{path = 'rows.jsonl', streaming = true}]", "data.shuffle": "false"}
 ADVICE = [
     Advice(
@@ -213,13 +215,27 @@ ADVICE = [
         {"row": f'{{"messages": {MARKED.replace("MARK", "value").replace("VALUE", chr(34) + "bye" + chr(34))}}}'},
         "leave out the wrong keys by ignore = [...]",
         ({"ignore": '["value"]'}, {"ignore": '["content"]'}),
-        f"{FORMATS}/messages.py",
+        f"{FORMATS}/keys.py",
         parse,
     ),
     Advice(
         {"row": f'{{"messages": {MARKED.replace("MARK", "refusal").replace("VALUE", chr(34) + "no" + chr(34))}}}'},
         "or leave them out by ignore = ['refusal']",
         ({"ignore": '["refusal"]'},),
+        f"{FORMATS}/keys.py",
+        parse,
+    ),
+    Advice(
+        {"row": json.dumps({"messages": [{"role": "user", "content": [TRAINED_PART]}, HELLO]})},
+        "or leave the key out by ignore = ['train']",
+        ({"ignore": '["train"]'},),
+        f"{FORMATS}/exclusions.py",
+        parse,
+    ),
+    Advice(
+        {"row": json.dumps({"messages": [{"role": "assistant", "type": "reasoning", "content": "hm"}, HELLO]})},
+        "or read the words by ignore = ['type']",
+        ({"ignore": '["type"]'},),
         f"{FORMATS}/messages.py",
         parse,
     ),
@@ -234,7 +250,7 @@ ADVICE = [
         {"row": '{"prompt": "hi", "completion": "no", "label": false}'},
         "or train the answer by ignore = ['label']",
         ({"ignore": '["label"]'},),
-        f"{FORMATS}/layouts.py",
+        f"{FORMATS}/exclusions.py",
         parse,
     ),
     Advice(
@@ -570,7 +586,7 @@ ADVICE = [
     Advice({"data.streams": "1"}, "raise data.streams to 2 or more", ({"data.streams": "2"},)),
     Advice(
         {"data.tokenizer": "{path = 'words', template = 'name:nothing'}"},
-        "set the path of a file: template = ",
+        "give the path of a file: template = ",
         ({"data.tokenizer": "{path = 'words', template = 'chat.jinja'}"},),
     ),
     Advice(

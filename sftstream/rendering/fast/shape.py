@@ -21,7 +21,14 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from sftstream.records import REASONING_KEYS, Conversation, Message
-from sftstream.rendering.fast.symbolic import Recorder, SymbolicJson, SymbolicStr, TracedTemplate, ValueRef
+from sftstream.rendering.fast.symbolic import (
+    Recorder,
+    SymbolicAnswer,
+    SymbolicJson,
+    SymbolicStr,
+    TracedTemplate,
+    ValueRef,
+)
 from sftstream.rendering.json_cache import exact_key
 from sftstream.rendering.probe_messages import CALLED, SAID, TOOL, USER
 from sftstream.rendering.template import TemplateMessage, template_message
@@ -140,9 +147,10 @@ def symbolic_conversation(
     messages = []
     for message in conversation.messages:
         result = template_message(message)
-        result["content"] = symbolic(SymbolicStr)
+        said = SymbolicAnswer if message.role == "assistant" else SymbolicStr
+        result["content"] = symbolic(said)
         if message.reasoning or message.tool_calls or message.name is not None or message.tool_call_id is not None:
-            reasoning, name, call_id = (symbolic(SymbolicStr) for _ in range(3))
+            reasoning, name, call_id = symbolic(said), symbolic(SymbolicStr), symbolic(SymbolicStr)
             result |= {key: reasoning for key in result if key in REASONING_KEYS}
             result |= {key: value for key, value in (("name", name), ("tool_call_id", call_id)) if key in result}
             for printed_call, call in zip(result.get("tool_calls", ()), message.tool_calls, strict=True):

@@ -130,7 +130,7 @@ class SymbolicStr(_Symbolic):
 
     def _apply(self, method: str, *arguments: Any) -> SymbolicStr:
         ref = ValueRef(self._ref.number, (*self._ref.ops, (method, arguments)))
-        return SymbolicStr(self._recorder, ref, getattr(self._value, method)(*arguments))
+        return type(self)(self._recorder, ref, getattr(self._value, method)(*arguments))
 
     def __bool__(self) -> bool:
         return self._ask("__len__")
@@ -177,6 +177,14 @@ class SymbolicStr(_Symbolic):
     def replace(self, old: str, _new: str) -> SymbolicStr:
         """Return the string unchanged if `old` is absent; raises `Untraceable` if not."""
         return self if isinstance(old, str) and old not in self else self._refuse()
+
+
+class SymbolicAnswer(SymbolicStr):
+    """A symbolic object for a text that an assistant says.
+
+    It cannot be printed as JSON: a conversation whose answer JSON escapes is refused, so a plan may
+    not print it.
+    """
 
 
 class SymbolicConcat(_Symbolic):
@@ -360,6 +368,8 @@ def _to_json(environment: Any) -> Callable[..., Any]:
     plain = environment.filters["tojson"]
 
     def to_json(value: Any, **options: Any) -> Any:
+        if isinstance(value, SymbolicAnswer):
+            raise Untraceable
         if not isinstance(value, SymbolicStr | SymbolicJson):
             return plain(value, **options)
         ref = ValueRef(value._ref.number, (*value._ref.ops, ("tojson", tuple(options.items()))))

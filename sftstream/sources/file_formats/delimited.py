@@ -6,18 +6,19 @@ A quoted cell may contain line breaks, so a record may have several lines.
 from __future__ import annotations
 
 import csv
-from array import array
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, FileIO
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 
 from sftstream.records import BrokenRow
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom
+from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom, refuse_carriage_returns
 from sftstream.sources.stored import Stored
 
 _CELL = 64 << 20
@@ -32,12 +33,14 @@ class Delimited(IndexedFile):
     """Records of a file by number, as column name -> text.
 
     Empty cells are left out, because CSV cannot distinguish a missing value from an empty text.
+    Raises ValueError for the same files as `records_forward`.
     """
 
     def __init__(self, stored: Stored, delimiter: str) -> None:
-        super().__init__(stored, f"records {delimiter}", lambda file, _: _divide(file, delimiter))
+        name = stored.display_name
+        super().__init__(stored, f"whole records {delimiter}", lambda file, _: _divide(file, delimiter, name))
         self._delimiter = delimiter
-        self._columns = _header(self._index.head().removeprefix(BOM), delimiter, stored.display_name)
+        self._columns = _header(self._index.head().removeprefix(BOM), delimiter, name)
 
     def read(self, row: int) -> dict[str, str]:
         return _record(self._index.read(row), self._delimiter, self._columns)
@@ -47,34 +50,118 @@ def records_forward(text: Text, start: int, rest: Text | None = None, *, delimit
     """Read the records of a file in order.
 
     `rest` is the content from record `start` on. Without `rest`, the first record is record 0, as
-    in `lines_forward`. Raises ValueError if the header is unusable.
+    in `lines_forward`. Raises ValueError if the header is unusable, and during reading if a quote
+    or a carriage return may join rows to one record.
     """
-    records = _Records(text.file, after_bom(text.file), delimiter)
-    read = iter(records)
-    columns = _header(next(read, b""), delimiter, text.display_name)
-    if rest:
-        records = _Records(rest.file, 0, delimiter)
-        read = iter(records)
+    whole = _Records(text.file, delimiter, text.display_name)
+    records = _Records(rest.file, delimiter, text.display_name, whole.columns) if rest else whole
     place = (rest or text).place
-    rows = (partial(_record, record, delimiter, columns) for record in read)
-    return RowsFrom(start if rest else 0, rows, lambda: place(records.position))
+    read = _located(records, whole) if rest else records
+    rows = (partial(_record, record, delimiter, whole.columns) for record in read)
+    return RowsFrom(start if rest else 0, rows, lambda: place(records.end.offset))
+
+
+class _Border(NamedTuple):
+    """A border between records."""
+
+    offset: int
+    """Number of bytes before the border."""
+    line: int
+    """Number of lines before the border."""
 
 
 class _Records:
-    """The records of a file that are not blank, and the position after the last record read."""
+    """The records of a file that are not blank, without the header; can be iterated over once.
 
-    def __init__(self, file: BufferedReader, position: int, delimiter: str) -> None:
-        self._file = file
-        self._delimiter = delimiter
-        self.position = position
-        """Number of bytes before the next record."""
+    `csv.reader` divides the lines. It reads on after every mistake: a quote that is left open joins
+    all rows up to the next quote to one record. So iteration raises ValueError at a record that is
+    longer than a line, and is not CSV or has more or fewer cells than the header.
+    """
+
+    def __init__(
+        self, file: BufferedReader, delimiter: str, display_name: str, columns: list[str] | None = None
+    ) -> None:
+        """Read `file` from its beginning, or from a record on if the `columns` are given."""
+        self._file, self._delimiter, self.display_name = file, delimiter, display_name
+        self._lines: list[bytes] = []
+        """Lines of the record that is being read."""
+        self._ended = False
+        """True if the file ended inside the record."""
+        self.begin = self.end = _Border(0 if columns else after_bom(file), 0)
+        """Borders before and after the record read last."""
+        self.columns = columns or []
+        """Names of the columns; empty while the header is read."""
+        self._read = self._divided()
+        if not columns:
+            self.columns = _header(next(self._read, b""), delimiter, display_name)
 
     def __iter__(self) -> Iterator[bytes]:
-        for lines in _divided(self._file, self._delimiter):
-            record = b"".join(lines)
-            self.position += len(record)
+        return self._read
+
+    def _divided(self) -> Iterator[bytes]:
+        reader = csv.reader(self._decoded(), delimiter=self._delimiter, strict=True)
+        while True:
+            try:
+                if (cells := next(reader, None)) is None:
+                    return
+                mistake = _miscounted(cells, self.columns)
+            except csv.Error as error:
+                mistake = f"is not CSV: {error}"
+            record = b"".join(self._lines)
+            self.begin, self.end = self.end, _Border(self.end.offset + len(record), self.end.line + len(self._lines))
+            self._lines.clear()
+            if mistake:
+                self._require_one_row(record, mistake)
             if record := record.strip(b"\r\n"):
                 yield record
+
+    def _decoded(self) -> Iterator[str]:
+        for line in self._file:
+            self._lines.append(line)
+            text = line.decode("latin-1")  # quotes and line breaks are the same bytes in UTF-8
+            # A carriage return alone would end the record, and the rest of the line would be lost.
+            yield text.rstrip("\r\n").replace("\r", " ") + "\n" if "\r" in text else text
+        self._ended = bool(self._lines)
+
+    def _require_one_row(self, record: bytes, mistake: str) -> None:
+        """Raise ValueError if the broken record read last may hold more rows than one."""
+        text = record.decode("latin-1").replace("\r", " ")
+        place = f"{self.display_name}:{self.begin.line + 1}"
+        if self._ended:
+            (*_, unclosed) = next(csv.reader([text], delimiter=self._delimiter))
+            line = self.begin.line + text.count("\n") - unclosed.count("\n") + 1
+            raise ValueError(
+                f"{self.display_name}:{line} opens a quote that no later line closes; remove or close the quote, "
+                "or restore the rest of the file"
+            )
+        if self.end.line > self.begin.line + 1 or _is_open(text, self._delimiter):
+            raise ValueError(
+                f"{place} begins a record of several lines that {mistake}; remove or close the quote that joins the lines, "
+                "or correct the record"
+            )
+        if b"\r" in record.strip(b"\r\n"):
+            refuse_carriage_returns(place)
+
+
+def _is_open(line: str, delimiter: str) -> bool:
+    """Return True if a quote is open at the end of a line, as the next row may begin there."""
+    reader = csv.reader([line, ""], delimiter=delimiter)
+    with suppress(csv.Error):  # a cell that is too long
+        next(reader)
+    return reader.line_num > 1
+
+
+def _located(records: _Records, whole: _Records) -> Iterator[bytes]:
+    """Yield `records`, the line of whose first is unknown. At an error, read the `whole` file up to
+    the same error, which names the line; raises RuntimeError if the whole file has no error."""
+    try:
+        yield from records
+    except ValueError as error:
+        deque(whole, maxlen=0)
+        raise RuntimeError(
+            f"{whole.display_name} has no row at the place of the state's bookmark: the source changed, or the state is "
+            "damaged; restore the source, or use another state"
+        ) from error
 
 
 def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
@@ -86,6 +173,8 @@ def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
     try:
         columns = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
+        if b"\r" in text.strip(b"\r\n"):
+            refuse_carriage_returns(display_name)
         raise ValueError(
             f"{display_name} has no readable header: {error}; write column names into the first line"
         ) from None
@@ -103,9 +192,19 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
         cells = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
         raise BrokenRow(f"is not CSV: {error}") from None
-    if len(cells) != len(columns):
-        raise BrokenRow(f"has {len(cells)} cells for the {len(columns)} columns of the header")
+    if mistake := _miscounted(cells, columns):
+        raise BrokenRow(mistake)
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell and column}
+
+
+def _miscounted(cells: list[str], columns: list[str]) -> str:
+    """Return the words for a record with more or fewer cells than columns, else "".
+
+    No columns are an unread header, which may have any number of cells.
+    """
+    if not columns or len(cells) == len(columns):
+        return ""
+    return f"has {len(cells)} cells for the {len(columns)} columns of the header"
 
 
 def _cells(text: bytes, delimiter: str) -> list[str]:
@@ -113,44 +212,9 @@ def _cells(text: bytes, delimiter: str) -> list[str]:
     return next(csv.reader([text.strip(b"\r\n").decode()], delimiter=delimiter, strict=True), [])
 
 
-def _divide(file: FileIO, delimiter: str) -> Iterator[tuple[Integers, Integers]]:
+def _divide(file: FileIO, delimiter: str, display_name: str) -> Iterator[tuple[Integers, Integers]]:
     """Yield byte offsets and line numbers of the records after the header, for `RowIndex`."""
-    starts, numbers = array("q"), array("q")
-    records = _records(file, delimiter)
-    header = next(records)
-    for start, number in chain([next(records, header)], records):  # in an empty file the end is the only border
-        starts.append(start)
-        numbers.append(number)
-        if len(starts) == _PART:
-            yield np.array(starts), np.array(numbers)
-            starts, numbers = array("q"), array("q")
-    yield np.array(starts, np.int64), np.array(numbers, np.int64)
-
-
-def _records(file: FileIO, delimiter: str) -> Iterator[tuple[int, int]]:
-    """Yield byte offset and line number of each record that is not blank, then of the file's
-    end."""
-    position, number = file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0), 0
-    for lines in _divided(open(file.fileno(), "rb", closefd=False), delimiter):  # noqa: SIM115
-        if lines[0].strip(b"\r\n"):
-            yield position, number
-        position, number = position + sum(map(len, lines)), number + len(lines)
-    yield position, number
-
-
-def _divided(lines: Iterable[bytes], delimiter: str) -> Iterator[list[bytes]]:
-    """Yield the lines of each record, as divided by `csv.reader`. A blank line is a record."""
-    taken: list[bytes] = []
-
-    def passing() -> Iterator[str]:
-        for line in lines:
-            taken.append(line)
-            yield line.decode("latin-1")  # quotes and line breaks are the same bytes in UTF-8
-
-    reader = csv.reader(passing(), delimiter=delimiter)
-    while True:
-        with suppress(csv.Error):  # reported when the record is read
-            if next(reader, None) is None:
-                return
-        yield taken.copy()
-        taken.clear()
+    records = _Records(open(file.fileno(), "rb", closefd=False), delimiter, display_name)  # noqa: SIM115
+    borders = chain((records.begin for _ in records), (records.end for _ in range(1)))
+    while len(part := np.fromiter(chain.from_iterable(islice(borders, _PART)), np.int64).reshape(-1, 2)):
+        yield part[:, 0], part[:, 1]

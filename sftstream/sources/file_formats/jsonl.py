@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from io import BufferedReader, FileIO
@@ -11,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.sources.row_index import IndexedFile, Integers
-from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Text, after_bom
+from sftstream.sources.rows import BOM, FileIdentity, RowsFrom, Text, after_bom, refuse_carriage_returns
 from sftstream.sources.stored import Stored, begins_with
 
 _CHUNK = 1 << 20
 """Number of bytes searched for line breaks at a time; they fit into the cache of a core."""
+_JOINT = re.compile(rb"[}\]][ \t]*\r\s*[{\[]")
 
 
 class JsonLines(IndexedFile):
@@ -25,7 +27,10 @@ class JsonLines(IndexedFile):
         super().__init__(stored, "lines", divide)
 
     def read(self, row: int) -> bytes:
-        return self._index.read(row)
+        line = _without_blank_lines(self._index.read(row))
+        if _joins_rows(line):
+            refuse_carriage_returns(self.locate_row(row))
+        return line
 
     def rows_of(self, before: FileIdentity) -> int | None:
         """Return the number of rows of the file `before` if only lines were appended, else None."""
@@ -41,12 +46,30 @@ def lines_forward(text: Text, start: int, rest: Text | None = None) -> RowsFrom:
     """Read the lines of a file in order, without blank lines.
 
     `rest` is the content from line `start` on. Without `rest`, the first line is line 0, so that
-    the reader can make bookmarks on the way to line `start`.
+    the reader can make bookmarks on the way to line `start`. A line that carriage returns divide
+    into rows raises ValueError when it is read.
     """
     lines = _Lines(rest.file, 0) if rest else _Lines(text.file, after_bom(text.file))
     place = (rest or text).place
-    rows = (partial(bytes, line) for line in lines)
+    rows = (partial(_row, line, text.display_name) for line in lines)
     return RowsFrom(start if rest else 0, rows, lambda: place(lines.position))
+
+
+def _without_blank_lines(content: bytes) -> bytes:
+    """Return the first line of a row's bytes; all bytes if another line is not blank."""
+    end = content.find(b"\n") + 1
+    return content if content[end:].strip() else content[:end]
+
+
+def _row(line: bytes, display_name: str) -> bytes:
+    if _joins_rows(line):
+        refuse_carriage_returns(display_name)
+    return line
+
+
+def _joins_rows(line: bytes) -> bool:
+    """Return True if a carriage return stands between two JSON objects or lists."""
+    return line.find(b"\r", 0, -2) >= 0 and _JOINT.search(line) is not None
 
 
 class _Lines:

@@ -71,8 +71,8 @@ def require_blocks(config: LlamaConfig, tp: int) -> None:
     """Raise ValueError if the columns on a rank of `tp` are not whole blocks."""
     if sizes := uneven(config.columns(tp), BLOCK):
         raise ValueError(
-            f'lora.quantize = "nf4" needs multiples of {BLOCK}: {sizes}; {"lower parallel.tp, or " * (tp > 1)}remove '
-            "lora.quantize"
+            f'lora.quantize = "nf4" needs multiples of {BLOCK}: {sizes}; remove lora.quantize'
+            f"{', or lower parallel.tp' if tp > 1 else ''}"
         )
 
 
