@@ -391,6 +391,23 @@ def test_two_texts_of_a_part_and_two_arguments_of_a_call_are_refused() -> None:
         assert messages(row)[1].tool_calls == (ADD,)
 
 
+def test_tool_calls_in_two_places_are_read_once_or_refused() -> None:
+    parts = [TEXT, USE]
+    for turn in (
+        {"tool_calls": [CALL], "function_call": FUNCTION},
+        {"content": parts, "tool_calls": [CALL]},
+        {"content": parts, "function_call": json.dumps(FUNCTION)},
+    ):
+        assert messages({"messages": [HI, {"role": "assistant", **turn}]})[1].tool_calls[0].arguments == {"a": 1}
+        assert len(messages({"messages": [HI, {"role": "assistant", **turn}]})[1].tool_calls) == 1
+    other = {"name": "add", "arguments": {"a": 2}}
+    row = {"messages": [HI, {"role": "assistant", "tool_calls": [CALL], "function_call": other}]}
+    assert refusal(row).startswith(
+        "two contents: messages[1] has different tool calls in two of content, tool_calls and"
+    )
+    assert messages(row, ignore=("tool_calls",))[1].tool_calls == (ToolCall("add", {"a": 2}),)
+
+
 @pytest.mark.parametrize("arguments", ["not json", "[1]", 5, '{"a": 1e400}'])
 def test_arguments_that_are_no_object_are_named(arguments: Any) -> None:
     row = {"messages": [HI, {**HELLO, "tool_calls": [{"name": "add", "arguments": arguments}]}]}

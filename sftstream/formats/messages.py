@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import msgspec
@@ -145,8 +144,7 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
     if results and not content:
         return
     text, reasoning, calls = _read_content(content, named, role, path, settings.ignore)
-    for field in ("tool_calls", "function_call"):
-        calls = ToolCalls(chain(calls, parse_calls(turn.get(field), f"{path}.{field}", settings.ignore)))
+    calls = _only_calls(calls, turn, path, settings.ignore)
     _require_type(turn, role, calls, path)
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
@@ -180,6 +178,23 @@ def _reasoning(turn: Mapping[str, Any], inside: str | None, path: str) -> str | 
     """
     reasoning = only_value({**turn, "content": inside}, (*REASONING_KEYS, "content"), path)
     return None if reasoning is None else require_text(reasoning, f"{path}.{REASONING_KEYS[0]}")
+
+
+def _only_calls(inside: ToolCalls, turn: Mapping[str, Any], path: str, ignored: Collection[str]) -> ToolCalls:
+    """Return the tool calls of a turn; `inside` are the calls in its content.
+
+    Raises Refused if two places hold different calls.
+    """
+    fields = (parse_calls(turn.get(field), f"{path}.{field}", ignored) for field in ("tool_calls", "function_call"))
+    found = [calls for calls in (inside, *fields) if calls]
+    named = [[(call.name, call.arguments) for call in calls] for calls in found]
+    if any(calls != named[0] for calls in named[1:]):
+        raise Refused(
+            "two contents",
+            f"{path} has different tool calls in two of content, tool_calls and function_call; leave out the wrong keys by "
+            "ignore = [...]",
+        )
+    return found[0] if found else ToolCalls()
 
 
 def _require_type(turn: Mapping[str, Any], role: Role, calls: ToolCalls, path: str) -> None:

@@ -194,6 +194,7 @@ HELD_OUT = "[{path = 'rows.jsonl', weight = 1000}, {path = 'long.jsonl', weight 
 LONG = {"data.sources": rows_at("long.jsonl"), "data.streams": "1"}
 
 HELLO = {"role": "assistant", "content": "hello"}
+ADD, OTHER = ({"name": "add", "arguments": {"a": number}} for number in (1, 2))
 TRAINED_PART = {"type": "text", "text": "hi", "train": 1}
 STREAMED = {"data.sources": "[{path = 'rows.jsonl', streaming = true}]", "data.shuffle": "false"}
 ADVICE = [
@@ -236,6 +237,13 @@ ADVICE = [
         {"row": json.dumps({"messages": [{"role": "assistant", "type": "reasoning", "content": "hm"}, HELLO]})},
         "or read the words by ignore = ['type']",
         ({"ignore": '["type"]'},),
+        f"{FORMATS}/messages.py",
+        parse,
+    ),
+    Advice(
+        {"row": json.dumps({"messages": [{"role": "assistant", "tool_calls": [ADD], "function_call": OTHER}, HELLO]})},
+        "leave out the wrong keys by ignore = [...]",
+        ({"ignore": '["tool_calls"]'}, {"ignore": '["function_call"]'}),
         f"{FORMATS}/messages.py",
         parse,
     ),
