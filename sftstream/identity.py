@@ -190,7 +190,7 @@ def accepted_changes(
     ValueError naming the first ten differences that are not accepted, with advice to accept them if
     `is_possible` returns True for all differences; also for an accepted name of no setting.
     """
-    _require_known(accepted)
+    require_settings(accepted)
     changed = [
         change
         for change in differences(msgspec.to_builtins(saved), msgspec.to_builtins(now))
@@ -207,7 +207,8 @@ def accepted_changes(
     return changed
 
 
-def _require_known(accepted: Sequence[str]) -> None:
+def require_settings(accepted: Sequence[str]) -> None:
+    """Raise ValueError if a name of `data.accept_changed` is no setting that a resume compares."""
     settings = {field.encode_name for field in msgspec.structs.fields(Identity)}
     for name in accepted:
         found = re.fullmatch(r"data(\.(\w+)((\.|\[\d+\]).*)?)?", name)

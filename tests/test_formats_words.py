@@ -427,6 +427,7 @@ def test_the_keys_of_a_round_are_read_or_refused() -> None:
     assert refusal({"conversation": [{**ROUND, "mask": 1}]}).startswith(
         "bad weight: conversation[0].mask has no agreed"
     )
+    assert unread_columns({"conversation": [ROUND, ROUND]}) == set()
     assert unread_columns({"conversation": [{**ROUND, "id": 1}, {**ROUND, "system": "x"}]}) == {"conversation[].id"}
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sftstream.starter.hardware import Hardware, Plan
     from sftstream.starter.look import Look
     from sftstream.starter.propose import Proposal
+    from sftstream.starter.write import Started
 
 SHOWN = 5
 """Refused rows that are printed."""
@@ -64,8 +65,6 @@ def init(
 ) -> None:
     """Write a commented config for data, after a look at a sample: layouts, lengths, turns and
     refused rows; capacity, batch, model and parallelism for the GPUs that are there."""
-    import msgspec
-
     from sftstream.starter.write import move_in, start
 
     if out.exists() and not force:
@@ -79,14 +78,20 @@ def init(
         return
     if data is None:
         raise ValueError("no data is given; name a file of conversations, or give a config of axolotl with --from")
-    found, proposal, hardware, planned = start(data, model, out, gpus, _columns(columns), template)
+    _show(start(data, model, out, gpus, _columns(columns), template), out, as_json=as_json)
+
+
+def _show(started: Started, out: Path, *, as_json: bool) -> None:
+    import msgspec
+
+    found, proposal, hardware, planned = started
     if as_json:
         plan = planned if planned is None else msgspec.structs.asdict(planned)
         print_json({"wrote": str(out), "data": found, "proposal": proposal, "hardware": hardware, "plan": plan})
         return
     for line in _lines(found, proposal, hardware, planned):
         typer.echo(printable(line))
-    typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
+    _say_next(out)
     ranks = f"--nproc-per-node {hardware.gpus} " if hardware.gpus > 1 else ""
     typer.echo(printable(f"  torchrun {ranks}-m trainer.main {out}"))
 
@@ -97,6 +102,10 @@ def _tell(found: Translated, out: Path, *, as_json: bool) -> None:
         return
     for setting in found.told:
         typer.echo(printable(f"without a counterpart: {setting}"))
+    _say_next(out)
+
+
+def _say_next(out: Path) -> None:
     typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
 
 

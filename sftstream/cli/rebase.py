@@ -39,7 +39,7 @@ def rebase(
     from sftstream.toml_file import read_data_config
 
     saved = read_state(require_place(state))
-    new = rebased(saved, accepting(read_data_config(config), accept, saved))
+    new = rebased(saved, accepting(read_data_config(config), accept))
     with Door(f"{out} cannot be written"):
         out.write_bytes(msgspec.json.encode(new.state_dict()))
     if as_json:

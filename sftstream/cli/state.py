@@ -9,7 +9,7 @@ import msgspec
 
 from sftstream.config import DataConfig, SourceConfig
 from sftstream.door import Door
-from sftstream.identity import accepted_changes
+from sftstream.identity import require_settings
 from sftstream.loader import PackLoader
 from sftstream.state import DataState
 from sftstream.toml_file import read_toml
@@ -23,14 +23,14 @@ def rebased(state: DataState, config: DataConfig) -> DataState:
     return PackLoader(config, workers=0, state=state).state
 
 
-def accepting(config: DataConfig, names: Sequence[str], state: DataState) -> DataConfig:
+def accepting(config: DataConfig, names: Sequence[str]) -> DataConfig:
     """Return the config with `names` added to its `accept_changed`.
 
     Raises ValueError for a name of no setting, which names the option that the name came from.
     """
     for name in names:
         try:
-            accepted_changes(state.identity, state.identity, [name], lambda _: True)
+            require_settings([name])
         except ValueError as error:
             raise ValueError(
                 f"--accept {name!r} is no setting that a resume compares; write the name as a refused rebase prints it, "

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from sftstream.excerpt import excerpt
+from sftstream.formats.fields import EMPTY
 from sftstream.records import Refused
 
 _CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
@@ -30,8 +31,6 @@ MARKS = frozenset({*_CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
 """Names of all marks."""
 _OF_ROWS = frozenset({"label", *_CHOICES, *_WEIGHTS, *_MASKS})
 """Columns that can exclude a whole row."""
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values of a mark that is not set."""
 _LIKE_MARKS = re.compile("train|loss|mask|weight|learn|supervis|exclude|skip|ignore", re.IGNORECASE)
 """Parts of names that seem to be marks; such a key of an unknown meaning is refused."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -44,7 +43,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     Raises Refused if a mark is neither true, false, 0 nor 1, if a key seems to be a mark of unknown
     meaning, or if two marks contradict each other.
     """
-    if unclear := [name for name, value in turn.items() if _is_unclear(name) and value not in _NOTHING]:
+    if unclear := [name for name, value in turn.items() if _is_unclear(name) and value not in EMPTY]:
         raise Refused(
             "bad weight",
             f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false, or "
@@ -65,7 +64,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
 def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> None:
     """Raise Refused if a part of a message, such as a call, has a mark that is not `ignored`."""
     names = [name for name in part if name not in ignored and _seems_mark(name)]
-    if marked := [name for name in names if part[name] not in _NOTHING]:
+    if marked := [name for name in names if part[name] not in EMPTY]:
         raise Refused(
             "bad weight",
             f"{path} has the mark {marked[0]!r} in a part of a message; mark whole messages with train: true or train: "
@@ -82,7 +81,8 @@ def require_wanted(row: Mapping[str, Any]) -> None:
         return
     for name in (name for name in row if name in _OF_ROWS):
         text = str(row[name]).lower()
-        if text == "false" if name == "label" else _FLAGS.get(text) is (name in _MASKS):
+        excludes = text == "false" if name == "label" else _FLAGS.get(text) is (name in _MASKS)
+        if excludes:
             raise Refused(
                 "unwanted answer",
                 f"{name} is {text}, which marks an answer to avoid; remove the row, or train the answer by ignore = "

@@ -17,6 +17,8 @@ Row = Mapping[str, Any]
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values of a column or key without content."""
 NESTING = 64
 """Largest depth of nested lists and objects in a row: `{"a": [1]}` has the depth 2.
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sftstream.excerpt import excerpt
+from sftstream.formats.exclusions import refuse_marks
 from sftstream.formats.fields import carries_words
 from sftstream.records import REASONING_KEYS, Refused
 
@@ -34,6 +35,15 @@ def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ig
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(fields[unread[0]])}; move them to content "
             f"or a column, or leave them out by ignore = [{unread[0]!r}]",
         )
+
+
+def require_plain(part: Mapping[str, Any], read: Collection[str], path: str, ignored: Collection[str]) -> None:
+    """Raise Refused if a part of a message has a mark, or words in a key that is not in `read`.
+
+    Keys in `ignored` are left out.
+    """
+    refuse_marks(part, path, ignored)
+    require_read(part, read, path, ignored)
 
 
 def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str) -> Any:

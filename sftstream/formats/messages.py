@@ -96,15 +96,19 @@ def _same_words(first: Message, second: Message) -> bool:
     return first.role == second.role and (first.content or "").strip() == (second.content or "").strip()
 
 
-def unread_keys(turns: Any, settings: RowSettings) -> set[str]:
-    """Return the keys in a list of turns that are neither read nor ignored by the settings."""
-    turns = decoded(turns)
+def unread_keys(turns: Any, settings: RowSettings, known: frozenset[str] | None = None) -> set[str]:
+    """Return the keys in a list of turns that are neither read nor ignored by the settings.
+
+    `known` are the keys that are read; None for those of turns and items.
+    """
     messages = [turn for turn in map(decoded, turns if is_list(turns) else ()) if isinstance(turn, Mapping)]
     return {
         key
         for turn in messages
         for key, value in turn.items()
-        if value is not None and key not in (ITEM_KEYS if _is_item(turn) else _READ) and key not in settings.ignore
+        if value is not None
+        and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
+        and key not in settings.ignore
     }
 
 

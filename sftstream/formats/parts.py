@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.exclusions import refuse_marks
 from sftstream.formats.fields import is_list, require_text
-from sftstream.formats.keys import only_value, require_read
+from sftstream.formats.keys import only_value, require_plain
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
 
@@ -61,8 +60,7 @@ def parse_parts(content: Any, path: str, ignored: Collection[str] = ()) -> tuple
 
 def _words(part: Mapping[str, Any], keys: Sequence[str], path: str, ignored: Collection[str]) -> str:
     """Return the text of a part, which is the value of one of `keys`."""
-    refuse_marks(part, path, ignored)
-    require_read(part, keys, path, ignored)
+    require_plain(part, keys, path, ignored)
     return require_text(only_value(part, keys, path), path)
 
 
@@ -71,8 +69,7 @@ def _calls(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> Tool
     inside = only_value(part, ("value", "tool_call"), path)
     if not inside:
         return parse_calls(part, path, ignored)
-    refuse_marks(part, path, ignored)
-    require_read(part, ("value",), path, ignored)
+    require_plain(part, ("value",), path, ignored)
     return parse_calls(inside, path, ignored)
 
 
@@ -90,8 +87,7 @@ def split_results(content: Sequence[Any], path: str, ignored: Collection[str]) -
 
 def _result(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> Message:
     """Return the tool's message of a part of the type `tool_result`."""
-    refuse_marks(part, path, ignored)
-    require_read(part, ("content",), path, ignored)
+    require_plain(part, ("content",), path, ignored)
     result = part.get("content")
     if isinstance(result, Mapping):
         result = msgspec.json.encode(result).decode()

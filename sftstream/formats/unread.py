@@ -14,7 +14,7 @@ from typing import Any
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import Row, carries_words, decoded, is_list, texts_in
+from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, texts_in
 from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
@@ -44,9 +44,6 @@ WORDS = frozenset(
 
 _AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
 """Borders of the words in a name such as "chatHistory" or "Chat history"."""
-
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values of a column without content."""
 
 
 def tools_of(row: Row) -> Any:
@@ -124,9 +121,9 @@ def unread_names(row: Row, settings: RowSettings) -> set[str]:
     read = _read(row)
     names = {str(column) for column, value in row.items() if column not in read and value not in EMPTY}
     for column in read & {"messages", "conversations", "conversation"}:
-        rounds = column == "conversation" and is_rounds(decoded(row[column]))
-        keys = {key for pair in decoded(row[column]) for key in pair} - ROUND_KEYS if rounds else None
-        names |= {f"{column}[].{key}" for key in keys or unread_keys(row[column], settings)}
+        turns = decoded(row[column])
+        known = ROUND_KEYS if column == "conversation" and is_rounds(turns) else None
+        names |= {f"{column}[].{key}" for key in unread_keys(turns, settings, known)}
     return names
 
 

@@ -19,14 +19,8 @@ def toml(look: Look, proposal: Proposal, hardware: Hardware, template: str | Non
     `template` is the chat template of the config; None for the tokenizer's own.
     """
     p = proposal
-    layouts = ", ".join(f"{name}: {count}" for name, count in look.layouts.items())
-    shares = " ".join(f"{_percent(q)} {look.length(q):,};" for q in (0.5, 0.9, 0.99))
-    source = _source(look)
     lines = [
-        f"# {_comment(look.path)}: {look.rows:,} rows in {look.files} file{'s' * (look.files > 1)}, {look.sampled} sampled.",
-        f"# Layouts: {_comment(layouts)}.",
-        f"# Tokens of a conversation: {shares} longest {look.lengths[-1]:,}. About {look.tokens:,} in all.",
-        f"# Refused in the sample: {len(look.refused)} of {look.sampled}.",
+        *_measured(look),
         "",
         "[run]",
         f"name = {_value(p.name)}",
@@ -48,7 +42,7 @@ def toml(look: Look, proposal: Proposal, hardware: Hardware, template: str | Non
         "",
         "[[data.sources]]",
         f"path = {_value(look.path)}",
-        *source,
+        *_source(look),
         "",
         "[data.tokenizer]",
         f"path = {_value(p.model)}",
@@ -76,6 +70,18 @@ def toml(look: Look, proposal: Proposal, hardware: Hardware, template: str | Non
         "",
     ]
     return "\n".join(lines)
+
+
+def _measured(look: Look) -> list[str]:
+    """Return comments with the numbers of the sample."""
+    layouts = ", ".join(f"{name}: {count}" for name, count in look.layouts.items())
+    shares = " ".join(f"{_percent(q)} {look.length(q):,};" for q in (0.5, 0.9, 0.99))
+    return [
+        f"# {_comment(look.path)}: {look.rows:,} rows in {look.files} file{'s' * (look.files > 1)}, {look.sampled} sampled.",
+        f"# Layouts: {_comment(layouts)}.",
+        f"# Tokens of a conversation: {shares} longest {look.lengths[-1]:,}. About {look.tokens:,} in all.",
+        f"# Refused in the sample: {len(look.refused)} of {look.sampled}.",
+    ]
 
 
 def toml_of(tables: Mapping[str, Mapping[str, Any]], comments: Sequence[str]) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from two_readers import READERS, by_number, forward
 
-from sftstream import SourceConfig
 from sftstream.formats import decode_row
-from sftstream.sources import FileSet, StreamedSource
 
 CODECS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -25,18 +24,6 @@ CODECS: dict[str, Callable[[bytes], bytes]] = {
     ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
 }
 ROWS = [b'{"a": 1}\n', b'{"a": 2}\n' * 100_000]
-
-
-def by_number(path: Path) -> list[Any]:
-    source = FileSet(SourceConfig(path=str(path)))
-    return [source.read(row) for row in range(len(source))]
-
-
-def forward(path: Path) -> list[Any]:
-    return [row() for row in StreamedSource(SourceConfig(path=str(path), streaming=True)).open(0, 0).rows]
-
-
-READERS = [by_number, forward]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from two_readers import READERS, by_number, forward
 
 from sftstream import SourceConfig
 from sftstream.formats import decode_row
@@ -20,16 +21,6 @@ from sftstream.sources.file_formats import jsonl
 PACKED: dict[str, Callable[[bytes], bytes]] = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.xz": lzma.compress}
 
 
-def by_number(path: Path) -> list[Any]:
-    source = FileSet(SourceConfig(path=str(path)))
-    return [source.read(row) for row in range(len(source))]
-
-
-def forward(path: Path) -> list[Any]:
-    return [row() for row in StreamedSource(SourceConfig(path=str(path), streaming=True)).open(0, 0).rows]
-
-
-READERS = [by_number, forward]
 WHITE = [b" ", b"\t", b"\r", b"\x0b", b"\x0c"]
 """The bytes besides the line feed that `bytes.strip` removes."""
 
