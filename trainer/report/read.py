@@ -30,6 +30,15 @@ FILES = (METRICS, EVENTS, "run.json", "ledger", "checkpoints")
 """Files and folders of a run, of which a directory of a run holds one or more."""
 
 
+def require_run(directory: Path, *more: Path) -> None:
+    """Raise ValueError unless a directory holds a file in `FILES` or `more`."""
+    if any((directory / name).exists() for name in (*map(Path, FILES), *more)):
+        return
+    otherwise = "is not a directory" if directory.exists() else "does not exist"
+    there = "holds no file of a run" if directory.is_dir() else otherwise
+    raise ValueError(f"{str(directory)!r} {there}; name the directory of a run, such as runs/first")
+
+
 class RunReader:
     """The files of a run in `directory`. Each call of `summary` reads what was added since.
 
@@ -37,9 +46,7 @@ class RunReader:
     """
 
     def __init__(self, directory: Path) -> None:
-        if not any((directory / name).exists() for name in FILES):
-            there = "holds no file of a run" if directory.is_dir() else "does not exist"
-            raise ValueError(f"{str(directory)!r} {there}; name the directory of a run, such as runs/first")
+        require_run(directory)
         require_files([*(directory / name for name in FILES[:3]), directory / "refused.jsonl", directory / SESSIONS])
         self._directory = directory
         self._events = LineReader[Event](directory / EVENTS, Launch | Saved | Unapplied | Ended)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from sftstream import Door
-from trainer.report.read import FILES
+from trainer.report.read import require_run
 from trainer.reporting.events import COMPLETE, EVENTS, Ended, Event
 from trainer.track.config import TrackerConfig
 from trainer.track.content import ABOUT, About, Step
@@ -98,7 +98,7 @@ def read_about(run: Path) -> About:
     Raises ValueError if `run` is not the directory of a run, if the run has no trackers, or if the
     file is damaged.
     """
-    _require_run(run)
+    require_run(run, ABOUT)
     try:
         return msgspec.json.decode((run / ABOUT).read_bytes(), type=About)
     except FileNotFoundError:
@@ -110,14 +110,6 @@ def read_about(run: Path) -> About:
         raise ValueError(
             f"{run / ABOUT} was not written by a run: {error}; start the run's command again, which writes it"
         ) from error
-
-
-def _require_run(directory: Path) -> None:
-    if any((directory / name).exists() for name in (*FILES, ABOUT)):
-        return
-    otherwise = "is not a directory" if directory.exists() else "does not exist"
-    there = "holds no file of a run" if directory.is_dir() else otherwise
-    raise ValueError(f"{str(directory)!r} {there}; name the directory of a run, such as runs/first")
 
 
 def _complete(run: Path) -> bool | None:
