@@ -104,14 +104,16 @@ def test_the_benchmark_of_several_gpus_prints_a_row_for_each_division_of_the_ran
     )
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| tiny")]
-    full, adapters = (
+    full, sharded, adapters = (
         "sftstream, bf16 weights, deterministic, compiled",
+        "sftstream, bf16 weights, deterministic, compiled, sharded over dp",
         "sftstream, LoRA on a bf16 model, deterministic, compiled",
     )
     assert [tuple(row[1:3]) for row in rows] == [
         (full, "dp 1 x tp 1"),
         (full, "dp 2 x tp 1"),
         (full, "dp 1 x tp 2"),
+        (sharded, "dp 2 x tp 1"),
         (adapters, "dp 1 x tp 1"),
         (adapters, "dp 2 x tp 1"),
     ]

@@ -254,6 +254,7 @@ ORDER = {
         "llama.swiglu",
         "llama.model",
         "llama.init",
+        "llama.replicas",
         "llama.working",
         "llama.parallel",
         "llama.blocks",

@@ -10,17 +10,20 @@ time, so that equal machines choose alike:
 | `run.weights_dtype`              | float32, or bfloat16 if float32 does not     | "float32" |
 |                                  | fit; under adapters that of the computation  |           |
 | `run.recompute`                  | the least that fits: none, selective, full   | "none"    |
+| `parallel.replicas`              | all data-parallel ranks if all weights and   | 1         |
+|                                  | states fit beside that recomputation, else 1 |           |
 | `parallel.reshard_after_forward` | false if the gathered weights fit beside     | true      |
 |                                  | that recomputation                           |           |
 
 A resumed run uses the choices of its checkpoint, except for `parallel.reshard_after_forward`, which
-changes no bit. Compiled layers that do not fit with the checkpoint's `run.recompute`, on another
-machine, recompute more.
+changes no bit, and for `parallel.replicas` with another number of ranks. Compiled layers that do
+not fit with the checkpoint's `run.recompute`, on another machine, recompute more.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -45,8 +48,15 @@ class Choices(NamedTuple):
     """A line for the user: the choices, and why faster kernels were passed over."""
 
 
-def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None) -> Choices:
-    """Return the choices of a run; `saved` are the settings of the checkpoint of a resume.
+def choose(
+    config: TrainConfig,
+    shape: LlamaConfig,
+    topology: Topology,
+    saved: Settings | None,
+    saved_mesh: Mapping[str, int] | None = None,
+) -> Choices:
+    """Return the choices of a run; `saved` are the settings of the checkpoint of a resume, and
+    `saved_mesh` the sizes of its mesh.
 
     Collective. Raises ValueError if no attention kernel can be used, if the GPU or the model does
     not suit float8, or if the model does not fit the memory of the GPU.
@@ -56,6 +66,7 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
         require_multiples(shape, topology.tp)
     least = "none" if saved is None or saved.recompute is UNSET else saved.recompute
     config = _with_run(config, _as_saved(config.run, saved))
+    config = _with_parallel(config, replicas=_replicas(config, topology, saved_mesh))
     kernel, passed = _kernel(config, shape, topology, saved)
     size = _gpu_memory(topology)
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
@@ -64,9 +75,7 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
         (dtype,) = stored_dtypes(config, topology.device)
         way = least if settings.recompute == "auto" else settings.recompute
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
-        if config.parallel.reshard_after_forward == "auto":
-            parallel = msgspec.structs.replace(config.parallel, reshard_after_forward=True)
-            chosen = msgspec.structs.replace(chosen, parallel=parallel)
+        chosen = _with_parallel(chosen, reshard_after_forward=config.parallel.reshards, replicas=config.parallel.groups)
         return Choices(chosen, kernel, _message(chosen, topology, passed, None, None) + _change(chosen, saved))
     gpus = dist.get_world_size()
     chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least)
@@ -78,6 +87,21 @@ def choose(config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: S
 
 def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:
     return msgspec.structs.replace(config, run=run)
+
+
+def _with_parallel(config: TrainConfig, **settings: Any) -> TrainConfig:
+    return msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, **settings))
+
+
+def _replicas(config: TrainConfig, topology: Topology, saved_mesh: Mapping[str, int] | None) -> int | Literal["auto"]:
+    """Return `parallel.replicas`; for "auto" that of a checkpoint of equal ranks, if any."""
+    replicas = config.parallel.replicas
+    if replicas != "auto" or saved_mesh is None:
+        return replicas
+    sizes = topology.sizes
+    same = all(saved_mesh.get(name) == sizes[name] for name in ("dp", "tp"))
+    before = saved_mesh.get("replicas", 1)
+    return before if same and before in (1, topology.dp) else replicas
 
 
 def _as_saved(run: RunConfig, saved: Settings | None) -> RunConfig:
@@ -128,7 +152,7 @@ def _require_fit(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) 
     # Each data-parallel coordinate needs a stream, and a pack of each step to be of use.
     streams = config.data.global_batch if config.data.streams == "auto" else config.data.streams
     most = streams * config.parallel.tp
-    step = config.parallel.tp * config.parallel.replicas
+    step = config.parallel.tp * config.parallel.groups
     more = (n for n in range(gpus + step, most + 1, step) if _least(config, shape, n) <= FITS * size)
     needed = next(more, None)
     remedies += [f"start {needed} GPUs or more"] if needed else []
@@ -158,6 +182,8 @@ def _message(config: TrainConfig, topology: Topology, passed: list[str], planned
         f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} {weights}, computation in '
         f"{computed}, recompute {run.recompute}, {same}"
     )
+    if topology.dp > 1 and config.parallel.groups == topology.dp:
+        line += ", all weights on each GPU"
     if planned is not None and size is not None:
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
     return line + (f"; passed over: {'; '.join(passed)}" if passed else "")

@@ -150,20 +150,22 @@ def with_memory_settings(
 ) -> TrainConfig:
     """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
 
-    Takes the first `run.weights_dtype`, `run.recompute` and `parallel.reshard_after_forward` whose
-    estimate fills at most `FILLED` of `size` bytes: float32 before bfloat16, for each less
-    recomputation first, from `least` on, and for each gathered weights that are kept first. If none
+    Takes the first `run.weights_dtype`, `run.recompute`, `parallel.replicas` and
+    `parallel.reshard_after_forward` whose estimate fills at most `FILLED` of `size` bytes: float32
+    before bfloat16, for each less recomputation first, from `least` on, for each all weights on
+    each rank before sharded weights, and for each gathered weights that are kept first. If none
     fits, takes the smallest.
     """
     run, parallel = config.run, config.parallel
     ways = WAYS[WAYS.index(least) :] if run.recompute == "auto" else (run.recompute,)
+    groups = (max(gpus // parallel.tp, 1), 1) if parallel.replicas == "auto" else (parallel.replicas,)
     freed = (False, True) if parallel.reshard_after_forward == "auto" else (parallel.reshard_after_forward,)
-    for dtype, way, frees in product(stored_dtypes(config, GPU), ways, freed):
+    for dtype, way, replicas, frees in product(stored_dtypes(config, GPU), ways, groups, freed):
         settings = {"weights_dtype": dtype, "recompute": way}
         chosen = msgspec.structs.replace(
             config,
             run=msgspec.structs.replace(run, **settings),
-            parallel=msgspec.structs.replace(parallel, reshard_after_forward=frees),
+            parallel=msgspec.structs.replace(parallel, replicas=replicas, reshard_after_forward=frees),
         )
         if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
             break
@@ -191,7 +193,7 @@ def _micro_batches(data: DataConfig, dp: int) -> int:
 
 def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]:
     """Return the bytes on each GPU by part; `run.weights_dtype` and `run.recompute` are not "auto",
-    and `parallel.reshard_after_forward` counts as true if it is.
+    `parallel.replicas` counts as 1 and `parallel.reshard_after_forward` as true if it is.
 
     The sum is the peak. A step of a single pack has its peak either at the end of the forward pass,
     before any gradient, or at the end of the backward pass, when almost all activations are freed:
@@ -210,7 +212,8 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
         require_multiples(shape, parallel.tp)
     dp = gpus // parallel.tp
     packs = _micro_batches(data, dp)
-    sharded = _held(shape, config.lora, parallel.tp, dp // parallel.replicas)
+    shards = dp // parallel.groups
+    sharded = _held(shape, config.lora, parallel.tp, shards)
     gathered = _held(shape, config.lora, parallel.tp, 1)
     stored, computed = named_dtype(run.weights_dtype, GPU), named_dtype(run.compute_dtype, GPU)
     trained = stored if config.lora is None else torch.float32
@@ -218,12 +221,12 @@ def memory(config: TrainConfig, shape: LlamaConfig, gpus: int) -> dict[str, int]
     # The present layer and the prefetched next layer, or all layers.
     layers = 2 / shape.num_hidden_layers if parallel.reshards else 1
     working = int((gathered.ends + layers * gathered.blocks) * computed.itemsize)
-    if dp == 1:
+    if shards == 1:
         copied = (0 if stored == computed else gathered.frozen) + (0 if trained == computed else gathered.trained)
         working = copied * computed.itemsize
     working += gathered.largest * computed.itemsize  # made again from its codes for each product
     # Gradients of earlier packs stay unsharded in float32 until the end of the step.
-    sums = packs > 1 and (dp == 1 or parallel.reduce_gradients == "step")
+    sums = packs > 1 and (shards == 1 or parallel.reduce_gradients == "step")
     width = shape.vocab_size // parallel.tp
     logits = chunk_rows(data.capacity, width, computed.itemsize) * width * computed.itemsize
     compiled = run.compile is not False
@@ -338,18 +341,20 @@ def _numbers(estimate: RunEstimate) -> dict[str, object]:
         "recompute": run.recompute,
         "weights_dtype": run.weights_dtype,
         "compile": run.compile,
+        "replicas": estimate.config.parallel.groups,
         "reshard_after_forward": estimate.config.parallel.reshards,
     }
 
 
 def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     """Print the estimate as a table and sentences."""
-    parallel, data, run = config.parallel, config.data, estimate.config.run
+    parallel, data, run = estimate.config.parallel, config.data, estimate.config.run
     trained = f", {estimate.trained:,} of them trained," if estimate.trained < estimate.parameters else ""
     gpus = "1 GPU" if estimate.gpus == 1 else f"{estimate.gpus} GPUs"
+    replicas = parallel.groups
     console.print(
         f"{config.run.directory}: {estimate.parameters:,} parameters{trained} on {gpus} "
-        f"(dp {estimate.dp} x tp {parallel.tp}" + (f", {parallel.replicas} replicas)" if parallel.replicas > 1 else ")")
+        f"(dp {estimate.dp} x tp {parallel.tp}" + (f", {replicas} replicas)" if replicas > 1 else ")")
     )
     table = Table("on each GPU", "GiB")
     for part, size in estimate.memory.items():
@@ -357,7 +362,7 @@ def show(estimate: RunEstimate, config: TrainConfig, console: Console) -> None:
     table.add_section()
     table.add_row("total", f"{sum(estimate.memory.values()) / 2**30:.2f}")
     console.print(table)
-    kept = estimate.dp > 1 and not estimate.config.parallel.reshards
+    kept = estimate.dp > replicas and not parallel.reshards
     console.print(
         f"{run.weights_dtype} weights, recompute {run.recompute}, compile {str(run.compile).lower()}"
         + (", gathered weights kept for a step" if kept else "")

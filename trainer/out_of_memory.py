@@ -68,6 +68,8 @@ def _totals(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Iterator[tupl
     assert run.recompute != "auto"
     for way in WAYS[WAYS.index(run.recompute) + 1 :]:
         yield from _total(f'run.recompute = "{way}"', config, shape, gpus, run={"recompute": way})
+    if parallel.groups > 1:
+        yield from _total("parallel.replicas = 1", config, shape, gpus, parallel={"replicas": 1})
     if not parallel.reshard_after_forward:
         changes = {"reshard_after_forward": True}
         yield from _total("parallel.reshard_after_forward = true", config, shape, gpus, parallel=changes)

@@ -128,7 +128,8 @@ def prepare_run(
     source = find_source(config.model, config.data.tokenizer.path, config.lora)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
-    config, kernel, choice = choose(config, source.shape, topology, saved)
+    mesh = None if latest is None else saves.store.manifest(latest).about.mesh
+    config, kernel, choice = choose(config, source.shape, topology, saved, mesh)
     topology = replace(topology, parallel=config.parallel)
     display.say(f"compute  {choice}")
     base = _base(config, source, topology)

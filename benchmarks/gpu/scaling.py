@@ -1,13 +1,13 @@
 """Measure the speed of a training step over the GPUs of this machine, as rows of a Markdown table.
 
     python benchmarks/gpu/scaling.py [--gpus N] [--shapes 1b 8b] [--steps 12] [--accumulate 1]
-        [--peers hf-liger trl-liger]
+        [--equal] [--peers hf-liger trl-liger]
 
 For each shape: one GPU, data parallelism and tensor parallelism over 2, 4, ... GPUs, both together
-over all, and LoRA and the peers of `train_step.py` with data parallelism over all. The work of a
-rank is that of `train_step.py`. Measurements that need fewer GPUs run side by side on different
-GPUs. "Of one GPU" is the speed of a GPU relative to the same system on one GPU, "planned" the
-estimate of `--plan`.
+over all, and sharded weights, LoRA and the peers of `train_step.py` with data parallelism over all.
+The work of a rank is that of `train_step.py`. Measurements that need fewer GPUs run side by side on
+different GPUs. "Of one GPU" is the speed of a GPU relative to the same system on one GPU, "planned"
+the estimate of `--plan`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.llama.config import LlamaConfig
 
 CAPACITY = {"1b": 16384, "8b": 8192, "70b": 8192, "tiny": 256}
 RECOMPUTE = {"70b": "full"}
-OURS, ADAPTERS = "ours-bf16", "ours-lora"
+OURS, SHARDED, ADAPTERS = "ours-bf16", "ours-bf16-sharded", "ours-lora"
 HEADER = (
     "| shape | system | ranks | attention | tokens/s a GPU | ms a step | MFU | peak GiB | of one GPU | planned GiB |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
@@ -44,18 +44,21 @@ def divisions(gpus: int) -> list[tuple[int, int]]:
     return [*found, (gpus // 2, 2)] if gpus >= 4 else found
 
 
-def jobs(shape: str, gpus: int, steps: int, attention: str, peers: list[str], accumulate: int) -> Iterator[Job]:
+def jobs(
+    shape: str, gpus: int, steps: int, attention: str, peers: list[str], accumulate: int, equal: bool
+) -> Iterator[Job]:
     """Yield the jobs of a shape, each system on one GPU first."""
     alone = shape != "70b"  # whose state fits no single GPU
     for system, spread in (
         (OURS, divisions(gpus)),
+        (SHARDED, [(gpus, 1)]),
         (ADAPTERS, [(1, 1), (gpus, 1)]),
         *((peer, [(1, 1), (gpus, 1)]) for peer in peers),
     ):
         for dp, tp in dict.fromkeys(spread):
             if alone or dp * tp == gpus:
                 way = RECOMPUTE.get(shape, "none")
-                yield Job(system, shape, None, CAPACITY[shape], steps, attention, way, dp, tp, accumulate)
+                yield Job(system, shape, None, CAPACITY[shape], steps, attention, way, dp, tp, accumulate, equal)
 
 
 class Gpus:
@@ -109,13 +112,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
     parser.add_argument("--accumulate", type=int, default=1, help="packs of a step on a rank; the peers take 1")
+    parser.add_argument("--equal", action="store_true", help="all ranks train on the same packs")
     parser.add_argument("--peers", nargs="*", choices=list(SYSTEMS), default=["hf-liger", "trl-liger"])
     arguments = parser.parse_args()
     work = [
         job
         for shape in arguments.shapes
         for job in jobs(
-            shape, arguments.gpus, arguments.steps, arguments.attention, arguments.peers, arguments.accumulate
+            shape,
+            arguments.gpus,
+            arguments.steps,
+            arguments.attention,
+            arguments.peers,
+            arguments.accumulate,
+            arguments.equal,
         )
     ]
     print(f"{versions()}\n\n{HEADER}", flush=True)
@@ -126,7 +136,7 @@ def main() -> None:
             seconds = result.seconds * job.tp
             if job.dp * job.tp == 1:
                 alone[job.shape, job.system] = seconds
-            if first := alone.get((job.shape, job.system)):
+            if first := alone.get((job.shape, OURS if job.system == SHARDED else job.system)):
                 share = f"{first / seconds:.2f}"
         print(f"| {job.shape} {row(job, result)} {share} | {'' if plan is None else f'{plan:.1f}'} |", flush=True)
 

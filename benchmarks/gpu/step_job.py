@@ -46,6 +46,9 @@ class Job(NamedTuple):
     tp: int = 1
     accumulate: int = 1
     """Packs of a step on each data-parallel rank, for this trainer."""
+    equal: bool = False
+    """True if all data-parallel ranks train on the packs of the first, so that none waits for a
+    longer pack of another."""
 
     @property
     def packs_a_step(self) -> int:
@@ -77,8 +80,8 @@ def sizes(shape: str, layers: int | None = None) -> dict[str, Any]:
 
 def packs(job: Job, rank: int = 0) -> list[Pack]:
     """Return packs of conversations with log-normal lengths, filled to the capacity; each
-    data-parallel `rank` has its own."""
-    draw = np.random.default_rng(rank)
+    data-parallel `rank` has its own, unless `job.equal`."""
+    draw = np.random.default_rng(0 if job.equal else rank)
     return [_pack(draw, job.capacity, sizes(job.shape)["vocab_size"]) for _ in range(PACKS)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -36,6 +36,7 @@ class Ours(NamedTuple):
     compiled: bool = True
     lora: LoraConfig | None = None
     float8: bool = False
+    replicas: int | Literal["auto"] = "auto"
 
 
 OURS = {
@@ -43,6 +44,7 @@ OURS = {
     "ours-bf16": Ours(),
     "ours-bf16-free": Ours(deterministic=False),
     "ours-bf16-plain": Ours(compiled=False),
+    "ours-bf16-sharded": Ours(replicas=1),
     "ours-float8": Ours(float8=True),
     "ours-fp32-float8": Ours(torch.float32, float8=True),
     "ours-lora": Ours(lora=LORA),
@@ -68,7 +70,7 @@ def trainer_config(job: Job) -> TrainConfig:
             "global_batch": job.dp * job.accumulate,
         },
         "model": model if settings.lora is None else {"init_from": "model"},
-        "parallel": {"tp": job.tp},
+        "parallel": {"tp": job.tp, "replicas": settings.replicas},
     }
     if settings.lora is not None:
         tables["lora"] = msgspec.to_builtins(settings.lora)
@@ -95,6 +97,7 @@ def ours(job: Job) -> Result:
             compute_dtype=dtype,
             weights_dtype=settings.weights,
             reshard_after_forward=parallel.reshards,
+            replicas=parallel.groups,
             lora=settings.lora,
         )
         _draw(model, dtype)

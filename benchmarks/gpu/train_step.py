@@ -1,7 +1,8 @@
 """Compare the speed of one training step with other trainers, as rows of a Markdown table.
 
     python benchmarks/gpu/train_step.py [--shape 1b] [--capacity 16384] [--layers N] [--steps 20]
-        [--recompute full] [--dp 1] [--tp 1] [--accumulate 1] [--systems ours-bf16 hf-liger ...]
+        [--recompute full] [--dp 1] [--tp 1] [--accumulate 1] [--equal]
+        [--systems ours-bf16 hf-liger ...]
 
 All systems train the same packs: conversations with log-normal lengths of mean 600 tokens, the last
 60 % of each conversation in the loss, a vocabulary of 128,256; `--accumulate` packs a step and
@@ -41,6 +42,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[Job], Result]]] = {
     "ours-bf16": ("sftstream, bf16 weights, deterministic, compiled", ours),
     "ours-bf16-free": ("sftstream, bf16 weights, not deterministic, compiled", ours),
     "ours-bf16-plain": ("sftstream, bf16 weights, deterministic, not compiled", ours),
+    "ours-bf16-sharded": ("sftstream, bf16 weights, deterministic, compiled, sharded over dp", ours),
     "ours-float8": ("sftstream, float8 products, bf16 weights, deterministic, compiled", ours),
     "ours-fp32-float8": ("sftstream, float8 products, fp32 weights, deterministic, compiled", ours),
     "ours-lora": ("sftstream, LoRA on a bf16 model, deterministic, compiled", ours),
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--accumulate", type=int, default=1, help="packs of a step on a rank, of our systems")
+    parser.add_argument("--equal", action="store_true", help="all ranks train on the same packs")
     parser.add_argument("--attention", default="flash_attention_4", help="the peers' kernel")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=FULL)
     parser.add_argument("--job", help=argparse.SUPPRESS)

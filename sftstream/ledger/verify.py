@@ -151,7 +151,8 @@ def _room(tables: dict[str, Any]) -> _Room:
     """Return the shards that the machine has room for: a GPU for each rank, or on CPUs up to twice
     as many shards as the config needs, and a core for each rank."""
     parallel = tables.get("parallel", {})
-    tp, least = parallel.get("tp", 1), parallel.get("replicas", 1)
+    tp, least = parallel.get("tp", 1), parallel.get("replicas", "auto")
+    least = 1 if least == "auto" else least
     if tables.get("run", {}).get("device") != "cpu" and torch.cuda.is_available():
         most = torch.cuda.device_count() // tp
     else:

@@ -83,6 +83,7 @@ def spread(ranks: Any, base: Path, adapter: Path, dtype: torch.dtype) -> Llama:
         capacity=CAPACITY,
         compute_dtype=dtype,
         weights_dtype=dtype,
+        replicas=ranks.parallel.groups,
         lora=lora,
     )
     load_weights(model, base)

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +90,14 @@ def backward(model: Llama, mine: list[PackTensors], *, trained_only: bool = Fals
     """Set the gradients of the global batch, and return the loss of the packs of this rank."""
     model.zero_grad()
     total = 0.0
-    for number, pack in enumerate(mine, 1):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(number == len(mine))
-        loss = trained_loss_of(model, pack) if trained_only else loss_of(model, pack)
-        loss.backward()
-        total += loss.item()
+    copies = working_copies(model)
+    with copies.step(len(mine)) if copies else nullcontext():
+        for number, pack in enumerate(mine, 1):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(number == len(mine))
+            loss = trained_loss_of(model, pack) if trained_only else loss_of(model, pack)
+            loss.backward()
+            total += loss.item()
     return total
 
 
@@ -119,7 +122,7 @@ def on_a_rank(rank: int, cases: list[Case]) -> list[Outcome]:
 
 def spread(dp: int, tp: int, config: LlamaConfig, replicas: int) -> Outcome:
     mesh = data_and_tensor_mesh("cpu", ParallelConfig(tp=tp, replicas=replicas))
-    model = build(config, mesh, torch.device("cpu"), capacity=CAPACITY)
+    model = build(config, mesh, torch.device("cpu"), capacity=CAPACITY, replicas=replicas)
     init_weights(model, 0)
     outcome = compute(model, packs(2 * dp)[mesh["dp"].get_local_rank() :: dp])
     loss = torch.tensor(outcome.loss)
@@ -333,7 +336,14 @@ class Traffic(NamedTuple):
 def traffic(rank: int, parallel: ParallelConfig, config: LlamaConfig = CONFIG) -> tuple[Traffic, Arrays]:
     """Return the collectives and the gradients of a step of three packs per rank."""
     topology = Topology(data_and_tensor_mesh("cpu", parallel), CPU, parallel)
-    model = build(config, topology.mesh, CPU, capacity=PARITY_CAPACITY, reshard_after_forward=parallel.reshards)
+    model = build(
+        config,
+        topology.mesh,
+        CPU,
+        capacity=PARITY_CAPACITY,
+        reshard_after_forward=parallel.reshards,
+        replicas=parallel.groups,
+    )
     init_weights(model, 0)
     with Operations() as seen:
         accumulate_gradients(model, [random_pack(config.vocab_size, n + 3 * rank) for n in range(3)], topology, 99)
@@ -358,7 +368,7 @@ def traffic(rank: int, parallel: ParallelConfig, config: LlamaConfig = CONFIG) -
 )
 def test_a_step_runs_exactly_the_collectives_of_the_policy(settings: dict[str, Any], expected: Traffic) -> None:
     parallel = ParallelConfig(**settings)
-    ranks = run_ranks(2 * parallel.replicas, traffic, parallel)
+    ranks = run_ranks(2 * parallel.groups, traffic, parallel)
     assert {seen for seen, _ in ranks} == {expected}
     gradients = ranks[0][1]
     model = Llama(CONFIG)

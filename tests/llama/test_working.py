@@ -49,7 +49,7 @@ def test_gradients_of_several_packs_are_summed_in_fp32_and_rounded_once(weights:
         loss_of(model, pack).backward()
         alone.append(gradients(model))
     model.zero_grad()
-    with working_copies(model).several_packs():
+    with working_copies(model).step(len(PACKS)):
         for pack in PACKS:
             loss_of(model, pack).backward()
     for name, gradient in gradients(model).items():

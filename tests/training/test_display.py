@@ -160,7 +160,7 @@ def test_the_first_lines_say_what_is_trained_from_where_and_what_was_chosen(
         "data     62,000 conversations in all epochs of 1 source (dialogues.jsonl); trained roles: assistant",
         lines[4],
         "time     3 steps, each timed as the run goes; the time left is printed from step 5 on",
-        "chosen   data.streams = 64, parallel.reshard_after_forward = true, "
+        "chosen   data.streams = 64, parallel.replicas = 1, parallel.reshard_after_forward = true, "
         'run.attention = "sdpa", run.compile = false, run.compute_dtype = "float32", '
         'run.recompute = "none" (left to "auto")',
         "run      runs/run: a new run, from step 1",

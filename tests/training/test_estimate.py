@@ -67,7 +67,7 @@ def config(**changes: dict[str, Any]) -> TrainConfig:
             "global_batch": 64,
         },
         "model": msgspec.to_builtins(LLAMA_70B),
-        "parallel": {"tp": 8},
+        "parallel": {"tp": 8, "replicas": 1},
         "optimizer": {},
     }
     return parse_config({name: table | changes.get(name, {}) for name, table in tables.items()})
@@ -341,7 +341,8 @@ def test_memory_decides_weights_and_recomputation_in_a_fixed_order(
 
 
 def assert_shown(output: str, gpus: int) -> None:
-    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
+    replicas = f", {gpus // 2} replicas" if gpus > 2 else ""
+    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2{replicas})" in output
     for part in ("weights", "optimizer", "gradients", "working weights", "activations", "head", "total"):
         assert part in output
     assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
@@ -370,26 +371,45 @@ def test_the_estimate_is_for_the_running_processes_by_default(
 
 
 @pytest.mark.parametrize(
-    ("size", "way", "frees"),
-    [(80, "none", False), (70, "none", True), (60, "selective", False), (50, "selective", True)],
+    ("size", "way", "replicas", "frees"),
+    [
+        (90, "none", 2, False),
+        (80, "none", 1, False),
+        (70, "none", 1, True),
+        (60, "selective", 1, False),
+        (50, "selective", 1, True),
+    ],
 )
-def test_gathered_weights_are_kept_where_they_fit_before_any_activation_is_recomputed(
-    size: int, way: str, frees: bool
+def test_all_weights_and_else_gathered_weights_are_kept_where_they_fit_before_any_activation_is_recomputed(
+    size: int, way: str, replicas: int, frees: bool
 ) -> None:
     given = config(
         run={"weights_dtype": "bfloat16", "recompute": "auto"},
-        parallel={"tp": 1},
+        parallel={"tp": 1, "replicas": "auto"},
         data={"capacity": 8192, "global_batch": 2},
     )
     found = with_memory_settings(given, LLAMA_8B, 2, size * GIB)
-    assert (found.run.recompute, found.parallel.reshard_after_forward) == (way, frees)
+    assert (found.run.recompute, *_spread(found)) == (way, replicas, frees)
     again = with_memory_settings(given, LLAMA_8B, 2, 100 * GIB, least="full")
-    assert (again.run.recompute, again.parallel.reshard_after_forward) == ("full", False)
+    assert (again.run.recompute, *_spread(again)) == ("full", 2, False)
+    sharded = msgspec.structs.replace(given, parallel=msgspec.structs.replace(given.parallel, replicas=1))
+    assert _spread(with_memory_settings(sharded, LLAMA_8B, 2, 100 * GIB)) == (1, False)
+
+
+def _spread(config: TrainConfig) -> tuple[int | str, bool | str]:
+    return config.parallel.replicas, config.parallel.reshard_after_forward
+
+
+def test_unsharded_replicas_have_the_memory_of_a_single_gpu() -> None:
+    tables = {"run": {"weights_dtype": "bfloat16", "recompute": "none"}}
+    alone = memory(config(**tables, parallel={"tp": 1}, data={"global_batch": 4}), LLAMA_8B, 1)
+    spread = memory(config(**tables, parallel={"tp": 1, "replicas": 2}, data={"global_batch": 8}), LLAMA_8B, 2)
+    assert spread == alone
 
 
 @pytest.mark.parametrize(("given", "kept"), [("auto", True), (False, True), (True, False)])
 def test_the_plan_says_whether_gathered_weights_are_kept(given: bool | str, kept: bool) -> None:
-    parallel = {"tp": 1, "reshard_after_forward": given}
+    parallel = {"tp": 1, "replicas": 1, "reshard_after_forward": given}
     tables = config(parallel=parallel, data={"capacity": 8192, "global_batch": 2})
     output = io.StringIO()
     show(estimate(tables, LLAMA_1B, 2), tables, Console(file=output, width=200))

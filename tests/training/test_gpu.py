@@ -162,7 +162,8 @@ def test_compiled_code_does_not_depend_on_the_first_pack(in_float8: bool) -> Non
 def test_the_last_layer_is_compiled_once_for_any_number_of_trained_tokens() -> None:
     """Sizes for which the compiler joins the two gradients of a norm for large packs only."""
     torch._dynamo.reset()
-    shape = msgspec.structs.replace(SHAPE, hidden_size=2048, num_hidden_layers=1)
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = msgspec.structs.replace(SHAPE, hidden_size=2048, num_hidden_layers=1, **heads)
     with determinism(True), distributed("cuda", ParallelConfig()) as topology:
         model = _built(recompute="none", compiled=True, shape=shape)
         warm_up(model, 8192, topology)

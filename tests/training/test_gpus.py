@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from gloo_ranks import processes as server
 from gloo_ranks import run_ranks
+from replica_sums import DTYPES, assert_exact, summed
 from runs import run_config
 from test_kill import compare
 from test_lost_ranks import error_line
@@ -49,14 +50,17 @@ each_topology = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @each_topology
-def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, tmp_path: Path, tokenizer: str) -> None:
+def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, sharded: bool, tmp_path: Path, tokenizer: str) -> None:
+    if dp == 1 and sharded:
+        pytest.skip("one data-parallel rank has nothing to shard")
     config = run_config(
         tokenizer,
         runs.sources(tmp_path),
         run={"device": "cuda", "steps": 16},
         data={"workers": 1},
-        parallel={"tp": tp},
+        parallel={"tp": tp, **({"replicas": 1} if sharded else {})},
         model=_model(),
     )
     compare(tmp_path, config, processes=dp * tp, draw=random.Random(dp), kills=2)
@@ -72,7 +76,8 @@ def test_other_numbers_of_gpus_take_the_same_global_batches(tmp_path: Path, toke
     hopping.mkdir()
     runs.run(straight, config)
     for number, (dp, tp) in enumerate(hops, 1):
-        tables = config | {"run": config["run"] | {"steps": 2 * number}, "parallel": {"tp": tp}}
+        parallel = {"tp": tp, **({"replicas": 1} if number % 2 else {})}  # sharded and not, in turn
+        tables = config | {"run": config["run"] | {"steps": 2 * number}, "parallel": parallel}
         runs.run(hopping, tables, processes=dp * tp)
     assert runs.digests(hopping) == runs.digests(straight)
     losses = [[line["loss"] for line in runs.metrics(directory)] for directory in (hopping, straight)]
@@ -82,6 +87,12 @@ def test_other_numbers_of_gpus_take_the_same_global_batches(tmp_path: Path, toke
 def test_sums_over_gpus_have_the_same_bits_each_time() -> None:
     first, again = (run_ranks(GPUS, _sums) for _ in range(2))
     assert first == again
+
+
+@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("wanted", DTYPES)
+def test_sums_over_replicas_on_gpus_are_float32_sums_rounded_once(given: torch.dtype, wanted: torch.dtype) -> None:
+    assert_exact(run_ranks(GPUS, _summed, given, wanted), given, wanted)
 
 
 @each_topology
@@ -156,6 +167,11 @@ def _one_stops(directory: Path, rank: int, stopped: int, port: int) -> None:
         with watch.waiting_for(7, "the sum of all ranks"):
             dist.all_reduce(ones, group=topology.mesh["dp"].get_group())
             ones.item()
+
+
+def _summed(rank: int, given: torch.dtype, wanted: torch.dtype) -> list[torch.Tensor]:
+    torch.cuda.set_device(rank)
+    return summed(dist.new_group(backend="nccl"), given, wanted, device="cuda")
 
 
 def _model() -> dict[str, int]:

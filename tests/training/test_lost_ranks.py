@@ -64,7 +64,7 @@ def _limits(rank: int) -> list[float]:
 
 
 def test_operations_of_all_groups_fail_after_the_limit_of_the_run() -> None:
-    assert gloo_ranks.run_ranks(2, _limits) == [[64.0] * 5] * 2
+    assert gloo_ranks.run_ranks(4, _limits) == [[64.0] * 5] * 4
 
 
 def test_work_within_the_limit_of_time_goes_on(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -38,11 +38,14 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Tensor-parallel size: ranks that hold parts of each layer and train on the same packs.
     Divides the number of ranks, `num_attention_heads` and `num_key_value_heads`; at most the GPUs
     of a node for speed."""
-    replicas: int = 1
-    """Groups of ranks that each hold a complete sharded model. Weights are gathered within a group;
-    only gradients are exchanged between groups. 1 shards one model over all ranks; with several
-    nodes, use one group per node, or per few nodes, if the network between groups is slow. `tp` x
-    `replicas` divides the number of ranks."""
+    replicas: int | Literal["auto"] = "auto"
+    """Groups of ranks that each hold a complete model, sharded within the group. Weights are
+    gathered within a group; only gradients are exchanged between groups. 1 shards one model over
+    all ranks; the data-parallel size shards nothing: fastest, with the most memory. With several
+    nodes and a slow network, one group per node, or per few nodes. `tp` x `replicas` divides the
+    number of ranks. "auto" is the data-parallel size on GPUs whose memory this fits, before any
+    activation is recomputed, and 1 elsewhere; on a resume with as many ranks that of the
+    checkpoint."""
     reshard_after_forward: bool | Literal["auto"] = "auto"
     """Free each layer's gathered weights after its forward pass, and gather them again for the
     backward pass. False keeps the gathered weights until the step's last backward pass: more
@@ -59,6 +62,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     or compilation takes."""
 
     @property
+    def groups(self) -> int:
+        """`replicas`, with "auto" as 1."""
+        return 1 if self.replicas == "auto" else self.replicas
+
+    @property
     def reshards(self) -> bool:
         """`reshard_after_forward`, with "auto" as true."""
         return self.reshard_after_forward is not False
@@ -70,11 +78,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         _ = self.timeout_seconds
-        for name in ("tp", "replicas"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-            if getattr(self, name) > 10**6:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at most {10**6}")
+        for name, size in (("tp", self.tp), ("replicas", self.groups)):
+            if size < 1:
+                raise ValueError(f"{name} = {size} must be at least 1")
+            if size > 10**6:
+                raise ValueError(f"{name} = {size} must be at most {10**6}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Topology:
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes by name; two topologies are equal if their sizes are."""
-        return {"dp": self.dp, "tp": self.tp, "replicas": self.parallel.replicas}
+        return {"dp": self.dp, "tp": self.tp, "replicas": self.parallel.groups}
 
     @cached_property  # a look into the mesh takes a millisecond
     def shard(self) -> Shard:
@@ -123,7 +131,7 @@ class Topology:
     def describe(self) -> str:
         """Return the topology in words, for example "8 x NVIDIA H100 (dp 4 x tp 2)"."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        replicas = f"{self.parallel.replicas} replicas, " if self.parallel.replicas > 1 else ""
+        replicas = f"{self.parallel.groups} replicas, " if self.parallel.groups > 1 else ""
         return f"{dist.get_world_size()} x {kind} ({replicas}dp {self.dp} x tp {self.tp})"
 
 
@@ -207,13 +215,15 @@ def _device(kind: str) -> torch.device:
 
 
 def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
-    """Arrange all ranks as a mesh "dp" x "tp"; with replicas, "dp" is "replicate" x "shard".
+    """Arrange all ranks as a mesh "dp" x "tp".
+
+    With several replicas that are sharded, "dp" is "replicate" x "shard".
 
     Raises ValueError if tp x replicas does not divide the number of ranks.
     """
-    world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.replicas
+    world, tp, replicas = dist.get_world_size(), parallel.tp, parallel.groups
     check_ranks(world, parallel)
-    if replicas == 1:
+    if replicas in (1, world // tp):
         return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
     mesh = init_device_mesh(
         device, (replicas, world // tp // replicas, tp), mesh_dim_names=("replicate", "shard", "tp")
@@ -224,7 +234,7 @@ def data_and_tensor_mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
 
 def check_ranks(world: int, parallel: ParallelConfig) -> None:
     """Raise ValueError if tp x replicas does not divide `world`, the number of ranks."""
-    tp, replicas = parallel.tp, parallel.replicas
+    tp, replicas = parallel.tp, parallel.groups
     if world % (tp * replicas):
         sizes = f"tp = {tp}" if replicas == 1 else f"tp = {tp} x replicas = {replicas}"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Spread a Llama over a mesh: tensor parallelism (TP) inside layers, FSDP2 around them if "dp" > 1.
+"""Spread a Llama over a mesh: tensor parallelism (TP) inside layers, FSDP2 or replicas over "dp".
 
 Example with `num_attention_heads` 4, `num_key_value_heads` 2 and `head_dim` 2: the fused matrix
 `attention.qkv.weight` has 16 rows. On four ranks with "dp" 2 and "tp" 2, TP first gives each TP
@@ -32,6 +32,7 @@ from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import A, B, LoraConfig
 from trainer.llama.lora.nf4 import Nf4Weight, require_blocks
 from trainer.llama.model import Block, Llama
+from trainer.llama.replicas import ReplicaSums
 from trainer.llama.working import WorkingCopies
 
 
@@ -44,6 +45,7 @@ def build(
     compute_dtype: torch.dtype = torch.float32,
     weights_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
+    replicas: int = 1,
     lora: LoraConfig | None = None,
 ) -> Llama:
     """Return a Llama on `device`, spread by `parallelize`, with weights not yet set.
@@ -58,7 +60,12 @@ def build(
         if lora is None or not parameter.requires_grad:
             parameter.data = parameter.data.to(weights_dtype)
     parallelize(
-        model, mesh, capacity=capacity, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward
+        model,
+        mesh,
+        capacity=capacity,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        replicas=replicas,
     )
     model.to_empty(device=device)
     model.tie()
@@ -72,18 +79,21 @@ def parallelize(
     capacity: int,
     compute_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
+    replicas: int = 1,
 ) -> Llama:
     """Spread `model` over `mesh` in place, and return `model`.
 
     The mesh dimensions are "dp" and "tp". If "dp" is composed of "replicate" and "shard", weights
-    are split over "shard" only. `capacity` is the tokens of a pack. Layers compute in
-    `compute_dtype`, independent of the dtype of the parameters; gradients are summed in fp32. A
-    model on "meta" is split without memory. With a "dp" of 1 nothing is sharded over it: layers
-    then compute with `WorkingCopies`, or with the weights themselves if all is float32.
+    are split over "shard" only. With as many `replicas` as the size of "dp", nothing is sharded
+    over "dp", and FSDP2 is not used: layers compute with `WorkingCopies`, which sum gradients over
+    "dp", or on a single rank of float32 weights and computation with the weights themselves.
 
-    Gradients are sums over "dp", not means. With a "dp" of 1 the gradients of weights that every
-    rank of "tp" holds, such as norms, stay partial sums until `gradient_norms` adds them up, once a
-    step and in float32; with more, FSDP2 adds them up in their own dtype.
+    `capacity` is the tokens of a pack. Layers compute in `compute_dtype`, independent of the dtype
+    of the parameters; gradients are summed in fp32. A model on "meta" is split without memory.
+
+    Gradients are sums over "dp", not means. Under FSDP2 the gradients of weights that every rank of
+    "tp" holds, such as norms, are summed over "tp" by FSDP2, in their own dtype; without it, by
+    `gradient_norms`, once a step and in float32.
 
     Raises ValueError if the size of "tp" does not divide the model or the capacity.
     """
@@ -94,8 +104,11 @@ def parallelize(
         require_blocks(model.config, tp.size())
     if tp.size() > 1:
         _shard_tensors(model, tp)
-    if mesh["dp"].size() > 1:
+    dp = mesh["dp"]
+    if dp.size() > replicas:
         _shard_data(model, _data_mesh(mesh), compute_dtype, reshard_after_forward)
+    elif dp.size() > 1:
+        model.register_forward_pre_hook(WorkingCopies(compute_dtype, ReplicaSums(dp.get_group())))
     elif {compute_dtype, *(parameter.dtype for parameter in model.parameters())} != {torch.float32}:
         model.register_forward_pre_hook(WorkingCopies(compute_dtype))
     return model

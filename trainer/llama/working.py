@@ -1,8 +1,9 @@
-"""Working copies of weights that are stored in another dtype, and gradients of several packs.
+"""Working copies of weights that are stored in another dtype, and sums of their gradients.
 
-FSDP casts the weights that it gathers. Where data parallelism shards nothing, these copies do the
-same with less work: a module computes with a copy of its weight, made once after each change of the
-weight, and each gradient goes from the copy to the weight.
+FSDP casts the weights that it gathers, and sums gradients over ranks. Where data parallelism shards
+nothing, these copies do the same with less work: a module computes with a copy of its weight, made
+once after each change of the weight, and each gradient goes from the copy to the weight. Replicas
+sum the gradient of their last pack with it (`replicas.py`), beside the backward pass.
 
 | weights  | computation | copies        | gradient of a pack | of several packs         |
 |----------|-------------|---------------|--------------------|--------------------------|
@@ -13,15 +14,17 @@ weight, and each gradient goes from the copy to the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer.llama.replicas import ReplicaSums
 from trainer.llama.sharding import gradient_placements, local
 
 
@@ -33,12 +36,14 @@ class WorkingCopies:
     changes weights without a trace: it calls `weights_changed`.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, replicas: ReplicaSums | None = None) -> None:
         self.dtype = dtype
+        self._replicas = replicas
+        """Sums over the replicas; None without replicas."""
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._versions: dict[nn.Parameter, tuple[int, int]] = {}
-        self._sums: dict[nn.Parameter, Tensor] | None = None
-        """Sums of the gradients of several packs; None outside of `several_packs`."""
+        self._step: _Sums | None = None
+        """Sums of the gradients of a step; None outside of `step`."""
 
     def __call__(self, model: nn.Module, _inputs: tuple[Any, ...]) -> None:
         """Make the copies equal to the weights."""
@@ -64,15 +69,18 @@ class WorkingCopies:
         self._versions = {weight: version for weight, version in self._versions.items() if not weight.requires_grad}
 
     @contextmanager
-    def several_packs(self) -> Iterator[None]:
-        """Sum the gradients of all backward passes in the `with` block in float32."""
-        self._sums = {}
+    def step(self, packs: int) -> Iterator[None]:
+        """Sum the gradients of the `packs` backward passes in the `with` block, and over replicas.
+
+        The sums are computed in float32, and rounded once to the dtype of the weight. Collective
+        with replicas.
+        """
+        self._step = _Sums(packs, self._copies, self._replicas)
         try:
             yield
-            for weight, total in self._sums.items():
-                weight.grad = _gradient(weight, total.to(weight.dtype))
+            self._step.finish()
         finally:
-            self._sums = None
+            self._step = None
 
     def _make(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -90,13 +98,53 @@ class WorkingCopies:
         """Move a copy's gradient to its weight, and add it to the gradients there."""
         gradient, copy.grad = copy.grad, None
         assert gradient is not None
-        if self._sums is not None and weight.dtype != torch.float32:
-            total = self._sums.get(weight)
-            self._sums[weight] = gradient.float() if total is None else total.add_(gradient)
+        if self._step is not None:
+            self._step.add(weight, gradient)
         elif weight.grad is None:
             weight.grad = _gradient(weight, gradient.to(weight.dtype))
         else:
             local(weight.grad).add_(gradient)
+
+
+class _Sums:
+    """Sums of the gradients of `packs` packs by weight, over replicas if there are any."""
+
+    def __init__(self, packs: int, weights: Iterable[nn.Parameter], replicas: ReplicaSums | None) -> None:
+        self._packs, self._weights, self._replicas = packs, weights, replicas
+        self._totals: dict[nn.Parameter, Tensor] = {}
+        self._added: Counter[nn.Parameter] = Counter()
+
+    @cached_property  # a model's first pass makes the copies
+    def _waiting(self) -> list[nn.Parameter]:
+        """Weights whose gradients are not yet summed over replicas, in the order of the model."""
+        return [weight for weight in self._weights if weight.requires_grad]
+
+    def add(self, weight: nn.Parameter, gradient: Tensor) -> None:
+        """Add the gradient of a pack; the last pack's begins the sum over replicas. Collective."""
+        total = self._totals.get(weight)
+        if total is not None:
+            total.add_(gradient)
+        elif self._packs > 1:
+            self._totals[weight] = gradient.float()
+        else:  # replicas exchange the gradient in its own dtype
+            self._totals[weight] = gradient if self._replicas else gradient.to(weight.dtype)
+        self._added[weight] += 1
+        if self._replicas:
+            self._exchange(self._replicas)
+
+    def _exchange(self, replicas: ReplicaSums) -> None:
+        # From the last weight to the first on every replica, in whatever order gradients are ready.
+        while self._waiting and self._added[self._waiting[-1]] == self._packs:
+            weight = self._waiting.pop()
+            self._totals[weight] = replicas.begin(self._totals[weight], weight.dtype)
+
+    def finish(self) -> None:
+        """Set the gradients of the weights. Collective with replicas."""
+        if self._replicas:
+            assert not self._waiting
+            self._replicas.finish()
+        for weight, total in self._totals.items():
+            weight.grad = _gradient(weight, total.to(weight.dtype))
 
 
 def working_copies(model: nn.Module) -> WorkingCopies | None:

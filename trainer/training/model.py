@@ -130,6 +130,7 @@ def build_model(
         compute_dtype=named_dtype(config.run.compute_dtype, topology.device),
         weights_dtype=named_dtype(config.run.weights_dtype, topology.device),
         reshard_after_forward=config.parallel.reshards,
+        replicas=config.parallel.groups,
         lora=config.lora,
     )
     assert config.run.recompute != "auto"

@@ -116,7 +116,7 @@ def _backward(
     scale = torch.full((), 1 / max(trained_tokens, 1), device=topology.device)
     losses = []
     copies = working_copies(model)
-    with copies.several_packs() if copies and len(packs) > 1 else nullcontext():
+    with copies.step(len(packs)) if copies else nullcontext():
         for number, pack in enumerate(packs, 1):
             if isinstance(model, FSDPModule):
                 last = number == len(packs)
