@@ -147,6 +147,16 @@ class PackLoader:
         read."""
         self._reading_thread: int | None = None
 
+    def start(self) -> None:
+        """Start the workers, which read ahead, before the first pack is asked for."""
+        progress = self._progress
+        if not self.workers or self._is_exhausted(progress) or self._workers_at is progress.streams:
+            return
+        self._require_only_reader()
+        self.close()
+        self._open_workers(progress)
+        self._workers_at = progress.streams
+
     def __iter__(self) -> PackLoader:
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -73,6 +74,9 @@ def train(
     path = Path(rest.pop(0)) if rest and "=" not in rest[0] else DEMO
     prepare_output(debug=debug)
     line = command_line(MODULE, [*(words or ()), *([ALLOW_CODE] if allow_code else [])])
+    # The imports make half a million lasting objects, which the collector would scan many times: a
+    # second. A run enables the collector before its first step.
+    gc.disable()
     try:
         from trainer.config_file import load_config
 
@@ -90,6 +94,8 @@ def train(
         raise
     except BaseException as error:  # noqa: BLE001 - the only place; a panic of a Rust library is no Exception
         raise typer.Exit(print_error(error, str(path))) from None
+    finally:
+        gc.enable()
 
 
 def _gpus(plan: str) -> int:

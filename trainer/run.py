@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -110,7 +111,9 @@ def run(
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
         with saves.store, locked(directory):
-            return _train_and_finish(prepare_run(config, topology, saves, directory, display, command), stop, command)
+            prepared = prepare_run(config, topology, saves, directory, display, command)
+            gc.enable()  # disabled since the start of the command
+            return _train_and_finish(prepared, stop, command)
 
 
 def _train_and_finish(prepared: tuple[Run, Restored], stop: StopRequest, command: str) -> bool:

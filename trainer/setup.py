@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import About, Origin, Recipe, hub_name, weight_digests
-from sftstream import ChatEncoder, DataState, PackLoader, rows_in_all_epochs
+from sftstream import ChatEncoder, DataState, Forecast, PackLoader, rows_in_all_epochs
 from trainer.checkpointing.about import about
 from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
@@ -85,6 +86,8 @@ class Run:
     model: Llama
     optimizer: Optimizer
     data: RunData
+    forecast: Forecast | None
+    """Estimate of the packs of the run; None on all ranks but the first."""
     validation: Validation | None
     """None without a `[validation]` table, and in a run complete at the start."""
     evaluator: Evaluator
@@ -143,10 +146,13 @@ def prepare_run(
     restored = _follow_data(config, restored, data)
     evaluator = _open_evaluator(config, topology, data.loader)
     validation = _open_validation(config, topology, saves, restored, data, evaluator)
-    # after the data, whose errors need not wait for the compiler
-    if config.run.compile:
-        display.say(compile_line(config))
-        _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
+    if data.loader and not restored.progress.is_complete(config.run.steps, config.patience):
+        data.loader.start()  # before the forecast's thread, whose locks a fork would copy
+    with ThreadPoolExecutor(1, "forecast") as beside:
+        forecast = beside.submit(data.loader.forecast) if topology.first and data.loader else None
+        if config.run.compile:  # after the data, whose errors need not wait for the compiler
+            display.say(compile_line(config))
+            _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
     description = RunDescription(
         restored.settings,
         topology,
@@ -163,6 +169,7 @@ def prepare_run(
         model=model,
         optimizer=optimizer,
         data=data,
+        forecast=None if forecast is None else forecast.result(),
         validation=validation,
         evaluator=evaluator,
         description=description,
@@ -225,8 +232,8 @@ def say_start(run: Run, restored: Restored) -> None:
     """Print the model, the data, the time, the choices, damaged checkpoints and the step of a
     resume."""
     run.display.say(model_line(run.model, run.config, run.source))
-    if run.topology.first and (loader := run.data.loader):
-        _say_data(run, restored.progress, loader)
+    if run.forecast and run.data.loader:
+        _say_data(run, restored.progress, run.data.loader, run.forecast)
     if run.validation:
         run.display.say(f"held out {run.validation.describe()}")
     for line in damage_messages(run.saves.store.rejected, restarted=not restored.resumed):
@@ -244,9 +251,9 @@ def say_start(run: Run, restored: Restored) -> None:
         )
 
 
-def _say_data(run: Run, progress: Progress, loader: PackLoader) -> None:
+def _say_data(run: Run, progress: Progress, loader: PackLoader, forecast: Forecast) -> None:
     """Print the lines of the first rank: data, packs, time, choices and unread columns."""
-    config, forecast, ranks = run.config, loader.forecast(), dist.get_world_size()
+    config, ranks = run.config, dist.get_world_size()
     left = steps_left(config, forecast, progress.step)
     lines = [
         data_line(config.data, run.data.total_rows),

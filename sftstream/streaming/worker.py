@@ -148,6 +148,7 @@ def _begin_work(parent: int, _worker: int) -> None:
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     # The garbage collector would write to memory shared with the parent, and so copy it.
     gc.freeze()
+    gc.enable()  # a program may disable it during its start
 
 
 def _exit_with(parent: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import pickle
@@ -23,8 +24,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.utils.data import IterableDataset
 
 from sftstream import DataConfig, DataState, Pack, PackLoader, Shard, batch_digest, merge
+from sftstream.streaming.worker import StreamWorker
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 
@@ -348,6 +351,44 @@ def test_a_loader_goes_on_exactly_once_the_cause_of_an_error_is_gone(
     assert loader.state_dict() == state
     path.write_bytes(content)
     assert digests + tiny.digests(loader) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_started_before_the_first_pack_read_the_packs_of_the_run(
+    wide: DataConfig, whole: list[str], started: tiny.Started, workers: int
+) -> None:
+    loader = PackLoader(wide, workers=workers)
+    state = loader.state_dict()
+    loader.start()
+    begun = started()
+    assert len(begun) == workers
+    assert loader.state_dict() == state
+    loader.start()
+    assert tiny.digests(tiny.take(loader, 3)) == whole[:3]
+    assert started() == begun
+    loader.close()
+
+
+def test_workers_of_a_finished_run_are_not_started(wide: DataConfig, started: tiny.Started) -> None:
+    loader = PackLoader(wide, workers=2)
+    assert list(loader)
+    loader.start()
+    assert started() == []
+
+
+class _Collecting(IterableDataset[bool]):
+    def __iter__(self) -> Iterator[bool]:
+        yield gc.isenabled()
+
+
+def test_a_worker_collects_garbage_even_if_the_program_does_not_yet() -> None:
+    gc.disable()
+    try:
+        worker = StreamWorker(_Collecting(), prefetch=1)  # type: ignore[arg-type]
+        assert next(worker) is True
+        worker.close()
+    finally:
+        gc.enable()
 
 
 def test_a_killed_worker_is_an_error_and_never_a_hang(wide: DataConfig, started: tiny.Started) -> None:

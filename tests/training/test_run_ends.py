@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ import transformers
 from tiny_llama import public_llama
 
 from checkpoints import CheckpointStore
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
+from trainer.main import main
+from trainer.run import run
 
 MARKED = tiny.TEMPLATE.replace("{{- bos_token }}", "{{- bos_token }}{#- the template of the run #}")
 
@@ -34,6 +40,17 @@ def fails(directory: Path, config: dict[str, Any], processes: int = 1) -> str:
     (line,) = (line for line in job.output().splitlines() if line.startswith("error: "))
     assert "Traceback" not in job.output()
     return line
+
+
+@pytest.mark.parametrize("start", [run, lambda _: main(["nowhere.toml"])])
+def test_garbage_is_collected_from_the_first_step_on(
+    start: Callable[[TrainConfig], Any], tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then, imports and compilers make lasting objects only."""
+    monkeypatch.chdir(tmp_path)
+    gc.disable()
+    start(parse_config(config))
+    assert gc.isenabled()
 
 
 def store(directory: Path) -> CheckpointStore:

@@ -10,7 +10,6 @@ import msgspec
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from transformers import CONFIG_MAPPING
 
 from sftstream import require_files
 from trainer.llama.config import LlamaConfig
@@ -100,6 +99,8 @@ def _config(keys: dict[str, Any]) -> LlamaConfig:
     model_type: Any = keys.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(f"model_type {model_type!r} is not supported: choose a model of {', '.join(_MODEL_TYPES)}")
+    from transformers import CONFIG_MAPPING  # half a second that a model without a directory saves
+
     public = CONFIG_MAPPING[model_type]
     _check_keys(keys, public().to_dict().keys() | _ALSO_ACCEPTED | _ONLY_SUPPORTED.keys())
     # transformers reads the keys first: both layouts, with the defaults of each architecture. The

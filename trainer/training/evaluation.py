@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from sftstream import ChatEncoder, Refused, read_conversations
 from trainer.training.scorer import Scorer
@@ -123,7 +121,6 @@ def evaluate(
 
     The answers are also written to `answers.jsonl`, beside `export`.
     """
-    disable_progress_bar()  # bars of loaded weights fill a log
     given = generate(export, [question.prompt for question in questions], max_new_tokens, stop_ids, device)
     evaluation = judge(questions, given, scorer)
     write_answers(export.parent / "answers.jsonl", evaluation)
@@ -138,6 +135,10 @@ def generate(
 
     A continuation ends with its first stop token, or after `max_new_tokens` tokens.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # for the end of a run, not its start
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # bars of loaded weights fill a log
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]

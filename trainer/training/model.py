@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,15 +136,20 @@ def build_model(
     )
     assert config.run.recompute != "auto"
     assert config.run.compile != "auto"
-    prepare_blocks(
-        model,
-        recompute=config.run.recompute,
-        compiled=config.run.compile,
-        kernel=kernel,
-        float8=config.run.float8,
-    )
-    if source.init_from and (initialize or config.lora):
-        load_weights(model, source.init_from, source.rows_before)
+    # The weights are read beside the imports of the compiler, each a second for a model of 1B.
+    with ThreadPoolExecutor(1, "weights") as beside:
+        loading = None
+        if source.init_from and (initialize or config.lora):
+            loading = beside.submit(load_weights, model, source.init_from, source.rows_before)
+        prepare_blocks(
+            model,
+            recompute=config.run.recompute,
+            compiled=config.run.compile,
+            kernel=kernel,
+            float8=config.run.float8,
+        )
+        if loading is not None:
+            loading.result()
     if initialize:
         _initialize(model, source, config.run.seed)
     return model
