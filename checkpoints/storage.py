@@ -75,10 +75,9 @@ class StepWriter:
         self._plan = self._planner.create_local_plan()
         self._staged: dict[MetadataIndex, torch.Tensor] = {}
 
-    def stage(self, staging: Staging) -> StepWriter:
-        """Copy all tensors of the offer; the originals may change afterwards. Returns self."""
-        self._staged = staging.copy({item.index: self._local(item) for item in self._plan.items})
-        return self
+    def stage(self, share: Share, staging: Staging) -> None:
+        """Copy the tensors of this rank's share; the originals may change afterwards."""
+        self._staged = staging.copy({item.index: self._local(item) for item in share.plan.items})
 
     def offer(self) -> Offer:
         """Return the writable parts of this rank."""

@@ -22,7 +22,7 @@ from checkpoints.ranks import Ranks
 from checkpoints.retention import Retention
 from checkpoints.staging import Staging
 from checkpoints.state import flatten, restore_tuples
-from checkpoints.storage import BlobKey, StepWriter, read_tensors, verify
+from checkpoints.storage import BlobKey, Share, StepWriter, read_tensors, verify
 from checkpoints.values import encode_value, read_step_values
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class CheckpointStore:
             LostRank: Another rank has ended meanwhile. The step is complete or absent.
         """
         self.wait()
-        self._commit(step, self._ranks.agree(_saving(step), lambda: _writer(step, state, values)), about)
+        self._commit(step, *self._divided(step, state, values), about)
         return self._backend.path(step)
 
     def save_later(
@@ -186,8 +186,9 @@ class CheckpointStore:
         any; `failed` tells of an error beforehand.
         """
         self.wait()
-        writer = self._ranks.agree(_saving(step), lambda: _writer(step, state, values).stage(self._staging))
-        self._saving = self._thread.submit(self._commit, step, writer, about)
+        writer, share = self._divided(step, state, values)
+        self._ranks.agree(_saving(step), lambda: writer.stage(share, self._staging))
+        self._saving = self._thread.submit(self._commit, step, writer, share, about)
 
     @property
     def failed(self) -> bool:
@@ -305,14 +306,19 @@ class CheckpointStore:
         spans = {key: span for key, span in manifest.values.items() if key.startswith(prefix)}
         return self._read(step, manifest, spans)
 
-    def _commit(self, step: int, writer: StepWriter, about: About | None) -> None:
+    def _divided(self, step: int, state: dict[str, Any], values: Mapping[str, Any]) -> tuple[StepWriter, Share]:
+        """Return the writer of this rank, and the part of the step that the rank writes."""
+        task, ranks = _saving(step), self._ranks
+        writer = ranks.agree(task, lambda: _writer(step, state, values))
+        return writer, ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
+
+    def _commit(self, step: int, writer: StepWriter, share: Share, about: About | None) -> None:
         task, ranks = _saving(step), self._ranks
         self._losses.pop(step, None)  # A damaged step of this number may have had a loss.
         token = ranks.lead(task, step, self._begin)
         self.rejected = {}
         attempt = self._backend.attempt(step, token)
         try:
-            share = ranks.divide(task, ranks.agree(task, writer.offer), writer.divide)
             part = ranks.agree(task, lambda: writer.write(attempt, share))
             ranks.lead(task, part, lambda parts: self._backend.commit(step, token, parts, about or About()))
         except LostRank:

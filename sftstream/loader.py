@@ -148,7 +148,12 @@ class PackLoader:
         self._reading_thread: int | None = None
 
     def start(self) -> None:
-        """Start the workers, which read ahead, before the first pack is asked for."""
+        """Start the workers, which read ahead, before the first pack is asked for.
+
+        Loads a required tokenizing library before, once for all workers.
+        """
+        if fast := self.encoder.tokenizer.fast_tokenizer:
+            fast.load_if_required()
         progress = self._progress
         if not self.workers or self._is_exhausted(progress) or self._workers_at is progress.streams:
             return

@@ -10,20 +10,20 @@ time, so that equal machines choose alike:
 | `run.weights_dtype`              | float32, or bfloat16 if float32 does not     | "float32" |
 |                                  | fit; under adapters that of the computation  |           |
 | `run.recompute`                  | the least that fits: none, selective, full   | "none"    |
-| `parallel.replicas`              | all data-parallel ranks if all weights and   | 1         |
-|                                  | states fit beside that recomputation, else 1 |           |
+| `parallel.replicas`              | all data-parallel ranks, see `estimate.py`,  | 1         |
+|                                  | if this fits beside that recomputation       |           |
 | `parallel.reshard_after_forward` | false if the gathered weights fit beside     | true      |
 |                                  | that recomputation                           |           |
 
 A resumed run uses the choices of its checkpoint, except for `parallel.reshard_after_forward`, which
-changes no bit, and for `parallel.replicas` with another number of ranks. Compiled layers that do
-not fit with the checkpoint's `run.recompute`, on another machine, recompute more.
+changes no bit, and for `parallel.replicas` with another number of ranks. On a machine with less
+memory, weights that do not fit are sharded, and compiled layers recompute more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -66,7 +66,7 @@ def choose(
         require_multiples(shape, topology.tp)
     least = "none" if saved is None or saved.recompute is UNSET else saved.recompute
     config = _with_run(config, _as_saved(config.run, saved))
-    config = _with_parallel(config, replicas=_replicas(config, topology, saved_mesh))
+    before = _saved_replicas(topology, saved_mesh)
     kernel, passed = _kernel(config, shape, topology, saved)
     size = _gpu_memory(topology)
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
@@ -75,10 +75,11 @@ def choose(
         (dtype,) = stored_dtypes(config, topology.device)
         way = least if settings.recompute == "auto" else settings.recompute
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
-        chosen = _with_parallel(chosen, reshard_after_forward=config.parallel.reshards, replicas=config.parallel.groups)
+        replicas = before or 1 if config.parallel.replicas == "auto" else config.parallel.replicas
+        chosen = _with_parallel(chosen, reshard_after_forward=config.parallel.reshards, replicas=replicas)
         return Choices(chosen, kernel, _message(chosen, topology, passed, None, None) + _change(chosen, saved))
     gpus = dist.get_world_size()
-    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least)
+    chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least, before)
     _require_fit(chosen, shape, gpus, size)
     planned = sum(memory(chosen, shape, gpus).values())
     message = _message(chosen, topology, passed, planned, size) + _change(chosen, saved)
@@ -93,15 +94,12 @@ def _with_parallel(config: TrainConfig, **settings: Any) -> TrainConfig:
     return msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, **settings))
 
 
-def _replicas(config: TrainConfig, topology: Topology, saved_mesh: Mapping[str, int] | None) -> int | Literal["auto"]:
-    """Return `parallel.replicas`; for "auto" that of a checkpoint of equal ranks, if any."""
-    replicas = config.parallel.replicas
-    if replicas != "auto" or saved_mesh is None:
-        return replicas
-    sizes = topology.sizes
-    same = all(saved_mesh.get(name) == sizes[name] for name in ("dp", "tp"))
+def _saved_replicas(topology: Topology, saved_mesh: Mapping[str, int] | None) -> int | None:
+    """Return the replicas of a checkpoint of as many ranks that "auto" can choose, else None."""
+    if saved_mesh is None or any(saved_mesh.get(name) != topology.sizes[name] for name in ("dp", "tp")):
+        return None
     before = saved_mesh.get("replicas", 1)
-    return before if same and before in (1, topology.dp) else replicas
+    return before if before in (1, topology.dp) else None
 
 
 def _as_saved(run: RunConfig, saved: Settings | None) -> RunConfig:
@@ -156,6 +154,9 @@ def _require_fit(config: TrainConfig, shape: LlamaConfig, gpus: int, size: int) 
     more = (n for n in range(gpus + step, most + 1, step) if _least(config, shape, n) <= FITS * size)
     needed = next(more, None)
     remedies += [f"start {needed} GPUs or more"] if needed else []
+    sharded = _with_parallel(config, replicas=1)
+    if config.parallel.groups > 1 and _least(sharded, shape, gpus) <= FITS * size:
+        remedies.insert(0, "set parallel.replicas = 1")
     raise ValueError(
         f"the model does not fit: weights, gradients and optimizer alone need {least / 2**30:.0f} GiB on each GPU, which "
         f"has {size / 2**30:.0f} GiB; {' or '.join([*remedies, 'use a smaller model'])}"
@@ -183,7 +184,7 @@ def _message(config: TrainConfig, topology: Topology, passed: list[str], planned
         f"{computed}, recompute {run.recompute}, {same}"
     )
     if topology.dp > 1 and config.parallel.groups == topology.dp:
-        line += ", all weights on each GPU"
+        line += f", {topology.dp} replicas without shards"
     if planned is not None and size is not None:
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
     return line + (f"; passed over: {'; '.join(passed)}" if passed else "")

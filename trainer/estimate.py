@@ -146,30 +146,54 @@ def _seconds(config: TrainConfig, model: Llama, gpus: int, peak: float) -> float
 
 
 def with_memory_settings(
-    config: TrainConfig, shape: LlamaConfig, gpus: int, size: int, least: Recompute = "none"
+    config: TrainConfig,
+    shape: LlamaConfig,
+    gpus: int,
+    size: int,
+    least: Recompute = "none",
+    replicas: int | None = None,
 ) -> TrainConfig:
     """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
 
     Takes the first `run.weights_dtype`, `run.recompute`, `parallel.replicas` and
     `parallel.reshard_after_forward` whose estimate fills at most `FILLED` of `size` bytes: float32
-    before bfloat16, for each less recomputation first, from `least` on, for each all weights on
-    each rank before sharded weights, and for each gathered weights that are kept first. If none
-    fits, takes the smallest.
+    before bfloat16, for each less recomputation first, from `least` on, for each `_replicas` in
+    order, and for each gathered weights that are kept first. If none fits, takes the smallest.
+    `replicas` is the number of a checkpoint of as many ranks.
+
+    Raises ValueError as `memory` does.
     """
     run, parallel = config.run, config.parallel
+    check_ranks(gpus, parallel)
     ways = WAYS[WAYS.index(least) :] if run.recompute == "auto" else (run.recompute,)
-    groups = (max(gpus // parallel.tp, 1), 1) if parallel.replicas == "auto" else (parallel.replicas,)
     freed = (False, True) if parallel.reshard_after_forward == "auto" else (parallel.reshard_after_forward,)
-    for dtype, way, replicas, frees in product(stored_dtypes(config, GPU), ways, groups, freed):
-        settings = {"weights_dtype": dtype, "recompute": way}
-        chosen = msgspec.structs.replace(
-            config,
-            run=msgspec.structs.replace(run, **settings),
-            parallel=msgspec.structs.replace(parallel, replicas=replicas, reshard_after_forward=frees),
-        )
-        if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
-            break
+    for dtype in stored_dtypes(config, GPU):
+        for way, groups, frees in product(ways, _replicas(config, gpus, dtype, replicas), freed):
+            settings = {"weights_dtype": dtype, "recompute": way}
+            chosen = msgspec.structs.replace(
+                config,
+                run=msgspec.structs.replace(run, **settings),
+                parallel=msgspec.structs.replace(parallel, replicas=groups, reshard_after_forward=frees),
+            )
+            if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
+                return chosen
     return chosen
+
+
+def _replicas(config: TrainConfig, gpus: int, dtype: str, before: int | None) -> tuple[int, ...]:
+    """Return the values of `parallel.replicas` to try, the preferred first.
+
+    "auto" prefers whole weights on each data-parallel rank where this was measured to be faster:
+    under adapters, whose gradients are small, and for two ranks of bfloat16 weights, whose
+    gradients are exchanged in bfloat16. `before` is the number of a checkpoint.
+    """
+    parallel = config.parallel
+    if parallel.replicas != "auto":
+        return (parallel.replicas,)
+    dp = gpus // parallel.tp
+    faster = config.lora is not None or (dp == 2 and dtype == "bfloat16")
+    whole = faster and parallel.tp == 1 and parallel.reduce_gradients == "step"
+    return (dp, 1) if (whole if before is None else before == dp) else (1,)
 
 
 def stored_dtypes(config: TrainConfig, device: torch.device) -> tuple[Literal["float32", "bfloat16"], ...]:

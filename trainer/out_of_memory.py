@@ -66,17 +66,18 @@ def _totals(config: TrainConfig, shape: LlamaConfig, gpus: int) -> Iterator[tupl
     """Yield each change that saves memory, the cheapest first, with the plan's bytes under it."""
     run, parallel = config.run, config.parallel
     assert run.recompute != "auto"
-    for way in WAYS[WAYS.index(run.recompute) + 1 :]:
-        yield from _total(f'run.recompute = "{way}"', config, shape, gpus, run={"recompute": way})
     if parallel.groups > 1:
         yield from _total("parallel.replicas = 1", config, shape, gpus, parallel={"replicas": 1})
+    for way in WAYS[WAYS.index(run.recompute) + 1 :]:
+        yield from _total(f'run.recompute = "{way}"', config, shape, gpus, run={"recompute": way})
     if not parallel.reshard_after_forward:
         changes = {"reshard_after_forward": True}
         yield from _total("parallel.reshard_after_forward = true", config, shape, gpus, parallel=changes)
     if parallel.reduce_gradients == "step":
         changes_of_sums = {"reduce_gradients": "pack"}
         yield from _total('parallel.reduce_gradients = "pack"', config, shape, gpus, parallel=changes_of_sums)
-    yield from _total(f"{2 * gpus} GPUs", config, shape, 2 * gpus)
+    if parallel.groups == 1:  # more GPUs save memory by sharding only
+        yield from _total(f"{2 * gpus} GPUs", config, shape, 2 * gpus)
     if run.weights_dtype == "float32" and config.lora is None:
         text = 'run.weights_dtype = "bfloat16" in a new run'
         yield from _total(text, config, shape, gpus, run={"weights_dtype": "bfloat16"})

@@ -146,11 +146,12 @@ def prepare_run(
     restored = _follow_data(config, restored, data)
     evaluator = _open_evaluator(config, topology, data.loader)
     validation = _open_validation(config, topology, saves, restored, data, evaluator)
-    if data.loader and not restored.progress.is_complete(config.run.steps, config.patience):
+    complete = restored.progress.is_complete(config.run.steps, config.patience)
+    if data.loader and not complete:
         data.loader.start()  # before the forecast's thread, whose locks a fork would copy
     with ThreadPoolExecutor(1, "forecast") as beside:
         forecast = beside.submit(data.loader.forecast) if topology.first and data.loader else None
-        if config.run.compile:  # after the data, whose errors need not wait for the compiler
+        if config.run.compile and not complete:  # after the data, whose errors need not wait for it
             display.say(compile_line(config))
             _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
     description = RunDescription(

@@ -12,6 +12,7 @@ import platform
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata, util
+from threading import current_thread, main_thread
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +66,9 @@ class FastTokenizer:
     If fastokens cannot load the description, or a test text has other ids, all later calls return
     None, or raise RuntimeError if fastokens is `required`.
 
-    The calling thread loads. Loading in a thread of its own ended processes by SIGSEGV: fastokens
-    reads environment variables, and a library that sets variables meanwhile, as accelerate does,
-    frees the memory that is being read.
+    Only a call in the main thread loads, unless fastokens is `required`. Loading in another thread
+    ended processes by SIGSEGV: fastokens reads environment variables, and a library that sets
+    variables meanwhile, as accelerate does, frees the memory that is being read.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class FastTokenizer:
         """
         if self._encode is None and self._refused is None:
             self._characters += sum(map(len, texts))
-            if self._required or self._characters >= LOAD_AFTER:
+            if self._required or (self._characters >= LOAD_AFTER and current_thread() is main_thread()):
                 self.load()
         if self._refused is not None and self._required:
             raise RuntimeError(self._refused)
@@ -105,6 +106,11 @@ class FastTokenizer:
     def _compare(self, text: str, ids: NDArray[np.int32]) -> None:
         if ids.tolist() != list(self._reference(text)):
             raise RuntimeError(_difference(text))
+
+    def load_if_required(self) -> None:
+        """Load the description now if fastokens is `required`, and not in the first call."""
+        if self._required and self._encode is None and self._refused is None:
+            self.load()
 
     def load(self) -> None:
         """Load the description with fastokens, and compare the ids of the test texts."""

@@ -145,6 +145,21 @@ def save_beside_collectives(rank: int, root: Path) -> list[float]:
     return sums
 
 
+def copied(rank: int, root: Path) -> list[str]:
+    """Return the names of the tensors that this rank copies of two that both ranks hold."""
+    with CheckpointStore(root) as store:
+        store.save_later(1, {"a": torch.ones(1000), "b": torch.ones(1000)})
+        store.wait()
+        return sorted(index.fqn for index in store._staging._buffers)
+
+
+def test_replicas_copy_a_tensor_once_before_a_save_in_the_background(tmp_path):
+    """Each rank that copied all would need the memory of the whole state."""
+    first, second = run_ranks(2, copied, tmp_path)
+    assert sorted(first + second) == ["a", "b"]
+    assert len(first) == 1
+
+
 def test_ranks_save_while_they_train(tmp_path):
     assert run_ranks(2, save_beside_collectives, tmp_path) == [[1.0] * 5] * 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_fastokens_is_loaded_in_the_thread_that_encodes(tokenizer: str) -> None:
     threads = threading.active_count()
     assert fast(tokenizer)(["north " * LOAD_AFTER]) is not None
     assert threading.active_count() == threads
+
+
+def test_no_other_thread_loads_fastokens_unless_it_is_required(tokenizer: str) -> None:
+    made, required = fast(tokenizer), fast(tokenizer, required=True)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(made, ["north " * LOAD_AFTER]).result() is None
+        assert other.submit(required, ["north"]).result() is not None
+    assert made(["north"]) is not None
+
+
+def test_a_required_fastokens_can_be_loaded_before_the_first_text(tokenizer: str) -> None:
+    made, required = fast(tokenizer), fast(tokenizer, required=True)
+    for one in (made, required):
+        one.load_if_required()
+    assert (made._encode is None, required._encode is None) == (True, False)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["before loading", "after loading"])

@@ -341,8 +341,7 @@ def test_memory_decides_weights_and_recomputation_in_a_fixed_order(
 
 
 def assert_shown(output: str, gpus: int) -> None:
-    replicas = f", {gpus // 2} replicas" if gpus > 2 else ""
-    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2{replicas})" in output
+    assert f"runs/run: 51,360 parameters on {gpus} GPUs (dp {gpus // 2} x tp 2)" in output
     for part in ("weights", "optimizer", "gradients", "working weights", "activations", "head", "total"):
         assert part in output
     assert f"{math.ceil(8 / gpus)} on each data-parallel rank" in output
@@ -396,6 +395,36 @@ def test_all_weights_and_else_gathered_weights_are_kept_where_they_fit_before_an
     assert _spread(with_memory_settings(sharded, LLAMA_8B, 2, 100 * GIB)) == (1, False)
 
 
+@pytest.mark.parametrize(
+    ("tables", "gpus", "before", "size", "replicas"),
+    [
+        ({}, 2, None, 90, 2),
+        ({}, 2, 1, 90, 1),  # a checkpoint of sharded weights
+        ({}, 2, 2, 80, 1),  # a checkpoint of replicas, on GPUs that have no room for them
+        ({}, 4, None, 200, 1),
+        ({}, 4, 4, 200, 4),
+        ({"run": {"weights_dtype": "float32"}}, 2, None, 200, 1),
+        ({"parallel": {"reduce_gradients": "pack"}}, 2, None, 200, 1),
+        ({"parallel": {"tp": 2}}, 4, None, 200, 1),
+        ({"lora": {}}, 4, None, 90, 4),
+        ({"lora": {}}, 8, None, 40, 1),
+        ({"parallel": {"replicas": 2}}, 4, None, 40, 2),
+    ],
+)
+def test_replicas_are_chosen_where_they_are_faster_and_fit(
+    tables: dict[str, Any], gpus: int, before: int | None, size: int, replicas: int
+) -> None:
+    run = {"weights_dtype": "bfloat16"} | tables.get("run", {})
+    parallel = {"tp": 1, "replicas": "auto"} | tables.get("parallel", {})
+    data = {"capacity": 8192, "global_batch": gpus}
+    given = config(**tables | {"run": run, "parallel": parallel, "data": data})
+    if "lora" in tables:
+        model = msgspec.structs.replace(given.model, init_from="nowhere", shape=None)
+        given = msgspec.structs.replace(given, model=model, lora=LoraConfig())
+    found = with_memory_settings(given, LLAMA_8B, gpus, size * GIB, replicas=before)
+    assert found.parallel.replicas == replicas
+
+
 def _spread(config: TrainConfig) -> tuple[int | str, bool | str]:
     return config.parallel.replicas, config.parallel.reshard_after_forward
 
@@ -425,6 +454,8 @@ def test_an_invalid_number_of_gpus_is_refused(flag: str, capsys: pytest.CaptureF
 def test_an_estimate_of_a_run_that_cannot_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tp = 8 does not divide the 12 processes"):
         estimate(config(), LLAMA_70B, 12)
+    with pytest.raises(ValueError, match="tp = 2 does not divide the 5 processes of this run; start a multiple of 2"):
+        estimate(config(parallel={"tp": 2, "replicas": "auto"}), LLAMA_70B, 5)
     with pytest.raises(ValueError, match="tp 16 does not divide num_key_value_heads 8"):
         estimate(config(parallel={"tp": 16}), LLAMA_70B, 32)
     with pytest.raises(ValueError, match="streams = 64 is too low for 128 shards, which need a stream each"):
@@ -454,6 +485,15 @@ def test_out_of_memory_names_the_changes_with_the_memory_of_the_plan() -> None:
         assert needed < total
         assert f"{text} ({needed / GIB:.1f} GiB)" in line
     assert f"64 GPUs ({sum(memory(before, SHORT, 64).values()) / GIB:.1f} GiB)" in line
+
+
+def test_out_of_memory_of_replicas_names_sharded_weights_first_and_no_more_gpus() -> None:
+    tables = {"run": {"recompute": "none", "weights_dtype": "bfloat16"}, "data": {"global_batch": 4}}
+    before = config(**tables, parallel={"tp": 1, "replicas": 2})
+    needed = sum(memory(config(**tables, parallel={"tp": 1}), LLAMA_8B, 2).values()) / GIB
+    line = out_of_memory(before, LLAMA_8B, 2)
+    assert f"; use parallel.replicas = 1 ({needed:.1f} GiB), or run.recompute" in line
+    assert "GPUs" not in line
 
 
 def test_out_of_memory_names_no_change_that_saves_nothing() -> None:

@@ -41,20 +41,21 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     replicas: int | Literal["auto"] = "auto"
     """Groups of ranks that each hold a complete model, sharded within the group. Weights are
     gathered within a group; only gradients are exchanged between groups. 1 shards one model over
-    all ranks; the data-parallel size shards nothing: fastest, with the most memory. With several
-    nodes and a slow network, one group per node, or per few nodes. `tp` x `replicas` divides the
-    number of ranks. "auto" is the data-parallel size on GPUs whose memory this fits, before any
-    activation is recomputed, and 1 elsewhere; on a resume with as many ranks that of the
-    checkpoint."""
+    all ranks; the data-parallel size shards nothing, and needs the most memory. With several nodes
+    and a slow network, use one group per node, or per few nodes. `tp` x `replicas` divides the
+    number of ranks. "auto" is the data-parallel size on GPUs with room for it, if `tp` is 1, under
+    `[lora]` and for two ranks of bfloat16 weights, and 1 elsewhere; a resume on as many ranks keeps
+    the number of its checkpoint."""
     reshard_after_forward: bool | Literal["auto"] = "auto"
     """Free each layer's gathered weights after its forward pass, and gather them again for the
     backward pass. False keeps the gathered weights until the step's last backward pass: more
     memory, less traffic. "auto" is false on GPUs whose memory this fits, before any activation is
-    recomputed, and true elsewhere. Changes no bit of the result."""
+    recomputed, and true elsewhere. Changes no bit of the result; without effect if nothing is
+    sharded."""
     reduce_gradients: Literal["step", "pack"] = "step"
     """Time of the gradients' reduction over ranks: once per "step" (each rank keeps unsharded
     float32 gradients until then), or after each "pack" (each rank keeps its shard only: less
-    memory, more traffic)."""
+    memory, more traffic). Without effect if nothing is sharded."""
 
     timeout: str = "30m"
     """Longest wait for other ranks, such as "30m" or "90s"; then the run ends with a line that

@@ -31,6 +31,11 @@ def start_compiler() -> None:
     maybe_warm_pool()
 
 
+def import_compiler() -> None:
+    """Import the compiler, which takes a second, before `prepare_blocks` needs it."""
+    import torch._inductor.compile_fx  # noqa: F401
+
+
 def prepare_blocks(
     model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None, float8: bool = False
 ) -> None:

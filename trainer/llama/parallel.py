@@ -50,8 +50,8 @@ def build(
 ) -> Llama:
     """Return a Llama on `device`, spread by `parallelize`, with weights not yet set.
 
-    The model is made without memory and allocated after the split: no rank ever holds the full
-    model. Parameters are stored in `weights_dtype`; with `lora` only frozen parameters are, and
+    The model is made without memory and allocated after the split: no rank ever holds more than its
+    part. Parameters are stored in `weights_dtype`; with `lora` only frozen parameters are, and
     trained parameters in float32. Raises ValueError as `parallelize` does.
     """
     with torch.device("meta"):

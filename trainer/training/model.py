@@ -14,7 +14,7 @@ from sftstream import count_token_ids, differences, identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
 from trainer.llama.attention import Kernel
-from trainer.llama.blocks import prepare_blocks
+from trainer.llama.blocks import import_compiler, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import find_model, read_config
 from trainer.llama.init import init_adapters, init_weights
@@ -118,7 +118,7 @@ def _resized(shape: LlamaConfig, directory: Path, tokens: int) -> ModelSource:
 def build_model(
     config: TrainConfig, source: ModelSource, topology: Topology, kernel: Kernel, *, initialize: bool
 ) -> Llama:
-    """Build the model of a run whose choices are made, sharded over all ranks. Collective.
+    """Build the model of a run whose choices are made, spread over all ranks. Collective.
 
     `initialize` fills the weights from `source` or at random; False leaves the trained weights for
     a checkpoint to fill. Frozen weights always come from `source`.
@@ -136,22 +136,20 @@ def build_model(
     )
     assert config.run.recompute != "auto"
     assert config.run.compile != "auto"
-    # The weights are read beside the imports of the compiler, each a second for a model of 1B.
-    with ThreadPoolExecutor(1, "weights") as beside:
-        loading = None
+    with ThreadPoolExecutor(1, "compiler") as beside:
+        if config.run.compile:
+            beside.submit(import_compiler)
         if source.init_from and (initialize or config.lora):
-            loading = beside.submit(load_weights, model, source.init_from, source.rows_before)
-        prepare_blocks(
-            model,
-            recompute=config.run.recompute,
-            compiled=config.run.compile,
-            kernel=kernel,
-            float8=config.run.float8,
-        )
-        if loading is not None:
-            loading.result()
-    if initialize:
-        _initialize(model, source, config.run.seed)
+            load_weights(model, source.init_from, source.rows_before)
+        if initialize:
+            _initialize(model, source, config.run.seed)
+    prepare_blocks(
+        model,
+        recompute=config.run.recompute,
+        compiled=config.run.compile,
+        kernel=kernel,
+        float8=config.run.float8,
+    )
     return model
 
 

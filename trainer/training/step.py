@@ -99,7 +99,8 @@ def heaviest_first(packs: list[Pack]) -> list[int]:
 
 
 def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int) -> Tensor:
-    """Add the packs' gradients to the parameters; return the mean loss. Collective.
+    """Give the parameters, which have no gradients, those of the packs; return the mean loss.
+    Collective.
 
     The loss is a float32 scalar, equal on every rank.
     """
@@ -109,7 +110,8 @@ def accumulate_gradients(model: Llama, packs: list[Pack], topology: Topology, tr
 def _backward(
     model: Llama, packs: list[Pack], topology: Topology, trained_tokens: int, z_loss: float = 0.0
 ) -> list[Tensor]:
-    """Add the packs' gradients to the parameters; return the part of each pack in the loss.
+    """Give the parameters, which have no gradients, those of the packs; return the part of each
+    pack in the loss.
 
     A part is fp32 `(1,)`, or with the part in the z-loss `(2,)`.
     """
