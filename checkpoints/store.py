@@ -179,7 +179,7 @@ class CheckpointStore:
     def save_later(
         self, step: int, state: dict[str, Any], values: Mapping[str, Any] = {}, about: About | None = None
     ) -> None:
-        """Copy the arguments of `save` to host memory and return; a thread then saves the copy.
+        """Copy this rank's part of a step to host memory and return; a thread then saves the copy.
 
         Only a single save is under way at a time: the next save, like every collective method,
         waits for the end. The first collective method afterwards raises the error of the save, if

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -149,11 +151,9 @@ def prepare_run(
     complete = restored.progress.is_complete(config.run.steps, config.patience)
     if data.loader and not complete:
         data.loader.start()  # before the forecast's thread, whose locks a fork would copy
-    with ThreadPoolExecutor(1, "forecast") as beside:
-        forecast = beside.submit(data.loader.forecast) if topology.first and data.loader else None
+    with _foreseen(data.loader if topology.first else None) as forecast:
         if config.run.compile and not complete:  # after the data, whose errors need not wait for it
-            display.say(compile_line(config))
-            _compile(config, source, model, topology, evaluates=bool(validation or evaluator.during))
+            _compile(config, source, model, topology, display, evaluates=bool(validation or evaluator.during))
     description = RunDescription(
         restored.settings,
         topology,
@@ -170,7 +170,7 @@ def prepare_run(
         model=model,
         optimizer=optimizer,
         data=data,
-        forecast=None if forecast is None else forecast.result(),
+        forecast=forecast.result() if forecast else None,
         validation=validation,
         evaluator=evaluator,
         description=description,
@@ -209,12 +209,22 @@ def _require_replaceable_exports(config: TrainConfig) -> None:
     require_replaceable(config.run.adapter_directory)
 
 
-def _compile(config: TrainConfig, source: ModelSource, model: Llama, topology: Topology, *, evaluates: bool) -> None:
+@contextmanager
+def _foreseen(loader: PackLoader | None) -> Iterator[Future[Forecast] | None]:
+    """Estimate the packs of the run in a thread beside the `with` block; None without a loader."""
+    with ThreadPoolExecutor(1, "forecast") as beside:
+        yield beside.submit(loader.forecast) if loader else None
+
+
+def _compile(
+    config: TrainConfig, source: ModelSource, model: Llama, topology: Topology, display: Display, *, evaluates: bool
+) -> None:
     """Compile the layers. Collective.
 
     `evaluates` compiles them for validation and answers too. An error for lack of memory names the
     settings to change.
     """
+    display.say(compile_line(config))
     with explained(config, source.shape, topology.device):
         warm_up(model, config.data.capacity, topology, evaluates=evaluates)
 

@@ -15,6 +15,7 @@ import pytest
 import runs
 import torch
 import torch.distributed as dist
+from _pytest.mark import ParameterSet
 from gloo_ranks import processes as server
 from gloo_ranks import run_ranks
 from replica_sums import DTYPES, assert_exact, summed
@@ -41,26 +42,24 @@ ABORTED = re.compile("Traceback|terminate called|Watchdog caught|core dumped")
 """Words of an end that is not the run's own."""
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="torch sees no two GPUs here")]
-each_topology = pytest.mark.parametrize(
-    ("dp", "tp"),
-    [
-        pytest.param(dp, tp, marks=pytest.mark.skipif(dp * tp > GPUS, reason=f"torch sees no {dp * tp} GPUs here"))
-        for dp, tp in TOPOLOGIES
-    ],
+
+
+def on_enough_gpus(dp: int, tp: int, *more: int) -> ParameterSet:
+    enough = pytest.mark.skipif(dp * tp > GPUS, reason=f"torch sees no {dp * tp} GPUs here")
+    return pytest.param(dp, tp, *more, marks=enough)
+
+
+@pytest.mark.parametrize(
+    ("dp", "tp", "replicas"),
+    [on_enough_gpus(dp, tp, replicas) for dp, tp in TOPOLOGIES for replicas in sorted({1, dp})],
 )
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-@each_topology
-def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, sharded: bool, tmp_path: Path, tokenizer: str) -> None:
-    if dp == 1 and sharded:
-        pytest.skip("one data-parallel rank has nothing to shard")
+def test_kills_leave_no_trace_on_several_gpus(dp: int, tp: int, replicas: int, tmp_path: Path, tokenizer: str) -> None:
     config = run_config(
         tokenizer,
         runs.sources(tmp_path),
         run={"device": "cuda", "steps": 16},
         data={"workers": 1},
-        parallel={"tp": tp, **({"replicas": 1} if sharded else {})},
+        parallel={"tp": tp, "replicas": replicas},
         model=_model(),
     )
     compare(tmp_path, config, processes=dp * tp, draw=random.Random(dp), kills=2)
@@ -76,7 +75,7 @@ def test_other_numbers_of_gpus_take_the_same_global_batches(tmp_path: Path, toke
     hopping.mkdir()
     runs.run(straight, config)
     for number, (dp, tp) in enumerate(hops, 1):
-        parallel = {"tp": tp, **({"replicas": 1} if number % 2 else {})}  # sharded and not, in turn
+        parallel = {"tp": tp, "replicas": 1 if number % 2 else dp}  # sharded and not, in turn
         tables = config | {"run": config["run"] | {"steps": 2 * number}, "parallel": parallel}
         runs.run(hopping, tables, processes=dp * tp)
     assert runs.digests(hopping) == runs.digests(straight)
@@ -95,7 +94,7 @@ def test_sums_over_replicas_on_gpus_are_float32_sums_rounded_once(given: torch.d
     assert_exact(run_ranks(GPUS, _summed, given, wanted), given, wanted)
 
 
-@each_topology
+@pytest.mark.parametrize(("dp", "tp"), [on_enough_gpus(*topology) for topology in TOPOLOGIES])
 def test_a_model_on_several_gpus_equals_transformers(dp: int, tp: int, tmp_path: Path) -> None:
     public_llama(**WEIGHTS).save_pretrained(tmp_path)
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(dp * tp)]
