@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from checkpoints.errors import CorruptCheckpoint
+from checkpoints.errors import CorruptCheckpoint, one_line
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -191,7 +191,7 @@ def decode(data: bytes) -> Manifest:
     try:
         sealed = msgspec.json.decode(data, type=_Sealed)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"not a manifest: {error}") from error
+        raise CorruptCheckpoint(f"not a manifest: {one_line(error)}") from error
     # Only the output of the encoder is accepted: decoders would resolve duplicate keys silently.
     if encode(sealed.manifest) != data:
         raise CorruptCheckpoint("the manifest does not match its own SHA-256")

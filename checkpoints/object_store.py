@@ -25,7 +25,7 @@ import fsspec
 
 from checkpoints.commit import Checked, Marker, Readable, require_marker
 from checkpoints.digest import BLOCK, digesting
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, one_line
 from checkpoints.local_store import LocalStore, check_manifest, require_growth, require_short, step_of
 from checkpoints.manifest import MANIFEST, About, File, Manifest, Part, encode, merge
 
@@ -112,7 +112,7 @@ class ObjectStore:
             self._filesystem, self._prefix = fsspec.url_to_fs(self.root)
         except (ValueError, ImportError) as error:  # an unknown scheme, or a scheme whose library is not installed
             raise CheckpointError(
-                f"the root {root!r} of checkpoints cannot be opened: {error}; correct the URL, or install the library"
+                f"the root {root!r} of checkpoints cannot be opened: {one_line(error)}; correct the URL, or install the library"
             ) from error
         self._committed: set[int] | None = None
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from checkpoints.errors import CheckpointError, LostRank
+from checkpoints.errors import CheckpointError, LostRank, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,7 +52,7 @@ class Ranks:
             self._failures(task, error)
             raise
         except Exception as error:
-            failure = CheckpointError(f"{task} failed on rank {self.rank}: {type(error).__name__}: {error}")
+            failure = CheckpointError(f"{task} failed on rank {self.rank}: {type(error).__name__}: {one_line(error)}")
             self._failures(task, failure)
             raise failure from error
         for failure in self._failures(task, None):

@@ -9,7 +9,7 @@ import msgspec
 
 from checkpoints.commit import StepFiles
 from checkpoints.digest import digesting
-from checkpoints.errors import CorruptCheckpoint
+from checkpoints.errors import CorruptCheckpoint, one_line
 from checkpoints.manifest import Manifest, Span
 
 MOST_LEVELS = 100
@@ -40,7 +40,7 @@ def decode_value(key: str, data: bytes) -> Any:
         _require_plain(key, value)  # MessagePack also has dates and extensions.
         return value
     except (msgspec.MsgspecError, ValueError, RecursionError, TypeError) as error:
-        raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {error}") from error
+        raise CorruptCheckpoint(f"the value of {key!r} cannot be read: {one_line(error)}") from error
 
 
 def read_step_values(step_files: StepFiles, manifest: Manifest, spans: Mapping[str, Span]) -> dict[str, Any]:

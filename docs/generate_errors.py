@@ -168,7 +168,8 @@ def _name(node: ast.expr) -> str:
         case ast.Call(func=ast.Attribute(value=ast.Constant()), args=[inner]):  # a text joined
             return _name(inner)
         case ast.Call(
-            func=ast.Name(id="excerpt" | "str" | "repr" | "list" | "sorted" | "len" | "map"), args=[*_, inner]
+            func=ast.Name(id="excerpt" | "one_line" | "_reason" | "str" | "repr" | "list" | "sorted" | "len" | "map"),
+            args=[*_, inner],
         ):
             return _name(inner)
         case ast.JoinedStr():

@@ -21,7 +21,7 @@ from msgspec import UNSET, UnsetType
 from sftstream.door import Door
 from sftstream.earlier_formats import in_present_format
 from sftstream.encoded_stream import WAITING, EncodedStream, encode_stream, with_texts
-from sftstream.excerpt import excerpt
+from sftstream.excerpt import excerpt, one_line
 from sftstream.identity import Identity, differences
 from sftstream.records import Amount, Ref, Refusal, Segment
 from sftstream.sources import Bookmark
@@ -247,7 +247,7 @@ class DataState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return msgspec.convert(in_present_format(content), cls, str_keys=True)
         except msgspec.ValidationError as error:
             raise ValueError(
-                f"this is not a data state of this version: {error}; give a state that this version saved"
+                f"this is not a data state of this version: {one_line(error)}; give a state that this version saved"
             ) from None
 
     def state_dict(self) -> dict[str, Any]:

@@ -67,6 +67,29 @@ def test_no_error_of_any_type_is_suppressed(package: str) -> None:
                 assert not names & {"Exception", "BaseException"}, path
 
 
+OWN = {"ValueError", "RuntimeError", "IndexError", "Refused", "BrokenRow", "CheckpointError", "CorruptCheckpoint"}
+OWN |= {"LostRank", "TrackerDown"}
+"""Types of errors whose messages these packages write; `Refused` is caught together with IndexError."""
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_the_message_of_a_library_enters_another_message_as_one_printable_line(package: str) -> None:
+    raw = [
+        f"{path}:{part.lineno}"
+        for path in files(package).values()
+        for handler in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(handler, ast.ExceptHandler) and handler.name and caught(handler) - OWN
+        for part in ast.walk(handler)
+        if isinstance(part, ast.FormattedValue) and part.conversion == -1 and ast.unparse(part.value) == handler.name
+    ]
+    assert not raw
+
+
+def caught(handler: ast.ExceptHandler) -> set[str]:
+    types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {ast.unparse(kind) for kind in types if kind}
+
+
 class PanicException(BaseException):
     """A panic of a Rust library, by the name and base class of pyo3."""
 

@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from safetensors import SafetensorError, safe_open
 
 from checkpoints.digest import file_digest
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, one_line
 from checkpoints.manifest import Count, Digest
 from checkpoints.model.directory import write_model
 from checkpoints.tensor_file import DTYPES, TensorSpec
@@ -122,7 +122,9 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}; restore the model") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file: {one_line(error)}; restore the model"
+        ) from error
 
 
 def _spec(name: str, tensor: BaseTensor, merged: Merged, opened: dict[str, Any]) -> TensorSpec:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from checkpoints.errors import CorruptCheckpoint, printable
+from checkpoints.errors import CorruptCheckpoint, one_line, printable
 from checkpoints.manifest import Manifest
 
 ORIGIN = "origin"
@@ -40,7 +40,7 @@ def parse_origin(value: Any) -> Origin:
     try:
         return msgspec.convert(value, Origin)
     except msgspec.ValidationError as error:
-        raise CorruptCheckpoint(f"the value {ORIGIN!r} is not the origin of a step: {error}") from error
+        raise CorruptCheckpoint(f"the value {ORIGIN!r} is not the origin of a step: {one_line(error)}") from error
 
 
 def hub_name(model: str | None) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from checkpoints.commit import Marker, StepFiles
-from checkpoints.errors import CheckpointError, CorruptCheckpoint
+from checkpoints.errors import CheckpointError, CorruptCheckpoint, one_line
 from checkpoints.manifest import Manifest
 from checkpoints.model.base import Element, Merged, Rows, export_merged
 from checkpoints.model.directory import write_model
@@ -71,7 +71,7 @@ def parse_recipe(value: Any) -> Recipe:
     try:
         return msgspec.convert(value, Recipe)
     except msgspec.ValidationError as error:
-        raise CorruptCheckpoint(f"the value {RECIPE!r} is not a recipe of an export: {error}") from error
+        raise CorruptCheckpoint(f"the value {RECIPE!r} is not a recipe of an export: {one_line(error)}") from error
 
 
 def export(

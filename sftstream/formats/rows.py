@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from sftstream.config import RowSettings
+from sftstream.excerpt import one_line
 from sftstream.formats.exclusions import require_wanted
 from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
@@ -107,7 +108,7 @@ def decode_row(row: RawRow) -> Any:
     except UNDECODABLE as error:
         if (columns := _readable_columns(row)) is not None:
             return columns
-        raise BrokenRow(f"is not JSON: {error}") from None
+        raise BrokenRow(f"is not JSON: {one_line(error)}") from None
 
 
 def require_small(row: RawRow, fields: Row, settings: RowSettings) -> None:
@@ -171,7 +172,7 @@ def _readable(value: Any) -> Any:
         return msgspec.json.decode(json.dumps(value))
     except UNDECODABLE as error:
         reasons = (reason for scalar in _scalars(value) if (reason := _reason(scalar)))
-        return Unreadable(next(reasons, f"is not JSON: {error}"))
+        return Unreadable(next(reasons, f"is not JSON: {one_line(error)}"))
 
 
 def _scalars(value: Any) -> Iterator[Any]:

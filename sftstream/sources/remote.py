@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sftstream.cache import cached
 from sftstream.door import Door
+from sftstream.excerpt import one_line
 from sftstream.sources.location import FileLocation, LocalLocation, any_case
 from sftstream.sources.rows import FileIdentity, derived
 from sftstream.sources.stored import Stored, stored
@@ -137,7 +138,7 @@ class RemoteLocation:
             return self.change_marker()
         except connection_errors() as error:
             raise ValueError(
-                f"{self.display_name} cannot be fetched: {error}; check the address and the network, and start again"
+                f"{self.display_name} cannot be fetched: {one_line(error)}; check the address and the network, and start again"
             ) from None
 
     @property
@@ -159,7 +160,7 @@ class RemoteLocation:
                     yield block
         except connection_errors() as error:
             raise ValueError(
-                f"{self.display_name} cannot be fetched: {error}; check the address and the network, and start again"
+                f"{self.display_name} cannot be fetched: {one_line(error)}; check the address and the network, and start again"
             ) from None
         if size is not None and arrived != size:
             raise ValueError(

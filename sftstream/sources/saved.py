@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from sftstream.excerpt import one_line
 from sftstream.sources.location import FileLocation
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def _read(file: FileLocation, kind: type[T]) -> T:
         return msgspec.json.decode(stored.path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
         raise ValueError(
-            f"{file.display_name} is damaged or was not written by save_to_disk: {error}; write the dataset again"
+            f"{file.display_name} is damaged or was not written by save_to_disk: {one_line(error)}; write the dataset again"
         ) from None
 
 

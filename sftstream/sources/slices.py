@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
+from sftstream.excerpt import one_line
 from sftstream.records import RawRow
 from sftstream.sources.kinds import open_file
 from sftstream.sources.location import FileLocation
@@ -80,7 +81,7 @@ def open_slices(directory: FileLocation, split: str) -> list[RowFile]:
         parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     except (AssertionError, ValueError) as error:
         raise ValueError(
-            f"source {directory.display_name!r} has no rows of split = {split!r}: {' '.join(str(error).split())}; "
+            f"source {directory.display_name!r} has no rows of split = {split!r}: {one_line(error)}; "
             'write "train[:10%]", "train[5:10]" or "train+test"'
         ) from None
     cuts = [cut for part in parts for cut in _cut(files[part.splitname], part.from_ or 0, part.to)]

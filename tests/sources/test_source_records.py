@@ -102,7 +102,7 @@ def test_the_line_of_an_open_quote_is_named_wherever_it_opens(
 @pytest.mark.parametrize("suffix", PACKED)
 def test_rows_between_two_open_quotes_are_an_error_and_not_one_row(tmp_path: Path, suffix: str, read: Read) -> None:
     path = written(tmp_path, five_thousand(7, 4000), suffix)
-    delimiter = "\t" if suffix == ".tsv" else ","
+    delimiter = "\\t" if suffix == ".tsv" else ","  # escaped, as all of a message is printable
     assert refusal(path, read) == (
         f"{path}:9 begins a record of several lines that is not CSV: '{delimiter}' expected after '\"'; remove or close the "
         "quote that joins the lines, or correct the record"

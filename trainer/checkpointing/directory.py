@@ -16,7 +16,7 @@ import msgspec
 import torch.distributed as dist
 
 from checkpoints import CheckpointError, Lock
-from sftstream import UNDECODABLE, require_files
+from sftstream import UNDECODABLE, one_line, require_files
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
 from trainer.llama.lora.files import CONFIG as ADAPTER
@@ -105,7 +105,9 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except UNDECODABLE as error:
-            raise CheckpointError(f"{path} was not written by a run: {error}; move {self.path} away") from error
+            raise CheckpointError(
+                f"{path} was not written by a run: {one_line(error)}; move {self.path} away"
+            ) from error
 
 
 @contextmanager

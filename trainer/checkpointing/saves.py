@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 from checkpoints import CheckpointError, CheckpointStore, CorruptCheckpoint, LostRank
+from sftstream import one_line
 from trainer.checkpointing.snapshot import Snapshot
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
@@ -85,5 +86,5 @@ def _sync(log: RunLog) -> None:
         log.sync()
     except OSError as error:
         raise CheckpointError(
-            f"the metrics of the steps before this checkpoint cannot be written: {error}; free the disk"
+            f"the metrics of the steps before this checkpoint cannot be written: {one_line(error)}; free the disk"
         ) from error

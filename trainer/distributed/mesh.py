@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from checkpoints import CheckpointError, LostRank
-from sftstream import Shard
+from sftstream import Shard, one_line
 from trainer.duration import parse_duration
 
 
@@ -259,7 +259,7 @@ def on_first_rank(work: Callable[[], None]) -> None:
         try:
             work()
         except (CheckpointError, OSError) as error:
-            failure = [str(error)]
+            failure = [one_line(error)]
     dist.broadcast_object_list(failure)
     if failure[0]:
         raise CheckpointError(failure[0])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints import MODEL_FILE_BYTES, TensorSpec, merge, write_model
-from sftstream import UNDECODABLE, SavedTokenizer
+from sftstream import UNDECODABLE, SavedTokenizer, one_line
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath, write_config
 from trainer.llama.lora.files import CONFIG, PREFIX, STEM, trained_layout, write_adapter_config
@@ -189,7 +189,7 @@ def _read_generation(path: Path) -> dict[str, Any]:
         keys = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         msgspec.convert(keys.get("eos_token_id"), int | list[int] | None)
     except UNDECODABLE as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return keys
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 
-from sftstream import require_files
+from sftstream import one_line, require_files
 from trainer.llama.config import LlamaConfig
 
 StrPath = str | os.PathLike[str]
@@ -89,7 +89,7 @@ def read_config(directory: StrPath) -> LlamaConfig:
         return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
         # Some are raised by transformers, for values of other types or ranges than expected.
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     except KeyError as error:
         # Raised by transformers if keys of the rope settings are missing.
         raise ValueError(f"{path}: {error.args[0]}") from error

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sftstream import UNDECODABLE
+from sftstream import UNDECODABLE, one_line
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
 from trainer.llama.lora.nf4 import Nf4Weight, quantize, quantized
@@ -199,7 +199,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except UNDECODABLE as error:
-        raise ValueError(f"{index}: {error}") from error
+        raise ValueError(f"{index}: {one_line(error)}") from error
 
 
 def opened_file(path: Path) -> Any:
@@ -212,7 +212,7 @@ def opened_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}; fetch it again") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {one_line(error)}; fetch it again") from error
 
 
 def _check_tensors(model: Llama, tensors: Mapping[str, Any], directory: Path, vocabulary: int) -> None:

@@ -318,7 +318,7 @@ def _reopen(path: Path, step: int) -> BufferedRandom:
                 break
         except UNDECODABLE as error:
             raise ValueError(
-                f"{path}:{number} was not written by a run: {error}; remove the line, or move the file away"
+                f"{path}:{number} was not written by a run: {one_line(error)}; remove the line, or move the file away"
             ) from error
         end += len(line)
     file.truncate(end)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from sftstream import one_line
 from trainer.track.config import TrackerConfig
 from trainer.whole_file import DAMAGED
 
@@ -42,7 +43,7 @@ def read_cursor(path: Path, token: str) -> Cursor:
         return Cursor(token=token)
     except DAMAGED as error:
         raise ValueError(
-            f"{path} was not written by a run: {error}; delete the file, and the steps are sent again from the first"
+            f"{path} was not written by a run: {one_line(error)}; delete the file, and the steps are sent again from the first"
         ) from error
     return cursor if cursor.token == token else Cursor(token=token)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from sftstream import Door
+from sftstream import Door, one_line
 from trainer.report.read import require_run
 from trainer.reporting.events import COMPLETE, EVENTS, Ended, Event
 from trainer.track.config import TrackerConfig
@@ -108,7 +108,7 @@ def read_about(run: Path) -> About:
         ) from None
     except DAMAGED as error:
         raise ValueError(
-            f"{run / ABOUT} was not written by a run: {error}; start the run's command again, which writes it"
+            f"{run / ABOUT} was not written by a run: {one_line(error)}; start the run's command again, which writes it"
         ) from error
 
 

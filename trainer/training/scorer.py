@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 
-from sftstream import Door
+from sftstream import Door, one_line
 
 Scorer = Callable[[str, str, str], float]
 """Function of prompt, expected answer and given answer, to a score; more is better."""
@@ -34,8 +34,8 @@ def load_scorer(name: str) -> Scorer:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"evaluation.scorer = {name!r} is not found: {error}; name a function as module:function, of a module that is "
-            "installed or lies in a directory of PYTHONPATH"
+            f"evaluation.scorer = {name!r} is not found: {one_line(error)}; name a function as module:function, of a module "
+            "that is installed or lies in a directory of PYTHONPATH"
         ) from error
     if not callable(found):
         raise ValueError(f"evaluation.scorer = {name!r} is no function; name a function as module:function")

@@ -16,6 +16,7 @@ import pyarrow.ipc
 
 from sftstream.cache import cached
 from sftstream.door import Door
+from sftstream.excerpt import one_line
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
 from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, Text, derived
 from sftstream.sources.stored import Stored, copy_of
@@ -60,7 +61,7 @@ class Batches:
             try:
                 _validate_batch(batch)
             except pa.ArrowInvalid as error:
-                raise BrokenRow(f"is in a damaged record batch: {error}") from None
+                raise BrokenRow(f"is in a damaged record batch: {one_line(error)}") from None
             self._valid.add(index)
         row += batch.num_rows - self._ends[index]
         values = {}
@@ -69,7 +70,7 @@ class Batches:
                 if (value := column[row].as_py()) is not None:
                     values[name] = decode(value)
             except _UNHOLDABLE as error:
-                values[name] = Unreadable(" ".join(str(error).split()))
+                values[name] = Unreadable(one_line(error))
         return values
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from sftstream.cache import cached
+from sftstream.excerpt import one_line
 from sftstream.sources.file_formats.zstd_frames import Frames
 from sftstream.sources.rows import Place, Text, derived
 from sftstream.sources.skipping import skip_bytes
@@ -112,4 +113,4 @@ def _blocks(packed: Stored, codec: str) -> Iterator[bytes]:
                 yield block
             packed.require_unchanged(file)
     except DAMAGED as error:
-        raise ValueError(f"{packed.display_name} cannot be unpacked: {error}; restore the file") from None
+        raise ValueError(f"{packed.display_name} cannot be unpacked: {one_line(error)}; restore the file") from None

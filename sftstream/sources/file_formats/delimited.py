@@ -106,7 +106,7 @@ class _Records:
                     return
                 mistake = _miscounted(cells, self.columns)
             except csv.Error as error:
-                mistake = f"is not CSV: {error}"
+                mistake = f"is not CSV: {_reason(error)}"
             record = b"".join(self._lines)
             self.begin, self.end = self.end, _Border(self.end.offset + len(record), self.end.line + len(self._lines))
             self._lines.clear()
@@ -176,7 +176,7 @@ def _header(text: bytes, delimiter: str, display_name: str) -> list[str]:
         if b"\r" in text.strip(b"\r\n"):
             refuse_carriage_returns(display_name)
         raise ValueError(
-            f"{display_name} has no readable header: {error}; write column names into the first line"
+            f"{display_name} has no readable header: {_reason(error)}; write column names into the first line"
         ) from None
     if "" in columns[1:] or len(set(columns)) < len(columns):
         raise ValueError(f"{display_name} has the header {columns}; give each column a name of its own")
@@ -191,10 +191,15 @@ def _record(text: bytes, delimiter: str, columns: list[str]) -> dict[str, str]:
     try:
         cells = _cells(text, delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BrokenRow(f"is not CSV: {error}") from None
+        raise BrokenRow(f"is not CSV: {_reason(error)}") from None
     if mistake := _miscounted(cells, columns):
         raise BrokenRow(mistake)
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell and column}
+
+
+def _reason(error: csv.Error | UnicodeDecodeError) -> str:
+    """Return the message of an error as a printable line; `csv` quotes a tab as itself."""
+    return str(error).replace("\t", "\\t")
 
 
 def _miscounted(cells: list[str], columns: list[str]) -> str:

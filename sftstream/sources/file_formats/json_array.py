@@ -11,6 +11,7 @@ from io import FileIO
 import msgspec
 import numpy as np
 
+from sftstream.excerpt import one_line
 from sftstream.records import UNDECODABLE
 from sftstream.sources.row_index import IndexedFile, Integers
 from sftstream.sources.rows import BOM, RowsFrom, Text, after_bom
@@ -73,7 +74,7 @@ def _elements(content: bytes | memoryview, display_name: str) -> list[Element]:
         if (elements := _lenient_elements(bytes(content))) is not None:
             return elements
         raise ValueError(
-            f"{display_name} is not a JSON array of conversations: {error}; restore the file, or write JSON lines"
+            f"{display_name} is not a JSON array of conversations: {one_line(error)}; restore the file, or write JSON lines"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from sftstream import UNDECODABLE
+from sftstream import UNDECODABLE, one_line
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import StrPath
 from trainer.llama.lora.layers import TARGETS, A, B, LoraConfig
@@ -175,7 +175,7 @@ def read_adapter_config(directory: StrPath) -> AdapterSource:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; restore the adapter") from error
     except (*UNDECODABLE, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return AdapterSource(lora, read.base_model_name_or_path)
 
 
