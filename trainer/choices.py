@@ -10,7 +10,7 @@ time, so that equal machines choose alike:
 | `run.weights_dtype`              | float32, or bfloat16 if float32 does not     | "float32" |
 |                                  | fit; under adapters that of the computation  |           |
 | `run.recompute`                  | the least that fits: none, selective, full   | "none"    |
-| `parallel.replicas`              | all data-parallel ranks, see `estimate.py`,  | 1         |
+| `parallel.replicas`              | all data-parallel ranks, see `_replicas`,    | 1         |
 |                                  | if this fits beside that recomputation       |           |
 | `parallel.reshard_after_forward` | false if the gathered weights fit beside     | true      |
 |                                  | that recomputation                           |           |
@@ -23,7 +23,8 @@ memory, weights that do not fit are sharded, and compiled layers recompute more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -32,11 +33,15 @@ from msgspec import UNSET
 
 from trainer.checkpointing.settings import Settings
 from trainer.config import RunConfig, TrainConfig
-from trainer.distributed.mesh import Topology, named_dtype
-from trainer.estimate import memory, stored_dtypes, with_memory_settings
+from trainer.distributed.mesh import Topology, check_ranks, named_dtype
 from trainer.llama.attention import Kernel, Shape, choose_kernel
+from trainer.llama.blocks import WAYS, Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.float8 import require_device, require_multiples
+from trainer.memory import GPU, memory
+
+FILLED = 0.95
+"""Share of a GPU's memory that a run may fill by the estimate."""
 
 
 class Choices(NamedTuple):
@@ -72,7 +77,7 @@ def choose(
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
     settings = msgspec.structs.replace(config.run, attention=kernel.name, compile=compiled)
     if size is None:
-        (dtype,) = stored_dtypes(config, topology.device)
+        (dtype,) = _stored_dtypes(config, topology.device)
         way = least if settings.recompute == "auto" else settings.recompute
         chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
         replicas = before or 1 if config.parallel.replicas == "auto" else config.parallel.replicas
@@ -84,6 +89,65 @@ def choose(
     planned = sum(memory(chosen, shape, gpus).values())
     message = _message(chosen, topology, passed, planned, size) + _change(chosen, saved)
     return Choices(chosen, kernel, message)
+
+
+def with_memory_settings(
+    config: TrainConfig,
+    shape: LlamaConfig,
+    gpus: int,
+    size: int,
+    least: Recompute = "none",
+    replicas: int | None = None,
+) -> TrainConfig:
+    """Return `config` with "auto" replaced in the settings that decide memory on a GPU.
+
+    Takes the first `run.weights_dtype`, `run.recompute`, `parallel.replicas` and
+    `parallel.reshard_after_forward` whose estimate fills at most `FILLED` of `size` bytes: float32
+    before bfloat16, for each less recomputation first, from `least` on, for each `_replicas` in
+    order, and for each gathered weights that are kept first. If none fits, takes the smallest.
+    `replicas` is the number of a checkpoint of as many ranks.
+
+    Raises ValueError as `memory` does.
+    """
+    run, parallel = config.run, config.parallel
+    check_ranks(gpus, parallel)
+    ways = WAYS[WAYS.index(least) :] if run.recompute == "auto" else (run.recompute,)
+    freed = (False, True) if parallel.reshard_after_forward == "auto" else (parallel.reshard_after_forward,)
+    for dtype in _stored_dtypes(config, GPU):
+        for way, groups, frees in product(ways, _replicas(config, gpus, dtype, replicas), freed):
+            chosen = _with_run(config, msgspec.structs.replace(run, weights_dtype=dtype, recompute=way))
+            chosen = _with_parallel(chosen, replicas=groups, reshard_after_forward=frees)
+            if sum(memory(chosen, shape, gpus).values()) <= FILLED * size:
+                return chosen
+    return chosen
+
+
+def _replicas(config: TrainConfig, gpus: int, dtype: str, before: int | None) -> tuple[int, ...]:
+    """Return the values of `parallel.replicas` to try, the preferred first.
+
+    "auto" prefers whole weights on each data-parallel rank where this was measured to be faster:
+    under adapters, whose gradients are small, and for two ranks of bfloat16 weights, whose
+    gradients are exchanged in bfloat16. `before` is the number of a checkpoint.
+    """
+    parallel = config.parallel
+    if parallel.replicas != "auto":
+        return (parallel.replicas,)
+    dp = gpus // parallel.tp
+    faster = config.lora is not None or (dp == 2 and dtype == "bfloat16")
+    whole = faster and parallel.tp == 1 and parallel.reduce_gradients == "step"
+    return (dp, 1) if (whole if before is None else before == dp) else (1,)
+
+
+def _stored_dtypes(config: TrainConfig, device: torch.device) -> tuple[Literal["float32", "bfloat16"], ...]:
+    """Return the possible values of `run.weights_dtype` on `device`: several only for "auto".
+
+    Frozen weights lose nothing in the format of the computation.
+    """
+    if config.run.weights_dtype != "auto":
+        return (config.run.weights_dtype,)
+    if config.lora is not None:
+        return ("bfloat16",) if named_dtype(config.run.compute_dtype, device) == torch.bfloat16 else ("float32",)
+    return ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
 
 
 def _with_run(config: TrainConfig, run: RunConfig) -> TrainConfig:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import TrainConfig
-from trainer.estimate import memory
 from trainer.llama.blocks import WAYS
 from trainer.llama.config import LlamaConfig
+from trainer.memory import memory
 
 GIB = 2**30
 LEAST_SAVING = 0.03

@@ -22,8 +22,8 @@ from step_job import SIZES, Job, Result, sizes
 from step_ours import trainer_config
 from train_step import SYSTEMS, row, run, versions
 
-from trainer.estimate import memory
 from trainer.llama.config import LlamaConfig
+from trainer.memory import memory
 
 CAPACITY = {"1b": 16384, "8b": 8192, "70b": 8192, "tiny": 256}
 RECOMPUTE = {"70b": "full"}

@@ -9,11 +9,12 @@ import msgspec
 import torch
 from step_job import LORA, PACKS, Job, Result, measured, packs, sizes
 
+from trainer.choices import with_memory_settings
 from trainer.config import TrainConfig
 from trainer.config_file import parse_config
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
-from trainer.estimate import PLANNED_MEMORY, with_memory_settings
+from trainer.estimate import PLANNED_MEMORY
 from trainer.llama.attention import Shape, choose_kernel
 from trainer.llama.blocks import prepare_blocks
 from trainer.llama.config import LlamaConfig

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config_file import parse_config
-from trainer.estimate import memory
 from trainer.llama.init import init_weights
 from trainer.llama.model import Llama
 from trainer.llama.parallel import build
 from trainer.llama.sharding import gather_full, local
+from trainer.memory import memory
 from trainer.training.adamw8bit import AdamW8bit, block_of, block_size
 from trainer.training.optimizer import OptimizerConfig, build_optimizer, clipped_step, global_norm
 

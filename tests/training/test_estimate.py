@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.activations import activations
+from trainer.choices import with_memory_settings
 from trainer.config import TrainConfig
 from trainer.config_file import parse_config
-from trainer.estimate import estimate, memory, show, with_memory_settings
+from trainer.estimate import estimate, show
 from trainer.llama.blocks import Recompute, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_adapters, init_weights
 from trainer.llama.lora.layers import LoraConfig
 from trainer.llama.model import Llama
 from trainer.main import main
+from trainer.memory import memory
 from trainer.out_of_memory import explained, out_of_memory
 
 GIB = 2**30
