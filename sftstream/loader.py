@@ -256,13 +256,14 @@ class PackLoader:
         return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
 
     def unread_columns(self) -> list[str]:
-        """Return a line for each source with columns, or keys of messages, that no layout reads.
+        """Return a line for each source with columns, or keys of messages, that no layout reads, or
+        with tool definitions that the chat template does not print.
 
         An unread column is harmless, unless it contains a part of the conversation under an unknown
         name. The setting `columns` renames columns; `ignore` suppresses the line. Up to 100 rows of
         each source are examined.
         """
-        found = unread_columns(self.corpus)
+        found = unread_columns(self.corpus, prints_tools=self.encoder.report.prints_tools)
         unread = {number: tuple(sorted(names)) for number, names in enumerate(found) if names}
         self._unread = unread or msgspec.UNSET
         return [

@@ -20,6 +20,7 @@ def rows_of(encoder: ChatEncoder) -> dict[str, str]:
         "earlier turns": "printed differently once the conversation goes on"
         if report.rewrites_history
         else "printed unchanged",
+        "tool definitions": "printed" if report.prints_tools else "not printed",
         "today's date": f"printed, as {report.date}" if report.date else "not printed",
         "variables": ", ".join(f"{name} = {value!r}" for name, value in encoder.template.variables.items()) or "none",
         "variables not set": ", ".join(encoder.template.unset_variables) or "none",

@@ -60,7 +60,14 @@ def locate(template: ChatTemplate, messages: Sequence[TemplateMessage], tools: S
 
 
 def _located(template: ChatTemplate, text: str, messages: Sequence[TemplateMessage], tools: Sequence[Any]) -> Located:
-    unsplit = _locate(template, text, messages, tools, split_thoughts=False)
+    try:
+        unsplit = _locate(template, text, messages, tools, split_thoughts=False)
+    except Refused:
+        # Perhaps the template alters nothing but the white space around the tag of a thought.
+        split = _locate(template, text, messages, tools, split_thoughts=True) if "</think>" in text else None
+        if split is None:
+            raise
+        return split
     if unsplit is not None and not unsplit.dropped:
         if "</think>" not in text:
             return unsplit
@@ -125,9 +132,20 @@ def _locate(
         numbers = {payload.number for payload in payloads}
         texts = enumerate(zip(marked.owners, marked.kinds, marked.texts, strict=True))
         dropped = [payload for number, payload in texts if number not in numbers and payload[2]]
+        dropped = [payload for payload in dropped if not _names_call_by_id(payload, text, messages)]
     if split_thoughts:
         payloads = [_include_tag(payload, text, messages) for payload in payloads]
     return Located(text, payloads, dropped, marked)
+
+
+def _names_call_by_id(payload: tuple[int, str, str], text: str, messages: Sequence[TemplateMessage]) -> bool:
+    """Return True if the payload is the name of a called tool that is printed inside the call's id.
+
+    Kimi K2 prints `functions.look_up:0`, the id of a call of `look_up`, and not the name itself.
+    """
+    index, kind, name = payload
+    calls = messages[index]["tool_calls"] if kind == "call" else ()
+    return any(call["function"]["name"] == name and name in call["id"] and call["id"] in text for call in calls)
 
 
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:

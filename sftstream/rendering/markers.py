@@ -35,8 +35,10 @@ BLANKS = ("alone", "beside")
     "beside"   of an assistant's reasoning and content, the blank one beside the other
 """
 
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-"""Matches a content that begins with a thought; the groups are the thought and the rest."""
+THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+"""Matches a content that begins with a thought; the groups are the thought and the rest.
+
+The opening tag may be missing: models whose generation prompt ends with the tag do not say it."""
 
 
 class Marked:

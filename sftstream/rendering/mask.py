@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sftstream.config import Policy
 from sftstream.excerpt import excerpt
@@ -55,19 +55,16 @@ def rendered(
     return Rendered(located.text, tuple(itertools.chain.from_iterable(spans)), tuple(_typed(located, control)))
 
 
-def require_whole(
-    messages: Sequence[Message], located: Located, policy: Policy, prints_reasoning: bool, prints_thoughts: bool
-) -> None:
+def require_whole(located: Located, policy: Policy, printed_last: Callable[[Sequence[int]], bool]) -> None:
     """Raise `Refused` if the template left out a payload.
 
-    One omission is allowed: a template that prints the reasoning of the last turn may leave out the
-    reasoning of earlier turns, as at inference. If `policy.history` is "error", this omission is
-    refused too. `prints_reasoning` tells whether the template prints the reasoning field of the
-    last turn; `prints_thoughts` tells the same for `<think>...</think>` inside the content.
+    One omission is allowed: a template may leave out the reasoning of earlier messages, as at
+    inference, if it prints this reasoning while the message is the last. `printed_last` tells this
+    of messages by index. If `policy.history` is "error", this omission is refused too.
     """
+    silent = not printed_last([message for message, kind, _ in located.dropped if kind == "reasoning"])
     for message, kind, text in located.dropped:
-        can_print = prints_reasoning if messages[message].reasoning else prints_thoughts
-        if kind != "reasoning" or not can_print:
+        if kind != "reasoning" or silent:
             raise Refused(
                 f"template drops {_NAMES[kind]}",
                 f"message {message}: {excerpt(text)} is not printed; use a template that prints {_NAMES[kind]}",

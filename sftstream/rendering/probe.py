@@ -63,6 +63,9 @@ _PLAIN: dict[str, list[TemplateMessage]] = {
 }
 """Conversations that a template must print exactly, if it prints them at all."""
 
+_ASKING = ("question, answer", "system prompt", "tool call")
+"""Shapes with which a template may print tool definitions."""
+
 _UNFIT = ("template alters text", "template drops text", "messages out of order")
 """Reasons of a refusal of `_PLAIN` for which a template is refused at start."""
 
@@ -84,10 +87,8 @@ class TemplateReport(msgspec.Struct, frozen=True, kw_only=True):
     """
     rewrites_history: bool
     """True if the template prints a turn differently once further messages follow (Qwen3)."""
-    prints_reasoning: bool
-    """True if the template prints the `reasoning_content` of the last message."""
-    prints_thoughts: bool
-    """True if the template prints `<think>...</think>` in the content of the last message."""
+    prints_tools: bool
+    """True if the template prints tool definitions."""
     date: str | None
     """The date that the template gets as today's, YYYY-MM-DD; None if it asks for no date."""
     has_generation_tags: bool
@@ -110,24 +111,10 @@ def probe(template: ChatTemplate, control: re.Pattern[str]) -> TemplateReport:
         turn_format=turn_format,
         shapes=shapes,
         rewrites_history=rewrites_history,
-        prints_reasoning=shapes["reasoning"].startswith("whole"),
-        prints_thoughts=shapes["thoughts in the text"].startswith("whole"),
+        prints_tools=any(_prints_tool(template, SHAPES[name][0]) for name in _ASKING),
         date=template.date.isoformat() if template.date else None,
         has_generation_tags=template.has_generation_tags,
     )
-
-
-def prints_last_reasoning(
-    template: ChatTemplate, turn_format: TurnFormat, control: re.Pattern[str]
-) -> tuple[bool, bool]:
-    """Return whether the template prints the reasoning of the last message.
-
-    The first answer is for `reasoning_content`, the second for `<think>...</think>` in the content.
-    """
-    field, inline = (
-        _judge(template, turn_format, control, *SHAPES[name]) for name in ("reasoning", "thoughts in the text")
-    )
-    return field.startswith("whole"), inline.startswith("whole")
 
 
 def reading_content(template: ChatTemplate) -> ChatTemplate:
@@ -263,6 +250,18 @@ def _judge(
     except Refused as refused:
         return f"whole, but {refused}"
     return "whole"
+
+
+def _prints_tool(template: ChatTemplate, messages: Sequence[TemplateMessage]) -> bool:
+    """Return True if a tool definition changes the text; a template may refuse messages without."""
+    try:
+        printed = template.render(messages, (TOOL,))
+    except Refused:
+        return False
+    try:
+        return printed != template.render(messages)
+    except Refused:
+        return True
 
 
 def _rewrites(template: ChatTemplate, answer: TemplateMessage) -> bool:

@@ -24,7 +24,7 @@ from sftstream.rendering.limits import time_limit
 from sftstream.rendering.locate import Located, locate
 from sftstream.rendering.markers import names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
-from sftstream.rendering.probe import prints_last_reasoning, probe, reading_content
+from sftstream.rendering.probe import probe, reading_content
 from sftstream.rendering.shared_renders import representatives
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
@@ -180,10 +180,7 @@ class Renderer:
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)
         turn_format, own = self.report.turn_format, bool(conversation.variables)
-        prints = (self.report.prints_reasoning, self.report.prints_thoughts)
-        if own and located.dropped:
-            prints = prints_last_reasoning(template, turn_format, self._control)
-        require_whole(conversation.messages, located, self.policy, *prints)
+        require_whole(located, self.policy, lambda indices: prints_as_last(template, messages, tools, indices))
         # The turn format was learned with the variables of the config. A conversation with its own
         # variables may have another generation prompt, so each start is proved by a render.
         known = self.render_cache.tails.of(conversation)
@@ -244,6 +241,23 @@ class Renderer:
 
 
 _ENCODER = msgspec.json.Encoder()
+
+
+def prints_as_last(
+    template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any], indices: Sequence[int]
+) -> bool:
+    """Return True if the template prints all of each message in `indices` while it is the last.
+
+    Similar messages share a render.
+    """
+    for index in representatives(messages, indices):
+        try:
+            part = locate(template, messages[: index + 1], tools)
+        except Refused:
+            return False
+        if any(message == index for message, *_ in part.dropped):
+            return False
+    return True
 
 
 def up_to(conversation: Conversation, index: int) -> Conversation:

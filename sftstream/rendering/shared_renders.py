@@ -50,7 +50,7 @@ def kind_of(message: TemplateMessage) -> tuple[Any, ...]:
         message["role"],
         tuple(message),
         bool(content) and not content.isspace(),
-        opens_thought(content),
+        "</think>" in content or opens_thought(content),
         len(message.get("tool_calls", ())),
     )
 

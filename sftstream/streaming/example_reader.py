@@ -197,14 +197,16 @@ def read_conversations(path: str) -> Iterator[Conversation]:
             raise ValueError(f"{rows.locate_row(row)}: {refused}") from None
 
 
-def unread_columns(corpus: Corpus) -> list[set[str]]:
+def unread_columns(corpus: Corpus, *, prints_tools: bool = True) -> list[set[str]]:
     """Return for each source the columns, and keys of messages, that no layout reads.
 
-    Examines up to `_SAMPLED` rows of each source: evenly spread rows, or the first rows of a
-    streamed source. Columns that the config ignores are not returned.
+    `prints_tools` tells whether the chat template prints tool definitions; a column of definitions
+    counts as unread if not. Examines up to `_SAMPLED` rows of each source: evenly spread rows, or
+    the first rows of a streamed source. Columns that the config ignores are not returned.
     """
     return [
-        set[str]().union(*(_unread(read, source.settings) for read in _sample(source))) for source in corpus.sources
+        set[str]().union(*(_unread(read, source.settings, prints_tools) for read in _sample(source)))
+        for source in corpus.sources
     ]
 
 
@@ -215,8 +217,10 @@ def _sample(source: FileSet | StreamedSource) -> Iterator[ReadRow]:
     return (partial(source.read, row) for row in range(0, len(source), step))
 
 
-def _unread(read: ReadRow, settings: RowSettings) -> set[str]:
+def _unread(read: ReadRow, settings: RowSettings, prints_tools: bool) -> set[str]:
     try:
-        return formats.unread_columns(read(), settings)
+        row = read()
+        unread = formats.unread_columns(row, settings)
+        return unread if prints_tools or not parse_row(row, settings).tools else {*unread, "tools"}
     except (BrokenRow, Refused):
         return set()

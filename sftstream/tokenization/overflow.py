@@ -17,6 +17,7 @@ import msgspec
 
 from sftstream.config import Policy
 from sftstream.records import Conversation, Example, Message, Refused
+from sftstream.rendering.mask import trained_messages
 
 Encode = Callable[[Conversation], Example]
 """Function that renders and tokenizes a conversation; raises `Refused`."""
@@ -31,6 +32,7 @@ def shorten(conversation: Conversation, policy: Policy, encode: Encode, borders:
     `policy.capacity` tokens, each with a note of the treatment. Raises `Refused` if the messages up
     to the first answer do not fit.
     """
+    conversation = _marked(conversation, policy)
     if policy.overflow == "truncate":
         return [truncate(conversation, policy.capacity, encode, borders)]
     return list(split(conversation, policy.capacity, encode, borders))
@@ -116,6 +118,18 @@ def _longest_beginning(
             proved, best = guess, _Beginning(count, example, excess)
         else:
             refuted = guess
+
+
+def _marked(conversation: Conversation, policy: Policy) -> Conversation:
+    """Return the conversation with `train=False` in each message that the policy does not train.
+
+    The policy would choose other messages in a part, such as the last message of each part.
+    """
+    trained = set(trained_messages(conversation.messages, policy))
+    messages = [
+        m if i in trained else msgspec.structs.replace(m, train=False) for i, m in enumerate(conversation.messages)
+    ]
+    return msgspec.structs.replace(conversation, messages=tuple(messages))
 
 
 def _ends(messages: Sequence[Message]) -> list[int]:

@@ -119,6 +119,77 @@ def test_history_that_a_template_rewrites_can_be_an_error(tokenizer: str) -> Non
     assert _trained(encoder, FORGETFUL[:2]) == [f"<think>because</think>north{STOP}"]
 
 
+SECRETIVE = THINKING.replace(
+    "m.reasoning_content and", "m.reasoning_content and not m.tool_calls and (loop.previtem or m).role != m.role and"
+).replace("m.content +", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '') +")
+"""THINKING, but never with the thoughts of a message with calls or of a second answer in a row."""
+
+
+@pytest.mark.parametrize("history", ["as_rendered", "per_turn"])
+@pytest.mark.parametrize(
+    "talk",
+    [
+        [shapes.user("which"), shapes.said("x", reasoning_content="because", tool_calls=[shapes.call("find")])],
+        [
+            shapes.user("which"),
+            shapes.said("x", reasoning_content="because", tool_calls=[shapes.call("find")]),
+            *FORGETFUL,
+        ],
+        [shapes.user("which"), shapes.said("north"), shapes.said("seven", reasoning_content="because")],
+    ],
+    ids=["beside a call", "beside an earlier call", "second answer"],
+)
+def test_reasoning_that_the_template_never_prints_is_refused_although_the_template_prints_other_reasoning(
+    tokenizer: str, talk: list[dict[str, Any]], history: str
+) -> None:
+    with pytest.raises(Refused, match=r"template drops reasoning: message \d: 'because' is not printed"):
+        ChatEncoder(tokenizer, SECRETIVE, history=history).encode(talk)
+    assert _trained(ChatEncoder(tokenizer, SECRETIVE), FORGETFUL) == [f"north{STOP}<think>therefore</think>seven{STOP}"]
+
+
+BY_ID = """{%- for m in messages %}<{{ m.role }}>{{ m.content }}
+{%- for call in m.tool_calls or () %}<call>{{ call.id }} {{ call.function.arguments | tojson }}{% endfor %}{{ "<|eot_id|>" }}
+{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_the_name_of_a_called_tool_may_be_printed_inside_the_id(tokenizer: str) -> None:
+    encoder = ChatEncoder(tokenizer, BY_ID)
+    for number in range(3):  # the later conversations have the shape of the first
+        call = shapes.call("find", key=f"north {number}") | {"id": f"functions.find:{number}"}
+        said = f'<call>functions.find:{number} {{"key": "north {number}"}}{STOP}'
+        assert _trained(encoder, [shapes.user("which"), shapes.said("", tool_calls=[call])]) == [said]
+    nameless = shapes.call("find", key="north") | {"id": "call_7"}
+    with pytest.raises(Refused, match="template drops a tool call: message 1: 'find' is not printed"):
+        encoder.encode([shapes.user("which"), shapes.said("", tool_calls=[nameless])])
+
+
+SPLITTING = THINKING.replace(
+    "{{- m.content",
+    """{%- set said = m.content %}
+{%- if m.role == "assistant" and "</think>" in said %}
+{%- set thought = said.split("</think>")[0].split("<think>")[-1].strip() %}{% set said = said.split("</think>")[-1].strip() %}
+{%- if loop.index0 > last.user %}{{ "<think>" + thought + "</think>" }}{% endif %}
+{%- endif %}
+{{- said""",
+)
+"""THINKING, which also moves a thought out of the content, with or without an opening tag."""
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", ""])
+@pytest.mark.parametrize("closing", ["\n</think>\n\n", "</think>"])
+def test_a_thought_inside_the_content_may_lack_its_opening_tag(tokenizer: str, opening: str, closing: str) -> None:
+    talk = [
+        shapes.user("which"),
+        shapes.said(f"{opening}because{closing}north"),
+        shapes.user("again"),
+        shapes.said(f"{opening}therefore{closing}seven"),
+    ]
+    encoder = ChatEncoder(tokenizer, SPLITTING)
+    assert _trained(encoder, talk[:2]) == [f"<think>because</think>north{STOP}"]
+    assert _trained(encoder, talk) == [f"north{STOP}<think>therefore</think>seven{STOP}"]
+    assert _trained(ChatEncoder(tokenizer, SPLITTING, train_reasoning=False), talk) == [f"north{STOP}seven{STOP}"]
+
+
 def test_unchanged_history_makes_one_example_under_every_policy(tokenizer: str) -> None:
     for history in ("as_rendered", "per_turn", "error"):
         assert _trained(ChatEncoder(tokenizer, history=history), TALK) == [f"north{STOP}seven{STOP}"]

@@ -236,6 +236,24 @@ def test_a_stream_of_full_windows_keeps_a_few_kilobytes() -> None:
     assert 3_000 < largest < 8_000
 
 
+SILENT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eot_id|>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.mark.parametrize(("listed", "unread"), [("", ["tools"]), ("{{ tools | tojson if tools }}", [])])
+def test_tool_definitions_that_the_template_does_not_print_are_unread(
+    tmp_path: Path, tokenizer: str, listed: str, unread: list[str]
+) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}}
+    ]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [*tiny.rows(19), tiny.rows(1)[0] | {"tools": tools}])
+    (tmp_path / "chat.jinja").write_text(listed + SILENT)
+    loader = PackLoader(tiny.data_config({"path": tokenizer, "template": str(tmp_path / "chat.jinja")}, path))
+    assert loader.unread_columns() == [f"source {path!r}: nothing reads {name}" for name in unread]
+    assert loader.encoder.report.prints_tools == (not unread)
+
+
 def test_a_description_names_the_columns_that_nothing_reads(tmp_path: Path, tokenizer: str) -> None:
     rows = [row | {"id": 1, "score": 0.5} for row in tiny.rows(20)]
     paths = [tiny.write_jsonl(tmp_path / "a.jsonl", rows), tiny.write_jsonl(tmp_path / "b.jsonl", tiny.rows(20))]

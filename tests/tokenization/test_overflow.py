@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ def encode(conversation: Conversation) -> Example:
     return Example(ids, np.ones(len(ids), bool), len(ids) - 1)
 
 
-def messages(overflow: str, capacity: int, *talk: Message) -> list[list[int]]:
+def messages(overflow: str, capacity: int, *talk: Message, **settings: Any) -> list[list[int]]:
     """Return the numbers of the messages in each example."""
-    policy = Policy(overflow=overflow, capacity=capacity)
+    policy = Policy(overflow=overflow, capacity=capacity, **settings)
     return [example.tokens[::10].tolist() for example in shorten(Conversation(talk), policy, encode, borders(talk))]
 
 
@@ -55,6 +56,15 @@ def test_a_part_without_a_trained_token_gives_no_example() -> None:
     assert messages("split", 20, TALK[0], untrained, *TALK[2:]) == [[3, 4]]
     with pytest.raises(Refused, match="nothing to train: the part that fits into a pack holds no trained token"):
         messages("truncate", 20, TALK[0], untrained, *TALK[2:])
+
+
+def test_of_a_split_conversation_only_the_last_answer_is_trained_if_the_policy_trains_the_last() -> None:
+    assert messages("split", 20, *TALK, train_turns="last") == [[3, 4]]
+
+
+def test_a_truncated_conversation_without_its_last_answer_has_nothing_to_train_if_the_policy_trains_the_last() -> None:
+    with pytest.raises(Refused, match="nothing to train: the part that fits into a pack holds no trained token"):
+        messages("truncate", 20, *TALK, train_turns="last")
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "split"])

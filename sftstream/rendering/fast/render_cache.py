@@ -103,7 +103,7 @@ class RenderCache:
             plan = build_plan(trace, values, rendered, self._to_json, self._markup) if trace else None
         except NOT_JSON:
             return
-        if plan is None:
+        if plan is None or _leaves_out_a_name(plan, values, conversation):
             return
         self.plans[shape] = [*plans, plan]
         self._characters += sum(map(len, plan.pieces))
@@ -131,6 +131,13 @@ class RenderCache:
             if turn.by_prompt and not self._traced.trace(recorder, earlier, tools, prompt=True, variables=variables):
                 return None
         return self._traced.trace(recorder, messages, tools, variables=variables)
+
+
+def _leaves_out_a_name(plan: RenderPlan, values: Sequence[Any], conversation: Conversation) -> bool:
+    """Return True if a plan prints a call without the name of the tool: only this call's id has the
+    name, and the id of another call may not have it."""
+    called = [call.name for message in conversation.messages for call in message.tool_calls]
+    return any(values[number] in called for number in plan.unprinted)
 
 
 def _turn_markup(turn_format: TurnFormat) -> set[str]:
