@@ -25,7 +25,7 @@ from sftstream.rendering.locate import Located, locate
 from sftstream.rendering.markers import names, strings
 from sftstream.rendering.mask import rendered, require_whole, trained_messages
 from sftstream.rendering.probe import probe, reading_content
-from sftstream.rendering.shared_renders import representatives
+from sftstream.rendering.shared_renders import representatives, similar
 from sftstream.rendering.template import ChatTemplate, TemplateMessage, template_message
 from sftstream.rendering.turns import Turn, find_turns
 
@@ -248,9 +248,9 @@ def prints_as_last(
 ) -> bool:
     """Return True if the template prints all of each message in `indices` while it is the last.
 
-    Similar messages share a render.
+    Similar messages share a render, of the first of them.
     """
-    for index in representatives(messages, indices):
+    for index, *_ in similar(messages, indices):
         try:
             part = locate(template, messages[: index + 1], tools)
         except Refused:

@@ -24,13 +24,20 @@ from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
 
 def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[int]:
-    """Divide `indices` into groups of similar messages; return the first and last of each group.
+    """Return the first and the last message of each of the `similar` groups of `indices`.
+
+    If a template prints any message of a group differently once further messages follow, the first
+    or the last message of the group shows the difference.
+    """
+    return sorted({index for group in similar(messages, indices) for index in (group[0], group[-1])})
+
+
+def similar(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list[list[int]]:
+    """Divide `indices` into groups of similar messages.
 
     The kind of a message is its role, its fields and which of them are blank (see `kind_of`). Two
     messages are similar if they have the same kind, their neighbours have the same kinds, the same
-    kinds occur before them, and both or neither of them precede the last message of a user. If
-    a template prints any message of a group differently once further messages follow, the first or
-    the last message of the group shows the difference.
+    kinds occur before them, and both or neither of them precede the last message of a user.
     """
     kinds = [kind_of(message) for message in messages]
     before = distinct_before(kinds)
@@ -39,7 +46,7 @@ def representatives(messages: Sequence[TemplateMessage], indices: Sequence[int])
     for index in indices:
         neighbours = tuple(kinds[max(0, index - 1) : index + 2])
         groups.setdefault((neighbours, before[index], index < asked), []).append(index)
-    return sorted({index for group in groups.values() for index in (group[0], group[-1])})
+    return list(groups.values())
 
 
 def kind_of(message: TemplateMessage) -> tuple[Any, ...]:
