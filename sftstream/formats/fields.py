@@ -27,10 +27,12 @@ The limit is fixed, because the depth that Python's recursion limit allows depen
 
 
 def decoded(value: Any) -> Any:
-    """Return the list or object of a JSON text; return any other value unchanged.
+    """Return the list, the object or the null of a JSON text; return any other value unchanged.
 
     `'[1]'` gives `[1]`; `'hi'`, `'[hi'` and `[1]` are returned unchanged.
     """
+    if value == "null":
+        return None  # json.dumps(None), as some datasets store a missing list or object
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
@@ -78,6 +80,14 @@ def first(fields: Mapping[str, Any], *names: str) -> Any:
     return None
 
 
+def in_turns(path: str, key: str) -> str:
+    """Return the entry of `ignore` for a key of the turns in a path, as text.
+
+    The key "mask" at "messages[1].tool_calls" gives "'messages[].mask'".
+    """
+    return repr(f"{path.partition('[')[0]}[].{key}")
+
+
 def carries_words(value: Any) -> bool:
     """Return True for a text that is not blank, and for a list or an object that is not empty."""
     return bool(value.strip() if isinstance(value, str) else isinstance(value, Mapping | Sequence) and value)
@@ -103,6 +113,12 @@ def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | No
     """
     value = first(fields, *names)
     return None if value is None else require_text(value, f"{path}.{names[0]}")
+
+
+def optional_id(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
+    """Return the id of a call, as `optional_text` does; some datasets number the calls."""
+    value = first(fields, *names)
+    return str(value) if type(value) is int else optional_text(fields, path, *names)
 
 
 def require_text(value: Any, path: str) -> str:
