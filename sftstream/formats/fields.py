@@ -31,9 +31,11 @@ def decoded(value: Any) -> Any:
 
     `'[1]'` gives `[1]`; `'hi'`, `'[hi'` and `[1]` are returned unchanged.
     """
+    if not isinstance(value, str):
+        return value
     if value == "null":
         return None  # json.dumps(None), as some datasets store a missing list or object
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
         except (msgspec.DecodeError, RecursionError):
@@ -118,7 +120,9 @@ def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | No
 def optional_id(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
     """Return the id of a call, as `optional_text` does; some datasets number the calls."""
     value = first(fields, *names)
-    return str(value) if type(value) is int else optional_text(fields, path, *names)
+    if value is None or type(value) is str:
+        return value
+    return str(value) if type(value) is int else require_text(value, f"{path}.{names[0]}")
 
 
 def require_text(value: Any, path: str) -> str:

@@ -34,7 +34,9 @@ def parse_calls(value: Any, path: str, ignored: Collection[str] = ()) -> ToolCal
 
 def _is_null(call: Any) -> bool:
     """Return True for the object of nulls by which a table says that there is no call."""
-    return isinstance(call, dict) and bool(call) and all(value is None or _is_null(value) for value in call.values())
+    if not isinstance(call, dict) or not call or call.get("name") or call.get("id"):
+        return False
+    return all(value is None or _is_null(value) for value in call.values())
 
 
 def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
