@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -41,6 +41,11 @@ def _require_at_most(config: msgspec.Struct) -> None:
             raise ValueError(f"{field} = {value} must be at most {MOST[field]}")
 
 
+NamedRole = Role | Literal["tool_call"]
+"""A role in the setting `roles`; "tool_call" is an assistant's whose content is a tool call."""
+ROLE_NAMES: dict[str, NamedRole] = {name: name for name in (*get_args(Role), "tool_call")}
+
+
 class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings for reading the rows of a source: columns, ignored columns, names of roles."""
 
@@ -53,10 +58,12 @@ class RowSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Columns, and keys of messages, to ignore on purpose. Columns such as `context` and
     `functions` often contain a part of the conversation, so a row is refused if such a column has a
     value but the row's layout does not read it. `ignore = ["context"]` trains the row without the
-    column. Default: none."""
-    roles: dict[str, Role] | None = None
-    """Additional names of roles: name in the files -> "system", "user", "assistant" or "tool".
-    `{narrator = "user"}` treats messages of `narrator` as messages of the user. Default: none."""
+    column; `ignore = ["messages[].thoughts"]` trains the messages without their key `thoughts`.
+    Default: none."""
+    roles: dict[str, NamedRole] | None = None
+    """Additional names of roles: name in the files -> "system", "user", "assistant", "tool", or
+    "tool_call" for messages of the assistant whose content is a tool call. `{narrator = "user"}`
+    treats messages of `narrator` as messages of the user. Default: none."""
     max_row_bytes: int = 16 << 20
     """Largest size of a row in bytes; 1 to 2**30. A larger row is refused before it is parsed or
     rendered, because such a row can take minutes and gigabytes of memory. For a row of a table, the

@@ -264,7 +264,7 @@ ANSWERED = {"role": "assistant", "content": "hello"}
             "bad tool call: ",
         ),
         (
-            {"messages": [HI, {**ANSWERED, "tool_calls": [{**FUNCTION, "id": 5}]}]},
+            {"messages": [HI, {**ANSWERED, "tool_calls": [{**FUNCTION, "id": 5.5}]}]},
             "not text: messages[1].tool_calls.id is",
         ),
         (

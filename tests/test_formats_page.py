@@ -14,7 +14,7 @@ import pytest
 
 from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
-from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, keys, parse_row, parse_unverified, parts
+from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, keys, parse_row, parse_unverified, parts, tools
 from sftstream.formats import layouts as layouts_file
 from sftstream.formats import messages as messages_file
 from sftstream.formats.items import ITEMS
@@ -35,6 +35,7 @@ NO_READERS = {
     "_advice",
     "columns_read",
     "unread_keys",
+    "ignored_keys",
 }
 """Functions that choose a reader, or name the columns that are not read."""
 READERS = ("layouts", "messages", "items", "parts", "tools", "keys", "exclusions", "unverified")
@@ -119,7 +120,7 @@ def fits(columns: set[str]) -> Any:
 def test_every_name_that_is_read_is_on_the_page() -> None:
     columns = [name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names]
     names = {*columns, *messages_file.SYSTEM, *TOOLS, VARIABLES, *ROLES, *REASONING_KEYS, *ITEMS, *exclusions.MARKS}
-    names |= {*layouts_file.CONTEXT, *keys.CONTENT, *parts._TEXT, *parts._REASONING, *keys.ARGUMENTS}
+    names |= {*layouts_file.CONTEXT, *keys.CONTENT, *parts._TEXT, *parts._REASONING, *keys.ARGUMENTS, *tools.PARAMETERS}
     quoted = set(re.findall(r"`(\w+)`", SECTION)) | set(re.findall(r'"(\w+)":', SECTION))
     assert names - quoted == set()
 

@@ -114,6 +114,7 @@ def test_calls_of_sharegpt_turns_are_decoded_by_their_types() -> None:
 
 def test_an_ignored_key_of_messages_is_left_out_of_usual_rows_too() -> None:
     row = {"messages": [HI, {**HELLO, "reasoning": "hm"}]}
-    settings = RowSettings(ignore=("reasoning",))
+    settings = RowSettings(ignore=("messages[].reasoning",))
     for stored in (row, msgspec.json.encode(row)):
         assert parse_row(stored, settings).messages[1] == Message("assistant", "hello")
+        assert parse_row(stored, RowSettings(ignore=("reasoning",))) == parse_row(row)  # no column

@@ -318,7 +318,7 @@ def test_a_key_of_a_message_with_words_is_refused_until_it_is_ignored(key: str) 
 def test_two_different_contents_of_a_message_are_refused() -> None:
     assert refusal({"messages": [HI, {**HELLO, "value": "bye"}]}) == (
         "two contents: messages[1] has different contents in ['content', 'value']; leave out the wrong keys by ignore "
-        "= [...]"
+        "= ['messages[].content'], for example"
     )
     assert messages({"messages": [HI, {**HELLO, "value": "hello"}]}) == SAID
     assert messages({"messages": [HI, {**HELLO, "content": "", "text": "hello"}]}) == SAID
@@ -330,7 +330,7 @@ def test_two_different_reasonings_of_a_message_are_refused() -> None:
         "two contents: messages[1] has different contents in ['reasoning_content', 'reasoning']"
     )
     greeted = (Message("user", "hi"), Message("assistant", "hello", "greet"))
-    assert messages({"messages": [HI, twice]}, ignore=("reasoning_content",)) == greeted
+    assert messages({"messages": [HI, twice]}, ignore=("messages[].reasoning_content",)) == greeted
     for same in ("greet", "", None):
         assert messages({"messages": [HI, {**twice, "reasoning_content": same}]}) == greeted
     parts = [{"type": "thinking", "thinking": "greet"}, {"type": "text", "text": "hello"}]
@@ -369,8 +369,10 @@ def test_marks_and_words_in_a_part_of_a_message_are_refused(turn: dict[str, Any]
     for name, value in {"train": False, "weight": 0, "masked": True, "loss_mask": 0}.items():
         assert refusal(marked(name, value)).startswith("bad weight: messages[2]"), name
         assert f"has the mark {name!r} in a part of a message" in refusal(marked(name, value))
-        assert refusal(marked(name, value)).endswith(f"leave the key out by ignore = [{name!r}]")
-        assert len(messages(marked(name, value), ignore=(name,))) == len(messages(marked(name, None))) == 3
+        assert refusal(marked(name, value)).endswith(f"leave the key out by ignore = ['messages[].{name}']")
+        assert (
+            len(messages(marked(name, value), ignore=(f"messages[].{name}",))) == len(messages(marked(name, None))) == 3
+        )
     for name in ("refusal", "thoughts", "response"):
         assert refusal(marked(name, "lost")).startswith("unread words: messages[2]")
         assert len(messages(marked(name, "lost"), ignore=(name,))) == len(messages(marked(name, ""))) == 3
@@ -405,7 +407,7 @@ def test_tool_calls_in_two_places_are_read_once_or_refused() -> None:
     assert refusal(row).startswith(
         "two contents: messages[1] has different tool calls in two of content, tool_calls and"
     )
-    assert messages(row, ignore=("tool_calls",))[1].tool_calls == (ToolCall("add", {"a": 2}),)
+    assert messages(row, ignore=("messages[].tool_calls",))[1].tool_calls == (ToolCall("add", {"a": 2}),)
 
 
 @pytest.mark.parametrize("arguments", ["not json", "[1]", 5, '{"a": 1e400}'])
@@ -423,7 +425,7 @@ def test_the_keys_of_a_round_are_read_or_refused() -> None:
     for key in ("instruction", "thoughts", "reasoning", "content"):
         row = {"conversation": [{**ROUND, key: "lost"}]}
         assert refusal(row).startswith(f"unread words: conversation[0].{key} holds words that no layout reads: 'lost'")
-        assert messages(row, ignore=(key,)) == SAID
+        assert messages(row, ignore=(f"conversation[].{key}",)) == SAID
     assert refusal({"conversation": [{**ROUND, "mask": 1}]}).startswith(
         "bad weight: conversation[0].mask has no agreed"
     )
@@ -456,14 +458,14 @@ def test_words_of_items_are_read_or_refused() -> None:
     )
     whole = {**THOUGHT, "content": [{"type": "reasoning_text", "text": "greet kindly"}]}
     assert refusal({"messages": [HI, whole, HELLO]}).startswith("two contents: messages[1] has different contents in")
-    assert messages({"messages": [HI, whole, HELLO]}, ignore=("summary",))[1].reasoning == "greet kindly"
+    assert messages({"messages": [HI, whole, HELLO]}, ignore=("messages[].summary",))[1].reasoning == "greet kindly"
     assert unread_columns({"messages": [HI, {**THOUGHT, "id": "r1", "note": 1}, HELLO]}) == {"messages[].note"}
 
 
 def test_a_turn_with_a_role_is_no_item_and_its_type_must_fit() -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "type": "reasoning", "value": "greet"}]
     assert refusal({"conversations": turns}).startswith("bad messages: conversations[1] has the type 'reasoning', but ")
-    assert messages({"conversations": turns}, ignore=("type",))[1] == Message("assistant", "greet")
+    assert messages({"conversations": turns}, ignore=("conversations[].type",))[1] == Message("assistant", "greet")
     call = {"from": "function_call", "type": "function_call", "value": json.dumps(FUNCTION)}
     result = {"from": "tool", "type": "function_call_output", "value": "3"}
     assert [message.role for message in messages({"conversations": [turns[0], call, result]})] == [
@@ -551,13 +553,13 @@ def test_a_mark_that_cannot_be_obeyed_is_refused(marks: dict[str, Any]) -> None:
     row = {"messages": [HI, {**HELLO, **marks}]}
     assert refusal(row).startswith("bad weight: messages[1]")
     if len(marks) == 1:
-        assert refusal(row).endswith(f" by ignore = [{next(iter(marks))!r}]")
-    assert messages(row, ignore=tuple(marks)) == SAID
+        assert refusal(row).endswith(f" by ignore = ['messages[].{next(iter(marks))}']")
+    assert messages(row, ignore=tuple(f"messages[].{name}" for name in marks)) == SAID
 
 
 def test_names_of_roles_are_added_by_the_config() -> None:
     row = {"messages": [{"role": "narrator", "content": "hi"}, HELLO]}
-    assert refusal(row).endswith("roles = {...} adds names")
+    assert refusal(row).endswith("roles = {...} adds names, 'tool_call' for calls")
     assert messages(row, roles={"narrator": "user"}) == SAID
 
 

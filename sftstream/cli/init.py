@@ -11,6 +11,7 @@ from sftstream.cli.output import Json, print_json
 from sftstream.excerpt import printable
 
 if TYPE_CHECKING:
+    from sftstream.config import NamedRole
     from sftstream.starter.axolotl import Translated
     from sftstream.starter.hardware import Hardware, Plan
     from sftstream.starter.look import Look
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 SHOWN = 5
 """Refused rows that are printed."""
 LONGEST = 160
-"""Characters of a refused row's detail that are printed."""
+"""Characters of a refused row's detail that are printed: two thirds for its end, the remedy."""
+OPTIONS = "settings that a remedy names are options of init: --columns NAME=COLUMN, --ignore NAME, --roles NAME=ROLE"
 
 
 def init(
@@ -56,6 +58,19 @@ def init(
         list[str],
         typer.Option(help="NAME=COLUMN, to read a column under a known name such as prompt. Repeat it for several."),
     ] = [],  # noqa: B006
+    ignore: Annotated[
+        list[str],
+        typer.Option(
+            help="Column to leave out, or key of messages such as messages[].thoughts. Repeat it for several."
+        ),
+    ] = [],  # noqa: B006
+    roles: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=ROLE, to read a role as system, user, assistant, tool, or tool_call if its content is a call. Repeat "
+            "it for several."
+        ),
+    ] = [],  # noqa: B006
     axolotl: Annotated[
         Path | None,
         typer.Option("--from", help="Config of axolotl to translate, instead of DATA.", show_default=False),
@@ -65,20 +80,23 @@ def init(
 ) -> None:
     """Write a commented config for data, after a look at a sample: layouts, lengths, turns and
     refused rows; capacity, batch, model and parallelism for the GPUs that are there."""
+    from sftstream.config import SourceConfig
     from sftstream.starter.write import move_in, start
 
     if out.exists() and not force:
         raise ValueError(f"{out} exists; give another --out, or replace it with --force")
     if axolotl is not None:
-        if data is not None or model is not None or template is not None or columns:
+        if data is not None or model is not None or template is not None or columns or ignore or roles:
             raise ValueError(
-                "--from has data, model, template and columns of its own; leave DATA, --model, --template and --columns out"
+                "--from has data, model, template and settings of rows of its own; leave DATA, --model, --template, "
+                "--columns, --ignore and --roles out"
             )
         _tell(move_in(axolotl, out, gpus), out, as_json=as_json)
         return
     if data is None:
         raise ValueError("no data is given; name a file of conversations, or give a config of axolotl with --from")
-    _show(start(data, model, out, gpus, _columns(columns), template), out, as_json=as_json)
+    source = SourceConfig(path=data, columns=_columns(columns), ignore=tuple(ignore), roles=_roles(roles))
+    _show(start(source, model, out, gpus, template), out, as_json=as_json)
 
 
 def _show(started: Started, out: Path, *, as_json: bool) -> None:
@@ -116,6 +134,20 @@ def _columns(pairs: list[str]) -> dict[str, str] | None:
     return {name: column for name, _, column in split} or None
 
 
+def _roles(pairs: list[str]) -> dict[str, NamedRole] | None:
+    from sftstream.config import ROLE_NAMES
+
+    roles: dict[str, NamedRole] = {}
+    for pair in pairs:
+        name, _, given = pair.rpartition("=")
+        if not name or given not in ROLE_NAMES:
+            raise ValueError(
+                f"--roles {pair!r} is not NAME=ROLE with a role of {', '.join(ROLE_NAMES)}; write --roles narrator=user"
+            )
+        roles[name] = ROLE_NAMES[given]
+    return roles or None
+
+
 def _lines(found: Look, proposal: Proposal, hardware: Hardware, planned: Plan | None) -> list[str]:
     files = f"{found.files} file{'s' * (found.files > 1)}"
     lines = [
@@ -134,7 +166,8 @@ def _lines(found: Look, proposal: Proposal, hardware: Hardware, planned: Plan | 
         f"{found.length(0.5):,}, 99 % below {found.length(0.99):,}; {share:.0%} trained",
         f"total     about {found.tokens:,} tokens",
         f"refused   {len(found.refused)} of {found.sampled} sampled rows",
-        *(f"          {row.place}: {row.reason}: {row.detail[:LONGEST]}" for row in found.refused[:SHOWN]),
+        *(f"          {row.place}: {row.reason}: {_shortened(row.detail)}" for row in found.refused[:SHOWN]),
+        *([f"          {OPTIONS}"] if found.refused else []),
         f"machine   {hardware.name}",
         f"model     {proposal.model}" + (f", {planned.parameters:,} parameters" if planned else ""),
         f"proposal  packs of {proposal.capacity:,} tokens, {proposal.global_batch} in a step, {proposal.epochs} epochs"
@@ -147,6 +180,10 @@ def _lines(found: Look, proposal: Proposal, hardware: Hardware, planned: Plan | 
             f"{planned.weights_dtype} weights, recompute {planned.recompute}; {planned.seconds_per_step:.1f} s a step{steps}"
         )
     return lines
+
+
+def _shortened(detail: str) -> str:
+    return detail if len(detail) <= LONGEST else f"{detail[: LONGEST // 3]} ... {detail[-2 * LONGEST // 3 :]}"
 
 
 def _bars(lengths: tuple[int, ...], width: int = 24) -> str:

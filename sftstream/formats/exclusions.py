@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import EMPTY
+from sftstream.formats.fields import EMPTY, in_turns
 from sftstream.records import Refused
 
 _CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
@@ -47,7 +47,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
         raise Refused(
             "bad weight",
             f"{path}.{unclear[0]} has no agreed meaning; mark whole messages with train: true or train: false, or "
-            f"leave the key out by ignore = [{unclear[0]!r}]",
+            f"leave the key out by ignore = [{in_turns(path, unclear[0])}]",
         )
     if MARKS.isdisjoint(turn):
         return None
@@ -68,7 +68,7 @@ def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -
         raise Refused(
             "bad weight",
             f"{path} has the mark {marked[0]!r} in a part of a message; mark whole messages with train: true or train: "
-            f"false, or leave the key out by ignore = [{marked[0]!r}]",
+            f"false, or leave the key out by ignore = [{in_turns(path, marked[0])}]",
         )
 
 
@@ -107,6 +107,6 @@ def _flag(value: Any, path: str) -> bool:
         key = path.rpartition(".")[2]
         raise Refused(
             "bad weight",
-            f"{path} is {excerpt(value)}; use true or false, 1 or 0, or leave it out by ignore = [{key!r}]",
+            f"{path} is {excerpt(value)}; use true or false, 1 or 0, or leave it out by ignore = [{in_turns(path, key)}]",
         )
     return flag

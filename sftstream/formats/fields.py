@@ -27,11 +27,15 @@ The limit is fixed, because the depth that Python's recursion limit allows depen
 
 
 def decoded(value: Any) -> Any:
-    """Return the list or object of a JSON text; return any other value unchanged.
+    """Return the list, the object or the null of a JSON text; return any other value unchanged.
 
     `'[1]'` gives `[1]`; `'hi'`, `'[hi'` and `[1]` are returned unchanged.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if not isinstance(value, str):
+        return value
+    if value == "null":
+        return None  # json.dumps(None), as some datasets store a missing list or object
+    if value.lstrip()[:1] in ("[", "{"):
         try:
             decoded = msgspec.json.decode(value)
         except (msgspec.DecodeError, RecursionError):
@@ -78,6 +82,14 @@ def first(fields: Mapping[str, Any], *names: str) -> Any:
     return None
 
 
+def in_turns(path: str, key: str) -> str:
+    """Return the entry of `ignore` for a key of the turns in a path, as text.
+
+    The key "mask" at "messages[1].tool_calls" gives "'messages[].mask'".
+    """
+    return repr(f"{path.partition('[')[0]}[].{key}")
+
+
 def carries_words(value: Any) -> bool:
     """Return True for a text that is not blank, and for a list or an object that is not empty."""
     return bool(value.strip() if isinstance(value, str) else isinstance(value, Mapping | Sequence) and value)
@@ -103,6 +115,14 @@ def optional_text(fields: Mapping[str, Any], path: str, *names: str) -> str | No
     """
     value = first(fields, *names)
     return None if value is None else require_text(value, f"{path}.{names[0]}")
+
+
+def optional_id(fields: Mapping[str, Any], path: str, *names: str) -> str | None:
+    """Return the id of a call, as `optional_text` does; some datasets number the calls."""
+    value = first(fields, *names)
+    if value is None or type(value) is str:
+        return value
+    return str(value) if type(value) is int else require_text(value, f"{path}.{names[0]}")
 
 
 def require_text(value: Any, path: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import optional_text, require_text
+from sftstream.formats.fields import optional_id, require_text
 from sftstream.formats.keys import ARGUMENTS, only_value, require_read
 from sftstream.formats.parts import parse_parts
 from sftstream.formats.tools import parse_calls
@@ -47,9 +47,9 @@ def parse_item(item: Mapping[str, Any], path: str, ignored: Collection[str]) -> 
         call = {key: value for key, value in item.items() if key not in MARKS}
         yield Message("assistant", None, tool_calls=parse_calls(call, path, ignored), train=train)
     elif kind == "function_call_output":
-        output = item.get("output")
+        output = "" if "output" in item and item["output"] is None else item.get("output")  # a tool may return nothing
         text = output if isinstance(output, str) else parse_parts(output, f"{path}.output", ignored)[0]
-        call_id = optional_text(item, path, "call_id")
+        call_id = optional_id(item, path, "call_id")
         yield Message("tool", require_text(text, f"{path}.output"), tool_call_id=call_id, train=train)
     else:
         _, reasoning, _ = parse_parts(only_value(item, _WORDS[kind], path), path, ignored)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import refuse_marks
-from sftstream.formats.fields import carries_words
+from sftstream.formats.fields import carries_words, in_turns
 from sftstream.records import REASONING_KEYS, Refused
 
 CONTENT = ("content", "value", "text")
@@ -33,7 +33,7 @@ def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ig
         raise Refused(
             "unread words",
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(fields[unread[0]])}; move them to content "
-            f"or a column, or leave them out by ignore = [{unread[0]!r}]",
+            f"or a column, or leave them out by ignore = [{in_turns(path, unread[0])}]",
         )
 
 
@@ -56,7 +56,9 @@ def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str) -> An
     values = [*filled.values()]
     if any(value != values[0] for value in values[1:]):
         raise Refused(
-            "two contents", f"{path} has different contents in {[*filled]}; leave out the wrong keys by ignore = [...]"
+            "two contents",
+            f"{path} has different contents in {[*filled]}; leave out the wrong keys by ignore = "
+            f"[{in_turns(path, next(iter(filled)))}], for example",
         )
     return next(iter(values or present.values()), None)
 

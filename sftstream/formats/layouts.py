@@ -6,19 +6,30 @@ The row `{"instruction": "hi", "output": "hello"}` matches the layout "instructi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+import msgspec
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import Row, decoded, is_list, refuse_deep
 from sftstream.formats.keys import require_read
-from sftstream.formats.messages import SYSTEM, parse_texts, parse_turns, question_and_answer, system_message
+from sftstream.formats.messages import (
+    SYSTEM,
+    ignored_keys,
+    parse_texts,
+    parse_turns,
+    question_and_answer,
+    same_words,
+    system_message,
+)
 from sftstream.formats.roles import known_roles
 from sftstream.formats.spelled import require_words, turns_in
-from sftstream.records import Message, Refused
+from sftstream.records import REASONING_KEYS, Message, Refused
 
 DEFAULT = RowSettings()
 QUESTIONS = ("prompt", "question", "query", "input")
@@ -27,6 +38,17 @@ ANSWERS = ("completion", "response", "answer", "output", "chosen")
 """Names of a column with an answer; the first name present is read."""
 CONTEXT = ("input", "context")
 """Names of a column with the text that an instruction is about; the first with a value is read."""
+
+MODES = frozenset(
+    {"", "on", "off", "true", "false", "yes", "no", "0", "1", "none", "null", "auto", "default", "enabled", "disabled"}
+    | {"minimal", "low", "medium", "high", "thinking", "non-thinking", "think", "no_think", "/think", "/no_think"}
+    | {"thinking on", "thinking off", "detailed thinking on", "detailed thinking off"}
+)
+"""Values of a column of reasoning, in small letters, that are no reasoning: most tell how much to
+reason."""
+_TAG = "(?:think|thinking|thought|reasoning|[|]begin_of_thought[|]|[|]end_of_thought[|])>"
+_THOUGHT = re.compile(rf"\s*<{_TAG}(.*?)(?:</?{_TAG}|\Z)|(.*?)</{_TAG}", re.DOTALL)
+"""A thought at the beginning of an answer. The tag that opens it may stand in the prompt."""
 
 ROUND_KEYS = frozenset({"input", "output", *SYSTEM, *MARKS})
 """Keys of a round that are read."""
@@ -79,9 +101,14 @@ def parse_layout(row: Row, settings: RowSettings = DEFAULT) -> tuple[Message, ..
     """Return the messages of a row; raises Refused if the columns match no layout."""
     refuse_deep(row)
     messages = tuple(find_layout(row).read(row, settings))
-    if len(messages) > 1 and messages[0] == messages[1] and _valued(row, SYSTEM) and messages[0].role == "system":
+    if len(messages) > 1 and messages[0].role == "system" and same_words(*messages[:2]) and _valued(row, SYSTEM):
         return messages[1:]  # a column repeats the system prompt of the turns
     return messages
+
+
+def is_mode(value: Any) -> bool:
+    """Return True for a value in a column of reasoning that is no reasoning, such as "off"."""
+    return str(value).strip().lower() in MODES
 
 
 def _advice(row: Row) -> str:
@@ -152,10 +179,10 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
     roles = known_roles(settings)
     for index, given in enumerate(rounds):
         path = f"conversation[{index}]"
-        pair = {key: value for key, value in given.items() if key not in settings.ignore}
+        pair = {key: value for key, value in given.items() if key not in ignored_keys(settings.ignore)}
         require_read(pair, ROUND_KEYS, path)
         yield from system_message(pair)
-        yield Message("user", require_words(pair["input"], f"{path}.input", roles))
+        yield Message("user", require_words(pair.get("input"), f"{path}.input", roles))
         answer = require_words(pair.get("output"), f"{path}.output", roles)
         yield Message("assistant", answer, train=parse_train(pair, path))
 
@@ -185,7 +212,39 @@ def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
     yield Message("user", question)
     answer = _present(row, _ALPACA_ANSWERS)
     assert answer is not None
-    yield Message("assistant", require_words(row[answer], answer, roles))
+    yield from _reasoned((Message("assistant", require_words(row[answer], answer, roles)),), row)
+
+
+def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
+    """Return the messages of an answer, the assistant's with the column of its reasoning.
+
+    A thought at the beginning of the answer is read once if the column repeats it. Raises Refused
+    if the two differ, or if the answer has several messages of the assistant.
+    """
+    columns = {name: row[name] for name in REASONING_KEYS if row.get(name) and not is_mode(row[name])}
+    if not columns:
+        return answered
+    thoughts = {name: require_words(value, name) for name, value in columns.items()}
+    column, reasoning = next(iter(thoughts.items()))
+    answers = [message for message in answered if message.role == "assistant"]
+    if len(answers) == 1:
+        if tagged := _THOUGHT.match(answers[0].content or ""):
+            thoughts["the answer"] = tagged[1] or tagged[2] or ""
+        if answers[0].reasoning:
+            thoughts["the answer's reasoning"] = answers[0].reasoning
+    if len(answers) != 1 or len({thought.strip() for thought in thoughts.values()}) > 1:
+        raise Refused(
+            "two contents",
+            f"the reasoning in column {column!r} is not that of one answer: {excerpt(reasoning)}, beside {len(answers)} "
+            f"messages of the assistant and thoughts in {[*thoughts][1:]}; leave the column out by ignore = [{column!r}], "
+            "or out of columns",
+        )
+    if len(thoughts) > len(columns):
+        return answered
+    return tuple(
+        msgspec.structs.replace(message, reasoning=reasoning) if message is answers[0] else message
+        for message in answered
+    )
 
 
 def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
@@ -220,7 +279,7 @@ def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
     answered = tuple(_side(row[answer], answer, Message("assistant", ""), settings))
     yield from system_message(row)
     yield from _history(row.get("history"), settings)
-    yield from question_and_answer(asked, answered)
+    yield from question_and_answer(asked, _reasoned(answered, row))
 
 
 def _side(value: Any, column: str, empty: Message, settings: RowSettings) -> Iterator[Message]:
@@ -238,8 +297,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout((("messages",),), (), _column_of_turns("messages")),
     Layout((("conversations",),), (), _column_of_turns("conversations")),
     Layout((("conversation",),), (), _rounds),
-    Layout((("instruction",), _ALPACA_ANSWERS), (CONTEXT, ("history",)), _alpaca),
-    Layout((QUESTIONS, ANSWERS), (("history",),), _pair),
+    Layout((("instruction",), _ALPACA_ANSWERS), (CONTEXT, ("history",), REASONING_KEYS), _alpaca),
+    Layout((QUESTIONS, ANSWERS), (("history",), REASONING_KEYS), _pair),
     Layout((("data",),), (), _by_turns),
 )
 """The known layouts; a row is read by the first layout that matches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -11,11 +12,21 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import Row, decoded, first, is_list, optional_text, require_text
+from sftstream.formats.fields import (
+    Row,
+    carries_words,
+    decoded,
+    first,
+    in_turns,
+    is_list,
+    optional_id,
+    optional_text,
+    require_text,
+)
 from sftstream.formats.items import ITEM_KEYS, ITEMS, join_items, parse_item
 from sftstream.formats.keys import CONTENT, only_value, require_read
 from sftstream.formats.parts import parse_parts, split_results
-from sftstream.formats.roles import CALLING, known_roles
+from sftstream.formats.roles import CALLING, find_role, known_roles
 from sftstream.formats.spelled import require_words
 from sftstream.formats.tools import parse_calls
 from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
@@ -27,14 +38,37 @@ _READ = frozenset(
     {"role", "from", "type", *CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
 )
 """Keys of a turn that are read."""
+_HOLDING = _READ | ITEM_KEYS - {"id", "status"} | {*SYSTEM}
+"""Keys by which turns, items and rounds are read, of which a column may have the name."""
 
 
 def system_message(row: Row) -> Iterable[Message]:
     """Yield a message for the column of the system prompt, if the row has such a column."""
     for column in SYSTEM:
         if prompt := row.get(column):
-            yield Message("system", require_words(prompt, "system"))
+            yield Message("system", _prompt(prompt, column))
             return
+
+
+def _prompt(prompt: Any, column: str) -> str:
+    """Return a system prompt: a text, or the text parts of Anthropic's Messages API."""
+    if not is_list(prompt):
+        return require_words(prompt, "system")
+    text, reasoning, calls = parse_parts(prompt, column)
+    if reasoning or calls:
+        raise Refused("unknown content part", f"{column} has parts {excerpt(prompt)}; only text can be read")
+    return text or ""
+
+
+@lru_cache(maxsize=256)
+def ignored_keys(ignore: tuple[str, ...]) -> frozenset[str]:
+    """Return the keys of turns that the setting `ignore` leaves out.
+
+    "messages[].reasoning" names a key of turns. "reasoning" names a column, since turns are read by
+    a key of that name; "refusal" names a column, and a key that is never read.
+    """
+    names = (name.rpartition("[].") for name in ignore)
+    return frozenset(key for _, of_turns, key in names if of_turns or key not in _HOLDING)
 
 
 def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]:
@@ -79,7 +113,8 @@ def question_and_answer(asked: tuple[Message, ...], answered: tuple[Message, ...
         return asked + answered
     system, own = _system(asked), _system(answered)
     question, whole = asked[len(system) :], answered[len(own) :]
-    if len(whole) < len(question) or not all(map(_same_words, question, whole)) or (system and own and system != own):
+    other_system = system and own and not (len(system) == len(own) and all(map(same_words, system, own)))
+    if len(whole) < len(question) or not all(map(same_words, question, whole)) or other_system:
         raise Refused(
             "two questions",
             f"the answer begins with {excerpt(answered[0].content)}, and the question with {excerpt(asked[0].content)}; "
@@ -92,7 +127,8 @@ def _system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(itertools.takewhile(lambda message: message.role == "system", messages))
 
 
-def _same_words(first: Message, second: Message) -> bool:
+def same_words(first: Message, second: Message) -> bool:
+    """Return True for messages of a role that differ at most in white space around the words."""
     return first.role == second.role and (first.content or "").strip() == (second.content or "").strip()
 
 
@@ -108,7 +144,7 @@ def unread_keys(turns: Any, settings: RowSettings, known: frozenset[str] | None 
         for key, value in turn.items()
         if value is not None
         and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
-        and key not in settings.ignore
+        and key not in ignored_keys(settings.ignore)
     }
 
 
@@ -133,23 +169,25 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
     """
     if not isinstance(turn, Mapping):
         raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
-    if settings.ignore:
-        turn = {key: value for key, value in turn.items() if key not in settings.ignore}
+    if ignored := ignored_keys(settings.ignore) if settings.ignore else frozenset[str]():
+        turn = {key: value for key, value in turn.items() if key not in ignored}
     if _is_item(turn) and turn["type"] != "message":
-        yield from parse_item(turn, path, settings.ignore)
+        yield from parse_item(turn, path, ignored)
         return
-    named, role = _role(turn, path, roles)
+    named, role = _role(turn, path, roles, settings)
     require_read(turn, _READ, path)
     content = only_value(turn, CONTENT, path)
     results: list[Message] = []
     if is_list(content) and role in ("user", "tool"):
-        results, content = split_results(content, path, settings.ignore)
+        results, content = split_results(content, path, ignored)
     yield from results
     if results and not content:
         return
-    text, reasoning, calls = _read_content(content, named, role, path, settings.ignore)
-    calls = _only_calls(calls, turn, path, settings.ignore)
+    text, reasoning, calls = _read_content(content, named, role, path, ignored)
+    calls = _only_calls(calls, turn, path, ignored)
     _require_type(turn, role, calls, path)
+    if text is None and role == "tool" and _says_nothing(turn):
+        text = ""
     if text is None and not calls:
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     yield Message(
@@ -158,20 +196,25 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
         reasoning=_reasoning(turn, reasoning, path),
         tool_calls=calls,
         name=optional_text(turn, path, "name"),
-        tool_call_id=optional_text(turn, path, "tool_call_id"),
+        tool_call_id=optional_id(turn, path, "tool_call_id"),
         train=parse_train(turn, path),
     )
 
 
-def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> tuple[str, Role]:
+def _says_nothing(turn: Mapping[str, Any]) -> bool:
+    """Return True for the turn of a tool that returned null: no other key may hold its result."""
+    others = (value for key, value in turn.items() if key not in _READ)
+    return any(name in turn for name in CONTENT) and not any(map(carries_words, others))
+
+
+def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role], settings: RowSettings) -> tuple[str, Role]:
     """Return the name of the turn's role, as in `ROLES`, and the role; raises Refused."""
-    named = first(turn, "role", "from", "type")
-    if isinstance(named, str):
-        for name in (named, named.lower()):
-            if role := roles.get(name):
-                return name, role
+    given = first(turn, "role", "from", "type")
+    if found := find_role(given, roles, settings):
+        return found
     raise Refused(
-        "unknown role", f"{path} has role {named!r}; known are {', '.join(roles)}; roles = {{...}} adds names"
+        "unknown role",
+        f"{path} has role {given!r}; known are {', '.join(roles)}; roles = {{...}} adds names, 'tool_call' for calls",
     )
 
 
@@ -196,7 +239,7 @@ def _only_calls(inside: ToolCalls, turn: Mapping[str, Any], path: str, ignored: 
         raise Refused(
             "two contents",
             f"{path} has different tool calls in two of content, tool_calls and function_call; leave out the wrong keys by "
-            "ignore = [...]",
+            f"ignore = [{in_turns(path, 'tool_calls')}], for example",
         )
     return found[0] if found else ToolCalls()
 
@@ -209,7 +252,7 @@ def _require_type(turn: Mapping[str, Any], role: Role, calls: ToolCalls, path: s
         raise Refused(
             "bad messages",
             f"{path} has the type {kind!r}, but would be read as words of the role {role!r}; write an item without a "
-            "role, or read the words by ignore = ['type']",
+            f"role, or read the words by ignore = [{in_turns(path, 'type')}]",
         )
 
 

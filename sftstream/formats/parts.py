@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import is_list, require_text
+from sftstream.formats.fields import is_list, optional_id, require_text
 from sftstream.formats.keys import only_value, require_plain
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
@@ -94,5 +94,4 @@ def _result(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> Mes
     text, reasoning, calls = parse_parts(result, path, ignored)
     if reasoning or calls:
         raise Refused("unknown content part", f"{path} has a tool_result {excerpt(result)}; only text can be read")
-    call_id = part.get("tool_use_id")
-    return Message("tool", text or "", tool_call_id=None if call_id is None else require_text(call_id, path))
+    return Message("tool", text or "", tool_call_id=optional_id(part, path, "tool_use_id"))

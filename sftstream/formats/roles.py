@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from sftstream.config import RowSettings
@@ -34,6 +35,41 @@ CALLING = frozenset({"function_call", "tool_call"})
 """Names of roles whose content is a tool call."""
 
 
+_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
+"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return a name as given and in the spellings of this package: "chat_history", "cot".
+
+    "chatHistory" has its words joined by "_", and "CoT" is in small letters.
+    """
+    return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
+
+
 def known_roles(settings: RowSettings) -> Mapping[str, Role]:
-    """Return the roles by name: the names of `ROLES`, and the names that the source adds."""
-    return {**ROLES, **settings.roles} if settings.roles else ROLES
+    """Return the roles by name: the names of `ROLES`, and the names that the source adds.
+
+    A name that the source calls "tool_call" is left out: its content is a call, as in `CALLING`.
+    """
+    if not settings.roles:
+        return ROLES
+    added = {name: role for name, role in settings.roles.items() if role != "tool_call"}
+    return {name: role for name, role in ROLES.items() if name not in settings.roles} | added
+
+
+def find_role(given: object, roles: Mapping[str, Role], settings: RowSettings) -> tuple[str, Role] | None:
+    """Return the name of a role as in `ROLES`, and the role; None of an unknown name.
+
+    `roles` are the known roles of the settings. A name may be spelled "User" or "function-call".
+    """
+    if not isinstance(given, str):
+        return None
+    if role := roles.get(given):
+        return given, role
+    for name in spellings(given):
+        if settings.roles and settings.roles.get(name) == "tool_call":
+            return "tool_call", "assistant"
+        if role := roles.get(name):
+            return name, role
+    return None

@@ -19,10 +19,12 @@ from sftstream.excerpt import one_line
 from sftstream.formats.exclusions import require_wanted
 from sftstream.formats.fields import Row, decoded, refuse_deep
 from sftstream.formats.layouts import DEFAULT, parse_layout
+from sftstream.formats.messages import ignored_keys
 from sftstream.formats.tools import parse_tools
 from sftstream.formats.typed import MESSAGE_KEYS, typed_json, typed_messages, typed_row
 from sftstream.formats.unread import (
     VARIABLES,
+    answer_beside,
     has_words_beside_messages,
     require_read,
     require_readable,
@@ -43,7 +45,7 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     Raises BrokenRow if the row is not JSON or has none of the columns in `settings.columns`. Raises
     Refused, naming the field, if the row matches no layout or words of the row would be lost.
     """
-    usual = not settings.roles and MESSAGE_KEYS.isdisjoint(settings.ignore)
+    usual = not settings.roles and (not settings.ignore or MESSAGE_KEYS.isdisjoint(ignored_keys(settings.ignore)))
     if isinstance(row, bytes):
         if len(row) > settings.max_row_bytes:
             raise _too_large(len(row), settings)
@@ -63,7 +65,9 @@ def parse_row(row: RawRow, settings: RowSettings = DEFAULT) -> Conversation:
     if not messages:
         raise Refused("empty conversation", "it has no messages")
     if not any(message.role == "assistant" for message in messages):
-        raise Refused("no assistant message", f"its roles are {[message.role for message in messages]}")
+        raise Refused(
+            "no assistant message", f"its roles are {[m.role for m in messages]}{answer_beside(fields, settings)}"
+        )
     conversation = Conversation(messages, parse_tools(tools_of(fields)), _variables(fields))
     if more or settings.columns is not None:
         require_read(fields, conversation, settings)
@@ -77,7 +81,7 @@ def _variables(fields: Row) -> dict[str, Any]:
     """
     if not fields.get(VARIABLES):
         return {}
-    variables = decoded(fields[VARIABLES])
+    variables = decoded(fields[VARIABLES]) or {}
     if not isinstance(variables, Mapping):
         raise Refused("bad template variables", f"{VARIABLES} is a {type(variables).__name__}, not an object")
     refuse_deep([variables])

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import decoded, is_list, optional_text
+from sftstream.formats.fields import decoded, is_list, optional_id
 from sftstream.formats.keys import ARGUMENTS, only_value, require_plain
 from sftstream.records import Refused, ToolCall, ToolCalls
 
@@ -29,7 +29,14 @@ def parse_calls(value: Any, path: str, ignored: Collection[str] = ()) -> ToolCal
     if not value:
         return ToolCalls()
     calls = value if is_list(value) else [value]
-    return ToolCalls(_call(decoded(call), path, ignored) for call in calls)
+    return ToolCalls(_call(call, path, ignored) for call in map(decoded, calls) if not _is_null(call))
+
+
+def _is_null(call: Any) -> bool:
+    """Return True for the object of nulls by which a table says that there is no call."""
+    if not isinstance(call, dict) or not call or call.get("name") or call.get("id"):
+        return False
+    return all(value is None or _is_null(value) for value in call.values())
 
 
 def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
@@ -44,9 +51,9 @@ def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
             else:
                 require_plain(function, ARGUMENTS, path, ignored)
                 given = only_value(function, ARGUMENTS, path)
-            given = given or {}
-            if isinstance(arguments := decoded(given), Mapping):
-                return ToolCall(function["name"], dict(arguments), optional_text(call, path, "id", "call_id"))
+            given = decoded(given) or {}
+            if isinstance(given, Mapping):
+                return ToolCall(function["name"], dict(given), optional_id(call, path, "id", "call_id"))
             raise Refused(
                 "bad tool call",
                 f"{path}: the arguments of {function['name']!r} are {excerpt(given)}, not a JSON object; write "
@@ -62,6 +69,8 @@ _AROUND = frozenset({"id", "index", "type", "function"})
 """Usual keys of an object around a `function` object."""
 _CALL = frozenset({"id", "call_id", "index", "type", "name", "arguments"})
 """Usual keys of a call."""
+PARAMETERS = ("parameters", "input_schema", "inputSchema")
+"""Keys of the schema of a definition's parameters."""
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -78,7 +87,39 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     tools = [decoded(tool) for tool in (value if is_list(value) else [value])]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise Refused("bad tools", f"{excerpt(value)} is not a list of tool definitions")
-    return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools)
+    return tuple(map(_tool, tools))
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition as a template reads it: in `function`, with its schema as `parameters`.
+
+    The Responses API writes `{"type": "function", "name": "add", "parameters": {...}}`, and
+    Anthropic's API and MCP call the schema `input_schema` and `inputSchema`. Raises Refused for a
+    tool without a schema that is no function, such as `{"type": "web_search_20250305", ...}`: it
+    would be printed as a function without parameters.
+    """
+    if function := decoded(tool.get("function")):
+        return {**tool, "function": _with_parameters(function) if isinstance(function, Mapping) else function}
+    function = dict(_with_parameters(tool))
+    function.pop("function", None)  # a table has the key in each row
+    kind = function.pop("type", None)
+    if kind not in (None, "function") and function.get("parameters") is None:
+        raise Refused(
+            "bad tools",
+            f"the tool {excerpt(tool)} has the type {excerpt(kind)} and no parameters; write it as a function with "
+            "parameters, or leave it out of the tools",
+        )
+    return {"type": "function", "function": function}
+
+
+def _with_parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a definition whose schema, under any name and perhaps JSON text, is `parameters`."""
+    names = [name for name in PARAMETERS if function.get(name) is not None]
+    if not names or (names == ["parameters"] and not isinstance(function["parameters"], str)):
+        return function
+    schema = only_value({name: decoded(function[name]) for name in names}, names, "tools")
+    named = {"parameters" if key in PARAMETERS else key: value for key, value in function.items()}
+    return named | {"parameters": schema}
 
 
 def _named(definitions: Mapping[str, Any]) -> list[Any]:

@@ -7,7 +7,6 @@ A row is refused if a column that is not read has a name known for words of a co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, texts_in
-from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_rounds
+from sftstream.formats.layouts import ANSWERS, LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_mode, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
+from sftstream.formats.roles import spellings
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 
 TOOLS = (
@@ -29,21 +29,21 @@ VARIABLES = "chat_template_kwargs"
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Names of columns with pictures, films and sounds, which no model here can read."""
+REASONINGS = frozenset(
+    {*REASONING_KEYS, "thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
+)
+"""Names of columns with reasoning."""
 WORDS = frozenset(
     _OF_LAYOUTS
-    | {*SYSTEM, *TOOLS, *REASONING_KEYS, *MEDIA}
+    | {*SYSTEM, *TOOLS, *REASONINGS, *MEDIA}
     | {"sys", "sys_prompt", "system_instruction", "system_instructions", "instructions", "developer", "preamble"}
     | {"function", "function_list", "tool_schema", "tool_descriptions", "apis", "api_list", "available_apis"}
     | {"history", "chat_history", "conversation_history", "dialogue_history", "previous_turns", "previous_messages"}
     | {"dialogue", "dialog", "chat", "turns", "utterances"}
     | {"context", "contexts", "document", "documents", "passage", "passages", "paragraph", "paragraphs", "article"}
     | {"knowledge", "background", "persona", "personas", "evidence"}
-    | {"thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
 )
 """Names of columns known to hold words of a conversation, in small letters."""
-
-_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
-"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
 
 
 def tools_of(row: Row) -> Any:
@@ -54,7 +54,7 @@ def tools_of(row: Row) -> Any:
 @lru_cache(maxsize=4096)
 def is_for_words(column: str) -> bool:
     """Return True for a name in `WORDS`, also if spelled "Chat History" or "chatHistory"."""
-    return column in WORDS or _spelling(column) in WORDS
+    return not WORDS.isdisjoint(spellings(column))
 
 
 @lru_cache(maxsize=4096)
@@ -63,17 +63,20 @@ def has_words_beside_messages(columns: tuple[str, ...]) -> bool:
     return any(is_for_words(column) for column in columns if column not in ("messages", "tools"))
 
 
-def _spelling(column: str) -> str:
-    return _AT_CAPITALS.sub("_", column).lower()
-
-
 def require_read(row: Row, conversation: Conversation, settings: RowSettings) -> None:
     """Raise Refused if a column holds words that are missing from the conversation."""
     present = tuple([column for column, value in row.items() if value is not None])
     valued = tuple([column for column, value in row.items() if value])
     if not (suspects := _suspects(present, valued, settings.columns is not None)):
         return
-    _require_within(" ".join(_words(conversation)), row, suspects, f"the layout {find_layout(row)} does not read")
+    remedy = "give the column a name in columns that this layout reads, or leave it out of columns"
+    _require_within(
+        " ".join(_words(conversation)),
+        row,
+        suspects,
+        f"the layout {find_layout(row)} does not read",
+        remedy if settings.columns is not None else None,
+    )
 
 
 def require_in_text(row: Row) -> None:
@@ -82,17 +85,42 @@ def require_in_text(row: Row) -> None:
     _require_within(row["text"], row, suspects, "the column 'text' does not hold")
 
 
-def _require_within(read: str, row: Row, suspects: Iterable[str], lack: str) -> None:
+def answer_beside(row: Row, settings: RowSettings) -> str:
+    """Return the remedy for turns with their answer in a column; "" without such a column."""
+    turns = next((name for name in ("messages", "conversations", "conversation") if row.get(name)), None)
+    answer = next((name for name in ANSWERS if row.get(name)), None)
+    if turns is None or answer is None or settings.columns is not None:
+        return ""
+    same = [
+        next((name for name in names if row.get(name)), None) for names in (SYSTEM, REASONING_KEYS, TOOLS, (VARIABLES,))
+    ]
+    columns = {"prompt": turns, "completion": answer} | {name: name for name in same if name}
+    listed = ", ".join(f'{name} = "{column}"' for name, column in columns.items())
+    return f"; read the answer in column {answer!r} by columns = {{{listed}}}"
+
+
+def _require_within(read: str, row: Row, suspects: Iterable[str], lack: str, remedy: str | None = None) -> None:
     """Raise Refused if a column of `suspects` holds words that are missing from the text `read`."""
     words = " ".join(read.split())
     for column in suspects:
         texts = texts_in(decoded(row[column])) if _carries(column, row[column]) else ()
-        if _spelling(column) in MEDIA or not all(" ".join(text.split()) in words for text in texts):
+        if not MEDIA.isdisjoint(spellings(column)) or not all(_within(" ".join(text.split()), words) for text in texts):
+            usual = f"read the column under a known name by columns = {{...}}, or leave the column out by ignore = [{column!r}]"
             raise Refused(
-                "unread words",
-                f"column {column!r} holds words that {lack}: {excerpt(row[column])}; read the column "
-                f"under a known name by columns = {{...}}, or leave the column out by ignore = [{column!r}]",
+                "unread words", f"column {column!r} holds words that {lack}: {excerpt(row[column])}; {remedy or usual}"
             )
+
+
+def _within(text: str, words: str) -> bool:
+    """Return True if a text is among words, not inside of one: "on" is not in "once"."""
+    start = words.find(text)
+    while start >= 0:
+        end = start + len(text)
+        borders = (words[start - 1 : start] + text[:1], text[-1:] + words[end : end + 1])
+        if not any(len(border) == 2 and border.isascii() and border.isalnum() for border in borders):
+            return True
+        start = words.find(text, start + 1)
+    return False
 
 
 @lru_cache(maxsize=4096)
@@ -135,6 +163,8 @@ def _read(row: Row) -> set[str]:
 
 def _carries(column: str, value: Any) -> bool:
     """Return True if the value of the column may hold words of a conversation."""
+    if not REASONINGS.isdisjoint(spellings(column)) and is_mode(value):
+        return False
     if column == "data":  # a common name, often of other things than texts
         value = decoded(value)
         return is_list(value) and any(isinstance(text, str) for text in value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 
-from sftstream.config import SourceConfig
+from sftstream.config import NamedRole, SourceConfig
 from sftstream.formats.layouts import find_layout
+from sftstream.formats.roles import spellings
 from sftstream.formats.rows import row_fields
-from sftstream.records import BrokenRow, Conversation, Example, RawRow, Ref, Refused
+from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Example, RawRow, Ref, Refused
 from sftstream.sources import Corpus, FileSet
 from sftstream.streaming.example_reader import ExampleReader
 from sftstream.streaming.order import permute, round_keys
@@ -19,6 +22,25 @@ from sftstream.tokenization.encoder import ChatEncoder
 ROWS = 512
 """Rows of a sample."""
 ROWS_AT_ONCE = 32
+USUAL = {
+    "question": ("question", "prompt", "query", "instruction", "problem", "input", "inputs", "user", "human"),
+    "response": (
+        *(
+            "response",
+            "answer",
+            "completion",
+            "output",
+            "chosen",
+            "solution",
+            "generated_solution",
+            "target",
+            "targets",
+        ),
+        *("content", "reply", "llm_response", "assistant"),
+    ),
+    "reasoning": (*REASONING_KEYS, "complex_cot", "cot", "chain_of_thought", "thought", "thoughts", "rationale"),
+}
+"""Known name of a column -> usual names of such a column in datasets, the likeliest first."""
 
 
 class RefusedRow(msgspec.Struct, frozen=True):
@@ -36,6 +58,9 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     verified: bool
     """False if the rows are plain text or token ids, of which nothing can be proved."""
     columns: dict[str, str] | None
+    ignore: tuple[str, ...]
+    named_roles: dict[str, NamedRole] | None
+    """The setting `roles` of the source."""
     files: int
     rows: int
     sampled: int
@@ -75,10 +100,36 @@ def look(source: SourceConfig, encoder: ChatEncoder) -> Look:
         row = found.refused[0]
         raise ValueError(
             f"no row of {source.path!r} can be trained; the first of {found.sampled} sampled rows: {row.place}: "
-            f"{row.reason}: {row.detail}; correct the data, or name its columns with --columns prompt=COLUMN "
-            "--columns completion=COLUMN"
+            f"{row.reason}: {row.detail}; correct the data, or give the settings of its source as options: "
+            f"{_options(source)}, --ignore NAME, --roles NAME=ROLE"
         )
     return found
+
+
+def propose_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return known name -> column for columns that hold a question, an answer and its reasoning.
+
+    `["Problem", "Complex_CoT", "Solution"]` gives `{"question": "Problem", "response": "Solution",
+    "reasoning": "Complex_CoT"}`. Return nothing without a question and an answer.
+    """
+    columns = {spelled: name for name in names for spelled in spellings(name)}
+    found = {
+        known: columns[usual[0]]
+        for known, given in USUAL.items()
+        if (usual := [name for name in given if name in columns])
+    }
+    return found if {"question", "response"} <= found.keys() else {}
+
+
+def _options(source: SourceConfig) -> str:
+    """Return options of `init` that name the columns of the first row, or examples."""
+    opened = Corpus((source,)).sources[0]
+    try:
+        proposed = propose_columns(row_fields(opened.read(0), source)) if isinstance(opened, FileSet) else {}
+    except (Refused, BrokenRow):
+        proposed = {}
+    columns = proposed or {"prompt": "COLUMN", "completion": "COLUMN"}
+    return " ".join(f"--columns {shlex.quote(f'{name}={column}')}" for name, column in columns.items())
 
 
 def _look(source: SourceConfig, encoder: ChatEncoder) -> Look:
@@ -113,6 +164,8 @@ def _look(source: SourceConfig, encoder: ChatEncoder) -> Look:
         path=source.path,
         verified=source.verified,
         columns=source.columns,
+        ignore=source.ignore,
+        named_roles=source.roles,
         files=len(opened.files),
         rows=len(opened),
         sampled=len(rows),

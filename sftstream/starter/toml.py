@@ -106,8 +106,11 @@ def _inline(value: Any) -> str:
 def _source(look: Look) -> list[str]:
     lines = []
     if look.columns:
-        columns = ", ".join(f"{_value(name)} = {_value(column)}" for name, column in look.columns.items())
-        lines.append(f"columns = {{ {columns} }}")
+        lines.append(f"columns = {_inline(look.columns)}")
+    if look.ignore:
+        lines.append(f"ignore = {_inline(look.ignore)}")
+    if look.named_roles:
+        lines.append(f"roles = {_inline(look.named_roles)}")
     if not look.verified:
         lines.append(_line("verified = false", "plain text or token ids: trained as they are, nothing can be proved"))
     return lines

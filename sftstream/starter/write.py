@@ -32,15 +32,8 @@ class Started(NamedTuple):
     """None for a run on CPUs."""
 
 
-def start(
-    data: str,
-    model: str | None,
-    out: Path,
-    gpus: int | None,
-    columns: dict[str, str] | None,
-    template: str | None = None,
-) -> Started:
-    """Write a config for `data` to `out`.
+def start(source: SourceConfig, model: str | None, out: Path, gpus: int | None, template: str | None = None) -> Started:
+    """Write a config for the data of `source` to `out`.
 
     `template` is a chat template in place of the tokenizer's own, as in `ChatEncoder`.
     Raises ValueError if the data holds no row to train, or if the model does not fit the GPUs.
@@ -52,7 +45,7 @@ def start(
     encoder = ChatEncoder(
         model, template, policy=policy, template_setting=lambda path: f"--template {shlex.quote(path)}"
     )
-    found = look(SourceConfig(path=data, columns=columns), encoder)
+    found = look(source, encoder)
     context, width = getattr(shape, "max_position_embeddings", None), getattr(shape, "hidden_size", None)
     if not hardware.gpus:
         proposal = propose(found, model, context, width, hardware, 1)

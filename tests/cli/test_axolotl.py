@@ -13,6 +13,8 @@ import yaml
 from commands import run
 
 from sftstream.cli.main import main
+from sftstream.formats import parse_row
+from sftstream.starter.axolotl import TRAINED_BY
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 
@@ -221,7 +223,7 @@ def source(**changes: Any) -> dict[str, Any]:
         ({"chat_template": "chatml"}, "datasets[0].chat_template = 'chatml' (only 'tokenizer_default')"),
         (source(type="alpaca"), "datasets[0].type = 'alpaca' (only 'chat_template')"),
         (source(train_on_eos="all"), "datasets[0].train_on_eos = 'all' (only 'turn')"),
-        (source(message_field_training="train"), "datasets[0].message_field_training = 'train'"),
+        (source(message_field_training="keep"), "datasets[0].message_field_training = 'keep' (only 'train' or"),
         (source(data_files="a.jsonl"), "datasets[0].data_files = 'a.jsonl'"),
         (source(message_property_mappings={"role": "who"}), "datasets[0].message_property_mappings.role = 'who'"),
         ({**source(weight=0.5), "num_epochs": 2}, "weight with more than one epoch"),
@@ -235,6 +237,14 @@ def test_a_value_that_would_mean_something_else_is_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     assert named in refusal(tmp_path, changes)
+
+
+@pytest.mark.parametrize("key", TRAINED_BY)
+def test_a_key_that_marks_messages_for_axolotl_marks_them_here(tmp_path: Path, key: str) -> None:
+    found = translated(tmp_path, source(message_field_training=key), "--gpus", 0)
+    (read,) = found.data.sources
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", key: 0}]
+    assert [message.train for message in parse_row({"messages": turns}, read).messages] == [None, False]
 
 
 def test_all_refused_values_are_told_at_once(tmp_path: Path) -> None:
@@ -267,5 +277,5 @@ def test_data_and_a_config_to_translate_exclude_each_other(tmp_path: Path) -> No
     out = tmp_path / "run.toml"
     both = run(main, "init", "chats.jsonl", "--from", "axolotl.yaml", "--out", out)
     neither = run(main, "init", "--out", out)
-    assert "leave DATA, --model, --template and --columns out" in both.stderr
+    assert "leave DATA, --model, --template, --columns, --ignore and --roles out" in both.stderr
     assert "no data is given" in neither.stderr

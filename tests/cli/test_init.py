@@ -143,3 +143,57 @@ def test_data_without_a_trainable_row_is_an_error_that_shows_the_first(
     assert "--columns prompt=COLUMN" in result.stderr
     assert not (tmp_path / "run.toml").exists()
     assert "is not NAME=COLUMN" in run(main, "init", "chats.jsonl", "--model", model, "--columns", "q").stderr
+    assert (
+        "--roles 'q=me' is not NAME=ROLE with a role of system, user,"
+        in run(main, "init", "chats.jsonl", "--model", model, "--roles", "q=me").stderr
+    )
+
+
+THINKS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% if m.reasoning_content %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+)
+CALL = {"role": "invoke", "content": '{"name": "what", "arguments": {}}'}
+
+
+@pytest.mark.parametrize(
+    ("row", "advised", "options"),
+    [
+        ({**tiny.rows(1)[0], "background": "It rains."}, "ignore = ['background']", ["--ignore", "background"]),
+        (
+            {"messages": [{**message, "thoughts": "seven"} for message in tiny.rows(1)[0]["messages"]]},
+            "ignore = ['messages[].thoughts']",
+            ["--ignore", "messages[].thoughts"],
+        ),
+        ({"messages": [{"role": "narrator", "content": "what"}, CALL]}, "roles = {...} adds names, 'tool_call'", []),
+        (
+            {"Question": "what", "Complex_CoT": "stones", "Response": "seven"},
+            "--columns question=Question --columns response=Response --columns reasoning=Complex_CoT",
+            [f"--columns={pair}" for pair in ("question=Question", "response=Response", "reasoning=Complex_CoT")]
+            + ["--template", "thinks.jinja"],
+        ),
+    ],
+)
+def test_an_advice_of_init_is_followed_by_its_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Any, advised: str, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("thinks.jinja").write_text(THINKS)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", [row] * 40)
+    init = ["init", "chats.jsonl", "--model", str(model), "--gpus", "0"]
+    assert advised in run(main, *init).stderr
+    followed = run(main, *init, *(options or ["--roles", "narrator=user", "--roles", "invoke=tool_call"]))
+    assert (followed.exit_code, followed.stderr) == (0, "")
+    assert "refused   0 of 40 sampled rows" in followed.stdout
+    assert json.loads(run(main, "preview", "run.toml", "--json").stdout)["packs"][0]["tokens"] > 0
+
+
+def test_the_options_of_a_config_are_named_below_refused_rows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", [*tiny.rows(30), {**tiny.rows(1)[0], "background": "seven " * 99}])
+    printed = run(main, "init", "chats.jsonl", "--model", model).stdout
+    assert "leave the column out by ignore = ['background']" in printed
+    assert "options of init: --columns NAME=COLUMN, --ignore NAME, --roles NAME=ROLE" in printed
