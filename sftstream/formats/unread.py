@@ -7,7 +7,6 @@ A row is refused if a column that is not read has a name known for words of a co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, texts_in
+from sftstream.formats.keys import COMMON_WORDS, MEDIA, spelling
 from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
-from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
+from sftstream.records import BrokenRow, Conversation, Refused, Unreadable
 
 TOOLS = (
     *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
@@ -27,23 +27,8 @@ TOOLS = (
 VARIABLES = "chat_template_kwargs"
 """Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
-MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-"""Names of columns with pictures, films and sounds, which no model here can read."""
-WORDS = frozenset(
-    _OF_LAYOUTS
-    | {*SYSTEM, *TOOLS, *REASONING_KEYS, *MEDIA}
-    | {"sys", "sys_prompt", "system_instruction", "system_instructions", "instructions", "developer", "preamble"}
-    | {"function", "function_list", "tool_schema", "tool_descriptions", "apis", "api_list", "available_apis"}
-    | {"history", "chat_history", "conversation_history", "dialogue_history", "previous_turns", "previous_messages"}
-    | {"dialogue", "dialog", "chat", "turns", "utterances"}
-    | {"context", "contexts", "document", "documents", "passage", "passages", "paragraph", "paragraphs", "article"}
-    | {"knowledge", "background", "persona", "personas", "evidence"}
-    | {"thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
-)
+WORDS = frozenset(_OF_LAYOUTS | {*SYSTEM, *TOOLS} | COMMON_WORDS)
 """Names of columns known to hold words of a conversation, in small letters."""
-
-_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
-"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
 
 
 def tools_of(row: Row) -> Any:
@@ -54,17 +39,13 @@ def tools_of(row: Row) -> Any:
 @lru_cache(maxsize=4096)
 def is_for_words(column: str) -> bool:
     """Return True for a name in `WORDS`, also if spelled "Chat History" or "chatHistory"."""
-    return column in WORDS or _spelling(column) in WORDS
+    return column in WORDS or spelling(column) in WORDS
 
 
 @lru_cache(maxsize=4096)
 def has_words_beside_messages(columns: tuple[str, ...]) -> bool:
     """Return True if columns besides `messages` and `tools` may hold words of a conversation."""
     return any(is_for_words(column) for column in columns if column not in ("messages", "tools"))
-
-
-def _spelling(column: str) -> str:
-    return _AT_CAPITALS.sub("_", column).lower()
 
 
 def require_read(row: Row, conversation: Conversation, settings: RowSettings) -> None:
@@ -87,7 +68,7 @@ def _require_within(read: str, row: Row, suspects: Iterable[str], lack: str) -> 
     words = " ".join(read.split())
     for column in suspects:
         texts = texts_in(decoded(row[column])) if _carries(column, row[column]) else ()
-        if _spelling(column) in MEDIA or not all(" ".join(text.split()) in words for text in texts):
+        if spelling(column) in MEDIA or not all(" ".join(text.split()) in words for text in texts):
             raise Refused(
                 "unread words",
                 f"column {column!r} holds words that {lack}: {excerpt(row[column])}; read the column "
