@@ -17,6 +17,7 @@ from sftstream.config import RowSettings
 from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, keys, parse_row, parse_unverified, parts, tools
 from sftstream.formats import layouts as layouts_file
 from sftstream.formats import messages as messages_file
+from sftstream.formats.harmony import CHANNELS, HARMONY
 from sftstream.formats.items import ITEMS
 from sftstream.formats.unread import TOOLS, VARIABLES
 from sftstream.records import REASONING_KEYS, ToolCalls
@@ -26,6 +27,7 @@ PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("\n## Layouts\n") : PAGE.index("\n## Order and mixing\n")]
 SAID = Conversation((Message("user", "hi"), Message("assistant", "hello")))
 NO_READERS = {
+    "spelling",
     "_is_unclear",
     "_seems_mark",
     "__str__",
@@ -38,7 +40,7 @@ NO_READERS = {
     "ignored_keys",
 }
 """Functions that choose a reader, or name the columns that are not read."""
-READERS = ("layouts", "messages", "items", "parts", "tools", "keys", "exclusions", "unverified")
+READERS = ("layouts", "messages", "items", "harmony", "thoughts", "parts", "tools", "keys", "exclusions", "unverified")
 
 
 class Written(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,6 +123,7 @@ def test_every_name_that_is_read_is_on_the_page() -> None:
     columns = [name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names]
     names = {*columns, *messages_file.SYSTEM, *TOOLS, VARIABLES, *ROLES, *REASONING_KEYS, *ITEMS, *exclusions.MARKS}
     names |= {*layouts_file.CONTEXT, *keys.CONTENT, *parts._TEXT, *parts._REASONING, *keys.ARGUMENTS, *tools.PARAMETERS}
+    names |= {*HARMONY, *CHANNELS}
     quoted = set(re.findall(r"`(\w+)`", SECTION)) | set(re.findall(r'"(\w+)":', SECTION))
     assert names - quoted == set()
 

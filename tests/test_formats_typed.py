@@ -30,7 +30,8 @@ USUAL: list[dict[str, Any]] = [
     {"prompt": [HI], "completion": [HELLO]},
 ]
 
-texts = st.sampled_from(["", " ", "hi", "hello", "[1]", LISTED, '{"a": 1}', "\ud7ff é"])
+PARTS, THOUGHT = json.dumps([{"type": "text", "text": "hi"}]), "<think>hi</think>hello"
+texts = st.sampled_from(["", " ", "hi", "hello", "[1]", LISTED, '{"a": 1}', "\ud7ff é", PARTS, THOUGHT])
 odd = st.sampled_from([None, 0, 1, 1.5, True, [], {}, ["hi"], {"a": "b"}, [[[[]]]]])
 names = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "observation", "me"])
 roles = st.sampled_from(["user", "assistant", "system", "tool", "gpt", "GPT", None])
@@ -103,8 +104,8 @@ def test_rows_of_the_usual_layouts_are_decoded_by_their_types(row: dict[str, Any
 
 
 def test_calls_of_sharegpt_turns_are_decoded_by_their_types() -> None:
-    turns = [*SHAREGPT, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "3"}]
-    found = typed_json(msgspec.json.encode({"conversations": turns}))
+    call, result = {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "3"}
+    found = typed_json(msgspec.json.encode({"conversations": [SHAREGPT[1], SHAREGPT[0], call, result]}))
     assert found is not None
     assert found.messages[2:] == (
         Message("assistant", None, tool_calls=ToolCalls([ToolCall("f", {"a": 1})])),

@@ -222,7 +222,10 @@ def test_an_answer_that_nobody_wants_is_refused_unless_the_config_says_otherwise
     row = {"prompt": "hi", "completion": "hello", "label": False}
     assert refusal(row).startswith("unwanted answer: label is false")
     assert messages(row, ignore=("label",)) == SAID
-    assert messages({**row, "label": True}) == messages({**row, "label": 0.5}) == SAID
+    for unwanted in (0, 0.0, "0", "false", "False"):
+        assert refusal({**row, "label": unwanted}).startswith("unwanted answer: label is ")
+    for label in (True, 1, "1", 0.5, 2, -1, "good", None, [0]):
+        assert messages({**row, "label": label}) == SAID
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_a_column_excludes_a_row_of_any_layout(row: dict[str, Any]) -> None:
         for stored in (marked := {**row, column: value}, json.dumps(marked).encode()):
             assert refusal(stored).startswith(f"unwanted answer: {column} is {str(value).lower()}, which marks")
             assert messages(stored, ignore=(column,)) == SAID
-    for column, value in {"label": 0, "train": True, "weight": 0.5, "loss_mask": [0, 1], "masked": False}.items():
+    for column, value in {"label": 1, "train": True, "weight": 0.5, "loss_mask": [0, 1], "masked": False}.items():
         assert messages({**row, column: value}) == SAID
 
 
@@ -360,7 +363,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "3"}
 )
 def test_marks_and_words_in_a_part_of_a_message_are_refused(turn: dict[str, Any]) -> None:
     def marked(name: str, value: Any) -> dict[str, Any]:
-        text = json.dumps({"messages": [HI, HELLO, turn]}).replace(
+        text = json.dumps({"messages": [HELLO, HI, turn]}).replace(
             '\\"mark\\": 1', json.dumps(json.dumps({name: value}))[2:-2]
         )
         row: dict[str, Any] = json.loads(text.replace('"mark": 1', json.dumps({name: value})[1:-1]))
@@ -627,7 +630,7 @@ def test_items_of_the_responses_api_are_read() -> None:
         Message("tool", "2", tool_call_id="c2"),
         SAID[1],
     )
-    assert "an item of reasoning is followed by neither" in refusal({"messages": items[:2] + items[4:]})
+    assert "reasoning is followed by neither a text nor a call" in refusal({"messages": items[:2] + items[4:]})
 
 
 @pytest.mark.parametrize("row", [{"messages": [HI, HELLO]}, {"prompt": "hi", "completion": "hello"}])

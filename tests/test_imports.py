@@ -59,6 +59,8 @@ ORDER = {
         "formats.exclusions",
         "formats.keys",
         "formats.tools",
+        "formats.harmony",
+        "formats.thoughts",
         "formats.parts",
         "formats.items",
         "formats.messages",

@@ -75,14 +75,13 @@ def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -
 def require_wanted(row: Mapping[str, Any]) -> None:
     """Raise Refused if a column says that the row is not to be trained.
 
-    Such a column is `label`, if it is false (unpaired preference data), or a mark.
+    Such a column is `label`, if it is false or 0 (unpaired preference data), or a mark.
     """
     if _OF_ROWS.isdisjoint(row):
         return
     for name in (name for name in row if name in _OF_ROWS):
         text = str(row[name]).lower()
-        excludes = text == "false" if name == "label" else _FLAGS.get(text) is (name in _MASKS)
-        if excludes:
+        if _FLAGS.get(text) is (name in _MASKS):
             raise Refused(
                 "unwanted answer",
                 f"{name} is {text}, which marks an answer to avoid; remove the row, or train the answer by ignore = "

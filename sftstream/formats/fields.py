@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -80,6 +82,19 @@ def first(fields: Mapping[str, Any], *names: str) -> Any:
         if (value := fields.get(name)) is not None:
             return value
     return None
+
+
+_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
+"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
+
+
+@lru_cache(maxsize=4096)
+def spellings(name: str) -> tuple[str, ...]:
+    """Return a name as given and in the spellings of this package: "chat_history", "cot".
+
+    "chatHistory" has its words joined by "_", and "CoT" is in small letters.
+    """
+    return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
 
 
 def in_turns(path: str, key: str) -> str:

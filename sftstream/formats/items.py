@@ -12,7 +12,7 @@ https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import optional_id, require_text
 from sftstream.formats.keys import ARGUMENTS, only_value, require_read
 from sftstream.formats.parts import parse_parts
+from sftstream.formats.thoughts import without_thought
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCalls
 
@@ -57,44 +58,56 @@ def parse_item(item: Mapping[str, Any], path: str, ignored: Collection[str]) -> 
             yield Message("assistant", None, reasoning, train=train)
 
 
-def join_items(messages: Iterable[Message]) -> list[Message]:
-    """Return the messages after joining the items of each answer: reasoning, then text, then calls.
+def join_parts(messages: Sequence[Message], parts: Collection[int]) -> list[Message]:
+    """Return the messages after joining the parts of each turn: reasoning, then text, then calls.
 
-    Raises Refused if an item of reasoning is followed by neither a text nor a call, or if its mark
-    contradicts that of the text or call.
+    `parts` are the indices of items, calls and the like. Such a message belongs to the assistant's
+    message before it, and any message to the reasoning before it. Raises Refused if reasoning is
+    followed by neither a text nor a call, or if the parts of a turn have different marks.
     """
     result: list[Message] = []
-    for message in messages:
-        if result and (joined := _joined(result[-1], message)):
+    for index, message in enumerate(messages):
+        joins = result and (index in parts or _is_reasoning(result[-1]))
+        if joins and (joined := _joined(result[-1], message)):
             result[-1] = joined
         else:
             result.append(message)
-    if any(message.content is None and not message.tool_calls for message in result):
-        raise Refused("message without content", "an item of reasoning is followed by neither a text nor a call")
+    if any(map(_is_reasoning, result)):
+        raise Refused("message without content", "reasoning is followed by neither a text nor a call")
     return result
 
 
 def _joined(first: Message, second: Message) -> Message | None:
-    """Return one message of two neighbouring items; None if the items are not of one answer."""
+    """Return one message of two neighbouring parts; None if they are not of one turn.
+
+    Raises Refused if their marks differ.
+    """
     if not first.role == second.role == "assistant":
         return None
-    train = first.train
-    if first.content is None and not first.tool_calls:  # reasoning, a part of the next item's message
-        train = second.train if train is None else train
-        if second.train not in (None, train):
-            raise Refused(
-                "bad weight", "an item of reasoning and the item after it have different marks; mark both alike"
-            )
-    elif train != second.train:
+    thought = _is_reasoning(first)
+    if not thought and (second.content is not None or second.reasoning):
         return None
-    if second.content is not None and (first.content is not None or first.tool_calls):
+    if first.reasoning and second.reasoning:
         return None
-    if second.reasoning and (first.reasoning or first.content is not None or first.tool_calls):
-        return None
+    train = second.train if thought and first.train is None else first.train
+    if second.train != train and not (thought and second.train is None):
+        raise Refused(
+            "bad weight",
+            f"two parts of one turn, such as its text and its call, have the marks {first.train} and {second.train}, where "
+            "None is no mark; mark both alike",
+        )
+    content = second.content if thought else first.content
+    if content and thought and first.reasoning:
+        content = without_thought(content, first.reasoning, "messages")
     return msgspec.structs.replace(
         first,
-        content=first.content if first.content is not None else second.content,
+        content=content,
         reasoning=first.reasoning or second.reasoning,
         tool_calls=ToolCalls((*first.tool_calls, *second.tool_calls)),
         train=train,
     )
+
+
+def _is_reasoning(message: Message) -> bool:
+    """Return True for a part without text and calls, which belongs to the part after it."""
+    return message.content is None and not message.tool_calls

@@ -7,28 +7,81 @@ same holds for two keys with different values of one meaning.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.exclusions import refuse_marks
-from sftstream.formats.fields import carries_words, in_turns
+from sftstream.formats.exclusions import MARKS, refuse_marks
+from sftstream.formats.fields import carries_words, in_turns, spellings
 from sftstream.records import REASONING_KEYS, Refused
 
 CONTENT = ("content", "value", "text")
 """Keys of a turn's content."""
 ARGUMENTS = ("arguments", "parameters", "input")
 """Keys of the arguments of a call."""
-WORDS = frozenset(
-    {*CONTENT, *REASONING_KEYS, "thought", "thoughts", "reasoning_text", "refusal", "instruction", "response"}
-    | {"tools", "functions", "tool_defs", "context", "documents", "system", "input", "output", "arguments"}
-    | {"image", "images", "image_url", "audio", "audios", "video", "videos"}
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Names of columns and keys with pictures, films and sounds, which no model here can read."""
+REASONINGS = frozenset(
+    {*REASONING_KEYS, "thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
 )
-"""Keys that are known to hold words of a conversation."""
+"""Names of columns and keys with reasoning."""
+COMMON_WORDS = frozenset(
+    {*REASONINGS, *MEDIA}
+    | {"sys", "sys_prompt", "system_instruction", "system_instructions", "instructions", "developer", "preamble"}
+    | {"function", "function_list", "tool_schema", "tool_descriptions", "apis", "api_list", "available_apis"}
+    | {"history", "chat_history", "conversation_history", "dialogue_history", "previous_turns", "previous_messages"}
+    | {"dialogue", "dialog", "chat", "turns", "utterances"}
+    | {"context", "contexts", "document", "documents", "passage", "passages", "paragraph", "paragraphs", "article"}
+    | {"knowledge", "background", "persona", "personas", "evidence"}
+)
+"""Names known for words of a conversation, of a row's column and of a key inside a conversation."""
+WORDS = COMMON_WORDS | frozenset(
+    {*CONTENT, *ARGUMENTS, "output", "output_text", "messages", "conversation", "conversations", "refusal", "parts"}
+    | {"instruction", "prompt", "question", "query", "completion", "response", "answer", "chosen"}
+    | {"system", "system_prompt", "system_message", "tools", "functions", "tool_defs", "tool_definitions", "tool_list"}
+    | {
+        "tools_definitions",
+        "function_definitions",
+        "available_tools",
+        "available_functions",
+        "tool_schemas",
+        "tools_schema",
+    }
+    | {"think", "thinking_content", "thinking_blocks", "reasoning_text", "reasoning_details", "analysis", "tool_plan"}
+    | {"tool_call", "tool_calls", "function_call", "function_calls", "tool_use", "tool_uses", "calls", "invocations"}
+    | {"tool_result", "tool_results", "tool_response", "tool_responses", "tool_output", "tool_outputs"}
+    | {"function_response", "function_responses", "observation", "observations", "action", "actions", "steps", "code"}
+    | {"image_url", "image_urls", "images_url", "audio_url", "video_url", "file", "files", "attachment", "attachments"}
+)
+"""Keys inside a conversation that are known to hold words. There are more of them than columns: a
+message's `action` or `text` is a part of what was said, a row's is often a note or a copy."""
+
+
+def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> Mapping[str, Any]:
+    """Return the fields under the names of `known`: `tool_calls` instead of `toolCalls`.
+
+    Marks are left as they are, since a mark in an unknown spelling is refused. Raises Refused if
+    two spellings of a name have different values.
+    """
+    names = {key: name for key in fields if key not in known and (name := _known(key, known))}
+    if not names:
+        return fields
+    result = {key: value for key, value in fields.items() if key not in names}
+    for name in names.values():
+        result[name] = only_value(fields, (name, *(key for key in names if names[key] == name)), path)
+    return result
+
+
+def _known(key: str, known: AbstractSet[str]) -> str | None:
+    return next((name for name in spellings(key) if name in known and name not in MARKS), None)
 
 
 def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ignored: Collection[str] = ()) -> None:
-    """Raise Refused if a key in `WORDS` holds words, and is neither in `read` nor `ignored`."""
-    unread = [key for key in WORDS.intersection(fields) if key not in read and key not in ignored]
+    """Raise Refused if a key of `WORDS`, in any spelling, holds words and is not read.
+
+    A key is read if it is in `read`; a key in `ignored` is left out.
+    """
+    unread = [key for key in fields if key not in read and key not in ignored and not WORDS.isdisjoint(spellings(key))]
     if unread := sorted(key for key in unread if carries_words(fields[key])):
         raise Refused(
             "unread words",

@@ -23,11 +23,13 @@ from sftstream.formats.fields import (
     optional_text,
     require_text,
 )
-from sftstream.formats.items import ITEM_KEYS, ITEMS, join_items, parse_item
-from sftstream.formats.keys import CONTENT, only_value, require_read
-from sftstream.formats.parts import parse_parts, split_results
+from sftstream.formats.harmony import HARMONY, by_channel, function_name, has_channel
+from sftstream.formats.items import ITEM_KEYS, ITEMS, join_parts, parse_item
+from sftstream.formats.keys import CONTENT, only_value, require_read, respelled
+from sftstream.formats.parts import parse_parts, parts_in, split_results
 from sftstream.formats.roles import CALLING, find_role, known_roles
 from sftstream.formats.spelled import require_words
+from sftstream.formats.thoughts import without_thought
 from sftstream.formats.tools import parse_calls
 from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
 
@@ -36,6 +38,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 
 _READ = frozenset(
     {"role", "from", "type", *CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}
+    | HARMONY
 )
 """Keys of a turn that are read."""
 _HOLDING = _READ | ITEM_KEYS - {"id", "status"} | {*SYSTEM}
@@ -84,15 +87,18 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
         raise Refused("bad messages", f"{column} is a {type(turns).__name__}, not a list of messages")
     roles = known_roles(settings)
     messages: list[Message] = []
-    has_items = False
+    parts: set[int] = set()
     for index, turn in enumerate(turns):
         if message := _plain(turn, roles):
             messages.append(message)
             continue
-        parsed = decoded(turn)
-        has_items = has_items or _is_item(parsed)
-        messages += _messages(parsed, f"{column}[{index}]", roles, settings)
-    return join_items(messages) if has_items else messages
+        path = f"{column}[{index}]"
+        fields = _fields(decoded(turn), path, ignored_keys(settings.ignore))
+        for message in _messages(fields, path, roles, settings):
+            if message.content is None and _is_part(fields):
+                parts.add(len(messages))
+            messages.append(message)
+    return join_parts(messages, parts) if parts else messages
 
 
 def parse_texts(texts: Sequence[Any], path: str, settings: RowSettings) -> Iterator[Message]:
@@ -141,7 +147,7 @@ def unread_keys(turns: Any, settings: RowSettings, known: frozenset[str] | None 
     return {
         key
         for turn in messages
-        for key, value in turn.items()
+        for key, value in (turn if known else _fields(turn, "a message", ())).items()
         if value is not None
         and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
         and key not in ignored_keys(settings.ignore)
@@ -156,27 +162,35 @@ def _plain(turn: Any, roles: Mapping[str, Role]) -> Message | None:
     if type(turn) is not dict or len(turn) != 2:
         return None
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-    if type(role) is str and type(content) is str and role in roles and role not in CALLING:
+    if type(role) is str and type(content) is str and role in roles and role not in CALLING and content[:2] != "[{":
         return Message(roles[role], content)
     return None
 
 
-def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSettings) -> Iterator[Message]:
+def _fields(turn: Any, path: str, ignored: Collection[str]) -> Mapping[str, Any]:
+    """Return the keys of a turn that are not ignored, under the names that are read."""
+    if not isinstance(turn, Mapping):
+        raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
+    if ignored:
+        turn = {key: value for key, value in turn.items() if key not in ignored}
+    return respelled(turn, _READ | ITEM_KEYS if _is_item(turn) else _READ, path)
+
+
+def _messages(
+    turn: Mapping[str, Any], path: str, roles: Mapping[str, Role], settings: RowSettings
+) -> Iterator[Message]:
     """Yield the messages of a turn.
 
     A turn gives one message, except a turn with results of tools: each result is a message of its
     own, followed by a message for the rest of the content.
     """
-    if not isinstance(turn, Mapping):
-        raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
-    if ignored := ignored_keys(settings.ignore) if settings.ignore else frozenset[str]():
-        turn = {key: value for key, value in turn.items() if key not in ignored}
+    ignored = ignored_keys(settings.ignore)
     if _is_item(turn) and turn["type"] != "message":
         yield from parse_item(turn, path, ignored)
         return
     named, role = _role(turn, path, roles, settings)
     require_read(turn, _READ, path)
-    content = only_value(turn, CONTENT, path)
+    content = _content(turn, named, role, path)
     results: list[Message] = []
     if is_list(content) and role in ("user", "tool"):
         results, content = split_results(content, path, ignored)
@@ -184,18 +198,24 @@ def _messages(turn: Any, path: str, roles: Mapping[str, Role], settings: RowSett
     if results and not content:
         return
     text, reasoning, calls = _read_content(content, named, role, path, ignored)
+    if channeled := role == "assistant" and has_channel(turn):
+        text, reasoning, calls = by_channel(turn, (text, reasoning, calls), path)
     calls = _only_calls(calls, turn, path, ignored)
     _require_type(turn, role, calls, path)
     if text is None and role == "tool" and _says_nothing(turn):
         text = ""
-    if text is None and not calls:
+    reasoning = _reasoning(turn, reasoning, path)
+    if text and reasoning:
+        text = without_thought(text, reasoning, path, next(filter(turn.get, REASONING_KEYS), "content"))
+    if text is None and not calls and not (channeled and reasoning is not None):
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
+    name = optional_text(turn, path, "name")
     yield Message(
         role=role,
         content=text,
-        reasoning=_reasoning(turn, reasoning, path),
+        reasoning=reasoning,
         tool_calls=calls,
-        name=optional_text(turn, path, "name"),
+        name=name if HARMONY.isdisjoint(turn) else function_name(name),
         tool_call_id=optional_id(turn, path, "tool_call_id"),
         train=parse_train(turn, path),
     )
@@ -223,6 +243,8 @@ def _reasoning(turn: Mapping[str, Any], inside: str | None, path: str) -> str | 
 
     Raises Refused if the turn has two different reasonings.
     """
+    if not any([turn.get(key) is not None for key in REASONING_KEYS]):
+        return inside
     reasoning = only_value({**turn, "content": inside}, (*REASONING_KEYS, "content"), path)
     return None if reasoning is None else require_text(reasoning, f"{path}.{REASONING_KEYS[0]}")
 
@@ -256,6 +278,24 @@ def _require_type(turn: Mapping[str, Any], role: Role, calls: ToolCalls, path: s
         )
 
 
+def _content(turn: Mapping[str, Any], named: str, role: Role, path: str) -> Any:
+    """Return the content of a turn; a list of typed parts may also be JSON text.
+
+    A result of a tool is always words, since the model reads what the tool has written. Raises
+    Refused for such a text of the assistant: nobody can tell if it is a list of parts or an answer.
+    """
+    content = only_value(turn, CONTENT, path)
+    if not isinstance(content, str) or role == "tool" or named in CALLING or (parts := parts_in(content)) is None:
+        return content
+    if role == "assistant":
+        raise Refused(
+            "bad messages",
+            f"{path} holds a list of typed parts as text: {excerpt(content)}; write the list itself, or, if the text is "
+            "the answer, write it as the text of a single part",
+        )
+    return parts
+
+
 def _read_content(
     content: Any, named: str, role: Role, path: str, ignored: Collection[str]
 ) -> tuple[str | None, str | None, ToolCalls]:
@@ -266,6 +306,11 @@ def _read_content(
         # Some datasets store tool results as objects, but a template prints text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     return parse_parts(content, path, ignored)
+
+
+def _is_part(turn: Mapping[str, Any]) -> bool:
+    """Return True for a turn that may be a part of the assistant's turn before it (`items.py`)."""
+    return _is_item(turn) or str(first(turn, "role", "from", "type")).lower() in CALLING or has_channel(turn)
 
 
 def _is_item(turn: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import is_list, optional_id, require_text
+from sftstream.formats.fields import is_list, optional_id, refuse_deep, require_text
 from sftstream.formats.keys import only_value, require_plain
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
@@ -22,6 +22,16 @@ _TEXT = ("text", "output_text", "input_text")
 """Types of parts that hold text."""
 _REASONING = ("reasoning", "thinking", "reasoning_text", "summary_text")
 """Types of parts that hold reasoning."""
+_CALLS = ("tool_call", "tool_use")
+"""Types of parts that hold a tool call."""
+_KEYS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(_TEXT, ("text", "value")),
+    **{kind: (kind, "text", "value") for kind in _REASONING},
+    **dict.fromkeys(_CALLS, ("value", "tool_call", "name")),
+    "tool_result": ("content",),
+    **{kind: (kind, "image_url", "source", "url") for kind in ("image", "input_image", "image_url")},
+}
+"""Type of a part -> keys of its value."""
 
 
 def parse_parts(content: Any, path: str, ignored: Collection[str] = ()) -> tuple[str | None, str | None, ToolCalls]:
@@ -39,12 +49,12 @@ def parse_parts(content: Any, path: str, ignored: Collection[str] = ()) -> tuple
     calls: list[ToolCall] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("tool_call", "tool_use"):
+        if kind in _CALLS:
             calls += _calls(part, path, ignored)
         elif kind in _TEXT:
-            texts.append(_words(part, ("text", "value"), path, ignored))
+            texts.append(_words(part, _KEYS[kind], path, ignored))
         elif kind in _REASONING:
-            reasonings.append(_words(part, (kind, "text", "value"), path, ignored))
+            reasonings.append(_words(part, _KEYS[kind], path, ignored))
         else:
             raise Refused(
                 "unknown content part", f"{path} has a part {excerpt(part)}; text, reasoning, tool_call are known"
@@ -58,6 +68,29 @@ def parse_parts(content: Any, path: str, ignored: Collection[str] = ()) -> tuple
     return "".join(texts) if texts else None, "".join(reasonings) or None, ToolCalls(calls)
 
 
+def parts_in(text: str) -> list[Any] | None:
+    """Return the typed parts that a JSON text spells out; None of any other text.
+
+    `'[{"type": "text", "text": "hi"}]'` gives `[{"type": "text", "text": "hi"}]`.
+    """
+    if not text.startswith("[{") or '"type"' not in text:
+        return None
+    try:
+        parts = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if not all(isinstance(part, dict) and _has_value(part) for part in parts):
+        return None
+    refuse_deep(parts)
+    return list(parts)
+
+
+def _has_value(part: Mapping[str, Any]) -> bool:
+    """Return True for a part of a known type with a value in one of the keys of the type."""
+    kind = part.get("type")
+    return isinstance(kind, str) and any(part.get(key) is not None for key in _KEYS.get(kind, ()))
+
+
 def _words(part: Mapping[str, Any], keys: Sequence[str], path: str, ignored: Collection[str]) -> str:
     """Return the text of a part, which is the value of one of `keys`."""
     require_plain(part, keys, path, ignored)
@@ -69,7 +102,7 @@ def _calls(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> Tool
     inside = only_value(part, ("value", "tool_call"), path)
     if not inside:
         return parse_calls(part, path, ignored)
-    require_plain(part, ("value",), path, ignored)
+    require_plain(part, ("value", "tool_call"), path, ignored)
     return parse_calls(inside, path, ignored)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from sftstream.config import RowSettings
+from sftstream.formats.fields import spellings
 from sftstream.records import Role
 
 ROLES: dict[str, Role] = {
@@ -33,18 +33,6 @@ ROLES: dict[str, Role] = {
 
 CALLING = frozenset({"function_call", "tool_call"})
 """Names of roles whose content is a tool call."""
-
-
-_AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
-"""Borders of the words in a name such as "chatHistory" or "Chat history"."""
-
-
-def spellings(name: str) -> tuple[str, ...]:
-    """Return a name as given and in the spellings of this package: "chat_history", "cot".
-
-    "chatHistory" has its words joined by "_", and "CoT" is in small letters.
-    """
-    return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
 
 
 def known_roles(settings: RowSettings) -> Mapping[str, Role]:

@@ -45,7 +45,7 @@ def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if named and any(name in function for name in ARGUMENTS):
             if function is not call and not _AROUND.issuperset(call):
-                require_plain(call, (), path, ignored)
+                require_plain(call, ("function",), path, ignored)
             if _CALL.issuperset(function):  # the case of most rows, read in half of the time
                 given = function["arguments"]
             else:

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sftstream.formats.fields import Row, refuse_deep
+from sftstream.formats.items import join_parts
 from sftstream.formats.messages import question_and_answer
+from sftstream.formats.parts import parts_in
 from sftstream.formats.roles import CALLING, ROLES
 from sftstream.formats.spelled import require_words
+from sftstream.formats.thoughts import may_hold_thought
 from sftstream.formats.tools import parse_calls, parse_tools
 from sftstream.records import UNDECODABLE, Conversation, Message, Refused, ToolCalls
 
 
 def typed_json(text: bytes) -> Conversation | None:
     """Return the conversation of JSON text in a usual layout; None of any other text."""
-    if (usual := _USUAL.get(_first_column(text))) is None:
+    if (usual := _BY_BEGINNING.get(text[:_BEGINNING])) is None:
         return None
     try:
         row = usual.json.decode(text)
@@ -45,9 +48,13 @@ def typed_row(row: Row, max_size: int) -> Conversation | None:
         messages = usual.messages(msgspec.convert(row, usual.without_tools, dec_hook=_tool_calls))
     except (msgspec.ValidationError, Refused, KeyError):
         return None
-    if not _answered(messages) or any([message.tool_calls for message in messages]):
+    if not _answered(messages):
         return None
-    size = sum([len(message.content or "") + len(message.reasoning or "") for message in messages])
+    size = 0
+    for message in messages:
+        if message.tool_calls:
+            return None
+        size += len(message.content or "") + len(message.reasoning or "")
     return Conversation(messages) if size <= max_size else None
 
 
@@ -111,7 +118,9 @@ class _Pair(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 def _turns(row: _Conversations) -> tuple[Message, ...]:
-    return tuple([_turn(turn.role, turn.content) for turn in row.conversations])
+    messages = [_turn(turn.role, turn.content) for turn in row.conversations]
+    calls = [index for index, message in enumerate(messages) if message.tool_calls]
+    return tuple(join_parts(messages, calls) if calls and _answered(messages) else messages)
 
 
 def _turn(role: str, content: str) -> Message:
@@ -171,19 +180,27 @@ _LAYOUTS = (
     ("instruction", _usual(_Instruction, _instructed)),
     ("prompt", _usual(_Pair, _paired)),
 )
-_USUAL: dict[str | bytes, _Usual] = {key: usual for name, usual in _LAYOUTS for key in (name, name.encode())}
-"""First column of a row, as text or as bytes -> the only layout that is tried."""
-
-
-def _first_column(text: bytes) -> bytes:
-    return text[2 : text.find(b'"', 2)] if text.startswith(b'{"') else b""
+_USUAL = dict(_LAYOUTS)
+"""First column of a row -> the only layout that is tried."""
+_BEGINNING = len('{"prompt":')
+_BY_BEGINNING = {f'{{"{name}":'.encode()[:_BEGINNING]: usual for name, usual in _LAYOUTS}
+"""Beginning of JSON text -> the only layout that is tried; found faster than the first column."""
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """Return True if each message has content or tool calls, and one is from the assistant."""
+    """Return True if each message is read as it is, and one is from the assistant.
+
+    That is, it has content or tool calls, and its content holds no list of parts and no thought.
+    """
     answered = False
     for message in messages:
-        if message.content is None and not message.tool_calls:
+        content = message.content
+        if content is None:
+            if not message.tool_calls:
+                return False
+        elif "[{" <= content < "[|" and parts_in(content):  # compares in a third of the time of `startswith`
+            return False
+        if message.reasoning and content and may_hold_thought(content):
             return False
         answered = answered or message.role == "assistant"
     return answered

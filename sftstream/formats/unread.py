@@ -13,10 +13,10 @@ from typing import Any
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, texts_in
+from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, spellings, texts_in
+from sftstream.formats.keys import COMMON_WORDS, MEDIA, REASONINGS
 from sftstream.formats.layouts import ANSWERS, LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_mode, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
-from sftstream.formats.roles import spellings
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 
 TOOLS = (
@@ -27,22 +27,7 @@ TOOLS = (
 VARIABLES = "chat_template_kwargs"
 """Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}
-MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-"""Names of columns with pictures, films and sounds, which no model here can read."""
-REASONINGS = frozenset(
-    {*REASONING_KEYS, "thought", "thoughts", "chain_of_thought", "cot", "rationale", "reasoning_trace"}
-)
-"""Names of columns with reasoning."""
-WORDS = frozenset(
-    _OF_LAYOUTS
-    | {*SYSTEM, *TOOLS, *REASONINGS, *MEDIA}
-    | {"sys", "sys_prompt", "system_instruction", "system_instructions", "instructions", "developer", "preamble"}
-    | {"function", "function_list", "tool_schema", "tool_descriptions", "apis", "api_list", "available_apis"}
-    | {"history", "chat_history", "conversation_history", "dialogue_history", "previous_turns", "previous_messages"}
-    | {"dialogue", "dialog", "chat", "turns", "utterances"}
-    | {"context", "contexts", "document", "documents", "passage", "passages", "paragraph", "paragraphs", "article"}
-    | {"knowledge", "background", "persona", "personas", "evidence"}
-)
+WORDS = frozenset(_OF_LAYOUTS | {*SYSTEM, *TOOLS} | COMMON_WORDS)
 """Names of columns known to hold words of a conversation, in small letters."""
 
 

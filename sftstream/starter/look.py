@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from sftstream.config import NamedRole, SourceConfig
+from sftstream.formats.fields import spellings
 from sftstream.formats.layouts import find_layout
-from sftstream.formats.roles import spellings
 from sftstream.formats.rows import row_fields
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Example, RawRow, Ref, Refused
 from sftstream.sources import Corpus, FileSet

@@ -248,6 +248,20 @@ ADVICE = [
         parse,
     ),
     Advice(
+        {"row": json.dumps({"messages": [{**HELLO, "channel": "commentary", "recipient": "python"}]})},
+        "or read the message as words of its channel by ignore = ['messages[].recipient']",
+        ({"ignore": '["messages[].recipient"]'},),
+        f"{FORMATS}/harmony.py",
+        parse,
+    ),
+    Advice(
+        {"row": json.dumps({"messages": [{**HELLO, "thinking": "hm", "content": "<think>so</think>hello"}]})},
+        "or leave out the key of the reasoning by ignore = ['messages[].thinking']",
+        ({"ignore": '["messages[].thinking"]'},),
+        f"{FORMATS}/thoughts.py",
+        parse,
+    ),
+    Advice(
         {"row": f'{{"prompt": "Hi!", "chosen": {TURNS}}}'},
         'read the answer alone by columns = {messages = "..."} with the name of its column',
         ({"columns": '{"messages": "chosen"}'},),

@@ -1,0 +1,65 @@
+"""Read the channels of OpenAI's Harmony format, whose turns of the assistant are several messages.
+
+    {"role": "assistant", "channel": "analysis", "content": "add them"}
+    {"role": "assistant", "channel": "commentary", "recipient": "functions.add", "content": "{}"}
+
+    Message("assistant", None, "add them", (ToolCall("add", {}),))
+
+https://cookbook.openai.com/articles/openai-harmony
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sftstream.excerpt import excerpt
+from sftstream.formats.fields import in_turns
+from sftstream.formats.tools import parse_calls
+from sftstream.records import Refused, ToolCalls
+
+HARMONY = frozenset({"channel", "recipient"})
+"""Keys of a message's channel, and of the tool that a message is for."""
+CHANNELS = ("analysis", "commentary", "final")
+"""Channels of the assistant: reasoning, calls and texts beside them, and the answer."""
+_FUNCTIONS = "functions."
+_TO_ALL = (None, "", "all", "user", "assistant")
+"""Recipients of a message that calls no tool."""
+
+
+Content = tuple[str | None, str | None, ToolCalls]
+"""Text, reasoning and tool calls of a message."""
+
+
+def has_channel(turn: Mapping[str, Any]) -> bool:
+    """Return True for a message in a channel or to a function; other values are notes."""
+    return turn.get("channel") in CHANNELS or _function(turn) is not None
+
+
+def by_channel(turn: Mapping[str, Any], content: Content, path: str) -> Content:
+    """Return the content of an assistant's message as its channel and its recipient say.
+
+    The words of a message to a function are the arguments of a call, and those of an analysis are
+    reasoning. Other channels change nothing. Raises Refused if the message is for another tool.
+    """
+    text, reasoning, calls = content
+    if name := _function(turn):
+        return None, reasoning, ToolCalls((*calls, *parse_calls({"name": name, "arguments": text}, path)))
+    if (recipient := turn.get("recipient")) not in _TO_ALL:
+        raise Refused(
+            "bad messages",
+            f"{path} is for {excerpt(recipient)}, and only a call of functions.NAME can be read; leave the row out, or "
+            f"read the message as words of its channel by ignore = [{in_turns(path, 'recipient')}]",
+        )
+    return (None, (reasoning or "") + (text or ""), calls) if turn["channel"] == "analysis" else content
+
+
+def function_name(name: Any) -> Any:
+    """Return "add" of "functions.add", the name of a recipient or of a tool's message."""
+    return name.removeprefix(_FUNCTIONS) if isinstance(name, str) else name
+
+
+def _function(turn: Mapping[str, Any]) -> str | None:
+    """Return the name of the function that a message is for; None if it is for no function."""
+    recipient = turn.get("recipient")
+    return function_name(recipient) if isinstance(recipient, str) and recipient.startswith(_FUNCTIONS) else None
