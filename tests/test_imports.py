@@ -232,6 +232,7 @@ ORDER = {
         "usage",
         "duration",
         "whole_file",
+        "full_disk",
         "distributed",
         "distributed.determinism",
         "distributed.mesh",
