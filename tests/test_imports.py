@@ -275,6 +275,7 @@ ORDER = {
         "training.warm_up",
         "track",
         "track.config",
+        "accepted",
         "config",
         "config_file",
         "training.model",
