@@ -36,8 +36,10 @@ error that names the key. Every key can be overridden on the command line by `se
 torchrun -m trainer.main run.toml run.epochs=3 optimizer.learning_rate=1e-5 data.sources.0.weight=2
 ```
 
-Required keys have no default. `none` means that the key is left out. Used as a library,
-`sftstream.DataConfig` takes the keys of `[data]`, and `seed`, `epochs` and `skip` besides.
+Required keys have no default. `none` means that the key is left out; on the command line,
+`section.key=none` leaves out a key whose default is `none`, such as `run.steps`, or such a table,
+and `section.key='"none"'` is the text. Used as a library, `sftstream.DataConfig` takes the keys of
+`[data]`, and `seed`, `epochs` and `skip` besides.
 """
 
 ELSEWHERE = {"data": ("seed", "epochs", "skip")}

@@ -11,6 +11,7 @@ import msgspec
 
 from checkpoints import Retention
 from sftstream import MOST_STEPS, DataConfig, SkipConfig, SourceConfig
+from trainer.accepted import require_acceptable
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
@@ -125,12 +126,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"profile = {list(self.profile)} must be a first and a last step, counted from 1")
         self._require_places()
         _ = self.stop_seconds
-        for name in self.accept_changed:
-            if name.partition(".")[0] not in ("optimizer", "schedule") and name != "run.attention":
-                raise ValueError(
-                    f'accept_changed holds {name!r}; name "optimizer", "schedule", a key of the two tables or "run.attention", '
-                    "and changes of the data in data.accept_changed"
-                )
+        require_acceptable(self.accept_changed)
 
     def _require_places(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".", "..") or not self.name.isprintable():

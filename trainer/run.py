@@ -21,6 +21,7 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
+from trainer.full_disk import full_disk_explained
 from trainer.llama.blocks import start_compiler
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.out_of_memory import explained
@@ -110,7 +111,7 @@ def run(
         display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
-        with saves.store, locked(directory):
+        with saves.store, locked(directory), full_disk_explained(directory.path):
             prepared = prepare_run(config, topology, saves, directory, display, command)
             gc.enable()  # disabled since the start of the command
             return _train_and_finish(prepared, stop, command)

@@ -249,8 +249,7 @@ def say_start(run: Run, restored: Restored) -> None:
         run.display.say(f"held out {run.validation.describe()}")
     for line in damage_messages(run.saves.store.rejected, restarted=not restored.resumed):
         run.display.say(line)
-    complete = run.is_complete(restored.progress)
-    run.display.say(progress_message(run.config.run.directory, restored.progress, complete=complete))
+    run.display.say(progress_message(restored.progress, run.config))
     rate = run.learning_rate(restored.progress)
     if restored.extended:
         run.display.say(extension_message(restored.progress, rate))
@@ -375,8 +374,10 @@ def _open_validation(
     streams = data.reader.assignment.streams
     validation = Validation(config, topology, encoder, streams, questions.digest if questions else None)
     compares = config.checkpoint.keep_best is not None or config.patience is not None
-    if restored.resumed and compares:
-        validation.require_comparable(saves.store.manifest(restored.progress.step).about)
+    if restored.data is not None and compares:
+        changes = data.loader.position().header.history[len(restored.data.history) :] if data.loader else ()
+        accepted = [difference for change in changes for difference in change.differences]
+        validation.require_comparable(saves.store.manifest(restored.progress.step).about, accepted)
     return validation
 
 
@@ -385,4 +386,4 @@ def _about(
 ) -> About | None:
     if loader is None:
         return None
-    return about(config, topology, loader.position().header, validation.digest if validation else None)
+    return about(config, topology, loader.position().header, validation.digests if validation else {})

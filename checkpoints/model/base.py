@@ -69,10 +69,10 @@ class Merged(Struct, frozen=True, forbid_unknown_fields=True):
     """Element type of all tensors of the directory."""
 
 
-def weight_digests(paths: Iterable[Path]) -> dict[str, str]:
+def weight_digests(paths: Iterable[Path], remedy: str = "restore the model") -> dict[str, str]:
     """Return the digest of each file by name. Reads every byte.
 
-    Raises CheckpointError if a file cannot be read.
+    Raises CheckpointError, with the remedy, if a file cannot be read.
     """
     digests = {}
     for path in paths:
@@ -82,7 +82,7 @@ def weight_digests(paths: Iterable[Path]) -> dict[str, str]:
                 digests[path.name] = file_digest(file.fileno(), path.stat().st_size)
         except (OSError, EOFError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it became shorter"
-            raise CheckpointError(f"{path} cannot be read: {reason}; restore the model") from error
+            raise CheckpointError(f"{path} cannot be read: {reason}; {remedy}") from error
     return digests
 
 
@@ -105,7 +105,8 @@ def export_merged(
         CheckpointError: `base` is another model than the run's, or `out` exists.
         CorruptCheckpoint: The recipe does not fit the base.
     """
-    found = weight_digests(base / name for name in merged.digests)
+    moved = "name the directory of the run's model with --base"
+    found = weight_digests((base / name for name in merged.digests), moved)
     for name, digest in merged.digests.items():
         if found[name] != digest:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,7 +112,7 @@ def _show(started: Started, out: Path, *, as_json: bool) -> None:
         typer.echo(printable(line))
     _say_next(out)
     ranks = f"--nproc-per-node {hardware.gpus} " if hardware.gpus > 1 else ""
-    typer.echo(printable(f"  torchrun {ranks}-m trainer.main {out}"))
+    typer.echo(printable(f"  torchrun {ranks}-m trainer.main {shlex.quote(str(out))}"))
 
 
 def _tell(found: Translated, out: Path, *, as_json: bool) -> None:
@@ -124,7 +125,8 @@ def _tell(found: Translated, out: Path, *, as_json: bool) -> None:
 
 
 def _say_next(out: Path) -> None:
-    typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {out}\n  sftstream stats {out}"))
+    quoted = shlex.quote(str(out))
+    typer.echo(printable(f"\nwrote {out}; next:\n  sftstream preview {quoted}\n  sftstream stats {quoted}"))
 
 
 def _columns(pairs: list[str]) -> dict[str, str] | None:

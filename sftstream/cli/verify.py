@@ -21,6 +21,9 @@ def verify_resume(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the moments and topologies. Default: random, and printed.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Call the function that evaluation.scorer names.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prove on your own data and machine that a killed run resumes exactly. The exit code is 1 if
@@ -43,7 +46,7 @@ def verify_resume(
         verdict = (
             verify_data(data, place, steps, kills, chosen, say)
             if data_only
-            else verify_training(config, place, steps, kills, chosen, say)
+            else verify_training(config, place, steps, kills, chosen, say, ["--allow-code"] if allow_code else [])
         )
     if as_json:
         print_json({"seed": chosen, "exact": not verdict.differences, **msgspec.structs.asdict(verdict)})

@@ -20,7 +20,8 @@ from sftstream.ledger.rebuild import Rebuilder
 from sftstream.ledger.records import Session, StepLine, StepSegments
 from sftstream.ledger.segments import NO_SEGMENTS, SKIPPED, Segments, given, segments_of, skipped
 from sftstream.records import Ref, batch_digest
-from sftstream.sources import Corpus, FileSet
+from sftstream.source_changes import follow_sources
+from sftstream.sources import FileSet
 from sftstream.state import DataState
 from sftstream.streaming.order import draws_of_source
 
@@ -189,7 +190,7 @@ class _Audit:
             self._add(found, "no conversation is listed twice in an epoch")
             self._report.not_shown.append("that no row is lost: no checkpoint was written yet")
             return
-        step, state = stored
+        step, state = stored[0], self._followed(stored[1])
         if later := self._ledger.steps[-1].step - step:
             self._report.not_shown.append(
                 f"that no row is lost in the last {later} steps: they follow the newest checkpoint, of step {step}"
@@ -216,10 +217,20 @@ class _Audit:
                 "that no row is lost: the run accepted changes of data or settings, after which rows may be refused that "
                 "were trained before"
             )
-        found += _unfinished(state, self._last.corpus)
+        found += _unfinished(state)
         self._add(found, "each conversation is trained, skipped, refused or waiting exactly once in each epoch")
         self._report.proved.extend([] if found else lines)
         self._check_mixture(state)
+
+    def _followed(self, state: DataState) -> DataState:
+        """Return a state with the row numbers of the last session.
+
+        The session may have accepted changed files, and no checkpoint may have followed.
+        """
+        last = self._last
+        if last.changes:
+            return state
+        return follow_sources(state, self._ledger.sessions[-1].identity, last.config, last.corpus)
 
     @cached_property
     def _one_assignment(self) -> bool:
@@ -229,13 +240,13 @@ class _Audit:
     def _check_mixture(self, state: DataState) -> None:
         if len(state.identity.sources) == 1:
             return
-        examined, found = compare_mixture(state, self._last.corpus, self._longest)
+        examined, found = compare_mixture(state, self._longest)
         self._add(
             found[:1],
             f"the mixture is as wanted in {examined} of {len(state.streams)} streams; in all others a source ended",
         )
         if not found:
-            self._report.proved.extend(shares(self._all, state, self._last.corpus))
+            self._report.proved.extend(shares(self._all, self._ledger.sessions[-1].identity))
 
     @cached_property
     def _longest(self) -> int:
@@ -366,16 +377,16 @@ def _summary(source: int, listed: Listed, refused: list[Ref], state: DataState) 
     )
 
 
-def _unfinished(state: DataState, corpus: Corpus) -> list[str]:
+def _unfinished(state: DataState) -> list[str]:
     """Return the sources with draws left, in a run whose streams have all ended."""
     identity = state.identity
     if identity.epochs is None or identity.ends_with == "first" or not all(s.exhausted for s in state.streams.values()):
         return []
     found = []
-    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
-        if not isinstance(opened, FileSet) or state.orders.get(index):
+    for index, source in enumerate(identity.sources):
+        if source.rows is None or state.orders.get(index):
             continue
-        wanted = draws_of_source(len(opened), source.repeat, identity.epochs)
+        wanted = draws_of_source(source.rows, source.repeat, identity.epochs)
         drawn = sum(stream.drawn[index] for stream in state.streams.values())
         if drawn != wanted:
             found.append(f"source {index}: the run ended after {drawn:,} of {wanted:,} draws")

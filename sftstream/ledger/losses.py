@@ -55,8 +55,12 @@ class Model:
 def model_of(path: Path) -> Iterator[Model]:
     """Open a model directory, or a checkpoint after an export into a temporary directory.
 
-    Raises ValueError if the checkpoint cannot be exported.
+    Raises ValueError for an adapter, and if the checkpoint cannot be exported.
     """
+    if (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{path} is an adapter without its model; name a step-... directory of its run's checkpoints, or a merged export"
+        )
     if (path / "config.json").exists():
         yield Model(path)
         return
@@ -66,8 +70,9 @@ def model_of(path: Path) -> Iterator[Model]:
         command = [sys.executable, "-m", "checkpoints", "export", str(path), str(target)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
+            reason = (ended.stderr.strip() or ended.stdout.strip()).removeprefix("error: ")
             raise ValueError(
-                f"{path} is neither a model nor a checkpoint: {ended.stderr.strip() or ended.stdout.strip()}; name a "
-                "directory with config.json, or a step-... directory of a run's checkpoints"
+                f"{path} is neither a model nor a checkpoint: {reason}; name a directory with config.json, or a step-... "
+                "directory of a run's checkpoints"
             )
         yield Model(target)

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from sftstream.identity import Identity
 from sftstream.ledger.once import Listed
 from sftstream.ledger.segments import given
-from sftstream.sources import Corpus, FileSet
 from sftstream.state import DataState, StreamState
 from sftstream.streaming.order import draws_of_source, draws_of_stream
 
 
-def compare_mixture(state: DataState, corpus: Corpus, longest: int) -> tuple[int, list[str]]:
+def compare_mixture(state: DataState, longest: int) -> tuple[int, list[str]]:
     """Return the number of streams whose sources all have rows left, and a line for each of these
     streams that drew more or less from a source than its weight allows.
 
@@ -23,10 +23,10 @@ def compare_mixture(state: DataState, corpus: Corpus, longest: int) -> tuple[int
     """
     identity, unit = state.identity, state.identity.mix_by
     slack = len(identity.sources) * (1 if unit == "conversations" else max(longest, identity.capacity))
-    stages = _weights(state, corpus)
+    stages = _weights(identity)
     examined, found = 0, []
     for number, stream in state.streams.items():
-        if _any_ended(stream, number, state, corpus):
+        if _any_ended(stream, number, identity):
             continue
         examined += 1
         total, weights = sum(stream.mixed), stages[stream.stage]
@@ -40,9 +40,10 @@ def compare_mixture(state: DataState, corpus: Corpus, longest: int) -> tuple[int
     return examined, found
 
 
-def shares(listed: Listed, state: DataState, corpus: Corpus) -> Iterator[str]:
-    """Yield for each source its share of the trained conversations or tokens."""
-    unit, weights = state.identity.mix_by, _weights(state, corpus)[0]
+def shares(listed: Listed, identity: Identity) -> Iterator[str]:
+    """Yield for each source of `identity` its share of the trained conversations or tokens."""
+    unit, weights = identity.mix_by, _weights(identity)[0]
+    wanted = "wanted at the beginning of the run" if identity.stages else "wanted by its weight"
     segments = given(listed.segments)
     amounts: NDArray[np.int64] = {
         "conversations": (segments["part"] == 0).astype(np.int64),
@@ -53,30 +54,29 @@ def shares(listed: Listed, state: DataState, corpus: Corpus) -> Iterator[str]:
     for source, amount in enumerate(reached.tolist()):
         yield (
             f"source {source}: {amount / max(reached.sum(), 1):.1%} of trained {unit.replace('_', ' ')}, "
-            f"{weights[source] / sum(weights):.1%} wanted at the beginning of the run"
+            f"{weights[source] / sum(weights):.1%} {wanted}"
         )
 
 
-def _weights(state: DataState, corpus: Corpus) -> list[list[float]]:
+def _weights(identity: Identity) -> list[list[float]]:
     """Return the weights of the sources at the start, and in each stage."""
     first = [
-        (len(opened) if isinstance(opened, FileSet) else 1) * source.repeat if source.weight is None else source.weight
-        for source, opened in zip(state.identity.sources, corpus.sources, strict=True)
+        (1 if source.rows is None else source.rows) * source.repeat if source.weight is None else source.weight
+        for source in identity.sources
     ]
-    return [first, *(list(stage.weights) for stage in state.identity.stages)]
+    return [first, *(list(stage.weights) for stage in identity.stages)]
 
 
-def _any_ended(stream: StreamState, number: int, state: DataState, corpus: Corpus) -> bool:
+def _any_ended(stream: StreamState, number: int, identity: Identity) -> bool:
     """Return True if a source is, or may be, exhausted for a stream."""
-    identity = state.identity
     if stream.exhausted:
         return True
     if identity.epochs is None:
         return False
-    for index, (source, opened) in enumerate(zip(identity.sources, corpus.sources, strict=True)):
-        if not isinstance(opened, FileSet):
+    for index, source in enumerate(identity.sources):
+        if source.rows is None:
             return True
-        draws = draws_of_source(len(opened), source.repeat, identity.epochs)
+        draws = draws_of_source(source.rows, source.repeat, identity.epochs)
         if stream.drawn[index] >= draws_of_stream(draws, number, identity.streams):
             return True
     return False

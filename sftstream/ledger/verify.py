@@ -103,10 +103,17 @@ def verify_data(
 
 
 def verify_training(
-    path: Path, directory: Path, steps: int, kills: int, seed: int, say: Callable[[str], None]
+    path: Path,
+    directory: Path,
+    steps: int,
+    kills: int,
+    seed: int,
+    say: Callable[[str], None],
+    options: Sequence[str] = (),
 ) -> Verdict:
     """Train `steps` steps of the run in the TOML file `path`: once without a kill, and once with up
     to `kills` kills, each followed by a resume with 0 to 2 loader workers drawn from `seed`.
+    `options` are further words of the trainer's command line.
 
     If the machine has room for more shards, a third run is killed and changes the number of shards
     at each resume. Raises ValueError if the run fails.
@@ -114,7 +121,7 @@ def verify_training(
     room = _room(read_toml(path))
 
     def start(place: Path, hop: Hop) -> Attempt:
-        return _TrainingAttempt(path, place, steps, hop)
+        return _TrainingAttempt(path, place, steps, hop, options)
 
     def hop(shards: int, workers: int) -> Hop:
         return Hop(shards, workers, room.tp)
@@ -304,7 +311,7 @@ def _run_data(config: bytes, directory: Path, steps: int, shards: int, workers: 
 class _TrainingAttempt:
     """A run of the trainer's command in other processes, a process for each rank."""
 
-    def __init__(self, path: Path, directory: Path, steps: int, hop: Hop) -> None:
+    def __init__(self, path: Path, directory: Path, steps: int, hop: Hop, options: Sequence[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         overrides = {
             "run.root": str(directory.parent.absolute()),
@@ -324,7 +331,7 @@ class _TrainingAttempt:
                 # A new process group, so that a kill reaches the loader's workers too.
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "trainer.main", str(path), *words],
+                        [sys.executable, "-m", "trainer.main", str(path), *words, *options],
                         stdout=log,
                         stderr=log,
                         start_new_session=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,17 @@ def test_the_written_config_trains_as_it_is(
     assert config.data.capacity <= 1024
     previewed = run(main, "preview", "run.toml", "--json")
     assert json.loads(previewed.stdout)["packs"][0]["tokens"] > 0
+
+
+def test_the_next_commands_are_words_of_a_shell(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(40))
+    result = run(main, "init", "chats.jsonl", "--model", model, "--gpus", 0, "--out", "my run.toml")
+    assert [shlex.split(line) for line in result.stdout.splitlines()[-3:]] == [
+        ["sftstream", "preview", "my run.toml"],
+        ["sftstream", "stats", "my run.toml"],
+        ["torchrun", "-m", "trainer.main", "my run.toml"],
+    ]
 
 
 def test_the_text_and_the_json_tell_the_same_numbers(

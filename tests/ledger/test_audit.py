@@ -216,6 +216,28 @@ def test_a_run_under_way_lists_its_waiting_rows_as_neither_lost_nor_trained(data
     assert any("neither refused nor waiting" in line for line in audit(Ledger(tmp_path / "run")).differences)
 
 
+@pytest.mark.parametrize("change", ["source added", "file grown"])
+def test_a_run_is_proved_whose_accepted_data_no_checkpoint_has_followed(
+    change: str, tokenizer: str, tmp_path: Path
+) -> None:
+    paths = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.rows(30, seed)) for seed in range(3)]
+    sources = [{"path": path} for path in paths]
+    directory = tmp_path / "run"
+    run_data(tiny.data_config(tokenizer, sources=sources[:2]), directory, 2, 2)
+    if change == "file grown":
+        tiny.write_jsonl(Path(paths[1]), [*tiny.rows(30, 1), *tiny.rows(10, 5)])
+        sources, accepted = sources[:2], ["data.sources[1]"]
+    else:
+        accepted = ["data.sources[2]"]
+    run_data(tiny.data_config(tokenizer, sources=sources, accept_changed=accepted), directory, 3, 2)
+    (directory / "ledger" / "state-00000003.msgpack").unlink()
+    report = audit(Ledger(directory))
+    assert report.differences == []
+    assert "that no row is lost in the last 1 steps: they follow the newest checkpoint, of step 2" in report.not_shown
+    shares = [line for line in report.proved if line.endswith(" wanted by its weight")]
+    assert [line.split(":")[0] for line in shares] == [f"source {number}" for number in range(len(sources))]
+
+
 def test_a_wrong_mixture_is_named(tokenizer: str, tmp_path: Path) -> None:
     paths = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.rows(60, seed)) for seed in range(2)]
     sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (3.0, 1.0), strict=True)]

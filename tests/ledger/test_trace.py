@@ -129,3 +129,15 @@ def test_a_streamed_source_is_traced_too(tokenizer: str, tmp_path: Path) -> None
         packs = loader.next_step()
         traced = trace(Ledger(tmp_path / "run"), step.step)
         assert [t.segment for t in traced] == [segment for pack in packs for segment in pack.segments]
+
+
+def test_a_directory_that_is_no_model_is_named_with_what_to_name_instead(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert run(main, "trace", done, "--step", 1, "--model", tmp_path / "adapter").stderr == (
+        f"error: {tmp_path}/adapter is an adapter without its model; name a step-... directory of its run's checkpoints, or "
+        "a merged export\n"
+    )
+    stderr = run(main, "trace", done, "--step", 1, "--model", tmp_path).stderr
+    assert stderr.startswith(f"error: {tmp_path} is neither a model nor a checkpoint: ")
+    assert stderr.count("error: ") == 1

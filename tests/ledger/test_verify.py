@@ -78,6 +78,20 @@ def test_a_run_that_cannot_start_is_an_error_with_its_message(tokenizer: str, tm
     assert "nowhere.jsonl' matches no file" in result.stderr
 
 
+def test_the_function_of_a_scorer_is_called_in_a_verification_that_allows_it(tokenizer: str, tmp_path: Path) -> None:
+    rows = runs.sources(tmp_path)
+    evaluation = {
+        "path": tiny.write_jsonl(tmp_path / "asked.jsonl", tiny.rows(2)),
+        "scorer": "nowhere_to_be_found:score",
+    }
+    config = _toml(tmp_path / "run.toml", runs.run_config(tokenizer, rows, evaluation=evaluation))
+    refused = run(main, "verify-resume", config)
+    assert refused.exit_code == 1
+    assert "add --allow-code to the command line if you trust it" in refused.stderr
+    allowed = run(main, "verify-resume", config, "--allow-code")
+    assert "evaluation.scorer = 'nowhere_to_be_found:score' is not found" in allowed.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_training_run_is_shown_to_resume_exactly(tokenizer: str, tmp_path: Path) -> None:
     config = _toml(tmp_path / "run.toml", runs.run_config(tokenizer, runs.sources(tmp_path)))

@@ -54,6 +54,15 @@ def test_bins_hold_mean_and_extremes_of_their_steps_however_the_steps_arrive(num
             assert mean == pytest.approx(math.fsum(known) / len(known), rel=1e-12)
 
 
+def test_fewer_or_more_curves_than_before_leave_the_others_without_a_value() -> None:
+    bins = Bins(0)
+    for step, row in enumerate(([1.0, 2.0], [], [3.0], [4.0, 5.0, 6.0]), 1):
+        bins.add(np.array([step]), np.array([row]))
+    assert bins.means(0) == [1.0, None, 3.0, 4.0]
+    assert bins.means(1) == [2.0, None, None, 5.0]
+    assert bins.means(2) == [None, None, None, 6.0]
+
+
 def test_a_million_steps_are_1024_or_fewer_numbers_for_each_curve() -> None:
     bins = Bins(1)
     for first in range(1, 10**6, 10**5):

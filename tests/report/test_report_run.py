@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import runs
 import tiny
+from run_files import end, launch, step, write
 
 from sftstream.pages import text
 from trainer.report.page import page
@@ -109,3 +110,16 @@ def test_an_update_comes_after_its_pause_and_never_takes_more_than_its_share(tmp
     with writer:
         pass
     assert path.exists()
+
+
+def test_after_a_failed_update_the_page_is_made_of_all_lines_again(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write(tmp_path, [step(1), step(2)])
+    with ReportWriter(tmp_path, 10**6) as writer:
+        assert writer.update()
+        path.unlink()
+        path.mkdir()
+        assert not writer.update()
+        path.rmdir()
+        write(tmp_path, [step(1), step(2)], [launch(0, 1000.0), end(2, 1004.0, "complete")])
+    assert "complete after step 2" in path.read_text()

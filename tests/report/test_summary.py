@@ -51,6 +51,14 @@ def test_held_out_sources_have_a_curve_each(tmp_path: Path) -> None:
     assert "Validation loss of each source" not in page(alone)
 
 
+def test_held_out_sources_keep_their_curves_over_later_lines_without_a_validation(tmp_path: Path) -> None:
+    lines = [step(1, validation_loss_by_source=[2.5, 4.0])]
+    reader = RunReader(write(tmp_path, lines))
+    reader.summary()
+    write(tmp_path, [*lines, step(2)])
+    assert [curve.mean for curve in reader.summary().held_out] == [(2.5, None), (4.0, None)]
+
+
 def test_a_run_on_a_cpu_has_no_mfu_and_no_curve_of_it(tmp_path: Path) -> None:
     found = read(write(tmp_path, [step(1)]))
     assert (found.mfu, found.peak_memory) == (None, None)

@@ -188,7 +188,7 @@ def test_patience_and_the_best_checkpoint_may_follow_the_answers(config: dict[st
     changed["evaluation"] = config["evaluation"] | {"max_new_tokens": 3}
     job = runs.Job(tmp_path, changed)
     assert job.finish() == 1
-    assert "restore validation.sources, validation.best_by and [evaluation]" in job.output()
+    assert "validation.global_batches, validation.best_by and [evaluation], or leave out keep_best" in job.output()
 
 
 def test_a_question_without_room_for_its_answer_is_refused(config: dict[str, Any], tmp_path: Path) -> None:

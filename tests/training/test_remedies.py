@@ -442,7 +442,7 @@ ADVICE = [
     ),
     Advice(
         {"run.attention": "'fa4'"},
-        'set run.attention = "auto" for the fastest kernel that can',
+        'attention "fa4" has kernels for cuda, not for cpu: set run.attention = "auto"',
         ({"run.attention": "'auto'"},),
         "trainer/llama/attention.py",
         train,
@@ -756,6 +756,7 @@ TRIED_ELSEWHERE = [
     ("sftstream/tokenization/tokenizer.py", "set backend ="),  # test_the_automatic_backend_needs_no_fastokens
     ("trainer/checkpointing/snapshot.py", "set parallel.tp ="),  # test_adamw8bit.py
     ("trainer/training/adamw8bit.py", "set optimizer.kind ="),  # test_optimizer.py
+    ("trainer/llama/attention.py", "set run.attention ="),  # test_attention.py
 ]
 
 

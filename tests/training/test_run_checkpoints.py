@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -13,6 +15,7 @@ import runs
 import torch
 
 from checkpoints import CheckpointStore
+from trainer.full_disk import full_disk_explained
 
 
 @pytest.fixture
@@ -76,6 +79,36 @@ def test_a_full_disk_stops_a_run_with_one_error_and_loses_nothing(
     assert "Traceback" not in "".join(map(job.output, range(processes)))
     runs.run(job.directory, config, processes)
     assert runs.outcome(job.directory) == runs.outcome(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_at_the_start_of_a_resume_is_named_with_the_remedy(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    runs.run(tmp_path, config | {"run": config["run"] | {"steps": 2}})
+    job = runs.Job(tmp_path, config)
+    _limit(job, (tmp_path / "runs/run/ledger/sessions.jsonl").stat().st_size)
+    assert job.finish() == 1
+    assert job.output().splitlines()[-1] == (
+        "error: a file in runs/run cannot be written: File too large; free room on its disk, then give the same command again"
+    )
+    _limit(job := runs.Job(tmp_path, config), resource.RLIM_INFINITY)
+    assert job.finish() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x/run.json"), "x/run.json cannot be written: No space left"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "a file in runs/run cannot be written: Disk quota exceeded; free",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
+    ],
+)
+def test_the_error_of_a_full_disk_names_a_file_or_the_run_and_others_stay(error: OSError, line: str) -> None:
+    with pytest.raises(OSError, match=re.escape(line)), full_disk_explained(Path("runs/run")):
+        raise error
 
 
 @pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])

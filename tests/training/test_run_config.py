@@ -12,6 +12,7 @@ import runs
 
 from sftstream import DataConfig
 from sftstream.toml_file import read_toml
+from trainer.accepted import covers
 from trainer.config import TrainConfig
 from trainer.config_file import load_config, parse_config
 
@@ -60,7 +61,17 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
         ("run.steps=ten", "Expected `int | null`, got `str` - at `$.run.steps`"),
         ("run.steps=0", "steps = 0 must be at least 1"),
         ("run={}", "neither steps nor epochs is given, so the run would never end; give one or both"),
-        ("run.accept_changed=['seed']", "accept_changed holds 'seed'; name \"optimizer\""),
+        (
+            "run.accept_changed=['seed']",
+            "accept_changed holds 'seed', which is no setting of the training that a resume",
+        ),
+        (
+            "run.accept_changed=['optimizer.lr']",
+            "'optimizer.lr', which is no setting of the training that a resume may change; name optimizer, schedule, "
+            "run.attention, optimizer.learning_rate, optimizer.betas, ",
+        ),
+        ("run.accept_changed=['optimizer.kind']", "holds 'optimizer.kind', which is no setting of the training"),
+        ("run.accept_changed=['data.capacity']", "and changes of the data in data.accept_changed"),
         ("run.stop_after=3h50", "'3h50' is no time above 0; write days, hours, minutes and seconds as in"),
         ("run.root=''", "root = '' is no directory; name the directory of all runs"),
         ("run.name=../x", "name = '../x' must be a plain directory name under runs/"),
@@ -113,6 +124,33 @@ def test_a_mistake_is_named_by_its_key(tmp_path: Path, override: str, message: s
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         _load(tmp_path, override)
     assert "\n" not in str(error.value)
+
+
+def test_none_on_the_command_line_leaves_out_a_key_whose_default_is_none(tmp_path: Path) -> None:
+    validation = {"sources": [{"path": "held.jsonl", "weight": 2.0}], "patience": 3}
+    changes = {"validation": validation, "model": _tables()["model"] | {"head_dim": 4}}
+    words = ("run.epochs=2", "run.steps=none", "data.sources.0.weight=none", "model.head_dim=none")
+    config = _load(tmp_path, *words, "validation.patience=none", "validation.sources.0.weight=none", **changes)
+    assert (config.run.steps, config.run.epochs, config.data.sources[0].weight) == (None, 2, None)
+    assert config.validation is not None
+    assert (config.validation.patience, config.validation.sources[0].weight) == (None, None)
+    assert config.model.shape is not None
+    assert config.model.shape.head_dim is None
+    assert _load(tmp_path, "validation=none", **changes).validation is None
+    assert _load(tmp_path, "validation.patience=none", "lora=none").validation is None
+
+
+def test_none_is_a_word_where_it_is_a_value_and_a_text_in_quotes(tmp_path: Path) -> None:
+    config = _load(tmp_path, "run.recompute=none", "run.name=none", "data.tokenizer.template='none'")
+    assert (config.run.recompute, config.run.name, config.data.tokenizer.template) == ("none", "none", "none")
+    with pytest.raises(ValueError, match=re.escape("Expected `float | null`, got `str` - at `$.optimizer.clip`")):
+        _load(tmp_path, "optimizer.clip=none")
+
+
+def test_an_accepted_key_covers_all_numbers_of_its_list_and_no_other_key() -> None:
+    change = "optimizer.betas[1]: 0.95 -> 0.9"
+    names = ("optimizer", "optimizer.betas", "optimizer.betas[1]", "optimizer.betas[0]", "optimizer.beta", "schedule")
+    assert [covers(name, change) for name in names] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(

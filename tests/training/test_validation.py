@@ -13,9 +13,12 @@ import tiny
 import torch
 import transformers
 
-from checkpoints import CheckpointStore
+from checkpoints import About, CheckpointStore
 from sftstream import ChatEncoder
 from trainer.config_file import parse_config
+from trainer.distributed.mesh import distributed
+from trainer.training.validation import HELD_OUT as HELD_OUT_PACKS
+from trainer.training.validation import Validation
 
 HELD_OUT = tiny.rows(20, seed=9)
 BY_SOURCE = (HELD_OUT[:13], HELD_OUT[13:])
@@ -62,7 +65,7 @@ def store(directory: Path) -> CheckpointStore:
 
 def packs_digest(directory: Path) -> str:
     """Return the digest of the held-out packs in the last manifest."""
-    return store(directory).manifest(store(directory).steps()[-1]).about.digests["held-out data"]
+    return store(directory).manifest(store(directory).steps()[-1]).about.digests[HELD_OUT_PACKS]
 
 
 def test_the_loss_equals_transformers_on_each_conversation_alone(validated: Path, tokenizer: str) -> None:
@@ -148,14 +151,64 @@ def test_checkpoints_of_the_lowest_loss_stay_across_restarts(config: dict[str, A
     best = sorted(sorted(found, key=lambda step: found[step])[:2])
     assert best[0] <= 3, "a checkpoint of the first start is among the best"
     assert store(tmp_path).steps() == sorted({*best, 6})
-    for changes in ({"sources": config["data"]["sources"]}, {"best_by": 1}):
+    for changes in ({"sources": config["data"]["sources"]}, {"best_by": 1}, {"global_batches": 1}):
         changed = config["validation"] | changes
         job = runs.Job(tmp_path, config | {"run": config["run"] | {"steps": 7}, "validation": changed})
         assert job.finish() == 1
         assert (
-            "the checkpoint's losses come from other held-out conversations; restore validation.sources" in job.output()
+            "come from other held-out conversations or other tokens of them; restore validation.sources, "
+            "validation.global_batches, validation.best_by and [evaluation], or leave out keep_best" in job.output()
         )
     assert [store(tmp_path).manifest(step).about.validation_loss for step in best] == [found[step] for step in best]
+
+
+@pytest.fixture
+def judged(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The config of a run in `tmp_path` with a checkpoint of step 2, of the lowest validation loss."""
+    judging = config | {"checkpoint": {"every": 2, "keep_best": 1}, "run": config["run"] | {"steps": 2}}
+    runs.run(tmp_path, judging)
+    return judging | {"run": config["run"] | {"steps": 4}}
+
+
+def test_losses_in_other_packs_of_the_same_conversations_are_compared(judged: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"streams": 3, "capacity": 300, "global_batch": 3, "window": 4}
+    data = judged["data"] | changes | {"accept_changed": [f"data.{name}" for name in changes]}
+    reordered = judged["validation"] | {"sources": judged["validation"]["sources"][::-1]}
+    before = packs_digest(tmp_path)
+    runs.run(tmp_path, judged | {"data": data, "validation": reordered})
+    assert list(losses(tmp_path)) == [2, 4]
+    assert packs_digest(tmp_path) != before
+
+
+def test_an_accepted_change_of_the_held_out_labels_is_named_and_goes_on_as_advised(
+    judged: dict[str, Any], tmp_path: Path
+) -> None:
+    data = judged["data"] | {
+        "train_on": ["assistant", "user"],
+        "streams": 4,
+        "accept_changed": ["data.train_on", "data.streams"],
+    }
+    job = runs.Job(tmp_path, judged | {"data": data})
+    assert job.finish() == 1
+    assert (
+        "restore validation.sources, validation.global_batches, validation.best_by, [evaluation], "
+        "data.train_on[1]: None -> 'user' and data.streams: 8 -> 4, or leave out keep_best" in job.output()
+    )
+    runs.run(tmp_path, judged | {"data": data, "checkpoint": {"every": 2}})
+    assert list(losses(tmp_path)) == [2, 4]
+
+
+def test_a_checkpoint_without_a_digest_of_the_judged_conversations_is_compared_by_its_packs(
+    config: dict[str, Any], tokenizer: str
+) -> None:
+    parsed = parse_config(config)
+    with distributed("cpu", parsed.parallel) as topology:
+        encoder = ChatEncoder(tokenizer)
+        validation, other = (Validation(parsed, topology, encoder, streams) for streams in (8, 3))
+    earlier = About(digests={HELD_OUT_PACKS: validation.digests[HELD_OUT_PACKS]})
+    validation.require_comparable(earlier, ())
+    with pytest.raises(ValueError, match=r"restore validation\.sources, .* and data.streams: 8 -> 3, or leave out"):
+        other.require_comparable(earlier, ["data.streams: 8 -> 3", "data.sources[1]: added"])
 
 
 def test_checkpoints_of_the_lowest_loss_of_a_source_stay(config: dict[str, Any], tmp_path: Path) -> None:
@@ -229,7 +282,8 @@ def test_a_run_ends_early_once_its_patience_is_used_up_and_goes_on_with_more(
     assert f"ends early after step {last}: the last 3 validations had no loss below {lowest:.4f}" in output
     assert store(tmp_path).steps() == sorted({best, last})
     assert (tmp_path / "runs" / "run" / "export" / "model.safetensors").exists()
-    runs.run(tmp_path, patient)
+    again = runs.run(tmp_path, patient).output()
+    assert f"finished after step {last}; raise validation.patience to train on, or give another run.name" in again
     assert len(losses(tmp_path)) == last, "a run that ended early takes no further step"
     runs.run(tmp_path, config | {"validation": config["validation"] | {"every": 1, "patience": 5}})
     assert len(losses(tmp_path)) == first_end(list(losses(tmp_path).values()), 5) > last

@@ -11,19 +11,18 @@ from sftstream import DataState
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology
 from trainer.reporting.environment import library_versions
-from trainer.training.validation import HELD_OUT
 
 
-def about(config: TrainConfig, topology: Topology, data: DataState, held_out: str | None) -> About:
+def about(config: TrainConfig, topology: Topology, data: DataState, held_out: dict[str, str]) -> About:
     """Return the manifest entry of a run's checkpoints, without a validation loss.
 
     Holds the mesh sizes, library versions and SHA-256 digests of the config and of the identity of
-    `data`. `held_out` is the digest of the held-out packs, None in a run without validation.
+    `data`, and those of the held-out data in `held_out`, empty in a run without validation.
     """
     digests = {"config": _sha256(config), "data": _sha256(data.identity)}
     return About(
         mesh=topology.sizes,
-        digests=digests if held_out is None else digests | {HELD_OUT: held_out},
+        digests=digests | held_out,
         versions=library_versions(),
     )
 

@@ -19,6 +19,7 @@ from checkpoints import CheckpointError, Lock
 from sftstream import UNDECODABLE, one_line, require_files
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
+from trainer.full_disk import full_disk_explained
 from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.whole_file import write_whole
 
@@ -59,7 +60,8 @@ class RunDirectory:
         token = saved_token or (owner.token if owner else secrets.token_hex(16))
         now = Owner(token=token, checkpoints=self._checkpoints)
         if now != owner:
-            write_whole(self.path / OWNER, now)
+            with full_disk_explained(self.path):
+                write_whole(self.path / OWNER, now)
         return token
 
     @property
@@ -119,8 +121,9 @@ def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
     lock = Lock(directory.path / ".lock")
 
     def take() -> None:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        lock.take()
+        with full_disk_explained(directory.path):
+            directory.path.mkdir(parents=True, exist_ok=True)
+            lock.take()
         # Without events.jsonl, the file for the report, a run goes on.
         names = OWNER, "metrics.jsonl", "refused.jsonl"
         require_files([*(directory.path / name for name in names), *directory.path.glob("ledger/*")])

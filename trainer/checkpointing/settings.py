@@ -13,6 +13,7 @@ import torch
 from msgspec import UNSET, UnsetType
 
 from sftstream import differences
+from trainer.accepted import ACCEPTABLE, ROWS, covers
 from trainer.config import TrainConfig
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
@@ -20,12 +21,6 @@ from trainer.llama.lora.layers import LoraConfig
 from trainer.training.model import ModelSource
 from trainer.training.optimizer import OptimizerConfig
 from trainer.training.schedule import ScheduleConfig, learning_rate
-
-ACCEPTABLE = ("optimizer", "schedule", "run.attention")
-"""Tables and keys that `run.accept_changed` may name."""
-
-FIXED = ("optimizer.kind",)
-"""Keys in these tables that no resume may change: the states of two optimizers differ."""
 
 
 class AcceptedChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,13 +111,13 @@ def carry_over_rows(
     A decay over the data would have given the steps done other rates. Raises ValueError unless
     `accept` covers such a change.
     """
-    changed = differences(before, after, "schedule.rows") if settings.schedule.decays_over_data else []
+    changed = differences(before, after, ROWS) if settings.schedule.decays_over_data else []
     _require_accepted(settings, changed, step, accept)
     return _with_record(settings, changed, step)
 
 
 def _require_accepted(saved: Settings, changed: Sequence[str], step: int, accept: Sequence[str]) -> None:
-    refused = [change for change in changed if not any(_covers(name, change) for name in accept)]
+    refused = [change for change in changed if not any(covers(name, change) for name in accept)]
     if refused:
         raise ValueError(
             f"the checkpoint of step {step} was made with other settings (checkpoint -> now): {'; '.join(refused)}. "
@@ -188,13 +183,8 @@ def _remedies(saved: Settings, refused: Sequence[str], accept: Sequence[str]) ->
         end = _terms(saved)["steps"]
         if isinstance(end, int) and end > saved.schedule.warmup:
             remedies.append(f"set schedule.steps = {end} to go on at the rate of the decay's end")
-    covering = [name for change in refused for name in ACCEPTABLE if _covers(name, change)]
+    covering = [name for change in refused for name in ACCEPTABLE if covers(name, change)]
     if len(covering) == len(refused):
         listed = ", ".join(f'"{name}"' for name in dict.fromkeys([*accept, *covering]))
         remedies.append(f"set run.accept_changed = [{listed}] to go on with the new ones and keep a record")
     return f"{', '.join(remedies)}, or give the run another name"
-
-
-def _covers(name: str, change: str) -> bool:
-    path = change.partition(":")[0]
-    return path not in FIXED and (path == name or path.startswith(f"{name}."))

@@ -140,6 +140,8 @@ def choose_kernel(
     "auto" is the first kernel of `ORDER` that is installed and passes `prove`; a name is that
     kernel or an error. Raises ValueError if no wanted kernel can be used.
     """
+    if wanted != "auto":
+        KERNELS[wanted].require(device, dtype, shape.size)  # an error with a remedy of its own
     passed: list[str] = []
     for name in ORDER[device.type] if wanted == "auto" else (wanted,):
         try:

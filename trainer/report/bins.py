@@ -36,7 +36,8 @@ class Bins:
     def add(self, steps: NDArray[np.int64], values: Values) -> None:
         """Add further steps, ascending. `values` is `(steps, curves)`.
 
-        NaN, and values of `LARGEST` and more, are left out.
+        NaN, and values of `LARGEST` and more, are left out. More curves than before have no value
+        in earlier steps, and fewer leave the last curves without a value.
         """
         if not len(steps):
             return
@@ -44,6 +45,7 @@ class Bins:
         while self.steps > MOST_BINS * self.width:
             self._join_pairs()
         self._widen((self.steps - 1) // self.width + 1, values.shape[1])
+        values = np.pad(values, ((0, 0), (0, self.curves - values.shape[1])), constant_values=np.nan)
         index = (steps - 1) // self.width
         starts = np.flatnonzero(np.diff(index, prepend=-1))
         at = index[starts]

@@ -44,7 +44,8 @@ class ReportWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.update()
+        if not self.update():
+            self.update()  # else the page of a run that has ended would say that it is under way
 
     def after_step(self) -> None:
         """Update the page if the last update is long ago."""
@@ -56,20 +57,27 @@ class ReportWriter:
         if self._seconds and time.monotonic() - self._ended >= PAUSE * self._cost:
             self.update()
 
-    def update(self) -> None:
-        """Read the files, and replace the page."""
+    def update(self) -> bool:
+        """Read the files, and replace the page. Returns False if the page could not be made.
+
+        After a failure the next update reads all lines again.
+        """
         if not self._seconds:
-            return
+            return True
         began, is_first = time.perf_counter(), self._reader is None
+        written = False
         try:
             with Door(f"{NAME} cannot be written"):
                 self._write()
+                written = True
         except (ValueError, RuntimeError) as error:
+            self._reader = None  # it may have read lines that are in no figure
             if not self._warned:
                 logger.warning("%s; the run goes on without an up-to-date report", one_line(error))
             self._warned = True
-        self._cost = 0.0 if is_first else time.perf_counter() - began
+        self._cost = 0.0 if is_first and written else time.perf_counter() - began
         self._ended = time.monotonic()
+        return written
 
     def _write(self) -> None:
         self._reader = self._reader or RunReader(self._directory)

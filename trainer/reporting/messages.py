@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from trainer.config import TrainConfig
 from trainer.training.progress import Progress
@@ -23,11 +22,23 @@ def damage_messages(rejected: Mapping[int, str], *, restarted: bool) -> list[str
     return lines
 
 
-def progress_message(directory: Path, progress: Progress, *, complete: bool) -> str:
-    """Return the line with the step from which a run starts or continues."""
-    if complete:
-        done = f"finished after step {progress.step}"
-        return f"run      {directory}: {done}; raise run.steps or run.epochs to train on, or give another run.name"
+def progress_message(progress: Progress, config: TrainConfig) -> str:
+    """Return the line with the step from which a run starts or continues.
+
+    A complete run is told how to train on: each end that it has reached has to move.
+    """
+    directory = config.run.directory
+    ends = {
+        "run.steps": config.run.steps is not None and progress.step >= config.run.steps,
+        "run.epochs": progress.exhausted,
+        "validation.patience": progress.ends_early(config.patience),
+    }
+    if raised := [key for key, reached in ends.items() if reached]:
+        accepted = ' with data.accept_changed = ["data.epochs"]' if progress.exhausted else ""
+        return (
+            f"run      {directory}: finished after step {progress.step}; raise {' and '.join(raised)}{accepted} to train on, "
+            "or give another run.name"
+        )
     if progress.step:
         return f"run      {directory}: resuming after step {progress.step}, {progress.rows:,} conversations in"
     return f"run      {directory}: a new run, from step 1"

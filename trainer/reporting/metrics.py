@@ -99,7 +99,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Tokens in the loss of the step from each source; left out where `tokens_by_source` is."""
     mixed_by_source: tuple[int, ...] | None = None
     """Conversations, tokens or trained tokens from each source, in the unit of `data.mix_by`, since
-    the start of the run; left out where `tokens_by_source` is."""
+    the start of the run; left out where `tokens_by_source` is, and in a run that had one source."""
     share_by_source: tuple[float, ...] | None = None
     """`mixed_by_source` divided by its sum."""
     wanted_share_by_source: tuple[float, ...] | None = None

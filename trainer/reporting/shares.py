@@ -15,8 +15,9 @@ from trainer.reporting.metrics import RunLog
 class SourceShares:
     """The amounts of a run from each source so far, in the unit of `data.mix_by`.
 
-    A resumed run goes on from the last line of `metrics.jsonl`. A line of an earlier version has no
-    amounts: those of the run are then not known, and left out.
+    A resumed run goes on from the last line of `metrics.jsonl`, with 0 for an added source. A line
+    of an earlier version, or of a run of one source, has no amounts: those of the run are then not
+    known, and left out.
     """
 
     def __init__(self, data: DataConfig, sizes: Sequence[int | None], log: RunLog, step: int) -> None:
@@ -26,7 +27,8 @@ class SourceShares:
         self._amounts: np.ndarray[Any, np.dtype[np.int64]] | None = np.zeros(self._sources, np.int64)
         if step:
             before = log.last_step().get("mixed_by_source")
-            self._amounts = np.array(before, np.int64) if before else None
+            added = self._sources - len(before or ())  # a resume removes no source
+            self._amounts = np.array([*before, *[0] * added], np.int64) if before else None
 
     def after(self, segments: Segments) -> dict[str, Any]:
         """Return the fields of `StepMetrics` by source after a step with `segments`.

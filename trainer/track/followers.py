@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ class Followers:
             if _code(process, until):
                 self._say(
                     f"the last steps are not yet sent to {tracker.kind}; send them with: "
-                    f"python -m trainer.track {self._run}"
+                    f"python -m trainer.track {shlex.quote(str(self._run))}"
                 )
 
 

@@ -3,9 +3,11 @@ training."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +27,13 @@ from trainer.training.step_reader import StepReader, gather_refusals, reduce_tot
 
 HELD_OUT = "held-out data"
 """Key of the held-out packs' digest in a checkpoint's manifest."""
+JUDGED = "held-out conversations that are judged"
+"""Key of the digest that a resume compares; left out by earlier versions, which compared the
+digest of the packs."""
+REPLACED = ("data.sources", "data.shuffle", "data.epochs", "data.stages", "data.ends_with", "data.skip")
+"""Settings of the data that are others for held-out conversations, as in `TrainConfig.held_out`."""
+WORDS = 8
+"""32-bit words of a SHA-256; a sum of fewer than 2**31 of them fits 64 bits."""
 
 
 class HeldOutLoss(NamedTuple):
@@ -70,7 +79,7 @@ class Validation:
         loader = PackLoader(_with_date_of(data, encoder), shard=topology.shard) if encoder else None
         assignment = PackAssignment(streams, data.global_batch, topology.dp)
         step_reader = StepReader(loader, assignment, data.capacity, topology.tp_group, sources=len(data.sources))
-        self._tokens = self._read(step_reader, config.validation.global_batches, len(data.sources))
+        self._tokens, self._hashes = self._read(step_reader, config.validation.global_batches, len(data.sources))
         step_reader.close()
         if not self.trained_tokens:
             raise ValueError(f"validation.sources hold no trained token; use other sources ({self.describe()})")
@@ -81,16 +90,17 @@ class Validation:
             )
 
     @property
-    def digest(self) -> str:
-        """Hash of the held-out packs of all ranks, and of the source or answers judged."""
+    def digests(self) -> dict[str, str]:
+        """Digests for a checkpoint's manifest: of the packs and the name of what is judged, and of
+        the conversations or answers that are judged, in any packs and order."""
         match self._best_by:
             case "all":
-                judged = []
+                packs, judged = [], str(self._hashes.sum(0).tolist())
             case "answers":
-                judged = [f"answers {self._questions}"]
+                packs, judged = [f"answers {self._questions}"], f"answers {self._questions}"
             case source:
-                judged = [f"source {source}"]
-        return batch_digest([*self._digests, *judged])
+                packs, judged = [f"source {source}"], str(self._hashes[source].tolist())
+        return {HELD_OUT: batch_digest([*self._digests, *packs]), JUDGED: batch_digest([judged])}
 
     def describe(self) -> str:
         """Return the counts in words; reasons of refusals are complete on rank 0 only."""
@@ -98,18 +108,24 @@ class Validation:
         refused = f"; refused {self.refused.total():,} ({reasons})" if reasons else ""
         return f"{self.conversations:,} conversations, {self.trained_tokens:,} trained tokens{refused}"
 
-    def require_comparable(self, before: About) -> None:
-        """Raise ValueError if a checkpoint's validation loss comes from other held-out packs.
+    def require_comparable(self, before: About, accepted: Sequence[str]) -> None:
+        """Raise ValueError if a checkpoint's validation loss comes from other conversations.
 
-        `before` is the manifest entry of the checkpoint. `keep_best` and `patience` compare losses
-        of equal packs only.
+        `before` is the manifest entry of the checkpoint, `accepted` the changes of the data that
+        this resume has accepted. `keep_best` and `patience` compare losses of equal tokens and
+        labels only; other packs and another order of them change no loss.
         """
-        if before.digests.get(HELD_OUT, self.digest) != self.digest:
-            raise ValueError(
-                "checkpoint.keep_best and validation.patience compare validation losses, but the checkpoint's losses come "
-                "from other held-out conversations; restore validation.sources, validation.best_by and [evaluation], leave out "
-                "keep_best and patience, or give the run another name"
-            )
+        key = JUDGED if JUDGED in before.digests else HELD_OUT
+        now = self.digests[key]
+        if before.digests.get(key, now) == now:
+            return
+        settings = ["validation.sources", "validation.global_batches", "validation.best_by", "[evaluation]"]
+        settings += [change for change in accepted if not change.startswith(REPLACED)]
+        raise ValueError(
+            "checkpoint.keep_best and validation.patience compare validation losses, but the checkpoint's losses come from "
+            f"other held-out conversations or other tokens of them; restore {', '.join(settings[:-1])} and {settings[-1]}, or "
+            "leave out keep_best and patience, or give the run another name"
+        )
 
     def after(self, step: int, model: Llama) -> HeldOutLoss | None:
         """Return the validation losses after `step`, or None if `step` is not due. Collective.
@@ -145,9 +161,10 @@ class Validation:
             judged = None
         return HeldOutLoss(loss, means, judged)
 
-    def _read(self, step_reader: StepReader, limit: int | None, sources: int) -> list[int]:
-        """Read the packs; return the trained tokens of each source, equal on every rank."""
-        tokens = torch.zeros(sources, dtype=torch.int64)
+    def _read(self, step_reader: StepReader, limit: int | None, sources: int) -> tuple[list[int], NDArray[np.int64]]:
+        """Read the packs; return the trained tokens of each source, and the sums of the hashes of
+        its conversations, equal on every rank."""
+        tokens, hashes = torch.zeros(sources, dtype=torch.int64), torch.zeros(sources, WORDS, dtype=torch.int64)
         for step in itertools.count() if limit is None else range(limit):
             packs = step_reader.packs(step)
             count = reduce_totals(step, packs, step_reader, self._topology, stop=False)
@@ -161,13 +178,25 @@ class Validation:
                 if mine := step_reader.step:
                     trained = np.bincount(mine.segments["source"], mine.segments["trained_tokens"], sources)
                     tokens += torch.from_numpy(trained.astype(np.int64))
+                    hashes += torch.from_numpy(_hashes(mine.packs, sources))
             self.conversations += count.rows - count.refused
             self.trained_tokens += count.trained_tokens
             if not count.unexhausted_shards:
                 break
         dist.all_reduce(tokens)
-        found: list[int] = tokens.tolist()
-        return found
+        dist.all_reduce(hashes)
+        return tokens.tolist(), hashes.numpy()
+
+
+def _hashes(packs: Sequence[Pack], sources: int) -> NDArray[np.int64]:
+    """Return for each source the sum of its conversations' SHA-256, of tokens and labels."""
+    sums = np.zeros((sources, WORDS), np.int64)
+    for pack in packs:
+        for segment, first, end in zip(pack.segments, pack.borders, pack.borders[1:], strict=False):
+            digest = hashlib.sha256(pack.ids[first:end].astype("<i4").tobytes())
+            digest.update(pack.trained[first:end].tobytes())
+            sums[segment.source] += np.frombuffer(digest.digest(), "<u4")
+    return sums
 
 
 def _sources_of_labels(pack: Pack) -> NDArray[np.int64]:
