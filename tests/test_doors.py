@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -282,11 +283,30 @@ def test_time_in_which_the_process_does_not_run_is_not_counted(monkeypatch: pyte
         _compute_for(seconds=30)
 
 
+def test_a_limit_whose_body_an_interrupt_has_left_ends_no_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftstream.rendering.limits.SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGALRM)
+    _enter_alone()
+    _compute(seconds=0.3)
+    assert signal.getsignal(signal.SIGALRM) is before
+    with pytest.raises(RuntimeError, match="did not print a conversation"):
+        _compute_for(seconds=30)
+
+
+def _enter_alone() -> None:
+    """Enter a limit, as if an interrupt had prevented its `__exit__`."""
+    time_limit().__enter__()
+
+
 def _compute_for(seconds: float) -> None:
-    end = time.monotonic() + seconds
     with time_limit():
-        while time.monotonic() < end:
-            pass
+        _compute(seconds)
+
+
+def _compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
 
 
 def config(tokenizer: str, path: str, **source: Any) -> DataConfig:

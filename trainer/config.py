@@ -11,7 +11,6 @@ import msgspec
 
 from checkpoints import Retention
 from sftstream import MOST_STEPS, DataConfig, SkipConfig, SourceConfig
-from trainer.accepted import require_acceptable
 from trainer.distributed.mesh import ParallelConfig
 from trainer.duration import parse_duration
 from trainer.llama.attention import KernelName
@@ -19,6 +18,7 @@ from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
 from trainer.track.config import TrackerConfig
+from trainer.training.accepted import require_acceptable
 from trainer.training.optimizer import OptimizerConfig
 from trainer.training.schedule import ScheduleConfig
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from sftstream import Pack, Session, __version__, exceeded_limits, require_few_refused
 from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker, locked
+from trainer.checkpointing.full_disk import full_disk_explained
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
 from trainer.config import TrainConfig
@@ -21,7 +22,6 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.distributed.watch import Watch
 from trainer.finish import finish
-from trainer.full_disk import full_disk_explained
 from trainer.llama.blocks import start_compiler
 from trainer.llama.flops import model_flops, peak_flops
 from trainer.out_of_memory import explained

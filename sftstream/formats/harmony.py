@@ -39,8 +39,8 @@ def has_channel(turn: Mapping[str, Any]) -> bool:
 def by_channel(turn: Mapping[str, Any], content: Content, path: str) -> Content:
     """Return the content of an assistant's message as its channel and its recipient say.
 
-    The words of a message to a function are the arguments of a call, and those of an analysis are
-    reasoning. Other channels change nothing. Raises Refused if the message is for another tool.
+    The words of a message to a function are the arguments of a call, and the words of an analysis
+    are reasoning. Other channels change nothing. Raises Refused if the message is for another tool.
     """
     text, reasoning, calls = content
     if name := _function(turn):
@@ -60,6 +60,6 @@ def function_name(name: Any) -> Any:
 
 
 def _function(turn: Mapping[str, Any]) -> str | None:
-    """Return the name of the function that a message is for; None if it is for no function."""
+    """Return the name of the function that a message is for; None without a function."""
     recipient = turn.get("recipient")
     return function_name(recipient) if isinstance(recipient, str) and recipient.startswith(_FUNCTIONS) else None

@@ -78,9 +78,9 @@ def join_parts(messages: Sequence[Message], parts: Collection[int]) -> list[Mess
 
 
 def _joined(first: Message, second: Message) -> Message | None:
-    """Return one message of two neighbouring parts; None if they are not of one turn.
+    """Return one message of two neighbouring parts; None if the parts are not of a single turn.
 
-    Raises Refused if their marks differ.
+    Raises Refused if the marks differ.
     """
     if not first.role == second.role == "assistant":
         return None
@@ -109,5 +109,5 @@ def _joined(first: Message, second: Message) -> Message | None:
 
 
 def _is_reasoning(message: Message) -> bool:
-    """Return True for a part without text and calls, which belongs to the part after it."""
+    """Return True for a part without text and calls, which belongs to the next part."""
     return message.content is None and not message.tool_calls

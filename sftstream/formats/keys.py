@@ -53,7 +53,7 @@ WORDS = COMMON_WORDS | frozenset(
     | {"function_response", "function_responses", "observation", "observations", "action", "actions", "steps", "code"}
     | {"image_url", "image_urls", "images_url", "audio_url", "video_url", "file", "files", "attachment", "attachments"}
 )
-"""Keys inside a conversation that are known to hold words. There are more of them than columns: a
+"""Keys inside a conversation that are known to hold words. More keys than columns are known: a
 message's `action` or `text` is a part of what was said, a row's is often a note or a copy."""
 
 

@@ -48,7 +48,7 @@ MODES = frozenset(
 reason."""
 _TAG = "(?:think|thinking|thought|reasoning|[|]begin_of_thought[|]|[|]end_of_thought[|])>"
 _THOUGHT = re.compile(rf"\s*<{_TAG}(.*?)(?:</?{_TAG}|\Z)|(.*?)</{_TAG}", re.DOTALL)
-"""A thought at the beginning of an answer. The tag that opens it may stand in the prompt."""
+"""A thought at the beginning of an answer. The opening tag may stand in the prompt."""
 
 ROUND_KEYS = frozenset({"input", "output", *SYSTEM, *MARKS})
 """Keys of a round that are read."""
@@ -216,9 +216,9 @@ def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
 
 
 def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
-    """Return the messages of an answer, the assistant's with the column of its reasoning.
+    """Return the messages of an answer, with the column of reasoning in the assistant's message.
 
-    A thought at the beginning of the answer is read once if the column repeats it. Raises Refused
+    A thought that begins the answer and is also in the column is read once. Raises Refused
     if the two differ, or if the answer has several messages of the assistant.
     """
     columns = {name: row[name] for name in REASONING_KEYS if row.get(name) and not is_mode(row[name])}

@@ -68,7 +68,7 @@ def ignored_keys(ignore: tuple[str, ...]) -> frozenset[str]:
     """Return the keys of turns that the setting `ignore` leaves out.
 
     "messages[].reasoning" names a key of turns. "reasoning" names a column, since turns are read by
-    a key of that name; "refusal" names a column, and a key that is never read.
+    a key of the same name; "refusal" names a column, and a key that is never read.
     """
     names = (name.rpartition("[].") for name in ignore)
     return frozenset(key for _, of_turns, key in names if of_turns or key not in _HOLDING)
@@ -282,7 +282,7 @@ def _content(turn: Mapping[str, Any], named: str, role: Role, path: str) -> Any:
     """Return the content of a turn; a list of typed parts may also be JSON text.
 
     A result of a tool is always words, since the model reads what the tool has written. Raises
-    Refused for such a text of the assistant: nobody can tell if it is a list of parts or an answer.
+    Refused for a list in the assistant's text: the text may be an answer.
     """
     content = only_value(turn, CONTENT, path)
     if not isinstance(content, str) or role == "tool" or named in CALLING or (parts := parts_in(content)) is None:
@@ -309,7 +309,7 @@ def _read_content(
 
 
 def _is_part(turn: Mapping[str, Any]) -> bool:
-    """Return True for a turn that may be a part of the assistant's turn before it (`items.py`)."""
+    """Return True for a turn that may be a part of the assistant's turn before (`items.py`)."""
     return _is_item(turn) or str(first(turn, "role", "from", "type")).lower() in CALLING or has_channel(turn)
 
 

@@ -23,7 +23,7 @@ def may_hold_thought(text: str) -> bool:
 def without_thought(text: str, reasoning: str, path: str, key: str = "reasoning") -> str:
     """Return the text without the thought at its beginning, which is also the reasoning.
 
-    The tag that opens the thought may be missing, as in answers to a prompt that ends with the tag.
+    The tag that opens the thought may be missing, as in answers to prompts ending with the tag.
     `key` holds the reasoning. Raises Refused if the text begins with another thought.
     """
     end = next((end for end in _ENDS if end in text), None)

@@ -95,7 +95,7 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
     The Responses API writes `{"type": "function", "name": "add", "parameters": {...}}`, and
     Anthropic's API and MCP call the schema `input_schema` and `inputSchema`. Raises Refused for a
-    tool without a schema that is no function, such as `{"type": "web_search_20250305", ...}`: it
+    tool without a schema that is no function, such as `{"type": "web_search_20250305", ...}`, which
     would be printed as a function without parameters.
     """
     if function := decoded(tool.get("function")):

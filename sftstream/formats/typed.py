@@ -188,9 +188,9 @@ _BY_BEGINNING = {f'{{"{name}":'.encode()[:_BEGINNING]: usual for name, usual in 
 
 
 def _answered(messages: Sequence[Message]) -> bool:
-    """Return True if each message is read as it is, and one is from the assistant.
+    """Return True if each message is read as stored, and a message is from the assistant.
 
-    That is, it has content or tool calls, and its content holds no list of parts and no thought.
+    Such a message has content or tool calls, and no list of parts and no thought in the content.
     """
     answered = False
     for message in messages:

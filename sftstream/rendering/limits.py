@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,9 +42,9 @@ class Bounded:
 
     def __enter__(self) -> None:
         """Start the time limit, unless it runs already, and a new count of work units."""
-        self._limit = None if _LIMITED.get() else time_limit()
+        self._limit = None if _LIMITED.get() else _TimeLimit()
         if self._limit:
-            self._limit.__enter__()
+            self._limit.start(sys._getframe(1))
         self._meter = start_meter()
 
     def __exit__(
@@ -52,7 +53,7 @@ class Bounded:
         """End the count and the time limit, and turn an error of the template into `Refused`."""
         stop_meter(self._meter)
         if self._limit:
-            self._limit.__exit__(None, None, None)
+            self._limit.__exit__()
         _RUNNING.__exit__(kind, error, trace)
 
 
@@ -72,36 +73,58 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@contextmanager
-def time_limit() -> Iterator[None]:
+def time_limit() -> _TimeLimit:
     """Raise RuntimeError, which ends a run, if the body takes more than `SECONDS` of CPU time.
 
     A limit inside the body of another one changes nothing: the renders of one conversation share a
     limit. Python delivers signals to the main thread only, so other threads render without a limit.
     """
-    if _LIMITED.get() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    token = _LIMITED.set(True)
-    began = time.thread_time()
+    return _TimeLimit()
 
-    def look(_number: int, _frame: FrameType | None) -> None:
-        left = SECONDS - (time.thread_time() - began)
-        if left <= 0:
-            raise RuntimeError(
-                f"the chat template did not print a conversation within {SECONDS:.0f} s; use another template, or "
-                "lower max_row_bytes of the sources"
-            )
-        signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
 
-    before = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
+class _TimeLimit:
+    """The context of `time_limit`."""
+
+    __slots__ = ("_before", "_began", "_body")
+
+    def __enter__(self) -> None:
+        self.start(sys._getframe(1))
+
+    def start(self, body: FrameType) -> None:
+        """Start the limit of the code in the frame `body`."""
+        self._body: FrameType | None = None
+        if _LIMITED.get() or threading.current_thread() is not threading.main_thread():
+            return
+        self._body, self._began = body, time.thread_time()
+        # Whenever `_LIMITED` is true a timer runs, also after an interrupt between two lines.
+        self._before = signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        _LIMITED.set(True)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._body is not None:
+            self._end()
+
+    def _end(self) -> None:
+        _LIMITED.set(False)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        _LIMITED.reset(token)
+        signal.signal(signal.SIGALRM, self._before)
+        self._body = None
+
+    def _look(self, _number: int, frame: FrameType | None) -> None:
+        left = SECONDS - (time.thread_time() - self._began)
+        if left > 0:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+            return
+        while frame is not None and frame is not self._body:
+            frame = frame.f_back
+        if frame is None:  # an interrupt by the user fell into `__exit__`, and the body has ended
+            self._end()
+            return
+        raise RuntimeError(
+            f"the chat template did not print a conversation within {SECONDS:.0f} s; use another template, or lower "
+            "max_row_bytes of the sources"
+        )
 
 
 _LIMITED: ContextVar[bool] = ContextVar("limited", default=False)

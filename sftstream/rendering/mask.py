@@ -58,9 +58,9 @@ def rendered(
 def require_whole(located: Located, policy: Policy, printed_last: Callable[[Sequence[int]], bool]) -> None:
     """Raise `Refused` if the template left out a payload.
 
-    One omission is allowed: a template may leave out the reasoning of earlier messages, as at
-    inference, if it prints this reasoning while the message is the last. `printed_last` tells this
-    of messages by index. If `policy.history` is "error", this omission is refused too.
+    A template may leave out the reasoning of earlier messages, as at inference, unless
+    `policy.history` is "error". `printed_last` tells whether the template prints the reasoning of
+    messages, given by index, while each message is the last.
     """
     silent = not printed_last([message for message, kind, _ in located.dropped if kind == "reasoning"])
     for message, kind, text in located.dropped:

@@ -246,9 +246,9 @@ _ENCODER = msgspec.json.Encoder()
 def prints_as_last(
     template: ChatTemplate, messages: Sequence[TemplateMessage], tools: Sequence[Any], indices: Sequence[int]
 ) -> bool:
-    """Return True if the template prints all of each message in `indices` while it is the last.
+    """Return True if the template prints all of each message in `indices`, as the last message.
 
-    Similar messages share a render, of the first of them.
+    Similar messages share the render of the first.
     """
     for index, *_ in similar(messages, indices):
         try:

@@ -36,8 +36,8 @@ def similar(messages: Sequence[TemplateMessage], indices: Sequence[int]) -> list
     """Divide `indices` into groups of similar messages.
 
     The kind of a message is its role, its fields and which of them are blank (see `kind_of`). Two
-    messages are similar if they have the same kind, their neighbours have the same kinds, the same
-    kinds occur before them, and both or neither of them precede the last message of a user.
+    messages are similar if they have the same kind, their neighbours have the same kinds, equal
+    kinds occur before, and both or neither precede the last message of a user.
     """
     kinds = [kind_of(message) for message in messages]
     before = distinct_before(kinds)

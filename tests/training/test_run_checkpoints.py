@@ -15,7 +15,7 @@ import runs
 import torch
 
 from checkpoints import CheckpointStore
-from trainer.full_disk import full_disk_explained
+from trainer.checkpointing.full_disk import full_disk_explained
 
 
 @pytest.fixture

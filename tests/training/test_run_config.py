@@ -12,9 +12,9 @@ import runs
 
 from sftstream import DataConfig
 from sftstream.toml_file import read_toml
-from trainer.accepted import covers
 from trainer.config import TrainConfig
 from trainer.config_file import load_config, parse_config
+from trainer.training.accepted import covers
 
 
 def _tables(**changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from checkpoints import CheckpointError, Lock
 from sftstream import UNDECODABLE, one_line, require_files
+from trainer.checkpointing.full_disk import full_disk_explained
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import on_first_rank
-from trainer.full_disk import full_disk_explained
 from trainer.llama.lora.files import CONFIG as ADAPTER
 from trainer.whole_file import write_whole
 

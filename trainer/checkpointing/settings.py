@@ -13,11 +13,11 @@ import torch
 from msgspec import UNSET, UnsetType
 
 from sftstream import differences
-from trainer.accepted import ACCEPTABLE, ROWS, covers
 from trainer.config import TrainConfig
 from trainer.llama.blocks import Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.lora.layers import LoraConfig
+from trainer.training.accepted import ACCEPTABLE, ROWS, covers
 from trainer.training.model import ModelSource
 from trainer.training.optimizer import OptimizerConfig
 from trainer.training.schedule import ScheduleConfig, learning_rate

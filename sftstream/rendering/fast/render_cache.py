@@ -134,8 +134,8 @@ class RenderCache:
 
 
 def _leaves_out_a_name(plan: RenderPlan, values: Sequence[Any], conversation: Conversation) -> bool:
-    """Return True if a plan prints a call without the name of the tool: only this call's id has the
-    name, and the id of another call may not have it."""
+    """Return True if a plan prints a call without the name of the tool: the name is in the id, and
+    the id of another call may lack the name."""
     called = [call.name for message in conversation.messages for call in message.tool_calls]
     return any(values[number] in called for number in plan.unprinted)
 
