@@ -76,8 +76,9 @@ def bounded_memory() -> Iterator[None]:
 def time_limit() -> _TimeLimit:
     """Raise RuntimeError, which ends a run, if the body takes more than `SECONDS` of CPU time.
 
-    A limit inside the body of another one changes nothing: the renders of one conversation share a
-    limit. Python delivers signals to the main thread only, so other threads render without a limit.
+    The body has to stand in the function that calls `time_limit`, after `with`. A limit inside the
+    body of another one changes nothing: the renders of one conversation share a limit. Python
+    delivers signals to the main thread only, so other threads render without a limit.
     """
     return _TimeLimit()
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 from sftstream.excerpt import excerpt
 from sftstream.records import Refused, Span
-from sftstream.rendering.markers import BLANKS, THOUGHT, Marked, mark
+from sftstream.rendering.markers import BLANKS, Marked, mark, thought_in
 from sftstream.rendering.payloads import Payload, PayloadIndex
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
 
@@ -132,20 +133,42 @@ def _locate(
         numbers = {payload.number for payload in payloads}
         texts = enumerate(zip(marked.owners, marked.kinds, marked.texts, strict=True))
         dropped = [payload for number, payload in texts if number not in numbers and payload[2]]
-        dropped = [payload for payload in dropped if not _names_call_by_id(payload, text, messages)]
+        if any(kind == "call" for _, kind, _ in dropped):
+            named = _called_by_id(
+                template, text, messages, tools, {index for index, kind, _ in dropped if kind == "call"}
+            )
+            dropped = [payload for payload in dropped if payload not in named]
     if split_thoughts:
         payloads = [_include_tag(payload, text, messages) for payload in payloads]
     return Located(text, payloads, dropped, marked)
 
 
-def _names_call_by_id(payload: tuple[int, str, str], text: str, messages: Sequence[TemplateMessage]) -> bool:
-    """Return True if the payload is the name of a called tool that is printed inside the call's id.
+def _called_by_id(
+    template: ChatTemplate, text: str, messages: Sequence[TemplateMessage], tools: Sequence[Any], indices: Iterable[int]
+) -> set[tuple[int, str, str]]:
+    """Return the payloads that are names of called tools, printed inside the ids of the calls.
 
     Kimi K2 prints `functions.look_up:0`, the id of a call of `look_up`, and not the name itself.
+    Another id for each call of the messages `indices` shows which ids the template prints.
     """
-    index, kind, name = payload
-    calls = messages[index]["tool_calls"] if kind == "call" else ()
-    return any(call["function"]["name"] == name and name in call["id"] and call["id"] in text for call in calls)
+    changed = list(messages)
+    others: dict[tuple[int, int], str] = {}
+    for index in indices:
+        calls = messages[index]["tool_calls"]
+        ids = [f"{call['id']}ZqI{index}n{number}Zq" for number, call in enumerate(calls)]
+        others |= {(index, number): other for number, other in enumerate(ids)}
+        renamed = [{**call, "id": other} for call, other in zip(calls, ids, strict=True)]
+        changed[index] = {**messages[index], "tool_calls": renamed}
+    printed = template.render(changed, tools)
+    if "ZqI" in text or re.sub(r"ZqI\d+n\d+Zq", "", printed) != text:
+        return set()
+    names: dict[tuple[int, str, str], bool] = {}
+    for (index, number), other in others.items():
+        call = messages[index]["tool_calls"][number]
+        name = call["function"]["name"]
+        found = other in printed and name in re.split(r"[.:/]", call["id"])
+        names[index, "call", name] = found and names.get((index, "call", name), True)
+    return {name for name, found in names.items() if found}
 
 
 def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessage]) -> list[Payload]:
@@ -158,7 +181,7 @@ def _part_thought(payload: Payload, text: str, messages: Sequence[TemplateMessag
     if payload.kind != "content" or messages[payload.message]["role"] != "assistant":
         return [payload]
     printed = text[payload.start : payload.end]
-    thought = THOUGHT.fullmatch(printed) if "</think>" in printed else None
+    thought = thought_in(printed)
     if not thought:
         return [payload]
     reasoning = payload._replace(end=payload.start + thought.start(2), kind="reasoning", number=-1 - payload.number)
@@ -173,7 +196,7 @@ def _include_tag(payload: Payload, text: str, messages: Sequence[TemplateMessage
     the content.
     """
     content = messages[payload.message]["content"]
-    thought = THOUGHT.fullmatch(content) if payload.kind == "reasoning" else None
+    thought = thought_in(content) if payload.kind == "reasoning" else None
     if thought and text[: payload.start].endswith(
         opening := content[: thought.start(1)].lstrip() + _indent(thought[1])
     ):

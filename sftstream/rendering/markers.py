@@ -35,10 +35,8 @@ BLANKS = ("alone", "beside")
     "beside"   of an assistant's reasoning and content, the blank one beside the other
 """
 
-THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
-"""Matches a content that begins with a thought; the groups are the thought and the rest.
-
-The opening tag may be missing: models whose generation prompt ends with the tag do not say it."""
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_UNOPENED = re.compile(r"(.*)</think>([ \t]*\n.*)", re.DOTALL)
 
 
 class Marked:
@@ -79,7 +77,7 @@ class Marked:
         if "reasoning_content" in new:
             reasoning = self._mark(index, "reasoning", new["reasoning_content"], fill="beside" if fill else None)
             new |= dict.fromkeys(REASONING_KEYS, reasoning)
-        if self.split_thoughts and said and (thought := THOUGHT.fullmatch(content)):
+        if self.split_thoughts and said and (thought := thought_in(content)):
             inner = self._mark(index, "reasoning", thought[1])
             rest = self._mark(index, "content", thought[2], fill="beside" if fill else None)
             new["content"] = f"{content[: thought.start(1)]}{inner}</think>{rest}"
@@ -167,6 +165,19 @@ class Marked:
                 return marked[marker.end() :]
             last = marked.rfind(self.prefix, 0, last)
         return marked
+
+
+def thought_in(content: str) -> re.Match[str] | None:
+    """Return the thought at the beginning of a content; the groups are the thought and the rest.
+
+    The opening tag may be missing, as in answers to prompts ending with the tag. In the middle of a
+    line such a `</think>` is a word about the tag.
+    """
+    if "</think>" not in content:
+        return None
+    if "<think>" in content or content.count("</think>") > 1:
+        return _THOUGHT.fullmatch(content)
+    return _UNOPENED.fullmatch(content)
 
 
 def mark(

@@ -180,7 +180,8 @@ class Renderer:
         self._refuse_typed_names(messages, tools, conversation.variables)
         located = locate(template, messages, tools)
         turn_format, own = self.report.turn_format, bool(conversation.variables)
-        require_whole(located, self.policy, lambda indices: prints_as_last(template, messages, tools, indices))
+        if located.dropped:
+            require_whole(located, self.policy, lambda indices: prints_as_last(template, messages, tools, indices))
         # The turn format was learned with the variables of the config. A conversation with its own
         # variables may have another generation prompt, so each start is proved by a render.
         known = self.render_cache.tails.of(conversation)

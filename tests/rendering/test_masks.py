@@ -163,6 +163,24 @@ def test_the_name_of_a_called_tool_may_be_printed_inside_the_id(tokenizer: str) 
         encoder.encode([shapes.user("which"), shapes.said("", tool_calls=[nameless])])
 
 
+def test_the_id_that_a_result_prints_is_not_the_name_of_a_call(tokenizer: str) -> None:
+    mute = BY_ID.replace("<call>{{ call.id }} {{ call.function.arguments | tojson }}", "").replace(
+        "{{ m.content }}", "{{ m.tool_call_id }}{{ m.content }}"
+    )
+    call = shapes.call("find") | {"id": "functions.find:0"}
+    talk = [shapes.user("which"), shapes.said("functions.find:0 of find", tool_calls=[call])]
+    result = {"role": "tool", "content": "north", "tool_call_id": "functions.find:0"}
+    with pytest.raises(Refused, match="template drops a tool call: message 1: 'find' is not printed"):
+        ChatEncoder(tokenizer, mute).encode([*talk, result, shapes.said("seven")])
+
+
+@pytest.mark.parametrize("other", ["call_7", "finding:1", "functions.refind:1"])
+def test_each_call_is_named_by_its_own_id(tokenizer: str, other: str) -> None:
+    calls = [shapes.call("find", key="north") | {"id": name} for name in ("functions.find:0", other)]
+    with pytest.raises(Refused, match="template drops a tool call: message 1: 'find' is not printed"):
+        ChatEncoder(tokenizer, BY_ID).encode([shapes.user("which"), shapes.said("", tool_calls=calls)])
+
+
 SPLITTING = THINKING.replace(
     "{{- m.content",
     """{%- set said = m.content %}
@@ -175,8 +193,10 @@ SPLITTING = THINKING.replace(
 """THINKING, which also moves a thought out of the content, with or without an opening tag."""
 
 
-@pytest.mark.parametrize("opening", ["<think>\n", "<think>", ""])
-@pytest.mark.parametrize("closing", ["\n</think>\n\n", "</think>"])
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [("<think>\n", "\n</think>\n\n"), ("<think>", "</think>"), ("", "\n</think>\n\n"), ("", "</think>\n")],
+)
 def test_a_thought_inside_the_content_may_lack_its_opening_tag(tokenizer: str, opening: str, closing: str) -> None:
     talk = [
         shapes.user("which"),
@@ -188,6 +208,16 @@ def test_a_thought_inside_the_content_may_lack_its_opening_tag(tokenizer: str, o
     assert _trained(encoder, talk[:2]) == [f"<think>because</think>north{STOP}"]
     assert _trained(encoder, talk) == [f"north{STOP}<think>therefore</think>seven{STOP}"]
     assert _trained(ChatEncoder(tokenizer, SPLITTING, train_reasoning=False), talk) == [f"north{STOP}seven{STOP}"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["The tag </think> ends it.", "Use re.sub('<think>.*</think>', '') here.", "a\n</think> b\n</think>\nc"]
+)
+def test_an_answer_about_the_tag_of_a_thought_is_no_thought(tokenizer: str, answer: str) -> None:
+    talk = [shapes.user("which"), shapes.said(answer)]
+    assert _trained(ChatEncoder(tokenizer, train_reasoning=False), talk) == [f"{answer}{STOP}"]
+    with pytest.raises(Refused, match=r"template (alters|drops) text"):
+        ChatEncoder(tokenizer, SPLITTING).encode([*talk, *talk])
 
 
 def test_unchanged_history_makes_one_example_under_every_policy(tokenizer: str) -> None:

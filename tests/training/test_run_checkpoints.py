@@ -89,7 +89,8 @@ def test_a_disk_that_is_full_at_the_start_of_a_resume_is_named_with_the_remedy(
     _limit(job, (tmp_path / "runs/run/ledger/sessions.jsonl").stat().st_size)
     assert job.finish() == 1
     assert job.output().splitlines()[-1] == (
-        "error: a file in runs/run cannot be written: File too large; free room on its disk, then give the same command again"
+        "error: a file, probably in runs/run, cannot be written: File too large; raise the limit of the size of files "
+        "(ulimit -f), then give the same command again"
     )
     _limit(job := runs.Job(tmp_path, config), resource.RLIM_INFINITY)
     assert job.finish() == 0
@@ -101,7 +102,7 @@ def test_a_disk_that_is_full_at_the_start_of_a_resume_is_named_with_the_remedy(
         (OSError(errno.ENOSPC, "No space left on device", "x/run.json"), "x/run.json cannot be written: No space left"),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded"),
-            "a file in runs/run cannot be written: Disk quota exceeded; free",
+            "a file, probably in runs/run, cannot be written: Disk quota exceeded; free",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
     ],

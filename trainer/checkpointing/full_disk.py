@@ -22,7 +22,12 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        place = error.filename or f"a file in {directory}"
+        place = error.filename or f"a file, probably in {directory},"
+        remedy = (
+            "raise the limit of the size of files (ulimit -f)"
+            if error.errno == errno.EFBIG
+            else "free room on the disk"
+        )
         raise OSError(
-            f"{place} cannot be written: {error.strerror}; free room on its disk, then give the same command again"
+            f"{place} cannot be written: {error.strerror}; {remedy}, then give the same command again"
         ) from error
