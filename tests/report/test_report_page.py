@@ -116,8 +116,10 @@ def test_a_chosen_theme_outlives_a_reload(browser: Any, pages: dict[str, Path]) 
     shown, _ = opened(browser, pages["new"])
     before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     shown.click("#theme")
+    is_other = "before => sessionStorage.theme && getComputedStyle(document.body).backgroundColor != before"
+    shown.wait_for_function(is_other, arg=before)
     shown.reload()
-    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    shown.wait_for_function(is_other, arg=before)
 
 
 def test_a_page_of_a_run_under_way_loads_itself_again_and_another_does_not(pages: dict[str, Path]) -> None:
