@@ -48,6 +48,26 @@ def test_calls_in_roles_of_their_own_are_one_turn_with_the_text_before_them() ->
     assert messages(beside, {**SUB, "role": "TOOL_CALL"}) == (Message("assistant", None, tool_calls=CALLS),)
 
 
+@pytest.mark.parametrize("role", ["tool-call", "toolCall", "FunctionCall", "function call", "FUNCTION_CALL", "invoke"])
+def test_a_role_of_calls_in_any_spelling_belongs_to_the_text_before_it(role: str) -> None:
+    roles = {"invoke": "tool_call"} if role == "invoke" else {}
+    call = {**ADD, "role": role}
+    assert messages(HELLO, call, {**SUB, "role": role}, roles=roles) == (
+        Message("assistant", "hello", tool_calls=CALLS),
+    )
+
+
+@pytest.mark.parametrize("name", ["function_call", "tool_call"])
+def test_the_config_gives_a_role_of_calls_another_meaning(name: str) -> None:
+    said = {"role": name, "content": "hello"}
+    assert messages(said, HELLO, roles={name: "user"})[0] == Message("user", "hello")
+    assert messages(said, {**said, "role": name.upper()}, roles={name: "assistant"}) == (
+        Message("assistant", "hello"),
+        Message("assistant", "hello"),
+    )
+    assert messages(HELLO, {**ADD, "role": name}, roles={name: "tool_call"})[0].tool_calls == CALLS[:1]
+
+
 def test_calls_of_sharegpt_turns_are_one_turn_with_the_text_before_them() -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     calls = [{"from": "function_call", "value": json.dumps({"name": name, "arguments": {}})} for name in ("add", "sub")]
@@ -98,7 +118,10 @@ def test_channels_of_harmony_are_reasoning_calls_and_text() -> None:
     assert messages({**CALL, "content": ""}) == (
         Message("assistant", None, tool_calls=ToolCalls((ToolCall("add", {}),))),
     )
-    assert messages({**THOUGHT, "train": False}, FINAL)[0].train is False
+    assert messages({**THOUGHT, "train": False}, {**FINAL, "train": False})[0].train is False
+    assert messages(THOUGHT, {**THOUGHT, "content": "say it"}, FINAL) == (
+        Message("assistant", "3", "add them\n\nsay it"),
+    )
 
 
 def test_what_a_channel_cannot_say_is_refused() -> None:

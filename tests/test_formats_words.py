@@ -445,10 +445,45 @@ def test_marks_of_items_are_obeyed() -> None:
     called = messages({"messages": [HI, {**CALLED, "weight": 0}, {**GIVEN, "train": False}, HELLO]})
     assert [message.train for message in called] == [None, False, False, None]
     assert called[1].tool_calls == (ToolCall("add", {"a": 1}, "c1"),)
-    for thought, said, train in ((None, False, False), (False, None, False), (True, True, True), (None, None, None)):
+    for thought, said, train in ((None, False, False), (None, True, True), (True, True, True), (None, None, None)):
         row = {"messages": [HI, {**THOUGHT, "train": thought}, {**HELLO, "train": said}]}
         assert messages(row)[1] == Message("assistant", "hello", "greet", train=train)
-    assert refusal({"messages": [HI, {**THOUGHT, "train": False}, {**HELLO, "train": True}]}).startswith("bad weight: ")
+    for thought, said in ((False, True), (False, None), (True, None)):
+        for answer in (HELLO, CALLED):
+            row = {"messages": [HI, {**THOUGHT, "train": thought}, {**answer, "train": said}]}
+            assert refusal(row).startswith(
+                "bad weight: two parts of one turn, such as its text and its call, have the "
+            )
+            assert f" have the marks {thought} and {said}, where None is no mark; mark both alike" in refusal(row)
+
+
+@pytest.mark.parametrize("key", ["content", "summary"])
+def test_a_text_in_an_item_of_reasoning_is_reasoning(key: str) -> None:
+    parts = [{"type": "reasoning_text", "text": "add"}, {"type": "text", "text": " them"}]
+    for words in ("add them", [{"type": "text", "text": "add them"}], parts):
+        row = {"messages": [HI, {"type": "reasoning", key: words}, HELLO]}
+        assert messages(row)[1:] == (Message("assistant", "hello", "add them"),)
+    row = {"messages": [HI, {"type": "reasoning", key: [{"type": "tool_call", **FUNCTION}]}, HELLO]}
+    assert refusal(row).startswith("unknown content part: messages[1] is reasoning with a call; ")
+
+
+@pytest.mark.parametrize("part", [{"type": "reasoning", "text": "lost"}, {"type": "tool_call", **FUNCTION}])
+def test_a_part_of_a_result_that_is_no_text_is_refused(part: dict[str, Any]) -> None:
+    for parts in ([part], [part, TEXT] if part["type"] == "reasoning" else [TEXT, part]):
+        row = {"messages": [HI, CALLED, {**GIVEN, "output": parts}, HELLO]}
+        assert refusal(row).startswith("unknown content part: messages[2].output is [{")
+        assert refusal(row).endswith("; only text can be read")
+
+
+def test_two_items_of_reasoning_in_a_row_are_one_reasoning() -> None:
+    wave = {"type": "reasoning", "content": "wave"}
+    said = Message("assistant", "hello", "greet\n\nwave")
+    assert messages({"messages": [HI, THOUGHT, wave, HELLO]})[1:] == (said,)
+    assert messages({"messages": [HI, THOUGHT, {**HELLO, "reasoning": "wave"}]})[1:] == (said,)
+    assert messages({"messages": [HI, THOUGHT, {**HELLO, "reasoning": "greet"}]})[1].reasoning == "greet"
+    assert messages({"messages": [HI, THOUGHT, wave, CALLED]})[1].reasoning == "greet\n\nwave"
+    marked = {"messages": [HI, THOUGHT, {**wave, "train": False}, {**HELLO, "train": False}]}
+    assert messages(marked)[1:] == (Message("assistant", "hello", "greet\n\nwave", train=False),)
 
 
 def test_words_of_items_are_read_or_refused() -> None:

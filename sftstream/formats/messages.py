@@ -95,7 +95,7 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
         path = f"{column}[{index}]"
         fields = _fields(decoded(turn), path, ignored_keys(settings.ignore))
         for message in _messages(fields, path, roles, settings):
-            if message.content is None and _is_part(fields):
+            if message.content is None and _is_part(fields, roles, settings):
                 parts.add(len(messages))
             messages.append(message)
     return join_parts(messages, parts) if parts else messages
@@ -308,9 +308,12 @@ def _read_content(
     return parse_parts(content, path, ignored)
 
 
-def _is_part(turn: Mapping[str, Any]) -> bool:
+def _is_part(turn: Mapping[str, Any], roles: Mapping[str, Role], settings: RowSettings) -> bool:
     """Return True for a turn that may be a part of the assistant's turn before (`items.py`)."""
-    return _is_item(turn) or str(first(turn, "role", "from", "type")).lower() in CALLING or has_channel(turn)
+    if _is_item(turn) or has_channel(turn):
+        return True
+    found = find_role(first(turn, "role", "from", "type"), roles, settings)
+    return found is not None and found[0] in CALLING
 
 
 def _is_item(turn: Any) -> bool:
