@@ -192,15 +192,44 @@ def test_a_column_of_reasoning_is_read_under_any_name_by_the_setting_columns() -
 
 
 @pytest.mark.parametrize(
-    "answer", ["<think>\ngreet\n</think>\n\nhello", "greet</think>hello", "<reasoning>greet</reasoning>hello"]
+    "answer",
+    [
+        *("<think>\ngreet\n</think>\n\nhello", "greet</think>hello", "<reasoning>greet</reasoning>hello"),
+        *("<think></think>hello", "</think>\n\nhello", "<|begin_of_thought|>greet<|end_of_thought|>\nhello"),
+    ],
 )
 def test_a_thought_that_the_answer_repeats_is_read_once(answer: str) -> None:
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == THOUGHT
+    assert messages({"question": "hi", "answer": [{**HELLO, "content": answer, "reasoning": "greet"}]}) == THOUGHT
+    assert messages({"question": "hi", "answer": [{**HELLO, "content": answer}], "reasoning": "greet"}) == THOUGHT
+
+
+@pytest.mark.parametrize("answer", ["<think>greet</think>hello", "<|begin_of_thought|>greet<|end_of_thought|>hello"])
+def test_a_thought_in_the_answer_beside_another_in_a_column_is_refused(answer: str) -> None:
     row = {"question": "hi", "answer": answer}
-    assert messages({**row, "reasoning": "greet"}) == messages(row)
     for other in ("gree", "greet twice"):
-        assert refusal({**row, "reasoning": other}).startswith(
-            "two contents: the reasoning in column 'reasoning' is not"
+        assert refusal({**row, "reasoning": other}) == (
+            f"two contents: the answer has the reasoning {other!r}, and another thought in its content: 'greet'; keep one "
+            "of them, or leave out the key of the reasoning by ignore = ['reasoning']"
         )
+        assert messages({**row, "reasoning": other}, ignore=("reasoning",)) == messages(row)
+
+
+@pytest.mark.parametrize("answer", ["The tag </think> closes.", "</think> closes.", "a </think> b <think> c </think>"])
+def test_a_tag_among_the_words_of_an_answer_is_no_thought(answer: str) -> None:
+    said = (Message("user", "hi"), Message("assistant", answer, "greet"))
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == said
+    assert messages({"messages": [HI, {**HELLO, "content": answer, "reasoning": "greet"}]}) == said
+
+
+def test_a_thought_ends_at_the_first_of_its_tags() -> None:
+    answer = "<thinking>greet</thinking>The tag </think> closes."
+    said = (Message("user", "hi"), Message("assistant", "The tag </think> closes.", "greet"))
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == said
+    assert messages({"messages": [HI, {**HELLO, "content": answer, "reasoning": "greet"}]}) == said
+
+
+def test_an_answer_that_repeats_its_thought_without_a_tag_stays_as_it_is() -> None:
     assert messages({"question": "hi", "answer": "greet: hello", "reasoning": "greet"})[1].reasoning == "greet"
 
 

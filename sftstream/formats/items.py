@@ -106,7 +106,7 @@ def _joined(first: Message, second: Message) -> Message | None:
     content = second.content if thought else first.content
     reasoning = "\n\n".join(dict.fromkeys(filter(None, (first.reasoning, second.reasoning)))) or None
     if content and thought and reasoning:
-        content = without_thought(content, reasoning, "messages")
+        content = without_thought(content, reasoning, "an answer", None)
     return msgspec.structs.replace(
         first,
         content=content,

@@ -6,7 +6,6 @@ The row `{"instruction": "hi", "output": "hello"}` matches the layout "instructi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from sftstream.formats.messages import (
 )
 from sftstream.formats.roles import known_roles
 from sftstream.formats.spelled import require_words, turns_in
+from sftstream.formats.thoughts import without_thought
 from sftstream.records import REASONING_KEYS, Message, Refused
 
 DEFAULT = RowSettings()
@@ -46,9 +46,6 @@ MODES = frozenset(
 )
 """Values of a column of reasoning, in small letters, that are no reasoning: most tell how much to
 reason."""
-_TAG = "(?:think|thinking|thought|reasoning|[|]begin_of_thought[|]|[|]end_of_thought[|])>"
-_THOUGHT = re.compile(rf"\s*<{_TAG}(.*?)(?:</?{_TAG}|\Z)|(.*?)</{_TAG}", re.DOTALL)
-"""A thought at the beginning of an answer. The opening tag may stand in the prompt."""
 
 ROUND_KEYS = frozenset({"input", "output", *SYSTEM, *MARKS})
 """Keys of a round that are read."""
@@ -227,11 +224,8 @@ def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     thoughts = {name: require_words(value, name) for name, value in columns.items()}
     column, reasoning = next(iter(thoughts.items()))
     answers = [message for message in answered if message.role == "assistant"]
-    if len(answers) == 1:
-        if tagged := _THOUGHT.match(answers[0].content or ""):
-            thoughts["the answer"] = tagged[1] or tagged[2] or ""
-        if answers[0].reasoning:
-            thoughts["the answer's reasoning"] = answers[0].reasoning
+    if len(answers) == 1 and answers[0].reasoning:
+        thoughts["the answer's reasoning"] = answers[0].reasoning
     if len(answers) != 1 or len({thought.strip() for thought in thoughts.values()}) > 1:
         raise Refused(
             "two contents",
@@ -239,12 +233,13 @@ def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
             f"messages of the assistant and thoughts in {[*thoughts][1:]}; leave the column out by ignore = [{column!r}], "
             "or out of columns",
         )
-    if len(thoughts) > len(columns):
+    if answers[0].reasoning:
         return answered
-    return tuple(
-        msgspec.structs.replace(message, reasoning=reasoning) if message is answers[0] else message
-        for message in answered
-    )
+    text = answers[0].content
+    if text:
+        text = without_thought(text, reasoning, "the answer", repr(column))
+    said = msgspec.structs.replace(answers[0], content=text, reasoning=reasoning)
+    return tuple(said if message is answers[0] else message for message in answered)
 
 
 def _history(history: Any, settings: RowSettings) -> Iterator[Message]:

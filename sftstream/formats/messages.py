@@ -206,7 +206,8 @@ def _messages(
         text = ""
     reasoning = _reasoning(turn, reasoning, path)
     if text and reasoning:
-        text = without_thought(text, reasoning, path, next(filter(turn.get, REASONING_KEYS), "content"))
+        key = next(filter(turn.get, REASONING_KEYS), None)  # without a key, the reasoning is in the content
+        text = without_thought(text, reasoning, path, key and in_turns(path, key))
     if text is None and not calls and not (channeled and reasoning is not None):
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     name = optional_text(turn, path, "name")
