@@ -71,9 +71,22 @@ def test_two_schemas_of_a_tool_are_refused() -> None:
 def test_a_tool_that_is_no_function_is_refused(kind: str) -> None:
     tool = {"type": kind, "name": "web_search", "max_uses": 5}
     assert refusal({"messages": [HI, HELLO], "tools": [WEATHER, tool]}) == (
-        f"bad tools: the tool {tool} has the type {kind!r} and no parameters; write it as a function with parameters, or "
-        "leave it out of the tools"
+        f"bad tools: the tool {tool} has the type {kind!r}, no parameters and no description; write it as a function "
+        "with parameters, or leave it out of the tools"
     )
+
+
+def test_a_described_tool_of_another_type_is_a_function() -> None:
+    clock = {"name": "get_time", "description": "now"}
+    for kind in ("tool", "custom", "function"):
+        assert tools([{**clock, "type": kind}]) == ({"type": "function", "function": clock},)
+
+
+@pytest.mark.parametrize("score", [0.93, 5])
+@pytest.mark.parametrize("column", ["reasoning", "thinking"])
+def test_a_number_in_a_column_of_reasoning_is_a_score(column: str, score: float) -> None:
+    assert messages({"question": "hi", "answer": "hello", column: score}) == SAID
+    assert messages({"question": "hi", "answer": "hello", column: score, "reasoning_content": "greet"}) == THOUGHT
 
 
 def test_json_null_is_no_list_and_no_object() -> None:

@@ -10,6 +10,7 @@ import pytest
 from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
 from sftstream.formats import parse_row, unread_columns
+from sftstream.formats.keys import NOTES
 from sftstream.records import BrokenRow
 
 HI = {"role": "user", "content": "hi"}
@@ -228,6 +229,16 @@ def test_an_answer_that_nobody_wants_is_refused_unless_the_config_says_otherwise
         assert messages({**row, "label": label}) == SAID
 
 
+@pytest.mark.parametrize("label", [0, "0", 0.0, "0.0"])
+def test_a_label_of_zero_is_a_class_beside_turns_and_a_wish_beside_a_pair(label: Any) -> None:
+    turns = [HI, HELLO]
+    for row in ({"messages": turns}, {"conversations": turns}, {"messages": turns, "prompt": "hi", "answer": "hello"}):
+        for stored in (marked := {**row, "label": label}, json.dumps(marked).encode()):
+            assert messages(stored) == SAID
+    for row in ({"prompt": "hi", "completion": "hello"}, {"instruction": "hi", "output": "hello", "messages": None}):
+        assert refusal({**row, "label": label}).startswith(f"unwanted answer: label is {label}, which marks an answer")
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -316,6 +327,18 @@ def test_a_key_of_a_message_with_words_is_refused_until_it_is_ignored(key: str) 
     row = {"messages": [HI, {**HELLO, key: "words"}]}
     assert refusal(row).startswith(f"unread words: messages[1].{key} holds words that no layout reads: 'words'; ")
     assert messages(row, ignore=(key,)) == SAID
+
+
+@pytest.mark.parametrize("key", sorted(NOTES))
+def test_a_single_word_in_a_key_that_is_often_a_note_is_no_word_of_the_conversation(key: str) -> None:
+    for note in ("reply", " B ", "src/a.py", 5):
+        assert messages({"messages": [HI, {**HELLO, key: note}]}) == SAID
+        assert messages({"messages": [HI, {**HELLO, key.title(): note}]}) == SAID
+        assert unread_columns({"messages": [HI, {**HELLO, key: note}]}) == {f"messages[].{key}"}
+    for words in ("look it up", "x = 1\n", ["reply"], {"a": 1}):
+        said = refusal({"messages": [HI, {**HELLO, key: words}]})
+        assert said.startswith(f"unread words: messages[1].{key} holds words that no layout reads: ")
+        assert messages({"messages": [HI, {**HELLO, key: words}]}, ignore=(f"messages[].{key}",)) == SAID
 
 
 def test_two_different_contents_of_a_message_are_refused() -> None:

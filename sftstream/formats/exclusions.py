@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import EMPTY, in_turns
+from sftstream.formats.fields import ANSWERS, EMPTY, QUESTIONS, in_turns
 from sftstream.records import Refused
 
 _CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
@@ -75,18 +75,28 @@ def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -
 def require_wanted(row: Mapping[str, Any]) -> None:
     """Raise Refused if a column says that the row is not to be trained.
 
-    Such a column is `label`, if it is false or 0 (unpaired preference data), or a mark.
+    Such a column is `label`, if it is false (unpaired preference data), or a mark. A `label` of 0
+    excludes a question with an answer only: of other rows it is often the number of a class.
     """
     if _OF_ROWS.isdisjoint(row):
         return
     for name in (name for name in row if name in _OF_ROWS):
         text = str(row[name]).lower()
+        if name == "label" and text != "false" and not _is_pair(row):
+            continue
         if _FLAGS.get(text) is (name in _MASKS):
             raise Refused(
                 "unwanted answer",
                 f"{name} is {text}, which marks an answer to avoid; remove the row, or train the answer by ignore = "
                 f"[{name!r}]",
             )
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    """Return True for a row whose columns are a question and an answer, and not turns."""
+    names = {name for name, value in row.items() if value is not None}
+    turns, questions = {"messages", "conversations", "conversation"}, {"instruction", *QUESTIONS}
+    return not names & turns and not names.isdisjoint(questions) and not names.isdisjoint(ANSWERS)
 
 
 @lru_cache(maxsize=4096)

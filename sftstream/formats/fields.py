@@ -15,6 +15,10 @@ from sftstream.records import Refused
 Row = Mapping[str, Any]
 """A decoded row: column -> value."""
 
+QUESTIONS = ("prompt", "question", "query", "input")
+"""Names of a column with a question; the first name present is read."""
+ANSWERS = ("completion", "response", "answer", "output", "chosen")
+"""Names of a column with an answer; the first name present is read."""
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 

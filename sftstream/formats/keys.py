@@ -55,6 +55,13 @@ WORDS = COMMON_WORDS | frozenset(
 )
 """Keys inside a conversation that are known to hold words. More keys than columns are known: a
 message's `action` or `text` is a part of what was said, a row's is often a note or a copy."""
+NOTES = frozenset(
+    {"action", "actions", "code", "file", "files", "steps", "developer", "answer", "query", "prompt", "function"}
+)
+"""Keys of `WORDS` whose value, if it is a single word, is a note: "reply", "en", "a.py", "B".
+
+Only names that are also usual for kinds, languages, paths and choices are here. A single word under
+another name, such as `refusal` or `function_call`, may be all that was said."""
 
 
 def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> Mapping[str, Any]:
@@ -82,12 +89,17 @@ def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ig
     A key is read if it is in `read`; a key in `ignored` is left out.
     """
     unread = [key for key in fields if key not in read and key not in ignored and not WORDS.isdisjoint(spellings(key))]
-    if unread := sorted(key for key in unread if carries_words(fields[key])):
+    if unread := sorted(key for key in unread if carries_words(fields[key]) and not _is_note(key, fields[key])):
         raise Refused(
             "unread words",
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(fields[unread[0]])}; move them to content "
             f"or a column, or leave them out by ignore = [{in_turns(path, unread[0])}]",
         )
+
+
+def _is_note(key: str, value: Any) -> bool:
+    """Return True for a single word in a key of `NOTES`, in any spelling."""
+    return isinstance(value, str) and len(value.split()) == 1 and not NOTES.isdisjoint(spellings(key))
 
 
 def require_plain(part: Mapping[str, Any], read: Collection[str], path: str, ignored: Collection[str]) -> None:

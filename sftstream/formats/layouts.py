@@ -15,7 +15,7 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import Row, decoded, is_list, refuse_deep
+from sftstream.formats.fields import ANSWERS, QUESTIONS, Row, decoded, is_list, refuse_deep
 from sftstream.formats.keys import require_read
 from sftstream.formats.messages import (
     SYSTEM,
@@ -32,10 +32,6 @@ from sftstream.formats.thoughts import without_thought
 from sftstream.records import REASONING_KEYS, Message, Refused
 
 DEFAULT = RowSettings()
-QUESTIONS = ("prompt", "question", "query", "input")
-"""Names of a column with a question; the first name present is read."""
-ANSWERS = ("completion", "response", "answer", "output", "chosen")
-"""Names of a column with an answer; the first name present is read."""
 CONTEXT = ("input", "context")
 """Names of a column with the text that an instruction is about; the first with a value is read."""
 
@@ -218,7 +214,11 @@ def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     A thought that begins the answer and is also in the column is read once. Raises Refused
     if the two differ, or if the answer has several messages of the assistant.
     """
-    columns = {name: row[name] for name in REASONING_KEYS if row.get(name) and not is_mode(row[name])}
+    columns = {
+        name: row[name]
+        for name in REASONING_KEYS
+        if row.get(name) and not is_mode(row[name]) and not isinstance(row[name], int | float)  # a number is a score
+    }
     if not columns:
         return answered
     thoughts = {name: require_words(value, name) for name, value in columns.items()}

@@ -312,7 +312,7 @@ ADVICE = [
     ),
     Advice(
         {
-            "row": '{"prompt": "hi", "completion": [{"role": "assistant", "content": "hello", "reasoning": "a"}], "reasoning": "b"}'
+            "row": json.dumps({"prompt": "hi", "completion": [{**HELLO, "reasoning": "a"}], "reasoning": "b"}),
         },
         "leave the column out by ignore = ['reasoning'], or out of columns",
         ({"ignore": '["reasoning"]'}, {"columns": '{"prompt": "prompt", "completion": "completion"}'}),
