@@ -65,6 +65,7 @@ def test_the_schema_of_a_tool_is_its_parameters_in_every_layout(tool: dict[str, 
 def test_two_schemas_of_a_tool_are_refused() -> None:
     row = {"messages": [HI, HELLO], "tools": [{**WEATHER, "input_schema": {}}, {**WEATHER, "input_schema": {"a": 1}}]}
     assert refusal(row).startswith("two contents: tools has different contents in ['parameters', 'input_schema']")
+    assert refusal(row).endswith("; keep one of the keys")
 
 
 @pytest.mark.parametrize("kind", ["web_search_20250305", "custom", "computer_20250124"])
@@ -285,6 +286,12 @@ def test_a_system_prompt_may_be_a_list_of_text_parts() -> None:
         {"type": "text", "text": "brief.", "cache_control": {"type": "ephemeral"}},
     ]
     assert messages({"system": parts, "messages": [HI, HELLO]}) == (Message("system", "Be brief."), *SAID)
+    assert messages({"system": json.dumps(parts), "messages": [HI, HELLO]})[0] == Message("system", "Be brief.")
+    alpaca = {"instruction": "hi", "output": "hello", "system": json.dumps(parts)}
+    assert messages(alpaca) == (Message("system", "Be brief."), *SAID)
+    marked = {"system": [{**parts[0], "loss": 1}], "messages": [HI, HELLO]}
+    assert refusal(marked).endswith("or leave the key out by ignore = ['system[].loss']")
+    assert messages(marked, ignore=("system[].loss",)) == (Message("system", "Be "), *SAID)
     thinking = [{"type": "thinking", "thinking": "hm"}]
     assert refusal({"system": thinking, "messages": [HI, HELLO]}).startswith("unknown content part: system has parts")
 

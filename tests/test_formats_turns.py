@@ -233,7 +233,41 @@ def test_keys_that_are_read_may_have_another_spelling() -> None:
     assert unread_columns({"messages": [HI, {**said, "tokenCount": 5}]}) == {"messages[].tokenCount"}
     assert messages({**HELLO, "tool_calls": [call], "toolCalls": [call]})[0].tool_calls == CALLS[:1]
     assert refusal({**HELLO, "tool_calls": [call], "toolCalls": [{**call, "name": "sub"}]}).startswith(
-        "two contents: messages[1] has different contents in ['tool_calls', 'toolCalls']; leave out the wrong keys"
+        "two contents: messages[1] has different contents in ['toolCalls', 'tool_calls']; leave out the wrong keys"
+    )
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoningContent", "Reasoning-Content"])
+def test_a_key_is_ignored_in_all_its_spellings(key: str) -> None:
+    said = {**HELLO, key: "greet"}
+    for name in ("messages[].reasoning_content", f"messages[].{key}"):
+        assert messages(said, ignore=(name,)) == (Message("assistant", "hello"),)
+        assert unread_columns({"messages": [said]}, RowSettings(ignore=(name,))) == set()
+    thought = {**HELLO, "content": "<think>wave</think>hello", key: "greet"}
+    assert refusal(thought).endswith("the key of the reasoning by ignore = ['messages[].reasoning_content']")
+    assert messages(thought, ignore=("messages[].reasoning_content",))[0].reasoning is None
+
+
+def test_of_two_spellings_of_a_key_one_is_ignored_by_its_own_name() -> None:
+    said = {**HELLO, "reasoning_content": "greet", "reasoningContent": "wave"}
+    assert refusal(said).endswith("by ignore = ['messages[].reasoningContent'], for example")
+    assert messages(said, ignore=("messages[].reasoningContent",)) == (Message("assistant", "hello", "greet"),)
+
+
+def test_a_refusal_of_two_keys_that_cannot_be_ignored_advises_to_keep_one() -> None:
+    for said in (
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "value": "b"}]},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}, "input": {"a": 2}}]},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": {"name": "a"}, "tool_call": {"name": "b"}}]},
+    ):
+        assert refusal(said).startswith("two contents: messages[1]")
+        assert refusal(said).endswith("; keep one of the keys")
+
+
+def test_another_thought_in_an_answer_after_an_item_advises_no_key_that_the_item_lacks() -> None:
+    item = {"type": "reasoning", "content": "greet"}
+    assert refusal(item, {**HELLO, "content": "<think>wave</think>hello"}) == (
+        "two contents: an answer has the reasoning 'greet', and another thought in its content: 'wave'; keep one of them"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -99,6 +99,13 @@ def spellings(name: str) -> tuple[str, ...]:
     "chatHistory" has its words joined by "_", and "CoT" is in small letters.
     """
     return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
+
+
+def without_ignored(fields: Mapping[str, Any], ignored: Collection[str]) -> Mapping[str, Any]:
+    """Return the fields whose name is `ignored` in none of its spellings."""
+    if not ignored:
+        return fields
+    return {key: value for key, value in fields.items() if not any(name in ignored for name in spellings(key))}
 
 
 def in_turns(path: str, key: str) -> str:

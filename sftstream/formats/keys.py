@@ -19,6 +19,8 @@ CONTENT = ("content", "value", "text")
 """Keys of a turn's content."""
 ARGUMENTS = ("arguments", "parameters", "input")
 """Keys of the arguments of a call."""
+KEEP_ONE = "keep one of the keys"
+"""Remedy for keys of a part, a call or a definition, which `ignore` does not leave out."""
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Names of columns and keys with pictures, films and sounds, which no model here can read."""
 REASONINGS = frozenset(
@@ -75,7 +77,9 @@ def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> 
         return fields
     result = {key: value for key, value in fields.items() if key not in names}
     for name in names.values():
-        result[name] = only_value(fields, (name, *(key for key in names if names[key] == name)), path)
+        # Other spellings come first: a refusal advises to leave the first key out by `ignore`, and a
+        # name in this package's spelling leaves out all spellings.
+        result[name] = only_value(fields, (*(key for key in names if names[key] == name), name), path)
     return result
 
 
@@ -111,20 +115,18 @@ def require_plain(part: Mapping[str, Any], read: Collection[str], path: str, ign
     require_read(part, read, path, ignored)
 
 
-def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str) -> Any:
+def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str, remedy: str | None = None) -> Any:
     """Return the value of keys of the same meaning; None if no key has a value.
 
-    An empty value beside another counts as none. Raises Refused if two values differ.
+    An empty value beside another counts as none. Raises Refused if two values differ, with the
+    remedy to ignore a key, unless another is given.
     """
     present = {name: fields[name] for name in names if fields.get(name) is not None}
     filled = {name: value for name, value in present.items() if not _is_empty(value)}
     values = [*filled.values()]
     if any(value != values[0] for value in values[1:]):
-        raise Refused(
-            "two contents",
-            f"{path} has different contents in {[*filled]}; leave out the wrong keys by ignore = "
-            f"[{in_turns(path, next(iter(filled)))}], for example",
-        )
+        usual = f"leave out the wrong keys by ignore = [{in_turns(path, next(iter(filled)))}], for example"
+        raise Refused("two contents", f"{path} has different contents in {[*filled]}; {remedy or usual}")
     return next(iter(values or present.values()), None)
 
 

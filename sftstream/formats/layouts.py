@@ -15,7 +15,7 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import ANSWERS, QUESTIONS, Row, decoded, is_list, refuse_deep
+from sftstream.formats.fields import ANSWERS, QUESTIONS, Row, decoded, is_list, refuse_deep, without_ignored
 from sftstream.formats.keys import require_read
 from sftstream.formats.messages import (
     SYSTEM,
@@ -141,7 +141,7 @@ def _column_of_turns(column: str) -> Callable[[Row, RowSettings], Iterator[Messa
 
     def read(row: Row, settings: RowSettings) -> Iterator[Message]:
         turns = decoded(row[column])
-        yield from system_message(row)
+        yield from system_message(row, settings)
         yield from parse_texts(turns, column, settings) if _is_texts(turns) else parse_turns(turns, column, settings)
 
     return read
@@ -168,13 +168,13 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
     if not is_rounds(rounds):
         yield from _column_of_turns("conversation")(row, settings)
         return
-    yield from system_message(row)
+    yield from system_message(row, settings)
     roles = known_roles(settings)
     for index, given in enumerate(rounds):
         path = f"conversation[{index}]"
-        pair = {key: value for key, value in given.items() if key not in ignored_keys(settings.ignore)}
+        pair = without_ignored(given, ignored_keys(settings.ignore))
         require_read(pair, ROUND_KEYS, path)
-        yield from system_message(pair)
+        yield from system_message(pair, settings)
         yield Message("user", require_words(pair.get("input"), f"{path}.input", roles))
         answer = require_words(pair.get("output"), f"{path}.output", roles)
         yield Message("assistant", answer, train=parse_train(pair, path))
@@ -190,13 +190,13 @@ def _by_turns(row: Row, settings: RowSettings) -> Iterator[Message]:
     texts = decoded(row["data"])
     if not is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from parse_texts(texts, "data", settings)
 
 
 def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read `instruction` with an answer; `input` or `context`, `system`, `history` are optional."""
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from _history(row.get("history"), settings)
     roles = known_roles(settings)
     question = require_words(row["instruction"], "instruction", roles)
@@ -272,7 +272,7 @@ def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
     assert answer is not None
     asked = tuple(_side(row[question], question, Message("user", ""), settings))
     answered = tuple(_side(row[answer], answer, Message("assistant", ""), settings))
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from _history(row.get("history"), settings)
     yield from question_and_answer(asked, _reasoned(answered, row))
 

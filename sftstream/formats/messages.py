@@ -22,6 +22,7 @@ from sftstream.formats.fields import (
     optional_id,
     optional_text,
     require_text,
+    without_ignored,
 )
 from sftstream.formats.harmony import HARMONY, by_channel, function_name, has_channel
 from sftstream.formats.items import ITEM_KEYS, ITEMS, join_parts, parse_item
@@ -45,19 +46,24 @@ _HOLDING = _READ | ITEM_KEYS - {"id", "status"} | {*SYSTEM}
 """Keys by which turns, items and rounds are read, of which a column may have the name."""
 
 
-def system_message(row: Row) -> Iterable[Message]:
+def system_message(row: Row, settings: RowSettings) -> Iterable[Message]:
     """Yield a message for the column of the system prompt, if the row has such a column."""
     for column in SYSTEM:
         if prompt := row.get(column):
-            yield Message("system", _prompt(prompt, column))
+            yield Message("system", _prompt(prompt, column, ignored_keys(settings.ignore)))
             return
 
 
-def _prompt(prompt: Any, column: str) -> str:
-    """Return a system prompt: a text, or the text parts of Anthropic's Messages API."""
+def _prompt(prompt: Any, column: str, ignored: Collection[str]) -> str:
+    """Return a system prompt: a text, or the text parts of Anthropic's Messages API.
+
+    The parts may be JSON text, as in the content of a message.
+    """
+    if isinstance(prompt, str):
+        prompt = parts_in(prompt) or prompt
     if not is_list(prompt):
         return require_words(prompt, "system")
-    text, reasoning, calls = parse_parts(prompt, column)
+    text, reasoning, calls = parse_parts(prompt, column, ignored)
     if reasoning or calls:
         raise Refused("unknown content part", f"{column} has parts {excerpt(prompt)}; only text can be read")
     return text or ""
@@ -143,14 +149,13 @@ def unread_keys(turns: Any, settings: RowSettings, known: frozenset[str] | None 
 
     `known` are the keys that are read; None for those of turns and items.
     """
+    ignored = ignored_keys(settings.ignore)
     messages = [turn for turn in map(decoded, turns if is_list(turns) else ()) if isinstance(turn, Mapping)]
     return {
         key
         for turn in messages
-        for key, value in (turn if known else _fields(turn, "a message", ())).items()
-        if value is not None
-        and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
-        and key not in ignored_keys(settings.ignore)
+        for key, value in (without_ignored(turn, ignored) if known else _fields(turn, "a message", ignored)).items()
+        if value is not None and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
     }
 
 
@@ -171,8 +176,7 @@ def _fields(turn: Any, path: str, ignored: Collection[str]) -> Mapping[str, Any]
     """Return the keys of a turn that are not ignored, under the names that are read."""
     if not isinstance(turn, Mapping):
         raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
-    if ignored:
-        turn = {key: value for key, value in turn.items() if key not in ignored}
+    turn = without_ignored(turn, ignored)
     return respelled(turn, _READ | ITEM_KEYS if _is_item(turn) else _READ, path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import decoded, is_list, optional_id
-from sftstream.formats.keys import ARGUMENTS, only_value, require_plain
+from sftstream.formats.keys import ARGUMENTS, KEEP_ONE, only_value, require_plain
 from sftstream.records import Refused, ToolCall, ToolCalls
 
 
@@ -50,7 +50,7 @@ def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
                 given = function["arguments"]
             else:
                 require_plain(function, ARGUMENTS, path, ignored)
-                given = only_value(function, ARGUMENTS, path)
+                given = only_value(function, ARGUMENTS, path, KEEP_ONE)
             given = decoded(given) or {}
             if isinstance(given, Mapping):
                 return ToolCall(function["name"], dict(given), optional_id(call, path, "id", "call_id"))
@@ -119,7 +119,7 @@ def _with_parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     names = [name for name in PARAMETERS if function.get(name) is not None]
     if not names or (names == ["parameters"] and not isinstance(function["parameters"], str)):
         return function
-    schema = only_value({name: decoded(function[name]) for name in names}, names, "tools")
+    schema = only_value({name: decoded(function[name]) for name in names}, names, "tools", KEEP_ONE)
     named = {"parameters" if key in PARAMETERS else key: value for key, value in function.items()}
     return named | {"parameters": schema}
 
