@@ -124,6 +124,51 @@ def test_channels_of_harmony_are_reasoning_calls_and_text() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        GIVEN,
+        {"role": "tool", "name": "functions.add", "content": "3"},
+        {"role": "functions.add", "content": "3"},
+        {"role": "functions.add", "channel": "commentary", "recipient": "assistant", "content": "3"},
+        {"role": "functions.add", "name": "add", "content": [{"type": "text", "text": "3"}]},
+        {"from": "functions.add", "value": "3"},
+    ],
+)
+def test_the_name_of_a_tool_is_without_the_namespace_of_harmony(result: dict[str, Any]) -> None:
+    assert messages(CALL, result, FINAL)[1] == Message("tool", "3", name="add")
+
+
+def test_a_role_of_harmony_may_have_another_meaning_in_the_config() -> None:
+    said = {"role": "functions.add", "content": "3"}
+    assert messages(said, FINAL, roles={"functions.add": "user"})[0] == Message("user", "3")
+    assert messages({"role": "user", "name": "functions.add", "content": "3"}, FINAL)[0].name == "functions.add"
+    assert refusal({**said, "role": "functions."}).startswith("unknown role: messages[1] has role 'functions.'")
+
+
+def test_an_object_for_a_function_is_the_arguments_of_its_call() -> None:
+    assert messages({**CALL, "content": {"a": 1}}) == messages(CALL)
+    assert messages({**CALL, "content": {}})[0].tool_calls == ToolCalls((ToolCall("add", {}),))
+    assert refusal({**FINAL, "content": {"a": 1}}).startswith("not text: messages[1] has content {'a': 1}, neither ")
+
+
+def test_a_key_from_python_that_is_no_text_is_a_note() -> None:
+    said = {**HELLO, 5: "y", None: "z", ("a",): True}
+    assert parse_row({"messages": [HI, said]}).messages[1] == Message("assistant", "hello")
+    assert parse_row({"messages": [HI, said], 5: "y"}).messages[1] == Message("assistant", "hello")
+    assert unread_columns({"messages": [HI, said], 5: "y"}) == {
+        "5",
+        *(f"messages[].{key}" for key in (5, None, ("a",))),
+    }
+    assert parse_row({"question": "hi", "answer": "hello", 5: "y"}).messages[1] == Message("assistant", "hello")
+    settings = RowSettings(ignore=("messages[].note",))
+    assert parse_row({"messages": [HI, said]}, settings).messages[1] == Message("assistant", "hello")
+    part = {"role": "assistant", "content": [{"type": "text", "text": "hello", 5: "y"}]}
+    assert parse_row({"messages": [HI, part]}).messages[1] == Message("assistant", "hello")
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}, 5: "y"}]}
+    assert parse_row({"messages": [HI, call]}).messages[1].tool_calls == CALLS[:1]
+
+
 def test_what_a_channel_cannot_say_is_refused() -> None:
     assert refusal(THOUGHT).startswith("message without content: reasoning is followed by neither a text nor a call")
     assert refusal({**CALL, "content": "a = 1"}).startswith("bad tool call: messages[1]: the arguments of 'add' are ")

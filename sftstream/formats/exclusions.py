@@ -100,12 +100,12 @@ def _is_pair(row: Mapping[str, Any]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _seems_mark(name: str) -> bool:
-    return name in MARKS or _LIKE_MARKS.search(name) is not None
+def _seems_mark(name: Any) -> bool:
+    return name in MARKS or (isinstance(name, str) and _LIKE_MARKS.search(name) is not None)
 
 
 @lru_cache(maxsize=4096)
-def _is_unclear(name: str) -> bool:
+def _is_unclear(name: Any) -> bool:
     """Return True for a key that seems to be a mark, but whose meaning is not known."""
     return name in _UNCLEAR or (name not in MARKS and _seems_mark(name))
 

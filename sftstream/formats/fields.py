@@ -93,11 +93,14 @@ _AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
 
 
 @lru_cache(maxsize=4096)
-def spellings(name: str) -> tuple[str, ...]:
+def spellings(name: Any) -> tuple[Any, ...]:
     """Return a name as given and in the spellings of this package: "chat_history", "cot".
 
-    "chatHistory" has its words joined by "_", and "CoT" is in small letters.
+    "chatHistory" has its words joined by "_", and "CoT" is in small letters. A key from Python that
+    is no text, such as 5, has no other spelling.
     """
+    if not isinstance(name, str):
+        return (name,)
     return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
 
 

@@ -77,8 +77,8 @@ def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> 
         return fields
     result = {key: value for key, value in fields.items() if key not in names}
     for name in names.values():
-        # Other spellings come first: a refusal advises to leave the first key out by `ignore`, and a
-        # name in this package's spelling leaves out all spellings.
+        # Other spellings come first: a refusal advises to leave the first key out by `ignore`;
+        # the name in this package's spelling leaves all of them out.
         result[name] = only_value(fields, (*(key for key in names if names[key] == name), name), path)
     return result
 

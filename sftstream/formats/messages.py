@@ -24,7 +24,7 @@ from sftstream.formats.fields import (
     require_text,
     without_ignored,
 )
-from sftstream.formats.harmony import HARMONY, by_channel, function_name, has_channel
+from sftstream.formats.harmony import HARMONY, by_channel, function_in, has_channel
 from sftstream.formats.items import ITEM_KEYS, ITEMS, join_parts, parse_item
 from sftstream.formats.keys import CONTENT, only_value, require_read, respelled
 from sftstream.formats.parts import parse_parts, parts_in, split_results
@@ -201,7 +201,8 @@ def _messages(
     yield from results
     if results and not content:
         return
-    text, reasoning, calls = _read_content(content, named, role, path, ignored)
+    called = role == "assistant" and function_in(turn.get("recipient")) is not None
+    text, reasoning, calls = _read_content(content, named, role, path, ignored, called)
     if channeled := role == "assistant" and has_channel(turn):
         text, reasoning, calls = by_channel(turn, (text, reasoning, calls), path)
     calls = _only_calls(calls, turn, path, ignored)
@@ -215,12 +216,14 @@ def _messages(
     if text is None and not calls and not (channeled and reasoning is not None):
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     name = optional_text(turn, path, "name")
+    if role == "tool":  # "functions.add", as name or as role, is Harmony's name of the tool "add"
+        name = function_in(name) or name or function_in(first(turn, "role", "from"))
     yield Message(
         role=role,
         content=text,
         reasoning=reasoning,
         tool_calls=calls,
-        name=name if HARMONY.isdisjoint(turn) else function_name(name),
+        name=name,
         tool_call_id=optional_id(turn, path, "tool_call_id"),
         train=parse_train(turn, path),
     )
@@ -237,6 +240,8 @@ def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role], setting
     given = first(turn, "role", "from", "type")
     if found := find_role(given, roles, settings):
         return found
+    if function_in(given):
+        return "tool", "tool"
     raise Refused(
         "unknown role",
         f"{path} has role {given!r}; known are {', '.join(roles)}; roles = {{...}} adds names, 'tool_call' for calls",
@@ -302,13 +307,17 @@ def _content(turn: Mapping[str, Any], named: str, role: Role, path: str) -> Any:
 
 
 def _read_content(
-    content: Any, named: str, role: Role, path: str, ignored: Collection[str]
+    content: Any, named: str, role: Role, path: str, ignored: Collection[str], called: bool
 ) -> tuple[str | None, str | None, ToolCalls]:
-    """Return the text, the reasoning and the tool calls in the content of a turn."""
+    """Return the text, the reasoning and the tool calls in the content of a turn.
+
+    `called` says that the content is the arguments of a call.
+    """
     if named in CALLING:
         return None, None, parse_calls(content, path, ignored)
-    if role == "tool" and isinstance(content, Mapping):
-        # Some datasets store tool results as objects, but a template prints text.
+    if isinstance(content, Mapping) and (role == "tool" or called):
+        # Some datasets store tool results as objects, but a template prints text. The arguments of
+        # a call in Harmony's format are read from text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     return parse_parts(content, path, ignored)
 
