@@ -65,15 +65,29 @@ def test_the_schema_of_a_tool_is_its_parameters_in_every_layout(tool: dict[str, 
 def test_two_schemas_of_a_tool_are_refused() -> None:
     row = {"messages": [HI, HELLO], "tools": [{**WEATHER, "input_schema": {}}, {**WEATHER, "input_schema": {"a": 1}}]}
     assert refusal(row).startswith("two contents: tools has different contents in ['parameters', 'input_schema']")
+    assert refusal(row).endswith("; keep one of the keys")
 
 
 @pytest.mark.parametrize("kind", ["web_search_20250305", "custom", "computer_20250124"])
 def test_a_tool_that_is_no_function_is_refused(kind: str) -> None:
     tool = {"type": kind, "name": "web_search", "max_uses": 5}
     assert refusal({"messages": [HI, HELLO], "tools": [WEATHER, tool]}) == (
-        f"bad tools: the tool {tool} has the type {kind!r} and no parameters; write it as a function with parameters, or "
-        "leave it out of the tools"
+        f"bad tools: the tool {tool} has the type {kind!r}, no parameters and no description; write it as a function "
+        "with parameters, or leave it out of the tools"
     )
+
+
+def test_a_described_tool_of_another_type_is_a_function() -> None:
+    clock = {"name": "get_time", "description": "now"}
+    for kind in ("tool", "custom", "function"):
+        assert tools([{**clock, "type": kind}]) == ({"type": "function", "function": clock},)
+
+
+@pytest.mark.parametrize("score", [0.93, 5])
+@pytest.mark.parametrize("column", ["reasoning", "thinking"])
+def test_a_number_in_a_column_of_reasoning_is_a_score(column: str, score: float) -> None:
+    assert messages({"question": "hi", "answer": "hello", column: score}) == SAID
+    assert messages({"question": "hi", "answer": "hello", column: score, "reasoning_content": "greet"}) == THOUGHT
 
 
 def test_json_null_is_no_list_and_no_object() -> None:
@@ -192,15 +206,44 @@ def test_a_column_of_reasoning_is_read_under_any_name_by_the_setting_columns() -
 
 
 @pytest.mark.parametrize(
-    "answer", ["<think>\ngreet\n</think>\n\nhello", "greet</think>hello", "<reasoning>greet</reasoning>hello"]
+    "answer",
+    [
+        *("<think>\ngreet\n</think>\n\nhello", "greet</think>hello", "<reasoning>greet</reasoning>hello"),
+        *("<think></think>hello", "</think>\n\nhello", "<|begin_of_thought|>greet<|end_of_thought|>\nhello"),
+    ],
 )
 def test_a_thought_that_the_answer_repeats_is_read_once(answer: str) -> None:
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == THOUGHT
+    assert messages({"question": "hi", "answer": [{**HELLO, "content": answer, "reasoning": "greet"}]}) == THOUGHT
+    assert messages({"question": "hi", "answer": [{**HELLO, "content": answer}], "reasoning": "greet"}) == THOUGHT
+
+
+@pytest.mark.parametrize("answer", ["<think>greet</think>hello", "<|begin_of_thought|>greet<|end_of_thought|>hello"])
+def test_a_thought_in_the_answer_beside_another_in_a_column_is_refused(answer: str) -> None:
     row = {"question": "hi", "answer": answer}
-    assert messages({**row, "reasoning": "greet"}) == messages(row)
     for other in ("gree", "greet twice"):
-        assert refusal({**row, "reasoning": other}).startswith(
-            "two contents: the reasoning in column 'reasoning' is not"
+        assert refusal({**row, "reasoning": other}) == (
+            f"two contents: the answer has the reasoning {other!r}, and another thought in its content: 'greet'; keep one "
+            "of them, or leave out the key of the reasoning by ignore = ['reasoning']"
         )
+        assert messages({**row, "reasoning": other}, ignore=("reasoning",)) == messages(row)
+
+
+@pytest.mark.parametrize("answer", ["The tag </think> closes.", "</think> closes.", "a </think> b <think> c </think>"])
+def test_a_tag_among_the_words_of_an_answer_is_no_thought(answer: str) -> None:
+    said = (Message("user", "hi"), Message("assistant", answer, "greet"))
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == said
+    assert messages({"messages": [HI, {**HELLO, "content": answer, "reasoning": "greet"}]}) == said
+
+
+def test_a_thought_ends_at_the_first_of_its_tags() -> None:
+    answer = "<thinking>greet</thinking>The tag </think> closes."
+    said = (Message("user", "hi"), Message("assistant", "The tag </think> closes.", "greet"))
+    assert messages({"question": "hi", "answer": answer, "reasoning": "greet"}) == said
+    assert messages({"messages": [HI, {**HELLO, "content": answer, "reasoning": "greet"}]}) == said
+
+
+def test_an_answer_that_repeats_its_thought_without_a_tag_stays_as_it_is() -> None:
     assert messages({"question": "hi", "answer": "greet: hello", "reasoning": "greet"})[1].reasoning == "greet"
 
 
@@ -243,6 +286,12 @@ def test_a_system_prompt_may_be_a_list_of_text_parts() -> None:
         {"type": "text", "text": "brief.", "cache_control": {"type": "ephemeral"}},
     ]
     assert messages({"system": parts, "messages": [HI, HELLO]}) == (Message("system", "Be brief."), *SAID)
+    assert messages({"system": json.dumps(parts), "messages": [HI, HELLO]})[0] == Message("system", "Be brief.")
+    alpaca = {"instruction": "hi", "output": "hello", "system": json.dumps(parts)}
+    assert messages(alpaca) == (Message("system", "Be brief."), *SAID)
+    marked = {"system": [{**parts[0], "loss": 1}], "messages": [HI, HELLO]}
+    assert refusal(marked).endswith("or leave the key out by ignore = ['system[].loss']")
+    assert messages(marked, ignore=("system[].loss",)) == (Message("system", "Be "), *SAID)
     thinking = [{"type": "thinking", "thinking": "hm"}]
     assert refusal({"system": thinking, "messages": [HI, HELLO]}).startswith("unknown content part: system has parts")
 

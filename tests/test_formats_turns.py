@@ -48,6 +48,26 @@ def test_calls_in_roles_of_their_own_are_one_turn_with_the_text_before_them() ->
     assert messages(beside, {**SUB, "role": "TOOL_CALL"}) == (Message("assistant", None, tool_calls=CALLS),)
 
 
+@pytest.mark.parametrize("role", ["tool-call", "toolCall", "FunctionCall", "function call", "FUNCTION_CALL", "invoke"])
+def test_a_role_of_calls_in_any_spelling_belongs_to_the_text_before_it(role: str) -> None:
+    roles = {"invoke": "tool_call"} if role == "invoke" else {}
+    call = {**ADD, "role": role}
+    assert messages(HELLO, call, {**SUB, "role": role}, roles=roles) == (
+        Message("assistant", "hello", tool_calls=CALLS),
+    )
+
+
+@pytest.mark.parametrize("name", ["function_call", "tool_call"])
+def test_the_config_gives_a_role_of_calls_another_meaning(name: str) -> None:
+    said = {"role": name, "content": "hello"}
+    assert messages(said, HELLO, roles={name: "user"})[0] == Message("user", "hello")
+    assert messages(said, {**said, "role": name.upper()}, roles={name: "assistant"}) == (
+        Message("assistant", "hello"),
+        Message("assistant", "hello"),
+    )
+    assert messages(HELLO, {**ADD, "role": name}, roles={name: "tool_call"})[0].tool_calls == CALLS[:1]
+
+
 def test_calls_of_sharegpt_turns_are_one_turn_with_the_text_before_them() -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     calls = [{"from": "function_call", "value": json.dumps({"name": name, "arguments": {}})} for name in ("add", "sub")]
@@ -98,7 +118,55 @@ def test_channels_of_harmony_are_reasoning_calls_and_text() -> None:
     assert messages({**CALL, "content": ""}) == (
         Message("assistant", None, tool_calls=ToolCalls((ToolCall("add", {}),))),
     )
-    assert messages({**THOUGHT, "train": False}, FINAL)[0].train is False
+    assert messages({**THOUGHT, "train": False}, {**FINAL, "train": False})[0].train is False
+    assert messages(THOUGHT, {**THOUGHT, "content": "say it"}, FINAL) == (
+        Message("assistant", "3", "add them\n\nsay it"),
+    )
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        GIVEN,
+        {"role": "tool", "name": "functions.add", "content": "3"},
+        {"role": "functions.add", "content": "3"},
+        {"role": "functions.add", "channel": "commentary", "recipient": "assistant", "content": "3"},
+        {"role": "functions.add", "name": "add", "content": [{"type": "text", "text": "3"}]},
+        {"from": "functions.add", "value": "3"},
+    ],
+)
+def test_the_name_of_a_tool_is_without_the_namespace_of_harmony(result: dict[str, Any]) -> None:
+    assert messages(CALL, result, FINAL)[1] == Message("tool", "3", name="add")
+
+
+def test_a_role_of_harmony_may_have_another_meaning_in_the_config() -> None:
+    said = {"role": "functions.add", "content": "3"}
+    assert messages(said, FINAL, roles={"functions.add": "user"})[0] == Message("user", "3")
+    assert messages({"role": "user", "name": "functions.add", "content": "3"}, FINAL)[0].name == "functions.add"
+    assert refusal({**said, "role": "functions."}).startswith("unknown role: messages[1] has role 'functions.'")
+
+
+def test_an_object_for_a_function_is_the_arguments_of_its_call() -> None:
+    assert messages({**CALL, "content": {"a": 1}}) == messages(CALL)
+    assert messages({**CALL, "content": {}})[0].tool_calls == ToolCalls((ToolCall("add", {}),))
+    assert refusal({**FINAL, "content": {"a": 1}}).startswith("not text: messages[1] has content {'a': 1}, neither ")
+
+
+def test_a_key_from_python_that_is_no_text_is_a_note() -> None:
+    said = {**HELLO, 5: "y", None: "z", ("a",): True}
+    assert parse_row({"messages": [HI, said]}).messages[1] == Message("assistant", "hello")
+    assert parse_row({"messages": [HI, said], 5: "y"}).messages[1] == Message("assistant", "hello")
+    assert unread_columns({"messages": [HI, said], 5: "y"}) == {
+        "5",
+        *(f"messages[].{key}" for key in (5, None, ("a",))),
+    }
+    assert parse_row({"question": "hi", "answer": "hello", 5: "y"}).messages[1] == Message("assistant", "hello")
+    settings = RowSettings(ignore=("messages[].note",))
+    assert parse_row({"messages": [HI, said]}, settings).messages[1] == Message("assistant", "hello")
+    part = {"role": "assistant", "content": [{"type": "text", "text": "hello", 5: "y"}]}
+    assert parse_row({"messages": [HI, part]}).messages[1] == Message("assistant", "hello")
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}, 5: "y"}]}
+    assert parse_row({"messages": [HI, call]}).messages[1].tool_calls == CALLS[:1]
 
 
 def test_what_a_channel_cannot_say_is_refused() -> None:
@@ -210,7 +278,41 @@ def test_keys_that_are_read_may_have_another_spelling() -> None:
     assert unread_columns({"messages": [HI, {**said, "tokenCount": 5}]}) == {"messages[].tokenCount"}
     assert messages({**HELLO, "tool_calls": [call], "toolCalls": [call]})[0].tool_calls == CALLS[:1]
     assert refusal({**HELLO, "tool_calls": [call], "toolCalls": [{**call, "name": "sub"}]}).startswith(
-        "two contents: messages[1] has different contents in ['tool_calls', 'toolCalls']; leave out the wrong keys"
+        "two contents: messages[1] has different contents in ['toolCalls', 'tool_calls']; leave out the wrong keys"
+    )
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoningContent", "Reasoning-Content"])
+def test_a_key_is_ignored_in_all_its_spellings(key: str) -> None:
+    said = {**HELLO, key: "greet"}
+    for name in ("messages[].reasoning_content", f"messages[].{key}"):
+        assert messages(said, ignore=(name,)) == (Message("assistant", "hello"),)
+        assert unread_columns({"messages": [said]}, RowSettings(ignore=(name,))) == set()
+    thought = {**HELLO, "content": "<think>wave</think>hello", key: "greet"}
+    assert refusal(thought).endswith("the key of the reasoning by ignore = ['messages[].reasoning_content']")
+    assert messages(thought, ignore=("messages[].reasoning_content",))[0].reasoning is None
+
+
+def test_of_two_spellings_of_a_key_one_is_ignored_by_its_own_name() -> None:
+    said = {**HELLO, "reasoning_content": "greet", "reasoningContent": "wave"}
+    assert refusal(said).endswith("by ignore = ['messages[].reasoningContent'], for example")
+    assert messages(said, ignore=("messages[].reasoningContent",)) == (Message("assistant", "hello", "greet"),)
+
+
+def test_a_refusal_of_two_keys_that_cannot_be_ignored_advises_to_keep_one() -> None:
+    for said in (
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "value": "b"}]},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}, "input": {"a": 2}}]},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": {"name": "a"}, "tool_call": {"name": "b"}}]},
+    ):
+        assert refusal(said).startswith("two contents: messages[1]")
+        assert refusal(said).endswith("; keep one of the keys")
+
+
+def test_another_thought_in_an_answer_after_an_item_advises_no_key_that_the_item_lacks() -> None:
+    item = {"type": "reasoning", "content": "greet"}
+    assert refusal(item, {**HELLO, "content": "<think>wave</think>hello"}) == (
+        "two contents: an answer has the reasoning 'greet', and another thought in its content: 'wave'; keep one of them"
     )
 
 

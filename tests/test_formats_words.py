@@ -10,6 +10,7 @@ import pytest
 from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
 from sftstream.formats import parse_row, unread_columns
+from sftstream.formats.keys import NOTES
 from sftstream.records import BrokenRow
 
 HI = {"role": "user", "content": "hi"}
@@ -228,6 +229,16 @@ def test_an_answer_that_nobody_wants_is_refused_unless_the_config_says_otherwise
         assert messages({**row, "label": label}) == SAID
 
 
+@pytest.mark.parametrize("label", [0, "0", 0.0, "0.0"])
+def test_a_label_of_zero_is_a_class_beside_turns_and_a_wish_beside_a_pair(label: Any) -> None:
+    turns = [HI, HELLO]
+    for row in ({"messages": turns}, {"conversations": turns}, {"messages": turns, "prompt": "hi", "answer": "hello"}):
+        for stored in (marked := {**row, "label": label}, json.dumps(marked).encode()):
+            assert messages(stored) == SAID
+    for row in ({"prompt": "hi", "completion": "hello"}, {"instruction": "hi", "output": "hello", "messages": None}):
+        assert refusal({**row, "label": label}).startswith(f"unwanted answer: label is {label}, which marks an answer")
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -316,6 +327,18 @@ def test_a_key_of_a_message_with_words_is_refused_until_it_is_ignored(key: str) 
     row = {"messages": [HI, {**HELLO, key: "words"}]}
     assert refusal(row).startswith(f"unread words: messages[1].{key} holds words that no layout reads: 'words'; ")
     assert messages(row, ignore=(key,)) == SAID
+
+
+@pytest.mark.parametrize("key", sorted(NOTES))
+def test_a_single_word_in_a_key_that_is_often_a_note_is_no_word_of_the_conversation(key: str) -> None:
+    for note in ("reply", " B ", "src/a.py", 5):
+        assert messages({"messages": [HI, {**HELLO, key: note}]}) == SAID
+        assert messages({"messages": [HI, {**HELLO, key.title(): note}]}) == SAID
+        assert unread_columns({"messages": [HI, {**HELLO, key: note}]}) == {f"messages[].{key}"}
+    for words in ("look it up", "x = 1\n", ["reply"], {"a": 1}):
+        said = refusal({"messages": [HI, {**HELLO, key: words}]})
+        assert said.startswith(f"unread words: messages[1].{key} holds words that no layout reads: ")
+        assert messages({"messages": [HI, {**HELLO, key: words}]}, ignore=(f"messages[].{key}",)) == SAID
 
 
 def test_two_different_contents_of_a_message_are_refused() -> None:
@@ -445,10 +468,45 @@ def test_marks_of_items_are_obeyed() -> None:
     called = messages({"messages": [HI, {**CALLED, "weight": 0}, {**GIVEN, "train": False}, HELLO]})
     assert [message.train for message in called] == [None, False, False, None]
     assert called[1].tool_calls == (ToolCall("add", {"a": 1}, "c1"),)
-    for thought, said, train in ((None, False, False), (False, None, False), (True, True, True), (None, None, None)):
+    for thought, said, train in ((None, False, False), (None, True, True), (True, True, True), (None, None, None)):
         row = {"messages": [HI, {**THOUGHT, "train": thought}, {**HELLO, "train": said}]}
         assert messages(row)[1] == Message("assistant", "hello", "greet", train=train)
-    assert refusal({"messages": [HI, {**THOUGHT, "train": False}, {**HELLO, "train": True}]}).startswith("bad weight: ")
+    for thought, said in ((False, True), (False, None), (True, None)):
+        for answer in (HELLO, CALLED):
+            row = {"messages": [HI, {**THOUGHT, "train": thought}, {**answer, "train": said}]}
+            assert refusal(row).startswith(
+                "bad weight: two parts of one turn, such as its text and its call, have the "
+            )
+            assert f" have the marks {thought} and {said}, where None is no mark; mark both alike" in refusal(row)
+
+
+@pytest.mark.parametrize("key", ["content", "summary"])
+def test_a_text_in_an_item_of_reasoning_is_reasoning(key: str) -> None:
+    parts = [{"type": "reasoning_text", "text": "add"}, {"type": "text", "text": " them"}]
+    for words in ("add them", [{"type": "text", "text": "add them"}], parts):
+        row = {"messages": [HI, {"type": "reasoning", key: words}, HELLO]}
+        assert messages(row)[1:] == (Message("assistant", "hello", "add them"),)
+    row = {"messages": [HI, {"type": "reasoning", key: [{"type": "tool_call", **FUNCTION}]}, HELLO]}
+    assert refusal(row).startswith("unknown content part: messages[1] is reasoning with a call; ")
+
+
+@pytest.mark.parametrize("part", [{"type": "reasoning", "text": "lost"}, {"type": "tool_call", **FUNCTION}])
+def test_a_part_of_a_result_that_is_no_text_is_refused(part: dict[str, Any]) -> None:
+    for parts in ([part], [part, TEXT] if part["type"] == "reasoning" else [TEXT, part]):
+        row = {"messages": [HI, CALLED, {**GIVEN, "output": parts}, HELLO]}
+        assert refusal(row).startswith("unknown content part: messages[2].output is [{")
+        assert refusal(row).endswith("; only text can be read")
+
+
+def test_two_items_of_reasoning_in_a_row_are_one_reasoning() -> None:
+    wave = {"type": "reasoning", "content": "wave"}
+    said = Message("assistant", "hello", "greet\n\nwave")
+    assert messages({"messages": [HI, THOUGHT, wave, HELLO]})[1:] == (said,)
+    assert messages({"messages": [HI, THOUGHT, {**HELLO, "reasoning": "wave"}]})[1:] == (said,)
+    assert messages({"messages": [HI, THOUGHT, {**HELLO, "reasoning": "greet"}]})[1].reasoning == "greet"
+    assert messages({"messages": [HI, THOUGHT, wave, CALLED]})[1].reasoning == "greet\n\nwave"
+    marked = {"messages": [HI, THOUGHT, {**wave, "train": False}, {**HELLO, "train": False}]}
+    assert messages(marked)[1:] == (Message("assistant", "hello", "greet\n\nwave", train=False),)
 
 
 def test_words_of_items_are_read_or_refused() -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import EMPTY, in_turns
+from sftstream.formats.fields import ANSWERS, EMPTY, QUESTIONS, in_turns
 from sftstream.records import Refused
 
 _CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
@@ -75,12 +75,15 @@ def refuse_marks(part: Mapping[str, Any], path: str, ignored: Collection[str]) -
 def require_wanted(row: Mapping[str, Any]) -> None:
     """Raise Refused if a column says that the row is not to be trained.
 
-    Such a column is `label`, if it is false or 0 (unpaired preference data), or a mark.
+    Such a column is `label`, if it is false (unpaired preference data), or a mark. A `label` of 0
+    excludes a question with an answer only: of other rows it is often the number of a class.
     """
     if _OF_ROWS.isdisjoint(row):
         return
     for name in (name for name in row if name in _OF_ROWS):
         text = str(row[name]).lower()
+        if name == "label" and text != "false" and not _is_pair(row):
+            continue
         if _FLAGS.get(text) is (name in _MASKS):
             raise Refused(
                 "unwanted answer",
@@ -89,13 +92,20 @@ def require_wanted(row: Mapping[str, Any]) -> None:
             )
 
 
-@lru_cache(maxsize=4096)
-def _seems_mark(name: str) -> bool:
-    return name in MARKS or _LIKE_MARKS.search(name) is not None
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    """Return True for a row whose columns are a question and an answer, and not turns."""
+    names = {name for name, value in row.items() if value is not None}
+    turns, questions = {"messages", "conversations", "conversation"}, {"instruction", *QUESTIONS}
+    return not names & turns and not names.isdisjoint(questions) and not names.isdisjoint(ANSWERS)
 
 
 @lru_cache(maxsize=4096)
-def _is_unclear(name: str) -> bool:
+def _seems_mark(name: Any) -> bool:
+    return name in MARKS or (isinstance(name, str) and _LIKE_MARKS.search(name) is not None)
+
+
+@lru_cache(maxsize=4096)
+def _is_unclear(name: Any) -> bool:
     """Return True for a key that seems to be a mark, but whose meaning is not known."""
     return name in _UNCLEAR or (name not in MARKS and _seems_mark(name))
 

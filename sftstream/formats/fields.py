@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,10 @@ from sftstream.records import Refused
 Row = Mapping[str, Any]
 """A decoded row: column -> value."""
 
+QUESTIONS = ("prompt", "question", "query", "input")
+"""Names of a column with a question; the first name present is read."""
+ANSWERS = ("completion", "response", "answer", "output", "chosen")
+"""Names of a column with an answer; the first name present is read."""
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
@@ -89,12 +93,22 @@ _AT_CAPITALS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
 
 
 @lru_cache(maxsize=4096)
-def spellings(name: str) -> tuple[str, ...]:
+def spellings(name: Any) -> tuple[Any, ...]:
     """Return a name as given and in the spellings of this package: "chat_history", "cot".
 
-    "chatHistory" has its words joined by "_", and "CoT" is in small letters.
+    "chatHistory" has its words joined by "_", and "CoT" is in small letters. A key from Python that
+    is no text, such as 5, has no other spelling.
     """
+    if not isinstance(name, str):
+        return (name,)
     return name, name.lower(), _AT_CAPITALS.sub("_", name).lower()
+
+
+def without_ignored(fields: Mapping[str, Any], ignored: Collection[str]) -> Mapping[str, Any]:
+    """Return the fields whose name is `ignored` in none of its spellings."""
+    if not ignored:
+        return fields
+    return {key: value for key, value in fields.items() if not any(name in ignored for name in spellings(key))}
 
 
 def in_turns(path: str, key: str) -> str:

@@ -33,7 +33,12 @@ Content = tuple[str | None, str | None, ToolCalls]
 
 def has_channel(turn: Mapping[str, Any]) -> bool:
     """Return True for a message in a channel or to a function; other values are notes."""
-    return turn.get("channel") in CHANNELS or _function(turn) is not None
+    return turn.get("channel") in CHANNELS or function_in(turn.get("recipient")) is not None
+
+
+def function_in(name: Any) -> str | None:
+    """Return "add" of "functions.add", a recipient or the role of a tool; None of another name."""
+    return name.removeprefix(_FUNCTIONS) if isinstance(name, str) and name.startswith(_FUNCTIONS) else None
 
 
 def by_channel(turn: Mapping[str, Any], content: Content, path: str) -> Content:
@@ -43,7 +48,7 @@ def by_channel(turn: Mapping[str, Any], content: Content, path: str) -> Content:
     are reasoning. Other channels change nothing. Raises Refused if the message is for another tool.
     """
     text, reasoning, calls = content
-    if name := _function(turn):
+    if name := function_in(turn.get("recipient")):
         return None, reasoning, ToolCalls((*calls, *parse_calls({"name": name, "arguments": text}, path)))
     if (recipient := turn.get("recipient")) not in _TO_ALL:
         raise Refused(
@@ -52,14 +57,3 @@ def by_channel(turn: Mapping[str, Any], content: Content, path: str) -> Content:
             f"read the message as words of its channel by ignore = [{in_turns(path, 'recipient')}]",
         )
     return (None, (reasoning or "") + (text or ""), calls) if turn["channel"] == "analysis" else content
-
-
-def function_name(name: Any) -> Any:
-    """Return "add" of "functions.add", the name of a recipient or of a tool's message."""
-    return name.removeprefix(_FUNCTIONS) if isinstance(name, str) else name
-
-
-def _function(turn: Mapping[str, Any]) -> str | None:
-    """Return the name of the function that a message is for; None without a function."""
-    recipient = turn.get("recipient")
-    return function_name(recipient) if isinstance(recipient, str) and recipient.startswith(_FUNCTIONS) else None

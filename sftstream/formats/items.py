@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import optional_id, require_text
 from sftstream.formats.keys import ARGUMENTS, only_value, require_read
@@ -49,13 +50,19 @@ def parse_item(item: Mapping[str, Any], path: str, ignored: Collection[str]) -> 
         yield Message("assistant", None, tool_calls=parse_calls(call, path, ignored), train=train)
     elif kind == "function_call_output":
         output = "" if "output" in item and item["output"] is None else item.get("output")  # a tool may return nothing
-        text = output if isinstance(output, str) else parse_parts(output, f"{path}.output", ignored)[0]
+        text, reasoning, calls = parse_parts(output, f"{path}.output", ignored)
+        if reasoning or calls:
+            raise Refused("unknown content part", f"{path}.output is {excerpt(output)}; only text can be read")
         call_id = optional_id(item, path, "call_id")
         yield Message("tool", require_text(text, f"{path}.output"), tool_call_id=call_id, train=train)
     else:
-        _, reasoning, _ = parse_parts(only_value(item, _WORDS[kind], path), path, ignored)
-        if reasoning:
-            yield Message("assistant", None, reasoning, train=train)
+        text, reasoning, calls = parse_parts(only_value(item, _WORDS[kind], path), path, ignored)
+        if calls:
+            raise Refused(
+                "unknown content part", f"{path} is reasoning with a call; write the call as an item after it"
+            )
+        if thought := (reasoning or "") + (text or ""):  # a text in an item of reasoning is reasoning
+            yield Message("assistant", None, thought, train=train)
 
 
 def join_parts(messages: Sequence[Message], parts: Collection[int]) -> list[Message]:
@@ -80,29 +87,30 @@ def join_parts(messages: Sequence[Message], parts: Collection[int]) -> list[Mess
 def _joined(first: Message, second: Message) -> Message | None:
     """Return one message of two neighbouring parts; None if the parts are not of a single turn.
 
-    Raises Refused if the marks differ.
+    Two different thoughts are joined by an empty line. A thought without a mark has the mark of the
+    part after it. Raises Refused if the marks differ otherwise: a mark of the thought alone would
+    train or exclude the answer without a word.
     """
     if not first.role == second.role == "assistant":
         return None
     thought = _is_reasoning(first)
     if not thought and (second.content is not None or second.reasoning):
         return None
-    if first.reasoning and second.reasoning:
-        return None
     train = second.train if thought and first.train is None else first.train
-    if second.train != train and not (thought and second.train is None):
+    if second.train != train:
         raise Refused(
             "bad weight",
             f"two parts of one turn, such as its text and its call, have the marks {first.train} and {second.train}, where "
             "None is no mark; mark both alike",
         )
     content = second.content if thought else first.content
-    if content and thought and first.reasoning:
-        content = without_thought(content, first.reasoning, "messages")
+    reasoning = "\n\n".join(dict.fromkeys(filter(None, (first.reasoning, second.reasoning)))) or None
+    if content and thought and reasoning:
+        content = without_thought(content, reasoning, "an answer", None)
     return msgspec.structs.replace(
         first,
         content=content,
-        reasoning=first.reasoning or second.reasoning,
+        reasoning=reasoning,
         tool_calls=ToolCalls((*first.tool_calls, *second.tool_calls)),
         train=train,
     )

@@ -19,6 +19,8 @@ CONTENT = ("content", "value", "text")
 """Keys of a turn's content."""
 ARGUMENTS = ("arguments", "parameters", "input")
 """Keys of the arguments of a call."""
+KEEP_ONE = "keep one of the keys"
+"""Remedy for keys of a part, a call or a definition, which `ignore` does not leave out."""
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Names of columns and keys with pictures, films and sounds, which no model here can read."""
 REASONINGS = frozenset(
@@ -55,6 +57,13 @@ WORDS = COMMON_WORDS | frozenset(
 )
 """Keys inside a conversation that are known to hold words. More keys than columns are known: a
 message's `action` or `text` is a part of what was said, a row's is often a note or a copy."""
+NOTES = frozenset(
+    {"action", "actions", "code", "file", "files", "steps", "developer", "answer", "query", "prompt", "function"}
+)
+"""Keys of `WORDS` whose value, if it is a single word, is a note: "reply", "en", "a.py", "B".
+
+Only names that are also usual for kinds, languages, paths and choices are here. A single word under
+another name, such as `refusal` or `function_call`, may be all that was said."""
 
 
 def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> Mapping[str, Any]:
@@ -68,7 +77,9 @@ def respelled(fields: Mapping[str, Any], known: AbstractSet[str], path: str) -> 
         return fields
     result = {key: value for key, value in fields.items() if key not in names}
     for name in names.values():
-        result[name] = only_value(fields, (name, *(key for key in names if names[key] == name)), path)
+        # Other spellings come first: a refusal advises to leave the first key out by `ignore`;
+        # the name in this package's spelling leaves all of them out.
+        result[name] = only_value(fields, (*(key for key in names if names[key] == name), name), path)
     return result
 
 
@@ -82,12 +93,17 @@ def require_read(fields: Mapping[str, Any], read: Collection[str], path: str, ig
     A key is read if it is in `read`; a key in `ignored` is left out.
     """
     unread = [key for key in fields if key not in read and key not in ignored and not WORDS.isdisjoint(spellings(key))]
-    if unread := sorted(key for key in unread if carries_words(fields[key])):
+    if unread := sorted(key for key in unread if carries_words(fields[key]) and not _is_note(key, fields[key])):
         raise Refused(
             "unread words",
             f"{path}.{unread[0]} holds words that no layout reads: {excerpt(fields[unread[0]])}; move them to content "
             f"or a column, or leave them out by ignore = [{in_turns(path, unread[0])}]",
         )
+
+
+def _is_note(key: str, value: Any) -> bool:
+    """Return True for a single word in a key of `NOTES`, in any spelling."""
+    return isinstance(value, str) and len(value.split()) == 1 and not NOTES.isdisjoint(spellings(key))
 
 
 def require_plain(part: Mapping[str, Any], read: Collection[str], path: str, ignored: Collection[str]) -> None:
@@ -99,20 +115,18 @@ def require_plain(part: Mapping[str, Any], read: Collection[str], path: str, ign
     require_read(part, read, path, ignored)
 
 
-def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str) -> Any:
+def only_value(fields: Mapping[str, Any], names: Sequence[str], path: str, remedy: str | None = None) -> Any:
     """Return the value of keys of the same meaning; None if no key has a value.
 
-    An empty value beside another counts as none. Raises Refused if two values differ.
+    An empty value beside another counts as none. Raises Refused if two values differ, with the
+    remedy to ignore a key, unless another is given.
     """
     present = {name: fields[name] for name in names if fields.get(name) is not None}
     filled = {name: value for name, value in present.items() if not _is_empty(value)}
     values = [*filled.values()]
     if any(value != values[0] for value in values[1:]):
-        raise Refused(
-            "two contents",
-            f"{path} has different contents in {[*filled]}; leave out the wrong keys by ignore = "
-            f"[{in_turns(path, next(iter(filled)))}], for example",
-        )
+        usual = f"leave out the wrong keys by ignore = [{in_turns(path, next(iter(filled)))}], for example"
+        raise Refused("two contents", f"{path} has different contents in {[*filled]}; {remedy or usual}")
     return next(iter(values or present.values()), None)
 
 

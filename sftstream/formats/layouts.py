@@ -6,7 +6,6 @@ The row `{"instruction": "hi", "output": "hello"}` matches the layout "instructi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import Row, decoded, is_list, refuse_deep
+from sftstream.formats.fields import ANSWERS, QUESTIONS, Row, decoded, is_list, refuse_deep, without_ignored
 from sftstream.formats.keys import require_read
 from sftstream.formats.messages import (
     SYSTEM,
@@ -29,13 +28,10 @@ from sftstream.formats.messages import (
 )
 from sftstream.formats.roles import known_roles
 from sftstream.formats.spelled import require_words, turns_in
+from sftstream.formats.thoughts import without_thought
 from sftstream.records import REASONING_KEYS, Message, Refused
 
 DEFAULT = RowSettings()
-QUESTIONS = ("prompt", "question", "query", "input")
-"""Names of a column with a question; the first name present is read."""
-ANSWERS = ("completion", "response", "answer", "output", "chosen")
-"""Names of a column with an answer; the first name present is read."""
 CONTEXT = ("input", "context")
 """Names of a column with the text that an instruction is about; the first with a value is read."""
 
@@ -46,9 +42,6 @@ MODES = frozenset(
 )
 """Values of a column of reasoning, in small letters, that are no reasoning: most tell how much to
 reason."""
-_TAG = "(?:think|thinking|thought|reasoning|[|]begin_of_thought[|]|[|]end_of_thought[|])>"
-_THOUGHT = re.compile(rf"\s*<{_TAG}(.*?)(?:</?{_TAG}|\Z)|(.*?)</{_TAG}", re.DOTALL)
-"""A thought at the beginning of an answer. The opening tag may stand in the prompt."""
 
 ROUND_KEYS = frozenset({"input", "output", *SYSTEM, *MARKS})
 """Keys of a round that are read."""
@@ -148,7 +141,7 @@ def _column_of_turns(column: str) -> Callable[[Row, RowSettings], Iterator[Messa
 
     def read(row: Row, settings: RowSettings) -> Iterator[Message]:
         turns = decoded(row[column])
-        yield from system_message(row)
+        yield from system_message(row, settings)
         yield from parse_texts(turns, column, settings) if _is_texts(turns) else parse_turns(turns, column, settings)
 
     return read
@@ -175,13 +168,13 @@ def _rounds(row: Row, settings: RowSettings) -> Iterator[Message]:
     if not is_rounds(rounds):
         yield from _column_of_turns("conversation")(row, settings)
         return
-    yield from system_message(row)
+    yield from system_message(row, settings)
     roles = known_roles(settings)
     for index, given in enumerate(rounds):
         path = f"conversation[{index}]"
-        pair = {key: value for key, value in given.items() if key not in ignored_keys(settings.ignore)}
+        pair = without_ignored(given, ignored_keys(settings.ignore))
         require_read(pair, ROUND_KEYS, path)
-        yield from system_message(pair)
+        yield from system_message(pair, settings)
         yield Message("user", require_words(pair.get("input"), f"{path}.input", roles))
         answer = require_words(pair.get("output"), f"{path}.output", roles)
         yield Message("assistant", answer, train=parse_train(pair, path))
@@ -197,13 +190,13 @@ def _by_turns(row: Row, settings: RowSettings) -> Iterator[Message]:
     texts = decoded(row["data"])
     if not is_list(texts):
         raise Refused("bad messages", f"data is a {type(texts).__name__}, not a list of texts")
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from parse_texts(texts, "data", settings)
 
 
 def _alpaca(row: Row, settings: RowSettings) -> Iterator[Message]:
     """Read `instruction` with an answer; `input` or `context`, `system`, `history` are optional."""
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from _history(row.get("history"), settings)
     roles = known_roles(settings)
     question = require_words(row["instruction"], "instruction", roles)
@@ -221,17 +214,18 @@ def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     A thought that begins the answer and is also in the column is read once. Raises Refused
     if the two differ, or if the answer has several messages of the assistant.
     """
-    columns = {name: row[name] for name in REASONING_KEYS if row.get(name) and not is_mode(row[name])}
+    columns = {
+        name: row[name]
+        for name in REASONING_KEYS
+        if row.get(name) and not is_mode(row[name]) and not isinstance(row[name], int | float)  # a number is a score
+    }
     if not columns:
         return answered
     thoughts = {name: require_words(value, name) for name, value in columns.items()}
     column, reasoning = next(iter(thoughts.items()))
     answers = [message for message in answered if message.role == "assistant"]
-    if len(answers) == 1:
-        if tagged := _THOUGHT.match(answers[0].content or ""):
-            thoughts["the answer"] = tagged[1] or tagged[2] or ""
-        if answers[0].reasoning:
-            thoughts["the answer's reasoning"] = answers[0].reasoning
+    if len(answers) == 1 and answers[0].reasoning:
+        thoughts["the answer's reasoning"] = answers[0].reasoning
     if len(answers) != 1 or len({thought.strip() for thought in thoughts.values()}) > 1:
         raise Refused(
             "two contents",
@@ -239,12 +233,13 @@ def _reasoned(answered: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
             f"messages of the assistant and thoughts in {[*thoughts][1:]}; leave the column out by ignore = [{column!r}], "
             "or out of columns",
         )
-    if len(thoughts) > len(columns):
+    if answers[0].reasoning:
         return answered
-    return tuple(
-        msgspec.structs.replace(message, reasoning=reasoning) if message is answers[0] else message
-        for message in answered
-    )
+    text = answers[0].content
+    if text:
+        text = without_thought(text, reasoning, "the answer", repr(column))
+    said = msgspec.structs.replace(answers[0], content=text, reasoning=reasoning)
+    return tuple(said if message is answers[0] else message for message in answered)
 
 
 def _history(history: Any, settings: RowSettings) -> Iterator[Message]:
@@ -277,7 +272,7 @@ def _pair(row: Row, settings: RowSettings) -> Iterator[Message]:
     assert answer is not None
     asked = tuple(_side(row[question], question, Message("user", ""), settings))
     answered = tuple(_side(row[answer], answer, Message("assistant", ""), settings))
-    yield from system_message(row)
+    yield from system_message(row, settings)
     yield from _history(row.get("history"), settings)
     yield from question_and_answer(asked, _reasoned(answered, row))
 

@@ -22,8 +22,9 @@ from sftstream.formats.fields import (
     optional_id,
     optional_text,
     require_text,
+    without_ignored,
 )
-from sftstream.formats.harmony import HARMONY, by_channel, function_name, has_channel
+from sftstream.formats.harmony import HARMONY, by_channel, function_in, has_channel
 from sftstream.formats.items import ITEM_KEYS, ITEMS, join_parts, parse_item
 from sftstream.formats.keys import CONTENT, only_value, require_read, respelled
 from sftstream.formats.parts import parse_parts, parts_in, split_results
@@ -45,19 +46,24 @@ _HOLDING = _READ | ITEM_KEYS - {"id", "status"} | {*SYSTEM}
 """Keys by which turns, items and rounds are read, of which a column may have the name."""
 
 
-def system_message(row: Row) -> Iterable[Message]:
+def system_message(row: Row, settings: RowSettings) -> Iterable[Message]:
     """Yield a message for the column of the system prompt, if the row has such a column."""
     for column in SYSTEM:
         if prompt := row.get(column):
-            yield Message("system", _prompt(prompt, column))
+            yield Message("system", _prompt(prompt, column, ignored_keys(settings.ignore)))
             return
 
 
-def _prompt(prompt: Any, column: str) -> str:
-    """Return a system prompt: a text, or the text parts of Anthropic's Messages API."""
+def _prompt(prompt: Any, column: str, ignored: Collection[str]) -> str:
+    """Return a system prompt: a text, or the text parts of Anthropic's Messages API.
+
+    The parts may be JSON text, as in the content of a message.
+    """
+    if isinstance(prompt, str):
+        prompt = parts_in(prompt) or prompt
     if not is_list(prompt):
         return require_words(prompt, "system")
-    text, reasoning, calls = parse_parts(prompt, column)
+    text, reasoning, calls = parse_parts(prompt, column, ignored)
     if reasoning or calls:
         raise Refused("unknown content part", f"{column} has parts {excerpt(prompt)}; only text can be read")
     return text or ""
@@ -95,7 +101,7 @@ def parse_turns(turns: Any, column: str, settings: RowSettings) -> list[Message]
         path = f"{column}[{index}]"
         fields = _fields(decoded(turn), path, ignored_keys(settings.ignore))
         for message in _messages(fields, path, roles, settings):
-            if message.content is None and _is_part(fields):
+            if message.content is None and _is_part(fields, roles, settings):
                 parts.add(len(messages))
             messages.append(message)
     return join_parts(messages, parts) if parts else messages
@@ -143,14 +149,13 @@ def unread_keys(turns: Any, settings: RowSettings, known: frozenset[str] | None 
 
     `known` are the keys that are read; None for those of turns and items.
     """
+    ignored = ignored_keys(settings.ignore)
     messages = [turn for turn in map(decoded, turns if is_list(turns) else ()) if isinstance(turn, Mapping)]
     return {
         key
         for turn in messages
-        for key, value in (turn if known else _fields(turn, "a message", ())).items()
-        if value is not None
-        and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
-        and key not in ignored_keys(settings.ignore)
+        for key, value in (without_ignored(turn, ignored) if known else _fields(turn, "a message", ignored)).items()
+        if value is not None and key not in (known or (ITEM_KEYS if _is_item(turn) else _READ))
     }
 
 
@@ -171,8 +176,7 @@ def _fields(turn: Any, path: str, ignored: Collection[str]) -> Mapping[str, Any]
     """Return the keys of a turn that are not ignored, under the names that are read."""
     if not isinstance(turn, Mapping):
         raise Refused("bad messages", f"{path} is a {type(turn).__name__}, not an object")
-    if ignored:
-        turn = {key: value for key, value in turn.items() if key not in ignored}
+    turn = without_ignored(turn, ignored)
     return respelled(turn, _READ | ITEM_KEYS if _is_item(turn) else _READ, path)
 
 
@@ -197,7 +201,8 @@ def _messages(
     yield from results
     if results and not content:
         return
-    text, reasoning, calls = _read_content(content, named, role, path, ignored)
+    called = role == "assistant" and function_in(turn.get("recipient")) is not None
+    text, reasoning, calls = _read_content(content, named, role, path, ignored, called)
     if channeled := role == "assistant" and has_channel(turn):
         text, reasoning, calls = by_channel(turn, (text, reasoning, calls), path)
     calls = _only_calls(calls, turn, path, ignored)
@@ -206,16 +211,19 @@ def _messages(
         text = ""
     reasoning = _reasoning(turn, reasoning, path)
     if text and reasoning:
-        text = without_thought(text, reasoning, path, next(filter(turn.get, REASONING_KEYS), "content"))
+        key = next(filter(turn.get, REASONING_KEYS), None)  # without a key, the reasoning is in the content
+        text = without_thought(text, reasoning, path, key and in_turns(path, key))
     if text is None and not calls and not (channeled and reasoning is not None):
         raise Refused("message without content", f"{path} ({role}) has neither content nor tool calls")
     name = optional_text(turn, path, "name")
+    if role == "tool":  # "functions.add", as name or as role, is Harmony's name of the tool "add"
+        name = function_in(name) or name or function_in(first(turn, "role", "from"))
     yield Message(
         role=role,
         content=text,
         reasoning=reasoning,
         tool_calls=calls,
-        name=name if HARMONY.isdisjoint(turn) else function_name(name),
+        name=name,
         tool_call_id=optional_id(turn, path, "tool_call_id"),
         train=parse_train(turn, path),
     )
@@ -232,6 +240,8 @@ def _role(turn: Mapping[str, Any], path: str, roles: Mapping[str, Role], setting
     given = first(turn, "role", "from", "type")
     if found := find_role(given, roles, settings):
         return found
+    if function_in(given):
+        return "tool", "tool"
     raise Refused(
         "unknown role",
         f"{path} has role {given!r}; known are {', '.join(roles)}; roles = {{...}} adds names, 'tool_call' for calls",
@@ -297,20 +307,27 @@ def _content(turn: Mapping[str, Any], named: str, role: Role, path: str) -> Any:
 
 
 def _read_content(
-    content: Any, named: str, role: Role, path: str, ignored: Collection[str]
+    content: Any, named: str, role: Role, path: str, ignored: Collection[str], called: bool
 ) -> tuple[str | None, str | None, ToolCalls]:
-    """Return the text, the reasoning and the tool calls in the content of a turn."""
+    """Return the text, the reasoning and the tool calls in the content of a turn.
+
+    `called` says that the content is the arguments of a call.
+    """
     if named in CALLING:
         return None, None, parse_calls(content, path, ignored)
-    if role == "tool" and isinstance(content, Mapping):
-        # Some datasets store tool results as objects, but a template prints text.
+    if isinstance(content, Mapping) and (role == "tool" or called):
+        # Some datasets store tool results as objects, but a template prints text. The arguments of
+        # a call in Harmony's format are read from text.
         return msgspec.json.encode(content).decode(), None, ToolCalls()
     return parse_parts(content, path, ignored)
 
 
-def _is_part(turn: Mapping[str, Any]) -> bool:
+def _is_part(turn: Mapping[str, Any], roles: Mapping[str, Role], settings: RowSettings) -> bool:
     """Return True for a turn that may be a part of the assistant's turn before (`items.py`)."""
-    return _is_item(turn) or str(first(turn, "role", "from", "type")).lower() in CALLING or has_channel(turn)
+    if _is_item(turn) or has_channel(turn):
+        return True
+    found = find_role(first(turn, "role", "from", "type"), roles, settings)
+    return found is not None and found[0] in CALLING
 
 
 def _is_item(turn: Any) -> bool:

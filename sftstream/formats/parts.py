@@ -14,7 +14,7 @@ import msgspec
 
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import is_list, optional_id, refuse_deep, require_text
-from sftstream.formats.keys import only_value, require_plain
+from sftstream.formats.keys import KEEP_ONE, only_value, require_plain
 from sftstream.formats.tools import parse_calls
 from sftstream.records import Message, Refused, ToolCall, ToolCalls
 
@@ -94,12 +94,12 @@ def _has_value(part: Mapping[str, Any]) -> bool:
 def _words(part: Mapping[str, Any], keys: Sequence[str], path: str, ignored: Collection[str]) -> str:
     """Return the text of a part, which is the value of one of `keys`."""
     require_plain(part, keys, path, ignored)
-    return require_text(only_value(part, keys, path), path)
+    return require_text(only_value(part, keys, path, KEEP_ONE), path)
 
 
 def _calls(part: Mapping[str, Any], path: str, ignored: Collection[str]) -> ToolCalls:
     """Return the calls of a part: inside of a key, or the part itself."""
-    inside = only_value(part, ("value", "tool_call"), path)
+    inside = only_value(part, ("value", "tool_call"), path, KEEP_ONE)
     if not inside:
         return parse_calls(part, path, ignored)
     require_plain(part, ("value", "tool_call"), path, ignored)

@@ -49,15 +49,15 @@ def known_roles(settings: RowSettings) -> Mapping[str, Role]:
 def find_role(given: object, roles: Mapping[str, Role], settings: RowSettings) -> tuple[str, Role] | None:
     """Return the name of a role as in `ROLES`, and the role; None of an unknown name.
 
-    `roles` are the known roles of the settings. A name may be spelled "User" or "function-call".
+    `roles` are the known roles of the settings. A name may be spelled "User" or "function-call". A
+    name that the source adds is found as the name that the source gives to it: with
+    `roles = {invoke = "tool_call"}`, "invoke" is found as "tool_call".
     """
     if not isinstance(given, str):
         return None
-    if role := roles.get(given):
-        return given, role
     for name in spellings(given):
-        if settings.roles and settings.roles.get(name) == "tool_call":
-            return "tool_call", "assistant"
+        if settings.roles and (added := settings.roles.get(name)):
+            return ("tool_call", "assistant") if added == "tool_call" else (added, added)
         if role := roles.get(name):
             return name, role
     return None

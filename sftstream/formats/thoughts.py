@@ -7,12 +7,17 @@ has the reasoning "add" and the text "5".
 
 from __future__ import annotations
 
+import re
+
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import in_turns
 from sftstream.records import Refused
 
-_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]")
+_NAMES = "think|thinking|thought|reasoning|seed:think"
+_STARTS = rf"<(?:{_NAMES})>|\[THINK\]|<\|begin_of_thought\|>"
+_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]", "<|end_of_thought|>")
 """Tags that end a thought inside a content."""
+_THOUGHT = re.compile(rf"\s*(?P<start>{_STARTS})?(?P<thought>.*?)(?:{'|'.join(map(re.escape, _ENDS))})", re.DOTALL)
+"""Beginning of a text up to its first end of a thought."""
 
 
 def may_hold_thought(text: str) -> bool:
@@ -20,24 +25,24 @@ def may_hold_thought(text: str) -> bool:
     return any([end in text for end in _ENDS])
 
 
-def without_thought(text: str, reasoning: str, path: str, key: str = "reasoning") -> str:
+def without_thought(text: str, reasoning: str, path: str, ignore: str | None) -> str:
     """Return the text without the thought at its beginning, which is also the reasoning.
 
-    The tag that opens the thought may be missing, as in answers to prompts ending with the tag.
-    `key` holds the reasoning. Raises Refused if the text begins with another thought.
+    The tag that opens the thought may be missing, as in answers to prompts ending with the tag. An
+    empty thought is left out too. `ignore` is the entry of the setting that leaves out the
+    reasoning, if there is one. Raises Refused if the text begins with another thought.
     """
-    end = next((end for end in _ENDS if end in text), None)
-    if end is None:
+    if not may_hold_thought(text) or not (found := _THOUGHT.match(text)):
         return text
-    before, _, rest = text.partition(end)
-    start = end.replace("/", "")
-    thought = before.lstrip().removeprefix(start).strip()
-    if thought in ("", reasoning.strip()):
+    thought, rest = found["thought"].strip(), text[found.end() :]
+    # Without the opening tag, words such as "</think> closes a thought." are no empty thought.
+    if thought == reasoning.strip() or (not thought and (found["start"] or rest.startswith("\n"))):
         return rest.lstrip("\n")
-    if before.lstrip().startswith(start):
+    if found["start"]:
+        remedy = f", or leave out the key of the reasoning by ignore = [{ignore}]" if ignore else ""
         raise Refused(
             "two contents",
             f"{path} has the reasoning {excerpt(reasoning)}, and another thought in its content: {excerpt(thought)}; keep "
-            f"one of them, or leave out the key of the reasoning by ignore = [{in_turns(path, key)}]",
+            f"one of them{remedy}",
         )
     return text

@@ -14,7 +14,7 @@ from typing import Any
 
 from sftstream.excerpt import excerpt
 from sftstream.formats.fields import decoded, is_list, optional_id
-from sftstream.formats.keys import ARGUMENTS, only_value, require_plain
+from sftstream.formats.keys import ARGUMENTS, KEEP_ONE, only_value, require_plain
 from sftstream.records import Refused, ToolCall, ToolCalls
 
 
@@ -50,7 +50,7 @@ def _call(call: Any, path: str, ignored: Collection[str]) -> ToolCall:
                 given = function["arguments"]
             else:
                 require_plain(function, ARGUMENTS, path, ignored)
-                given = only_value(function, ARGUMENTS, path)
+                given = only_value(function, ARGUMENTS, path, KEEP_ONE)
             given = decoded(given) or {}
             if isinstance(given, Mapping):
                 return ToolCall(function["name"], dict(given), optional_id(call, path, "id", "call_id"))
@@ -94,20 +94,22 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     """Return a definition as a template reads it: in `function`, with its schema as `parameters`.
 
     The Responses API writes `{"type": "function", "name": "add", "parameters": {...}}`, and
-    Anthropic's API and MCP call the schema `input_schema` and `inputSchema`. Raises Refused for a
-    tool without a schema that is no function, such as `{"type": "web_search_20250305", ...}`, which
-    would be printed as a function without parameters.
+    Anthropic's API and MCP call the schema `input_schema` and `inputSchema`. Another type than
+    "function" is dropped from a tool with a schema, or with a name and a description. Raises
+    Refused for any other tool of such a type, like `{"type": "web_search_20250305", ...}`, which
+    would be printed as a function that nobody has described.
     """
     if function := decoded(tool.get("function")):
         return {**tool, "function": _with_parameters(function) if isinstance(function, Mapping) else function}
     function = dict(_with_parameters(tool))
     function.pop("function", None)  # a table has the key in each row
     kind = function.pop("type", None)
-    if kind not in (None, "function") and function.get("parameters") is None:
+    described = function.get("parameters") is not None or (function.get("name") and function.get("description"))
+    if kind not in (None, "function") and not described:
         raise Refused(
             "bad tools",
-            f"the tool {excerpt(tool)} has the type {excerpt(kind)} and no parameters; write it as a function with "
-            "parameters, or leave it out of the tools",
+            f"the tool {excerpt(tool)} has the type {excerpt(kind)}, no parameters and no description; write it as "
+            "a function with parameters, or leave it out of the tools",
         )
     return {"type": "function", "function": function}
 
@@ -117,7 +119,7 @@ def _with_parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     names = [name for name in PARAMETERS if function.get(name) is not None]
     if not names or (names == ["parameters"] and not isinstance(function["parameters"], str)):
         return function
-    schema = only_value({name: decoded(function[name]) for name in names}, names, "tools")
+    schema = only_value({name: decoded(function[name]) for name in names}, names, "tools", KEEP_ONE)
     named = {"parameters" if key in PARAMETERS else key: value for key, value in function.items()}
     return named | {"parameters": schema}
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sftstream.formats.fields import Row, refuse_deep
+from sftstream.formats.harmony import function_in
 from sftstream.formats.items import join_parts
 from sftstream.formats.messages import question_and_answer
 from sftstream.formats.parts import parts_in
@@ -190,7 +191,8 @@ _BY_BEGINNING = {f'{{"{name}":'.encode()[:_BEGINNING]: usual for name, usual in 
 def _answered(messages: Sequence[Message]) -> bool:
     """Return True if each message is read as stored, and a message is from the assistant.
 
-    Such a message has content or tool calls, and no list of parts and no thought in the content.
+    Such a message has content or tool calls, no list of parts and no thought in the content, and no
+    name like "functions.add".
     """
     answered = False
     for message in messages:
@@ -199,6 +201,8 @@ def _answered(messages: Sequence[Message]) -> bool:
             if not message.tool_calls:
                 return False
         elif "[{" <= content < "[|" and parts_in(content):  # compares in a third of the time of `startswith`
+            return False
+        if message.name is not None and message.role == "tool" and function_in(message.name):
             return False
         if message.reasoning and content and may_hold_thought(content):
             return False

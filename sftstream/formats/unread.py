@@ -13,9 +13,9 @@ from typing import Any
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import EMPTY, Row, carries_words, decoded, is_list, spellings, texts_in
+from sftstream.formats.fields import ANSWERS, EMPTY, Row, carries_words, decoded, is_list, spellings, texts_in
 from sftstream.formats.keys import COMMON_WORDS, MEDIA, REASONINGS
-from sftstream.formats.layouts import ANSWERS, LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_mode, is_rounds
+from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_mode, is_rounds
 from sftstream.formats.messages import SYSTEM, unread_keys
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 

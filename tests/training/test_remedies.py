@@ -311,7 +311,9 @@ ADVICE = [
         parse,
     ),
     Advice(
-        {"row": '{"prompt": "hi", "completion": "<think>a</think>hello", "reasoning": "b"}'},
+        {
+            "row": json.dumps({"prompt": "hi", "completion": [{**HELLO, "reasoning": "a"}], "reasoning": "b"}),
+        },
         "leave the column out by ignore = ['reasoning'], or out of columns",
         ({"ignore": '["reasoning"]'}, {"columns": '{"prompt": "prompt", "completion": "completion"}'}),
         f"{FORMATS}/layouts.py",
