@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from test_formats_words import refusal
 
-from sftstream import Message, Refused, ToolCall
+from sftstream import Message, ToolCall
 from sftstream.config import RowSettings
 from sftstream.formats import parse_row, unread_columns
 from sftstream.records import ToolCalls
@@ -31,13 +32,6 @@ def tools(given: Any) -> tuple[dict[str, Any], ...]:
     row = {"messages": [HI, HELLO], "tools": given}
     assert parse_row(row).tools == parse_row(json.dumps(row).encode()).tools
     return parse_row(row).tools
-
-
-def refusal(row: Any, **settings: Any) -> str:
-    with pytest.raises(Refused) as error:
-        parse_row(row, RowSettings(**settings))
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

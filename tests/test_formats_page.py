@@ -16,10 +16,10 @@ from sftstream import Conversation, Message, Refused, ToolCall
 from sftstream.config import RowSettings
 from sftstream.formats import LAYOUTS, ROLES, Unverified, exclusions, keys, parse_row, parse_unverified, parts, tools
 from sftstream.formats import layouts as layouts_file
-from sftstream.formats import messages as messages_file
+from sftstream.formats.fields import SYSTEM, TOOLS
 from sftstream.formats.harmony import CHANNELS, HARMONY
 from sftstream.formats.items import ITEMS
-from sftstream.formats.unread import TOOLS, VARIABLES
+from sftstream.formats.unread import VARIABLES
 from sftstream.records import REASONING_KEYS, ToolCalls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def fits(columns: set[str]) -> Any:
 
 def test_every_name_that_is_read_is_on_the_page() -> None:
     columns = [name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names]
-    names = {*columns, *messages_file.SYSTEM, *TOOLS, VARIABLES, *ROLES, *REASONING_KEYS, *ITEMS, *exclusions.MARKS}
+    names = {*columns, *SYSTEM, *TOOLS, VARIABLES, *ROLES, *REASONING_KEYS, *ITEMS, *exclusions.MARKS}
     names |= {*layouts_file.CONTEXT, *keys.CONTENT, *parts._TEXT, *parts._REASONING, *keys.ARGUMENTS, *tools.PARAMETERS}
     names |= {*HARMONY, *CHANNELS}
     quoted = set(re.findall(r"`(\w+)`", SECTION)) | set(re.findall(r'"(\w+)":', SECTION))

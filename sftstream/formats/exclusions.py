@@ -19,7 +19,7 @@ from sftstream.excerpt import excerpt
 from sftstream.formats.fields import ANSWERS, EMPTY, QUESTIONS, in_turns
 from sftstream.records import Refused
 
-_CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
+CHOICES = ("train", "training", "trainable", "loss", "compute_loss", "weight")
 """Marks that train or exclude: true or 1 trains the turn, false or 0 excludes the turn."""
 _WEIGHTS = ("loss_weight", "loss_scale", "loss_mask")
 """Marks that only exclude: false or 0 excludes the turn; with true or 1 the role decides."""
@@ -27,9 +27,9 @@ _MASKS = ("masked", "is_masked", "no_loss", "ignore_loss", "skip_loss", "exclude
 """Marks that only exclude: true or 1 excludes the turn; with false or 0 the role decides."""
 _UNCLEAR = ("mask", "train_detail", "training_detail", "train_on")
 """Marks that are refused: their meaning differs between datasets, or concerns parts of a turn."""
-MARKS = frozenset({*_CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
+MARKS = frozenset({*CHOICES, *_WEIGHTS, *_MASKS, *_UNCLEAR})
 """Names of all marks."""
-_OF_ROWS = frozenset({"label", *_CHOICES, *_WEIGHTS, *_MASKS})
+_OF_ROWS = frozenset({"label", *CHOICES, *_WEIGHTS, *_MASKS})
 """Columns that can exclude a whole row."""
 _LIKE_MARKS = re.compile("train|loss|mask|weight|learn|supervis|exclude|skip|ignore", re.IGNORECASE)
 """Parts of names that seem to be marks; such a key of an unknown meaning is refused."""
@@ -52,7 +52,7 @@ def parse_train(turn: Mapping[str, Any], path: str) -> bool | None:
     if MARKS.isdisjoint(turn):
         return None
     marks = {name: _flag(turn[name], f"{path}.{name}") for name in turn if name in MARKS and turn[name] is not None}
-    choices = {marks[name] for name in _CHOICES if name in marks}
+    choices = {marks[name] for name in CHOICES if name in marks}
     excluded = any(not marks.get(name, True) for name in _WEIGHTS) or any(marks.get(name, False) for name in _MASKS)
     if excluded:
         choices.add(False)

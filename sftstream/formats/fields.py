@@ -20,6 +20,14 @@ QUESTIONS = ("prompt", "question", "query", "input")
 ANSWERS = ("completion", "response", "answer", "output", "chosen")
 """Names of a column with an answer; the first name present is read."""
 
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Names of a column with the system prompt; the first with a value is read."""
+TOOLS = (
+    *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
+    *("available_tools", "available_functions", "tool_schemas", "tools_schema", "tool_list"),
+)
+"""Names of a column with tool definitions; the first with a value is read."""
+
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 

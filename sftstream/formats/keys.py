@@ -12,7 +12,7 @@ from typing import Any
 
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, refuse_marks
-from sftstream.formats.fields import carries_words, in_turns, spellings
+from sftstream.formats.fields import ANSWERS, QUESTIONS, SYSTEM, TOOLS, carries_words, in_turns, spellings
 from sftstream.records import REASONING_KEYS, Refused
 
 CONTENT = ("content", "value", "text")
@@ -39,16 +39,7 @@ COMMON_WORDS = frozenset(
 """Names known for words of a conversation, of a row's column and of a key inside a conversation."""
 WORDS = COMMON_WORDS | frozenset(
     {*CONTENT, *ARGUMENTS, "output", "output_text", "messages", "conversation", "conversations", "refusal", "parts"}
-    | {"instruction", "prompt", "question", "query", "completion", "response", "answer", "chosen"}
-    | {"system", "system_prompt", "system_message", "tools", "functions", "tool_defs", "tool_definitions", "tool_list"}
-    | {
-        "tools_definitions",
-        "function_definitions",
-        "available_tools",
-        "available_functions",
-        "tool_schemas",
-        "tools_schema",
-    }
+    | {"instruction", *QUESTIONS, *ANSWERS, *SYSTEM, *TOOLS}
     | {"think", "thinking_content", "thinking_blocks", "reasoning_text", "reasoning_details", "analysis", "tool_plan"}
     | {"tool_call", "tool_calls", "function_call", "function_calls", "tool_use", "tool_uses", "calls", "invocations"}
     | {"tool_result", "tool_results", "tool_response", "tool_responses", "tool_output", "tool_outputs"}

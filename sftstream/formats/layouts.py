@@ -15,10 +15,9 @@ import msgspec
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
-from sftstream.formats.fields import ANSWERS, QUESTIONS, Row, decoded, is_list, refuse_deep, without_ignored
+from sftstream.formats.fields import ANSWERS, QUESTIONS, SYSTEM, Row, decoded, is_list, refuse_deep, without_ignored
 from sftstream.formats.keys import require_read
 from sftstream.formats.messages import (
-    SYSTEM,
     ignored_keys,
     parse_texts,
     parse_turns,

@@ -13,6 +13,7 @@ from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
 from sftstream.formats.exclusions import MARKS, parse_train
 from sftstream.formats.fields import (
+    SYSTEM,
     Row,
     carries_words,
     decoded,
@@ -33,9 +34,6 @@ from sftstream.formats.spelled import require_words
 from sftstream.formats.thoughts import without_thought
 from sftstream.formats.tools import parse_calls
 from sftstream.records import REASONING_KEYS, Message, Refused, Role, ToolCalls
-
-SYSTEM = ("system", "system_prompt", "system_message")
-"""Names of a column with the system prompt; the first with a value is read."""
 
 _READ = frozenset(
     {"role", "from", "type", *CONTENT, *MARKS, *REASONING_KEYS, "name", "tool_call_id", "tool_calls", "function_call"}

@@ -13,17 +13,23 @@ from typing import Any
 
 from sftstream.config import RowSettings
 from sftstream.excerpt import excerpt
-from sftstream.formats.fields import ANSWERS, EMPTY, Row, carries_words, decoded, is_list, spellings, texts_in
+from sftstream.formats.fields import (
+    ANSWERS,
+    EMPTY,
+    SYSTEM,
+    TOOLS,
+    Row,
+    carries_words,
+    decoded,
+    is_list,
+    spellings,
+    texts_in,
+)
 from sftstream.formats.keys import COMMON_WORDS, MEDIA, REASONINGS
 from sftstream.formats.layouts import LAYOUTS, ROUND_KEYS, columns_read, find_layout, is_mode, is_rounds
-from sftstream.formats.messages import SYSTEM, unread_keys
+from sftstream.formats.messages import unread_keys
 from sftstream.records import REASONING_KEYS, BrokenRow, Conversation, Refused, Unreadable
 
-TOOLS = (
-    *("tools", "functions", "tool_defs", "tool_definitions", "tools_definitions", "function_definitions"),
-    *("available_tools", "available_functions", "tool_schemas", "tools_schema", "tool_list"),
-)
-"""Names of a column with tool definitions; the first with a value is read."""
 VARIABLES = "chat_template_kwargs"
 """Column of variables for the chat template."""
 _OF_LAYOUTS = {name for layout in LAYOUTS for names in (*layout.required, *layout.optional) for name in names}

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from sftstream.door import Door
+from sftstream.formats.exclusions import CHOICES
 from sftstream.formats.roles import ROLES
 
 MOVED: dict[str, tuple[str, Any]] = {
@@ -48,8 +49,6 @@ that is the default here, too."""
 WHOLE = {key for key in MOVED if key.endswith(("_steps", "_size", "_limit", "_len", "_workers", "_r")) or key == "seed"}
 KERNELS = ("axolotl.integrations.liger.", "axolotl.integrations.cut_cross_entropy.")
 """Beginnings of plugins that change the speed alone."""
-TRAINED_BY = ("train", "training", "trainable", "loss", "compute_loss", "weight")
-"""Keys of a message that train or exclude it here as `message_field_training` does there."""
 OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
@@ -271,7 +270,7 @@ def _source(source: _Settings) -> dict[str, Any]:
     names = {"role": "role", "content": "content", **source.take("message_property_mappings", {})}
     for key, read in (("role", ("role", "from", "type")), ("content", ("content", "value", "text"))):
         source.judge(f"message_property_mappings.{key}", read, source.take(f"message_field_{key}", names[key]))
-    source.judge("message_field_training", (None, *TRAINED_BY), source.take("message_field_training"))
+    source.judge("message_field_training", (None, *CHOICES), source.take("message_field_training"))
     roles = {name: target for target, given in source.take("roles", {}).items() for name in given}
     renamed = {name: target for name, target in roles.items() if ROLES.get(name) != target}
     return ours | ({"roles": renamed} if renamed else {})

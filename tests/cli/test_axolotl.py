@@ -14,7 +14,7 @@ from commands import run
 
 from sftstream.cli.main import main
 from sftstream.formats import parse_row
-from sftstream.starter.axolotl import TRAINED_BY
+from sftstream.formats.exclusions import CHOICES
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 
@@ -239,7 +239,7 @@ def test_a_value_that_would_mean_something_else_is_refused_by_name(
     assert named in refusal(tmp_path, changes)
 
 
-@pytest.mark.parametrize("key", TRAINED_BY)
+@pytest.mark.parametrize("key", CHOICES)
 def test_a_key_that_marks_messages_for_axolotl_marks_them_here(tmp_path: Path, key: str) -> None:
     found = translated(tmp_path, source(message_field_training=key), "--gpus", 0)
     (read,) = found.data.sources
