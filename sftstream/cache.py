@@ -1,4 +1,5 @@
-"""Keep derived files in a cache directory: row indexes, and copies in formats with random access.
+"""Keep derived files in a cache directory: row indexes, copies in formats with random access, and
+records of values that take long to compute.
 
 It is safe to delete the cache: missing files are made again.
 
@@ -21,6 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ class Unwritable(ValueError):
     """The cache directory cannot be written, or belongs to another user."""
 
 
+Value = TypeVar("Value", bound=msgspec.Struct)
 Blocks = Callable[[], Iterable[bytes]]
 READ_UP_TO = 256 << 20
 """Bytes up to which a cached file is read in full by each process that opens it: 0.2 s. Of a larger
@@ -50,6 +55,31 @@ def directory() -> Path:
     if given := os.environ.get("SFTSTREAM_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftstream"
+
+
+def derived(*words: object) -> str:
+    """Return the cache key of a derived file: the SHA-256 of `words`."""
+    return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
+
+
+def kept(kind: type[Value], *parts: object) -> Value | None:
+    """Return the record of the type `kind` that `keep` has kept for `parts`, or None."""
+    with suppress(OSError, msgspec.DecodeError):  # the value is computed again
+        if path := found(*_record(kind, parts)):
+            return msgspec.msgpack.decode(path.read_bytes(), type=kind)
+    return None
+
+
+def keep(value: msgspec.Struct, *parts: object) -> None:
+    """Keep a record for `parts`: all that its values depend on, such as digests and versions."""
+    with suppress(Unwritable, OSError):  # without a cache each start takes as long as the first
+        cached(*_record(type(value), parts), lambda: (msgspec.msgpack.encode(value),))
+
+
+def _record(kind: type[msgspec.Struct], parts: tuple[object, ...]) -> tuple[str, str]:
+    """Return the key and the suffix of a kept record."""
+    suffix = f".{kind.__name__.lower()}"
+    return derived(suffix, *kind.__struct_fields__, *parts), suffix
 
 
 def cached(

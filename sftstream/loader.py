@@ -16,11 +16,11 @@ from sftstream.sources.full_digests import FullDigests
 from sftstream.start import check_topology, first_state, open_encoder, with_streams
 from sftstream.state import DataState, StreamState, state_dict_of
 from sftstream.streaming.assignment import WHOLE, PackAssignment, Shard
+from sftstream.streaming.beside import Beside
 from sftstream.streaming.deferred_signals import deferred_signals
 from sftstream.streaming.example_reader import unread_columns
 from sftstream.streaming.forecast import Forecast, foresee
 from sftstream.streaming.length_sample import TO_FORESEE, sample_lengths
-from sftstream.streaming.order import draws_of_source
 from sftstream.streaming.packing import build_pack
 from sftstream.streaming.refusals import (
     RowCounts,
@@ -76,18 +76,6 @@ class Progress(NamedTuple):
     examples: Mapping[tuple[int, str], tuple[Refusal, str]]
     """First row refused since the loader was opened, and its location, for each pair of a source
     and the config key of a limit."""
-
-
-def rows_in_all_epochs(state: DataState) -> int | None:
-    """Return the number of rows that the run of `state` draws in all its epochs.
-
-    Returns None if the run is endless or a source is streamed.
-    """
-    sources, epochs = state.identity.sources, state.identity.epochs
-    sizes = [(source.rows, source.repeat) for source in sources if source.rows is not None]
-    if epochs is None or len(sizes) < len(sources):
-        return None
-    return sum(draws_of_source(rows, repeat, epochs) for rows, repeat in sizes)
 
 
 class PackLoader:
@@ -146,11 +134,13 @@ class PackLoader:
         """Stream states after the last pack that the workers returned; None while a pack is
         read."""
         self._reading_thread: int | None = None
+        self._forecast: Beside[Forecast] | None = None
 
-    def start(self) -> None:
+    def start(self, *, foresees: bool = False) -> None:
         """Start the workers, which read ahead, before the first pack is asked for.
 
-        Loads a required tokenizing library before, once for all workers.
+        Loads a required tokenizing library before, once for all workers. With `foresees` another
+        process computes the next result of `forecast`.
         """
         if fast := self.encoder.tokenizer.fast_tokenizer:
             fast.load_if_required()
@@ -161,6 +151,8 @@ class PackLoader:
         self.close()
         self._open_workers(progress)
         self._workers_at = progress.streams
+        if foresees:
+            self._forecast = Beside(self._foresee)
 
     def __iter__(self) -> PackLoader:
         return self
@@ -253,6 +245,10 @@ class PackLoader:
 
     def forecast(self) -> Forecast:
         """Estimate the packs of the whole run and their fill from a sample of rows."""
+        beside, self._forecast = self._forecast, None
+        return beside.result() if beside else self._foresee()
+
+    def _foresee(self) -> Forecast:
         return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))
 
     def unread_columns(self) -> list[str]:
@@ -313,7 +309,9 @@ class PackLoader:
     def close(self) -> None:
         """Stop the workers. The position remains; `next` starts the workers again."""
         self._digests.stop()
-        self._workers_at = None
+        if self._forecast:
+            self._forecast.close()
+        self._forecast = self._workers_at = None
         with deferred_signals():
             while self._workers:
                 self._workers.popitem()[1].close()

@@ -6,6 +6,7 @@ one of the names is first used, so that `sftstream --help` loads none of these l
 
 from sftstream import pages
 from sftstream.cache import directory as cache_directory
+from sftstream.cache import keep, kept
 from sftstream.cli.results import show_result, write_page
 from sftstream.config import MOST_STEPS, DataConfig, Policy, SkipConfig, SourceConfig, TokenizerConfig
 from sftstream.door import Door
@@ -18,7 +19,7 @@ from sftstream.ledger.files import in_order
 from sftstream.ledger.records import Session, Unapplied
 from sftstream.ledger.segments import NO_SEGMENTS, SEGMENT, Segments, segments_of
 from sftstream.ledger.writer import LedgerWriter
-from sftstream.loader import LoaderPosition, PackLoader, rows_in_all_epochs
+from sftstream.loader import LoaderPosition, PackLoader
 from sftstream.records import (
     IGNORE_INDEX,
     UNDECODABLE,
@@ -40,10 +41,11 @@ from sftstream.state import DataState, StreamState, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.forecast import Forecast
+from sftstream.streaming.order import rows_in_all_epochs
 from sftstream.streaming.refusals import TOO_LONG, RowCounts, exceeded_limits, require_few_refused, sum_row_counts
 from sftstream.tokenization.encoder import ChatEncoder
 from sftstream.tokenization.saved_tokenizer import SavedTokenizer
-from sftstream.tokenization.tokenizer import count_token_ids
+from sftstream.tokenization.vocabulary import count_token_ids
 from sftstream.toml_file import read_toml
 
 __all__ = [
@@ -93,6 +95,8 @@ __all__ = [
     "exceeded_limits",
     "identify_file",
     "in_order",
+    "keep",
+    "kept",
     "merge",
     "one_line",
     "pages",

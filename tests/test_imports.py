@@ -129,6 +129,7 @@ ORDER = {
         "streaming.refusals",
         "streaming.deferred_signals",
         "streaming.worker",
+        "streaming.beside",
         "source_changes",
         "state_checks",
         "rebase",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -150,10 +147,9 @@ def prepare_run(
     validation = _open_validation(config, topology, saves, restored, data, evaluator)
     complete = restored.progress.is_complete(config.run.steps, config.patience)
     if data.loader and not complete:
-        data.loader.start()  # before the forecast's thread, whose locks a fork would copy
-    with _foreseen(data.loader if topology.first else None) as forecast:
-        if config.run.compile and not complete:  # after the data, whose errors need not wait for it
-            _compile(config, source, model, topology, display, evaluates=bool(validation or evaluator.during))
+        data.loader.start(foresees=topology.first)
+    if config.run.compile and not complete:  # after the data, whose errors need not wait for it
+        _compile(config, source, model, topology, display, evaluates=bool(validation or evaluator.during))
     description = RunDescription(
         restored.settings,
         topology,
@@ -170,7 +166,7 @@ def prepare_run(
         model=model,
         optimizer=optimizer,
         data=data,
-        forecast=forecast.result() if forecast else None,
+        forecast=data.loader.forecast() if data.loader and topology.first else None,
         validation=validation,
         evaluator=evaluator,
         description=description,
@@ -207,13 +203,6 @@ def _require_replaceable_exports(config: TrainConfig) -> None:
     """Raise ValueError if the run could not replace a directory that it exports to."""
     require_replaceable(config.run.export_directory)
     require_replaceable(config.run.adapter_directory)
-
-
-@contextmanager
-def _foreseen(loader: PackLoader | None) -> Iterator[Future[Forecast] | None]:
-    """Estimate the packs of the run in a thread beside the `with` block; None without a loader."""
-    with ThreadPoolExecutor(1, "forecast") as beside:
-        yield beside.submit(loader.forecast) if loader else None
 
 
 def _compile(

@@ -21,13 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sftstream.cache import Unwritable, cached, found
+from sftstream.cache import Unwritable, cached, derived, found
 from sftstream.refused import Refused
 from sftstream.rendering.certificate_process import digests
 from sftstream.rendering.limits import MEMORY, SECONDS, bounded_memory
 from sftstream.rendering.probe import SHAPES
 from sftstream.rendering.template import ChatTemplate, TemplateMessage
-from sftstream.sources.rows import derived
 
 SUFFIX = ".certificate"
 DATE = Date(2000, 1, 1)

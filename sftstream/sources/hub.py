@@ -13,11 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from sftstream.cache import derived
 from sftstream.config import SourceConfig
 from sftstream.door import Door
 from sftstream.sources.file_formats.arrow import Batches
 from sftstream.sources.location import require_whole
-from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity, derived
+from sftstream.sources.rows import SAMPLED_ABOVE, FileIdentity
 from sftstream.sources.saved import choose
 from sftstream.sources.slices import refuse_empty
 from sftstream.sources.stored import stored

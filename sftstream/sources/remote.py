@@ -12,11 +12,11 @@ import fsspec
 import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
-from sftstream.cache import cached
+from sftstream.cache import cached, derived
 from sftstream.door import Door
 from sftstream.excerpt import one_line
 from sftstream.sources.location import FileLocation, LocalLocation, any_case
-from sftstream.sources.rows import FileIdentity, derived
+from sftstream.sources.rows import FileIdentity
 from sftstream.sources.stored import Stored, stored
 
 _VERSIONS = (

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sftstream.cache import cached
-from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity, derived
+from sftstream.cache import cached, derived
+from sftstream.sources.rows import BOM, OPEN_FILES, FileIdentity
 from sftstream.sources.stored import Stored
 
 Integers = NDArray[np.int64]

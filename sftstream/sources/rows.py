@@ -129,11 +129,6 @@ def refuse_carriage_returns(place: str) -> NoReturn:
     )
 
 
-def derived(*words: object) -> str:
-    """Return the cache key of a derived file: the SHA-256 of `words`."""
-    return hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()
-
-
 def identify(path: Path, *, full: bool = False) -> FileIdentity:
     """Return the identity of a file's content.
 

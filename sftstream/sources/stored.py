@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from sftstream.cache import cached, digest_of, found
-from sftstream.sources.rows import FileIdentity, derived, identify, identify_open
+from sftstream.cache import cached, derived, digest_of, found
+from sftstream.sources.rows import FileIdentity, identify, identify_open
 
 Seal = tuple[int, int, int, int]
 """Size in bytes, times of modification and of the inode's change in nanoseconds, and inode."""

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftstream.config import Shuffle
-from sftstream.state import PastOrder
+from sftstream.state import DataState, PastOrder
 
 ROUNDS, SMALL, ROUNDS_OF_SMALL = 8, 256, 24
 """Rounds of the Feistel network (see `permute`): 8, and 24 for permutations of fewer than 256
@@ -154,6 +154,18 @@ def draws_of_source(rows: int, repeat: float, epochs: int) -> int:
     floating point is slightly below 57.
     """
     return int(rows * epochs * Fraction(str(repeat)))
+
+
+def rows_in_all_epochs(state: DataState) -> int | None:
+    """Return the number of rows that the run of `state` draws in all its epochs.
+
+    Returns None if the run is endless or a source is streamed.
+    """
+    sources, epochs = state.identity.sources, state.identity.epochs
+    sizes = [(source.rows, source.repeat) for source in sources if source.rows is not None]
+    if epochs is None or len(sizes) < len(sources):
+        return None
+    return sum(draws_of_source(rows, repeat, epochs) for rows, repeat in sizes)
 
 
 def draws_of_stream(draws: int, stream: int, streams: int) -> int:

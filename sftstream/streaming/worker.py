@@ -116,7 +116,7 @@ class StreamWorker:
                 num_workers=0 if prefetch is None else 1,
                 collate_fn=_unchanged,
                 prefetch_factor=prefetch,
-                worker_init_fn=partial(_begin_work, os.getpid()),
+                worker_init_fn=partial(begin_work, os.getpid()),
                 # fork: workers inherit the row index, the tokenizer and the compiled template.
                 multiprocessing_context=None if prefetch is None else "fork",
                 # Without a generator the loader draws a seed from the global generator.
@@ -139,7 +139,8 @@ def _unchanged(read: Read | Failed) -> Read | Failed:
     return read
 
 
-def _begin_work(parent: int, _worker: int) -> None:
+def begin_work(parent: int, _worker: int = 0) -> None:
+    """Begin the work of a process that was forked from the process `parent`, and ends with it."""
     # A terminal, a scheduler or `timeout` sends its signal to all processes of a run; the trainer
     # needs its loader to finish the step. Only the parent may end a worker.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):

@@ -90,7 +90,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Return the number of token ids: the largest id plus 1, added tokens included."""
-        return max(self._backend.get_vocab().values(), default=-1) + 1
+        return self.vocabulary.ids
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, computed by `tokenizers`.
@@ -359,14 +359,6 @@ class Tokenizer:
             lambda: fast_tokenizer.probes(self.vocabulary.special),
             required=backend == "fastokens",
         )
-
-
-def count_token_ids(source: str) -> int:
-    """Return the number of token ids of a tokenizer: the largest id plus 1.
-
-    `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
-    """
-    return len(Tokenizer(source, "huggingface"))
 
 
 def _pieces(rendered: Rendered) -> list[tuple[int, int, bool]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
-from sftstream.cache import Unwritable, cached, found
+from sftstream.cache import Value, keep, kept
 from sftstream.regular_files import require_files
-from sftstream.sources.rows import derived
 
 READ = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the files that may belong to a tokenizer."""
@@ -21,8 +18,6 @@ MAX_BYTES = 256 << 20
 
 A larger directory holds more than a tokenizer, and hashing its files at each start would be slow.
 """
-
-Value = TypeVar("Value", bound=msgspec.Struct)
 
 
 class TokenizerFiles:
@@ -42,25 +37,16 @@ class TokenizerFiles:
 
     def read(self, kind: type[Value], *parts: object) -> Value | None:
         """Return the kept value of the type `kind`, or None."""
-        with suppress(OSError):  # the value is computed again
-            if self._content and (path := found(self._key(kind, parts), _suffix(kind))):
-                return msgspec.msgpack.decode(path.read_bytes(), type=kind)
-        return None
+        return kept(kind, *self._parts(parts)) if self._content else None
 
     def keep(self, value: msgspec.Struct, *parts: object) -> None:
         """Keep a value, unless a file has changed in the meantime."""
         if self._content and self._content == _content(self._directory):
-            with suppress(Unwritable, OSError):  # without a cache each start takes as long as the first
-                cached(self._key(type(value), parts), _suffix(type(value)), lambda: (msgspec.msgpack.encode(value),))
+            keep(value, *self._parts(parts))
 
-    def _key(self, kind: type[msgspec.Struct], parts: tuple[object, ...]) -> str:
+    def _parts(self, parts: tuple[object, ...]) -> tuple[object, ...]:
         assert self._content is not None
-        readers = (metadata.version(library) for library in ("transformers", "tokenizers"))
-        return derived(_suffix(kind), *kind.__struct_fields__, *parts, *readers, *self._content)
-
-
-def _suffix(kind: type[msgspec.Struct]) -> str:
-    return f".{kind.__name__.lower()}"
+        return *parts, *(metadata.version(library) for library in ("transformers", "tokenizers")), *self._content
 
 
 def _content(directory: Path) -> list[str] | None:

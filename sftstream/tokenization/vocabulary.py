@@ -26,7 +26,7 @@ from sftstream.door import Door
 from sftstream.tokenization.tokenizer_bounds import require_bounded
 from sftstream.tokenization.tokenizer_files import TokenizerFiles
 
-VERSION = 3
+VERSION = 4
 """Version of the kept values. Raise the number if the value of a field of `Vocabulary` changes."""
 PYTHON_PARTS = (Normalizer, PreTokenizer, Decoder)
 """Types of tokenizer parts written in Python; parts of the library `tokenizers` have subtypes."""
@@ -47,6 +47,8 @@ class Vocabulary(msgspec.Struct, frozen=True):
     """Texts of special tokens, longest first."""
     pad_id: int
     """Token id that fills the free slots at the end of a pack."""
+    ids: int
+    """Number of token ids: the largest id plus 1, added tokens included."""
     lengths: bytes | None
     """Number of bytes of each token, as the buffer of an array with the dtype `integers`.
 
@@ -86,8 +88,7 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
         with _door(source.name_or_path):
             return Opened(describe(source), source.backend_tokenizer, source)
     with _door(str(source)):
-        directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
-        files = TokenizerFiles(directory)
+        directory, files = _files(source)
         if kept := files.read(Vocabulary, VERSION):
             return Opened(kept, Backend.from_str(kept.description), files=files)
         _require_tokenizer(directory, str(source))
@@ -95,6 +96,21 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
         vocabulary = describe(hf)
         files.keep(vocabulary, VERSION)
         return Opened(vocabulary, hf.backend_tokenizer, hf, files)
+
+
+def count_token_ids(source: str) -> int:
+    """Return the number of token ids of a tokenizer: the largest id plus 1.
+
+    `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
+    """
+    with _door(source):
+        kept = _files(source)[1].read(Vocabulary, VERSION)
+    return (kept or open_vocabulary(source).vocabulary).ids
+
+
+def _files(source: str | PathLike[str]) -> tuple[Path, TokenizerFiles]:
+    directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
+    return directory, TokenizerFiles(directory)
 
 
 def _require_tokenizer(directory: Path, source: str) -> None:
@@ -169,6 +185,7 @@ def describe(hf: Any) -> Vocabulary:
         variables=variables,
         special=tuple(sorted(special, key=lambda text: (-len(text), text))),
         pad_id=pad_id,
+        ids=max(backend.get_vocab().values(), default=-1) + 1,
         lengths=None if lengths is None else lengths.tobytes(),
         integers="" if lengths is None else lengths.dtype.str,
         sha256=hashlib.sha256(json.dumps([description, variables, pad_id], sort_keys=True).encode()).hexdigest(),

@@ -34,6 +34,22 @@ def written(directory: Path, **keys: Any) -> Path:
     return directory
 
 
+READS = """
+import sys
+from trainer.llama.hf_config import read_config
+print(read_config(sys.argv[1]).num_hidden_layers, "transformers" in sys.modules)
+"""
+
+
+def test_transformers_is_imported_once_for_each_content(tmp_path: Path) -> None:
+    environment = os.environ | {"SFTSTREAM_CACHE": str(tmp_path / "cache")}
+    found = []
+    for layers in (2, 2, 3, 2):
+        command = [sys.executable, "-c", READS, str(written(tmp_path, num_hidden_layers=layers))]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert found == ["2 True\n", "2 False\n", "3 True\n", "2 False\n"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_missing_keys_get_the_defaults_of_transformers(kind: str, tmp_path: Path) -> None:
     public = {

@@ -174,6 +174,14 @@ def test_a_forecast_says_packs_steps_and_fill(auto: DataConfig) -> None:
     assert endless.fill == pytest.approx(1, abs=0.02)
 
 
+def test_a_forecast_begun_with_the_workers_is_the_same(auto: DataConfig) -> None:
+    loader = PackLoader(auto, workers=1)
+    expected = loader.forecast()
+    loader.start(foresees=True)
+    assert loader.forecast() == expected
+    loader.close()
+
+
 def test_a_forecast_counts_the_ends_of_streams(thousand: DataConfig) -> None:
     """10,000 tokens are 10 packs; eight streams leave half a pack each."""
     corpus, samples = Corpus(thousand.sources), [LengthSample(2, (10, 10))]

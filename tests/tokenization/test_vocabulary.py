@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from sftstream import ChatEncoder
+from sftstream import ChatEncoder, count_token_ids
 from sftstream.tokenization import vocabulary
 from sftstream.tokenization.tokenizer import Tokenizer
 from sftstream.tokenization.tokenizer_files import MAX_BYTES
@@ -49,6 +49,13 @@ def test_a_second_start_does_not_load_the_tokenizer_of_transformers(tokenizer: s
     tokens, opened = read(tokenizer).rsplit(" ", 1)
     assert opened == "True"
     assert read(tokenizer) == f"{tokens} False"
+
+
+def test_token_ids_are_counted_from_the_files_and_from_the_cache(tokenizer: str, cache: Path) -> None:
+    ids = load(tokenizer).backend_tokenizer.get_vocab().values()
+    for kept_before in (0, 1):
+        assert len(kept(cache)) == kept_before
+        assert count_token_ids(tokenizer) == max(ids) + 1 == len(Tokenizer(tokenizer))
 
 
 def test_a_cached_vocabulary_equals_that_of_the_files(tokenizer: str, cache: Path) -> None:

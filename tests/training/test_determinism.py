@@ -13,7 +13,7 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import ParallelConfig, Topology, data_and_tensor_mesh, distributed
 from trainer.llama.blocks import prepare_blocks
 from trainer.training.step import label_losses
-from trainer.training.warm_up import warm_up, warm_up_pack
+from trainer.training.warm_up import warm_up
 
 
 def overwritten_twice() -> torch.Tensor:
@@ -73,16 +73,6 @@ def after_another_first_pack(rank: int) -> None:
 
 def test_compiled_code_does_not_depend_on_the_first_pack() -> None:
     run_ranks(1, after_another_first_pack, timeout=300)
-
-
-@pytest.mark.parametrize(
-    ("capacity", "width", "trained"),
-    [(1200, 64, 600), (65_536, 28_672, 32_768), (131_072, 28_672, 131_072 - 256), (131_072, 14_336, 65_536)],
-)
-def test_the_warm_up_trains_all_tokens_if_their_matrix_needs_wide_indices(
-    capacity: int, width: int, trained: int
-) -> None:
-    assert warm_up_pack(capacity, width).trained_tokens == trained
 
 
 def evaluated_after_the_warm_up(rank: int) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import peft
 import pytest
 import runs
@@ -157,19 +156,6 @@ def test_compiled_code_does_not_depend_on_the_first_pack(in_float8: bool) -> Non
             _backward(model, [100, 12, 400], trained=300)
             found.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_the_last_layer_is_compiled_once_for_any_number_of_trained_tokens() -> None:
-    """Sizes for which the compiler joins the two gradients of a norm for large packs only."""
-    torch._dynamo.reset()
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
-    shape = msgspec.structs.replace(SHAPE, hidden_size=2048, num_hidden_layers=1, **heads)
-    with determinism(True), distributed("cuda", ParallelConfig()) as topology:
-        model = _built(recompute="none", compiled=True, shape=shape)
-        warm_up(model, 8192, topology)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for trained in (2, 100, 2000, 5000, 8000):
-                _backward(model, [4000, 4192], trained=trained)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -51,8 +51,8 @@ def prepare_blocks(
 
     `compiled` changes rounding, and for each `recompute` otherwise: the compiler joins other
     operations. `Block.before` and `Block.after` are compiled once for all blocks and all packs of a
-    capacity, since only the attention in between sees the segment borders; the last block's `after`
-    once more, for any number of positions.
+    capacity, since only the attention in between sees the segment borders. The last block's `after`
+    is not compiled for selected positions: their number differs from pack to pack.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -64,7 +64,7 @@ def prepare_blocks(
             _recompute(block.mlp)
         if compiled:
             _replace(block, "before", torch.compile)
-            _replace(block, "after", _compile_for_any_number if block is model.blocks[-1] else torch.compile)
+            _replace(block, "after", _compile_for_all if block is model.blocks[-1] else torch.compile)
         if recompute == "full" and block is not model.blocks[-1]:
             _recompute(block)
             if compiled and not float8:
@@ -80,33 +80,20 @@ def prepare_blocks(
         # Elementwise results that a product of the backward pass reads, such as a norm's output,
         # are computed again: as fast, and 1.0 GiB less in Llama 3.2 1B.
         torch._functorch.config.ban_recompute_materialized_backward = False
-        model.blocks[-1].register_forward_pre_hook(_expect_any_number)
 
 
 def _replace(module: nn.Module, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     setattr(module, method, wrap(getattr(module, method)))
 
 
-def _compile_for_any_number(after: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile the end of the last layer, for selected tokens as well as for all."""
-    # With this fusion, that of a norm's two gradients, the code would hold for some numbers of
-    # tokens only, and for others be compiled again, fitted to the number that comes first.
-    selected = torch.compile(after, options={"triton.mix_order_reduction": False})
+def _compile_for_all(after: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile the end of a layer for all tokens, and leave it as it is for selected tokens."""
     every = torch.compile(after)
 
     def compiled(x: Tensor, attended: Tensor, positions: Tensor | None) -> Any:
-        return (every if positions is None else selected)(x, attended, positions)
+        return (every if positions is None else after)(x, attended, positions)
 
     return compiled
-
-
-def _expect_any_number(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Mark the number of selected positions as variable.
-
-    Without the mark torch 2.11 compiles the block again for each number.
-    """
-    if inputs[3] is not None:
-        torch._dynamo.maybe_mark_dynamic(inputs[3], 0)
 
 
 def _recompute(module: nn.Module) -> None:

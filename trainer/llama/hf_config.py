@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 
-from sftstream import one_line, require_files
+from sftstream import keep, kept, one_line, require_files
 from trainer.llama.config import LlamaConfig
 
 StrPath = str | os.PathLike[str]
@@ -46,6 +47,8 @@ _ALSO_ACCEPTED = {
     "is_llama_config",
     "unsloth_version",
 }
+_CODE = Path(__file__).read_bytes()
+"""The code that decides what is read from a `config.json`."""
 _MODEL_TYPES = get_args(get_type_hints(LlamaConfig)["model_type"])
 
 
@@ -77,29 +80,36 @@ def find_model(name: str) -> Path:
 def read_config(directory: StrPath) -> LlamaConfig:
     """Read `config.json`, written by transformers 4 or 5; a missing key gets transformers' default.
 
-    Raises ValueError, naming the file and the key, if a size is missing, or if a key is unknown or
-    has an unsupported value.
+    The result is kept in the cache: a start from the cache does not import transformers, which
+    takes 1 to 3 s. Raises ValueError, naming the file and the key, if a size is missing, or if a
+    key is unknown or has an unsupported value.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{directory} is not a Hugging Face model: it has no config.json; name the directory of a model"
         )
+    content = path.read_bytes()
+    read_by = content, metadata.version("transformers"), _CODE
+    if found := kept(LlamaConfig, *read_by):
+        return found
     try:
-        return _config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+        config = _config(msgspec.json.decode(content, type=dict[str, Any]))
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
         # Some are raised by transformers, for values of other types or ranges than expected.
         raise ValueError(f"{path}: {one_line(error)}") from error
     except KeyError as error:
         # Raised by transformers if keys of the rope settings are missing.
         raise ValueError(f"{path}: {error.args[0]}") from error
+    keep(config, *read_by)
+    return config
 
 
 def _config(keys: dict[str, Any]) -> LlamaConfig:
     model_type: Any = keys.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(f"model_type {model_type!r} is not supported: choose a model of {', '.join(_MODEL_TYPES)}")
-    from transformers import CONFIG_MAPPING  # half a second that a model without a directory saves
+    from transformers import CONFIG_MAPPING  # seconds that a start from the cache saves
 
     public = CONFIG_MAPPING[model_type]
     _check_keys(keys, public().to_dict().keys() | _ALSO_ACCEPTED | _ONLY_SUPPORTED.keys())

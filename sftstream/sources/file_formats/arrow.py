@@ -14,11 +14,11 @@ import msgspec
 import pyarrow as pa
 import pyarrow.ipc
 
-from sftstream.cache import cached
+from sftstream.cache import cached, derived
 from sftstream.door import Door
 from sftstream.excerpt import one_line
 from sftstream.records import UNDECODABLE, BrokenRow, Unreadable
-from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, Text, derived
+from sftstream.sources.rows import OPEN_FILES, FileIdentity, ReadRow, RowsFrom, Text
 from sftstream.sources.stored import Stored, copy_of
 
 Source = tuple[pa.Schema, Iterable[pa.RecordBatch]]

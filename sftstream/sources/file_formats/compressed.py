@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from sftstream.cache import cached
+from sftstream.cache import cached, derived
 from sftstream.excerpt import one_line
 from sftstream.sources.file_formats.zstd_frames import Frames
-from sftstream.sources.rows import Place, Text, derived
+from sftstream.sources.rows import Place, Text
 from sftstream.sources.skipping import skip_bytes
 from sftstream.sources.stored import Stored, copy_of
 
