@@ -246,7 +246,7 @@ class PackLoader:
     def forecast(self) -> Forecast:
         """Estimate the packs of the whole run and their fill from a sample of rows."""
         beside, self._forecast = self._forecast, None
-        return beside.result() if beside else self._foresee()
+        return (beside and beside.result()) or self._foresee()
 
     def _foresee(self) -> Forecast:
         return foresee(self.config, self.corpus, sample_lengths(self.corpus, self.encoder, TO_FORESEE))

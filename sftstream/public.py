@@ -39,6 +39,7 @@ from sftstream.regular_files import require_files
 from sftstream.sources.rows import identify as identify_file
 from sftstream.state import DataState, StreamState, merge
 from sftstream.streaming.assignment import PackAssignment, Shard
+from sftstream.streaming.beside import Beside
 from sftstream.streaming.example_reader import read_conversations
 from sftstream.streaming.forecast import Forecast
 from sftstream.streaming.order import rows_in_all_epochs
@@ -55,6 +56,7 @@ __all__ = [
     "SEGMENT",
     "TOO_LONG",
     "UNDECODABLE",
+    "Beside",
     "ChatEncoder",
     "Conversation",
     "DataConfig",

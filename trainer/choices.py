@@ -22,7 +22,11 @@ memory, weights that do not fit are sharded, and compiled layers recompute more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -31,26 +35,36 @@ import torch
 import torch.distributed as dist
 from msgspec import UNSET
 
+from sftstream import Beside
 from trainer.checkpointing.settings import Settings
 from trainer.config import RunConfig, TrainConfig
-from trainer.distributed.mesh import Topology, check_ranks, named_dtype
-from trainer.llama.attention import Kernel, Shape, choose_kernel
+from trainer.distributed.mesh import Topology, check_ranks, device_of, named_dtype
+from trainer.llama.attention import KERNELS, Kernel, KernelName, Shape, choose_kernel, keep_compiled_kernels
 from trainer.llama.blocks import WAYS, Recompute
 from trainer.llama.config import LlamaConfig
 from trainer.llama.float8 import require_device, require_multiples
 from trainer.memory import GPU, memory
+from trainer.training.model import find_source
 
 FILLED = 0.95
 """Share of a GPU's memory that a run may fill by the estimate."""
 
 
 class Choices(NamedTuple):
-    """The settings of a run, none of them "auto"."""
+    """The settings of a run, none of them "auto" but `run.attention`."""
 
     config: TrainConfig
+    planned: tuple[int, int] | None
+    """Bytes that the run is estimated to fill on each GPU, and bytes of the smallest GPU; None on
+    CPUs."""
+
+
+class ChosenKernel(NamedTuple):
+    """The attention kernel of a run."""
+
     kernel: Kernel
-    message: str
-    """A line for the user: the choices, and why faster kernels were passed over."""
+    passed: list[str]
+    """A reason for each faster kernel that was passed over."""
 
 
 def choose(
@@ -63,32 +77,96 @@ def choose(
     """Return the choices of a run; `saved` are the settings of the checkpoint of a resume, and
     `saved_mesh` the sizes of its mesh.
 
-    Collective. Raises ValueError if no attention kernel can be used, if the GPU or the model does
-    not suit float8, or if the model does not fit the memory of the GPU.
+    Collective. Raises ValueError if GPU or model does not suit float8 or `run.attention`, or if the
+    model does not fit the memory of the GPU.
     """
     if config.run.float8:
         require_device(topology.device)
         require_multiples(shape, topology.tp)
     least = "none" if saved is None or saved.recompute is UNSET else saved.recompute
     config = _with_run(config, _as_saved(config.run, saved))
+    if config.run.attention != "auto":
+        with _of_checkpoint(config, saved):
+            dtype = named_dtype(config.run.compute_dtype, topology.device)
+            KERNELS[config.run.attention].require(topology.device, dtype, shape.head_size)
     before = _saved_replicas(topology, saved_mesh)
-    kernel, passed = _kernel(config, shape, topology, saved)
     size = _gpu_memory(topology)
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
-    settings = msgspec.structs.replace(config.run, attention=kernel.name, compile=compiled)
+    settings = msgspec.structs.replace(config.run, compile=compiled)
     if size is None:
-        (dtype,) = _stored_dtypes(config, topology.device)
+        (stored,) = _stored_dtypes(config, topology.device)
         way = least if settings.recompute == "auto" else settings.recompute
-        chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=dtype, recompute=way))
+        chosen = _with_run(config, msgspec.structs.replace(settings, weights_dtype=stored, recompute=way))
         replicas = before or 1 if config.parallel.replicas == "auto" else config.parallel.replicas
-        chosen = _with_parallel(chosen, reshard_after_forward=config.parallel.reshards, replicas=replicas)
-        return Choices(chosen, kernel, _message(chosen, topology, passed, None, None) + _change(chosen, saved))
+        return Choices(_with_parallel(chosen, reshard_after_forward=config.parallel.reshards, replicas=replicas), None)
     gpus = dist.get_world_size()
     chosen = with_memory_settings(_with_run(config, settings), shape, gpus, size, least, before)
     _require_fit(chosen, shape, gpus, size)
-    planned = sum(memory(chosen, shape, gpus).values())
-    message = _message(chosen, topology, passed, planned, size) + _change(chosen, saved)
-    return Choices(chosen, kernel, message)
+    return Choices(chosen, (sum(memory(chosen, shape, gpus).values()), size))
+
+
+class KernelChoice:
+    """The choice of a run's attention kernel, on a GPU in a process beside the start of the run.
+
+    FlashAttention-4 compiles itself for 9 s at the first start on a machine, and lets no other
+    thread of its process run meanwhile. To be made before the process uses CUDA: a process forked
+    later could not.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        keep_compiled_kernels()
+        may_be_gpu = config.run.device != "cpu" and torch.backends.cuda.is_built()
+        self._beside = Beside(partial(_choose_beside, config)) if may_be_gpu else None
+
+    def of(self, config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None) -> ChosenKernel:
+        """Return the kernel of a run whose other choices are made.
+
+        Raises ValueError if no kernel can be used.
+        """
+        found = self._beside.result() if self._beside else None
+        if found and config.run.attention in ("auto", found[0]):
+            return ChosenKernel(KERNELS[found[0]], found[1])
+        with _of_checkpoint(config, saved):
+            return _choose_kernel(config, shape, topology.device)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._beside:
+            self._beside.close()
+
+
+@contextmanager
+def _of_checkpoint(config: TrainConfig, saved: Settings | None) -> Iterator[None]:
+    """Add a remedy to an error about an attention kernel that a checkpoint has chosen."""
+    try:
+        yield
+    except ValueError as error:
+        if saved is None or saved.attention != config.run.attention:
+            raise
+        raise ValueError(
+            f'the checkpoint was made with attention "{saved.attention}", which cannot be used here: {error}; or set '
+            'run.accept_changed = ["run.attention"] and name another kernel in run.attention, such as "torch" on a GPU'
+        ) from error
+
+
+def _choose_beside(config: TrainConfig) -> tuple[KernelName, list[str]] | None:
+    """Return the name of the kernel, and why faster ones were passed over; None without a GPU."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # an error is raised where it is not hidden
+    device = device_of(config.run.device)
+    if device.type == "cpu":
+        return None
+    shape = find_source(config.model, config.data.tokenizer.path, config.lora).shape
+    kernel, passed = _choose_kernel(config, shape, device)
+    return kernel.name, passed
+
+
+def _choose_kernel(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> ChosenKernel:
+    tp = config.parallel.tp
+    queries, groups = shape.num_attention_heads // tp, shape.num_key_value_heads // tp
+    heads = Shape(config.data.capacity, queries, groups, shape.head_size)
+    return ChosenKernel(
+        *choose_kernel(config.run.attention, heads, device, named_dtype(config.run.compute_dtype, device))
+    )
 
 
 def with_memory_settings(
@@ -176,25 +254,6 @@ def _as_saved(run: RunConfig, saved: Settings | None) -> RunConfig:
     )
 
 
-def _kernel(
-    config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None
-) -> tuple[Kernel, list[str]]:
-    tp = topology.tp
-    heads = Shape(
-        config.data.capacity, shape.num_attention_heads // tp, shape.num_key_value_heads // tp, shape.head_size
-    )
-    dtype = named_dtype(config.run.compute_dtype, topology.device)
-    try:
-        return choose_kernel(config.run.attention, heads, topology.device, dtype)
-    except ValueError as error:
-        if saved is None or saved.attention != config.run.attention:
-            raise
-        raise ValueError(
-            f'the checkpoint was made with attention "{saved.attention}", which cannot be used here: {error}; or set '
-            'run.accept_changed = ["run.attention"] and name another kernel in run.attention, such as "torch" on a GPU'
-        ) from error
-
-
 def _gpu_memory(topology: Topology) -> int | None:
     """Return the bytes of the smallest GPU of the run, None on CPUs. Collective."""
     if topology.device.type != "cuda":
@@ -236,22 +295,24 @@ def _least(config: TrainConfig, shape: LlamaConfig, gpus: int) -> int:
     return sum(parts[name] for name in ("weights", "optimizer", "gradients", "working weights"))
 
 
-def _message(config: TrainConfig, topology: Topology, passed: list[str], planned: int | None, size: int | None) -> str:
-    run = config.run
+def choices_line(choices: Choices, attention: ChosenKernel, topology: Topology, saved: Settings | None) -> str:
+    """Return a line with the choices, and why faster attention kernels were passed over."""
+    config, run, (kernel, passed) = choices.config, choices.config.run, attention
     weights = "weights" if config.lora is None else "frozen weights, float32 adapters"
     compiled = "compiled" if run.compile else "not compiled"
     same = "deterministic" if run.deterministic else "not deterministic"
     dtype = named_dtype(run.compute_dtype, topology.device)
     computed = str(dtype).removeprefix("torch.") + (" and float8" if run.float8 else "")
     line = (
-        f'layers {compiled}, attention "{run.attention}", {run.weights_dtype} {weights}, computation in '
+        f'layers {compiled}, attention "{kernel.name}", {run.weights_dtype} {weights}, computation in '
         f"{computed}, recompute {run.recompute}, {same}"
     )
     if topology.dp > 1 and config.parallel.groups == topology.dp:
         line += f", {topology.dp} replicas without shards"
-    if planned is not None and size is not None:
+    if choices.planned is not None:
+        planned, size = choices.planned
         line += f"; about {planned / 2**30:.0f} of {size / 2**30:.0f} GiB on each GPU"
-    return line + (f"; passed over: {'; '.join(passed)}" if passed else "")
+    return line + (f"; passed over: {'; '.join(passed)}" if passed else "") + _change(config, saved)
 
 
 def _change(config: TrainConfig, saved: Settings | None) -> str:

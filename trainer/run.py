@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,6 +17,7 @@ from trainer.checkpointing.directory import RunDirectory, ends_restarted_worker,
 from trainer.checkpointing.full_disk import full_disk_explained
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.snapshot import Restored, take_snapshot
+from trainer.choices import KernelChoice
 from trainer.config import TrainConfig
 from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
@@ -105,14 +106,18 @@ def run(
     stop, directory = StopRequest(config.run.stop_seconds), RunDirectory(config)
     if ends_restarted_worker(directory):
         return False
-    with determinism(config.run.deterministic), distributed(config.run.device, config.parallel) as topology:
+    with (
+        determinism(config.run.deterministic),
+        closing(KernelChoice(config)) as attention,
+        distributed(config.run.device, config.parallel) as topology,
+    ):
         if config.run.compile is not False and topology.device.type == "cuda":
             start_compiler()
         display = Display(quiet=not topology.first, as_json=as_json)
         torch.manual_seed(config.run.seed)
         saves = Saves(config, display)
         with saves.store, locked(directory), full_disk_explained(directory.path):
-            prepared = prepare_run(config, topology, saves, directory, display, command)
+            prepared = prepare_run(config, topology, attention, saves, directory, display, command)
             gc.enable()  # disabled since the start of the command
             return _train_and_finish(prepared, stop, command)
 

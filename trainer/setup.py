@@ -16,10 +16,10 @@ from trainer.checkpointing.directory import RunDirectory
 from trainer.checkpointing.saves import Saves
 from trainer.checkpointing.settings import Settings, carry_over_rows
 from trainer.checkpointing.snapshot import TOKEN, Restored, RunDescription, restore, saved_settings
-from trainer.choices import choose
+from trainer.choices import ChosenKernel, KernelChoice, choices_line, choose
 from trainer.config import TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype, on_first_rank
-from trainer.llama.attention import Kernel
+from trainer.llama.blocks import use_kernel
 from trainer.llama.export import require_replaceable
 from trainer.llama.model import Llama
 from trainer.llama.recipe import Base, adapter_recipe, recipe
@@ -116,11 +116,18 @@ class Run:
 
 
 def prepare_run(
-    config: TrainConfig, topology: Topology, saves: Saves, directory: RunDirectory, display: Display, command: str
+    config: TrainConfig,
+    topology: Topology,
+    attention: KernelChoice,
+    saves: Saves,
+    directory: RunDirectory,
+    display: Display,
+    command: str,
 ) -> tuple[Run, Restored]:
     """Build the parts of a run and restore the newest checkpoint into them. Collective.
 
-    `command` is the command line of the run, for the checkpoints.
+    `command` is the command line of the run, for the checkpoints. The attention kernel is set last:
+    its compilation may take as long as all the rest.
 
     Also reads the evaluation's questions and checks the export directory, so that errors appear
     before the first step. Raises ValueError, OSError or CheckpointError.
@@ -131,16 +138,15 @@ def prepare_run(
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     mesh = None if latest is None else saves.store.manifest(latest).about.mesh
-    config, kernel, choice = choose(config, source.shape, topology, saved, mesh)
-    topology = replace(topology, parallel=config.parallel)
-    display.say(f"compute  {choice}")
+    choices = choose(config, source.shape, topology, saved, mesh)
+    config, topology = choices.config, replace(topology, parallel=choices.config.parallel)
     base = _base(config, source, topology)
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)
     settings = Settings.of(config, source, compute_dtype, base.digests if base else None)
     if topology.first:
         _require_replaceable_exports(config)
     token = _own(directory, saves, latest)
-    model, optimizer, restored = _build_and_restore(config, source, topology, kernel, saves, latest, settings)
+    model, optimizer, restored = _build_and_restore(config, source, topology, saves, latest, settings)
     data = _open_data(config, topology, restored.data, source.shape.vocab_size)
     restored = _follow_data(config, restored, data)
     evaluator = _open_evaluator(config, topology, data.loader)
@@ -150,6 +156,9 @@ def prepare_run(
         data.loader.start(foresees=topology.first)
     if config.run.compile and not complete:  # after the data, whose errors need not wait for it
         _compile(config, source, model, topology, display, evaluates=bool(validation or evaluator.during))
+    kernel = attention.of(config, source.shape, topology, saved)
+    display.say(f"compute  {choices_line(choices, kernel, topology, saved)}")
+    config, restored = _with_attention(config, restored, model, kernel)
     description = RunDescription(
         restored.settings,
         topology,
@@ -181,7 +190,6 @@ def _build_and_restore(
     config: TrainConfig,
     source: ModelSource,
     topology: Topology,
-    kernel: Kernel,
     saves: Saves,
     latest: int | None,
     settings: Settings,
@@ -191,7 +199,7 @@ def _build_and_restore(
     An error for lack of memory names the settings to change.
     """
     with explained(config, source.shape, topology.device):
-        model = build_model(config, source, topology, kernel, initialize=latest is None)
+        model = build_model(config, source, topology, initialize=latest is None)
         optimizer = build_optimizer(model, config.optimizer)
         if latest is None:
             return model, optimizer, Restored(Progress(), settings)
@@ -203,6 +211,17 @@ def _require_replaceable_exports(config: TrainConfig) -> None:
     """Raise ValueError if the run could not replace a directory that it exports to."""
     require_replaceable(config.run.export_directory)
     require_replaceable(config.run.adapter_directory)
+
+
+def _with_attention(
+    config: TrainConfig, restored: Restored, model: Llama, chosen: ChosenKernel
+) -> tuple[TrainConfig, Restored]:
+    """Set the attention kernel of the model; return config and settings with its name."""
+    kernel = chosen.kernel
+    kernel.load()  # the import of a package would count as time of the first step
+    use_kernel(model, kernel)
+    config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, attention=kernel.name))
+    return config, replace(restored, settings=msgspec.structs.replace(restored.settings, attention=kernel.name))
 
 
 def _compile(

@@ -16,7 +16,7 @@ from trainer.distributed.determinism import determinism
 from trainer.distributed.mesh import distributed
 from trainer.estimate import PLANNED_MEMORY
 from trainer.llama.attention import Shape, choose_kernel
-from trainer.llama.blocks import prepare_blocks
+from trainer.llama.blocks import prepare_blocks, use_kernel
 from trainer.llama.config import LlamaConfig
 from trainer.llama.init import init_adapters
 from trainer.llama.lora.layers import LoraConfig
@@ -102,11 +102,10 @@ def ours(job: Job) -> Result:
             lora=settings.lora,
         )
         _draw(model, dtype)
-        prepare_blocks(
-            model, recompute=job.recompute, compiled=settings.compiled, kernel=kernel, float8=settings.float8
-        )
+        prepare_blocks(model, recompute=job.recompute, compiled=settings.compiled, float8=settings.float8)
         if settings.compiled:
             warm_up(model, job.capacity, topology)
+        use_kernel(model, kernel)
         optimizer = build_optimizer(model, OptimizerConfig())
         of_ranks = [packs(job, rank) for rank in range(job.dp)]
         mine = of_ranks[topology.shard.index]

@@ -23,24 +23,20 @@ class Beside(Generic[T]):
 
     def __init__(self, compute: Callable[[], T]) -> None:
         fork = multiprocessing.get_context("fork")
-        self._compute = compute
         self._receiving, sending = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_send, args=(sending, compute, os.getpid()), daemon=True)
         with deferred_signals():
             self._process.start()
         sending.close()
 
-    def result(self) -> T:
-        """Wait for the value, and return it.
-
-        Computes the value here if the process has ended without it, so that an error is raised
-        here.
-        """
+    def result(self) -> T | None:
+        """Wait for the value; None if the process ended without the value, such as by an error."""
         try:
             value: T = self._receiving.recv()
         except (EOFError, OSError):
-            value = self._compute()
-        self.close()
+            return None
+        finally:
+            self.close()
         return value
 
     def close(self) -> None:
@@ -52,5 +48,5 @@ class Beside(Generic[T]):
 
 def _send(sending: Connection, compute: Callable[[], T], parent: int) -> None:
     begin_work(parent)
-    with suppress(BaseException):  # `result` raises the error; a panic of a Rust library is no Exception
+    with suppress(BaseException):  # a panic of a Rust library is no Exception
         sending.send(compute())

@@ -143,7 +143,7 @@ def distributed(device: str, parallel: ParallelConfig) -> Iterator[Topology]:
     `device` is "cpu", "cuda" or "auto" (a GPU if torch sees one). Raises ValueError if there is no
     GPU for "cuda", or if `parallel` does not divide the ranks.
     """
-    torch_device = _device(device)
+    torch_device = device_of(device)
     with _environment_of_one():
         alone = "MASTER_PORT" not in os.environ
         # gloo beside NCCL: counts and packs of a step go between CPUs, without a wait for the GPU.
@@ -203,7 +203,11 @@ def _meeting(timeout: timedelta) -> tuple[Store, int, int]:
     return PrefixStore(f"start {store.add(f'starts of rank {rank}', 1)}", store), rank, size
 
 
-def _device(kind: str) -> torch.device:
+def device_of(kind: str) -> torch.device:
+    """Return the device of this rank for a `run.device`, and make a GPU the current device.
+
+    Raises ValueError for "cuda" without a GPU.
+    """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":

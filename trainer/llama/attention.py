@@ -234,12 +234,19 @@ def _attend_by(varlen: Callable[..., Any]) -> Attend:
     return run
 
 
-@cache
-def _load_fa4() -> Attend:
-    # The package compiles its kernels at the first call, 10 s that a cache saves later starts. Its
-    # default directory lies in /tmp, where another user could have placed code.
+def keep_compiled_kernels() -> None:
+    """Set the environment variables with which FlashAttention-4 keeps its compiled kernels.
+
+    The package compiles them at the first call, 10 s that a cache saves later starts. Its default
+    directory lies in /tmp, where another user could have placed code.
+    """
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_directory() / "flash-attention"))
+
+
+@cache
+def _load_fa4() -> Attend:
+    keep_compiled_kernels()
     from flash_attn.cute import flash_attn_varlen_func
 
     return _attend_by(flash_attn_varlen_func)

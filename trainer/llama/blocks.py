@@ -36,12 +36,16 @@ def import_compiler() -> None:
     import torch._inductor.compile_fx  # noqa: F401
 
 
-def prepare_blocks(
-    model: Llama, *, recompute: Recompute, compiled: bool, kernel: Kernel | None = None, float8: bool = False
-) -> None:
-    """Set recomputation, compilation, attention kernel and float8 for each block, in place.
+def use_kernel(model: Llama, kernel: Kernel | None) -> None:
+    """Set the attention kernel of each block; None is that of each device that needs no package."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.kernel = kernel
 
-    Without a `kernel` attention uses the kernel of each device that needs no other package.
+
+def prepare_blocks(model: Llama, *, recompute: Recompute, compiled: bool, float8: bool = False) -> None:
+    """Set recomputation, compilation and float8 for each block, in place.
+
     `float8` multiplies all matrices of the blocks in float8, but not those of adapters.
 
     `recompute` selects the activations that the backward pass computes again instead of storing
@@ -56,7 +60,6 @@ def prepare_blocks(
     """
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.attention.kernel = kernel
         for module in block.modules():
             if isinstance(module, Linear):
                 module.float8 = float8

@@ -13,7 +13,6 @@ import msgspec
 from sftstream import count_token_ids, differences, identify_file
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed.mesh import Topology, named_dtype
-from trainer.llama.attention import Kernel
 from trainer.llama.blocks import import_compiler, prepare_blocks
 from trainer.llama.config import LlamaConfig
 from trainer.llama.hf_config import find_model, read_config
@@ -115,10 +114,8 @@ def _resized(shape: LlamaConfig, directory: Path, tokens: int) -> ModelSource:
     return ModelSource(msgspec.structs.replace(shape, vocab_size=rows), directory, shape.vocab_size)
 
 
-def build_model(
-    config: TrainConfig, source: ModelSource, topology: Topology, kernel: Kernel, *, initialize: bool
-) -> Llama:
-    """Build the model of a run whose choices are made, spread over all ranks. Collective.
+def build_model(config: TrainConfig, source: ModelSource, topology: Topology, *, initialize: bool) -> Llama:
+    """Build the model of a run, spread over all ranks, without its attention kernel. Collective.
 
     `initialize` fills the weights from `source` or at random; False leaves the trained weights for
     a checkpoint to fill. Frozen weights always come from `source`.
@@ -147,7 +144,6 @@ def build_model(
         model,
         recompute=config.run.recompute,
         compiled=config.run.compile,
-        kernel=kernel,
         float8=config.run.float8,
     )
     return model
