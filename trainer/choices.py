@@ -1,4 +1,5 @@
-"""Choose the settings that a config leaves to "auto", once, before a model is loaded.
+"""Choose the settings that a config leaves to "auto", once, before a model is loaded, and the
+attention kernel beside the load.
 
 The rules depend on the device, its memory and the installed packages alone, never on a measured
 time, so that equal machines choose alike:

@@ -156,7 +156,8 @@ def prepare_run(
         data.loader.start(foresees=topology.first)
     if config.run.compile and not complete:  # after the data, whose errors need not wait for it
         _compile(config, source, model, topology, display, evaluates=bool(validation or evaluator.during))
-    kernel = attention.of(config, source.shape, topology, saved)
+    with explained(config, source.shape, topology.device):
+        kernel = attention.of(config, source.shape, topology, saved)
     display.say(f"compute  {choices_line(choices, kernel, topology, saved)}")
     config, restored = _with_attention(config, restored, model, kernel)
     description = RunDescription(

@@ -188,6 +188,16 @@ def test_a_kernel_that_breaks_a_guarantee_is_passed_over_with_the_reason(
         assert choose_kernel("auto", SHAPE, CPU, torch.float32)[0].name == "fa2"
 
 
+def test_a_kernel_without_memory_for_its_proof_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(KERNELS, "fa2", KERNELS["sdpa"]._replace(name="fa2", load=lambda: full))
+    monkeypatch.setitem(ORDER, "cpu", ("fa2", "sdpa"))
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_kernel("auto", SHAPE, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [24, 139, 140, 141, 137_000])
 def test_a_proof_cuts_a_pack_of_any_size_into_segments(tokens: int) -> None:
     lengths = attention._lengths(tokens)

@@ -357,8 +357,33 @@ def test_kills_leave_no_trace_on_a_gpu(tables: dict[str, dict[str, Any]], tmp_pa
     compare(tmp_path, config, processes=1, draw=random.Random(0), kills=2)
 
 
-def _built(*, recompute: Recompute, compiled: bool, in_float8: bool = False, shape: LlamaConfig = SHAPE) -> Llama:
-    model = Llama(shape)
+CHOICE = """
+import sys
+from contextlib import closing
+from pathlib import Path
+import torch
+from trainer.choices import KernelChoice
+from trainer.config_file import load_config
+from trainer.distributed.mesh import distributed
+
+config = load_config(Path(sys.argv[1]), [])
+with closing(KernelChoice(config)) as choice, distributed("cuda", config.parallel) as topology:
+    print(choice.of(config, config.model.shape, topology, None).kernel.name, torch.cuda.max_memory_allocated())
+"""
+
+
+def test_the_kernel_of_a_run_is_proved_in_another_process(tmp_path: Path, tokenizer: str) -> None:
+    config = runs.run_config(tokenizer, runs.sources(tmp_path), run={"device": "cuda"})
+    path = tmp_path / "run.toml"
+    path.write_text("".join(f"{name} = {runs.toml(table)}\n" for name, table in config.items()))
+    done = subprocess.run([sys.executable, "-c", CHOICE, str(path)], capture_output=True, text=True, check=True)
+    name, allocated = done.stdout.split()
+    assert name in ORDER["cuda"]
+    assert int(allocated) == 0
+
+
+def _built(*, recompute: Recompute, compiled: bool, in_float8: bool = False) -> Llama:
+    model = Llama(SHAPE)
     init_weights(model, seed=0)
     model.to("cuda", torch.bfloat16)
     prepare_blocks(model, recompute=recompute, compiled=compiled, float8=in_float8)

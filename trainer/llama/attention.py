@@ -138,7 +138,8 @@ def choose_kernel(
     """Return the kernel of a run, and a reason for each faster kernel that was passed over.
 
     "auto" is the first kernel of `ORDER` that is installed and passes `prove`; a name is that
-    kernel or an error. Raises ValueError if no wanted kernel can be used.
+    kernel or an error. Raises ValueError if no wanted kernel can be used, and
+    `torch.OutOfMemoryError` if a proof has no memory.
     """
     if wanted != "auto":
         KERNELS[wanted].require(device, dtype, shape.size)  # an error with a remedy of its own
@@ -149,6 +150,8 @@ def choose_kernel(
             if name != "sdpa" or device.type == "cuda":  # on a CPU "sdpa" is the definition itself
                 prove(KERNELS[name], shape, device, dtype)
             return KERNELS[name], passed
+        except torch.OutOfMemoryError:
+            raise  # another kernel would be chosen by the memory that is free at the moment
         except ModuleNotFoundError as error:
             passed.append(f'"{name}" is not installed (no module {error.name})')
         except FAILURES as error:
