@@ -12,6 +12,9 @@ from typing import Generic, TypeVar
 from sftstream.streaming.deferred_signals import deferred_signals
 from sftstream.streaming.worker import begin_work
 
+PATIENCE = 180.0
+"""Seconds after which a process counts as hanging: it may have inherited a lock that no thread of
+its own releases."""
 T = TypeVar("T")
 
 
@@ -30,9 +33,12 @@ class Beside(Generic[T]):
         sending.close()
 
     def result(self) -> T | None:
-        """Wait for the value; None if the process ended without the value, such as by an error."""
+        """Wait for the value, at most `PATIENCE` seconds.
+
+        None stands for a process that ended without the value, such as by an error, or that hangs.
+        """
         try:
-            value: T = self._receiving.recv()
+            value: T | None = self._receiving.recv() if self._receiving.poll(PATIENCE) else None
         except (EOFError, OSError):
             return None
         finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftstream import Beside
+from sftstream.streaming import beside
 
 
 def test_the_value_comes_from_another_process() -> None:
@@ -25,6 +26,11 @@ def test_an_error_gives_none_and_prints_nothing(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_process_that_hangs_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "PATIENCE", 0.1)
+    assert Beside(lambda: time.sleep(3600)).result() is None
+
+
 def test_closing_ends_the_process_at_once(tmp_path: Path) -> None:
     path = tmp_path / "process"
 
@@ -32,8 +38,8 @@ def test_closing_ends_the_process_at_once(tmp_path: Path) -> None:
         path.write_text(str(os.getpid()))
         time.sleep(3600)
 
-    beside = Beside(wait)
+    running = Beside(wait)
     while not path.exists() or not path.read_text():
         time.sleep(0.01)
-    beside.close()
+    running.close()
     assert not Path("/proc", path.read_text()).exists()
