@@ -24,7 +24,6 @@ memory, weights that do not fit are sharded, and compiled layers recompute more.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +48,8 @@ from trainer.training.model import find_source
 
 FILLED = 0.95
 """Share of a GPU's memory that a run may fill by the estimate."""
+STDERR = 2
+"""Descriptor of the error output of a process."""
 
 
 class Choices(NamedTuple):
@@ -152,7 +153,7 @@ def _of_checkpoint(config: TrainConfig, saved: Settings | None) -> Iterator[None
 
 def _choose_beside(config: TrainConfig) -> tuple[KernelName, list[str]] | None:
     """Return the name of the kernel, and why faster ones were passed over; None without a GPU."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # an error is raised where it is not hidden
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # of compilers; `KernelChoice.of` finds errors again
     device = device_of(config.run.device)
     if device.type == "cpu":
         return None
