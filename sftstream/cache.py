@@ -51,10 +51,18 @@ _checked: set[tuple[str, tuple[int, ...]]] = set()
 
 
 def directory() -> Path:
-    """Return `$SFTSTREAM_CACHE` if set, else `sftstream/` in the user's cache directory."""
-    if given := os.environ.get("SFTSTREAM_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftstream"
+    """Return `$SFTSTREAM_CACHE` if set, else `sftstream/` in the user's cache directory.
+
+    Raises Unwritable if the directory lies in the home directory of a user without one.
+    """
+    given = os.environ.get("SFTSTREAM_CACHE")
+    path = Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return path.expanduser() if given else path.expanduser() / "sftstream"
+    except RuntimeError:
+        raise Unwritable(
+            f"the cache {path} has no place, since the user has no home directory; set SFTSTREAM_CACHE to a directory"
+        ) from None
 
 
 def derived(*words: object) -> str:
@@ -64,7 +72,7 @@ def derived(*words: object) -> str:
 
 def kept(kind: type[Value], *parts: object) -> Value | None:
     """Return the record of the type `kind` that `keep` has kept for `parts`, or None."""
-    with suppress(OSError, msgspec.DecodeError):  # the value is computed again
+    with suppress(Unwritable, OSError, msgspec.DecodeError):  # the value is computed again
         if path := found(*_record(kind, parts)):
             return msgspec.msgpack.decode(path.read_bytes(), type=kind)
     return None

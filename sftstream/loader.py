@@ -139,8 +139,8 @@ class PackLoader:
     def start(self, *, foresees: bool = False) -> None:
         """Start the workers, which read ahead, before the first pack is asked for.
 
-        Loads a required tokenizing library before, once for all workers. With `foresees` another
-        process computes the next result of `forecast`.
+        Loads a required tokenizing library before, once for all workers. If workers are started and
+        `foresees` is true, another process computes the next result of `forecast`.
         """
         if fast := self.encoder.tokenizer.fast_tokenizer:
             fast.load_if_required()
@@ -149,10 +149,10 @@ class PackLoader:
             return
         self._require_only_reader()
         self.close()
-        self._open_workers(progress)
-        self._workers_at = progress.streams
         if foresees:
             self._forecast = Beside(self._foresee)
+        self._open_workers(progress)
+        self._workers_at = progress.streams
 
     def __iter__(self) -> PackLoader:
         return self

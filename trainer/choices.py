@@ -48,6 +48,9 @@ from trainer.training.model import find_source
 
 FILLED = 0.95
 """Share of a GPU's memory that a run may fill by the estimate."""
+CROWDED = 0.85
+"""Share of a GPU's memory that a run plans to fill, above which a start waits for the test of the
+attention kernel before the model is loaded: the test needs up to 1.5 GiB for a pack of Llama 8B."""
 STDERR = 2
 """Descriptor of the error output of a process."""
 
@@ -59,6 +62,11 @@ class Choices(NamedTuple):
     planned: tuple[int, int] | None
     """Bytes that the run is estimated to fill on each GPU, and bytes of the smallest GPU; None on
     CPUs."""
+
+    @property
+    def crowded(self) -> bool:
+        """True if no other process should use the GPU beside the load of the model."""
+        return self.planned is not None and self.planned[0] > CROWDED * self.planned[1]
 
 
 class ChosenKernel(NamedTuple):
@@ -79,8 +87,8 @@ def choose(
     """Return the choices of a run; `saved` are the settings of the checkpoint of a resume, and
     `saved_mesh` the sizes of its mesh.
 
-    Collective. Raises ValueError if GPU or model does not suit float8 or `run.attention`, or if the
-    model does not fit the memory of the GPU.
+    Collective. Raises ValueError if GPU or model does not suit float8 or `run.attention`, if the
+    package of `run.attention` is missing, or if the model does not fit the memory of the GPU.
     """
     if config.run.float8:
         require_device(topology.device)
@@ -89,8 +97,9 @@ def choose(
     config = _with_run(config, _as_saved(config.run, saved))
     if config.run.attention != "auto":
         with _of_checkpoint(config, saved):
-            dtype = named_dtype(config.run.compute_dtype, topology.device)
-            KERNELS[config.run.attention].require(topology.device, dtype, shape.head_size)
+            kernel = KERNELS[config.run.attention]
+            kernel.require(topology.device, named_dtype(config.run.compute_dtype, topology.device), shape.head_size)
+            kernel.require_installed()
     before = _saved_replicas(topology, saved_mesh)
     size = _gpu_memory(topology)
     compiled = config.run.compile if config.run.compile != "auto" else topology.device.type == "cuda"
@@ -110,24 +119,33 @@ def choose(
 class KernelChoice:
     """The choice of a run's attention kernel, on a GPU in a process beside the start of the run.
 
-    FlashAttention-4 compiles itself for 9 s at the first start on a machine, and lets no other
-    thread of its process run meanwhile. To be made before the process uses CUDA: a process forked
-    later could not.
+    FlashAttention-4 compiles for 9 s at the first start on a machine, and stops all other threads
+    of its process meanwhile. A KernelChoice is made before the process uses CUDA, which a process
+    forked later cannot use.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        keep_compiled_kernels()
-        may_be_gpu = config.run.device != "cpu" and torch.backends.cuda.is_built()
-        self._beside = Beside(partial(_choose_beside, config)) if may_be_gpu else None
+        self._beside: Beside[tuple[KernelName, list[str]] | None] | None = None
+        self._found: tuple[KernelName, list[str]] | None = None
+        if config.run.device != "cpu" and torch.backends.cuda.is_built():
+            keep_compiled_kernels()
+            self._beside = Beside(partial(_choose_beside, config))
+
+    def wait(self) -> None:
+        """Wait for the process."""
+        if self._beside:
+            self._found = self._beside.result()
+            self._beside = None
 
     def of(self, config: TrainConfig, shape: LlamaConfig, topology: Topology, saved: Settings | None) -> ChosenKernel:
         """Return the kernel of a run whose other choices are made.
 
         Raises ValueError if no kernel can be used.
         """
-        found = self._beside.result() if self._beside else None
-        if found and config.run.attention in ("auto", found[0]):
-            return ChosenKernel(KERNELS[found[0]], found[1])
+        self.wait()
+        if self._found and config.run.attention in ("auto", self._found[0]):
+            name, passed = self._found
+            return ChosenKernel(KERNELS[name], passed)
         with _of_checkpoint(config, saved):
             return _choose_kernel(config, shape, topology.device)
 
@@ -153,11 +171,12 @@ def _of_checkpoint(config: TrainConfig, saved: Settings | None) -> Iterator[None
 
 def _choose_beside(config: TrainConfig) -> tuple[KernelName, list[str]] | None:
     """Return the name of the kernel, and why faster ones were passed over; None without a GPU."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # of compilers; `KernelChoice.of` finds errors again
     device = device_of(config.run.device)
     if device.type == "cpu":
         return None
     shape = find_source(config.model, config.data.tokenizer.path, config.lora).shape
+    # Compilers print warnings. `KernelChoice.of` meets an error again, where the error is printed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     kernel, passed = _choose_kernel(config, shape, device)
     return kernel.name, passed
 

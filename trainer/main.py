@@ -75,7 +75,7 @@ def train(
     prepare_output(debug=debug)
     line = command_line(MODULE, [*(words or ()), *([ALLOW_CODE] if allow_code else [])])
     # The imports make half a million lasting objects, which the collector would scan many times: a
-    # second. It never scans frozen objects; a run enables the collector before its first step.
+    # second. A run enables the collector before its first step.
     gc.disable()
     try:
         from trainer.config_file import load_config
@@ -84,7 +84,7 @@ def train(
         if plan is None:
             from trainer.run import run
 
-            gc.freeze()
+            gc.freeze()  # these objects are never scanned
             raise typer.Exit(0 if run(config, line, as_json=as_json, allow_code=allow_code) else STOPPED)
         from trainer.estimate import print_estimate
 

@@ -26,7 +26,7 @@ FRAGMENTED = 0.1
 def explained(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> Iterator[None]:
     """Turn an error of a GPU without memory in the `with` block into a ValueError with remedies.
 
-    The choices of `config` are made.
+    The choices of `config` are made, but for the attention kernel.
     """
     try:
         yield

@@ -133,12 +133,14 @@ def prepare_run(
     before the first step. Raises ValueError, OSError or CheckpointError.
     """
     given = config
-    display.say(place_line(config, topology))  # first: a model may be downloaded, and attention compiled
+    display.say(place_line(config, topology))  # first: a model may be downloaded, and layers compiled
     source = find_source(config.model, config.data.tokenizer.path, config.lora)
     latest = saves.latest()
     saved = None if latest is None else saved_settings(saves.store, latest)
     mesh = None if latest is None else saves.store.manifest(latest).about.mesh
     choices = choose(config, source.shape, topology, saved, mesh)
+    if choices.crowded:
+        attention.wait()
     config, topology = choices.config, replace(topology, parallel=choices.config.parallel)
     base = _base(config, source, topology)
     compute_dtype = named_dtype(config.run.compute_dtype, topology.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -15,6 +17,8 @@ from sftstream.streaming.worker import begin_work
 PATIENCE = 180.0
 """Seconds after which a process counts as hanging: it may have inherited a lock that no thread of
 its own releases."""
+PR_SET_PDEATHSIG = 1
+"""Operation of Linux's `prctl`: the signal that a process gets when the parent's thread ends."""
 T = TypeVar("T")
 
 
@@ -28,9 +32,14 @@ class Beside(Generic[T]):
         fork = multiprocessing.get_context("fork")
         self._receiving, sending = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_send, args=(sending, compute, os.getpid()), daemon=True)
-        with deferred_signals():
-            self._process.start()
-        sending.close()
+        try:
+            with deferred_signals():
+                self._process.start()
+        except BaseException:  # of a signal handler, at the end of the block
+            self.close()
+            raise
+        finally:
+            sending.close()
 
     def result(self) -> T | None:
         """Wait for the value, at most `PATIENCE` seconds.
@@ -39,7 +48,7 @@ class Beside(Generic[T]):
         """
         try:
             value: T | None = self._receiving.recv() if self._receiving.poll(PATIENCE) else None
-        except (EOFError, OSError):
+        except Exception:  # noqa: BLE001 - the end of the pipe, or an error of the value's own pickling
             return None
         finally:
             self.close()
@@ -47,12 +56,15 @@ class Beside(Generic[T]):
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.join()
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
         self._receiving.close()
 
 
 def _send(sending: Connection, compute: Callable[[], T], parent: int) -> None:
+    # The thread of `begin_work` cannot end the process while native code holds the interpreter.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     begin_work(parent)
     with suppress(BaseException):  # a panic of a Rust library is no Exception
         sending.send(compute())

@@ -140,7 +140,10 @@ def _unchanged(read: Read | Failed) -> Read | Failed:
 
 
 def begin_work(parent: int, _worker: int = 0) -> None:
-    """Begin the work of a process that was forked from the process `parent`, and ends with it."""
+    """Begin the work of a process that was forked from the process `parent`.
+
+    The process ends at most a second after `parent`, unless native code stops its threads.
+    """
     # A terminal, a scheduler or `timeout` sends its signal to all processes of a run; the trainer
     # needs its loader to finish the step. Only the parent may end a worker.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):

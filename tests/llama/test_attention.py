@@ -1,6 +1,7 @@
 """Attention kernels: segments isolated, equal to the definition, unsupported input refused."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -186,6 +187,18 @@ def test_a_kernel_that_breaks_a_guarantee_is_passed_over_with_the_reason(
             choose_kernel("fa2", SHAPE, CPU, torch.float32)
     if run is jittering:
         assert choose_kernel("auto", SHAPE, CPU, torch.float32)[0].name == "fa2"
+
+
+def test_a_named_kernel_whose_package_is_missing_is_refused_before_its_import() -> None:
+    for module in ("no_such_package", "no_such_package.part", "json.no_such_part"):
+        message = (
+            f'attention "fa3" is not installed (no module {module}); set run.attention = "auto" for the fastest kernel '
+            "that can be used"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            KERNELS["fa3"]._replace(module=module).require_installed()
+    KERNELS["fa3"]._replace(module="json.decoder").require_installed()
+    KERNELS["sdpa"].require_installed()
 
 
 def test_a_kernel_without_memory_for_its_proof_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

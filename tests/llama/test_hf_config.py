@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
 from tiny_llama import LLAMA3
 
+from sftstream import keep
 from trainer.llama import hf_config
 from trainer.llama.config import LinearScaling, Llama3Scaling
 from trainer.llama.hf_config import find_model, read_config
@@ -48,6 +50,29 @@ def test_transformers_is_imported_once_for_each_content(tmp_path: Path) -> None:
         command = [sys.executable, "-c", READS, str(written(tmp_path, num_hidden_layers=layers))]
         found.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert found == ["2 True\n", "2 False\n", "3 True\n", "2 False\n"]
+
+
+@pytest.mark.parametrize("cache", ["missing", "a file", "~nobody of this name/cache"])
+def test_a_config_is_read_without_a_cache_too(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("SFTSTREAM_CACHE", cache if cache.startswith("~") else str(tmp_path / cache))
+    assert read_config(written(tmp_path)) == read_config(written(tmp_path))
+
+
+def test_a_config_kept_by_other_code_or_another_transformers_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTSTREAM_CACHE", str(tmp_path / "first"))
+    right = read_config(written(tmp_path))
+    wrong = msgspec.structs.replace(right, num_hidden_layers=99)
+    parts = (tmp_path / "config.json").read_bytes(), transformers.__version__, hf_config._CODE
+    monkeypatch.setenv("SFTSTREAM_CACHE", str(tmp_path / "second"))
+    for number, other in enumerate((b"{}", "4.0.0", b"other code")):
+        keep(wrong, *parts[:number], other, *parts[number + 1 :])
+    assert read_config(tmp_path) == right
+    monkeypatch.setenv("SFTSTREAM_CACHE", str(tmp_path / "third"))
+    keep(wrong, *parts)
+    assert read_config(tmp_path) == wrong
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])

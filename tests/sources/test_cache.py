@@ -63,6 +63,16 @@ def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
         made()
 
 
+def test_a_cache_in_the_home_of_a_user_without_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTSTREAM_CACHE", "~nobody of this name/cache")
+    with pytest.raises(Unwritable) as error:
+        made()
+    assert str(error.value) == (
+        "the cache ~nobody of this name/cache has no place, since the user has no home directory; set SFTSTREAM_CACHE to "
+        "a directory"
+    )
+
+
 def test_a_folder_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "cache").mkdir()

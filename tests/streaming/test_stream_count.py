@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,20 @@ def test_a_forecast_begun_with_the_workers_is_the_same(auto: DataConfig) -> None
     loader.start(foresees=True)
     assert loader.forecast() == expected
     loader.close()
+
+
+def test_a_forecast_begun_with_the_workers_is_made_by_another_process(
+    auto: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftstream.loader.foresee", lambda *_: Forecast(1, 1, 1, os.getpid(), None))
+    loader = PackLoader(auto, workers=1)
+    loader.start(foresees=True)
+    assert loader.forecast().packs != os.getpid()
+    assert loader.forecast().packs == os.getpid()
+    loader.close()
+    loader.start(foresees=True)
+    loader.close()
+    assert loader.forecast().packs == os.getpid()
 
 
 def test_a_forecast_counts_the_ends_of_streams(thousand: DataConfig) -> None:

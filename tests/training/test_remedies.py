@@ -104,11 +104,12 @@ def load_damaged(changes: dict[str, str]) -> None:
 
 
 def attend(changes: dict[str, str]) -> None:
-    """Ask the kernel of a run for its device, type and head size."""
+    """Ask the kernel of a run for its device, type, head size and package."""
     run = loaded({key: value for key, value in changes.items() if key.startswith("run.")}).run
     name = "sdpa" if run.attention == "auto" else run.attention
     dtype = torch.float32 if run.compute_dtype == "auto" else getattr(torch, run.compute_dtype)
     KERNELS[name].require(torch.device(changes.get("device", "cuda")), dtype, int(changes.get("size", "64")))
+    KERNELS[name].require_installed()
 
 
 def load_tied(changes: dict[str, str]) -> None:
@@ -424,6 +425,13 @@ ADVICE = [
     Advice(
         {"run.attention": "'fa4'", "device": "cpu"},
         'attention "fa4" has kernels for cuda, not for cpu: set run.attention = "auto"',
+        ({"run.attention": "'auto'"},),
+        "trainer/llama/attention.py",
+        attend,
+    ),
+    Advice(
+        {"run.attention": "'fa3'", "run.compute_dtype": "'bfloat16'"},
+        'is not installed (no module flash_attn_interface); set run.attention = "auto" for the fastest kernel',
         ({"run.attention": "'auto'"},),
         "trainer/llama/attention.py",
         attend,

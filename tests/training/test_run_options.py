@@ -14,6 +14,8 @@ import transformers
 from safetensors.torch import load, load_file
 from tiny_llama import public_llama
 
+from checkpoints import CheckpointStore
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,6 +103,8 @@ def test_a_resume_without_settings_uses_the_choices_of_its_checkpoint(tmp_path: 
     output = runs.run(tmp_path, changed(config, {"run": chosen})).output()
     line = 'layers not compiled, attention "sdpa", bfloat16 weights, computation in bfloat16, recompute none, deterministic'
     assert line in output
+    saved = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints").values(2, "settings")["settings"]
+    assert saved["attention"] == "sdpa"
     later = {"steps": 4, "compute_dtype": "bfloat16"}
     assert line in runs.run(tmp_path, changed(config, {"run": later})).output()
     job = runs.Job(tmp_path, changed(config, {"run": later | {"steps": 6, "attention": "torch"}}))

@@ -64,7 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def of(
         cls, config: TrainConfig, source: ModelSource, compute_dtype: torch.dtype, base: dict[str, str] | None = None
     ) -> Settings:
-        """Collect the settings of a run whose choices are made; `compute_dtype` replaces "auto".
+        """Collect the settings of a run whose choices are made, but for an attention kernel that is
+        "auto"; `compute_dtype` replaces "auto".
 
         `base` has the digests of the frozen model's weight files, None without adapters.
         """

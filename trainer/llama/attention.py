@@ -33,6 +33,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -85,6 +86,19 @@ class Kernel(NamedTuple):
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     head_sizes: range
+    module: str | None = None
+    """Module that `load` imports from another package than torch."""
+
+    def require_installed(self) -> None:
+        """Raise ValueError if the package is missing; the package is not imported."""
+        if self.module is None:
+            return
+        package = self.module.partition(".")[0]
+        if not find_spec(package) or not find_spec(self.module):
+            raise ValueError(
+                f'attention "{self.name}" is not installed (no module {self.module}); set run.attention = "auto" for '
+                "the fastest kernel that can be used"
+            )
 
     def require(self, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
         """Raise ValueError if the kernel does not support device, dtype or head size."""
@@ -319,9 +333,9 @@ _HALF, _FLASH_SIZES = (torch.bfloat16, torch.float16), range(8, 256 + 1, 8)
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Kernel("fa4", _load_fa4, ("cuda",), _HALF, _FLASH_SIZES),
-        Kernel("fa3", _load_fa3, ("cuda",), _HALF, _FLASH_SIZES),
-        Kernel("fa2", _load_fa2, ("cuda",), _HALF, _FLASH_SIZES),
+        Kernel("fa4", _load_fa4, ("cuda",), _HALF, _FLASH_SIZES, "flash_attn.cute"),
+        Kernel("fa3", _load_fa3, ("cuda",), _HALF, _FLASH_SIZES, "flash_attn_interface"),
+        Kernel("fa2", _load_fa2, ("cuda",), _HALF, _FLASH_SIZES, "flash_attn.flash_attn_interface"),
         Kernel("torch", lambda: _torch_varlen, ("cuda",), _HALF, _FLASH_SIZES),
         Kernel(
             "sdpa",
