@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sftstream.config import DataConfig
+from sftstream.config import DataConfig, Policy
 from sftstream.identity import FIXED, Identity
 from sftstream.records import Amount, Example, Ref, Refusal, Refused, Segment
 from sftstream.source_changes import follow_sources
@@ -117,13 +117,12 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
         raise ValueError("a change of data.streams cannot be accepted with a streamed source; start a new run")
     if len(identity.sources) < len(before.sources):
         raise ValueError("a source that was read from cannot be removed; set its weight and repeat instead")
-    policy = (identity.capacity, identity.overflow, identity.history)
-    if policy != (before.capacity, before.overflow, before.history) and (
-        before.overflow == "split" or before.history == "per_turn"
-    ):
+    # A part without a trained token is dropped: the trained roles and turns decide the parts too.
+    policy = [name for name in Policy.__struct_fields__ if getattr(identity, name) != getattr(before, name)]
+    if policy and (before.overflow == "split" or before.history == "per_turn"):
         raise ValueError(
-            "a part of a split conversation may have been returned already, so a change of capacity, "
-            "overflow or history cannot be accepted; restore the setting, or start a new run"
+            "a part of a split conversation may have been returned already, so a change of "
+            f"{', '.join(policy)} cannot be accepted; restore the setting, or start a new run"
         )
 
 

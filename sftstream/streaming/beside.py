@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Generic, TypeVar
 
@@ -48,7 +47,7 @@ class Beside(Generic[T]):
         """
         try:
             value: T | None = self._receiving.recv() if self._receiving.poll(PATIENCE) else None
-        except Exception:  # noqa: BLE001 - the end of the pipe, or an error of the value's own pickling
+        except (EOFError, OSError):
             return None
         finally:
             self.close()
@@ -66,5 +65,7 @@ def _send(sending: Connection, compute: Callable[[], T], parent: int) -> None:
     # The thread of `begin_work` cannot end the process while native code holds the interpreter.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     begin_work(parent)
-    with suppress(BaseException):  # a panic of a Rust library is no Exception
+    try:
         sending.send(compute())
+    finally:
+        os._exit(0)  # before an error is printed

@@ -143,11 +143,11 @@ class Run:
         self.write(name, rows)
 
     def setting(self) -> None:
-        changes = {"window": [3, 8], "global_batch": [2, 6], "train_turns": ["all", "last"], "epochs": [4, 5]}
+        changes: dict[str, list[Any]] = {"window": [3, 8], "global_batch": [2, 6], "epochs": [4, 5]}
         if not self.streamed:
             changes["streams"] = [1, 3, 5]
         if not self.in_parts:
-            changes |= {"capacity": [80, 300]}
+            changes |= {"capacity": [80, 300], "train_turns": ["all", "last"]}
         name = self.draw.choice(list(changes))
         self.settings[name] = self.draw.choice(changes[name])
 

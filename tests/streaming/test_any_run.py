@@ -258,14 +258,13 @@ def _changed(draw: random.Random, config: DataConfig) -> DataConfig:
     changes: list[dict[str, Any]] = [
         {"window": config.window + 3},
         {"global_batch": config.global_batch + 2},
-        {"train_turns": "last"},
         {"mix_by": draw.choice(["conversations", "tokens", "trained_tokens"])},
         {"tokenizer": msgspec.structs.replace(config.tokenizer, template=OTHER_TEMPLATE)},
     ]
     if not streamed:
         changes.append({"streams": config.stream_count % 5 + 1})
     if config.overflow != "split":
-        changes.append({"capacity": config.capacity + 40})
+        changes += [{"capacity": config.capacity + 40}, {"train_turns": "last"}]
     return msgspec.structs.replace(accepted, **draw.choice(changes))
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -68,15 +67,6 @@ def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         Beside(lambda: time.sleep(3600))
     assert not Path("/proc", str(forked[0])).exists()
-
-
-def test_a_value_that_cannot_be_read_gives_none() -> None:
-    assert Beside(Unreadable).result() is None
-
-
-class Unreadable:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, ("x",)
 
 
 def test_closing_ends_the_process_at_once(tmp_path: Path) -> None:

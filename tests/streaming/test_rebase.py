@@ -195,6 +195,32 @@ def test_a_streamed_source_is_not_added_together_with_another_number_of_streams(
     assert seen == dict.fromkeys(range(10), 2)
 
 
+@pytest.mark.parametrize("parts", [{"overflow": "split"}, {"history": "per_turn"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_on": ("assistant", "user")},
+        {"train_turns": "last"},
+        {"train_reasoning": False},
+        {"train_tool_calls": False},
+        {"history": "error"},
+        {"overflow": "truncate"},
+        {"capacity": 300},
+    ],
+    ids=str,
+)
+def test_a_change_of_the_parts_of_conversations_cannot_be_accepted(
+    config: DataConfig, parts: dict[str, Any], change: dict[str, Any]
+) -> None:
+    config = msgspec.structs.replace(config, **parts)
+    _, state = _taken(config, 16)
+    (name,) = change
+    message = f"a change of {name} cannot be accepted; restore the setting, or start a new run"
+    with pytest.raises(ValueError, match=message):
+        PackLoader(_changed(config, ["data"], **change), state=state)
+    PackLoader(config, state=state)
+
+
 @pytest.mark.parametrize(("field", "value"), [("seed", 5), ("shuffle", False)])
 def test_a_change_of_the_order_of_rows_cannot_be_accepted(config: DataConfig, field: str, value: Any) -> None:
     _, state = _taken(config, 16)
