@@ -218,6 +218,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if not self.train_on:
             raise ValueError('train_on is empty, so nothing would be trained; name a role: ["assistant"]')
 
+    @property
+    def in_parts(self) -> bool:
+        """True if a row may make several examples, its parts."""
+        return self.overflow == "split" or self.history == "per_turn"
+
 
 class SkipConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Conversations to leave out of the packs, for example after a loss spike.

@@ -119,7 +119,7 @@ def _require_possible(saved: DataState, identity: Identity, changed: Sequence[st
         raise ValueError("a source that was read from cannot be removed; set its weight and repeat instead")
     # A part without a trained token is dropped: the trained roles and turns decide the parts too.
     policy = [name for name in Policy.__struct_fields__ if getattr(identity, name) != getattr(before, name)]
-    if policy and (before.overflow == "split" or before.history == "per_turn"):
+    if policy and before.in_parts:
         raise ValueError(
             "a part of a split conversation may have been returned already, so a change of "
             f"{', '.join(policy)} cannot be accepted; restore the setting, or start a new run"
@@ -179,11 +179,10 @@ def _divide_streams(
 
 
 def _waiting(stream: StreamState, identity: Identity) -> Iterator[Waiting]:
-    in_parts = identity.overflow == "split" or identity.history == "per_turn"
     recorded = stream.row_parts
     counts = {} if isinstance(recorded, UnsetType) else {parts.ref: parts.count for parts in recorded}
     # States of version 0.1.0 have no record of rows in several parts.
-    otherwise = 0 if in_parts and isinstance(recorded, UnsetType) else 1
+    otherwise = 0 if identity.in_parts and isinstance(recorded, UnsetType) else 1
     lengths: dict[Ref, dict[int, int]] = {}
     for segment in stream.waiting:
         lengths.setdefault(segment.ref, {})[segment.part] = segment.length
@@ -295,7 +294,6 @@ def _read_again(
     sampler = RowSampler(config, open_cursors(config, reader.corpus, number, past))
     sampler.reset(msgspec.to_builtins(stream))
     unlisted = (*stream.unlisted, *refused)
-    in_parts = config.overflow == "split" or config.history == "per_turn"
     return msgspec.structs.replace(
         stream,
         planned=(),
@@ -305,7 +303,7 @@ def _read_again(
         unlisted=unlisted,
         # A stream with unlisted refusals is not exhausted: its next pack must list them.
         exhausted=not leftovers and not unlisted and sampler.exhausted,
-        row_parts=tuple(row_parts) if in_parts else UNSET,
+        row_parts=tuple(row_parts) if config.in_parts else UNSET,
         planning=PLANNING,
     )
 

@@ -83,7 +83,7 @@ def build_stream(
         seed=config.seed,
         shuffle=bool(config.shuffle),
         pad_id=encoder.tokenizer.vocabulary.pad_id,
-        in_parts=config.overflow == "split" or config.history == "per_turn",
+        in_parts=config.in_parts,
     )
     check = check or SourceCheck(corpus, encoder, config)
     return Packer(tokenized, sampler, reader, stream, packer, check)

@@ -91,11 +91,7 @@ def open_vocabulary(source: str | PathLike[str] | Any) -> Opened:
         directory, files = _files(source)
         if kept := files.read(Vocabulary, VERSION):
             return Opened(kept, Backend.from_str(kept.description), files=files)
-        _require_tokenizer(directory, str(source))
-        hf = load(str(source))
-        vocabulary = describe(hf)
-        files.keep(vocabulary, VERSION)
-        return Opened(vocabulary, hf.backend_tokenizer, hf, files)
+        return _made(str(source), directory, files)
 
 
 def count_token_ids(source: str) -> int:
@@ -104,13 +100,22 @@ def count_token_ids(source: str) -> int:
     `source` is a directory or a hub name. Raises ValueError if the tokenizer cannot be loaded.
     """
     with _door(source):
-        kept = _files(source)[1].read(Vocabulary, VERSION)
-    return (kept or open_vocabulary(source).vocabulary).ids
+        directory, files = _files(source)
+        return (files.read(Vocabulary, VERSION) or _made(source, directory, files).vocabulary).ids
 
 
 def _files(source: str | PathLike[str]) -> tuple[Path, TokenizerFiles]:
     directory = Path(os.path.expanduser(source))  # leaves ~name as it is if there is no such user
     return directory, TokenizerFiles(directory)
+
+
+def _made(source: str, directory: Path, files: TokenizerFiles) -> Opened:
+    """Open a tokenizer with transformers, and keep its vocabulary in the cache."""
+    _require_tokenizer(directory, source)
+    hf = load(source)
+    vocabulary = describe(hf)
+    files.keep(vocabulary, VERSION)
+    return Opened(vocabulary, hf.backend_tokenizer, hf, files)
 
 
 def _require_tokenizer(directory: Path, source: str) -> None:

@@ -50,7 +50,7 @@ def split_selection(positions: Tensor | Slices | None, tp: int) -> tuple[Tensor 
     early, late = positions if isinstance(positions, Slices) else (positions, None)
     if len(early) > tp:
         return early, late
-    # Compiled code is made again for a slice of a single row, or of none.
+    # A matrix without rows has no scale in float8; a single row is too rare for a case of its own.
     return None, early if late is None else early[late]
 
 

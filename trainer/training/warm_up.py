@@ -13,9 +13,6 @@ from trainer.llama.model import Llama
 from trainer.llama.parallel import reshard
 from trainer.training.step import accumulate_gradients, label_losses
 
-LENGTH = 512
-"""Tokens of a conversation in the pack."""
-
 
 def warm_up(model: Llama, capacity: int, topology: Topology, *, evaluates: bool = False) -> None:
     """Run the passes of one pack of `capacity` tokens, and drop the gradients. Collective.
@@ -46,9 +43,6 @@ _STAND_IN = KERNELS["sdpa"]._replace(load=lambda: _stand_in)
 
 
 def _pack(capacity: int) -> Pack:
-    """Return a pack of equal tokens, with the second half of each conversation trained."""
-    borders = np.array([*range(0, capacity, LENGTH), capacity], dtype=np.int32)
-    segments = tuple(Segment(0, row, int(length), 0) for row, length in enumerate(np.diff(borders)))
-    places = np.concatenate([np.arange(segment.length) for segment in segments])
-    lengths = np.repeat(np.diff(borders), np.diff(borders))
-    return Pack(np.zeros(capacity, dtype=np.int32), 2 * places >= lengths, borders, segments)
+    """Return a pack of a conversation of equal tokens, of which every second token is trained."""
+    trained, borders = np.arange(capacity) % 2 == 1, np.array([0, capacity], dtype=np.int32)
+    return Pack(np.zeros(capacity, dtype=np.int32), trained, borders, (Segment(0, 0, capacity, 0),))
